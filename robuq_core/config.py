@@ -1,0 +1,92 @@
+"""What a model is: its shape, its quantisation, its diffusion and its sampling defaults.
+
+These pydantic models are the YAML files of ``train`` and the header of a packed checkpoint alike; an unknown
+or ill-typed key is an error that names it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from robuq_core.quant.activation import Grid
+from robuq_core.quant.ternary import WeightScale
+
+Flavour = Literal["official", "diffusers"]
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+SamplerName = Literal["ddpm", "ddim", "dpmsolver++"]
+SAMPLERS: tuple[SamplerName, ...] = ("ddpm", "ddim", "dpmsolver++")
+
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+class StrictModel(BaseModel):
+    """Base of every config section: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(StrictModel):
+    """Shape of a DiT. Sizes in pixels or latent cells; ``flavour`` picks between the numerics of two code bases."""
+
+    input_size: int = Field(32, ge=2)
+    patch_size: int = Field(2, ge=1)
+    in_channels: int = Field(4, ge=1)
+    hidden_size: int = Field(1152, ge=4)
+    depth: int = Field(28, ge=1)
+    num_heads: int = Field(16, ge=1)
+    mlp_ratio: int = Field(4, ge=1)
+    num_classes: int = Field(1000, ge=1)
+    learn_sigma: bool = True
+    flavour: Flavour = "official"
+
+    @model_validator(mode="after")
+    def _divisible(self) -> ModelConfig:
+        if self.input_size % self.patch_size:
+            raise ValueError(f"input_size {self.input_size} must be a multiple of patch_size {self.patch_size}")
+        if self.hidden_size % self.num_heads or self.hidden_size % 4:
+            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads} and of 4")
+        return self
+
+    @property
+    def num_tokens(self) -> int:
+        return (self.input_size // self.patch_size) ** 2
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def null_class(self) -> int:
+        """Row of the class table that stands for "no class" in classifier-free guidance."""
+        return self.num_classes
+
+
+class QuantConfig(StrictModel):
+    """How the linears of the blocks are quantised. ``bits`` overrides ``activation_bits`` by layer name."""
+
+    activation_bits: int = Field(2, ge=1, le=8)
+    adaln_bits: int = Field(4, ge=1, le=8)
+    attention_bits: Literal[8] | None = 8
+    grid: Grid = "midrise"
+    weight_scale: WeightScale = "conditional_mean"
+    rank: int = Field(16, ge=0)
+    adaln_rank: int = Field(0, ge=0)
+    seed: int = 0
+    bits: dict[str, int] = Field(default_factory=dict)
+
+
+class DiffusionConfig(StrictModel):
+    """The training-time process: linear betas 1e-4..0.02 over 1,000 timesteps, and what the network predicts."""
+
+    prediction_type: PredictionType = "epsilon"
+    clip_sample: bool = False
+
+
+class SamplerConfig(StrictModel):
+    """Defaults of a request that names none."""
+
+    sampler: SamplerName = "ddim"
+    steps: int = Field(50, ge=1, le=NUM_TRAIN_TIMESTEPS)
+    guidance_scale: float = Field(1.5, ge=0, le=20)

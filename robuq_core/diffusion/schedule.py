@@ -1,0 +1,53 @@
+"""Schedule tables of the linear-beta process, float64, and the timestep subsets that samplers visit."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from robuq_core.config import NUM_TRAIN_TIMESTEPS, PredictionType
+
+
+@lru_cache(maxsize=1)
+def alphas_cumprod() -> Tensor:
+    """``alpha_bar_t`` for t = 0..999, float64 ``[1000]``: linear betas from 1e-4 to 0.02."""
+    return torch.cumprod(1 - torch.linspace(1e-4, 0.02, NUM_TRAIN_TIMESTEPS, dtype=torch.float64), 0)
+
+
+def respaced_timesteps(steps: int) -> list[int]:
+    """``steps`` original indices, ascending, 0 and 999 included: a fractional stride, rounded (IDDPM's spacing).
+
+    Raises:
+        ValueError: steps outside 1..1000.
+    """
+    if not 1 <= steps <= NUM_TRAIN_TIMESTEPS:
+        raise ValueError(f"steps must be 1..{NUM_TRAIN_TIMESTEPS}, not {steps}")
+    if steps == 1:
+        return [NUM_TRAIN_TIMESTEPS - 1]
+    stride = (NUM_TRAIN_TIMESTEPS - 1) / (steps - 1)
+    return [round(i * stride) for i in range(steps)]
+
+
+def to_sample_coefficients(alpha_bar: Tensor, prediction_type: PredictionType) -> tuple[Tensor, Tensor]:
+    """``(a, b)`` such that ``x_0 = a x_t + b output`` for a network that predicts ``prediction_type``.
+
+    epsilon: ``x_0 = (x_t - sqrt(1 - abar) eps) / sqrt(abar)``; v: ``x_0 = sqrt(abar) x_t - sqrt(1 - abar) v``;
+    sample: the output itself.
+    """
+    signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    if prediction_type == "epsilon":
+        return 1 / signal, -noise / signal
+    if prediction_type == "v_prediction":
+        return signal, -noise
+    return torch.zeros_like(signal), torch.ones_like(signal)
+
+
+def training_target(x0: Tensor, noise: Tensor, alpha_bar: Tensor, prediction_type: PredictionType) -> Tensor:
+    """What the network should output for ``x_t = sqrt(abar) x_0 + sqrt(1 - abar) noise``; ``alpha_bar`` broadcasts."""
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "v_prediction":
+        return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0
+    return x0

@@ -1,0 +1,99 @@
+"""The linear of a fake-quantised DiT, eq. (1)-(5), and the swap that puts it in place of ``nn.Linear``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robuq_core.config import QuantConfig
+from robuq_core.models.dit import DiT
+from robuq_core.quant.activation import Grid, fake_quantize_activation
+from robuq_core.quant.hadamard import Rotation, random_signs
+from robuq_core.quant.lowrank import lowrank_split, round_to_storage
+from robuq_core.quant.ternary import WeightScale, ternary_fake_quantize
+
+
+class QuantLinear(nn.Module):
+    """``y = Q_w(R) Q_a(x_H) + A B x_H + bias``, eq. (5), in floating point with straight-through gradients.
+
+    ``weight`` is the latent residual R ``[out, in]`` and lives in the rotated basis; ``lowrank_a [out, r]`` and
+    ``lowrank_b [r, in]`` see the rotated, unquantised activation.
+    """
+
+    def __init__(
+        self, linear: nn.Linear, *, bits: int, grid: Grid, weight_scale: WeightScale, rank: int, signs: Tensor
+    ) -> None:
+        super().__init__()
+        self.bits, self.grid, self.weight_scale = bits, grid, weight_scale
+        self.rotation = Rotation(linear.in_features, signs)
+        rotated = self.rotation(linear.weight.detach().float())
+        a, b, residual = lowrank_split(rotated, rank)
+        self.weight = nn.Parameter(residual)
+        self.lowrank_a, self.lowrank_b = nn.Parameter(a), nn.Parameter(b)
+        self.bias = nn.Parameter(linear.bias.detach().clone())
+
+    @property
+    def rank(self) -> int:
+        return self.lowrank_a.shape[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., in] -> [..., out]``, same dtype."""
+        rotated = self.rotation(x)
+        y = F.linear(
+            fake_quantize_activation(rotated, self.bits, self.grid),
+            ternary_fake_quantize(self.weight, self.weight_scale),
+            self.bias,
+        )
+        if self.rank:
+            y = y + F.linear(F.linear(rotated, round_to_storage(self.lowrank_b)), round_to_storage(self.lowrank_a))
+        return y
+
+
+def quantizable_linears(model: DiT) -> Iterator[tuple[str, nn.Module]]:
+    """``(name, module)`` of every linear of the blocks, in order: qkv, proj, fc1, fc2 and adaLN of each."""
+    for name, module in model.named_modules():
+        if name.startswith("blocks.") and isinstance(module, nn.Linear | QuantLinear):
+            yield name, module
+
+
+def is_adaln(name: str) -> bool:
+    return "adaLN_modulation" in name
+
+
+def layer_bits(name: str, config: QuantConfig) -> int:
+    """Activation bits of a layer: its own entry of ``config.bits``, else the default of its kind."""
+    return config.bits.get(name, config.adaln_bits if is_adaln(name) else config.activation_bits)
+
+
+def quantize_model(model: DiT, config: QuantConfig) -> DiT:
+    """Swap every block linear of ``model`` for a :class:`QuantLinear`, in place; returns it.
+
+    Sign vectors come from ``config.seed``. The embedders and the final layer stay in full precision.
+
+    Raises:
+        ValueError: ``config.bits`` names a layer that the model lacks, or a width has no Hadamard matrix.
+    """
+    linears = dict(quantizable_linears(model))
+    unknown = sorted(set(config.bits) - set(linears))
+    if unknown:
+        raise ValueError(f"quant.bits names layers that the model lacks: {', '.join(unknown)}")
+    generator = torch.Generator().manual_seed(config.seed)
+    for name, linear in linears.items():
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"{name} is quantised already")
+        replacement = QuantLinear(
+            linear,
+            bits=layer_bits(name, config),
+            grid=config.grid,
+            weight_scale=config.weight_scale,
+            rank=config.adaln_rank if is_adaln(name) else config.rank,
+            signs=random_signs(linear.in_features, generator),
+        )
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, replacement.to(linear.weight.device))
+    for block in model.blocks:
+        block.attn.quantized = config.attention_bits is not None
+    return model

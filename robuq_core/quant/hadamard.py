@@ -1,0 +1,106 @@
+"""Hadamard matrices by construction and the randomised full-width rotation of eq. (1).
+
+Orders ``b * 2**k`` with ``b`` in {1, 12, 20, 28, 36}: Paley I (q = 11, 19), Paley II (q = 13, 17)
+and Sylvester's doubling. No tables: every matrix is generated and checked.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+_PALEY_PRIME = {12: (1, 11), 20: (1, 19), 28: (2, 13), 36: (2, 17)}
+BASE_ORDERS = (1, *_PALEY_PRIME)
+
+
+def decompose_order(order: int) -> tuple[int, int]:
+    """Split ``order`` into ``(base, power)`` with ``order == base * power`` and ``power = 2**k``.
+
+    Raises:
+        ValueError: no Hadamard matrix of this order can be built here.
+    """
+    for base in BASE_ORDERS:
+        power, rest = divmod(order, base)
+        if rest == 0 and power > 0 and power & (power - 1) == 0:
+            return base, power
+    raise ValueError(
+        f"no Hadamard matrix of order {order}: use a width of 2^k, 12*2^k, 20*2^k, 28*2^k or 36*2^k"
+    )
+
+
+def _jacobsthal(q: int) -> Tensor:
+    squares = {x * x % q for x in range(1, q)}
+    chi = torch.tensor([0] + [1 if d in squares else -1 for d in range(1, q)], dtype=torch.float64)
+    index = torch.arange(q)
+    return chi[(index[:, None] - index[None, :]) % q]
+
+
+def _paley(construction: int, q: int) -> Tensor:
+    core = torch.zeros(q + 1, q + 1, dtype=torch.float64)
+    core[0, 1:] = 1
+    core[1:, 0] = -1 if construction == 1 else 1
+    core[1:, 1:] = _jacobsthal(q)
+    eye = torch.eye(q + 1, dtype=torch.float64)
+    if construction == 1:
+        return eye + core
+    on_sign = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    on_zero = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
+    return torch.kron(core, on_sign) + torch.kron(eye, on_zero)
+
+
+@lru_cache(maxsize=64)
+def hadamard_matrix(order: int) -> Tensor:
+    """The +-1 matrix ``H_base (x) Sylvester(2^k)``, float64 ``[order, order]``, with ``H H^T = order I``.
+
+    Raises:
+        ValueError: the order has no construction here (see :func:`decompose_order`).
+    """
+    base, power = decompose_order(order)
+    matrix = _paley(*_PALEY_PRIME[base]) if base > 1 else torch.ones(1, 1, dtype=torch.float64)
+    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    for _ in range(power.bit_length() - 1):
+        matrix = torch.kron(matrix, two)
+    return matrix
+
+
+def _kron_factors(order: int) -> tuple[int, int]:
+    """``(left, right)`` orders of ``H_left (x) H_right`` with the fewest multiplications."""
+    base, power = decompose_order(order)
+    choices = [(base << i, power >> i) for i in range(power.bit_length())]
+    return min(choices, key=lambda pair: pair[0] + pair[1])
+
+
+class Rotation(nn.Module):
+    """Randomised rotation ``x_H = (x . D) H / sqrt(n)``, eq. (1); orthonormal, so products are unchanged.
+
+    Args:
+        width: n, the size of the last dimension.
+        signs: the stored +-1 vector D, ``[n]``; ``None`` means all ones.
+    """
+
+    def __init__(self, width: int, signs: Tensor | None = None) -> None:
+        super().__init__()
+        left, right = _kron_factors(width)
+        self.width, self.left_order, self.right_order = width, left, right
+        if signs is None:
+            signs = torch.ones(width)
+        self.register_buffer("signs", signs.to(torch.float32))
+        left_matrix = hadamard_matrix(left) / left**0.5
+        right_matrix = hadamard_matrix(right) / right**0.5
+        self.register_buffer("left", left_matrix.float(), persistent=False)
+        self.register_buffer("right", right_matrix.float(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rotate the last dimension of ``x`` ``[..., n]``; same shape and dtype back."""
+        shape = x.shape
+        left, right = self.left.to(x.dtype), self.right.to(x.dtype)
+        x_MLR = (x * self.signs.to(x.dtype)).reshape(-1, self.left_order, self.right_order)
+        # (D x) (H_L (x) H_R), with x seen as an L x R matrix, is H_L^T X H_R.
+        return (left.T @ (x_MLR @ right)).reshape(shape)
+
+
+def random_signs(width: int, generator: torch.Generator) -> Tensor:
+    """A +-1 vector ``[width]``, float32, drawn from ``generator``."""
+    return torch.randint(0, 2, (width,), generator=generator).float() * 2 - 1

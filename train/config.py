@@ -1,0 +1,102 @@
+"""The YAML file of a training run, validated; unknown keys, wrong types and impossible values are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from robuq_core.config import DiffusionConfig, ModelConfig, QuantConfig, SamplerConfig, StrictModel
+from robuq_core.errors import UserError
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be used; the message names the key and the fix."""
+
+
+class DataConfig(StrictModel):
+    """Images and their augmentation: resize the short side to ``resize``, crop to the model's size."""
+
+    path: Path
+    resize: int | None = Field(None, ge=2, description="short side before the crop; default: the model's input_size")
+    flip_probability: float = Field(0.5, ge=0, le=1)
+    colour_jitter: float = Field(0.0, ge=0, lt=1, description="brightness and contrast factors in 1 +- this")
+    class_names: Path | None = Field(None, description="text file, one name a line, in class order")
+
+
+class StageConfig(StrictModel):
+    """One optimisation: AdamW at ``lr`` after a linear warm-up, constant or cosine down to ``final_lr_ratio``."""
+
+    steps: int = Field(400_000, ge=1)
+    batch_size: int = Field(256, ge=1)
+    lr: float = Field(1e-4, gt=0)
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    final_lr_ratio: float = Field(0.05, ge=0, le=1)
+    warmup_steps: int = Field(1000, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0)
+    grad_clip: float | None = Field(1.0, gt=0)
+    ema_decay: float = Field(0.9999, ge=0, lt=1)
+    distill_weight: float = Field(0.0, ge=0, description="qat only: weight of the MSE to the teacher's output")
+    save_every: int = Field(1000, ge=1)
+    log_every: int = Field(50, ge=1)
+
+
+class TrainConfig(StrictModel):
+    """A whole run: every stage reads the same file and writes below ``run_dir``."""
+
+    run_dir: Path
+    seed: int = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool = True
+    class_dropout: float = Field(0.1, ge=0, lt=1)
+    class_init: Literal["normal", "pca"] = "normal"
+    class_init_std: float = Field(0.02, gt=0, description="initial spread of the class table")
+    model: ModelConfig
+    quant: QuantConfig = QuantConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    data: DataConfig
+    teacher: StageConfig = StageConfig()
+    qat: StageConfig = StageConfig(steps=350_000, batch_size=32)
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> TrainConfig:
+        if self.data.resize is not None and self.data.resize < self.model.input_size:
+            raise ValueError(f"data.resize {self.data.resize} is below model.input_size {self.model.input_size}")
+        return self
+
+
+def load_config(path: Path, overrides: list[str]) -> TrainConfig:
+    """Read a YAML file and apply ``section.key=value`` overrides (values are YAML too).
+
+    Raises:
+        ConfigError: unreadable file, malformed override, unknown key or value out of range.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot read the configuration: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping at the top level")
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        return TrainConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = (f"  {'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors())
+        raise ConfigError(f"{path}: invalid configuration\n" + "\n".join(lines)) from error
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise ConfigError(f"override {override!r} must look like section.key=value")
+    *sections, leaf = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override {override!r}: {section} is not a section")
+    tree[leaf] = yaml.safe_load(value)

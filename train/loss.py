@@ -1,0 +1,83 @@
+"""Training losses of a diffusion transformer: MSE of the prediction, plus the variational bound of a learned variance.
+
+The bound sees a detached mean (LEARNED_RANGE of arXiv 2102.09672), so it trains the variance alone.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from robuq_core.config import NUM_TRAIN_TIMESTEPS, DiffusionConfig
+from robuq_core.diffusion.schedule import alphas_cumprod, to_sample_coefficients, training_target
+
+
+def add_noise(x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """``x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise`` for ``[B, C, H, W]`` images and ``[B]`` timesteps."""
+    alpha_bar = _alpha_bar(timesteps, x0)
+    return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
+
+
+def _alpha_bar(timesteps: Tensor, like: Tensor) -> Tensor:
+    return alphas_cumprod()[timesteps].to(like.dtype).to(like.device)[:, None, None, None]
+
+
+def draw_timesteps(count: int, generator: torch.Generator) -> Tensor:
+    """Uniform timesteps 0..999, int64 ``[count]``."""
+    return torch.randint(0, NUM_TRAIN_TIMESTEPS, (count,), generator=generator)
+
+
+def diffusion_loss(
+    output: Tensor, x0: Tensor, x_t: Tensor, noise: Tensor, timesteps: Tensor, config: DiffusionConfig
+) -> Tensor:
+    """Mean loss of a batch: MSE of the prediction, plus the bound if the output has variance channels."""
+    channels = x0.shape[1]
+    prediction = output[:, :channels]
+    alpha_bar = _alpha_bar(timesteps, x0)
+    loss = (prediction - training_target(x0, noise, alpha_bar, config.prediction_type)).square().mean()
+    if output.shape[1] == channels:
+        return loss
+    a, b = to_sample_coefficients(alpha_bar, config.prediction_type)
+    predicted_x0 = a * x_t + b * prediction.detach()
+    return loss + variational_bound(predicted_x0, output[:, channels:], x0, x_t, timesteps)
+
+
+def variational_bound(predicted_x0: Tensor, variance: Tensor, x0: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
+    """The bound's term at each timestep, bits per dimension, averaged over the batch.
+
+    ``log var = f log beta_t + (1 - f) log beta~_t`` with ``f = (v + 1) / 2``; KL between Gaussians for t > 0, the
+    likelihood of 8-bit pixels at t = 0.
+    """
+    bar = alphas_cumprod()
+    previous = torch.cat([bar.new_ones(1), bar[:-1]])
+    beta = 1 - bar / previous
+    posterior = beta * (1 - previous) / (1 - bar)
+    posterior[0] = posterior[1]
+
+    def rows(table: Tensor) -> Tensor:
+        return table[timesteps].float().to(x0.device)[:, None, None, None]
+
+    on_x0, on_xt = rows(beta * previous.sqrt() / (1 - bar)), rows((1 - previous) * (1 - beta).sqrt() / (1 - bar))
+    fraction = (variance + 1) / 2
+    log_variance = fraction * rows(beta.log()) + (1 - fraction) * rows(posterior.log())
+    true_log_variance = rows(posterior.log())
+    true_mean, mean = on_x0 * x0 + on_xt * x_t, on_x0 * predicted_x0 + on_xt * x_t
+    kl = 0.5 * (
+        log_variance - true_log_variance - 1
+        + torch.exp(true_log_variance - log_variance)
+        + (true_mean - mean).square() * torch.exp(-log_variance)
+    )  # fmt: skip
+    bound = torch.where((timesteps == 0)[:, None, None, None], -_pixel_log_likelihood(x0, mean, log_variance), kl)
+    return bound.mean() / math.log(2)
+
+
+def _pixel_log_likelihood(x0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """Log probability of 8-bit pixels in [-1, 1] under a discretised Gaussian; the end bins reach to infinity."""
+    inverse_std = torch.exp(-0.5 * log_variance)
+    upper = torch.special.ndtr((x0 - mean + 1 / 255) * inverse_std)
+    lower = torch.special.ndtr((x0 - mean - 1 / 255) * inverse_std)
+    upper = torch.where(x0 > 0.999, torch.ones_like(upper), upper)
+    lower = torch.where(x0 < -0.999, torch.zeros_like(lower), lower)
+    return (upper - lower).clamp(min=1e-12).log()

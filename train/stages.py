@@ -1,0 +1,105 @@
+"""The stages of a run, each a function of the configuration: teacher, qat, export.
+
+Files below ``run_dir``: ``teacher.pt``, ``qat.pt`` (resumable states) and their ``.log.jsonl``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from robuq_core.models.dit import DiT
+from robuq_core.models.quant_linear import quantize_model
+from train.config import TrainConfig
+from train.data import BatchSource, ImageDataset, centre_images, load_dataset
+from train.state import load_ema
+from train.trainer import Trainer
+
+# BLAS treats values below this as zero-cost directions; a principal component under it carries nothing.
+_NEGLIGIBLE = 1e-9
+
+
+def teacher_path(config: TrainConfig) -> Path:
+    return config.run_dir / "teacher.pt"
+
+
+def qat_path(config: TrainConfig) -> Path:
+    return config.run_dir / "qat.pt"
+
+
+def read_images(config: TrainConfig) -> ImageDataset:
+    size = config.data.resize or config.model.input_size
+    return load_dataset(config.data.path, size, config.model.num_classes)
+
+
+def train_teacher(config: TrainConfig) -> None:
+    """Train the full-precision DiT, or go on from its saved state."""
+    dataset = read_images(config)
+    torch.manual_seed(config.seed)
+    model = DiT(config.model)
+    initialise_class_table(model, config, dataset)
+    _trainer(config, "teacher", model, dataset).run()
+
+
+def train_qat(config: TrainConfig) -> None:
+    """Quantise the teacher's averaged weights and train them on, or go on from the saved state."""
+    dataset = read_images(config)
+    teacher = load_teacher(config)
+    student = quantize_model(load_teacher(config), config.quant)
+    _trainer(config, "qat", student, dataset, teacher).run()
+
+
+def load_teacher(config: TrainConfig) -> DiT:
+    model = DiT(config.model)
+    load_ema(teacher_path(config), model)
+    return model
+
+
+def load_student(config: TrainConfig) -> tuple[DiT, int]:
+    """The fake-quantised model with the averaged weights of ``qat.pt``, and the step they were saved at."""
+    model = quantize_model(DiT(config.model), config.quant)
+    step = load_ema(qat_path(config), model)
+    return model, step
+
+
+def _trainer(
+    config: TrainConfig, stage: str, model: DiT, dataset: ImageDataset, teacher: DiT | None = None
+) -> Trainer:
+    stage_config = config.teacher if stage == "teacher" else config.qat
+    source = BatchSource(dataset, config.data, config.model.input_size, stage_config.batch_size, config.seed)
+    return Trainer(config, stage_config, model, source, config.run_dir / f"{stage}.pt", teacher)
+
+
+@torch.no_grad()
+def initialise_class_table(model: DiT, config: TrainConfig, dataset: ImageDataset) -> None:
+    """Spread the class table as ``class_init`` asks: Gaussian, or principal components of the class means.
+
+    ``pca`` gives classes with like images like codes, so that what is learnt of one serves the others. The
+    components are weighted by the square root of their standard deviation: the leading ones still lead, and the
+    fine ones stay above the noise of a 4-bit adaLN input. Overall spread: ``class_init_std``.
+    """
+    table = model.y_embedder.embedding_table.weight
+    if config.class_init == "normal":
+        torch.nn.init.normal_(table, std=config.class_init_std)
+        return
+    codes = _principal_codes(_class_means(dataset, config), table.shape[1])
+    table.zero_()
+    table[:-1, : codes.shape[1]] = codes / codes.std() * config.class_init_std
+
+
+def _class_means(dataset: ImageDataset, config: TrainConfig) -> Tensor:
+    images = centre_images(dataset, config.model.input_size).flatten(1)
+    sums = torch.zeros(config.model.num_classes, images.shape[1]).index_add_(0, dataset.labels, images)
+    counts = torch.bincount(dataset.labels, minlength=config.model.num_classes)
+    return sums / counts.clamp(min=1)[:, None]
+
+
+def _principal_codes(means: Tensor, width: int) -> Tensor:
+    centred = (means - means.mean(dim=0)).double()
+    u, s, _ = torch.linalg.svd(centred, full_matrices=False)
+    kept = min(width, int((s > _NEGLIGIBLE * s[0]).sum()))
+    # The SVD leaves each component's sign open; fix it, so that a run does not depend on the LAPACK build.
+    u = u * u.gather(0, u.abs().argmax(dim=0, keepdim=True)).sign()
+    return (u[:, :kept] * s[:kept].sqrt()).float()

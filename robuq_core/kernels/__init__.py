@@ -1,0 +1,1 @@
+"""One op set, several backends with one signature; ``reference`` (torch) is the law."""

@@ -1,0 +1,95 @@
+"""What every backend offers: the packed layer, and the four ops that a packed DiT is made of.
+
+Each output row depends on its own input row alone, in one fixed order of float operations: a row's result does not
+change with the number of rows beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from robuq_core.quant.activation import Grid
+
+
+@dataclass(frozen=True)
+class TernaryLayer:
+    """A packed linear, eq. (1)-(5). N outputs, K inputs, r the rank of the low-rank branch (may be 0).
+
+    ``planar``: ternary codes, 2 bits each (see :mod:`robuq_core.quant.packing`), uint8 ``[N, ceil(K / 128) * 32]``.
+    ``alpha [N]``, ``bias [N]``, ``signs [K]``, ``lowrank_a [N, r]``, ``lowrank_b [r, K]``: float32, contiguous.
+    ``bits``, ``grid``: of its input's activation quantiser.
+    """
+
+    planar: Tensor
+    alpha: Tensor
+    bias: Tensor
+    signs: Tensor
+    lowrank_a: Tensor
+    lowrank_b: Tensor
+    bits: int
+    grid: Grid
+
+    @property
+    def in_features(self) -> int:
+        return self.signs.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        return self.alpha.shape[0]
+
+    @property
+    def rank(self) -> int:
+        return self.lowrank_a.shape[1]
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """LayerNorm without parameters, then ``x * (1 + scale) + shift``; ``shift``, ``scale``: ``[B, K]`` for B images.
+
+    Rows ``[M, K]`` belong to images in order, ``M / B`` tokens each.
+    """
+
+    shift: Tensor
+    scale: Tensor
+    eps: float
+
+
+Prologue = Modulation | Literal["gelu", "silu"] | None
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A layer's input as it enters the integer product: int8 ``codes [M, K]``, float32 ``scales [M]`` and
+    ``lowrank [M, r]`` (the rotated, unquantised activation times ``lowrank_b^T``)."""
+
+    codes: Tensor
+    scales: Tensor
+    lowrank: Tensor
+
+
+class Backend(Protocol):
+    """The op set. Tensors are float32 and contiguous unless said otherwise; shapes are checked by the backend."""
+
+    name: str
+
+    def rotate_quantize(self, x: Tensor, layer: TernaryLayer, prologue: Prologue = None) -> Quantized:
+        """Prologue (``gelu`` is the tanh form), rotation and per-token quantisation of ``x [M, K]``, eq. (1), (4)."""
+        ...
+
+    def ternary_linear(self, x: Quantized, layer: TernaryLayer) -> Tensor:
+        """``y [M, N]``, eq. (5): exact int32 product, two scales, low-rank term, bias."""
+        ...
+
+    def attention(self, qkv: Tensor, num_heads: int, quantized: bool) -> Tensor:
+        """Softmax attention of ``qkv [B, L, 3 D]`` (q|k|v, heads within each) -> ``[B, L, D]``.
+
+        ``quantized``: 8-bit products as :mod:`robuq_core.quant.attention` defines them.
+        """
+        ...
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Full-precision ``x [M, K] @ weight [N, K]^T + bias [N]``, invariant to M."""
+        ...

@@ -44,3 +44,7 @@ def qat(config: ConfigOption, override: SetOption = None) -> None:
     from train.stages import train_qat
 
     train_qat(_load(config, override))
+
+
+if __name__ == "__main__":
+    app()

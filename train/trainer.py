@@ -178,5 +178,7 @@ class Trainer:
             "lr": learning_rate(self.stage, self.step - 1),
             "steps_per_second": round(steps_per_second, 3),
         }
-        with self.state_path.with_suffix(".log.jsonl").open("a") as file:
+        log = self.state_path.with_suffix(".log.jsonl")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as file:
             file.write(json.dumps(record) + "\n")

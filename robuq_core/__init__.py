@@ -1,6 +1,26 @@
 """RobuQ's runtime: diffusion transformers with ternary weights and low-bit activations (W1.58Ax).
 
 Knows neither HTTP (``server``) nor training (``train``).
+
+    from robuq_core import Sampler
+    Sampler.from_checkpoint().generate(class_ids=[207], seed=0)[0].save("golden_retriever.png")
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from robuq_core.pipeline import RowSpec, Sampler
+
 __version__ = "0.1.0"
+__all__ = ["RowSpec", "Sampler", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: a console script's --help should not wait for torch.
+    if name in ("RowSpec", "Sampler"):
+        from robuq_core import pipeline
+
+        return getattr(pipeline, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

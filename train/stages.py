@@ -6,15 +6,17 @@ Files below ``run_dir``: ``teacher.pt``, ``qat.pt`` (resumable states) and their
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from robuq_core.checkpoint import Header, write_checkpoint
 from robuq_core.models.dit import DiT
 from robuq_core.models.quant_linear import quantize_model
 from train.config import TrainConfig
 from train.data import BatchSource, ImageDataset, centre_images, load_dataset
-from train.state import load_ema
+from train.state import load_ema, load_state
 from train.trainer import Trainer
 
 # BLAS treats values below this as zero-cost directions; a principal component under it carries nothing.
@@ -57,11 +59,34 @@ def load_teacher(config: TrainConfig) -> DiT:
     return model
 
 
-def load_student(config: TrainConfig) -> tuple[DiT, int]:
-    """The fake-quantised model with the averaged weights of ``qat.pt``, and the step they were saved at."""
+def load_student(config: TrainConfig) -> tuple[DiT, dict[str, Any]]:
+    """The fake-quantised model with the averaged weights of ``qat.pt``, and that state's step and provenance."""
     model = quantize_model(DiT(config.model), config.quant)
-    step = load_ema(qat_path(config), model)
-    return model, step
+    return model, load_ema(qat_path(config), model)
+
+
+def export(config: TrainConfig, path: Path) -> Header:
+    """Pack the student into ``path``; the header says how it was made.
+
+    Raises:
+        UserError: no usable ``qat.pt``, or class names that do not fit the model.
+    """
+    model, student = load_student(config)
+    teacher_state = load_state(teacher_path(config))
+    provenance = {
+        "teacher": {"step": teacher_state["step"], **teacher_state.get("provenance", {})},
+        "qat": {"step": student["step"], **student["provenance"]},
+    }
+    names = config.data.class_names
+    return write_checkpoint(
+        path,
+        model,
+        quant=config.quant,
+        diffusion=config.diffusion,
+        sampler=config.sampler,
+        class_names=tuple(names.read_text().splitlines()) if names else (),
+        provenance=provenance,
+    )
 
 
 def _trainer(

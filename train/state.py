@@ -59,8 +59,8 @@ def load_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_ema(path: Path, model: nn.Module) -> int:
-    """Load the averaged weights of a state into ``model``; returns the step they were saved at.
+def load_ema(path: Path, model: nn.Module) -> dict[str, Any]:
+    """Load the averaged weights of a state into ``model``; returns its ``step`` and ``provenance``.
 
     Raises:
         StateError: as :func:`load_state`, or the weights do not fit the model.
@@ -72,4 +72,4 @@ def load_ema(path: Path, model: nn.Module) -> int:
         model.load_state_dict(ema, strict=False)
     except RuntimeError as error:
         raise StateError(f"{path}: weights do not fit the configured model: {error}") from error
-    return int(state["step"])
+    return {"step": state["step"], "provenance": state.get("provenance", {})}

@@ -19,6 +19,7 @@ from robuq_core.errors import UserError
 from robuq_core.models.dit import DiT
 from train.config import StageConfig, TrainConfig
 from train.data import BatchSource, step_generator
+from train.provenance import run_provenance
 from train.loss import add_noise, diffusion_loss, draw_timesteps
 from train.state import EMA, StateError, load_state, save_state
 
@@ -77,6 +78,7 @@ class Trainer:
         self._forward = self._compiled(self.model)
         self._teach = self._compiled(self.teacher) if self.teacher is not None else None
         self._stopping = False
+        self.provenance = run_provenance(config)
         if state_path.exists():
             self._resume()
 
@@ -101,6 +103,7 @@ class Trainer:
             model=self.model.state_dict(),
             ema=self.ema.shadow,
             optimiser=self.optimiser.state_dict(),
+            provenance=self.provenance,
         )
 
     def run(self) -> None:

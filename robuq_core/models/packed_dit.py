@@ -51,6 +51,15 @@ class PackedDiT:
         self.pos_embed = sincos_positions(config.hidden_size, config.input_size // config.patch_size)
         self._timestep_cache: dict[int, Tensor] = {}
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights as they lie in memory: 2-bit codes, scales, low-rank factors, dense tensors."""
+        tensors = list(self.dense.values())
+        for block in self.blocks:
+            for layer in (block.qkv, block.proj, block.fc1, block.fc2, block.adaln):
+                tensors += [layer.planar, layer.alpha, layer.bias, layer.signs, layer.lowrank_a, layer.lowrank_b]
+        return sum(tensor.nbytes for tensor in tensors)
+
     def forward(self, x_BCHW: Tensor, timesteps_B: Tensor, classes_B: Tensor) -> Tensor:
         config = self.config
         tokens = patchify(x_BCHW, config.patch_size).flatten(0, 1).contiguous()

@@ -1,0 +1,279 @@
+"""The packed checkpoint: one safetensors file whose header says everything about the model.
+
+Ternary weights in base 3 (5 a byte), scales fp16, low-rank factors bf16, biases fp32, embedders and final layer fp16.
+Everything in the header is validated, and every tensor's checksum compared, before a model is built from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from robuq_core.config import DiffusionConfig, ModelConfig, QuantConfig, SamplerConfig, StrictModel
+from robuq_core.errors import UserError
+from robuq_core.files import replacing
+from robuq_core.kernels.ops import TernaryLayer
+from robuq_core.models.dit import DiT
+from robuq_core.models.quant_linear import QuantLinear, is_adaln, layer_bits, quantizable_linears
+from robuq_core.quant.bits import average_bits
+from robuq_core.quant.packing import pack_base3, pack_planar, unpack_base3
+from robuq_core.quant.ternary import ternarize
+
+FORMAT_VERSION = 1
+_METADATA_KEY = "robuq"
+
+
+class CheckpointError(UserError):
+    """A packed checkpoint that cannot be used; the message names the file, the field and the fix."""
+
+
+class TensorEntry(StrictModel):
+    """What the header promises of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+
+class Header(StrictModel):
+    """The JSON under ``robuq`` in the safetensors metadata."""
+
+    format_version: int
+    model: ModelConfig
+    quant: QuantConfig
+    diffusion: DiffusionConfig
+    sampler: SamplerConfig
+    class_names: tuple[str, ...] = ()
+    decoder: Literal["pixels", "latent"] = "pixels"
+    provenance: dict[str, Any] = Field(default_factory=dict)
+    tensors: dict[str, TensorEntry]
+
+    @property
+    def bits(self) -> dict[str, int]:
+        """Activation bits of every quantised linear, adaLN included, by layer name."""
+        return {name: layer_bits(name, self.quant) for name in layer_shapes(self.model)}
+
+    @property
+    def average_activation_bits(self) -> float:
+        """MAC-weighted over qkv, proj, fc1 and fc2 of all blocks; adaLN's fixed bits are left out, as in the paper."""
+        table = {name: bits for name, bits in self.bits.items() if not is_adaln(name)}
+        return average_bits(table, layer_macs(self.model))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified file in memory: ``dense`` float32 tensors and packed ``layers``, both by DiT name."""
+
+    header: Header
+    dense: dict[str, Tensor]
+    layers: dict[str, TernaryLayer]
+
+
+def layer_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """``(out, in)`` of every quantised linear, by name, in the order of the network."""
+    d, hidden = model.hidden_size, model.mlp_ratio * model.hidden_size
+    block = {
+        "attn.qkv": (3 * d, d),
+        "attn.proj": (d, d),
+        "mlp.fc1": (hidden, d),
+        "mlp.fc2": (d, hidden),
+        "adaLN_modulation.1": (6 * d, d),
+    }
+    return {f"blocks.{i}.{name}": shape for i in range(model.depth) for name, shape in block.items()}
+
+
+def layer_macs(model: ModelConfig) -> dict[str, int]:
+    """Multiply-accumulates of every quantised linear for one image and forward."""
+    return {
+        name: out * into * (1 if is_adaln(name) else model.num_tokens)
+        for name, (out, into) in layer_shapes(model).items()
+    }
+
+
+def write_checkpoint(
+    path: Path,
+    model: DiT,
+    *,
+    quant: QuantConfig,
+    diffusion: DiffusionConfig,
+    sampler: SamplerConfig,
+    class_names: tuple[str, ...] = (),
+    provenance: Mapping[str, Any] | None = None,
+) -> Header:
+    """Pack a fake-quantised ``model`` into ``path``, whole or not at all; returns the header written.
+
+    Raises:
+        CheckpointError: a tensor holds values that its storage type cannot, or names and classes differ in number.
+    """
+    if class_names and len(class_names) != model.config.num_classes:
+        raise CheckpointError(f"{len(class_names)} class names for {model.config.num_classes} classes")
+    tensors = _packed_tensors(model)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{name} does not fit {tensor.dtype}: train on, or lower the learning rate")
+    header = Header(
+        format_version=FORMAT_VERSION,
+        model=model.config,
+        quant=quant,
+        diffusion=diffusion,
+        sampler=sampler,
+        class_names=class_names,
+        decoder="pixels" if model.config.in_channels == 3 else "latent",
+        provenance=dict(provenance or {}),
+        tensors={name: _entry(tensor) for name, tensor in tensors.items()},
+    )
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={_METADATA_KEY: header.model_dump_json()})
+    return header
+
+
+def _packed_tensors(model: DiT) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    linears = dict(quantizable_linears(model))
+    for name, linear in linears.items():
+        if not isinstance(linear, QuantLinear):
+            raise CheckpointError(f"{name} is not quantised: pack the model that quantisation-aware training made")
+        codes, alpha = ternarize(linear.weight.detach().float(), linear.weight_scale)
+        tensors[f"{name}.trits"] = pack_base3(codes)
+        tensors[f"{name}.alpha"] = alpha.half()
+        tensors[f"{name}.bias"] = linear.bias.detach().float().clone()
+        tensors[f"{name}.signs"] = _pack_signs(linear.rotation.signs)
+        if linear.rank:
+            tensors[f"{name}.lowrank_a"] = linear.lowrank_a.detach().bfloat16()
+            tensors[f"{name}.lowrank_b"] = linear.lowrank_b.detach().bfloat16()
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[0] not in linears:
+            dense = parameter.detach()
+            tensors[name] = dense.half() if not name.startswith("blocks.") else dense
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if ".lowrank" not in name or tensor.numel()}
+
+
+def _pack_signs(signs: Tensor) -> Tensor:
+    return torch.from_numpy(np.packbits((signs.cpu() > 0).numpy(), bitorder="little"))
+
+
+def _unpack_signs(packed: Tensor, width: int) -> Tensor:
+    bits = np.unpackbits(packed.numpy(), count=width, bitorder="little")
+    return torch.from_numpy(bits.astype(np.float32) * 2 - 1)
+
+
+def _entry(tensor: Tensor) -> TensorEntry:
+    return TensorEntry(dtype=str(tensor.dtype), shape=tuple(tensor.shape), sha256=_digest(tensor))
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+
+
+def read_header(path: Path) -> Header:
+    """The validated header of a packed checkpoint; no tensor is read.
+
+    Raises:
+        CheckpointError: missing, truncated or foreign file, newer format, or a field that does not validate.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; give the path of a packed .safetensors checkpoint")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            stored = set(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error}); copy it again") from error
+    if _METADATA_KEY not in metadata:
+        raise CheckpointError(f"{path}: a safetensors file without a '{_METADATA_KEY}' header; "
+                              "pack a model with robuq-train export")  # fmt: skip
+    header = _parse_header(path, metadata[_METADATA_KEY])
+    promised, needed = set(header.tensors), set(_expected_shapes(header))
+    if stored != promised or promised != needed:
+        names = sorted((stored ^ promised) | (promised ^ needed))
+        raise CheckpointError(f"{path}: tensors do not match the model: {', '.join(names[:3])}; export the file again")
+    return header
+
+
+def _parse_header(path: Path, text: str) -> Header:
+    try:
+        tree = json.loads(text)
+        version = tree["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: header field format_version cannot be read; export the file again") from error
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format_version {version} is newer than this program reads ({FORMAT_VERSION}); "
+                              "upgrade robuq")  # fmt: skip
+    try:
+        header = Header.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{path}: header field {where}: {first['msg']}; export the file again") from error
+    for name, shape in _expected_shapes(header).items():
+        entry = header.tensors.get(name)
+        if entry is not None and entry.shape != shape:
+            raise CheckpointError(f"{path}: {name} is {entry.shape} but the model needs {shape}; export the file again")
+    return header
+
+
+def _expected_shapes(header: Header) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        skeleton = DiT(header.model)
+    shapes: dict[str, tuple[int, ...]] = {
+        name: tuple(p.shape) for name, p in skeleton.named_parameters() if not name.startswith("blocks.")
+    }
+    for name, (out, into) in layer_shapes(header.model).items():
+        rank = header.quant.adaln_rank if is_adaln(name) else header.quant.rank
+        shapes[f"{name}.trits"] = (-(-out * into // 5),)
+        shapes[f"{name}.alpha"] = shapes[f"{name}.bias"] = (out,)
+        shapes[f"{name}.signs"] = (-(-into // 8),)
+        if rank:
+            shapes[f"{name}.lowrank_a"], shapes[f"{name}.lowrank_b"] = (out, rank), (rank, into)
+    return shapes
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read, verify and unpack a checkpoint for the runtime: weights stay at 2 bits.
+
+    Raises:
+        CheckpointError: as :func:`read_header`, or a tensor whose type, shape or checksum is not the header's.
+    """
+    header = read_header(path)
+    tensors: dict[str, Tensor] = {}
+    with safe_open(path, "pt") as file:
+        for name, entry in header.tensors.items():
+            tensor = file.get_tensor(name)
+            if _entry(tensor) != entry:
+                raise CheckpointError(f"{path}: {name} is damaged (checksum, type or shape differs from the header); "
+                                      "copy the file again")  # fmt: skip
+            tensors[name] = tensor
+    layers = {name: _unpack_layer(path, name, shape, tensors, header) for name, shape in layer_shapes(header.model).items()}
+    dense = {name: tensor.float() for name, tensor in tensors.items() if not name.startswith("blocks.")}
+    return Checkpoint(header, dense, layers)
+
+
+def _unpack_layer(
+    path: Path, name: str, shape: tuple[int, int], tensors: dict[str, Tensor], header: Header
+) -> TernaryLayer:
+    try:
+        codes = unpack_base3(tensors[f"{name}.trits"], shape)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {name}.trits: {error}; export the file again") from error
+    out, into = shape
+    return TernaryLayer(
+        planar=pack_planar(codes),
+        alpha=tensors[f"{name}.alpha"].float(),
+        bias=tensors[f"{name}.bias"].float(),
+        signs=_unpack_signs(tensors[f"{name}.signs"], into),
+        lowrank_a=tensors.get(f"{name}.lowrank_a", torch.zeros(out, 0)).float(),
+        lowrank_b=tensors.get(f"{name}.lowrank_b", torch.zeros(0, into)).float(),
+        bits=layer_bits(name, header.quant),
+        grid=header.quant.grid,
+    )

@@ -1,0 +1,220 @@
+"""Sampling: requests in, images out. :meth:`Sampler.step` advances any mix of rows by one denoising step.
+
+A row's picture depends on the checkpoint and its own :class:`RowSpec` alone, not on the rows beside it: every op of
+the forward and of the update keeps one order of float operations per row.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from robuq_core.checkpoint import CheckpointError, Header, read_checkpoint
+from robuq_core.config import SamplerName
+from robuq_core.diffusion.guidance import guide
+from robuq_core.diffusion.samplers import StepTable, step_table
+from robuq_core.diffusion.schedule import to_sample_coefficients
+from robuq_core.kernels.select import select_backend
+from robuq_core.models.packed_dit import PackedDiT
+
+MAX_SEED = 2**32 - 1
+BUNDLED_CHECKPOINT = "imagenet-1-per-class-w1.58a2.safetensors"
+
+
+def bundled_checkpoint() -> Path:
+    """Path of the checkpoint that comes with the package."""
+    return Path(str(resources.files("robuq_core") / "assets" / BUNDLED_CHECKPOINT))
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """One image to draw. Seed 0..2**32-1; steps 1..1000; guidance 1 means none (and costs half)."""
+
+    class_id: int
+    seed: int
+    steps: int
+    guidance_scale: float
+    sampler: SamplerName
+
+
+class Row:
+    """An image on its way from noise: ``x`` and ``previous_x0`` are float32 ``[C, H, W]``."""
+
+    def __init__(self, spec: RowSpec, shape: tuple[int, int, int]) -> None:
+        self.spec = spec
+        self.table: StepTable = step_table(spec.sampler, spec.steps)
+        self.generator = torch.Generator().manual_seed(spec.seed)
+        self.x = torch.randn(shape, generator=self.generator)
+        self.previous_x0 = torch.zeros(shape)
+        self.steps_done = 0
+
+    @property
+    def done(self) -> bool:
+        return self.steps_done == len(self.table)
+
+    @property
+    def timestep(self) -> int:
+        """The original index 0..999 of the next step."""
+        return self.table.timesteps[self.steps_done]
+
+
+class Denoiser(Protocol):
+    """What a sampler needs of a network: packed or plain, one forward."""
+
+    def forward(self, x: Tensor, timesteps: Tensor, classes: Tensor, /) -> Tensor: ...
+
+
+class Sampler:
+    """Draws images with ``model``, which ``header`` describes.
+
+    Not thread-safe: one owner calls :meth:`step`. :meth:`decode` may be called from any thread.
+    """
+
+    def __init__(
+        self, model: Denoiser, header: Header, *, checkpoint_name: str, backend_name: str, weight_bytes: int
+    ) -> None:
+        if header.decoder != "pixels":
+            raise CheckpointError(f"{checkpoint_name}: a latent model needs a decoder that this version does not have; "
+                                  "use a pixel-space checkpoint")  # fmt: skip
+        self.model, self.header = model, header
+        self.checkpoint_name, self.backend_name, self.weight_bytes = checkpoint_name, backend_name, weight_bytes
+        self.defaults = header.sampler
+        self.class_names = header.class_names
+        self.num_classes = header.model.num_classes
+        self.image_size = header.model.input_size
+        self.average_activation_bits = header.average_activation_bits
+        self._shape = (header.model.in_channels, header.model.input_size, header.model.input_size)
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: Path | str | None = None, *, backend: str = "auto", threads: int | None = None
+    ) -> Sampler:
+        """Load a packed file; ``None`` is the bundled one.
+
+        Raises:
+            CheckpointError: the file cannot be used. ValueError: unknown backend.
+        """
+        chosen = bundled_checkpoint() if path is None else Path(path)
+        checkpoint = read_checkpoint(chosen)
+        ops = select_backend(backend, threads)
+        attention_is_quantized = checkpoint.header.quant.attention_bits is not None
+        model = PackedDiT(checkpoint.header.model, checkpoint.dense, checkpoint.layers, ops, attention_is_quantized)
+        return cls(
+            model,
+            checkpoint.header,
+            checkpoint_name=chosen.stem,
+            backend_name=ops.name,
+            weight_bytes=model.weight_bytes,
+        )
+
+    def start(self, spec: RowSpec) -> Row:
+        """A new row at its first step: pure noise from its seed.
+
+        Raises:
+            ValueError: class, seed or steps out of range.
+        """
+        if not 0 <= spec.class_id < self.num_classes:
+            raise ValueError(f"class_id must be 0..{self.num_classes - 1}, not {spec.class_id}")
+        if not 0 <= spec.seed <= MAX_SEED:
+            raise ValueError(f"seed must be 0..{MAX_SEED}, not {spec.seed}")
+        return Row(spec, self._shape)
+
+    @torch.inference_mode()
+    def step(self, rows: Sequence[Row]) -> None:
+        """Advance every row by one step with one forward.
+
+        Rows may differ in class, timestep, step count, guidance and sampler. If it raises, no row has moved.
+        """
+        x = torch.stack([row.x for row in rows])
+        output = self._guided_output(rows, x)
+        channels = self._shape[0]
+        x0 = self._predicted_x0(rows, x, output[:, :channels])
+        previous = torch.stack([row.previous_x0 for row in rows])
+
+        def column(name: str) -> Tensor:
+            values = [getattr(row.table, name)[row.steps_done].item() for row in rows]
+            return torch.tensor(values, dtype=torch.float32)[:, None, None, None]
+
+        # Products and sums stay apart: a fused multiply-add would round by where an element lies in the tensor.
+        following = column("on_xt") * x + column("on_x0") * x0 + column("on_previous_x0") * previous
+        moved = [self._with_noise(row, following[i], output[i, channels:]) for i, row in enumerate(rows)]
+        for i, row in enumerate(rows):
+            row.x, row.previous_x0 = moved[i], x0[i]
+            row.steps_done += 1
+
+    def _guided_output(self, rows: Sequence[Row], x: Tensor) -> Tensor:
+        guided = [i for i, row in enumerate(rows) if row.spec.guidance_scale != 1]
+        timesteps = torch.tensor([row.timestep for row in rows])
+        classes = torch.tensor([row.spec.class_id for row in rows])
+        null = torch.full((len(guided),), self.header.model.null_class)
+        output = self.model.forward(
+            torch.cat([x, x[guided]]), torch.cat([timesteps, timesteps[guided]]), torch.cat([classes, null])
+        )
+        cond, uncond = output[: len(rows)], output[len(rows) :]
+        if guided:
+            scale = torch.tensor([rows[i].spec.guidance_scale for i in guided])
+            cond[guided] = guide(cond[guided], uncond, scale, self._shape[0], self.header.model.flavour)
+        return cond
+
+    def _predicted_x0(self, rows: Sequence[Row], x: Tensor, prediction: Tensor) -> Tensor:
+        alpha_bar = torch.stack([row.table.alpha_bar[row.steps_done] for row in rows])
+        a, b = to_sample_coefficients(alpha_bar, self.header.diffusion.prediction_type)
+        x0 = a.float()[:, None, None, None] * x + b.float()[:, None, None, None] * prediction
+        return x0.clamp(-1, 1) if self.header.diffusion.clip_sample else x0
+
+    def _with_noise(self, row: Row, mean: Tensor, variance: Tensor) -> Tensor:
+        if not row.table.stochastic or row.steps_done == len(row.table) - 1:
+            return mean.clone()
+        i = row.steps_done
+        noise = torch.randn(self._shape, generator=row.generator)
+        if not self.header.model.learn_sigma:
+            return mean + row.table.std[i].float() * noise
+        fraction = (variance + 1) / 2
+        log_variance = fraction * row.table.log_beta[i].float() + (1 - fraction) * row.table.log_posterior[i].float()
+        return mean + torch.exp(0.5 * log_variance) * noise
+
+    def decode(self, row: Row) -> np.ndarray:
+        """Pixels of a row, uint8 ``[H, W, 3]``: ``127.5 x + 128``, cut to 0..255."""
+        pixels = (row.x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+        return pixels.permute(1, 2, 0).contiguous().numpy()
+
+    def generate(
+        self,
+        class_ids: Sequence[int],
+        seed: int | None = None,
+        *,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        sampler: SamplerName | None = None,
+    ) -> list[Image.Image]:
+        """One image a class; image i uses ``seed + i``. What is ``None`` takes the checkpoint's default.
+
+        Raises:
+            ValueError: class, seed or steps out of range.
+        """
+        first = secrets.randbelow(MAX_SEED + 1) if seed is None else seed
+        defaults = self.defaults
+        rows = [
+            self.start(
+                RowSpec(
+                    class_id,
+                    (first + i) % (MAX_SEED + 1),
+                    defaults.steps if steps is None else steps,
+                    defaults.guidance_scale if guidance_scale is None else guidance_scale,
+                    defaults.sampler if sampler is None else sampler,
+                )
+            )
+            for i, class_id in enumerate(class_ids)
+        ]
+        while not all(row.done for row in rows):
+            self.step([row for row in rows if not row.done])
+        return [Image.fromarray(self.decode(row)) for row in rows]

@@ -15,13 +15,13 @@ R = TypeVar("R")
 
 
 def reported(command: Callable[P, R]) -> Callable[P, R]:
-    """Wrap a command so that a :class:`UserError` or an ``OSError`` ends it with its message, not a traceback."""
+    """Wrap a command so that a :class:`UserError`, ``ValueError`` or ``OSError`` ends it with its message, not a traceback."""
 
     @functools.wraps(command)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return command(*args, **kwargs)
-        except (UserError, OSError) as error:
+        except (UserError, ValueError, OSError) as error:
             typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
             raise typer.Exit(2) from error
 

@@ -7,7 +7,7 @@ the forward and of the update keeps one order of float operations per row.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -195,8 +195,11 @@ class Sampler:
         steps: int | None = None,
         guidance_scale: float | None = None,
         sampler: SamplerName | None = None,
+        on_step: Callable[[], None] | None = None,
     ) -> list[Image.Image]:
         """One image a class; image i uses ``seed + i``. What is ``None`` takes the checkpoint's default.
+
+        ``on_step`` is called after each step, for a progress bar.
 
         Raises:
             ValueError: class, seed or steps out of range.
@@ -217,4 +220,6 @@ class Sampler:
         ]
         while not all(row.done for row in rows):
             self.step([row for row in rows if not row.done])
+            if on_step is not None:
+                on_step()
         return [Image.fromarray(self.decode(row)) for row in rows]

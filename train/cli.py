@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +45,48 @@ def qat(config: ConfigOption, override: SetOption = None) -> None:
     from train.stages import train_qat
 
     train_qat(_load(config, override))
+
+
+@app.command()
+@reported
+def export(
+    config: ConfigOption,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The packed .safetensors file to write.")],
+    override: SetOption = None,
+) -> None:
+    """Pack the trained student into one file that robuq and robuq-serve load."""
+    from train.stages import export as write
+
+    write(_load(config, override), out)
+    typer.echo(f"wrote {out} ({out.stat().st_size / 1e6:.2f} MB)")
+
+
+@app.command()
+@reported
+def evaluate(
+    config: ConfigOption,
+    checkpoint: Annotated[Path | None, typer.Option(help="A packed file; without it, the teacher is measured.")] = None,
+    classes: Annotated[int, typer.Option(min=1, help="How many classes to draw at random.")] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of the classes and of the samples.")] = 0,
+    sheet: Annotated[Path | None, typer.Option(help="Also write a contact sheet of the first 64 samples.")] = None,
+    override: SetOption = None,
+) -> None:
+    """Share of samples whose nearest training photo is of the asked class, and the classifier's agreement.
+
+    Features are EfficientNet-Lite0's. Prints JSON.
+    """
+    from robuq_core.pipeline import Sampler
+    from train.evaluate import evaluate as measure
+    from train.evaluate import plain_sampler
+    from train.stages import load_teacher, read_images
+
+    loaded = _load(config, override)
+    if checkpoint is None:
+        sampler = plain_sampler(load_teacher(loaded), loaded, "teacher")
+    else:
+        sampler = Sampler.from_checkpoint(checkpoint)
+    result = measure(sampler, loaded, read_images(loaded), classes, seed, sheet)
+    typer.echo(json.dumps({"model": sampler.checkpoint_name, "seed": seed, **result.as_dict()}, indent=2))
 
 
 if __name__ == "__main__":

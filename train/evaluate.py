@@ -25,6 +25,7 @@ from train.data import ImageDataset, centre_images
 
 _CLASSIFIER_SIZE = 224
 _BATCH = 32
+SHEET_IMAGES, SHEET_COLUMNS = 64, 16
 
 
 @dataclass(frozen=True)
@@ -128,11 +129,18 @@ def _topk(logits: Tensor, labels: Tensor) -> tuple[float, float]:
     return float(hits[:, 0].float().mean()), float(hits.any(dim=1).float().mean())
 
 
-def evaluate(sampler: Sampler, config: TrainConfig, dataset: ImageDataset, count: int, seed: int) -> Agreement:
-    """Draw ``count`` random classes once each and compare; see :func:`agreement`."""
+def evaluate(
+    sampler: Sampler, config: TrainConfig, dataset: ImageDataset, count: int, seed: int, sheet: Path | None = None
+) -> Agreement:
+    """Draw ``count`` random classes once each and compare; see :func:`agreement`.
+
+    ``sheet``: also write a contact sheet of the first 64 samples there."""
     classes = random_classes(min(count, config.model.num_classes), config.model.num_classes, seed)
     photos = centre_images(dataset, config.model.input_size)
-    return agreement(draw(sampler, classes, seed), classes, photos, dataset.labels, FeatureNetwork())
+    samples = draw(sampler, classes, seed)
+    if sheet is not None:
+        contact_sheet(samples[:SHEET_IMAGES], SHEET_COLUMNS, sheet)
+    return agreement(samples, classes, photos, dataset.labels, FeatureNetwork())
 
 
 def contact_sheet(images: Tensor, columns: int, path: Path, gap: int = 2) -> None:

@@ -74,8 +74,8 @@ def export(config: TrainConfig, path: Path) -> Header:
     model, student = load_student(config)
     teacher_state = load_state(teacher_path(config))
     provenance = {
-        "teacher": {"step": teacher_state["step"], **teacher_state.get("provenance", {})},
-        "qat": {"step": student["step"], **student["provenance"]},
+        "teacher": {"step": teacher_state["step"], "history": teacher_state["history"]},
+        "qat": student,
     }
     names = config.data.class_names
     return write_checkpoint(

@@ -54,13 +54,13 @@ def load_state(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         raise StateError(f"{path}: not a training state ({error}); delete it to start the stage again") from error
-    if not isinstance(state, dict) or not {"step", "ema"} <= set(state):
+    if not isinstance(state, dict) or not {"step", "ema", "model", "history"} <= set(state):
         raise StateError(f"{path}: not a training state of this project; delete it to start the stage again")
     return state
 
 
 def load_ema(path: Path, model: nn.Module) -> dict[str, Any]:
-    """Load the averaged weights of a state into ``model``; returns its ``step`` and ``provenance``.
+    """Load the averaged weights of a state into ``model``; returns its ``step`` and ``history``.
 
     Raises:
         StateError: as :func:`load_state`, or the weights do not fit the model.
@@ -72,4 +72,4 @@ def load_ema(path: Path, model: nn.Module) -> dict[str, Any]:
         model.load_state_dict(ema, strict=False)
     except RuntimeError as error:
         raise StateError(f"{path}: weights do not fit the configured model: {error}") from error
-    return {"step": state["step"], "provenance": state.get("provenance", {})}
+    return {"step": state["step"], "history": state["history"]}

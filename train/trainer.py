@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -19,8 +20,8 @@ from robuq_core.errors import UserError
 from robuq_core.models.dit import DiT
 from train.config import StageConfig, TrainConfig
 from train.data import BatchSource, step_generator
-from train.provenance import run_provenance
 from train.loss import add_noise, diffusion_loss, draw_timesteps
+from train.provenance import run_provenance
 from train.state import EMA, StateError, load_state, save_state
 
 
@@ -75,12 +76,14 @@ class Trainer:
         )
         self.ema = EMA(self.model, stage.ema_decay)
         self.step = 0
+        # One entry a start of this stage: a resumed run may have another commit or configuration.
+        self.history: list[dict[str, Any]] = []
         self._forward = self._compiled(self.model)
         self._teach = self._compiled(self.teacher) if self.teacher is not None else None
         self._stopping = False
-        self.provenance = run_provenance(config)
         if state_path.exists():
             self._resume()
+        self.history.append({"from_step": self.step, **run_provenance(config)})
 
     def _compiled(self, model: nn.Module) -> Callable[..., Tensor]:
         return torch.compile(model) if self.config.compile else model
@@ -94,7 +97,7 @@ class Trainer:
             raise StateError(f"{self.state_path}: does not fit the configuration ({error}); "
                              "restore the configuration it was made with, or delete it") from error  # fmt: skip
         self.ema.shadow = {name: value.to(self.device) for name, value in state["ema"].items()}
-        self.step = state["step"]
+        self.step, self.history = state["step"], list(state["history"])
 
     def save(self) -> None:
         save_state(
@@ -103,7 +106,7 @@ class Trainer:
             model=self.model.state_dict(),
             ema=self.ema.shadow,
             optimiser=self.optimiser.state_dict(),
-            provenance=self.provenance,
+            history=self.history,
         )
 
     def run(self) -> None:

@@ -1,0 +1,136 @@
+"""``robuq``: draw from, look into and time a packed checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from robuq_core.cli_support import reported
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Run diffusion transformers with ternary weights and low-bit activations from one packed file.",
+)
+
+CheckpointOption = Annotated[
+    Path | None, typer.Option("--checkpoint", "-c", help="Packed .safetensors file; default: the bundled one.")
+]
+BackendOption = Annotated[str, typer.Option(help="Kernel backend: auto, cpu (native) or reference (torch).")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")]
+
+
+@app.command()
+@reported
+def sample(
+    class_ids: Annotated[list[int], typer.Argument(help="One image a class id, e.g. 207 360.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNG files.")] = Path("samples"),
+    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Image i uses seed + i.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Denoising steps.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(min=0, max=20, help="1 is no guidance.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="ddpm, ddim or dpmsolver++.")] = None,
+    checkpoint: CheckpointOption = None,
+    backend: BackendOption = "auto",
+    threads: ThreadsOption = None,
+) -> None:
+    """Draw one image a class into PNG files; what is not given takes the checkpoint's default."""
+    from rich.progress import Progress
+
+    from robuq_core.pipeline import Sampler
+
+    loaded = Sampler.from_checkpoint(checkpoint, backend=backend, threads=threads)
+    with Progress() as progress:
+        task = progress.add_task("sampling", total=steps or loaded.defaults.steps)
+        images = loaded.generate(
+            class_ids,
+            seed,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            sampler=sampler,
+            on_step=lambda: progress.advance(task),
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    for i, (class_id, image) in enumerate(zip(class_ids, images, strict=True)):
+        path = out / f"{i:04d}_class{class_id}.png"
+        image.save(path)
+        typer.echo(path)
+
+
+@app.command("inspect")
+@reported
+def inspect_command(
+    checkpoint: Annotated[Path | None, typer.Argument(help="Packed file; default: the bundled one.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole header as JSON.")] = False,
+) -> None:
+    """Print the shape, the bit table, the average activation bits and the size by part of a packed file."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from robuq_core.inspect import inspect_checkpoint
+    from robuq_core.pipeline import bundled_checkpoint
+
+    path = checkpoint or bundled_checkpoint()
+    report = inspect_checkpoint(path)
+    header = report.header
+    if as_json:
+        typer.echo(header.model_dump_json(indent=2))
+        return
+    console = Console()
+    for title, section in (("model", header.model), ("quantisation", header.quant), ("diffusion", header.diffusion),
+                           ("sampler", header.sampler)):  # fmt: skip
+        values = ", ".join(f"{key} {value}" for key, value in section.model_dump().items() if value != {})
+        console.print(f"[bold]{title}[/bold]: {values}")
+    console.print(f"[bold]average activation bits[/bold] (MAC-weighted): {header.average_activation_bits:.3f}")
+    bits = Table("block", "qkv", "proj", "fc1", "fc2", "adaLN", title="activation bits")
+    widths = list(header.bits.values())
+    for i in range(header.model.depth):
+        bits.add_row(str(i), *map(str, widths[5 * i : 5 * i + 5]))
+    console.print(bits)
+    sizes = Table("part", "bytes", "share", title=f"{path.name}: {report.file_bytes:,} bytes")
+    for part, size in sorted(report.bytes_by_part.items(), key=lambda item: -item[1]):
+        sizes.add_row(part, f"{size:,}", f"{size / report.file_bytes:.1%}")
+    console.print(sizes)
+    console.print(f"{report.compression:.1f} times smaller than FP32 ({report.fp32_bytes:,} bytes)")
+    console.print(f"[bold]provenance[/bold]: {json.dumps(header.provenance, default=str)}")
+
+
+@app.command()
+@reported
+def bench(
+    preset: Annotated[str | None, typer.Option(help="Random weights of this shape, e.g. DiT-S/2.")] = None,
+    checkpoint: CheckpointOption = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch size; repeatable.")] = None,
+    repeats: Annotated[int, typer.Option(min=3, help="Interleaved runs of each side.")] = 11,
+    out: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
+    backend: BackendOption = "auto",
+    threads: ThreadsOption = None,
+) -> None:
+    """Time the packed forward against torch FP32 of the same shape, in one run, with a numeric check."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from robuq_core.bench import as_json, bench_forward
+    from robuq_core.files import replacing
+    from robuq_core.pipeline import bundled_checkpoint
+
+    path = None if preset else checkpoint or bundled_checkpoint()
+    name = preset or (path.stem if path else "")
+    timings = bench_forward(
+        name, batch or [1, 2, 8, 32], checkpoint=path, backend=backend, threads=threads, repeats=repeats
+    )
+    table = Table("batch", "packed ms", "fp32 ms", "ratio", "relative error", title=f"{name} on {timings[0].backend}")
+    for t in timings:
+        table.add_row(str(t.batch), f"{t.packed_s * 1e3:.2f}", f"{t.fp32_s * 1e3:.2f}", f"{t.ratio:.2f}",
+                      f"{t.relative_error:.1e}")  # fmt: skip
+    Console().print(table)
+    if out is not None:
+        with replacing(out) as temporary:
+            temporary.write_text(json.dumps(as_json(timings), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    app()

@@ -51,7 +51,7 @@ def run_provenance(config: TrainConfig) -> dict[str, Any]:
         "data": {"name": config.data.path.name, "sha256": data_digest(config.data.path)},
         "commit": git_commit(),
         "command": " ".join([Path(sys.argv[0]).name, *(_without_folder(argument) for argument in sys.argv[1:])]),
-        "versions": {"robuq": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {"robuq": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
     }
 
 

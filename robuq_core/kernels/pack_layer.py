@@ -20,7 +20,7 @@ def pack_layer(linear: QuantLinear) -> TernaryLayer:
         planar=pack_planar(codes),
         alpha=alpha,
         bias=linear.bias.detach().float().clone(),
-        signs=linear.rotation.signs.detach().clone(),
+        signs=linear.rotation.get_buffer("signs").detach().clone(),
         lowrank_a=round_to_storage(linear.lowrank_a.detach().float()).contiguous(),
         lowrank_b=round_to_storage(linear.lowrank_b.detach().float()).contiguous(),
         bits=linear.bits,

@@ -1,0 +1,69 @@
+"""A model that draws noise at once: for tests, and to measure the server without a model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from robuq_core.config import SamplerConfig
+from server.engine.model import RowSpec
+
+
+@dataclass(eq=False)
+class FakeRow:
+    """A row that only counts its steps."""
+
+    spec: RowSpec
+    steps_done: int = 0
+
+    @property
+    def done(self) -> bool:
+        return self.steps_done >= self.spec.steps
+
+
+class FakeSampler:
+    """Pixels depend on the row's spec alone.
+
+    Args:
+        step_s: seconds that a step takes, whatever the rows.
+        on_step: called with the rows before they advance; what it raises, ``step`` raises.
+    """
+
+    defaults = SamplerConfig(sampler="ddim", steps=4, guidance_scale=1.5)
+    checkpoint_name = "fake"
+    backend_name = "fake"
+    average_activation_bits = 2.0
+    weight_bytes = 0
+
+    def __init__(
+        self,
+        step_s: float = 0.0,
+        *,
+        image_size: int = 32,
+        class_names: tuple[str, ...] = ("tench", "goldfish", "great white shark", "crane", "crane"),
+        on_step: Callable[[Sequence[FakeRow]], None] | None = None,
+    ) -> None:
+        self.step_s = step_s
+        self.image_size = image_size
+        self.class_names = class_names
+        self.num_classes = len(class_names)
+        self.on_step = on_step
+
+    def start(self, spec: RowSpec) -> FakeRow:
+        return FakeRow(spec)
+
+    def step(self, rows: Sequence[FakeRow]) -> None:
+        if self.on_step is not None:
+            self.on_step(rows)
+        if self.step_s:
+            time.sleep(self.step_s)
+        for row in rows:
+            row.steps_done += 1
+
+    def decode(self, row: FakeRow) -> np.ndarray:
+        spec = row.spec
+        rng = np.random.default_rng([spec.class_id, spec.seed, spec.steps, int(spec.guidance_scale * 1e6)])
+        return rng.integers(0, 256, (self.image_size, self.image_size, 3), dtype=np.uint8)

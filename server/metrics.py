@@ -1,0 +1,84 @@
+"""Prometheus metrics, prefix ``robuq_``: seconds, bytes, ``_total`` for counters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import psutil
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    disable_created_metrics,
+    generate_latest,
+)
+
+import robuq_core
+
+LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300)
+
+
+def _batch_buckets(max_batch_rows: int) -> list[int]:
+    """1, 2, 4 .. and the largest batch itself."""
+    powers = [2**i for i in range(max_batch_rows.bit_length())]
+    return sorted({*powers, max_batch_rows})
+
+
+class Metrics:
+    """All series of one server, in a registry of its own. The engine observes; gauges are read on scrape."""
+
+    def __init__(self, max_batch_rows: int) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series beside each counter that nobody asked for
+        self.registry = registry = CollectorRegistry()
+
+        def histogram(name: str, text: str) -> Histogram:
+            return Histogram(f"robuq_{name}", text, buckets=LATENCY_BUCKETS, registry=registry)
+
+        self.requests = Counter(
+            "robuq_requests_total", "Requests that left the engine.", ["finished_reason"], registry=registry
+        )
+        self.rejected = Counter("robuq_rejected_total", "Requests that it did not take.", ["reason"], registry=registry)
+        self.images = Counter("robuq_images_total", "Images delivered by finished requests.", registry=registry)
+        self.engine_steps = Counter("robuq_engine_steps_total", "Forwards of the model.", registry=registry)
+        self.e2e_latency = histogram("e2e_request_latency_seconds", "From acceptance to the last encoded image.")
+        self.queue_time = histogram("request_queue_time_seconds", "From acceptance to the first step.")
+        self.inference_time = histogram("request_inference_time_seconds", "From the first step to the last.")
+        self.time_to_first_step = histogram("time_to_first_step_seconds", "From acceptance to the first step's end.")
+        self.step_duration = histogram("step_duration_seconds", "One forward and the update of its rows.")
+        self.decode_duration = histogram("decode_duration_seconds", "Decoding and encoding one image.")
+        self.batch_rows = Histogram(
+            "robuq_batch_rows",
+            "Rows in one forward.",
+            buckets=_batch_buckets(max_batch_rows),
+            registry=registry,
+        )
+        memory = Gauge("robuq_process_resident_memory_bytes", "Resident memory of the server.", registry=registry)
+        process = psutil.Process()
+        memory.set_function(lambda: process.memory_info().rss)
+
+    def describe_model(
+        self, *, checkpoint: str, backend: str, average_activation_bits: float, weight_bytes: int
+    ) -> None:
+        """Set what does not change while a checkpoint is served."""
+        Gauge("robuq_model_weight_bytes", "Bytes of the weights in memory.", registry=self.registry).set(weight_bytes)
+        Info("robuq", "The server and its model.", registry=self.registry).info(
+            {
+                "version": robuq_core.__version__,
+                "checkpoint": checkpoint,
+                "backend": backend,
+                "avg_activation_bits": f"{average_activation_bits:g}",
+            }
+        )
+
+    def watch_requests(self, *, running: Callable[[], float], waiting: Callable[[], float]) -> None:
+        """Read the gauges of requests in flight from their owner, so that they cannot drift."""
+        gauge = Gauge("robuq_requests_running", "Requests with at least one image under way.", registry=self.registry)
+        gauge.set_function(running)
+        gauge = Gauge("robuq_requests_waiting", "Requests none of whose images has begun.", registry=self.registry)
+        gauge.set_function(waiting)
+
+    def render(self) -> bytes:
+        """The text exposition of every series."""
+        return generate_latest(self.registry)

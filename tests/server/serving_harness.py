@@ -1,0 +1,106 @@
+"""What the server's tests share: a sampler that can be held and watched, engines and servers around it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import httpx
+import uvicorn
+
+from server.api.app import create_app, create_engine
+from server.engine import Engine
+from server.engine.fake import FakeRow, FakeSampler
+from server.engine.model import RowSpec
+from server.lifecycle import bind
+from server.settings import Settings
+
+WAIT_S = 10.0
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for ``condition``; the test fails when it does not come true."""
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.001)
+
+
+def spec(seed: int = 0, steps: int = 3, class_id: int = 0, guidance_scale: float = 1.5) -> RowSpec:
+    return RowSpec(class_id, seed, steps, guidance_scale, "ddim")
+
+
+class WatchedSampler(FakeSampler):
+    """Remembers every batch as (seed, steps done) pairs. After :meth:`hold`, each step waits for a permit."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(**options)  # type: ignore[arg-type]
+        self.batches: list[list[tuple[int, int]]] = []
+        self.faulty_seeds: set[int] = set()
+        self._held = False
+        self._permits = threading.Semaphore(0)
+        self.entered = threading.Semaphore(0)  # one count for each step that was begun while held
+
+    def hold(self) -> None:
+        self._held = True
+
+    def permit(self, steps: int = 1) -> None:
+        self._permits.release(steps)
+
+    def release(self) -> None:
+        self._held = False
+        self._permits.release()
+
+    def step(self, rows: Sequence[FakeRow]) -> None:
+        self.batches.append([(row.spec.seed, row.steps_done) for row in rows])
+        if self._held:
+            self.entered.release()
+            assert self._permits.acquire(timeout=WAIT_S)
+        if any(row.spec.seed in self.faulty_seeds for row in rows):
+            raise RuntimeError("secret detail of /some/path")
+        super().step(rows)
+
+
+def make_settings(**options: object) -> Settings:
+    return Settings(**{"max_batch_rows": 4, "max_queue_images": 16, "log_level": "warning", **options})  # type: ignore[arg-type]
+
+
+@contextmanager
+def running_engine(sampler: FakeSampler, **options: object) -> Iterator[Engine]:
+    """An engine past its warm-up, whose batches the sampler has forgotten."""
+    engine = create_engine(sampler, make_settings(**options))
+    engine.start()
+    until(lambda: engine.status == "ready")
+    if isinstance(sampler, WatchedSampler):
+        sampler.batches.clear()
+    try:
+        yield engine
+    finally:
+        if isinstance(sampler, WatchedSampler):
+            sampler.release()
+        engine.stop()
+
+
+@contextmanager
+def live_server(sampler: FakeSampler, **options: object) -> Iterator[tuple[httpx.Client, Engine]]:
+    """The application on a real socket; a client of it and its engine."""
+    settings = make_settings(**options)
+    engine = create_engine(sampler, settings)
+    server = uvicorn.Server(uvicorn.Config(create_app(engine, settings), log_config=None, access_log=False))
+    with bind("127.0.0.1", 0) as sock:
+        port = sock.getsockname()[1]
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
+        thread.start()
+        try:
+            until(lambda: engine.status == "ready" and server.started)
+            if isinstance(sampler, WatchedSampler):
+                sampler.batches.clear()
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=WAIT_S) as client:
+                yield client, engine
+        finally:
+            if isinstance(sampler, WatchedSampler):
+                sampler.release()
+            server.should_exit = True
+            thread.join(WAIT_S)

@@ -1,0 +1,53 @@
+"""The ASGI application: routes, error shape and middleware around one engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+import robuq_core
+from server.api.errors import install_error_handlers
+from server.api.generate import generate_router
+from server.api.middleware import RequestContext
+from server.api.operations import operations_router
+from server.engine import Engine
+from server.engine.model import StepSampler
+from server.metrics import Metrics
+from server.settings import Settings
+
+
+def create_engine(sampler: StepSampler, settings: Settings) -> Engine:
+    """An engine as the settings ask for, not yet started."""
+    return Engine(
+        sampler,
+        Metrics(settings.max_batch_rows),
+        max_batch_rows=settings.max_batch_rows,
+        max_queue_images=settings.max_queue_images,
+        decode_threads=settings.decode_threads,
+        stall_timeout_s=settings.stall_timeout_s,
+    )
+
+
+def create_app(engine: Engine, settings: Settings) -> FastAPI:
+    """The application; its lifespan starts the engine and stops it."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        yield
+        await asyncio.to_thread(engine.stop)
+
+    app = FastAPI(
+        title="RobuQ",
+        version=robuq_core.__version__,
+        description="Images from a diffusion transformer with ternary weights and about 2-bit activations.",
+        lifespan=lifespan,
+    )
+    app.include_router(generate_router(engine, settings.request_timeout_s), tags=["images"])
+    app.include_router(operations_router(engine, settings), tags=["operations"])
+    install_error_handlers(app)
+    app.add_middleware(RequestContext, max_body_bytes=settings.max_body_bytes)
+    return app

@@ -1,0 +1,90 @@
+"""Around every request: its id, its log line, the limit of its body, and a plain 500 for what nobody caught."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api.errors import ApiError
+from server.logging import current_request_id
+
+logger = logging.getLogger("server.access")
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+# Probes and scrapes come every few seconds and say nothing when they succeed.
+_QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
+
+
+class RequestContext:
+    """Plain ASGI, since a wrapper that buffers would hide the client's disconnect from the routes."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+        self.app = app
+        self.max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        headers = Headers(scope=scope)
+        request_id = headers.get("x-request-id", "")
+        if not _REQUEST_ID.fullmatch(request_id):
+            request_id = uuid.uuid4().hex
+        token = current_request_id.set(request_id)
+        status = 0
+        body_bytes = 0
+
+        async def limited_receive() -> Message:
+            nonlocal body_bytes
+            message = await receive()
+            if message["type"] == "http.request":
+                body_bytes += len(message.get("body", b""))
+                if body_bytes > self.max_body_bytes:
+                    raise self._too_large()
+            return message
+
+        async def labelled_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        try:
+            length = headers.get("content-length", "")
+            if length.isdecimal() and int(length[:18]) > self.max_body_bytes:
+                # Refused before a byte of it is read.
+                await self._too_large().response()(scope, limited_receive, labelled_send)
+            else:
+                await self.app(scope, limited_receive, labelled_send)
+        except Exception:
+            logger.exception("unhandled error")
+            if status:
+                raise  # half an answer is out; all that is left is to close the connection
+            error = ApiError(500, "internal_error", "internal error; the server's log has it under this X-Request-Id")
+            await error.response()(scope, limited_receive, labelled_send)
+        finally:
+            quiet = scope["path"] in _QUIET_PATHS and status < 500
+            logger.log(
+                logging.DEBUG if quiet else logging.INFO,
+                "%s %s %d",
+                scope["method"],
+                scope["path"],
+                status,
+                extra={
+                    "method": scope["method"],
+                    "path": scope["path"],
+                    "status": status,
+                    "duration_s": round(time.perf_counter() - began, 6),
+                },
+            )
+            current_request_id.reset(token)
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, "body_too_large", f"the body may have at most {self.max_body_bytes} bytes")

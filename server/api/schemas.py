@@ -1,0 +1,146 @@
+"""Bodies of requests and answers. A request is validated here once; the upper bound of ``class_id`` is the model's."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from robuq_core.config import NUM_TRAIN_TIMESTEPS, SAMPLERS, SamplerName
+from server.engine.images import IMAGE_FORMATS, ImageFormat
+from server.settings import MAX_IMAGES
+
+MAX_SEED = 2**32 - 1
+
+
+class GenerateRequest(BaseModel):
+    """What to draw. Either ``class_id`` or ``class_name`` is needed; everything else has a default."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, json_schema_extra={"examples": [{"class_id": 207}]}
+    )
+
+    class_id: Annotated[int | None, Field(ge=0, description="Class to draw; at most num_classes - 1 of /info.")] = None
+    class_name: Annotated[
+        str | None,
+        Field(
+            min_length=1, max_length=200, description="Name of the class instead, in any case; _ stands for a space."
+        ),
+    ] = None
+    num_images: Annotated[
+        int, Field(ge=1, le=MAX_IMAGES, description="Images to draw; image i has the seed (seed + i) mod 2**32.")
+    ] = 1
+    steps: Annotated[
+        int | None, Field(ge=1, le=NUM_TRAIN_TIMESTEPS, description="Denoising steps; the checkpoint's if not given.")
+    ] = None
+    guidance_scale: Annotated[
+        float | None,
+        Field(ge=0, le=20, allow_inf_nan=False, description="Classifier-free guidance; 1 is none."),
+    ] = None
+    seed: Annotated[int | None, Field(ge=0, le=MAX_SEED, description="Drawn at random if not given.")] = None
+    sampler: Annotated[SamplerName | None, Field(description="The checkpoint's if not given.")] = None
+    format: Annotated[ImageFormat, Field(description="File format of the images.")] = "png"
+
+    @model_validator(mode="after")
+    def _one_class(self) -> GenerateRequest:
+        if self.class_id is None and self.class_name is None:
+            raise PydanticCustomError("class_choice", "give class_id or class_name")
+        if self.class_id is not None and self.class_name is not None:
+            raise PydanticCustomError("class_choice", "give class_id or class_name, not both")
+        return self
+
+
+class TimingsSchema(BaseModel):
+    """Seconds; the first three add up to ``total_s``."""
+
+    queue_s: float
+    inference_s: float
+    decode_s: float
+    total_s: float
+
+
+class GenerateResponse(BaseModel):
+    """Images and all that is needed to draw them again."""
+
+    images: list[str] = Field(description="Files in base64, in order of their seeds.")
+    seed: int
+    class_id: int
+    class_name: str
+    steps: int
+    guidance_scale: float
+    sampler: SamplerName
+    format: ImageFormat
+    timings: TimingsSchema
+
+
+class ErrorBody(BaseModel):
+    """``code`` is stable, ``message`` is for people, ``field`` names the part of the request to mend."""
+
+    code: str
+    message: str
+    field: str | None = None
+
+
+class ErrorResponse(BaseModel):
+    """The one shape of every answer that is not a success."""
+
+    error: ErrorBody
+
+
+class StatusResponse(BaseModel):
+    """State of the engine: starting, ready, draining, stalled, failed or stopped."""
+
+    status: str
+
+
+class DefaultsSchema(BaseModel):
+    """What a request gets that names none."""
+
+    sampler: SamplerName
+    steps: int
+    guidance_scale: float
+
+
+class LimitsSchema(BaseModel):
+    """What the server allows."""
+
+    max_images_per_request: int
+    max_batch_rows: int
+    max_queue_images: int
+    request_timeout_s: float
+    max_body_bytes: int
+
+
+class InfoResponse(BaseModel):
+    """The server, its model and its limits."""
+
+    version: str
+    checkpoint: str
+    backend: str
+    average_activation_bits: float
+    weight_bytes: int
+    image_size: int
+    num_classes: int
+    samplers: list[SamplerName] = list(SAMPLERS)
+    formats: list[ImageFormat] = list(IMAGE_FORMATS)
+    defaults: DefaultsSchema
+    limits: LimitsSchema
+
+
+def request_schema(num_classes: int) -> dict[str, Any]:
+    """JSON schema of :class:`GenerateRequest` for a model of ``num_classes`` classes."""
+    schema = GenerateRequest.model_json_schema()
+    schema["properties"]["class_id"]["anyOf"][0]["maximum"] = num_classes - 1
+    return schema
+
+
+def allowed_values(field_schema: dict[str, Any]) -> str:
+    """One field's JSON schema in words, such as "an integer from 1 to 16"."""
+    field_schema = field_schema.get("anyOf", [field_schema])[0]
+    if "enum" in field_schema:
+        return "one of " + ", ".join(field_schema["enum"])
+    if field_schema["type"] == "string":
+        return f"a string of {field_schema['minLength']} to {field_schema['maxLength']} characters"
+    kind = "an integer" if field_schema["type"] == "integer" else "a number"
+    return f"{kind} from {field_schema['minimum']:g} to {field_schema['maximum']}"

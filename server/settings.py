@@ -1,0 +1,42 @@
+"""Every setting of the server, from ``ROBUQ_*`` variables or from the command line, which wins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+# Images that one request may ask for; the queue must hold at least one such request.
+MAX_IMAGES = 16
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["json", "text"]
+
+
+class Settings(BaseSettings):
+    """Frozen once made. Durations in seconds."""
+
+    model_config = SettingsConfigDict(env_prefix="ROBUQ_", env_ignore_empty=True, extra="ignore", frozen=True)
+
+    checkpoint: Path | None = Field(None, description="Packed checkpoint to serve; the bundled one if not given.")
+    backend: str = Field("auto", description="Kernels to run: auto picks the fastest that works here.")
+    threads: int | None = Field(None, ge=1, description="CPU threads of the model; the backend's choice if not given.")
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    max_batch_rows: int = Field(16, ge=1, le=1024, description="Most images in one forward of the model.")
+    max_queue_images: int = Field(
+        256, ge=MAX_IMAGES, description="Most images that may wait for their first step; beyond it clients get 429."
+    )
+    request_timeout_s: float = Field(300.0, gt=0, description="Seconds until a request is given up with 504.")
+    drain_timeout_s: float = Field(
+        25.0, ge=0, description="Seconds that SIGTERM leaves to the requests in flight; the rest get 503."
+    )
+    stall_timeout_s: float = Field(
+        120.0, gt=0, description="A forward that takes longer turns /ready red; set it above your slowest full batch."
+    )
+    decode_threads: int = Field(2, ge=1, le=64, description="Threads that decode and encode images.")
+    max_body_bytes: int = Field(65536, ge=1024, description="Longest request body; beyond it clients get 413.")
+    log_level: LogLevel = Field("info", description="Least severe log line: debug, info, warning or error.")
+    log_format: LogFormat = Field("json", description="json (one object a line) or text.")

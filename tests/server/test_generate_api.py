@@ -1,0 +1,239 @@
+"""``POST /generate`` as clients see it: answers, negotiation, names, and the one shape of every error."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+
+from server.api.schemas import GenerateRequest
+from server.engine.fake import FakeRow, FakeSampler
+from server.engine.images import encode_image
+from server.engine.model import RowSpec
+
+SEED_LIMIT = 2**32
+
+
+def picture(class_id: int, seed: int, steps: int = 4, guidance_scale: float = 1.5) -> bytes:
+    sampler = FakeSampler()
+    return encode_image(sampler.decode(FakeRow(RowSpec(class_id, seed, steps, guidance_scale, "ddim"))), "png")
+
+
+def error_of(answer: httpx.Response, status: int) -> dict[str, str]:
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    assert set(answer.json()) == {"error"}
+    error: dict[str, str] = answer.json()["error"]
+    assert set(error) - {"field"} == {"code", "message"}
+    return error
+
+
+def test_a_class_id_alone_works(client: httpx.Client) -> None:
+    answer = client.post("/generate", json={"class_id": 2})
+    assert answer.status_code == 200
+    body = answer.json()
+    assert 0 <= body["seed"] < SEED_LIMIT
+    assert body == {
+        "images": [base64.b64encode(picture(2, body["seed"])).decode()],
+        "seed": body["seed"],
+        "class_id": 2,
+        "class_name": "great white shark",
+        "steps": 4,
+        "guidance_scale": 1.5,
+        "sampler": "ddim",
+        "format": "png",
+        "timings": body["timings"],
+    }
+    timings = body["timings"]
+    assert timings["queue_s"] + timings["inference_s"] + timings["decode_s"] == pytest.approx(timings["total_s"])
+    assert answer.headers["x-seed"] == str(body["seed"])
+    for header, timing in (
+        ("x-queue-time", "queue_s"),
+        ("x-inference-time", "inference_s"),
+        ("x-total-time", "total_s"),
+    ):
+        assert float(answer.headers[header]) == pytest.approx(timings[timing], abs=1e-6)
+
+
+def test_seeds_are_drawn_afresh(client: httpx.Client) -> None:
+    seeds = {client.post("/generate", json={"class_id": 0, "seed": None}).json()["seed"] for _ in range(4)}
+    assert len(seeds) == 4
+
+
+@pytest.mark.parametrize("seed", [0, 41, SEED_LIMIT - 2])
+def test_image_i_is_the_image_of_seed_plus_i(client: httpx.Client, seed: int) -> None:
+    options = {"class_id": 1, "steps": 3, "guidance_scale": 4, "sampler": "ddpm"}
+    together = client.post("/generate", json=options | {"seed": seed, "num_images": 16}).json()
+    assert (together["seed"], together["steps"], together["guidance_scale"], together["sampler"]) == (
+        seed,
+        3,
+        4,
+        "ddpm",
+    )
+    for i in (0, 1, 2, 15):
+        alone = client.post("/generate", json=options | {"seed": (seed + i) % SEED_LIMIT}).json()
+        assert alone["images"] == [together["images"][i]]
+
+
+@pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
+def test_every_format_as_json_and_raw(client: httpx.Client, image_format: str) -> None:
+    request = {"class_id": 3, "seed": 9}
+    answer = client.post("/generate", json=request | {"format": image_format})
+    assert answer.json()["format"] == image_format
+    encoded = base64.b64decode(answer.json()["images"][0])
+    image = Image.open(io.BytesIO(encoded))
+    assert (image.format, image.size, image.mode) == (image_format.upper(), (32, 32), "RGB")
+
+    raw = client.post("/generate", json=request, headers={"Accept": f"image/{image_format}"})
+    assert raw.headers["content-type"] == f"image/{image_format}"
+    assert raw.content == encoded
+    assert raw.headers["x-seed"] == "9"
+    assert float(raw.headers["x-total-time"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("accept", "expected"),
+    [
+        ("", "application/json"),
+        ("*/*", "application/json"),
+        ("application/json, image/png", "application/json"),
+        ("image/*", "image/png"),
+        ("IMAGE/WEBP", "image/webp"),
+        ("image/png;q=0, image/*", "image/jpeg"),
+        ("image/jpeg;q=0.5, image/webp;q=0.9, */*;q=0.1", "image/webp"),
+        ("text/html, image/webp, */*;q=0.8", "image/webp"),
+        ("text/html", None),
+        ("image/png;q=zero", None),
+    ],
+)
+def test_accept_decides_on_the_answer(client: httpx.Client, accept: str, expected: str | None) -> None:
+    answer = client.post("/generate", json={"class_id": 0}, headers={"Accept": accept})
+    if expected is None:
+        assert error_of(answer, 406)["code"] == "not_acceptable"
+    else:
+        assert answer.headers["content-type"] == expected
+
+
+def test_a_raw_answer_holds_one_image_of_the_asked_format(client: httpx.Client) -> None:
+    raw = {"Accept": "image/png"}
+    error = error_of(client.post("/generate", json={"class_id": 0, "num_images": 2}, headers=raw), 422)
+    assert error["field"] == "num_images"
+    error = error_of(client.post("/generate", json={"class_id": 0, "format": "webp"}, headers=raw), 422)
+    assert error["field"] == "format"
+    either = client.post("/generate", json={"class_id": 0, "format": "webp"}, headers={"Accept": "image/*"})
+    assert either.headers["content-type"] == "image/webp"
+
+
+@pytest.mark.parametrize("name", ["great white shark", "Great_White  SHARK", " great white shark "])
+def test_class_names_the_way_people_type_them(client: httpx.Client, name: str) -> None:
+    body = client.post("/generate", json={"class_name": name}).json()
+    assert (body["class_id"], body["class_name"]) == (2, "great white shark")
+
+
+def test_class_names_that_do_not_decide(client: httpx.Client) -> None:
+    error = error_of(client.post("/generate", json={"class_name": "crane"}), 422)
+    assert error["field"] == "class_name"
+    assert "3, 4" in error["message"]
+    error = error_of(client.post("/generate", json={"class_name": "goldfsh"}), 422)
+    assert "goldfish" in error["message"]
+    error = error_of(client.post("/generate", json={"class_name": "shark"}), 422)
+    assert "great white shark" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "allowed"),
+    [
+        ({"class_id": -1}, "class_id", "from 0 to 4"),
+        ({"class_id": 5}, "class_id", "from 0 to 4"),
+        ({"class_id": 10**30}, "class_id", "from 0 to 4"),
+        ({"class_id": "1"}, "class_id", "from 0 to 4"),
+        ({"class_id": True}, "class_id", "from 0 to 4"),
+        ({"class_id": 1.5}, "class_id", "from 0 to 4"),
+        ({"class_id": None}, "class_id", "class_id or class_name"),
+        ({"class_name": "tench"}, "class_id", "not both"),
+        ({"class_id": None, "class_name": ""}, "class_name", "1 to 200"),
+        ({"class_id": None, "class_name": "x" * 201}, "class_name", "1 to 200"),
+        ({"class_id": None, "class_name": 7}, "class_name", "1 to 200"),
+        ({"num_images": 0}, "num_images", "from 1 to 16"),
+        ({"num_images": 17}, "num_images", "from 1 to 16"),
+        ({"num_images": None}, "num_images", "from 1 to 16"),
+        ({"steps": 0}, "steps", "from 1 to 1000"),
+        ({"steps": 1001}, "steps", "from 1 to 1000"),
+        ({"steps": "20"}, "steps", "from 1 to 1000"),
+        ({"guidance_scale": -0.1}, "guidance_scale", "from 0 to 20"),
+        ({"guidance_scale": 20.5}, "guidance_scale", "from 0 to 20"),
+        ({"guidance_scale": "high"}, "guidance_scale", "from 0 to 20"),
+        ({"seed": -1}, "seed", "from 0 to 4294967295"),
+        ({"seed": SEED_LIMIT}, "seed", "from 0 to 4294967295"),
+        ({"sampler": "euler"}, "sampler", "ddpm, ddim, dpmsolver++"),
+        ({"format": "gif"}, "format", "png, jpeg, webp"),
+        ({"prompt": "a cat"}, "prompt", "class_name"),
+    ],
+)
+def test_422_names_the_field_and_what_it_allows(
+    client: httpx.Client, change: dict[str, Any], field: str, allowed: str
+) -> None:
+    error = error_of(client.post("/generate", json={"class_id": 1} | change), 422)
+    assert (error["code"], error["field"]) == ("invalid_request", field)
+    assert allowed in error["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[]", b"7", b"null", b'{"class_id": 1', b"\xff\xfe", b"[" * 9000, b'{"a":' * 9000, b'{"class_id":1}x'],
+)
+def test_a_body_that_is_no_json_object(client: httpx.Client, body: bytes) -> None:
+    assert error_of(client.post("/generate", content=body), 422)["field"] == "body"
+
+
+@pytest.mark.parametrize("number", [b"NaN", b"Infinity", b"-Infinity", b"1e999", b"9" * 5000])
+def test_numbers_beyond_json(client: httpx.Client, number: bytes) -> None:
+    answer = client.post("/generate", content=b'{"class_id": 1, "guidance_scale": ' + number + b"}")
+    assert error_of(answer, 422)["field"] in ("guidance_scale", "body")
+
+
+def test_curl_needs_no_content_type(client: httpx.Client) -> None:
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    assert client.post("/generate", content=b'{"class_id": 1}', headers=form).status_code == 200
+
+
+def test_other_errors_have_the_same_shape(client: httpx.Client) -> None:
+    assert error_of(client.get("/nowhere"), 404)["code"] == "not_found"
+    answer = client.get("/generate")
+    assert error_of(answer, 405)["code"] == "method_not_allowed"
+    assert answer.headers["allow"] == "POST"
+
+
+def test_long_bodies_are_refused_unread_and_while_read(client: httpx.Client) -> None:
+    assert error_of(client.post("/generate", content=b" " * 70_000), 413)["code"] == "body_too_large"
+
+    def chunks() -> Any:
+        for _ in range(80):
+            yield b" " * 1000
+
+    assert error_of(client.post("/generate", content=chunks()), 413)["code"] == "body_too_large"
+
+
+def test_request_ids_are_echoed_or_made(client: httpx.Client) -> None:
+    for path, method in (("/health", "GET"), ("/generate", "POST"), ("/nowhere", "GET")):
+        answer = client.request(method, path, headers={"X-Request-Id": "trace-7/a"})
+        assert answer.headers["x-request-id"] == "trace-7/a"
+    made = [
+        client.get("/health", headers={"X-Request-Id": bad}).headers["x-request-id"] for bad in ("", "a b", "x" * 999)
+    ]
+    assert len(set(made)) == 3
+    assert all(len(request_id) == 32 for request_id in made)
+
+
+def test_the_schema_of_the_route_is_that_of_the_body(client: httpx.Client) -> None:
+    document = client.get("/openapi.json").json()
+    route = document["paths"]["/generate"]["post"]
+    body = route["requestBody"]["content"]["application/json"]["schema"]
+    assert set(body["properties"]) == set(GenerateRequest.model_fields)
+    assert body["properties"]["class_id"]["anyOf"][0]["maximum"] == 4
+    assert {"200", "406", "413", "422", "429", "500", "503", "504"} <= set(route["responses"])
+    assert {"application/json", "image/png", "image/jpeg", "image/webp"} == set(route["responses"]["200"]["content"])

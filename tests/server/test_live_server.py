@@ -1,0 +1,160 @@
+"""Over real sockets: shared forwards, clients that hang up, back-pressure, deadlines, faults."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import httpx
+import pytest
+from serving_harness import WAIT_S, WatchedSampler, live_server, until
+
+from server.engine import Engine
+
+
+@contextmanager
+def raw_request(client: httpx.Client, body: dict[str, object]) -> Iterator[socket.socket]:
+    """A request on a socket of its own, whose answer nobody reads; the socket closes at the end."""
+    content = json.dumps(body).encode()
+    head = f"POST /generate HTTP/1.1\r\nHost: test\r\nContent-Length: {len(content)}\r\n\r\n".encode()
+    with socket.create_connection((client.base_url.host, client.base_url.port or 80)) as sock:
+        sock.sendall(head + content)
+        yield sock
+
+
+def finished(engine: Engine, reason: str) -> float:
+    value = engine.metrics.registry.get_sample_value("robuq_requests_total", {"finished_reason": reason})
+    return value or 0.0
+
+
+def test_concurrent_requests_share_forwards_and_keep_their_pictures() -> None:
+    sampler = WatchedSampler(step_s=0.005)
+    requests = [
+        {"class_id": i % 5, "seed": 1000 * i, "steps": 3 + i, "guidance_scale": i / 2, "num_images": 1 + i % 3}
+        for i in range(8)
+    ]
+    with live_server(sampler, max_batch_rows=16, max_queue_images=64) as (client, _):
+        with ThreadPoolExecutor(8) as pool:
+            crowded = list(pool.map(lambda body: client.post("/generate", json=body).json()["images"], requests))
+        shared = sampler.batches.copy()
+        alone = [client.post("/generate", json=body).json()["images"] for body in requests]
+    assert crowded == alone
+    mixed = [batch for batch in shared if len({seed // 1000 for seed, _ in batch}) > 1]
+    assert mixed, "no forward was shared between requests"
+    assert any(len({done for _, done in batch}) > 1 for batch in mixed), "no forward held two timesteps"
+    # One by one they would have taken a forward for each of their steps.
+    assert len(shared) < sum(3 + i for i in range(8)) / 2
+
+
+def test_rows_of_a_client_that_hung_up_are_gone_at_the_next_step() -> None:
+    sampler = WatchedSampler()
+    with live_server(sampler) as (client, engine):
+        sampler.hold()
+        with raw_request(client, {"class_id": 1, "steps": 1000, "num_images": 6}):
+            assert sampler.entered.acquire(timeout=WAIT_S)
+        until(lambda: engine.idle)  # while that step still runs
+        assert finished(engine, "cancelled") == 1
+        steps = len(sampler.batches)
+        sampler.release()
+        assert client.post("/generate", json={"class_id": 1, "steps": 2}).status_code == 200
+        assert [len(batch) for batch in sampler.batches[steps:]] == [1, 1]
+
+
+def test_a_client_that_hangs_up_while_it_waits_leaves_the_queue() -> None:
+    sampler = WatchedSampler()
+    with live_server(sampler, max_batch_rows=1) as (client, engine):
+        sampler.hold()
+        with raw_request(client, {"class_id": 1, "steps": 1}):
+            assert sampler.entered.acquire(timeout=WAIT_S)
+            with raw_request(client, {"class_id": 1, "num_images": 16}):
+                until(lambda: engine.requests_waiting == 1)
+            until(lambda: engine.requests_waiting == 0)
+            assert not engine.idle
+            sampler.release()
+            until(lambda: engine.idle)
+        assert (finished(engine, "completed"), finished(engine, "cancelled")) == (1, 1)
+
+
+def test_a_full_queue_answers_429_with_retry_after() -> None:
+    sampler = WatchedSampler()
+    with live_server(sampler, max_batch_rows=1) as (client, engine):
+        sampler.hold()
+        with raw_request(client, {"class_id": 1, "num_images": 16}):
+            assert sampler.entered.acquire(timeout=WAIT_S)
+            with raw_request(client, {"class_id": 1}):
+                until(lambda: engine.requests_waiting == 1)
+                answer = client.post("/generate", json={"class_id": 1})
+        assert answer.status_code == 429
+        assert answer.json()["error"]["code"] == "queue_full"
+        assert 1 <= int(answer.headers["retry-after"]) <= 60
+        sampler.release()
+        until(lambda: engine.idle)
+        assert client.post("/generate", json={"class_id": 1}).status_code == 200
+
+
+def test_a_request_past_its_deadline_answers_504_and_frees_its_rows() -> None:
+    sampler = WatchedSampler(step_s=0.005)
+    with live_server(sampler, request_timeout_s=0.2) as (client, engine):
+        answer = client.post("/generate", json={"class_id": 1, "steps": 1000})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
+        assert engine.idle
+        assert finished(engine, "timeout") == 1
+        assert client.post("/generate", json={"class_id": 1, "steps": 1}).status_code == 200
+
+
+def test_a_fault_fails_one_request_and_tells_nothing_of_the_inside(caplog: pytest.LogCaptureFixture) -> None:
+    sampler = WatchedSampler()
+    sampler.faulty_seeds = {7}
+    with live_server(sampler) as (client, _), ThreadPoolExecutor(3) as pool:
+        answers = list(
+            pool.map(
+                lambda seed: client.post(
+                    "/generate", json={"class_id": 1, "seed": seed}, headers={"X-Request-Id": f"id-{seed}"}
+                ),
+                [6, 7, 8],
+            )
+        )
+    assert [answer.status_code for answer in answers] == [200, 500, 200]
+    assert answers[1].json()["error"]["code"] == "generation_failed"
+    assert "secret" not in answers[1].text
+    failure = next(record for record in caplog.records if record.message == "request failed")
+    assert failure.request_id == "id-7"  # type: ignore[attr-defined]
+    assert failure.exc_info is not None
+    assert "secret" in str(failure.exc_info[1])
+
+
+def test_an_error_that_nobody_foresaw_is_a_plain_500(monkeypatch: pytest.MonkeyPatch) -> None:
+    with live_server(WatchedSampler()) as (client, engine):
+
+        def broken(*_: object, **__: object) -> None:
+            raise LookupError("secret")
+
+        monkeypatch.setattr(engine, "submit", broken)
+        answer = client.post("/generate", json={"class_id": 1}, headers={"X-Request-Id": "mine"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+        assert "secret" not in answer.text
+        assert answer.headers["x-request-id"] == "mine"
+        monkeypatch.undo()
+        assert client.post("/generate", json={"class_id": 1}).status_code == 200
+
+
+def test_after_many_requests_a_third_of_them_cut_off_nothing_is_left() -> None:
+    sampler = WatchedSampler(step_s=0.001)
+    with live_server(sampler, max_queue_images=256) as (client, engine):
+
+        def one(i: int) -> None:
+            if i % 3 == 0:
+                with raw_request(client, {"class_id": 1, "steps": 1 + i % 40}):
+                    pass
+            else:
+                assert client.post("/generate", json={"class_id": 1, "steps": 1 + i % 5}).status_code == 200
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(one, range(150)))
+        until(lambda: engine.idle and engine._decoding == 0)
+        assert engine.requests_running == engine.requests_waiting == 0
+        assert finished(engine, "completed") >= 100
+        assert finished(engine, "error") == 0

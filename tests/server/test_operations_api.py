@@ -1,0 +1,100 @@
+"""/health, /ready, /info, /metrics and / through the life of an engine."""
+
+from __future__ import annotations
+
+import re
+
+import httpx
+from serving_harness import WatchedSampler, live_server, spec, until
+
+import robuq_core
+
+# What dashboards are built on; see the metrics section of the serving documents.
+METRICS = {
+    "robuq_requests_running",
+    "robuq_requests_waiting",
+    "robuq_requests_total",
+    "robuq_rejected_total",
+    "robuq_images_total",
+    "robuq_e2e_request_latency_seconds",
+    "robuq_request_queue_time_seconds",
+    "robuq_request_inference_time_seconds",
+    "robuq_time_to_first_step_seconds",
+    "robuq_step_duration_seconds",
+    "robuq_decode_duration_seconds",
+    "robuq_batch_rows",
+    "robuq_engine_steps_total",
+    "robuq_model_weight_bytes",
+    "robuq_process_resident_memory_bytes",
+    "robuq_info",
+}
+
+
+def test_health_ready_info_root(client: httpx.Client) -> None:
+    for path in ("/health", "/ready"):
+        answer = client.get(path)
+        assert (answer.status_code, answer.json()) == (200, {"status": "ready"})
+    info = client.get("/info").json()
+    assert info["version"] == robuq_core.__version__
+    assert (info["checkpoint"], info["backend"], info["average_activation_bits"]) == ("fake", "fake", 2.0)
+    assert (info["num_classes"], info["image_size"]) == (5, 32)
+    assert info["defaults"] == {"sampler": "ddim", "steps": 4, "guidance_scale": 1.5}
+    assert info["limits"]["max_images_per_request"] == 16
+    assert info["samplers"] == ["ddpm", "ddim", "dpmsolver++"]
+    answer = client.get("/")
+    assert (answer.status_code, answer.headers["location"]) == (307, "/docs")
+
+
+def test_metrics_by_name_and_fed() -> None:
+    with live_server(WatchedSampler()) as (client, _):
+        for _ in range(2):
+            client.post("/generate", json={"class_id": 1, "num_images": 3, "steps": 2})
+        answer = client.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain")
+    assert set(re.findall(r"^# TYPE (\S+) ", answer.text, re.MULTILINE)) == METRICS
+    samples = dict(line.rsplit(" ", 1) for line in answer.text.splitlines() if not line.startswith("#"))
+    assert samples['robuq_requests_total{finished_reason="completed"}'] == "2.0"
+    assert samples["robuq_images_total"] == "6.0"
+    assert samples["robuq_requests_running"] == samples["robuq_requests_waiting"] == "0.0"
+    for name in ("e2e_request_latency", "request_queue_time", "request_inference_time", "time_to_first_step"):
+        assert samples[f"robuq_{name}_seconds_count"] == "2.0"
+    assert samples["robuq_decode_duration_seconds_count"] == "6.0"
+    assert samples["robuq_engine_steps_total"] == samples["robuq_batch_rows_count"] == "6.0"  # two of them warm-up
+    assert 'robuq_e2e_request_latency_seconds_bucket{le="0.025"}' in samples
+    assert float(samples["robuq_process_resident_memory_bytes"]) > 1e6
+    info = next(name for name in samples if name.startswith("robuq_info"))
+    assert 'checkpoint="fake"' in info
+    assert 'avg_activation_bits="2"' in info
+
+
+def test_ready_follows_the_engine() -> None:
+    sampler = WatchedSampler()
+    with live_server(sampler, stall_timeout_s=0.05) as (client, engine):
+        sampler.hold()
+        job = engine.submit([spec()], "png")
+        until(lambda: client.get("/ready").status_code == 503)
+        assert client.get("/ready").json() == {"status": "stalled"}
+        assert client.get("/health").status_code == 200
+        refused = client.post("/generate", json={"class_id": 1})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "not_ready")
+        assert int(refused.headers["retry-after"]) >= 1
+        sampler.release()
+        job.future.result(10)
+        until(lambda: client.get("/ready").status_code == 200)
+        engine.begin_drain()
+        assert client.get("/ready").json() == {"status": "draining"}
+        assert client.get("/health").status_code == 200
+        assert client.post("/generate", json={"class_id": 1}).json()["error"]["code"] == "draining"
+
+
+def test_health_asks_for_a_restart_when_the_loop_is_dead() -> None:
+    sampler = WatchedSampler()
+    with live_server(sampler) as (client, engine):
+
+        def die(rows: object) -> None:
+            raise SystemExit
+
+        sampler.on_step = die
+        assert client.post("/generate", json={"class_id": 1}).status_code == 503
+        assert engine.status == "failed"
+        assert client.get("/health").status_code == client.get("/ready").status_code == 503

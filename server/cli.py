@@ -1,0 +1,94 @@
+"""``robuq-serve``: the server from the command line."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from robuq_core.cli_support import reported
+from robuq_core.errors import UserError
+from server.settings import LogFormat, LogLevel, Settings
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+_HELP = """Serve images of a packed checkpoint over HTTP.
+
+Without options it serves the bundled checkpoint on http://127.0.0.1:8000:
+
+    robuq-serve
+
+    curl localhost:8000/generate -d '{"class_id": 207}'
+    curl localhost:8000/generate -d '{"class_id": 207}' \\
+        -H 'Accept: image/png' -o 207.png
+
+**GET /docs** describes every route; **/info** tells the model, its defaults and limits; **/metrics** is for Prometheus.
+**/health** is for a liveness probe, **/ready** for a readiness probe: it is green after warm-up.
+
+SIGTERM drains: no new requests, those in flight end within --drain-timeout-s, exit code 0. A start-up failure exits
+with code 2 and one line on standard error; an engine that dies exits with code 1.
+
+Every option can be given as a variable, ROBUQ_PORT for --port. Options win.
+"""
+
+
+def _option(name: str) -> Any:
+    """An option that mirrors the setting ``name``; Settings alone holds its text and default."""
+    field = Settings.model_fields[name]
+    return typer.Option(
+        "--" + name.replace("_", "-"),
+        help=field.description,
+        envvar=f"ROBUQ_{name.upper()}",
+        show_default=False if field.default is None else str(field.default),
+    )
+
+
+def load_settings(given: dict[str, Any]) -> Settings:
+    """Settings from what the command line gave; the rest from ``ROBUQ_*`` variables and defaults."""
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        name = str(fault["loc"][0])
+        option = "--" + name.replace("_", "-")
+        raise UserError(f"{option} (or ROBUQ_{name.upper()}): {fault['msg']}, got {fault['input']!r}") from None
+
+
+@app.command(help=_HELP)
+@reported
+def main(
+    checkpoint: Annotated[Path | None, _option("checkpoint")] = None,
+    backend: Annotated[str | None, _option("backend")] = None,
+    threads: Annotated[int | None, _option("threads")] = None,
+    host: Annotated[str | None, _option("host")] = None,
+    port: Annotated[int | None, _option("port")] = None,
+    max_batch_rows: Annotated[int | None, _option("max_batch_rows")] = None,
+    max_queue_images: Annotated[int | None, _option("max_queue_images")] = None,
+    request_timeout_s: Annotated[float | None, _option("request_timeout_s")] = None,
+    drain_timeout_s: Annotated[float | None, _option("drain_timeout_s")] = None,
+    stall_timeout_s: Annotated[float | None, _option("stall_timeout_s")] = None,
+    decode_threads: Annotated[int | None, _option("decode_threads")] = None,
+    max_body_bytes: Annotated[int | None, _option("max_body_bytes")] = None,
+    log_level: Annotated[LogLevel | None, _option("log_level")] = None,
+    log_format: Annotated[LogFormat | None, _option("log_format")] = None,
+) -> None:
+    settings = load_settings(dict(locals()))
+    # Until the server takes over, a signal just ends the process; as PID 1 of a container it would be ignored.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+
+    # Imported here: --help and a wrong option need no torch.
+    from robuq_core.pipeline import Sampler
+    from server.lifecycle import bind, serve
+    from server.logging import configure_logging
+
+    configure_logging(settings.log_level, settings.log_format)
+    with bind(settings.host, settings.port) as sock:
+        try:
+            sampler = Sampler.from_checkpoint(settings.checkpoint, backend=settings.backend, threads=settings.threads)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        raise typer.Exit(serve(sampler, settings, sock))

@@ -1,0 +1,103 @@
+"""From a bound port to exit code 0: listening, draining on SIGTERM, ending within a bound."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+import time
+from types import FrameType
+
+import uvicorn
+
+from robuq_core.errors import UserError
+from server.api.app import create_app, create_engine
+from server.engine import Engine
+from server.engine.model import StepSampler
+from server.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+# Time for the last answers to reach their clients once the engine has nothing left to do.
+DELIVERY_TIMEOUT_S = 5
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Take the port before the checkpoint is loaded, so that a taken one is told at once. Does not listen yet."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, protocol)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        raise UserError(
+            f"cannot listen on {host} port {port}: {error.strerror}; choose another --host or --port"
+        ) from error
+    return sock
+
+
+class DrainingServer(uvicorn.Server):
+    """On SIGTERM or Ctrl+C: /ready turns 503 while the port stays open, what is in flight ends, then the server does.
+
+    A second signal ends it at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, drain_timeout_s: float) -> None:
+        super().__init__(config)
+        self.engine = engine
+        self.drain_timeout_s = drain_timeout_s
+        self._signals = 0
+        self._drain_until: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # Counted only: a handler may interrupt code that holds the engine's lock. The next tick acts.
+        self._signals += 1
+
+    async def on_tick(self, counter: int) -> bool:
+        if self.engine.status == "failed":
+            return True
+        if self._signals and self._drain_until is None:
+            logger.info("draining", extra={"drain_timeout_s": self.drain_timeout_s})
+            self._drain_until = time.monotonic() + self.drain_timeout_s
+            self.engine.begin_drain()
+        if self._drain_until is not None:
+            late = time.monotonic() >= self._drain_until
+            if self.engine.idle or late or self._signals > 1:
+                # Whoever is still waiting gets a 503 now rather than a closed connection later.
+                await asyncio.to_thread(self.engine.stop, 0.0)
+                return True
+        return await super().on_tick(counter)
+
+
+def serve(sampler: StepSampler, settings: Settings, sock: socket.socket) -> int:
+    """Serve until told to end; the exit code."""
+    engine = create_engine(sampler, settings)
+    config = uvicorn.Config(
+        create_app(engine, settings),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=DELIVERY_TIMEOUT_S,
+    )
+    server = DrainingServer(config, engine, settings.drain_timeout_s)
+    host, port = sock.getsockname()[:2]
+    logger.info(
+        "serving on http://%s:%d",
+        f"[{host}]" if ":" in host else host,
+        port,
+        extra={"checkpoint": sampler.checkpoint_name, "backend": sampler.backend_name},
+    )
+    server.run(sockets=[sock])
+    if engine.failure is not None:
+        print(f"error: the engine has failed: {engine.failure}", file=sys.stderr)
+    code = 0 if engine.failure is None else 1
+    logger.info("stopped", extra={"exit_code": code})
+    if not engine.stop(join_timeout_s=0.0):
+        # A step that does not return must not keep the process alive.
+        sys.stdout.flush()
+        os._exit(code)
+    return code

@@ -1,0 +1,159 @@
+"""The server as a process: draining on SIGTERM, start-up failures, --help."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import pytest
+from serving_harness import WAIT_S, until
+from typer.testing import CliRunner
+
+from server.cli import app
+
+ROOT = Path(__file__).parents[2]
+HEADER = SimpleNamespace(decoder="pixels")  # as much of one as is read before the backend is chosen
+
+# robuq-serve with a sampler of 20 ms a step in place of a checkpoint.
+PROGRAM = """
+import sys
+import robuq_core.pipeline as pipeline
+from server.engine.fake import FakeSampler
+sampler = FakeSampler(step_s=0.02)
+{change}
+pipeline.Sampler.from_checkpoint = classmethod(lambda *_, **__: sampler)
+from server.cli import app
+app()
+"""
+
+
+def start(*options: str, change: str = "") -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(change=change), *options],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "ROBUQ_PORT": "0"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@contextmanager
+def serving(*options: str) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+    """A running process and a client of it, past its warm-up."""
+    process = start(*options)
+    try:
+        assert process.stdout is not None
+        line = json.loads(process.stdout.readline())
+        match = re.search(r"http://\S+", line["message"])
+        assert match, line
+        with httpx.Client(base_url=match.group(), timeout=WAIT_S) as client:
+
+            def ready() -> bool:
+                try:
+                    return client.get("/ready").status_code == 200
+                except httpx.ConnectError:
+                    return False
+
+            until(ready)
+            yield process, client
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_sigterm_ends_what_is_in_flight_and_refuses_the_rest() -> None:
+    with serving() as (process, client), ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(client.post, "/generate", json={"class_id": i, "steps": 40}) for i in range(3)]
+        until(lambda: "robuq_requests_running 3.0" in client.get("/metrics").text)
+        process.send_signal(signal.SIGTERM)
+        until(lambda: client.get("/ready").status_code == 503)  # still listening, to say so
+        refused = client.post("/generate", json={"class_id": 1})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+        assert client.get("/health").status_code == 200
+        assert [answer.result().status_code for answer in running] == [200, 200, 200]
+        assert process.wait(WAIT_S) == 0
+        assert process.stdout is not None
+        assert json.loads(process.stdout.read().splitlines()[-1])["message"] == "stopped"
+
+
+def test_the_drain_is_bounded() -> None:
+    with serving("--drain-timeout-s", "0.2") as (process, client), ThreadPoolExecutor(1) as pool:
+        running = pool.submit(client.post, "/generate", json={"class_id": 1, "steps": 1000})
+        until(lambda: "robuq_requests_running 1.0" in client.get("/metrics").text)
+        process.send_signal(signal.SIGTERM)
+        answer = running.result()
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
+        assert process.wait(WAIT_S) == 0
+
+
+def test_a_second_signal_does_not_wait() -> None:
+    with serving("--drain-timeout-s", "600") as (process, client), ThreadPoolExecutor(1) as pool:
+        running = pool.submit(client.post, "/generate", json={"class_id": 1, "steps": 1000})
+        until(lambda: "robuq_requests_running 1.0" in client.get("/metrics").text)
+        process.send_signal(signal.SIGTERM)
+        until(lambda: client.get("/ready").status_code == 503)
+        process.send_signal(signal.SIGINT)
+        assert running.result().status_code == 503
+        assert process.wait(WAIT_S) == 0
+
+
+def test_a_failed_warm_up_ends_the_process_with_one_line() -> None:
+    change = "sampler.on_step = lambda rows: sys.modules['missing']"
+    process = start(change=change)
+    _, errors = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 1
+    assert errors.splitlines() == ["error: the engine has failed: 'missing'"]
+
+
+def test_a_taken_port_is_told_in_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        process = start("--port", str(taken.getsockname()[1]))
+        _, errors = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 2
+    assert len(errors.splitlines()) == 1
+    assert "cannot listen on 127.0.0.1 port" in errors
+
+
+@pytest.mark.parametrize(
+    ("options", "variables", "message"),
+    [
+        (["--checkpoint", "missing.safetensors"], {}, "missing.safetensors"),
+        (["--max-batch-rows", "0"], {}, "--max-batch-rows (or ROBUQ_MAX_BATCH_ROWS)"),
+        ([], {"ROBUQ_MAX_QUEUE_IMAGES": "3"}, "greater than or equal to 16"),
+        (["--host", "256.0.0.1"], {}, "cannot listen"),
+        (["--backend", "abacus"], {}, "unknown backend 'abacus'"),
+    ],
+)
+def test_start_up_failures_name_the_fix(
+    options: list[str], variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In this process the command would take over logging and SIGTERM for good.
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr("server.logging.configure_logging", lambda *_: None)
+    if "--backend" in options:  # a mistake in it must show whatever checkpoint there is
+        monkeypatch.setattr("robuq_core.pipeline.read_checkpoint", lambda path: SimpleNamespace(header=HEADER))
+    result = CliRunner().invoke(app, ["--port", "0", *options], env=variables)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_help_is_a_page_one_can_work_from() -> None:
+    result = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "160", "TERMINAL_WIDTH": "160"})
+    text = re.sub(r"\x1b\[[0-9;]*m", "", result.output)
+    assert result.exit_code == 0
+    for needed in ("--checkpoint", "ROBUQ_PORT", "8000", "/metrics", "SIGTERM", "curl localhost", "json"):
+        assert needed in text

@@ -1,0 +1,143 @@
+/* What the files of the native library share: the jobs, the tasks that work on them, and the thread pool.
+ *
+ * An op is a job (its arguments, read-only but for the outputs) cut into numbered tasks. Tasks split rows, channels or
+ * heads, never a sum: whichever thread runs a task, and however many there are, every output has the same bits.
+ *
+ * isa_plain.c and isa_avx2.c compile the same headers twice, once for each instruction set; module.c picks one.
+ */
+#ifndef ROBUQ_H
+#define ROBUQ_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* Mirrored in cpu.py. */
+enum { ISA_PLAIN = 0, ISA_AVX2 = 1 };
+enum { PROLOGUE_NONE = 0, PROLOGUE_MODULATE = 1, PROLOGUE_GELU = 2, PROLOGUE_SILU = 3 };
+
+enum {
+    MAX_BASE = 36,          /* largest base order of a Hadamard matrix, see quant/hadamard.py */
+    ROTATE_ROWS = 6,        /* rows of a rotate_quantize task */
+    GROUP = 128,            /* weights of a planar group, 2 bits each ... */
+    GROUP_BYTES = 32,       /* ... in so many bytes; also the stride of the integer product */
+    CHANNELS = 32,          /* output channels of a ternary_linear task ... */
+    TILE_CHANNELS = 4,      /* ... decoded and multiplied so many at a time ... */
+    TILE_TOKENS = 2,        /* ... with so many tokens */
+    QUERY_ROWS = 8,         /* queries that attention takes at a time */
+    LINEAR_ROWS = 24,       /* rows and channels of a linear task */
+    LINEAR_CHANNELS = 64,
+    ALIGNMENT = 64,
+};
+
+static inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+static inline int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
+static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* Takes `count` objects of `size` bytes from a scratch area, aligned; `*cursor` moves on. */
+static inline void *carve(char **cursor, int64_t count, size_t size) {
+    char *start = *cursor;
+    *cursor = start + round_up(count * (int64_t)size, ALIGNMENT);
+    return start;
+}
+
+struct rotate_job {
+    const float *x;             /* [rows, width] */
+    int64_t rows, width;
+    const float *signs;         /* [width] */
+    const float *base_matrix;   /* +-1, [base, base] */
+    int64_t base, power;        /* width = base * power, power = 2^k */
+    int prologue;
+    const float *shift, *scale; /* [images, width], of PROLOGUE_MODULATE */
+    int64_t rows_per_image;
+    float eps;
+    const float *lowrank_b;     /* [rank, width] */
+    int64_t rank;
+    float step_factor;          /* quantiser step = step_factor * mean|x| */
+    int midrise;
+    float lowest, highest;      /* codes */
+    int8_t *codes;              /* out [rows, width] */
+    float *scales;              /* out [rows] */
+    float *lowrank;             /* out [rows, rank] */
+};
+
+struct ternary_job {
+    const int8_t *codes;        /* [rows, width] */
+    const float *scales;        /* [rows] */
+    const float *lowrank;       /* [rows, rank] */
+    int64_t rows, width;
+    const uint8_t *planar;      /* [channels, padded_width / 4] */
+    const float *alpha, *bias;  /* [channels] */
+    const float *lowrank_a;     /* [channels, rank] */
+    int64_t channels, rank;
+    int64_t padded_width;       /* width rounded up to whole groups */
+    int64_t safe_steps;         /* products of 32 codes that an int16 accumulator holds */
+    int64_t block_rows;         /* rows of a task */
+    int8_t *padded;             /* work [rows, padded_width]; null where codes need no padding */
+    int32_t *sums;              /* work [rows]: sum of a row's codes */
+    float *y;                   /* out [rows, channels] */
+};
+
+struct attention_job {
+    const float *qkv;           /* [images, length, 3 * width] */
+    int64_t length, width, heads, head_dim;
+    float logit_scale;          /* head_dim^-1/2 */
+    float *out;                 /* [images, length, width] */
+};
+
+struct linear_job {
+    const float *x, *weight, *bias; /* [rows, width], [channels, width], [channels] */
+    int64_t rows, width, channels;
+    float *y;                       /* out [rows, channels] */
+};
+
+typedef void task_function(const void *job, int64_t task, char *scratch);
+
+struct isa_tasks {
+    task_function *rotate_quantize;  /* ROTATE_ROWS rows each */
+    task_function *ternary_prepare;  /* block_rows rows each */
+    task_function *ternary_linear;   /* block_rows rows x CHANNELS channels each, channels fastest */
+    task_function *attention;        /* one head of one image each */
+    task_function *attention_int8;
+    task_function *linear;           /* LINEAR_ROWS x LINEAR_CHANNELS each, rows fastest */
+};
+
+extern const struct isa_tasks plain_tasks;
+#if defined(__x86_64__)
+extern const struct isa_tasks avx2_tasks;
+#endif
+
+/* Working buffers of an attention task; rows are padded to whole vectors. The last three hold QUERY_ROWS rows. */
+struct attention_buffers {
+    int16_t *q, *k;             /* codes [length, padded head_dim] */
+    float *q_scale, *k_scale;   /* [length] */
+    int16_t *v_codes;           /* transposed [head_dim, padded length] */
+    float *v;                   /* the same, unquantised */
+    float *logits;              /* then probabilities [QUERY_ROWS, padded length] */
+    int32_t *products;          /* [QUERY_ROWS, max(length, head_dim)] */
+    int16_t *p_codes;           /* [QUERY_ROWS, padded length] */
+};
+
+enum { INT16_LANES = 16 };
+
+/* Lays the buffers out from `scratch` on; returns their size. */
+static inline size_t attention_carve(char *scratch, int64_t length, int64_t head_dim, struct attention_buffers *b) {
+    const int64_t padded_length = round_up(length, INT16_LANES), padded_dim = round_up(head_dim, INT16_LANES);
+    char *cursor = scratch;
+    b->q = carve(&cursor, length * padded_dim, sizeof *b->q);
+    b->k = carve(&cursor, length * padded_dim, sizeof *b->k);
+    b->q_scale = carve(&cursor, length, sizeof *b->q_scale);
+    b->k_scale = carve(&cursor, length, sizeof *b->k_scale);
+    /* One form of v or the other. */
+    b->v_codes = (int16_t *)(b->v = carve(&cursor, head_dim * padded_length, sizeof *b->v));
+    b->logits = carve(&cursor, QUERY_ROWS * padded_length, sizeof *b->logits);
+    b->products = carve(&cursor, QUERY_ROWS * max64(length, head_dim), sizeof *b->products);
+    b->p_codes = carve(&cursor, QUERY_ROWS * padded_length, sizeof *b->p_codes);
+    return (size_t)(cursor - scratch);
+}
+
+/* Runs tasks 0..tasks-1 of `job` on at most `threads` threads, the caller among them; each thread owns `scratch_bytes`
+ * of aligned scratch. Returns when all are done: 0, or -1 where there is no memory. Callers take turns. */
+int pool_run(int threads, int64_t tasks, size_t scratch_bytes, task_function *function, const void *job);
+
+#endif

@@ -1,0 +1,119 @@
+/* Vectors of eight floats on GCC/clang vector extensions, for the instruction set that the including file targets.
+ *
+ * The includer defines FN, the specifiers of every function (static, and the target), and HAVE_AVX2 where intrinsics
+ * serve better than the generic form. The last vector of a row is padded and runs through the same operations as the
+ * others, so an element's value never depends on where in the row it stands. */
+#include <string.h>
+
+#include "robuq.h"
+#if HAVE_AVX2
+#include <immintrin.h>
+#endif
+
+#define INLINE FN inline __attribute__((always_inline))
+
+typedef float v8 __attribute__((vector_size(32)));
+typedef int32_t v8i __attribute__((vector_size(32)));
+typedef int16_t v8s __attribute__((vector_size(16)));
+typedef int8_t v8b __attribute__((vector_size(8)));
+typedef float v8_unaligned __attribute__((vector_size(32), aligned(4), may_alias));
+
+enum { LANES = 8 };
+
+INLINE v8 splat(float x) { return (v8){x, x, x, x, x, x, x, x}; }
+INLINE v8 load(const float *p) { return *(const v8_unaligned *)p; }
+INLINE void store(float *p, v8 x) { *(v8_unaligned *)p = x; }
+
+/* The first `count` elements at `p`, at most eight; the rest is zero, or stays untouched. */
+INLINE v8 load_part(const float *p, int64_t count) {
+    if (count >= LANES) return load(p);
+    v8 x = splat(0);
+    memcpy(&x, p, (size_t)count * sizeof *p);
+    return x;
+}
+
+INLINE void store_part(float *p, v8 x, int64_t count) {
+    if (count >= LANES) store(p, x);
+    else memcpy(p, &x, (size_t)count * sizeof *p);
+}
+
+INLINE v8 keep_part(v8 x, int64_t count) {
+    const v8i lane = {0, 1, 2, 3, 4, 5, 6, 7};
+    const int32_t n = (int32_t)min64(count, LANES);
+    return (v8)((v8i)x & (lane < (v8i){n, n, n, n, n, n, n, n}));
+}
+
+INLINE v8 vabs(v8 x) {
+    const v8i mask = (v8i)splat(-0.0f);
+    return (v8)((v8i)x & ~mask);
+}
+
+INLINE v8 choose(v8i mask, v8 yes, v8 no) { return (v8)((mask & (v8i)yes) | (~mask & (v8i)no)); }
+INLINE v8i to_int(v8 x) { return __builtin_convertvector(x, v8i); }
+
+#if HAVE_AVX2
+INLINE v8 fmadd(v8 a, v8 b, v8 c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE v8 vmax(v8 a, v8 b) { return _mm256_max_ps(a, b); }
+INLINE v8 vmin(v8 a, v8 b) { return _mm256_min_ps(a, b); }
+INLINE v8 vrint(v8 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE v8 vfloor(v8 x) { return _mm256_floor_ps(x); }
+
+/* x times the Sylvester matrix of order 8. */
+INLINE v8 hadamard8(v8 x) {
+    x = fmadd(x, (v8){1, -1, 1, -1, 1, -1, 1, -1}, _mm256_permute_ps(x, 0xB1));
+    x = fmadd(x, (v8){1, 1, -1, -1, 1, 1, -1, -1}, _mm256_permute_ps(x, 0x4E));
+    return fmadd(x, (v8){1, 1, 1, 1, -1, -1, -1, -1}, _mm256_permute2f128_ps(x, x, 1));
+}
+#else
+INLINE v8 fmadd(v8 a, v8 b, v8 c) { return a * b + c; }
+INLINE v8 vmax(v8 a, v8 b) { return choose(a > b, a, b); }
+INLINE v8 vmin(v8 a, v8 b) { return choose(a < b, a, b); }
+
+/* To nearest, ties to even, for |x| < 2^22: adding 1.5 * 2^23 leaves no room for a fraction. */
+INLINE v8 vrint(v8 x) { return (x + splat(12582912.0f)) - splat(12582912.0f); }
+
+INLINE v8 vfloor(v8 x) {
+    v8 nearest = vrint(x);
+    return nearest - choose(nearest > x, splat(1), splat(0));
+}
+
+INLINE v8 hadamard8(v8 x) {
+    v8 a = {x[0] + x[1], x[0] - x[1], x[2] + x[3], x[2] - x[3], x[4] + x[5], x[4] - x[5], x[6] + x[7], x[6] - x[7]};
+    v8 b = {a[0] + a[2], a[1] + a[3], a[0] - a[2], a[1] - a[3], a[4] + a[6], a[5] + a[7], a[4] - a[6], a[5] - a[7]};
+    return (v8){b[0] + b[4], b[1] + b[5], b[2] + b[6], b[3] + b[7],
+                b[0] - b[4], b[1] - b[5], b[2] - b[6], b[3] - b[7]};
+}
+#endif
+
+/* Sum of the eight lanes, in one order. */
+INLINE float vsum(v8 x) {
+#if HAVE_AVX2
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+#else
+    return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+#endif
+}
+
+INLINE float vmax_lane(v8 x) {
+    float top = x[0];
+    for (int i = 1; i < LANES; i++) top = x[i] > top ? x[i] : top;
+    return top;
+}
+
+/* e^x to about 2 ulp for -87.3 <= x <= 88, clamped outside: 2^n e^r with |r| <= ln(2) / 2, a polynomial in r. */
+INLINE v8 vexp(v8 x) {
+    x = vmin(vmax(x, splat(-87.3f)), splat(88.0f));
+    const v8 n = vrint(x * splat(1.44269504f));
+    v8 r = fmadd(n, splat(-0.693359375f), x); /* ln(2) in two parts: the first product is exact */
+    r = fmadd(n, splat(2.12194440e-4f), r);
+    v8 p = splat(1.9875691500e-4f);
+    p = fmadd(p, r, splat(1.3981999507e-3f));
+    p = fmadd(p, r, splat(8.3334519073e-3f));
+    p = fmadd(p, r, splat(4.1665795894e-2f));
+    p = fmadd(p, r, splat(1.6666665459e-1f));
+    p = fmadd(p, r, splat(5.0000001201e-1f));
+    p = fmadd(p, r * r, r) + splat(1);
+    return p * (v8)((to_int(n) + 127) << 23);
+}

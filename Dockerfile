@@ -1,0 +1,58 @@
+# The server with its bundled checkpoint:
+#
+#   docker build -t robuq-serve .
+#   docker run -p 8000:8000 robuq-serve
+#
+# Settings are ROBUQ_* variables (`docker run robuq-serve robuq-serve --help`); another checkpoint:
+#
+#   docker run -p 8000:8000 -v /models:/models:ro -e ROBUQ_CHECKPOINT=/models/mine.safetensors robuq-serve
+#
+# It writes nothing: --read-only works. SIGTERM drains for up to 25 s, so stop it with `docker stop --time 30`, or set
+# ROBUQ_DRAIN_TIMEOUT_S below the 10 s that docker allows by default.
+#
+# CUDA: PyPI's torch is the CUDA build and brings its own CUDA libraries; the GPU kernels are compiled at run time and
+# need the C compiler of the full Python image. The host needs NVIDIA's container toolkit.
+#
+#   docker build -t robuq-serve:cuda --build-arg BASE_IMAGE=python:3.12 \
+#       --build-arg TORCH_INDEX_URL=https://pypi.org/simple .
+#   docker run --gpus all -p 8000:8000 --tmpfs /tmp:exec robuq-serve:cuda
+#
+# BASE_IMAGE may be any Debian or Ubuntu image that has Python 3.11 or later as `python`.
+ARG BASE_IMAGE=python:3.12-slim
+
+FROM ${BASE_IMAGE} AS builder
+# The CPU kernels are C; the compiler stays behind in this stage.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN python -m venv /opt/robuq
+ENV PATH=/opt/robuq/bin:$PATH
+WORKDIR /src
+# torch first and alone: it is nearly all of the image and changes least. Its dependencies come from PyPI below.
+ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+COPY constraints.txt ./
+RUN pip install --no-deps --index-url "${TORCH_INDEX_URL}" --constraint constraints.txt torch
+COPY pyproject.toml setup.py README.md LICENSE ./
+COPY robuq_core robuq_core
+COPY server server
+COPY train train
+RUN pip install --constraint constraints.txt .
+# Fail here rather than fall back to the slow reference kernels in production.
+WORKDIR /
+RUN python -c "from robuq_core.kernels.cpu import load_library; load_library()"
+
+FROM ${BASE_IMAGE} AS runtime
+COPY --from=builder /opt/robuq /opt/robuq
+ENV PATH=/opt/robuq/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    TRITON_CACHE_DIR=/tmp/triton
+# A number, so that Kubernetes can tell that it is not root. No home, no shell, nothing of its own to write.
+USER 10001:10001
+WORKDIR /tmp
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
+    CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen('http://127.0.0.1:%s/ready' % os.environ.get('ROBUQ_PORT', 8000), timeout=4)"]
+CMD ["robuq-serve", "--host", "0.0.0.0"]

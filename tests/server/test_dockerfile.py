@@ -1,0 +1,108 @@
+"""The Dockerfile read as a builder would read it, for where there is no Docker to build it."""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.error
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import pytest
+from serving_harness import WatchedSampler, live_server
+
+ROOT = Path(__file__).parents[2]
+
+
+class Instruction(NamedTuple):
+    name: str
+    value: str
+    stage: int  # 0 before the first FROM
+
+
+def parse_dockerfile(text: str) -> list[Instruction]:
+    """Instructions with continued lines joined and comments dropped."""
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    instructions: list[Instruction] = []
+    stage = 0
+    for line in re.sub(r"\\\n", " ", "\n".join(lines)).splitlines():
+        if line.strip():
+            name, _, value = line.strip().partition(" ")
+            stage += name == "FROM"
+            instructions.append(Instruction(name, " ".join(value.split()), stage))
+    return instructions
+
+
+INSTRUCTIONS = parse_dockerfile((ROOT / "Dockerfile").read_text())
+FINAL = max(instruction.stage for instruction in INSTRUCTIONS)
+
+
+def values(name: str, stage: int | None = FINAL) -> list[str]:
+    return [i.value for i in INSTRUCTIONS if i.name == name and stage in (None, i.stage)]
+
+
+def exec_form(value: str) -> list[str]:
+    command = json.loads(value)
+    assert isinstance(command, list)
+    assert all(isinstance(word, str) for word in command)
+    return command
+
+
+def health_command() -> list[str]:
+    (check,) = values("HEALTHCHECK")
+    return exec_form(check[check.index("CMD ") + 4 :])
+
+
+def test_instructions_are_known() -> None:
+    known = "ARG FROM RUN ENV WORKDIR COPY USER EXPOSE STOPSIGNAL HEALTHCHECK CMD"
+    assert {instruction.name for instruction in INSTRUCTIONS} <= set(known.split())
+
+
+def test_two_stages_from_one_overridable_base() -> None:
+    assert values("ARG", stage=0) == ["BASE_IMAGE=python:3.12-slim"]
+    assert values("FROM", stage=None) == ["${BASE_IMAGE} AS builder", "${BASE_IMAGE} AS runtime"]
+
+
+def test_no_compiler_and_no_sources_in_the_final_stage() -> None:
+    assert values("RUN") == []
+    assert values("COPY") == ["--from=builder /opt/robuq /opt/robuq"]
+    assert any("gcc" in command for command in values("RUN", stage=1))
+
+
+def test_the_final_user_is_not_root() -> None:
+    user = values("USER")[-1].split(":")[0]
+    assert user.isdecimal()
+    assert int(user) > 0
+
+
+def test_the_server_is_started_in_exec_form_so_that_it_gets_sigterm() -> None:
+    (command,) = values("CMD")
+    assert exec_form(command) == ["robuq-serve", "--host", "0.0.0.0"]
+    assert values("STOPSIGNAL") == ["SIGTERM"]
+    assert values("EXPOSE") == ["8000"]
+
+
+def test_what_is_copied_exists_and_is_not_ignored() -> None:
+    rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    for copy in values("COPY", stage=1):
+        *sources, _ = copy.split()
+        for source in sources:
+            assert (ROOT / source).exists(), source
+            ignored = False
+            for rule in rules:
+                if fnmatch(source, rule.removeprefix("!")):
+                    ignored = not rule.startswith("!")
+            assert not ignored, f"{source} is ignored"
+
+
+def test_the_health_check_follows_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    python, flag, program = health_command()
+    assert (python, flag) == ("python", "-c")
+    with live_server(WatchedSampler()) as (client, engine):
+        monkeypatch.setenv("ROBUQ_PORT", str(httpx.URL(client.base_url).port))
+        exec(compile(program, "healthcheck", "exec"), {})
+        engine.begin_drain()
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            exec(compile(program, "healthcheck", "exec"), {})

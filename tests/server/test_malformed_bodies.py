@@ -28,7 +28,7 @@ BODIES = st.one_of(
     st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=6).map(json.dumps).map(str.encode),
 )
 ACCEPTS = st.sampled_from(["", "*/*", "image/png", "image/*;q=", "a/b;q=1;;,", ";,=", "image/webp;q=2"])
-CHECK = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+CHECK = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @CHECK

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import secrets
+import random
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -131,7 +131,7 @@ def generate_router(engine: Engine, timeout_s: float) -> APIRouter:
         media_type, image_format = _choose_answer(request, body)
         class_id = classes.resolve(body.class_id, body.class_name)
         defaults = sampler.defaults
-        seed = secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed
+        seed = random.randint(0, MAX_SEED) if body.seed is None else body.seed
         specs = [
             RowSpec(
                 class_id=class_id,

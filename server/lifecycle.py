@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 # Time for the last answers to reach their clients once the engine has nothing left to do.
 DELIVERY_TIMEOUT_S = 5
+# Longer than the 60 s after which load balancers drop idle connections: whoever keeps one longest must be the server,
+# or a request now and then meets a connection that is just being closed.
+KEEP_ALIVE_S = 75
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -81,6 +84,7 @@ def serve(sampler: StepSampler, settings: Settings, sock: socket.socket) -> int:
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=DELIVERY_TIMEOUT_S,
     )
     server = DrainingServer(config, engine, settings.drain_timeout_s)

@@ -148,7 +148,7 @@ class Engine:
             if self._phase in ("starting", "ready"):
                 self._phase = "draining"
 
-    def stop(self, join_timeout_s: float = 5.0) -> bool:
+    def stop(self, join_timeout_s: float = 2.0) -> bool:
         """Fail what is in flight and end the loop after its present step. Returns whether it has ended."""
         self._end("stopped")
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -50,9 +50,9 @@ def start(*options: str, change: str = "") -> subprocess.Popen[str]:
 
 
 @contextmanager
-def serving(*options: str) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+def serving(*options: str, change: str = "") -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
     """A running process and a client of it, past its warm-up."""
-    process = start(*options)
+    process = start(*options, change=change)
     try:
         assert process.stdout is not None
         line = json.loads(process.stdout.readline())
@@ -105,6 +105,16 @@ def test_a_second_signal_does_not_wait() -> None:
         process.send_signal(signal.SIGTERM)
         until(lambda: client.get("/ready").status_code == 503)
         process.send_signal(signal.SIGINT)
+        assert running.result().status_code == 503
+        assert process.wait(WAIT_S) == 0
+
+
+def test_a_step_that_never_returns_does_not_keep_the_process_alive() -> None:
+    hang = "import time; sampler.on_step = lambda rows: time.sleep(600 if rows[0].spec.steps == 999 else 0)"
+    with serving("--drain-timeout-s", "0.2", change=hang) as (process, client), ThreadPoolExecutor(1) as pool:
+        running = pool.submit(client.post, "/generate", json={"class_id": 1, "steps": 999})
+        until(lambda: "robuq_requests_running 1.0" in client.get("/metrics").text)
+        process.send_signal(signal.SIGTERM)
         assert running.result().status_code == 503
         assert process.wait(WAIT_S) == 0
 

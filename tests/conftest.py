@@ -1,0 +1,8 @@
+"""Shared by all tests: hypothesis without deadlines (CI machines stall), and two torch threads at most."""
+
+import torch
+from hypothesis import settings
+
+settings.register_profile("default", deadline=None, max_examples=50)
+settings.load_profile("default")
+torch.set_num_threads(2)

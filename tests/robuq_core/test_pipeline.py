@@ -1,0 +1,136 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import write_tiny
+
+from robuq_core.config import SAMPLERS
+from robuq_core.errors import UserError
+from robuq_core.pipeline import Row, RowSpec, Sampler
+
+SPECS = st.builds(
+    RowSpec,
+    class_id=st.integers(0, 9),
+    seed=st.integers(0, 2**32 - 1),
+    steps=st.integers(1, 6),
+    guidance_scale=st.sampled_from([0.0, 1.0, 1.5, 4.0]),
+    sampler=st.sampled_from(SAMPLERS),
+)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pipeline") / "tiny.safetensors"
+    write_tiny(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def sampler(path: Path) -> Sampler:
+    return Sampler.from_checkpoint(path)
+
+
+def _draw_alone(sampler: Sampler, spec: RowSpec) -> np.ndarray:
+    row = sampler.start(spec)
+    while not row.done:
+        sampler.step([row])
+    return sampler.decode(row)
+
+
+def _draw_together(sampler: Sampler, specs: list[RowSpec], delays: list[int]) -> list[np.ndarray]:
+    """Rows join after their delay and leave when done, as a server would have it."""
+    rows: list[Row | None] = [None] * len(specs)
+    tick = 0
+    while any(row is None or not row.done for row in rows):
+        for i, delay in enumerate(delays):
+            if rows[i] is None and tick >= delay:
+                rows[i] = sampler.start(specs[i])
+        running = [row for row in rows if row is not None and not row.done]
+        if running:
+            sampler.step(running)
+        tick += 1
+    return [sampler.decode(row) for row in rows if row is not None]
+
+
+@settings(max_examples=8)
+@given(specs=st.lists(SPECS, min_size=2, max_size=33), data=st.data())
+def test_a_picture_does_not_depend_on_its_neighbours(sampler: Sampler, specs: list[RowSpec], data: st.DataObject) -> None:
+    delays = data.draw(st.lists(st.integers(0, 4), min_size=len(specs), max_size=len(specs)))
+    together = _draw_together(sampler, specs, delays)
+    for spec, pixels in list(zip(specs, together, strict=True))[:4]:
+        assert np.array_equal(_draw_alone(sampler, spec), pixels)
+
+
+def test_rows_advance_by_one_step_of_their_own(sampler: Sampler) -> None:
+    rows = [sampler.start(RowSpec(1, 5, 3, 1.5, "ddim")), sampler.start(RowSpec(2, 6, 6, 1.0, "ddpm"))]
+    assert [row.timestep for row in rows] == [999, 999]
+    sampler.step(rows)
+    sampler.step(rows[1:])
+    assert [row.steps_done for row in rows] == [1, 2]
+    assert not rows[0].done
+
+
+def test_seed_steps_guidance_and_class_all_matter(sampler: Sampler) -> None:
+    base = RowSpec(1, 0, 4, 2.0, "ddim")
+    reference = _draw_alone(sampler, base)
+    assert np.array_equal(_draw_alone(sampler, base), reference)
+    for other in (
+        RowSpec(2, 0, 4, 2.0, "ddim"),
+        RowSpec(1, 1, 4, 2.0, "ddim"),
+        RowSpec(1, 0, 5, 2.0, "ddim"),
+        RowSpec(1, 0, 4, 3.0, "ddim"),
+        RowSpec(1, 0, 4, 2.0, "ddpm"),
+    ):
+        assert not np.array_equal(_draw_alone(sampler, other), reference)
+
+
+def test_generate_gives_pictures_and_counts_seeds_up(sampler: Sampler) -> None:
+    steps: list[int] = []
+    images = sampler.generate([3, 3], seed=7, on_step=lambda: steps.append(1))
+    assert len(steps) == sampler.defaults.steps
+    assert [image.size for image in images] == [(16, 16)] * 2
+    assert np.array_equal(np.asarray(images[1]), np.asarray(sampler.generate([3], seed=8)[0]))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (RowSpec(10, 0, 4, 1.0, "ddim"), r"class_id must be 0\.\.9"),
+        (RowSpec(-1, 0, 4, 1.0, "ddim"), "class_id"),
+        (RowSpec(1, 2**32, 4, 1.0, "ddim"), "seed must be"),
+        (RowSpec(1, 0, 0, 1.0, "ddim"), "steps must be"),
+    ],
+)
+def test_requests_out_of_range_are_refused(sampler: Sampler, spec: RowSpec, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sampler.start(spec)
+
+
+def test_a_failing_forward_moves_no_row(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = sampler.start(RowSpec(1, 0, 4, 1.0, "ddpm"))
+    before = row.x.clone()
+
+    def fail(*_: object) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(sampler.model, "forward", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sampler.step([row])
+    assert row.steps_done == 0
+    assert torch.equal(row.x, before)
+
+
+def test_latent_models_are_refused_until_they_can_be_decoded(tmp_path: Path) -> None:
+    from robuq_core.config import ModelConfig
+
+    latent = tmp_path / "latent.safetensors"
+    write_tiny(latent, ModelConfig(input_size=8, patch_size=4, hidden_size=48, depth=1, num_heads=4, num_classes=3))
+    with pytest.raises(UserError, match="latent model needs a decoder"):
+        Sampler.from_checkpoint(latent)
+
+
+def test_weights_stay_packed_in_memory(sampler: Sampler) -> None:
+    assert 0 < sampler.weight_bytes < 4 * 48 * 48 * (3 + 1 + 8 + 6) * 2

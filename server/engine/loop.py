@@ -160,10 +160,12 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            began = self._clock()
             self._warm_up()
             with self._changed:
                 if self._phase == "starting":
                     self._phase = "ready"
+            logger.info("warmed up", extra={"seconds": round(self._clock() - began, 3)})
             while plan := self._next_rows():
                 try:
                     self._advance(plan)

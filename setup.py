@@ -17,7 +17,11 @@ setup(
             depends=sorted(path.as_posix() for path in NATIVE.glob("*.h")),
             # No -march: the AVX2 code is compiled for its own functions and chosen at run time. No contraction of
             # a * b + c either: where a fused multiply-add is wanted, the source says so.
-            extra_compile_args=["-std=gnu11", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-pthread", "-Wno-psabi"],
+            # Vectors pass between inlined functions only: their calling convention does not matter (psabi).
+            extra_compile_args=[
+                *("-std=gnu11", "-O3", "-ffp-contract=off"),
+                *("-fvisibility=hidden", "-pthread", "-Wno-psabi"),
+            ],
             extra_link_args=["-pthread"],
             optional=True,
         )

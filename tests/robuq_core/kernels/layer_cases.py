@@ -1,0 +1,31 @@
+"""Small layers that the tests of the backends share."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from robuq_core.models.quant_linear import QuantLinear
+from robuq_core.quant.activation import Grid
+from robuq_core.quant.hadamard import random_signs
+
+WIDTHS = (4, 12, 20, 28, 36, 72, 96, 256, 288)
+
+
+def make_linear(width: int, outputs: int, *, bits: int, grid: Grid = "midrise", rank: int = 0) -> QuantLinear:
+    """A fake-quantised linear with random weights, bias and signs, the same on every call."""
+    generator = torch.Generator().manual_seed(width * 1000 + outputs)
+    linear = nn.Linear(width, outputs)
+    with torch.no_grad():
+        linear.weight.copy_(torch.randn(outputs, width, generator=generator) / width**0.5)
+        linear.bias.copy_(torch.randn(outputs, generator=generator))
+    signs = random_signs(width, generator)
+    return QuantLinear(linear, bits=bits, grid=grid, weight_scale="conditional_mean", rank=rank, signs=signs)
+
+
+def tokens(rows: int, width: int, seed: int = 0) -> torch.Tensor:
+    """Random tokens ``[rows, width]`` of uneven size, one channel an outlier."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, width, generator=generator) * torch.rand(rows, 1, generator=generator).add(0.1)
+    x[:, width // 2] *= 10
+    return x

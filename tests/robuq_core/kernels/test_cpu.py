@@ -1,0 +1,201 @@
+"""The native backend against the reference, on each of its paths, and its two promises: exact integer products, and
+rows whose bytes depend on neither their neighbours nor the thread count."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from layer_cases import WIDTHS, make_linear, tokens
+
+from robuq_core.kernels.cpu import CpuBackend, NativeUnavailableError, choose_isa, load_library
+from robuq_core.kernels.ops import Modulation, Prologue, Quantized, TernaryLayer
+from robuq_core.kernels.pack_layer import pack_layer
+from robuq_core.kernels.reference import ReferenceBackend, apply_prologue
+from robuq_core.quant.activation import Grid
+from robuq_core.quant.hadamard import Rotation
+from robuq_core.quant.packing import pack_planar
+
+REFERENCE = ReferenceBackend()
+
+
+@pytest.fixture(params=["avx2", "plain"])
+def backend(request: pytest.FixtureRequest) -> CpuBackend:
+    try:
+        return CpuBackend(threads=2, isa=request.param)
+    except NativeUnavailableError as error:
+        pytest.skip(str(error))
+
+
+def prologues(images: int, width: int) -> list[Prologue]:
+    generator = torch.Generator().manual_seed(5)
+    shift, scale = (torch.randn(images, width, generator=generator) for _ in range(2))
+    return [None, "gelu", "silu", Modulation(shift, scale, 1e-6)]
+
+
+def assert_codes_agree(x: torch.Tensor, layer: TernaryLayer, prologue: Prologue, actual: Quantized) -> None:
+    """Equal codes, save where the value lies within 1e-3 of a step from a rounding boundary: there off by one."""
+    expected = REFERENCE.rotate_quantize(x, layer, prologue)
+    torch.testing.assert_close(actual.scales, expected.scales, rtol=1e-5, atol=0)
+    torch.testing.assert_close(actual.lowrank, expected.lowrank, rtol=1e-4, atol=1e-4)
+    differ = actual.codes != expected.codes
+    if differ.any():
+        rotated = Rotation(layer.in_features, layer.signs)(apply_prologue(x, prologue))
+        midrise = layer.bits == 1 or (layer.grid == "midrise" and layer.bits < 8)
+        position = rotated / (expected.scales[:, None] * (2 if midrise else 1)) + (0 if midrise else 0.5)
+        assert ((position - position.round()).abs()[differ] < 1e-3).all()
+        assert ((actual.codes.int() - expected.codes.int()).abs()[differ] == (2 if midrise else 1)).all()
+
+
+@pytest.mark.parametrize("grid", ["midrise", "midtread"])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_rotate_quantize(backend: CpuBackend, bits: int, grid: Grid) -> None:
+    for width in WIDTHS:
+        for rows, rank in ((1, 0), (3, 2), (18, 3)):
+            layer, x = pack_layer(make_linear(width, 7, bits=bits, grid=grid, rank=rank)), tokens(rows, width)
+            for prologue in prologues(3 if rows % 3 == 0 else 1, width):
+                assert_codes_agree(x, layer, prologue, backend.rotate_quantize(x, layer, prologue))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("width", [*WIDTHS, 4608])
+def test_integer_product_is_exact(backend: CpuBackend, width: int, bits: int) -> None:
+    """Unit scales, no bias and no low-rank term leave the bare product; extreme codes try the accumulators."""
+    generator = torch.Generator().manual_seed(bits)
+    weight = torch.randint(-1, 2, (37, width), generator=generator).to(torch.int8)
+    weight[0], weight[1] = 1, -1
+    top = 127 if bits == 8 else 2**bits - 1
+    codes = torch.randint(-top, top + 1, (5, width), generator=generator).to(torch.int8)
+    codes[0], codes[1] = top, -128 if bits == 8 else -top
+    layer = TernaryLayer(
+        planar=pack_planar(weight),
+        alpha=torch.ones(37),
+        bias=torch.zeros(37),
+        signs=torch.ones(width),
+        lowrank_a=torch.zeros(37, 0),
+        lowrank_b=torch.zeros(0, width),
+        bits=bits,
+        grid="midrise",
+    )
+    y = backend.ternary_linear(Quantized(codes, torch.ones(5), torch.zeros(5, 0)), layer)
+    assert torch.equal(y.long(), codes.long() @ weight.long().T)
+
+
+@pytest.mark.parametrize(("rows", "outputs", "rank"), [(1, 1, 0), (3, 33, 5), (17, 70, 16), (150, 8, 1)])
+def test_ternary_linear(backend: CpuBackend, rows: int, outputs: int, rank: int) -> None:
+    for width in (36, 96, 128, 288):
+        layer = pack_layer(make_linear(width, outputs, bits=3, rank=min(rank, outputs - 1)))
+        quantized = REFERENCE.rotate_quantize(tokens(rows, width), layer)
+        expected = REFERENCE.ternary_linear(quantized, layer)
+        torch.testing.assert_close(backend.ternary_linear(quantized, layer), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("length", "heads", "head_dim"), [(1, 1, 1), (5, 3, 8), (64, 2, 72), (67, 1, 20)])
+def test_attention(backend: CpuBackend, length: int, heads: int, head_dim: int) -> None:
+    qkv = tokens(2 * length, 3 * heads * head_dim).reshape(2, length, -1)
+    expected = REFERENCE.attention(qkv, heads, False)
+    torch.testing.assert_close(backend.attention(qkv, heads, False), expected, rtol=1e-5, atol=1e-5)
+    expected = REFERENCE.attention(qkv, heads, True)
+    # A probability next to a rounding boundary may fall to the other side: one 255th of a value.
+    flip = float(qkv.abs().max()) / 255
+    difference = (backend.attention(qkv, heads, True) - expected).abs()
+    assert difference.max() <= 2 * flip
+    assert difference.mean() < 1e-3 * flip + 1e-6
+
+
+@pytest.mark.parametrize(("rows", "width", "outputs"), [(1, 1, 1), (5, 13, 7), (29, 77, 131), (50, 256, 64)])
+def test_linear(backend: CpuBackend, rows: int, width: int, outputs: int) -> None:
+    x, weight, bias = tokens(rows, width), tokens(outputs, width, seed=1), torch.randn(outputs)
+    torch.testing.assert_close(backend.linear(x, weight, bias), REFERENCE.linear(x, weight, bias), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [36, 96, 288])
+def test_rows_are_byte_equal_alone_among_others_and_on_any_thread_count(backend: CpuBackend, width: int) -> None:
+    layer, x = pack_layer(make_linear(width, 45, bits=2, rank=3)), tokens(140, width)
+    weight, bias = tokens(45, width, seed=2), torch.randn(45)
+    qkv = tokens(4 * 35, 3 * width).reshape(4, 35, -1)
+    single, four = (CpuBackend(threads=n, isa=backend.isa) for n in (1, 4))
+    for prologue in prologues(4, width):
+        whole = backend.rotate_quantize(x, layer, prologue)
+        y = backend.ternary_linear(whole, layer)
+        for other in (single, four):
+            again = other.rotate_quantize(x, layer, prologue)
+            assert torch.equal(again.codes, whole.codes)
+            assert torch.equal(again.scales, whole.scales)
+            assert torch.equal(again.lowrank, whole.lowrank)
+            assert torch.equal(other.ternary_linear(again, layer), y)
+        for row in (0, 1, 77, 139):
+            image = row // 35
+            own = prologue
+            if isinstance(prologue, Modulation):
+                own = Modulation(prologue.shift[image : image + 1], prologue.scale[image : image + 1], prologue.eps)
+            alone = backend.rotate_quantize(x[row : row + 1], layer, own)
+            assert torch.equal(alone.codes[0], whole.codes[row])
+            assert torch.equal(alone.scales[0], whole.scales[row])
+            assert torch.equal(alone.lowrank[0], whole.lowrank[row])
+            assert torch.equal(backend.ternary_linear(alone, layer)[0], y[row])
+    linear = backend.linear(x, weight, bias)
+    assert torch.equal(four.linear(x, weight, bias), linear)
+    for row in (0, 23, 25, 139):
+        assert torch.equal(backend.linear(x[row : row + 1], weight, bias)[0], linear[row])
+    for quantized in (False, True):
+        attended = backend.attention(qkv, 3, quantized)
+        assert torch.equal(four.attention(qkv, 3, quantized), attended)
+        for image in range(4):
+            assert torch.equal(backend.attention(qkv[image : image + 1], 3, quantized)[0], attended[image])
+
+
+def test_calls_from_several_python_threads_take_turns(backend: CpuBackend) -> None:
+    layer, x = pack_layer(make_linear(96, 64, bits=2, rank=2)), tokens(50, 96)
+    expected = backend.ternary_linear(backend.rotate_quantize(x, layer), layer)
+
+    def run(_: int) -> bool:
+        return torch.equal(backend.ternary_linear(backend.rotate_quantize(x, layer), layer), expected)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(run, range(200)))
+
+
+def test_views_are_accepted_and_wrong_shapes_refused(backend: CpuBackend) -> None:
+    layer, wide = pack_layer(make_linear(36, 8, bits=2)), tokens(4, 72)
+    view = wide[:, ::2]
+    assert torch.equal(backend.rotate_quantize(view, layer).codes, backend.rotate_quantize(view.clone(), layer).codes)
+    with pytest.raises(ValueError, match=r"x must be torch.float32 \(4, 36\)"):
+        backend.rotate_quantize(wide, layer)
+    with pytest.raises(ValueError, match="3 rows do not divide among 2 images"):
+        backend.rotate_quantize(tokens(3, 36), layer, Modulation(torch.zeros(2, 36), torch.zeros(2, 36), 1e-6))
+    with pytest.raises(ValueError, match="5 heads"):
+        backend.attention(torch.zeros(1, 2, 36), 5, True)
+    with pytest.raises(ValueError, match="'relu'"):
+        backend.rotate_quantize(tokens(3, 36), layer, "relu")  # type: ignore[arg-type]
+
+
+def test_no_rows_give_no_rows(backend: CpuBackend) -> None:
+    layer = pack_layer(make_linear(36, 8, bits=2, rank=1))
+    assert backend.ternary_linear(backend.rotate_quantize(torch.zeros(0, 36), layer), layer).shape == (0, 8)
+
+
+def test_non_finite_tokens_stay_in_their_rows(backend: CpuBackend) -> None:
+    layer, x = pack_layer(make_linear(96, 8, bits=2, rank=1)), tokens(3, 96)
+    clean = backend.ternary_linear(backend.rotate_quantize(x, layer), layer)
+    x[1, 4] = float("nan")
+    y = backend.ternary_linear(backend.rotate_quantize(x, layer), layer)
+    assert torch.equal(y[[0, 2]], clean[[0, 2]])
+    assert y[1].isnan().all()
+
+
+def test_environment_forces_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        library = load_library()
+    except NativeUnavailableError as error:
+        pytest.skip(str(error))
+    monkeypatch.setenv("ROBUQ_CPU_ISA", "plain")
+    assert choose_isa(library) == "plain"
+    assert CpuBackend(threads=1).name == "cpu-plain"
+    monkeypatch.setenv("ROBUQ_CPU_ISA", "sse9")
+    with pytest.raises(ValueError, match="sse9"):
+        choose_isa(library)
+    monkeypatch.delenv("ROBUQ_CPU_ISA")
+    with pytest.raises(ValueError, match="threads must be at least 1"):
+        CpuBackend(threads=0)

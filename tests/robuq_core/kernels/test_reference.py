@@ -1,0 +1,78 @@
+"""The packed layer on the reference backend is the fake-quantised layer: same codes, same output."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from layer_cases import WIDTHS, make_linear, tokens
+
+from robuq_core.kernels.ops import Modulation
+from robuq_core.kernels.pack_layer import pack_layer
+from robuq_core.kernels.reference import ReferenceBackend, apply_prologue
+from robuq_core.quant.activation import Grid, quantize_activation
+from robuq_core.quant.attention import quantized_attention
+from robuq_core.quant.packing import unpack_planar
+from robuq_core.quant.ternary import ternarize
+
+BACKEND = ReferenceBackend()
+
+
+@pytest.mark.parametrize("grid", ["midrise", "midtread"])
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("width", WIDTHS)
+def test_packed_layer_is_the_fake_quantised_layer(width: int, bits: int, grid: Grid) -> None:
+    for rows, rank in ((1, 0), (3, 2), (17, 3)):
+        linear = make_linear(width, 33, bits=bits, grid=grid, rank=rank)
+        layer, x = pack_layer(linear), tokens(rows, width)
+        quantized = BACKEND.rotate_quantize(x, layer)
+        codes, scales = quantize_activation(linear.rotation(x), bits, grid)
+        assert torch.equal(quantized.codes, codes)
+        assert torch.equal(quantized.scales, scales.squeeze(1))
+        with torch.no_grad():
+            torch.testing.assert_close(BACKEND.ternary_linear(quantized, layer), linear(x), rtol=1e-5, atol=1e-5)
+
+
+def test_pack_layer_keeps_the_numbers_that_a_file_keeps() -> None:
+    linear = make_linear(72, 33, bits=3, rank=4)
+    layer = pack_layer(linear)
+    codes, alpha = ternarize(linear.weight.detach())
+    assert torch.equal(unpack_planar(layer.planar, 72), codes)
+    assert torch.equal(layer.alpha, alpha)
+    assert torch.equal(layer.alpha.half().float(), layer.alpha)
+    for factor in (layer.lowrank_a, layer.lowrank_b):
+        assert torch.equal(factor.bfloat16().float(), factor)
+        assert factor.is_contiguous()
+        assert not factor.requires_grad
+    assert (layer.in_features, layer.out_features, layer.rank, layer.bits, layer.grid) == (72, 33, 4, 3, "midrise")
+
+
+def test_prologues_are_torchs_own() -> None:
+    x, shift, scale = tokens(6, 36), torch.randn(2, 36), torch.randn(2, 36)
+    modulated = F.layer_norm(x.reshape(2, 3, 36), (36,), eps=1e-5) * (1 + scale[:, None]) + shift[:, None]
+    assert torch.equal(apply_prologue(x, Modulation(shift, scale, 1e-5)), modulated.reshape(6, 36))
+    assert torch.equal(apply_prologue(x, "gelu"), F.gelu(x, approximate="tanh"))
+    assert torch.equal(apply_prologue(x, "silu"), F.silu(x))
+    assert apply_prologue(x, None) is x
+
+
+def test_bad_prologues_are_refused() -> None:
+    with pytest.raises(ValueError, match="5 rows do not divide among 2 images"):
+        apply_prologue(tokens(5, 12), Modulation(torch.zeros(2, 12), torch.zeros(2, 12), 1e-6))
+    with pytest.raises(ValueError, match="'relu'"):
+        apply_prologue(tokens(5, 12), "relu")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_attention_splits_heads_as_the_model_does(quantized: bool) -> None:
+    qkv = tokens(2 * 9, 3 * 24).reshape(2, 9, 72)
+    q, k, v = (part.reshape(2, 9, 3, 8).transpose(1, 2) for part in qkv.chunk(3, dim=2))
+    attend = quantized_attention if quantized else F.scaled_dot_product_attention
+    expected = attend(q, k, v).transpose(1, 2).reshape(2, 9, 24)
+    torch.testing.assert_close(BACKEND.attention(qkv, 3, quantized), expected)
+
+
+def test_a_token_of_zeros_gives_the_bias() -> None:
+    layer = pack_layer(make_linear(12, 5, bits=2, rank=1))
+    quantized = BACKEND.rotate_quantize(torch.zeros(1, 12), layer)
+    assert torch.equal(BACKEND.ternary_linear(quantized, layer)[0], layer.bias)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from robuq_core.config import SamplerName
-from robuq_core.diffusion.schedule import alphas_cumprod, respaced_timesteps
+from robuq_core.diffusion.schedule import alphas_cumprod, interior_timesteps, respaced_timesteps
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def step_table(sampler: SamplerName, steps: int) -> StepTable:
     Raises:
         ValueError: steps out of range or an unknown sampler.
     """
-    timesteps = respaced_timesteps(steps)[::-1]
+    timesteps = (interior_timesteps if sampler == "dpmsolver++" else respaced_timesteps)(steps)[::-1]
     alpha_bar = alphas_cumprod()[timesteps]
     # Past the last step the image is clean.
     following = torch.cat([alpha_bar[1:], alpha_bar.new_ones(1)])

@@ -30,6 +30,20 @@ def respaced_timesteps(steps: int) -> list[int]:
     return [round(i * stride) for i in range(steps)]
 
 
+def interior_timesteps(steps: int) -> list[int]:
+    """``steps`` original indices, ascending: ``linspace(0, 999, steps + 1)`` rounded, without its 0.
+
+    For solvers in log-SNR, which grows without bound towards 0: a step onto t = 0 would dwarf the one before it.
+    All 1,000 steps have no room to leave one out.
+
+    Raises:
+        ValueError: steps outside 1..1000.
+    """
+    if not 1 <= steps < NUM_TRAIN_TIMESTEPS:
+        return respaced_timesteps(steps)
+    return [round(i * (NUM_TRAIN_TIMESTEPS - 1) / steps) for i in range(1, steps + 1)]
+
+
 def to_sample_coefficients(alpha_bar: Tensor, prediction_type: PredictionType) -> tuple[Tensor, Tensor]:
     """``(a, b)`` such that ``x_0 = a x_t + b output`` for a network that predicts ``prediction_type``.
 

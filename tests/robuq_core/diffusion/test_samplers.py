@@ -26,25 +26,25 @@ def _run(table: StepTable, count: int, seed: int) -> torch.Tensor:
     return x
 
 
-@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", 1000), ("ddpm", 250), ("ddim", 100), ("dpmsolver++", 25)])
+@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", 250), ("ddim", 250), ("dpmsolver++", 25)])
 def test_gaussian_data_is_sampled_with_its_mean_and_variance(sampler: SamplerName, steps: int) -> None:
-    samples = _run(step_table(sampler, steps), 50_000, seed=steps)
-    assert float(samples.mean()) == pytest.approx(MEAN, abs=0.01)
+    samples = _run(step_table(sampler, steps), 20_000, seed=steps)
+    assert float(samples.mean()) == pytest.approx(MEAN, abs=0.015)
     assert float(samples.std()) == pytest.approx(STD, rel=0.03)
 
 
 def test_second_order_needs_fewer_steps() -> None:
-    """Distance from the probability-flow solution (here: x_0 = m + s (x_T - ...) exactly) at 10 steps."""
+    """Distance of a 25-step run from a fine one: both follow the same probability flow."""
 
     def error(sampler: SamplerName) -> float:
-        fine, coarse = (_run(step_table(sampler, steps), 2000, seed=0) for steps in (1000, 10))
+        fine, coarse = (_run(step_table(sampler, steps), 2000, seed=0) for steps in (1000, 25))
         return float((fine - coarse).abs().mean())
 
     assert error("dpmsolver++") < 0.5 * error("ddim")
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("steps", [1, 2, 3, 50, 1000])
+@pytest.mark.parametrize("steps", [1, 2, 3, 50, 999, 1000])
 def test_tables_end_on_a_clean_image(sampler: SamplerName, steps: int) -> None:
     table = step_table(sampler, steps)
     assert len(table) == len(table.timesteps) == steps

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from robuq_core.config import PredictionType
 from robuq_core.diffusion.schedule import (
     alphas_cumprod,
+    interior_timesteps,
     respaced_timesteps,
     to_sample_coefficients,
     training_target,
@@ -49,3 +50,18 @@ def test_a_perfect_prediction_gives_the_sample_back(kind: PredictionType, timest
     x_t = bar.sqrt() * x0 + (1 - bar).sqrt() * noise
     a, b = to_sample_coefficients(bar, kind)
     torch.testing.assert_close(a * x_t + b * training_target(x0, noise, bar, kind), x0, atol=1e-9, rtol=1e-9)
+
+
+@given(st.integers(1, 999))
+def test_interior_timesteps_leave_zero_out(steps: int) -> None:
+    timesteps = interior_timesteps(steps)
+    assert len(set(timesteps)) == steps
+    assert timesteps == sorted(timesteps)
+    assert timesteps[0] > 0
+    assert timesteps[-1] == 999
+
+
+def test_interior_timesteps_of_a_full_run_are_all() -> None:
+    assert interior_timesteps(1000) == list(range(1000))
+    with pytest.raises(ValueError, match=r"1\.\.1000"):
+        interior_timesteps(0)

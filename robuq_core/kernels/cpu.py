@@ -104,11 +104,11 @@ def _base_matrix(width: int) -> Tensor:
 
 def _check(tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     """``tensor``, contiguous; the native side trusts what passes here."""
-    if tensor.shape != shape or tensor.dtype != dtype or tensor.device.type != "cpu":
+    if tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_cpu:
         raise ValueError(
             f"{name} must be {dtype} {shape} on the CPU, not {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
         )
-    return tensor.detach().contiguous()
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 class CpuBackend:

@@ -52,7 +52,7 @@ FN float max_abs(const float *x, int64_t count) {
 INLINE float signed_scale(float top) { return top / 127.0f; }
 
 INLINE v8s signed_codes(v8 x, float scale) {
-    return __builtin_convertvector(to_int(vrint(x / splat(scale > 1e-30f ? scale : 1e-30f))), v8s);
+    return to_int16(vrint(x / splat(scale > 1e-30f ? scale : 1e-30f)));
 }
 
 /* Codes of `length` rows of `dim` values, `stride` apart, into padded rows, and a scale for each row. */
@@ -142,7 +142,7 @@ INLINE void attend(const struct attention_job *job, int64_t task, char *scratch,
             }
             softmax_row(p, length);
             for (int64_t j = 0; quantized && j < padded_length; j += LANES) {
-                const v8s code = __builtin_convertvector(to_int(vrint(load(p + j) * splat(255))), v8s);
+                const v8s code = to_int16(vrint(load(p + j) * splat(255)));
                 memcpy(b.p_codes + i * padded_length + j, &code, sizeof code);
             }
         }

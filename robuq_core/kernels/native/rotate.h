@@ -155,8 +155,9 @@ FN void quantize_row(const struct rotate_job *job, int64_t row, const float *x, 
     for (int64_t k = 0; k < job->width; k += LANES) {
         v8 q = vmax(vmin(load(x + k) * inverse, splat(512)), splat(-512)); /* far outside every grid */
         q = job->midrise ? vfloor(q) * splat(2) + splat(1) : vrint(q);
-        const v8b code = __builtin_convertvector(to_int(vmax(vmin(q, highest), lowest)), v8b);
-        memcpy(codes + k, &code, (size_t)min64(LANES, job->width - k));
+        const v8b code = to_int8(vmax(vmin(q, highest), lowest));
+        if (job->width - k >= LANES) memcpy(codes + k, &code, sizeof code);
+        else memcpy(codes + k, &code, (size_t)(job->width - k));
     }
     job->scales[row] = job->midrise ? step * 0.5f : step;
 }

@@ -33,26 +33,44 @@ INLINE __m128i sum_lanes(const __m256i sums[TILE_CHANNELS]) {
     return _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
 }
 
+INLINE __m256i load_bytes(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
+
+/* sum += weights * codes, pairs of products in 16-bit lanes. In assembly because GCC 12 otherwise moves the eight
+ * accumulators from register to register at each step, one of them through memory. */
+INLINE void add_products(__m256i *sum, __m256i weights, __m256i codes) {
+    __m256i products;
+    __asm__("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(*sum), "=&x"(products) : "x"(weights), "x"(codes));
+}
+
 FN void product_tile(const uint8_t *weights, const int8_t *x0, const int8_t *x1, int64_t steps, int64_t safe_steps,
                      int32_t out[TILE_TOKENS][TILE_CHANNELS]) {
-    const __m256i ones = _mm256_set1_epi16(1);
+    const __m256i ones = _mm256_set1_epi16(1), zero = _mm256_setzero_si256();
     __m256i wide[TILE_TOKENS][TILE_CHANNELS] = {0};
-    for (int64_t start = 0; start < steps; start += safe_steps) {
-        __m256i narrow[TILE_TOKENS][TILE_CHANNELS] = {0};
-        const int64_t end = min64(start + safe_steps, steps);
-        for (int64_t s = start; s < end; s++) {
-            const __m256i a = _mm256_loadu_si256((const __m256i *)(x0 + s * STEP));
-            const __m256i b = _mm256_loadu_si256((const __m256i *)(x1 + s * STEP));
-#pragma GCC unroll 4
-            for (int c = 0; c < TILE_CHANNELS; c++) {
-                const __m256i w = _mm256_loadu_si256((const __m256i *)(weights + s * STEP_BYTES + c * STEP));
-                narrow[0][c] = _mm256_add_epi16(narrow[0][c], _mm256_maddubs_epi16(w, a));
-                narrow[1][c] = _mm256_add_epi16(narrow[1][c], _mm256_maddubs_epi16(w, b));
-            }
+    while (steps > 0) {
+        __m256i a0 = zero, a1 = zero, a2 = zero, a3 = zero, b0 = zero, b1 = zero, b2 = zero, b3 = zero;
+        for (int64_t left = min64(steps, safe_steps); left > 0; left--) {
+            const __m256i a = load_bytes(x0), b = load_bytes(x1);
+            __m256i w = load_bytes(weights);
+            add_products(&a0, w, a);
+            add_products(&b0, w, b);
+            w = load_bytes(weights + STEP);
+            add_products(&a1, w, a);
+            add_products(&b1, w, b);
+            w = load_bytes(weights + 2 * STEP);
+            add_products(&a2, w, a);
+            add_products(&b2, w, b);
+            w = load_bytes(weights + 3 * STEP);
+            add_products(&a3, w, a);
+            add_products(&b3, w, b);
+            x0 += STEP;
+            x1 += STEP;
+            weights += STEP_BYTES;
         }
+        const __m256i narrow[TILE_TOKENS][TILE_CHANNELS] = {{a0, a1, a2, a3}, {b0, b1, b2, b3}};
         for (int t = 0; t < TILE_TOKENS; t++)
             for (int c = 0; c < TILE_CHANNELS; c++)
                 wide[t][c] = _mm256_add_epi32(wide[t][c], _mm256_madd_epi16(narrow[t][c], ones));
+        steps -= safe_steps;
     }
     for (int t = 0; t < TILE_TOKENS; t++) _mm_storeu_si128((__m128i *)out[t], sum_lanes(wide[t]));
 }

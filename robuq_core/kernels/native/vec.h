@@ -58,6 +58,18 @@ INLINE v8 vmin(v8 a, v8 b) { return _mm256_min_ps(a, b); }
 INLINE v8 vrint(v8 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE v8 vfloor(v8 x) { return _mm256_floor_ps(x); }
 
+/* The values must fit the narrower type. */
+INLINE v8s to_int16(v8 x) {
+    const __m256i i = (__m256i)to_int(x);
+    return (v8s)_mm_packs_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
+}
+
+INLINE v8b to_int8(v8 x) {
+    const __m128i i = (__m128i)to_int16(x);
+    const int64_t bytes = _mm_cvtsi128_si64(_mm_packs_epi16(i, i));
+    return (v8b)bytes;
+}
+
 /* x times the Sylvester matrix of order 8. */
 INLINE v8 hadamard8(v8 x) {
     x = fmadd(x, (v8){1, -1, 1, -1, 1, -1, 1, -1}, _mm256_permute_ps(x, 0xB1));
@@ -76,6 +88,9 @@ INLINE v8 vfloor(v8 x) {
     v8 nearest = vrint(x);
     return nearest - choose(nearest > x, splat(1), splat(0));
 }
+
+INLINE v8s to_int16(v8 x) { return __builtin_convertvector(to_int(x), v8s); }
+INLINE v8b to_int8(v8 x) { return __builtin_convertvector(to_int(x), v8b); }
 
 INLINE v8 hadamard8(v8 x) {
     v8 a = {x[0] + x[1], x[0] - x[1], x[2] + x[3], x[2] - x[3], x[4] + x[5], x[4] - x[5], x[6] + x[7], x[6] - x[7]};

@@ -3,61 +3,69 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from robuq_core.config import DiffusionConfig, ModelConfig, QuantConfig, SamplerConfig, StrictModel
 from robuq_core.errors import UserError
+from robuq_core.quant.hadamard import decompose_order
+from train.messages import one_line
 
 
 class ConfigError(UserError):
     """A configuration that cannot be used; the message names the key and the fix."""
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class DataConfig(StrictModel):
     """Images and their augmentation: resize the short side to ``resize``, crop to the model's size."""
 
     path: Path
-    resize: int | None = Field(None, ge=2, description="short side before the crop; default: the model's input_size")
-    flip_probability: float = Field(0.5, ge=0, le=1)
-    colour_jitter: float = Field(0.0, ge=0, lt=1, description="brightness and contrast factors in 1 +- this")
-    class_names: Path | None = Field(None, description="text file, one name a line, in class order")
+    resize: int | None = Field(
+        default=None, ge=2, description="short side before the crop; default: the model's input_size"
+    )
+    flip_probability: float = Field(default=0.5, ge=0, le=1)
+    colour_jitter: float = Field(default=0.0, ge=0, lt=1, description="brightness and contrast factors in 1 +- this")
+    class_names: Path | None = Field(default=None, description="text file, one name a line, in class order")
 
 
 class StageConfig(StrictModel):
     """One optimisation: AdamW at ``lr`` after a linear warm-up, constant or cosine down to ``final_lr_ratio``."""
 
-    steps: int = Field(400_000, ge=1)
-    batch_size: int = Field(256, ge=1)
-    lr: float = Field(1e-4, gt=0)
+    steps: int = Field(default=400_000, ge=1)
+    batch_size: int = Field(default=256, ge=1)
+    lr: float = Field(default=1e-4, gt=0)
     lr_schedule: Literal["constant", "cosine"] = "constant"
-    final_lr_ratio: float = Field(0.05, ge=0, le=1)
-    warmup_steps: int = Field(1000, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(0.0, ge=0)
-    grad_clip: float | None = Field(1.0, gt=0)
-    ema_decay: float = Field(0.9999, ge=0, lt=1)
-    distill_weight: float = Field(0.0, ge=0, description="qat only: weight of the MSE to the teacher's output")
-    save_every: int = Field(1000, ge=1)
-    log_every: int = Field(50, ge=1)
+    final_lr_ratio: float = Field(default=0.05, ge=0, le=1)
+    warmup_steps: int = Field(default=1000, ge=0)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    weight_decay: float = Field(default=0.0, ge=0)
+    grad_clip: float | None = Field(default=1.0, gt=0)
+    ema_decay: float = Field(default=0.9999, ge=0, lt=1)
+    distill_weight: float = Field(default=0.0, ge=0, description="qat only: weight of the MSE to the teacher's output")
+    save_every: int = Field(default=1000, ge=1)
+    log_every: int = Field(default=50, ge=1)
 
 
 class TrainConfig(StrictModel):
     """A whole run: every stage reads the same file and writes below ``run_dir``."""
 
     run_dir: Path
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = True
-    class_dropout: float = Field(0.1, ge=0, lt=1)
+    class_dropout: float = Field(default=0.1, ge=0, lt=1)
     class_init: Literal["normal", "pca"] = "normal"
-    class_init_std: float = Field(0.02, gt=0, description="initial spread of the class table")
+    class_init_std: float = Field(default=0.02, gt=0, description="initial spread of the class table")
     model: ModelConfig
-    quant: QuantConfig = QuantConfig()
+    quant: QuantConfig = Field(default_factory=lambda: QuantConfig.model_validate({}))
     diffusion: DiffusionConfig = DiffusionConfig()
-    sampler: SamplerConfig = SamplerConfig()
+    sampler: SamplerConfig = Field(default_factory=lambda: SamplerConfig.model_validate({}))
     data: DataConfig
     teacher: StageConfig = StageConfig()
     qat: StageConfig = StageConfig(steps=350_000, batch_size=32)
@@ -66,6 +74,14 @@ class TrainConfig(StrictModel):
     def _sizes_fit(self) -> TrainConfig:
         if self.data.resize is not None and self.data.resize < self.model.input_size:
             raise ValueError(f"data.resize {self.data.resize} is below model.input_size {self.model.input_size}")
+        if self.model.in_channels != 3:
+            raise ValueError(f"model.in_channels must be 3, not {self.model.in_channels}: training reads RGB images")
+        # Said before the teacher trains, not after: quantisation rotates the inputs of every block linear.
+        for width in (self.model.hidden_size, self.model.hidden_size * self.model.mlp_ratio):
+            try:
+                decompose_order(width)
+            except ValueError as error:
+                raise ValueError(f"model.hidden_size {self.model.hidden_size} cannot be quantised: {error}") from error
         return self
 
 
@@ -77,8 +93,8 @@ def load_config(path: Path, overrides: list[str]) -> TrainConfig:
     """
     try:
         tree = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot read the configuration: {error}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot read the configuration: {one_line(error)}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping at the top level")
     for override in overrides:
@@ -86,8 +102,18 @@ def load_config(path: Path, overrides: list[str]) -> TrainConfig:
     try:
         return TrainConfig.model_validate(tree)
     except ValidationError as error:
-        lines = (f"  {'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors())
-        raise ConfigError(f"{path}: invalid configuration\n" + "\n".join(lines)) from error
+        raise ConfigError(f"{path}: " + "; ".join(_complaint(e) for e in error.errors())) from error
+
+
+def _complaint(error: ErrorDetails) -> str:
+    if error["type"] == "extra_forbidden":
+        return f"{_key(error)}: unknown key"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{_key(error)}: {message}" if error["loc"] else message
+
+
+def _key(error: ErrorDetails) -> str:
+    return ".".join(map(str, error["loc"]))
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -96,7 +122,12 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r} must look like section.key=value")
     *sections, leaf = key.split(".")
     for section in sections:
-        tree = tree.setdefault(section, {})
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
         if not isinstance(tree, dict):
             raise ConfigError(f"override {override!r}: {section} is not a section")
-    tree[leaf] = yaml.safe_load(value)
+    try:
+        tree[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML: {one_line(error)}") from error

@@ -1,0 +1,92 @@
+"""A training run small enough for tests: drawn photos of a few classes, a one-block DiT, a YAML file."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from train.config import TrainConfig, load_config
+
+CLASSES, PER_CLASS, SIZE = 4, 2, 8
+REPOSITORY = Path(__file__).parents[2]
+
+
+def write_photos(folder: Path, classes: int = CLASSES, per_class: int = PER_CLASS, side: int = 12) -> Path:
+    """Class folders ``class_0``... of PNG files, ``side`` wide and a little taller, each of its own colours."""
+    random = np.random.default_rng(0)
+    for c in range(classes):
+        (folder / f"class_{c}").mkdir(parents=True, exist_ok=True)
+        for i in range(per_class):
+            pixels = random.integers(0, 256, (side + 2, side, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"class_{c}" / f"{i}.png")
+    return folder
+
+
+def settings(root: Path) -> dict[str, Any]:
+    """The tree of a configuration that trains in a second; its photos are written below ``root``."""
+    photos = root / "photos"
+    if not photos.exists():
+        write_photos(photos)
+    stage = {"steps": 6, "batch_size": 4, "lr": 1e-2, "warmup_steps": 2, "save_every": 2, "log_every": 1}
+    return {
+        "run_dir": str(root / "run"),
+        "seed": 3,
+        "precision": "fp32",
+        "compile": False,
+        "class_init_std": 0.5,
+        "model": {
+            "input_size": SIZE,
+            "patch_size": 4,
+            "in_channels": 3,
+            "hidden_size": 24,
+            "depth": 1,
+            "num_heads": 2,
+            "num_classes": CLASSES,
+            "learn_sigma": False,
+        },
+        "quant": {"rank": 2},
+        "diffusion": {"prediction_type": "sample", "clip_sample": True},
+        "sampler": {"steps": 3},
+        "data": {"path": str(photos), "resize": 10, "colour_jitter": 0.2},
+        "teacher": {**stage, "lr_schedule": "cosine"},
+        "qat": dict(stage),
+    }
+
+
+def merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``tree`` with the sections of ``changes`` laid over its own."""
+    result = dict(tree)
+    for key, value in changes.items():
+        old = result.get(key)
+        result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def write_config(root: Path, changes: Mapping[str, Any] | None = None, name: str = "run.yaml") -> Path:
+    path = root / name
+    path.write_text(yaml.safe_dump(merged(settings(root), changes or {})))
+    return path
+
+
+def make_config(root: Path, changes: Mapping[str, Any] | None = None) -> TrainConfig:
+    return load_config(write_config(root, changes), [])
+
+
+def start_training(stage: str, config: Path) -> subprocess.Popen[str]:
+    """``robuq-train STAGE`` as a process of its own, on one thread."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "train.cli", stage, "--config", str(config)],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )

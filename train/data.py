@@ -8,24 +8,38 @@ from __future__ import annotations
 
 import io
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from rich.progress import track
 from torch import Tensor
 
 from robuq_core.errors import UserError
 from train.config import DataConfig
+from train.messages import one_line
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+Opener = Callable[[], Image.Image]
 
 
 class DataError(UserError):
     """Data that cannot be trained on; the message names the file and the fix."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """An image of a folder or zip: the sub-folder it lies in, its name in messages, and how to open it."""
+
+    class_name: str
+    name: str
+    open: Opener
 
 
 @dataclass(frozen=True)
@@ -50,63 +64,77 @@ def load_dataset(path: Path, size: int, num_classes: int) -> ImageDataset:
     """
     if not path.exists():
         raise DataError(f"data.path {path} does not exist")
-    if path.suffix == ".npz":
+    is_npz = path.is_file() and path.suffix == ".npz"
+    openers: list[tuple[Opener, str]]
+    if is_npz:
         arrays, labels = _read_npz(path)
-        read: Iterator[tuple[Callable[[], Image.Image], str]] = (
-            ((lambda a=a: Image.fromarray(a)), f"{path}[{i}]") for i, a in enumerate(arrays)
-        )
+        openers = [(partial(Image.fromarray, array), f"{path}[{i}]") for i, array in enumerate(arrays)]
     else:
-        entries = list(_folder_entries(path) if path.is_dir() else _zip_entries(path))
+        # One order for a folder and its zip: the same seed then draws the same batches from either.
+        found_entries = _folder_entries(path) if path.is_dir() else _zip_entries(path)
+        entries = sorted(found_entries, key=lambda entry: (entry.class_name, entry.name))
         if not entries:
             raise DataError(f"data.path {path} holds no class folder with images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        classes = {name: i for i, name in enumerate(sorted({entry[0] for entry in entries}))}
-        labels = [classes[entry[0]] for entry in entries]
-        read = ((entry[2], entry[1]) for entry in entries)
+        classes = {name: i for i, name in enumerate(sorted({entry.class_name for entry in entries}))}
+        labels = [classes[entry.class_name] for entry in entries]
+        openers = [(entry.open, entry.name) for entry in entries]
     found = len(set(labels))
-    if min(labels) < 0 or max(labels) >= num_classes or (path.suffix != ".npz" and found != num_classes):
+    if min(labels) < 0 or max(labels) >= num_classes or (not is_npz and found != num_classes):
         raise DataError(f"data.path {path} has {found} classes (labels {min(labels)}..{max(labels)}) but "
                         f"model.num_classes is {num_classes}")  # fmt: skip
-    images = [_load_square(opener, name, size) for opener, name in track(read, "reading images", total=len(labels))]
+    images = [_load_square(opener, name, size) for opener, name in track(openers, "reading images")]
     return ImageDataset(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels))
 
 
-def _folder_entries(path: Path) -> Iterator[tuple[str, str, Callable[[], Image.Image]]]:
-    for file in sorted(path.glob("*/*")):
-        if file.suffix.lower() in IMAGE_SUFFIXES:
-            yield file.parent.name, str(file), (lambda file=file: Image.open(file))
+def _is_image(name: str) -> bool:
+    """By its suffix; hidden files are left out (macOS puts a ``._photo.jpg`` beside every photo of a zip)."""
+    return Path(name).suffix.lower() in IMAGE_SUFFIXES and not Path(name).name.startswith(".")
 
 
-def _zip_entries(path: Path) -> Iterator[tuple[str, str, Callable[[], Image.Image]]]:
+def _folder_entries(path: Path) -> Iterator[_Entry]:
+    for file in path.glob("*/*"):
+        if _is_image(file.name):
+            yield _Entry(file.parent.name, str(file), partial(Image.open, file))
+
+
+def _zip_entries(path: Path) -> Iterator[_Entry]:
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
         raise DataError(f"data.path {path} is neither a folder, a zip nor an npz") from error
-    for name in sorted(archive.namelist()):
-        entry = Path(name)
-        if entry.suffix.lower() in IMAGE_SUFFIXES and len(entry.parts) > 1:
-            yield entry.parts[-2], f"{path}:{name}", (lambda name=name: Image.open(io.BytesIO(archive.read(name))))
+    for name in archive.namelist():
+        parts = Path(name).parts
+        if _is_image(name) and len(parts) > 1:
+            yield _Entry(parts[-2], f"{path}:{name}", partial(_open_member, archive, name))
+
+
+def _open_member(archive: zipfile.ZipFile, name: str) -> Image.Image:
+    return Image.open(io.BytesIO(archive.read(name)))
 
 
 def _read_npz(path: Path) -> tuple[np.ndarray, list[int]]:
     try:
-        archive = np.load(path, allow_pickle=False)
-        keys = ("images", "labels") if "images" in archive else ("arr_0", "arr_1")
-        images, labels = archive[keys[0]], archive[keys[1]]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise DataError(f"data.path {path}: expected arrays arr_0 and arr_1, or images and labels ({error})") from error
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) != len(labels):
-        raise DataError(f"data.path {path}: expected uint8 [N, H, W, 3] images and N labels, "
-                        f"not {images.dtype} {images.shape} and {labels.shape}")  # fmt: skip
-    if not len(images):
+        with np.load(path, allow_pickle=False) as archive:
+            keys = ("images", "labels") if "images" in archive else ("arr_0", "arr_1")
+            images, labels = archive[keys[0]], archive[keys[1]]
+    except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"data.path {path}: expected arrays arr_0 and arr_1, or images and labels "
+                        f"({one_line(error)})") from error  # fmt: skip
+    images_fit = images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == 3
+    labels_fit = labels.dtype.kind in "iu" and labels.shape == images.shape[:1]
+    if not (images_fit and labels_fit):
+        raise DataError(f"data.path {path}: expected uint8 [N, H, W, 3] images and N whole labels, "
+                        f"not {images.dtype} {images.shape} and {labels.dtype} {labels.shape}")  # fmt: skip
+    if not images.size:
         raise DataError(f"data.path {path} holds no image")
     return images, [int(label) for label in labels]
 
 
-def _load_square(opener: Callable[[], Image.Image], name: str, size: int) -> np.ndarray:
+def _load_square(opener: Opener, name: str, size: int) -> np.ndarray:
     try:
         image = opener().convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise DataError(f"{name}: not a readable image ({error}); remove it or replace it") from error
+    except Exception as error:  # a damaged file leads decoders to raise almost anything
+        raise DataError(f"{name}: not a readable image ({one_line(error)}); remove it or replace it") from error
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)
@@ -165,4 +193,5 @@ class BatchSource:
         brightness, contrast = factors
         mean = images.mean(dim=(1, 2, 3), keepdim=True)
         images = (images - mean) * contrast + mean
-        return ((images + 1) * brightness - 1).clamp(-1, 1)
+        jittered: Tensor = (images + 1) * brightness - 1
+        return jittered.clamp(-1, 1)

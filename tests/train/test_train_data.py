@@ -1,0 +1,269 @@
+"""One set of images from a folder, its zip and its npz; batches that depend on the seed and the step alone."""
+
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from synthetic_run import CLASSES, PER_CLASS, write_photos
+
+from train.config import DataConfig
+from train.data import BatchSource, DataError, ImageDataset, centre_images, load_dataset
+
+
+def zip_folder(folder: Path, path: Path, prefix: str = "") -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*"), reverse=True):
+            archive.write(file, f"{prefix}{file.relative_to(folder)}")
+    return path
+
+
+def ramp(count: int = 7, side: int = 10) -> ImageDataset:
+    """Image i is ``i + 1`` everywhere but for a column ramp, so that crops and mirrors can be told apart."""
+    columns = torch.arange(side, dtype=torch.uint8).expand(count, 3, side, side)
+    return ImageDataset(columns + 20 * torch.arange(count, dtype=torch.uint8)[:, None, None, None], torch.arange(count))
+
+
+def source(dataset: ImageDataset, batch_size: int = 3, seed: int = 0, crop: int = 8, **data: float) -> BatchSource:
+    return BatchSource(dataset, DataConfig(path=Path("none"), **data), crop, batch_size, seed)
+
+
+def assert_same(first: ImageDataset, second: ImageDataset) -> None:
+    assert torch.equal(first.images, second.images)
+    assert torch.equal(first.labels, second.labels)
+
+
+def test_folder_zip_and_npz_give_the_same_images(tmp_path: Path) -> None:
+    folder = write_photos(tmp_path / "photos")
+    # A name that sorts differently as a path and as a string.
+    (folder / "class_1").rename(folder / "class_0-a")
+    files = sorted(folder.rglob("*.png"), key=lambda file: (file.parent.name, file.name))
+    arrays = np.stack([np.asarray(Image.open(file)) for file in files])
+    labels = np.repeat(np.arange(CLASSES), PER_CLASS)
+    np.savez(tmp_path / "a.npz", arrays, labels)
+    np.savez_compressed(tmp_path / "b.npz", images=arrays, labels=labels.astype(np.uint8))
+    expected = load_dataset(folder, 10, CLASSES)
+    assert expected.images.dtype == torch.uint8
+    assert expected.images.shape == (CLASSES * PER_CLASS, 3, 10, 10)
+    assert expected.labels.tolist() == labels.tolist()
+    assert_same(expected, load_dataset(zip_folder(folder, tmp_path / "p.zip"), 10, CLASSES))
+    assert_same(expected, load_dataset(zip_folder(folder, tmp_path / "q.zip", "top/train/"), 10, CLASSES))
+    assert_same(expected, load_dataset(tmp_path / "a.npz", 10, CLASSES))
+    assert_same(expected, load_dataset(tmp_path / "b.npz", 10, CLASSES))
+
+
+def test_the_middle_of_the_long_side_is_kept(tmp_path: Path) -> None:
+    pixels = np.zeros((4, 8, 3), dtype=np.uint8)
+    pixels[:, 2:6] = 200
+    np.savez(tmp_path / "wide.npz", pixels[None], np.zeros(1, dtype=np.int64))
+    assert load_dataset(tmp_path / "wide.npz", 4, 1).images.unique().tolist() == [200]
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "1"])
+def test_every_colour_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    folder = write_photos(tmp_path / "photos", classes=1, per_class=1)
+    suffix = "jpg" if mode == "CMYK" else "png"
+    Image.new("L", (9, 9), 255).convert(mode).save(folder / "class_0" / f"white.{suffix}")
+    dataset = load_dataset(folder, 8, 1)
+    white = dataset.images[1].float()
+    assert white.shape == (3, 8, 8)
+    assert white.min() > 250
+
+
+def test_hidden_and_foreign_files_are_left_out(tmp_path: Path) -> None:
+    folder = write_photos(tmp_path / "photos")
+    (folder / "class_0" / "notes.txt").write_text("not a photo")
+    (folder / "class_0" / "._0.png").write_bytes(b"macOS keeps these beside the photos of a zip")
+    (folder / "loose.png").write_bytes(b"in no class")
+    assert len(load_dataset(folder, 8, CLASSES)) == CLASSES * PER_CLASS
+    assert len(load_dataset(zip_folder(folder, tmp_path / "p.zip"), 8, CLASSES)) == CLASSES * PER_CLASS
+
+
+def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
+    folder = write_photos(tmp_path / "photos")
+    bad = folder / "class_2" / "broken.jpg"
+    bad.write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"broken\.jpg: not a readable image") as caught:
+        load_dataset(folder, 8, CLASSES)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match=r"p\.zip:class_2/broken\.jpg: not a readable image"):
+        load_dataset(zip_folder(folder, tmp_path / "p.zip"), 8, CLASSES)
+
+
+@given(cut=st.floats(0, 1), flip=st.floats(0, 0.999))
+def test_a_damaged_image_is_a_data_error_or_still_an_image(
+    tmp_path_factory: pytest.TempPathFactory, cut: float, flip: float
+) -> None:
+    whole = io.BytesIO()
+    Image.effect_noise((16, 16), 80).save(whole, "PNG")
+    content = bytearray(whole.getvalue()[: int(cut * len(whole.getvalue()))])
+    if content:
+        content[int(flip * len(content))] ^= 0x55
+    folder = tmp_path_factory.mktemp("damaged")
+    (folder / "only").mkdir()
+    (folder / "only" / "photo.png").write_bytes(content)
+    raised = None
+    try:
+        assert len(load_dataset(folder, 8, 1)) == 1
+    except DataError as error:
+        raised = str(error)
+    assert raised is None or "photo.png" in raised
+
+
+def test_a_damaged_zip_member_is_named(tmp_path: Path) -> None:
+    path = zip_folder(write_photos(tmp_path / "photos"), tmp_path / "p.zip")
+    content = bytearray(path.read_bytes())
+    content[content.index(b"class_1/0.png") + 60] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"class_1/0\.png: not a readable image"):
+        load_dataset(path, 8, CLASSES)
+
+
+def test_nothing_to_train_on_is_named(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
+        pass
+    (tmp_path / "file.txt").write_text("text")
+    for path, expected in (
+        (empty, "holds no class folder"),
+        (tmp_path / "empty.zip", "holds no class folder"),
+        (tmp_path / "file.txt", "neither a folder, a zip nor an npz"),
+        (tmp_path / "absent", "does not exist"),
+    ):
+        with pytest.raises(DataError, match=expected) as caught:
+            load_dataset(path, 8, 1)
+        assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("num_classes", [CLASSES - 1, CLASSES + 1])
+def test_a_wrong_number_of_classes_is_named(tmp_path: Path, num_classes: int) -> None:
+    folder = write_photos(tmp_path / "photos")
+    with pytest.raises(DataError, match=f"has {CLASSES} classes .* but model.num_classes is {num_classes}") as caught:
+        load_dataset(folder, 8, num_classes)
+    assert str(folder) in str(caught.value)
+
+
+IMAGES, LABELS = np.zeros((2, 9, 9, 3), dtype=np.uint8), np.zeros(2, dtype=np.int64)
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"pictures": IMAGES, "labels": LABELS},
+        {"images": IMAGES},
+        {"images": IMAGES.astype(np.float32), "labels": LABELS},
+        {"images": IMAGES[0], "labels": LABELS},
+        {"images": IMAGES.transpose(0, 3, 1, 2), "labels": LABELS},
+        {"images": IMAGES, "labels": LABELS[:1]},
+        {"images": IMAGES, "labels": LABELS + 0.5},
+        {"images": IMAGES, "labels": LABELS[:, None]},
+        {"images": IMAGES, "labels": np.int64(0)},
+        {"images": IMAGES, "labels": LABELS - 1},
+        {"images": IMAGES, "labels": LABELS + 1},
+        {"images": IMAGES[:0], "labels": LABELS[:0]},
+        {"images": IMAGES[:, :0], "labels": LABELS},
+        {"images": np.array([{}, {}]), "labels": LABELS},
+    ],
+    ids=lambda arrays: " ".join(f"{name} {array.dtype}{array.shape}" for name, array in arrays.items()),
+)
+def test_a_wrong_npz_is_named(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
+    np.savez(tmp_path / "wrong.npz", **arrays)
+    with pytest.raises(DataError, match=r"wrong\.npz"):
+        load_dataset(tmp_path / "wrong.npz", 8, 1)
+
+
+def test_a_damaged_or_foreign_npz_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "broken.npz"
+    np.savez(path, IMAGES, LABELS)
+    whole = path.read_bytes()
+    buffer = io.BytesIO()
+    np.save(buffer, IMAGES)
+    for content in (b"", b"text", whole[:-40], whole[:100], buffer.getvalue()):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"broken\.npz"):
+            load_dataset(path, 8, 1)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    batch_size=st.integers(1, 11),
+    steps=st.lists(st.integers(0, 400_000), min_size=1, max_size=4),
+)
+def test_a_batch_depends_on_seed_and_step_alone(seed: int, batch_size: int, steps: list[int]) -> None:
+    dataset = ramp()
+    used = source(dataset, batch_size, seed, colour_jitter=0.3)
+    first = [used.batch(step) for step in steps]
+    for step, (images, labels) in reversed(list(zip(steps, first, strict=True))):
+        for each in (used, source(dataset, batch_size, seed, colour_jitter=0.3)):
+            again_images, again_labels = each.batch(step)
+            assert torch.equal(images, again_images)
+            assert torch.equal(labels, again_labels)
+
+
+@given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 9), batch_size=st.integers(1, 9), epoch=st.integers(0, 99))
+def test_every_epoch_visits_every_image_once(seed: int, count: int, batch_size: int, epoch: int) -> None:
+    batches = source(ramp(count), batch_size, seed)
+    first = epoch * count
+    steps = range(first // batch_size, -(-(first + count) // batch_size))
+    seen = torch.cat([batches.batch(step)[1] for step in steps]).tolist()
+    skipped = first - steps.start * batch_size
+    assert sorted(seen[skipped : skipped + count]) == list(range(count))
+
+
+@given(seed=st.integers(0, 2**32 - 1), step=st.integers(0, 10**6))
+def test_different_steps_and_seeds_draw_different_batches(seed: int, step: int) -> None:
+    batches = source(ramp(12), 6, seed, colour_jitter=0.5)
+    images = batches.batch(step)[0]
+    assert not torch.equal(images, batches.batch(step + 1)[0])
+    assert not torch.equal(images, source(ramp(12), 6, seed + 1, colour_jitter=0.5).batch(step)[0])
+
+
+@given(step=st.integers(0, 1000), flip=st.sampled_from([0.0, 0.5, 1.0]))
+def test_crops_lie_within_the_image_and_flips_mirror_it(step: int, flip: float) -> None:
+    images, labels = source(ramp(), 5, flip_probability=flip).batch(step)
+    pixels = ((images + 1) * 127.5).round() - 20 * labels[:, None, None, None]
+    for image in pixels:
+        row = image[0, 0]
+        assert torch.equal(image, row.expand_as(image))
+        left, right = int(row[0]), int(row[-1])
+        assert abs(right - left) == 7
+        assert 0 <= min(left, right) <= 2
+        assert flip == 0.5 or (right < left) == bool(flip)
+
+
+def test_every_crop_offset_and_both_mirrors_turn_up() -> None:
+    batches = source(ramp(), 20)
+    images, labels = batches.batch(0)
+    first = (((images + 1) * 127.5).round() - 20 * labels[:, None, None, None])[:, 0, 0, 0].int().tolist()
+    assert set(first) == {0, 1, 2, 7, 8, 9}
+
+
+@given(step=st.integers(0, 1000), amount=st.floats(0.01, 0.9))
+def test_jitter_keeps_to_its_range(step: int, amount: float) -> None:
+    grey = ImageDataset(torch.full((4, 3, 8, 8), 100, dtype=torch.uint8), torch.arange(4))
+    images, _ = source(grey, 4, colour_jitter=amount).batch(step)
+    # A flat image has no contrast: only its brightness moves, by a factor of 1 +- amount.
+    factors = (images + 1) / (100 / 127.5)
+    assert images.min() >= -1
+    assert images.max() <= 1
+    assert factors.min() >= 1 - amount - 1e-5
+    assert factors.max() <= 1 + amount + 1e-5
+    assert (factors.amax(dim=(1, 2, 3)) - factors.amin(dim=(1, 2, 3))).max() < 1e-5
+
+
+def test_without_augmentation_a_batch_is_the_images_themselves() -> None:
+    dataset = ramp(side=8)
+    images, labels = source(dataset, 7, flip_probability=0).batch(0)
+    assert torch.equal(images, centre_images(dataset, 8)[labels])
+
+
+def test_centre_images_are_the_middle_in_minus_one_to_one() -> None:
+    images = centre_images(ramp(2, side=10), 8)
+    assert images.shape == (2, 3, 8, 8)
+    assert torch.allclose((images[0, 0, 0] + 1) * 127.5, torch.arange(1.0, 9.0), atol=1e-4)

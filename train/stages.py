@@ -14,10 +14,10 @@ from torch import Tensor
 from robuq_core.checkpoint import Header, write_checkpoint
 from robuq_core.models.dit import DiT
 from robuq_core.models.quant_linear import quantize_model
-from train.config import TrainConfig
+from train.config import ConfigError, TrainConfig
 from train.data import BatchSource, ImageDataset, centre_images, load_dataset
 from train.state import load_ema, load_state
-from train.trainer import Trainer
+from train.trainer import Trainer, meaning_of_weights
 
 # BLAS treats values below this as zero-cost directions; a principal component under it carries nothing.
 _NEGLIGIBLE = 1e-9
@@ -36,8 +36,28 @@ def read_images(config: TrainConfig) -> ImageDataset:
     return load_dataset(config.data.path, size, config.model.num_classes)
 
 
+def read_class_names(config: TrainConfig) -> tuple[str, ...]:
+    """The names in ``data.class_names``, one a class; empty if none are configured.
+
+    Raises:
+        ConfigError: the file cannot be read, or has not one name for each class.
+    """
+    path = config.data.class_names
+    if path is None:
+        return ()
+    try:
+        names = tuple(path.read_text(encoding="utf-8").splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"data.class_names: cannot read {path}: {error}") from error
+    if len(names) != config.model.num_classes:
+        raise ConfigError(f"data.class_names: {path} has {len(names)} names but model.num_classes is "
+                          f"{config.model.num_classes}")  # fmt: skip
+    return names
+
+
 def train_teacher(config: TrainConfig) -> None:
     """Train the full-precision DiT, or go on from its saved state."""
+    read_class_names(config)  # export needs them: better said now than after the training
     dataset = read_images(config)
     torch.manual_seed(config.seed)
     model = DiT(config.model)
@@ -47,29 +67,30 @@ def train_teacher(config: TrainConfig) -> None:
 
 def train_qat(config: TrainConfig) -> None:
     """Quantise the teacher's averaged weights and train them on, or go on from the saved state."""
-    dataset = read_images(config)
-    teacher = load_teacher(config)
+    read_class_names(config)
     student = quantize_model(load_teacher(config), config.quant)
-    _trainer(config, "qat", student, dataset, teacher).run()
+    teacher = load_teacher(config) if config.qat.distill_weight else None
+    _trainer(config, "qat", student, read_images(config), teacher).run()
 
 
 def load_teacher(config: TrainConfig) -> DiT:
     model = DiT(config.model)
-    load_ema(teacher_path(config), model)
+    load_ema(teacher_path(config), model, meaning_of_weights(config))
     return model
 
 
 def load_student(config: TrainConfig) -> tuple[DiT, dict[str, Any]]:
-    """The fake-quantised model with the averaged weights of ``qat.pt``, and that state's step and provenance."""
+    """The fake-quantised model with the averaged weights of ``qat.pt``, and that state's step and history."""
     model = quantize_model(DiT(config.model), config.quant)
-    return model, load_ema(qat_path(config), model)
+    quant = {f"quant.{key}": value for key, value in config.quant.model_dump(mode="json").items()}
+    return model, load_ema(qat_path(config), model, {**meaning_of_weights(config), **quant})
 
 
 def export(config: TrainConfig, path: Path) -> Header:
     """Pack the student into ``path``; the header says how it was made.
 
     Raises:
-        UserError: no usable ``qat.pt``, or class names that do not fit the model.
+        StateError: no usable ``qat.pt`` or ``teacher.pt``. ConfigError: class names that do not fit the model.
     """
     model, student = load_student(config)
     teacher_state = load_state(teacher_path(config))
@@ -77,21 +98,18 @@ def export(config: TrainConfig, path: Path) -> Header:
         "teacher": {"step": teacher_state["step"], "history": teacher_state["history"]},
         "qat": student,
     }
-    names = config.data.class_names
     return write_checkpoint(
         path,
         model,
         quant=config.quant,
         diffusion=config.diffusion,
         sampler=config.sampler,
-        class_names=tuple(names.read_text().splitlines()) if names else (),
+        class_names=read_class_names(config),
         provenance=provenance,
     )
 
 
-def _trainer(
-    config: TrainConfig, stage: str, model: DiT, dataset: ImageDataset, teacher: DiT | None = None
-) -> Trainer:
+def _trainer(config: TrainConfig, stage: str, model: DiT, dataset: ImageDataset, teacher: DiT | None = None) -> Trainer:
     stage_config = config.teacher if stage == "teacher" else config.qat
     source = BatchSource(dataset, config.data, config.model.input_size, stage_config.batch_size, config.seed)
     return Trainer(config, stage_config, model, source, config.run_dir / f"{stage}.pt", teacher)
@@ -115,16 +133,17 @@ def initialise_class_table(model: DiT, config: TrainConfig, dataset: ImageDatase
 
 
 def _class_means(dataset: ImageDataset, config: TrainConfig) -> Tensor:
-    images = centre_images(dataset, config.model.input_size).flatten(1)
-    sums = torch.zeros(config.model.num_classes, images.shape[1]).index_add_(0, dataset.labels, images)
+    images = centre_images(dataset, config.model.input_size).flatten(1).double()
+    sums = images.new_zeros(config.model.num_classes, images.shape[1]).index_add_(0, dataset.labels, images)
     counts = torch.bincount(dataset.labels, minlength=config.model.num_classes)
     return sums / counts.clamp(min=1)[:, None]
 
 
 def _principal_codes(means: Tensor, width: int) -> Tensor:
-    centred = (means - means.mean(dim=0)).double()
+    centred = means - means.mean(dim=0)
     u, s, _ = torch.linalg.svd(centred, full_matrices=False)
     kept = min(width, int((s > _NEGLIGIBLE * s[0]).sum()))
     # The SVD leaves each component's sign open; fix it, so that a run does not depend on the LAPACK build.
     u = u * u.gather(0, u.abs().argmax(dim=0, keepdim=True)).sign()
-    return (u[:, :kept] * s[:kept].sqrt()).float()
+    codes: Tensor = u[:, :kept] * s[:kept].sqrt()
+    return codes.float()

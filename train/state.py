@@ -5,7 +5,8 @@ Written whole or not at all, and loaded with ``weights_only``: nothing in it can
 
 from __future__ import annotations
 
-import pickle
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from torch import Tensor, nn
 
 from robuq_core.errors import UserError
 from robuq_core.files import replacing
+from train.messages import one_line
+
+_KEYS = {"step", "model", "ema", "optimiser", "history"}
+_REMEDY = "delete it to start the stage again"
 
 
 class StateError(UserError):
@@ -33,13 +38,34 @@ class EMA:
         shadow = list(self.shadow.values())
         torch._foreach_lerp_(shadow, [p.detach() for p in model.parameters()], 1 - decay)
 
-    def copy_to(self, model: nn.Module) -> None:
-        model.load_state_dict(self.shadow, strict=False)
+    def restore(self, shadow: dict[str, Tensor]) -> None:
+        """Go on from a saved average.
+
+        Raises:
+            ValueError: its names or shapes are not the model's.
+        """
+        if _shapes(shadow) != _shapes(self.shadow):
+            raise ValueError("the averaged weights are not those of the model")
+        for name, value in self.shadow.items():
+            value.copy_(shadow[name])
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def save_state(path: Path, **state: Any) -> None:
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
+    """Write ``state``; a state that was there before stays until the new one is whole.
+
+    Raises:
+        StateError: it cannot be written (a full disk, a read-only folder).
+    """
+    try:
+        with replacing(path) as temporary:
+            torch.save(state, temporary)
+    except (OSError, RuntimeError) as error:
+        raise StateError(f"{path}: cannot write the training state ({one_line(error)}); the one before is intact: "
+                         "free some space and run again") from error  # fmt: skip
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -51,25 +77,49 @@ def load_state(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise StateError(f"{path} does not exist: run the stage that writes it first")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise StateError(f"{path}: not a training state ({error}); delete it to start the stage again") from error
-    if not isinstance(state, dict) or not {"step", "ema", "model", "history"} <= set(state):
-        raise StateError(f"{path}: not a training state of this project; delete it to start the stage again")
+        # torch.load does not compare the checksums that torch.save wrote.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        state = torch.load(path, map_location="cpu", weights_only=True) if damaged is None else None
+    except Exception as error:  # a damaged file leads the unpickler to raise almost anything
+        raise StateError(f"{path}: not a whole training state ({one_line(error)}); {_REMEDY}") from error
+    if damaged is not None:
+        raise StateError(f"{path}: damaged (checksum of {damaged}); {_REMEDY}")
+    if not isinstance(state, dict) or not set(state) >= _KEYS:
+        raise StateError(f"{path}: not a training state of this project; {_REMEDY}")
     return state
 
 
-def load_ema(path: Path, model: nn.Module) -> dict[str, Any]:
+def check_settings(path: Path, state: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    """Compare what ``state`` was last trained with against ``settings``, by dotted key of the configuration.
+
+    For settings that change what the weights mean and not their shapes, so that nothing else would notice.
+
+    Raises:
+        StateError: a setting differs; the message names it and both values.
+    """
+    trained = state["history"][-1].get("config", {}) if state["history"] else {}
+    for key, wanted in settings.items():
+        found: Any = trained
+        for part in key.split("."):
+            found = found.get(part, wanted) if isinstance(found, dict) else wanted
+        if found != wanted:
+            raise StateError(f"{path}: trained with {key} {found}, but the configuration says {wanted}; restore the "
+                             "configuration it was made with, or delete it to start the stage again")  # fmt: skip
+
+
+def load_ema(path: Path, model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Load the averaged weights of a state into ``model``; returns its ``step`` and ``history``.
 
     Raises:
-        StateError: as :func:`load_state`, or the weights do not fit the model.
+        StateError: as :func:`load_state` and :func:`check_settings`, or the weights do not fit the model.
     """
     state = load_state(path)
+    check_settings(path, state, settings)
     try:
         model.load_state_dict(state["model"])
-        ema: dict[str, Tensor] = state["ema"]
-        model.load_state_dict(ema, strict=False)
-    except RuntimeError as error:
-        raise StateError(f"{path}: weights do not fit the configured model: {error}") from error
+        EMA(model, decay=0).restore(state["ema"])
+        model.load_state_dict(state["ema"], strict=False)
+    except (RuntimeError, ValueError) as error:
+        raise StateError(f"{path}: weights do not fit the configured model ({one_line(error)})") from error
     return {"step": state["step"], "history": state["history"]}

@@ -17,16 +17,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from robuq_core.errors import UserError
+from robuq_core.files import replacing
 from robuq_core.models.dit import DiT
 from train.config import StageConfig, TrainConfig
 from train.data import BatchSource, step_generator
 from train.loss import add_noise, diffusion_loss, draw_timesteps
+from train.messages import one_line
 from train.provenance import run_provenance
-from train.state import EMA, StateError, load_state, save_state
+from train.state import EMA, StateError, check_settings, load_state, save_state
 
 
 class TrainingError(UserError):
-    """Training cannot go on; the last saved state is intact."""
+    """Training ended before its last step; the last saved state is intact."""
+
+
+def meaning_of_weights(config: TrainConfig) -> dict[str, Any]:
+    """The settings that a state must share with the run that reads it: see :func:`train.state.check_settings`."""
+    model = {f"model.{key}": value for key, value in config.model.model_dump(mode="json").items()}
+    return {**model, "diffusion.prediction_type": config.diffusion.prediction_type}
 
 
 def learning_rate(stage: StageConfig, step: int) -> float:
@@ -41,14 +49,14 @@ def learning_rate(stage: StageConfig, step: int) -> float:
 def has_fast_bf16(device: torch.device) -> bool:
     """Whether bf16 products run in hardware: AMX or AVX512-BF16 on a CPU, compute capability 8 on a GPU."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
     """bf16 autocast where asked for, or where ``auto`` finds hardware for it."""
     if precision == "bf16" or (precision == "auto" and has_fast_bf16(device)):
-        return torch.autocast(device.type, dtype=torch.bfloat16)  # type: ignore[return-value]
+        return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()
 
 
@@ -80,23 +88,25 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self._forward = self._compiled(self.model)
         self._teach = self._compiled(self.teacher) if self.teacher is not None else None
-        self._stopping = False
+        self._stopped_by: signal.Signals | None = None
         if state_path.exists():
             self._resume()
-        self.history.append({"from_step": self.step, **run_provenance(config)})
+        if self.step < stage.steps:
+            self.history.append({"from_step": self.step, **run_provenance(config)})
 
     def _compiled(self, model: nn.Module) -> Callable[..., Tensor]:
         return torch.compile(model) if self.config.compile else model
 
     def _resume(self) -> None:
         state = load_state(self.state_path)
+        check_settings(self.state_path, state, meaning_of_weights(self.config))
         try:
             self.model.load_state_dict(state["model"])
             self.optimiser.load_state_dict(state["optimiser"])
+            self.ema.restore(state["ema"])
         except (KeyError, ValueError, RuntimeError) as error:
-            raise StateError(f"{self.state_path}: does not fit the configuration ({error}); "
+            raise StateError(f"{self.state_path}: does not fit the configuration ({one_line(error)}); "
                              "restore the configuration it was made with, or delete it") from error  # fmt: skip
-        self.ema.shadow = {name: value.to(self.device) for name, value in state["ema"].items()}
         self.step, self.history = state["step"], list(state["history"])
 
     def save(self) -> None:
@@ -113,24 +123,32 @@ class Trainer:
         """Train up to ``stage.steps``, saving as it goes; SIGTERM and SIGINT save and end the run early.
 
         Raises:
-            TrainingError: the loss is no longer finite.
+            TrainingError: the loss is no longer finite, or a signal ended the run. StateError: the disk is full.
         """
+        try:
+            self.state_path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StateError(f"run_dir {self.state_path.parent}: cannot be created ({error})") from error
+        self._forget_later_records()
         previous = {number: signal.signal(number, self._request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             self._loop()
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+        if self.step < self.stage.steps and self._stopped_by is not None:
+            raise TrainingError(f"stopped by {self._stopped_by.name} at step {self.step} of {self.stage.steps}, which "
+                                f"{self.state_path} holds; run again to go on")  # fmt: skip
 
     def _request_stop(self, number: int, frame: FrameType | None) -> None:
-        self._stopping = True
+        self._stopped_by = signal.Signals(number)
 
     def _loop(self) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         running, since, started = 0.0, 0, time.perf_counter()
         with Progress(*columns) as progress:
             task = progress.add_task(self.state_path.stem, total=self.stage.steps, completed=self.step)
-            while self.step < self.stage.steps and not self._stopping:
+            while self.step < self.stage.steps and self._stopped_by is None:
                 running += self._train_step()
                 since += 1
                 self.step += 1
@@ -147,12 +165,16 @@ class Trainer:
             group["lr"] = learning_rate(self.stage, self.step)
         loss = self._loss(self.step)
         loss.backward()  # type: ignore[no-untyped-call]
-        if self.stage.grad_clip is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.stage.grad_clip)
+        # Without a limit this only measures: a gradient that overflowed would spoil the weights one step before
+        # the loss shows it, and that step may be one that is saved.
+        limit = math.inf if self.stage.grad_clip is None else self.stage.grad_clip
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
         value = loss.item()
-        if not math.isfinite(value):
-            raise TrainingError(f"loss is {value} at step {self.step}; lower {self.state_path.stem}.lr and run again: "
-                                "training goes on from the last saved state")  # fmt: skip
+        if not (math.isfinite(value) and math.isfinite(norm)):
+            raise TrainingError(
+                f"loss is {value} and the gradient's norm {norm} at step {self.step}; lower {self.state_path.stem}.lr "
+                "and run again: training goes on from the last saved state"
+            )
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.ema.update(self.model, self.step)
@@ -184,7 +206,27 @@ class Trainer:
             "lr": learning_rate(self.stage, self.step - 1),
             "steps_per_second": round(steps_per_second, 3),
         }
-        log = self.state_path.with_suffix(".log.jsonl")
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a") as file:
+        with self._log_path.open("a") as file:
             file.write(json.dumps(record) + "\n")
+
+    @property
+    def _log_path(self) -> Path:
+        return self.state_path.with_suffix(".log.jsonl")
+
+    def _forget_later_records(self) -> None:
+        """Drop the records of steps after the saved one, which a killed run logged and this one takes again."""
+        if not self._log_path.exists():
+            return
+        lines = self._log_path.read_text().splitlines()
+        kept = [line for line in lines if _logged_step(line) <= self.step]
+        if kept != lines:
+            with replacing(self._log_path) as temporary:
+                temporary.write_text("".join(f"{line}\n" for line in kept))
+
+
+def _logged_step(line: str) -> float:
+    """The step of a record; infinite for a line that a kill cut short."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

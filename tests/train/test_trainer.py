@@ -1,0 +1,385 @@
+"""The training loop: the same numbers on every run, however often it was stopped, and ends that say why."""
+
+import json
+import math
+import re
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic_run import make_config, start_training, write_config, write_photos
+from torch import Tensor
+
+from train import stages, trainer
+from train.config import StageConfig, TrainConfig, load_config
+from train.data import BatchSource
+from train.stages import read_images, train_teacher
+from train.state import EMA, StateError, load_state, save_state
+from train.trainer import Trainer, TrainingError, learning_rate
+
+LONG = {"teacher": {"steps": 250, "save_every": 7, "log_every": 3}}
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    """Every number of a state that training goes on from."""
+    state = load_state(path)
+    moments = state["optimiser"]["state"]
+    return {
+        "step": torch.tensor(state["step"]),
+        **{f"model.{name}": value for name, value in state["model"].items()},
+        **{f"ema.{name}": value for name, value in state["ema"].items()},
+        **{f"adam.{i}.{name}": value for i, moment in moments.items() for name, value in moment.items()},
+    }
+
+
+def assert_equal_states(first: Path, second: Path) -> None:
+    left, right = weights(first), weights(second)
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+def logged_steps(run_dir: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (run_dir / "teacher.log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The state at the end of a long run that nothing disturbed."""
+    config = make_config(tmp_path_factory.mktemp("unbroken"), LONG)
+    train_teacher(config)
+    return config.run_dir / "teacher.pt"
+
+
+def stop_midway(config: Path, number: signal.Signals) -> subprocess.Popen[str]:
+    """Start the teacher of ``config`` and signal it as soon as its first state is there."""
+    state = load_config(config, []).run_dir / "teacher.pt"
+    process = start_training("teacher", config)
+    deadline = time.monotonic() + 120
+    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(number)
+    process.wait(timeout=60)
+    return process
+
+
+def test_a_killed_run_ends_with_the_numbers_of_an_unbroken_one(tmp_path: Path, unbroken: Path) -> None:
+    path = write_config(tmp_path, LONG)
+    config = load_config(path, [])
+    process = stop_midway(path, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    step = load_state(config.run_dir / "teacher.pt")["step"]
+    assert 0 < step < 250
+    assert step % 7 == 0
+
+    train_teacher(config)
+    assert_equal_states(config.run_dir / "teacher.pt", unbroken)
+    assert logged_steps(config.run_dir) == list(range(3, 251, 3))
+    assert [start["from_step"] for start in load_state(config.run_dir / "teacher.pt")["history"]] == [0, step]
+
+
+def test_a_terminated_run_saves_its_step_and_ends_with_the_same_numbers(tmp_path: Path, unbroken: Path) -> None:
+    path = write_config(tmp_path, LONG)
+    config = load_config(path, [])
+    process = stop_midway(path, signal.SIGTERM)
+    assert process.stderr is not None
+    message = process.stderr.read()
+    # Not 0: a script that goes on to the next stage must not take this for a finished one.
+    assert process.returncode == 2
+    step = load_state(config.run_dir / "teacher.pt")["step"]
+    assert 0 < step < 250
+    assert f"stopped by SIGTERM at step {step} of 250" in message
+    assert "Traceback" not in message
+    train_teacher(config)
+    assert_equal_states(config.run_dir / "teacher.pt", unbroken)
+
+
+class Crash(Exception):
+    """What no handler expects."""
+
+
+@settings(max_examples=8)
+@given(save_every=st.integers(1, 5), crashes=st.lists(st.integers(0, 11), min_size=1, max_size=3))
+def test_a_crash_at_any_step_changes_nothing(
+    tmp_path_factory: pytest.TempPathFactory, save_every: int, crashes: list[int]
+) -> None:
+    root = tmp_path_factory.mktemp("crash")
+    stage = {"steps": 12, "save_every": save_every}
+    whole = make_config(root, {"teacher": stage, "run_dir": str(root / "whole")})
+    train_teacher(whole)
+    broken = make_config(root, {"teacher": stage, "run_dir": str(root / "broken")})
+    for crash in crashes:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(BatchSource, "batch", failing_at(crash, BatchSource.batch))
+            try:
+                train_teacher(broken)
+            except Crash:
+                assert not (path := broken.run_dir / "teacher.pt").exists() or load_state(path)["step"] <= crash
+    train_teacher(broken)
+    assert_equal_states(whole.run_dir / "teacher.pt", broken.run_dir / "teacher.pt")
+    assert logged_steps(broken.run_dir) == list(range(1, 13))
+
+
+def failing_at(step: int, batch: Any) -> Any:
+    def wrapper(source: BatchSource, wanted: int) -> tuple[Tensor, Tensor]:
+        if wanted == step:
+            raise Crash
+        result: tuple[Tensor, Tensor] = batch(source, wanted)
+        return result
+
+    return wrapper
+
+
+def test_the_seed_alone_decides(tmp_path: Path) -> None:
+    final = {}
+    for name, seed in (("first", 3), ("again", 3), ("other", 4)):
+        config = make_config(tmp_path, {"seed": seed, "run_dir": str(tmp_path / name)})
+        torch.manual_seed(len(name))
+        train_teacher(config)
+        final[name] = config.run_dir / "teacher.pt"
+    assert_equal_states(final["first"], final["again"])
+    other = weights(final["other"])
+    assert all(
+        not torch.equal(value, other[name]) for name, value in weights(final["first"]).items() if "weight" in name
+    )
+
+
+def test_a_finished_stage_is_left_as_it_is(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    train_teacher(config)
+    before = load_state(config.run_dir / "teacher.pt")
+    train_teacher(config)
+    after = load_state(config.run_dir / "teacher.pt")
+    assert after["history"] == before["history"]
+    assert after["step"] == before["step"]
+    assert all(torch.equal(value, before["model"][name]) for name, value in after["model"].items())
+    assert logged_steps(config.run_dir) == list(range(1, 7))
+
+
+def test_more_steps_go_on_from_the_end(tmp_path: Path) -> None:
+    train_teacher(make_config(tmp_path))
+    config = make_config(tmp_path, {"teacher": {"steps": 8}})
+    train_teacher(config)
+    state = load_state(config.run_dir / "teacher.pt")
+    assert state["step"] == 8
+    assert [start["from_step"] for start in state["history"]] == [0, 6]
+
+
+def test_training_lowers_the_loss(tmp_path: Path) -> None:
+    photos = write_photos(tmp_path / "one_each", per_class=1)
+    data = {"path": str(photos), "resize": 8, "flip_probability": 0, "colour_jitter": 0}
+    config = make_config(tmp_path, {"teacher": {"steps": 150, "log_every": 25}, "class_dropout": 0, "data": data})
+    train_teacher(config)
+    losses = [json.loads(line)["loss"] for line in (config.run_dir / "teacher.log.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.75 * losses[0]
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_value_that_is_not_finite_ends_the_run_and_keeps_the_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    config = make_config(tmp_path, {"teacher": {"save_every": 1, "grad_clip": None}})
+    whole = make_config(tmp_path, {"run_dir": str(tmp_path / "whole")})
+    compute = trainer.diffusion_loss
+
+    def spoiled(output: Tensor, *rest: Any) -> Tensor:
+        loss = compute(output, *rest)
+        if next(calls) < 3:
+            return loss
+        # The square root's slope at 0 is infinite: a finite loss with a gradient that is not.
+        return loss * math.nan if what == "loss" else loss + (output * 0).sum().abs().sqrt()
+
+    calls = iter(range(100))
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "diffusion_loss", spoiled)
+        with pytest.raises(TrainingError, match=r"at step 3; lower teacher\.lr"):
+            train_teacher(config)
+    state = load_state(config.run_dir / "teacher.pt")
+    assert state["step"] == 3
+    assert all(bool(value.isfinite().all()) for value in state["model"].values())
+
+    unclipped = make_config(tmp_path, {"run_dir": str(whole.run_dir), "teacher": {"grad_clip": None}})
+    train_teacher(unclipped)
+    train_teacher(config)
+    assert_equal_states(config.run_dir / "teacher.pt", whole.run_dir / "teacher.pt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"model": {"depth": 2}}, r"trained with model\.depth 1, but the configuration says 2"),
+        ({"model": {"hidden_size": 48}}, r"model\.hidden_size 24"),
+        ({"model": {"num_heads": 4}}, r"model\.num_heads 2"),
+        ({"diffusion": {"prediction_type": "epsilon"}}, r"diffusion\.prediction_type sample"),
+    ],
+)
+def test_a_state_of_another_model_is_refused(tmp_path: Path, changes: Mapping[str, Any], expected: str) -> None:
+    train_teacher(make_config(tmp_path))
+    config = make_config(tmp_path, {**changes, "run_dir": str(tmp_path / "run")})
+    with pytest.raises(StateError, match=expected) as caught:
+        train_teacher(config)
+    assert str(config.run_dir / "teacher.pt") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_state_whose_weights_do_not_fit_is_refused(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    train_teacher(config)
+    path = config.run_dir / "teacher.pt"
+    whole = load_state(path)
+    for part in ("model", "ema", "optimiser"):
+        save_state(path, **{**whole, part: dict(list(whole[part].items())[1:])})
+        with pytest.raises(StateError, match="does not fit the configuration") as caught:
+            train_teacher(config)
+        assert "\n" not in str(caught.value)
+
+
+@settings(max_examples=40)
+@given(where=st.floats(0, 0.9999), cut=st.booleans(), mask=st.integers(1, 255))
+def test_a_damaged_state_is_refused(
+    tmp_path_factory: pytest.TempPathFactory, saved_state: bytes, where: float, cut: bool, mask: int
+) -> None:
+    """Every cut; and a flipped byte is either noticed or lies where it does not matter."""
+    path = tmp_path_factory.mktemp("damaged") / "teacher.pt"
+    position = int(where * len(saved_state))
+    damaged = bytearray(saved_state)
+    damaged[position] ^= mask
+    path.write_bytes(saved_state[:position] if cut else damaged)
+    raised = None
+    try:
+        assert torch.equal(load_state(path)["model"]["weight"], torch.arange(1000.0))
+    except StateError as error:
+        raised = str(error)
+    assert raised is not None or not cut
+    assert raised is None or re.search(r"teacher\.pt: .*delete it to start the stage again$", raised)
+
+
+@pytest.fixture(scope="module")
+def saved_state(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("whole") / "teacher.pt"
+    save_state(path, step=1, model={"weight": torch.arange(1000.0)}, ema={}, optimiser={}, history=[])
+    return path.read_bytes()
+
+
+def test_files_that_are_no_states_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "teacher.pt"
+    with pytest.raises(StateError, match="does not exist: run the stage that writes it first"):
+        load_state(path)
+    path.write_text("text")
+    with pytest.raises(StateError, match="not a whole training state"):
+        load_state(path)
+    torch.save({"step": 1}, path)
+    with pytest.raises(StateError, match="not a training state of this project"):
+        load_state(path)
+
+
+class RunsCode:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("ran-by-unpickling"),))
+
+
+def test_a_state_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "teacher.pt"
+    torch.save({"step": RunsCode(), "model": {}, "ema": {}, "optimiser": {}, "history": []}, path)
+    with pytest.raises(StateError):
+        load_state(path)
+    assert not (tmp_path / "ran-by-unpickling").exists()
+
+
+def test_a_state_of_the_trainer_loads_with_weights_only(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    train_teacher(config)
+    state = torch.load(config.run_dir / "teacher.pt", weights_only=True)
+    assert set(state) == {"step", "model", "ema", "optimiser", "history"}
+    json.dumps(state["history"])
+
+
+def test_a_full_disk_keeps_the_state_before(tmp_path: Path) -> None:
+    path = tmp_path / "teacher.pt"
+    state: dict[str, Any] = {"model": {}, "ema": {}, "optimiser": {}, "history": []}
+    save_state(path, step=1, **state)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(StateError, match=r"cannot write the training state .* is intact") as caught:
+            save_state(path, step=2, **{**state, "model": {"weight": torch.zeros(100_000)}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(caught.value)
+    assert load_state(path)["step"] == 1
+    assert [each.name for each in tmp_path.iterdir()] == ["teacher.pt"]
+
+
+def test_the_log_drops_a_line_that_a_kill_cut_short(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    train_teacher(config)
+    with (config.run_dir / "teacher.log.jsonl").open("a") as log:
+        log.write('{"step": 7, "lo')
+    train_teacher(make_config(tmp_path, {"teacher": {"steps": 8}}))
+    assert logged_steps(config.run_dir) == list(range(1, 9))
+
+
+def test_every_class_and_the_null_class_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(tmp_path, {"class_dropout": 0.4, "teacher": {"steps": 20}})
+    seen: list[int] = []
+    forward = stages.DiT.forward
+
+    def watched(model: stages.DiT, x: Tensor, timesteps: Tensor, classes: Tensor) -> Tensor:
+        seen.extend(classes.tolist())
+        return forward(model, x, timesteps, classes)
+
+    monkeypatch.setattr(stages.DiT, "forward", watched)
+    train_teacher(config)
+    assert set(seen) == set(range(config.model.num_classes + 1))
+    assert seen.count(config.model.null_class) / len(seen) == pytest.approx(0.4, abs=0.15)
+
+
+@given(
+    steps=st.integers(2, 10**6),
+    warmup=st.integers(0, 1000),
+    ratio=st.floats(0, 1),
+    schedule=st.sampled_from(["constant", "cosine"]),
+)
+def test_the_rate_warms_up_and_ends_where_asked(steps: int, warmup: int, ratio: float, schedule: Any) -> None:
+    stage = StageConfig(steps=steps, warmup_steps=warmup, final_lr_ratio=ratio, lr_schedule=schedule, lr=1e-3)
+    rates = [learning_rate(stage, step) for step in sorted({0, min(warmup, steps), steps // 2, steps})]
+    assert all(0 < rate <= 1e-3 * (1 + 1e-12) or ratio == 0 for rate in rates)
+    if warmup:
+        assert rates[0] == pytest.approx(1e-3 / warmup)
+    if steps > warmup:
+        assert learning_rate(stage, steps) == pytest.approx(1e-3 * (ratio if schedule == "cosine" else 1), abs=1e-12)
+        falling = [learning_rate(stage, warmup + (steps - warmup) * i // 10) for i in range(11)]
+        assert falling == sorted(falling, reverse=True)
+
+
+@given(decay=st.floats(0, 0.9999), step=st.integers(0, 10**6), before=st.floats(-5, 5), now=st.floats(-5, 5))
+def test_the_average_moves_by_its_decay(decay: float, step: int, before: float, now: float) -> None:
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(model.weight, before)
+    ema = EMA(model, decay)
+    torch.nn.init.constant_(model.weight, now)
+    ema.update(model, step)
+    used = min(decay, (1 + step) / (10 + step))
+    assert float(ema.shadow["weight"]) == pytest.approx(used * before + (1 - used) * now, abs=1e-5)
+
+
+def test_a_teacher_pulls_the_student_only_with_a_weight(tmp_path: Path) -> None:
+    config: TrainConfig = make_config(tmp_path)
+    model, other = stages.DiT(config.model), stages.DiT(config.model)
+    torch.nn.init.normal_(other.final_layer.linear.weight)
+    source = BatchSource(read_images(config), config.data, 8, 4, config.seed)
+    alone = Trainer(config, config.qat, model, source, tmp_path / "a.pt", other)
+    pulled = Trainer(
+        config, config.qat.model_copy(update={"distill_weight": 0.5}), model, source, tmp_path / "b.pt", other
+    )
+    assert alone.teacher is None
+    with torch.no_grad():
+        assert float(pulled._loss(0)) > float(alone._loss(0))

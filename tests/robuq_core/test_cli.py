@@ -1,0 +1,158 @@
+"""The console scripts: help one can work from, results on standard output, one line and exit code 2 for mistakes."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tiny import TINY, write_tiny
+from typer import Typer
+from typer.testing import CliRunner
+
+from robuq_core import cli as robuq
+from train import cli as robuq_train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WIDE = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
+
+
+def run(app: Typer, *arguments: str | Path, code: int = 0) -> str:
+    """Standard output of a command that ends with ``code``, or its standard error where that is not 0."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env=WIDE)
+    assert result.exit_code == code, result.output + str(result.exception)
+    return result.stdout if code == 0 else result.stderr
+
+
+def error_of(app: Typer, *arguments: str | Path) -> str:
+    """The one line that a mistake of the user gives."""
+    errors = run(app, *arguments, code=2)
+    assert errors.startswith("error: ")
+    assert len(errors.splitlines()) == 1
+    assert "Traceback" not in errors
+    return errors
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "tiny.safetensors"
+    write_tiny(path)
+    return path
+
+
+def test_the_scripts_list_their_commands() -> None:
+    for app, commands in (
+        (robuq.app, ("sample", "inspect", "bench")),
+        (robuq_train.app, ("teacher", "qat", "export", "evaluate")),
+    ):
+        page = run(app, "--help")
+        assert all(command in page for command in commands)
+
+
+@pytest.mark.parametrize(
+    ("app", "command", "options"),
+    [
+        (
+            robuq.app,
+            "sample",
+            ("CLASS_IDS", "--out", "--seed", "--steps", "--guidance-scale", "--sampler", "--checkpoint", "--backend"),
+        ),
+        (robuq.app, "inspect", ("CHECKPOINT", "--json")),
+        (robuq.app, "bench", ("--preset", "--checkpoint", "--batch", "--repeats", "--out", "--backend", "--threads")),
+        (robuq_train.app, "teacher", ("--config", "--set")),
+        (robuq_train.app, "qat", ("--config", "--set")),
+        (robuq_train.app, "export", ("--config", "--set", "--out")),
+        (robuq_train.app, "evaluate", ("--config", "--set", "--checkpoint", "--classes", "--seed", "--sheet")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_help_of_a_command_mentions_its_options(app: Typer, command: str, options: tuple[str, ...]) -> None:
+    page = run(app, command, "--help")
+    missing = [option for option in options if option.lower() not in page.lower()]
+    assert missing == []
+
+
+def test_sample_writes_one_picture_a_class(checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ("-c", checkpoint, "--backend", "reference", "--seed", "7", "--steps", "2")
+    printed = run(robuq.app, "sample", "3", "0", "3", "--out", tmp_path / "new" / "folder", *arguments)
+    paths = sorted((tmp_path / "new" / "folder").iterdir())
+    assert [path.name for path in paths] == ["0000_class3.png", "0001_class0.png", "0002_class3.png"]
+    assert all(path.name in printed for path in paths)
+    assert {Image.open(path).size for path in paths} == {(TINY.input_size, TINY.input_size)}
+    # Seeds 7 and 9: the two pictures of class 3 differ; the same seed gives the same file.
+    assert paths[0].read_bytes() != paths[2].read_bytes()
+    run(robuq.app, "sample", "3", "--out", tmp_path / "again", *arguments)
+    assert (tmp_path / "again" / "0000_class3.png").read_bytes() == paths[0].read_bytes()
+
+
+def test_inspect_prints_what_the_file_holds(checkpoint: Path) -> None:
+    page = run(robuq.app, "inspect", checkpoint)
+    size = f"{checkpoint.stat().st_size:,} bytes"
+    for expected in ("hidden_size 48", "activation_bits 2", "prediction_type sample", "2.000", "adaLN", size, "header",
+                     "ternary weights (base 3)", "low-rank branch", "times smaller than FP32"):  # fmt: skip
+        assert expected in page
+
+
+def test_inspect_as_json_is_the_header(checkpoint: Path) -> None:
+    tree = json.loads(run(robuq.app, "inspect", checkpoint, "--json"))
+    assert tree["model"]["hidden_size"] == TINY.hidden_size
+    assert "blocks.0.attn.qkv.trits" in tree["tensors"]
+
+
+def test_bench_prints_a_table_and_writes_json(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    options = ("--batch", "1", "--batch", "3", "--repeats", "3", "--backend", "reference", "--out", out)
+    page = run(robuq.app, "bench", "-c", checkpoint, *options)
+    assert "tiny on reference" in page
+    figures = json.loads(out.read_text())
+    assert [timing["batch"] for timing in figures["forward"]] == [1, 3]
+    assert {"cpu", "cores", "threads", "torch"} <= set(figures["machine"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("99",), "class_id must be 0..9, not 99"),
+        (("1", "--sampler", "euler"), "sampler must be ddpm, ddim or dpmsolver++, not 'euler'"),
+        (("1", "--backend", "cuda"), "unknown backend 'cuda': choose one of"),
+        (("1", "-c", "absent.safetensors"), "absent.safetensors: no such file"),
+    ],
+)
+def test_mistakes_of_sample(checkpoint: Path, tmp_path: Path, arguments: tuple[str, ...], expected: str) -> None:
+    given = ("-c", checkpoint, "--backend", "reference", "--out", tmp_path / "out", *arguments)
+    assert expected in error_of(robuq.app, "sample", *given)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", [("--steps", "0"), ("--seed", "-1"), ("--guidance-scale", "21"), ("--steps", "x")])
+def test_values_out_of_range_name_the_option(checkpoint: Path, option: tuple[str, str]) -> None:
+    assert option[0] in run(robuq.app, "sample", "1", "-c", checkpoint, *option, code=2)
+
+
+def test_an_output_folder_that_is_a_file(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    arguments = ("--backend", "reference", "--steps", "1", "--out", tmp_path / "taken")
+    assert "taken" in error_of(robuq.app, "sample", "1", "-c", checkpoint, *arguments)
+
+
+def test_damaged_files_are_one_line(checkpoint: Path, tmp_path: Path) -> None:
+    whole = checkpoint.read_bytes()
+    path = tmp_path / "damaged.safetensors"
+    for content in (b"", b"text", whole[:1000], whole[:-1], whole + b"x"):
+        path.write_bytes(content)
+        assert "damaged.safetensors" in error_of(robuq.app, "inspect", path)
+        assert "damaged.safetensors" in error_of(robuq.app, "sample", "1", "-c", path, "--backend", "reference")
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert "damaged" in error_of(robuq.app, "sample", "1", "-c", path, "--backend", "reference")
+
+
+def test_mistakes_of_bench(checkpoint: Path) -> None:
+    assert "unknown preset 'DiT-Q/3'; choose one of DiT-XL/2" in error_of(robuq.app, "bench", "--preset", "DiT-Q/3")
+    assert "unknown backend" in error_of(robuq.app, "bench", "-c", checkpoint, "--backend", "gpu")
+
+
+def test_no_arguments_show_the_help() -> None:
+    for app in (robuq.app, robuq_train.app):
+        result = CliRunner().invoke(app, [], env=WIDE)
+        assert "Usage" in result.output
+        assert result.exit_code == 2

@@ -21,7 +21,7 @@ def add_noise(x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
 
 
 def _alpha_bar(timesteps: Tensor, like: Tensor) -> Tensor:
-    return alphas_cumprod()[timesteps].to(like.dtype).to(like.device)[:, None, None, None]
+    return alphas_cumprod().to(like.device)[timesteps].to(like.dtype)[:, None, None, None]
 
 
 def draw_timesteps(count: int, generator: torch.Generator) -> Tensor:
@@ -57,7 +57,7 @@ def variational_bound(predicted_x0: Tensor, variance: Tensor, x0: Tensor, x_t: T
     posterior[0] = posterior[1]
 
     def rows(table: Tensor) -> Tensor:
-        return table[timesteps].float().to(x0.device)[:, None, None, None]
+        return table.to(x0.device)[timesteps].float()[:, None, None, None]
 
     on_x0, on_xt = rows(beta * previous.sqrt() / (1 - bar)), rows((1 - previous) * (1 - beta).sqrt() / (1 - bar))
     fraction = (variance + 1) / 2

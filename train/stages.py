@@ -16,7 +16,7 @@ from robuq_core.models.dit import DiT
 from robuq_core.models.quant_linear import quantize_model
 from train.config import ConfigError, TrainConfig
 from train.data import BatchSource, ImageDataset, centre_images, load_dataset
-from train.state import load_ema, load_state
+from train.state import exclusive, load_ema, load_state
 from train.trainer import Trainer, meaning_of_weights
 
 # BLAS treats values below this as zero-cost directions; a principal component under it carries nothing.
@@ -62,7 +62,7 @@ def train_teacher(config: TrainConfig) -> None:
     torch.manual_seed(config.seed)
     model = DiT(config.model)
     initialise_class_table(model, config, dataset)
-    _trainer(config, "teacher", model, dataset).run()
+    _run(config, "teacher", model, dataset)
 
 
 def train_qat(config: TrainConfig) -> None:
@@ -70,7 +70,7 @@ def train_qat(config: TrainConfig) -> None:
     read_class_names(config)
     student = quantize_model(load_teacher(config), config.quant)
     teacher = load_teacher(config) if config.qat.distill_weight else None
-    _trainer(config, "qat", student, read_images(config), teacher).run()
+    _run(config, "qat", student, read_images(config), teacher)
 
 
 def load_teacher(config: TrainConfig) -> DiT:
@@ -109,10 +109,12 @@ def export(config: TrainConfig, path: Path) -> Header:
     )
 
 
-def _trainer(config: TrainConfig, stage: str, model: DiT, dataset: ImageDataset, teacher: DiT | None = None) -> Trainer:
+def _run(config: TrainConfig, stage: str, model: DiT, dataset: ImageDataset, teacher: DiT | None = None) -> None:
     stage_config = config.teacher if stage == "teacher" else config.qat
     source = BatchSource(dataset, config.data, config.model.input_size, stage_config.batch_size, config.seed)
-    return Trainer(config, stage_config, model, source, config.run_dir / f"{stage}.pt", teacher)
+    path = config.run_dir / f"{stage}.pt"
+    with exclusive(path):
+        Trainer(config, stage_config, model, source, path, teacher).run()
 
 
 @torch.no_grad()

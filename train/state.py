@@ -5,8 +5,10 @@ Written whole or not at all, and loaded with ``weights_only``: nothing in it can
 
 from __future__ import annotations
 
+import fcntl
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,32 @@ class EMA:
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Keep the state at ``path`` to this process: two runs of one stage would overwrite each other's steps.
+
+    Also removes what a run that was killed while it saved has left beside it.
+
+    Raises:
+        StateError: another process holds it, or its folder cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_suffix(".lock").open("w")
+    except OSError as error:
+        raise StateError(f"run_dir {path.parent}: cannot be written to ({error})") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StateError(
+                f"{path}: another process trains this stage; wait for it, or choose another run_dir"
+            ) from error
+        for left_over in path.parent.glob(f".{path.name}.*"):
+            left_over.unlink(missing_ok=True)
+        yield
 
 
 def save_state(path: Path, **state: Any) -> None:

@@ -125,10 +125,7 @@ class Trainer:
         Raises:
             TrainingError: the loss is no longer finite, or a signal ended the run. StateError: the disk is full.
         """
-        try:
-            self.state_path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StateError(f"run_dir {self.state_path.parent}: cannot be created ({error})") from error
+        self.state_path.parent.mkdir(parents=True, exist_ok=True)
         self._forget_later_records()
         previous = {number: signal.signal(number, self._request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:

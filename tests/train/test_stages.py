@@ -152,7 +152,7 @@ def test_mistakes_of_a_run_are_one_line(tmp_path: Path) -> None:
 def test_a_run_dir_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file where the folder should be")
     errors = run("teacher", "-c", str(write_config(tmp_path)), code=2)
-    assert f"run_dir {tmp_path / 'run'}: cannot be created" in errors
+    assert f"run_dir {tmp_path / 'run'}: cannot be written to" in errors
     assert len(errors.splitlines()) == 1
 
 

@@ -22,7 +22,7 @@ from train import stages, trainer
 from train.config import StageConfig, TrainConfig, load_config
 from train.data import BatchSource
 from train.stages import read_images, train_teacher
-from train.state import EMA, StateError, load_state, save_state
+from train.state import EMA, StateError, exclusive, load_state, save_state
 from train.trainer import Trainer, TrainingError, learning_rate
 
 LONG = {"teacher": {"steps": 250, "save_every": 7, "log_every": 3}}
@@ -316,6 +316,35 @@ def test_a_full_disk_keeps_the_state_before(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
     assert load_state(path)["step"] == 1
     assert [each.name for each in tmp_path.iterdir()] == ["teacher.pt"]
+
+
+def test_two_runs_of_one_stage_do_not_mix(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    with exclusive(config.run_dir / "teacher.pt"):
+        with pytest.raises(StateError, match="another process trains this stage"):
+            train_teacher(config)
+        with exclusive(config.run_dir / "qat.pt"):
+            pass
+    train_teacher(config)
+
+
+def test_what_a_kill_left_of_a_save_is_removed(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    train_teacher(config)
+    (config.run_dir / ".teacher.pt.x1y2z3").write_text("half a state")
+    train_teacher(config)
+    assert sorted(each.name for each in config.run_dir.iterdir()) == ["teacher.lock", "teacher.log.jsonl", "teacher.pt"]
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_what_a_cpu_goes_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"model": {"learn_sigma": True}, "qat": {"distill_weight": 1.0}}
+    config = make_config(tmp_path, changes)
+    train_teacher(config)
+    stages.train_qat(config)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    train_teacher(make_config(tmp_path, {**changes, "teacher": {"steps": 8}}))
+    assert load_state(config.run_dir / "teacher.pt")["step"] == 8
 
 
 def test_the_log_drops_a_line_that_a_kill_cut_short(tmp_path: Path) -> None:

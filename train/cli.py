@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from robuq_core.cli_support import reported
-from train.config import TrainConfig, load_config
+from robuq_core.errors import UserError
+
+if TYPE_CHECKING:
+    from train.config import TrainConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,6 +29,10 @@ SetOption = Annotated[
 
 
 def _load(config: Path, overrides: list[str] | None) -> TrainConfig:
+    try:
+        from train.config import load_config
+    except ImportError as error:  # the plain installation serves and does not train
+        raise UserError(f"training is not installed ({error}): pip install 'robuq[train]'") from error
     return load_config(config, overrides or [])
 
 

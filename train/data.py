@@ -86,14 +86,14 @@ def load_dataset(path: Path, size: int, num_classes: int) -> ImageDataset:
     return ImageDataset(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels))
 
 
-def _is_image(name: str) -> bool:
-    """By its suffix; hidden files are left out (macOS puts a ``._photo.jpg`` beside every photo of a zip)."""
-    return Path(name).suffix.lower() in IMAGE_SUFFIXES and not Path(name).name.startswith(".")
+def _is_image(path: Path) -> bool:
+    """``CLASS/NAME`` by its suffix; hidden ones are left out (macOS zips have a ``._photo.jpg`` beside every photo)."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(".") for part in path.parts[-2:])
 
 
 def _folder_entries(path: Path) -> Iterator[_Entry]:
     for file in path.glob("*/*"):
-        if _is_image(file.name):
+        if _is_image(file):
             yield _Entry(file.parent.name, str(file), partial(Image.open, file))
 
 
@@ -103,9 +103,9 @@ def _zip_entries(path: Path) -> Iterator[_Entry]:
     except zipfile.BadZipFile as error:
         raise DataError(f"data.path {path} is neither a folder, a zip nor an npz") from error
     for name in archive.namelist():
-        parts = Path(name).parts
-        if _is_image(name) and len(parts) > 1:
-            yield _Entry(parts[-2], f"{path}:{name}", partial(_open_member, archive, name))
+        member = Path(name)
+        if _is_image(member) and len(member.parts) > 1:
+            yield _Entry(member.parts[-2], f"{path}:{name}", partial(_open_member, archive, name))
 
 
 def _open_member(archive: zipfile.ZipFile, name: str) -> Image.Image:

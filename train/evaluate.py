@@ -17,7 +17,7 @@ from PIL import Image
 from rich.progress import track
 from torch import Tensor
 
-from robuq_core.checkpoint import Header
+from robuq_core.checkpoint import FORMAT_VERSION, Header
 from robuq_core.config import SamplerConfig
 from robuq_core.errors import UserError
 from robuq_core.models.dit import DiT
@@ -85,7 +85,7 @@ class FeatureNetwork:
 def plain_sampler(model: DiT, config: TrainConfig, name: str) -> Sampler:
     """A sampler that runs ``model`` itself (teacher or fake-quantised student), not a packed file."""
     header = Header(
-        format_version=1,
+        format_version=FORMAT_VERSION,
         model=config.model,
         quant=config.quant,
         diffusion=config.diffusion,
@@ -111,6 +111,7 @@ def draw(sampler: Sampler, classes: Sequence[int], seed: int, settings: SamplerC
 
 
 def random_classes(count: int, num_classes: int, seed: int) -> list[int]:
+    """``count`` different classes in random order, or all of them if there are fewer."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(num_classes, generator=generator)[:count].tolist()
 
@@ -144,9 +145,15 @@ def evaluate(
 
     ``sheet``: also write a contact sheet of the first 64 samples there.
     """
+    model = config.model
+    if (sampler.image_size, sampler.num_classes) != (model.input_size, model.num_classes):
+        raise EvaluationError(
+            f"{sampler.checkpoint_name} draws {sampler.image_size} px and {sampler.num_classes} classes, but the "
+            f"configuration has {model.input_size} px and {model.num_classes}: give the one it was trained with"
+        )
     network = FeatureNetwork()
-    classes = random_classes(min(count, config.model.num_classes), config.model.num_classes, seed)
-    photos = centre_images(dataset, config.model.input_size)
+    classes = random_classes(count, model.num_classes, seed)
+    photos = centre_images(dataset, model.input_size)
     samples = draw(sampler, classes, seed)
     if sheet is not None:
         contact_sheet(samples[:SHEET_IMAGES], SHEET_COLUMNS, sheet)

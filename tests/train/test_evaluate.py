@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from synthetic_run import CLASSES, make_config
+from synthetic_run import CLASSES, make_config, write_config
+from tiny import write_tiny
 from torch import Tensor
 from torch.nn import functional as F
 from typer.testing import CliRunner
@@ -128,6 +129,14 @@ def test_evaluate_prints_its_figures_and_writes_the_sheet(tmp_path: Path, monkey
     assert f'"samples": {CLASSES}' in result.stdout
     assert '"model": "teacher"' in result.stdout
     assert Image.open(sheet).size == (16 * 10 + 2, 12)
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "tiny.safetensors")
+    path = write_config(tmp_path)
+    result = CliRunner().invoke(app, ["evaluate", "-c", str(path), "--checkpoint", str(tmp_path / "tiny.safetensors")])
+    assert result.exit_code == 2
+    assert "tiny draws 16 px and 10 classes, but the configuration has 8 px and 4" in result.stderr
 
 
 def test_a_missing_feature_network_is_said_before_any_sampling(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,8 @@ def test_hidden_and_foreign_files_are_left_out(tmp_path: Path) -> None:
     folder = write_photos(tmp_path / "photos")
     (folder / "class_0" / "notes.txt").write_text("not a photo")
     (folder / "class_0" / "._0.png").write_bytes(b"macOS keeps these beside the photos of a zip")
+    (folder / ".thumbnails").mkdir()
+    (folder / ".thumbnails" / "0.png").write_bytes(b"of a file manager")
     (folder / "loose.png").write_bytes(b"in no class")
     assert len(load_dataset(folder, 8, CLASSES)) == CLASSES * PER_CLASS
     assert len(load_dataset(zip_folder(folder, tmp_path / "p.zip"), 8, CLASSES)) == CLASSES * PER_CLASS

@@ -63,9 +63,9 @@ class TrainConfig(StrictModel):
     class_init: Literal["normal", "pca"] = "normal"
     class_init_std: float = Field(default=0.02, gt=0, description="initial spread of the class table")
     model: ModelConfig
-    quant: QuantConfig = Field(default_factory=lambda: QuantConfig.model_validate({}))
+    quant: QuantConfig = QuantConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
-    sampler: SamplerConfig = Field(default_factory=lambda: SamplerConfig.model_validate({}))
+    sampler: SamplerConfig = SamplerConfig()
     data: DataConfig
     teacher: StageConfig = StageConfig()
     qat: StageConfig = StageConfig(steps=350_000, batch_size=32)

@@ -120,8 +120,10 @@ def _time_batch(
     expected, result = reference.forward(*inputs), packed.forward(*inputs)
     error = float((result - expected).norm() / expected.norm())
     if not error <= MAX_RELATIVE_ERROR:
-        raise BenchError(f"{name} at batch {batch}: {packed.backend.name} is off by {error:.3f} of the reference's norm; "
-                         f"at most {MAX_RELATIVE_ERROR} is rounding. No timing is reported")  # fmt: skip
+        raise BenchError(
+            f"{name} at batch {batch}: {packed.backend.name} is off by {error:.3f} of the reference's norm; "
+            f"at most {MAX_RELATIVE_ERROR} is rounding. No timing is reported"
+        )
     plain(*inputs)
     packed_times, plain_times = [], []
     for _ in range(repeats):

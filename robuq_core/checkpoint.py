@@ -156,7 +156,7 @@ def _packed_tensors(model: DiT) -> dict[str, Tensor]:
         if name.rpartition(".")[0] not in linears:
             dense = parameter.detach()
             tensors[name] = dense.half() if not name.startswith("blocks.") else dense
-    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if ".lowrank" not in name or tensor.numel()}
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _pack_signs(signs: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ def _entry(tensor: Tensor) -> TensorEntry:
 
 
 def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def read_header(path: Path) -> Header:
@@ -254,7 +254,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 raise CheckpointError(f"{path}: {name} is damaged (checksum, type or shape differs from the header); "
                                       "copy the file again")  # fmt: skip
             tensors[name] = tensor
-    layers = {name: _unpack_layer(path, name, shape, tensors, header) for name, shape in layer_shapes(header.model).items()}
+    layers = {
+        name: _unpack_layer(path, name, shape, tensors, header) for name, shape in layer_shapes(header.model).items()
+    }
     dense = {name: tensor.float() for name, tensor in tensors.items() if not name.startswith("blocks.")}
     return Checkpoint(header, dense, layers)
 

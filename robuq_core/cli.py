@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from robuq_core.cli_support import reported
+from robuq_core.config import SamplerName
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,7 +33,7 @@ def sample(
     seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Image i uses seed + i.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Denoising steps.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(min=0, max=20, help="1 is no guidance.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="ddpm, ddim or dpmsolver++.")] = None,
+    sampler: Annotated[SamplerName | None, typer.Option(help="Default: the checkpoint's.")] = None,
     checkpoint: CheckpointOption = None,
     backend: BackendOption = "auto",
     threads: ThreadsOption = None,

@@ -15,7 +15,7 @@ R = TypeVar("R")
 
 
 def reported(command: Callable[P, R]) -> Callable[P, R]:
-    """Wrap a command so that a :class:`UserError`, ``ValueError`` or ``OSError`` ends it with its message, not a traceback."""
+    """Let a :class:`UserError`, ``ValueError`` or ``OSError`` end a command with its message, not a traceback."""
 
     @functools.wraps(command)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:

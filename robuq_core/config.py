@@ -46,7 +46,9 @@ class ModelConfig(StrictModel):
         if self.input_size % self.patch_size:
             raise ValueError(f"input_size {self.input_size} must be a multiple of patch_size {self.patch_size}")
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
-            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads} and of 4")
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads} and of 4"
+            )
         return self
 
     @property

@@ -123,7 +123,8 @@ class DiTBlock(nn.Module):
     def forward(self, x_BLD: Tensor, c_BD: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c_BD).chunk(6, dim=1)
         x_BLD = x_BLD + gate1[:, None] * self.attn(modulate(self.norm1(x_BLD), shift1, scale1))
-        return x_BLD + gate2[:, None] * self.mlp(modulate(self.norm2(x_BLD), shift2, scale2))
+        x_BLD = x_BLD + gate2[:, None] * self.mlp(modulate(self.norm2(x_BLD), shift2, scale2))
+        return x_BLD
 
 
 def norm2_eps(config: ModelConfig) -> float:
@@ -171,11 +172,12 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        # adaLN-Zero: every block starts as the identity and the output as zero.
-        for layer in (*(block.adaLN_modulation[1] for block in self.blocks), self.final_layer.adaLN_modulation[1]):
-            nn.init.zeros_(layer.weight)
+        for name, parameter in self.named_parameters():
+            if name.startswith("t_embedder.mlp.") and name.endswith(".weight"):
+                nn.init.normal_(parameter, std=0.02)
+            # adaLN-Zero: every block starts as the identity and the output as zero.
+            if name.endswith("adaLN_modulation.1.weight"):
+                nn.init.zeros_(parameter)
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(self, x_BCHW: Tensor, timesteps_B: Tensor, classes_B: Tensor) -> Tensor:

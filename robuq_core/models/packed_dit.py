@@ -45,9 +45,7 @@ class PackedDiT:
     ) -> None:
         self.config, self.dense, self.backend = config, dense, backend
         self.quantized_attention = quantized_attention
-        self.blocks = [
-            PackedBlock(*(layers[f"blocks.{i}.{name}"] for name in LAYERS)) for i in range(config.depth)
-        ]
+        self.blocks = [PackedBlock(*(layers[f"blocks.{i}.{name}"] for name in LAYERS)) for i in range(config.depth)]
         self.pos_embed = sincos_positions(config.hidden_size, config.input_size // config.patch_size)
         self._timestep_cache: dict[int, Tensor] = {}
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robuq_core.config import QuantConfig
-from robuq_core.models.dit import DiT
+from robuq_core.models.dit import Attention, DiT
 from robuq_core.quant.activation import Grid, fake_quantize_activation
 from robuq_core.quant.hadamard import Rotation, random_signs
 from robuq_core.quant.lowrank import lowrank_split, round_to_storage
@@ -94,6 +94,7 @@ def quantize_model(model: DiT, config: QuantConfig) -> DiT:
         )
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, replacement.to(linear.weight.device))
-    for block in model.blocks:
-        block.attn.quantized = config.attention_bits is not None
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.quantized = config.attention_bits is not None
     return model

@@ -25,9 +25,7 @@ def decompose_order(order: int) -> tuple[int, int]:
         power, rest = divmod(order, base)
         if rest == 0 and power > 0 and power & (power - 1) == 0:
             return base, power
-    raise ValueError(
-        f"no Hadamard matrix of order {order}: use a width of 2^k, 12*2^k, 20*2^k, 28*2^k or 36*2^k"
-    )
+    raise ValueError(f"no Hadamard matrix of order {order}: use a width of 2^k, 12*2^k, 20*2^k, 28*2^k or 36*2^k")
 
 
 def _jacobsthal(q: int) -> Tensor:
@@ -79,6 +77,10 @@ class Rotation(nn.Module):
         width: n, the size of the last dimension.
         signs: the stored +-1 vector D, ``[n]``; ``None`` means all ones.
     """
+
+    signs: Tensor
+    left: Tensor
+    right: Tensor
 
     def __init__(self, width: int, signs: Tensor | None = None) -> None:
         super().__init__()

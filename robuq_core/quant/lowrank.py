@@ -7,6 +7,7 @@ from torch import Tensor
 
 from robuq_core.quant.activation import straight_through
 
+
 def lowrank_split(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Split ``W_H`` into a rank-``rank`` product and the residual to be ternarised.
 

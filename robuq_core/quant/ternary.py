@@ -35,16 +35,16 @@ def ternarize(weight: Tensor, scale: WeightScale = "conditional_mean") -> tuple[
 
 class _TernarySTE(torch.autograd.Function):
     @staticmethod
-    def forward(weight: Tensor, scale: WeightScale) -> Tensor:  # type: ignore[override]
+    def forward(weight: Tensor, scale: WeightScale) -> Tensor:
         codes, alpha = ternarize(weight.float(), scale)
         return (codes * alpha[:, None]).to(weight.dtype)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def, override]
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
         pass
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         return grad.clamp(-1, 1), None
 
 
@@ -54,4 +54,4 @@ def ternary_fake_quantize(weight: Tensor, scale: WeightScale = "conditional_mean
     The gradient passes straight through to ``weight``, clamped to [-1, 1] by element; none flows through
     the threshold or the scale.
     """
-    return _TernarySTE.apply(weight, scale)  # type: ignore[no-any-return]
+    return _TernarySTE.apply(weight, scale)  # type: ignore[no-any-return, no-untyped-call]

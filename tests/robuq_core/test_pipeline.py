@@ -57,7 +57,9 @@ def _draw_together(sampler: Sampler, specs: list[RowSpec], delays: list[int]) ->
 
 @settings(max_examples=8)
 @given(specs=st.lists(SPECS, min_size=2, max_size=33), data=st.data())
-def test_a_picture_does_not_depend_on_its_neighbours(sampler: Sampler, specs: list[RowSpec], data: st.DataObject) -> None:
+def test_a_picture_does_not_depend_on_its_neighbours(
+    sampler: Sampler, specs: list[RowSpec], data: st.DataObject
+) -> None:
     delays = data.draw(st.lists(st.integers(0, 4), min_size=len(specs), max_size=len(specs)))
     together = _draw_together(sampler, specs, delays)
     for spec, pixels in list(zip(specs, together, strict=True))[:4]:

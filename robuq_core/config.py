@@ -28,7 +28,11 @@ class StrictModel(BaseModel):
 
 
 class ModelConfig(StrictModel):
-    """Shape of a DiT. Sizes in pixels or latent cells; ``flavour`` picks between the numerics of two code bases."""
+    """Shape of a DiT. Sizes in pixels or latent cells; ``flavour`` picks between the numerics of two code bases.
+
+    ``position_scale`` is the distance between neighbours in the sin-cos table: 1 in DiT. With few tokens a side most
+    of its frequencies hardly move from 0 to 1, and the network cannot tell its tokens apart; 100 spreads them.
+    """
 
     input_size: int = Field(32, ge=2)
     patch_size: int = Field(2, ge=1)
@@ -39,6 +43,7 @@ class ModelConfig(StrictModel):
     mlp_ratio: int = Field(4, ge=1)
     num_classes: int = Field(1000, ge=1)
     learn_sigma: bool = True
+    position_scale: float = Field(1.0, gt=0)
     flavour: Flavour = "official"
 
     @model_validator(mode="after")

@@ -19,10 +19,13 @@ from robuq_core.quant.attention import quantized_attention
 FREQUENCY_SIZE = 256
 
 
-def sincos_positions(width: int, grid_size: int) -> Tensor:
-    """Fixed 2-D sin-cos positions ``[grid_size**2, width]``, float32: half the width codes x, half y, [sin|cos]."""
+def sincos_positions(width: int, grid_size: int, scale: float = 1.0) -> Tensor:
+    """Fixed 2-D sin-cos positions ``[grid_size**2, width]``, float32: half the width codes x, half y, [sin|cos].
+
+    Neighbours are ``scale`` apart.
+    """
     omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    steps = torch.arange(grid_size, dtype=torch.float64)
+    steps = torch.arange(grid_size, dtype=torch.float64) * scale
 
     def encode(position: Tensor) -> Tensor:
         angle = position[:, None] * omega
@@ -30,6 +33,11 @@ def sincos_positions(width: int, grid_size: int) -> Tensor:
 
     y, x = torch.meshgrid(steps, steps, indexing="ij")
     return torch.cat([encode(x.reshape(-1)), encode(y.reshape(-1))], dim=1).float()
+
+
+def position_table(config: ModelConfig) -> Tensor:
+    """The positions that ``config`` asks for, ``[L, D]`` float32."""
+    return sincos_positions(config.hidden_size, config.input_size // config.patch_size, config.position_scale)
 
 
 def timestep_features(timesteps: Tensor, flavour: str) -> Tensor:
@@ -160,8 +168,7 @@ class DiT(nn.Module):
         self.x_embedder = nn.Linear(config.in_channels * config.patch_size**2, width)
         self.t_embedder = TimestepEmbedder(width, config.flavour)
         self.y_embedder = LabelEmbedder(config.num_classes, width)
-        positions = sincos_positions(width, config.input_size // config.patch_size)
-        self.register_buffer("pos_embed", positions[None], persistent=False)
+        self.register_buffer("pos_embed", position_table(config)[None], persistent=False)
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
         self._initialise()

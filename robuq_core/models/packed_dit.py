@@ -13,7 +13,7 @@ from torch import Tensor
 
 from robuq_core.config import ModelConfig
 from robuq_core.kernels.ops import Backend, Modulation, Prologue, TernaryLayer
-from robuq_core.models.dit import norm2_eps, patchify, sincos_positions, timestep_features, unpatchify
+from robuq_core.models.dit import norm2_eps, patchify, position_table, timestep_features, unpatchify
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
 
@@ -46,7 +46,7 @@ class PackedDiT:
         self.config, self.dense, self.backend = config, dense, backend
         self.quantized_attention = quantized_attention
         self.blocks = [PackedBlock(*(layers[f"blocks.{i}.{name}"] for name in LAYERS)) for i in range(config.depth)]
-        self.pos_embed = sincos_positions(config.hidden_size, config.input_size // config.patch_size)
+        self.pos_embed = position_table(config)
         self._timestep_cache: dict[int, Tensor] = {}
 
     @property

@@ -53,6 +53,14 @@ def test_positions_code_x_in_the_first_half() -> None:
     assert not torch.equal(grid[0, 0], grid[0, 1])
 
 
+def test_a_larger_position_scale_tells_few_tokens_apart() -> None:
+    def distance(scale: float) -> float:
+        first, second = sincos_positions(256, 2, scale)[:2]
+        return float((first - second).norm())
+
+    assert distance(100.0) > 3 * distance(1.0)
+
+
 def test_flavours_differ_in_their_frequencies() -> None:
     t = torch.tensor([0, 999])
     official, diffusers = timestep_features(t, "official"), timestep_features(t, "diffusers")

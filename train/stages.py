@@ -122,7 +122,7 @@ def initialise_class_table(model: DiT, config: TrainConfig, dataset: ImageDatase
     """Spread the class table as ``class_init`` asks: Gaussian, or principal components of the class means.
 
     ``pca`` gives classes with like images like codes, so that what is learnt of one serves the others. The
-    components are weighted by the square root of their standard deviation: the leading ones still lead, and the
+    components are weighted by the fourth root of their standard deviation: the leading ones still lead, and the
     fine ones stay above the noise of a 4-bit adaLN input. Overall spread: ``class_init_std``.
     """
     table = model.y_embedder.embedding_table.weight
@@ -147,5 +147,5 @@ def _principal_codes(means: Tensor, width: int) -> Tensor:
     kept = min(width, int((s > _NEGLIGIBLE * s[0]).sum()))
     # The SVD leaves each component's sign open; fix it, so that a run does not depend on the LAPACK build.
     u = u * u.gather(0, u.abs().argmax(dim=0, keepdim=True)).sign()
-    codes: Tensor = u[:, :kept] * s[:kept].sqrt()
+    codes: Tensor = u[:, :kept] * s[:kept] ** 0.25
     return codes.float()

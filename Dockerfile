@@ -10,11 +10,15 @@
 # It writes nothing: --read-only works. SIGTERM drains for up to 25 s, so stop it with `docker stop --time 30`, or set
 # ROBUQ_DRAIN_TIMEOUT_S below the 10 s that docker allows by default.
 #
-# CUDA: PyPI's torch is the CUDA build and brings its own CUDA libraries; the GPU kernels are compiled at run time and
-# need the C compiler of the full Python image. The host needs NVIDIA's container toolkit.
+# pip's default torch for Linux is the CUDA build, which runs on a CPU too but weighs several GB. For a small image,
+# name the index of CPU builds that PyTorch's "Get Started" page gives:
 #
-#   docker build -t robuq-serve:cuda --build-arg BASE_IMAGE=python:3.12 \
-#       --build-arg TORCH_INDEX_URL=https://pypi.org/simple .
+#   docker build -t robuq-serve --build-arg TORCH_INDEX_URL=... .
+#
+# CUDA variant: the default index, and the full Python image, whose C compiler run-time kernels need. The host needs
+# NVIDIA's container toolkit.
+#
+#   docker build -t robuq-serve:cuda --build-arg BASE_IMAGE=python:3.12 .
 #   docker run --gpus all -p 8000:8000 --tmpfs /tmp:exec robuq-serve:cuda
 #
 # BASE_IMAGE may be any Debian or Ubuntu image that has Python 3.11 or later as `python`.
@@ -29,10 +33,10 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/robuq
 ENV PATH=/opt/robuq/bin:$PATH
 WORKDIR /src
-# torch first and alone: it is nearly all of the image and changes least. Its dependencies come from PyPI below.
-ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+# torch first and alone: it is nearly all of the image and changes least. Its dependencies come below.
+ARG TORCH_INDEX_URL=
 COPY constraints.txt ./
-RUN pip install --no-deps --index-url "${TORCH_INDEX_URL}" --constraint constraints.txt torch
+RUN pip install --no-deps ${TORCH_INDEX_URL:+--index-url "${TORCH_INDEX_URL}"} --constraint constraints.txt torch
 COPY pyproject.toml setup.py README.md LICENSE ./
 COPY robuq_core robuq_core
 COPY server server

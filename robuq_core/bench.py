@@ -75,12 +75,12 @@ def bench_forward(
 
 def _model_source(name: str, checkpoint: Path | None) -> tuple[ModelConfig, Callable[[Backend], PackedDiT]]:
     if checkpoint is None:
-        config = preset(name)
-        dense, layers = random_weights(config, QuantConfig())
+        config, quant = preset(name), QuantConfig()
+        dense, layers = random_weights(config, quant)
     else:
         loaded = read_checkpoint(checkpoint)
-        config, dense, layers = loaded.header.model, loaded.dense, loaded.layers
-    return config, lambda ops: PackedDiT(config, dense, layers, ops)
+        config, quant, dense, layers = loaded.header.model, loaded.header.quant, loaded.dense, loaded.layers
+    return config, lambda ops: PackedDiT(config, dense, layers, ops, quant.attention_bits is not None)
 
 
 def random_weights(config: ModelConfig, quant: QuantConfig) -> tuple[dict[str, Tensor], dict[str, TernaryLayer]]:

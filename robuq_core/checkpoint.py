@@ -134,7 +134,10 @@ def write_checkpoint(
         tensors={name: _entry(tensor) for name, tensor in tensors.items()},
     )
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={_METADATA_KEY: header.model_dump_json()})
+        try:
+            save_file(tensors, temporary, metadata={_METADATA_KEY: header.model_dump_json()})
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: cannot be written ({error}); is the disk full?") from error
     return header
 
 

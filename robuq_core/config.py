@@ -6,7 +6,7 @@ or ill-typed key is an error that names it.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -81,7 +81,7 @@ class QuantConfig(StrictModel):
     rank: int = Field(16, ge=0)
     adaln_rank: int = Field(0, ge=0)
     seed: int = 0
-    bits: dict[str, int] = Field(default_factory=dict)
+    bits: dict[str, Annotated[int, Field(ge=1, le=8)]] = Field(default_factory=dict)
 
 
 class DiffusionConfig(StrictModel):

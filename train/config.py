@@ -26,8 +26,9 @@ class DataConfig(StrictModel):
     """Images and their augmentation: resize the short side to ``resize``, crop to the model's size."""
 
     path: Path
-    resize: int | None = Field(
-        default=None, ge=2, description="short side before the crop; default: the model's input_size"
+    resize: int | None = Field(default=None, ge=2, description="short side before the crop; default: the crop's size")
+    supersample: int = Field(
+        default=1, ge=1, description="crop at this multiple of input_size and average down: shifts finer than a pixel"
     )
     flip_probability: float = Field(default=0.5, ge=0, le=1)
     colour_jitter: float = Field(default=0.0, ge=0, lt=1, description="brightness and contrast factors in 1 +- this")
@@ -72,8 +73,11 @@ class TrainConfig(StrictModel):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> TrainConfig:
-        if self.data.resize is not None and self.data.resize < self.model.input_size:
-            raise ValueError(f"data.resize {self.data.resize} is below model.input_size {self.model.input_size}")
+        crop = self.model.input_size * self.data.supersample
+        if self.data.resize is not None and self.data.resize < crop:
+            raise ValueError(
+                f"data.resize {self.data.resize} is below the crop, model.input_size x data.supersample = {crop}"
+            )
         if self.model.in_channels != 3:
             raise ValueError(f"model.in_channels must be 3, not {self.model.in_channels}: training reads RGB images")
         # Said before the teacher trains, not after: quantisation rotates the inputs of every block linear.

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from rich.progress import track
 from torch import Tensor
@@ -44,10 +45,14 @@ class _Entry:
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """``images`` uint8 ``[N, 3, S, S]``, short side resized and centre-cropped to S; ``labels`` int64 ``[N]``."""
+    """``images`` uint8 ``[N, 3, S, S]``, short side resized and centre-cropped to S; ``labels`` int64 ``[N]``.
+
+    Crops are taken at ``supersample`` times the wanted size and averaged down.
+    """
 
     images: Tensor
     labels: Tensor
+    supersample: int = 1
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -143,8 +148,14 @@ def _load_square(opener: Opener, name: str, size: int) -> np.ndarray:
 
 def centre_images(dataset: ImageDataset, size: int) -> Tensor:
     """Centre crops, float32 in [-1, 1], ``[N, 3, size, size]``."""
-    margin = (dataset.images.shape[-1] - size) // 2
-    return _to_unit(dataset.images[..., margin : margin + size, margin : margin + size])
+    side = size * dataset.supersample
+    margin = (dataset.images.shape[-1] - side) // 2
+    crops = dataset.images[..., margin : margin + side, margin : margin + side]
+    return _shrink(_to_unit(crops), dataset.supersample)
+
+
+def _shrink(images: Tensor, factor: int) -> Tensor:
+    return F.avg_pool2d(images, factor) if factor > 1 else images
 
 
 def _to_unit(images: Tensor) -> Tensor:
@@ -176,14 +187,16 @@ class BatchSource:
         size, first = self.batch_size, step * self.batch_size
         generator = step_generator(self.seed, step, stream=2)
         index = torch.tensor([self._sample_index(first + i) for i in range(size)])
-        margin = self.dataset.images.shape[-1] - self.crop
+        side = self.crop * self.dataset.supersample
+        margin = self.dataset.images.shape[-1] - side
         offsets = torch.randint(0, margin + 1, (size, 2), generator=generator).tolist()
         flips = (torch.rand(size, generator=generator) < self.config.flip_probability).tolist()
         crops = []
         for i, (top, left), flip in zip(index.tolist(), offsets, flips, strict=True):
-            crop = self.dataset.images[i, :, top : top + self.crop, left : left + self.crop]
+            crop = self.dataset.images[i, :, top : top + side, left : left + side]
             crops.append(crop.flip(-1) if flip else crop)
-        return self._jitter(_to_unit(torch.stack(crops)), generator), self.dataset.labels[index]
+        images = _shrink(_to_unit(torch.stack(crops)), self.dataset.supersample)
+        return self._jitter(images, generator), self.dataset.labels[index]
 
     def _jitter(self, images: Tensor, generator: torch.Generator) -> Tensor:
         amount = self.config.colour_jitter

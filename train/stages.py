@@ -5,6 +5,7 @@ Files below ``run_dir``: ``teacher.pt``, ``qat.pt`` (resumable states) and their
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ def qat_path(config: TrainConfig) -> Path:
 
 
 def read_images(config: TrainConfig) -> ImageDataset:
-    size = config.data.resize or config.model.input_size
-    return load_dataset(config.data.path, size, config.model.num_classes)
+    size = config.data.resize or config.model.input_size * config.data.supersample
+    dataset = load_dataset(config.data.path, size, config.model.num_classes)
+    return replace(dataset, supersample=config.data.supersample)
 
 
 def read_class_names(config: TrainConfig) -> tuple[str, ...]:

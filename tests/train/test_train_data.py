@@ -269,3 +269,19 @@ def test_centre_images_are_the_middle_in_minus_one_to_one() -> None:
     images = centre_images(ramp(2, side=10), 8)
     assert images.shape == (2, 3, 8, 8)
     assert torch.allclose((images[0, 0, 0] + 1) * 127.5, torch.arange(1.0, 9.0), atol=1e-4)
+
+
+def test_supersampled_crops_are_averaged_down() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2, 3, 17, 17), generator=generator, dtype=torch.uint8)
+    dataset = ImageDataset(images, torch.tensor([0, 1]), supersample=4)
+    config = DataConfig(path=Path("unused"), flip_probability=0.0)
+    batch, labels = BatchSource(dataset, config, crop=4, batch_size=2, seed=0).batch(3)
+    assert batch.shape == (2, 3, 4, 4)
+    exact = images.float() / 127.5 - 1
+    for image, label in zip(batch, labels.tolist(), strict=True):
+        corners = [exact[label, :, top : top + 16, left : left + 16] for top in (0, 1) for left in (0, 1)]
+        candidates = [corner.reshape(3, 4, 4, 4, 4).mean(dim=(2, 4)) for corner in corners]
+        assert any(torch.allclose(image, candidate, atol=1e-5) for candidate in candidates)
+    middle = exact[:, :, :16, :16].reshape(2, 3, 4, 4, 4, 4).mean(dim=(3, 5))
+    torch.testing.assert_close(centre_images(dataset, 4), middle, atol=1e-5, rtol=0)

@@ -26,7 +26,7 @@ def _run(table: StepTable, count: int, seed: int) -> torch.Tensor:
     return x
 
 
-@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", 250), ("ddim", 250), ("dpmsolver++", 25)])
+@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", 1000), ("ddim", 250), ("dpmsolver++", 25)])
 def test_gaussian_data_is_sampled_with_its_mean_and_variance(sampler: SamplerName, steps: int) -> None:
     samples = _run(step_table(sampler, steps), 20_000, seed=steps)
     assert float(samples.mean()) == pytest.approx(MEAN, abs=0.015)
@@ -58,7 +58,7 @@ def test_tables_end_on_a_clean_image(sampler: SamplerName, steps: int) -> None:
 
 
 def test_ddpm_is_the_posterior_of_the_respaced_chain() -> None:
-    table = step_table("ddpm", 250)
+    table = step_table("ddpm", 1000)
     bar, following = table.alpha_bar[:-1], table.alpha_bar[1:]
     beta = 1 - bar / following
     torch.testing.assert_close(table.std[:-1].square(), beta * (1 - following) / (1 - bar))

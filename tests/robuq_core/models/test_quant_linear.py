@@ -22,6 +22,7 @@ def _layer(bits: int, rank: int) -> tuple[nn.Linear, QuantLinear]:
 def test_more_rank_and_more_bits_come_closer_to_the_layer() -> None:
     x = torch.randn(64, 96)
 
+    @torch.no_grad()
     def error(bits: int, rank: int) -> float:
         linear, quantised = _layer(bits, rank)
         return float((quantised(x) - linear(x)).norm() / linear(x).norm())

@@ -11,6 +11,7 @@ from robuq_core.checkpoint import CheckpointError, layer_macs, layer_shapes
 from robuq_core.config import ModelConfig, QuantConfig
 from robuq_core.inspect import fp32_bytes, inspect_checkpoint
 from robuq_core.models.dit import DiT
+from robuq_core.pipeline import bundled_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -105,3 +106,17 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
 
 def test_the_model_of_these_tests_has_no_dead_layer() -> None:
     assert all(bool(parameter.abs().sum() > 0) for parameter in tiny_model().parameters() if parameter.numel())
+
+
+def test_the_bundled_checkpoint_is_what_its_card_says() -> None:
+    report = inspect_checkpoint(bundled_checkpoint())
+    header = report.header
+    assert report.file_bytes <= 10e6
+    assert header.average_activation_bits <= 2
+    assert header.model.num_classes == len(header.class_names) == 1000
+    assert header.class_names[207] == "golden retriever"
+    assert header.model.input_size >= 32
+    for stage in ("teacher", "qat"):
+        history = header.provenance[stage]["history"]
+        assert history
+        assert all({"commit", "command", "seed", "data", "config"} <= set(start) for start in history)

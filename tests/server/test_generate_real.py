@@ -14,7 +14,7 @@ from serving_harness import live_server
 from tiny import write_tiny
 
 from robuq_core.config import SAMPLERS
-from robuq_core.pipeline import Sampler, bundled_checkpoint
+from robuq_core.pipeline import Sampler
 
 NEIGHBOURS = 32
 
@@ -26,8 +26,6 @@ def real_client(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
         write_tiny(path)
     else:
         path = None
-        if not bundled_checkpoint().exists():
-            pytest.skip("the bundled checkpoint is not there")
     with live_server(Sampler.from_checkpoint(path), max_batch_rows=16, max_queue_images=64) as (client, _):
         client.timeout = httpx.Timeout(60)
         yield client

@@ -27,7 +27,7 @@ from train.data import ImageDataset, centre_images
 
 _CLASSIFIER_SIZE = 224
 _BATCH = 32
-SHEET_IMAGES, SHEET_COLUMNS = 64, 16
+SHEET_IMAGES, SHEET_COLUMNS, SHEET_SIDE = 64, 8, 96
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,11 @@ def evaluate(
     photos = centre_images(dataset, model.input_size)
     samples = draw(sampler, classes, seed)
     if sheet is not None:
-        contact_sheet(samples[:SHEET_IMAGES], SHEET_COLUMNS, sheet)
+        shown = samples[:SHEET_IMAGES]
+        # Whole pixels, enlarged: a smooth upscale would flatter them.
+        shown = shown.repeat_interleave(max(1, SHEET_SIDE // shown.shape[-1]), dim=-1)
+        shown = shown.repeat_interleave(max(1, SHEET_SIDE // shown.shape[-2]), dim=-2)
+        contact_sheet(shown, SHEET_COLUMNS, sheet)
     return agreement(samples, classes, photos, dataset.labels, network)
 
 

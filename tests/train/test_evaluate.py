@@ -128,7 +128,7 @@ def test_evaluate_prints_its_figures_and_writes_the_sheet(tmp_path: Path, monkey
     assert result.exit_code == 0, result.output
     assert f'"samples": {CLASSES}' in result.stdout
     assert '"model": "teacher"' in result.stdout
-    assert Image.open(sheet).size == (16 * 10 + 2, 12)
+    assert Image.open(sheet).size == (8 * (96 + 2) + 2, 96 + 4)
 
 
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:

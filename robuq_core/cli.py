@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from robuq_core.cli_support import reported
-from robuq_core.config import SamplerName
+from robuq_core.config import MAX_SEED, SamplerName
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,7 +30,7 @@ ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; def
 def sample(
     class_ids: Annotated[list[int], typer.Argument(help="One image a class id, e.g. 207 360.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNG files.")] = Path("samples"),
-    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Image i uses seed + i.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="Image i uses seed + i.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Denoising steps.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(min=0, max=20, help="1 is no guidance.")] = None,
     sampler: Annotated[SamplerName | None, typer.Option(help="Default: the checkpoint's.")] = None,

@@ -19,6 +19,12 @@ SamplerName = Literal["ddpm", "ddim", "dpmsolver++"]
 SAMPLERS: tuple[SamplerName, ...] = ("ddpm", "ddim", "dpmsolver++")
 
 NUM_TRAIN_TIMESTEPS = 1000
+MAX_SEED = 2**32 - 1
+
+
+def image_seed(seed: int, index: int) -> int:
+    """Seed of image ``index`` of a request with ``seed``: the same as a request of one image with that seed."""
+    return (seed + index) % (MAX_SEED + 1)
 
 
 class StrictModel(BaseModel):

@@ -19,14 +19,13 @@ from PIL import Image
 from torch import Tensor
 
 from robuq_core.checkpoint import CheckpointError, Header, read_checkpoint
-from robuq_core.config import SamplerName
+from robuq_core.config import MAX_SEED, SamplerName, image_seed
 from robuq_core.diffusion.guidance import guide
 from robuq_core.diffusion.samplers import StepTable, step_table
 from robuq_core.diffusion.schedule import to_sample_coefficients
 from robuq_core.kernels.select import select_backend
 from robuq_core.models.packed_dit import PackedDiT
 
-MAX_SEED = 2**32 - 1
 BUNDLED_CHECKPOINT = "imagenet-1-per-class-w1.58a2.safetensors"
 
 
@@ -210,7 +209,7 @@ class Sampler:
             self.start(
                 RowSpec(
                     class_id,
-                    (first + i) % (MAX_SEED + 1),
+                    image_seed(first, i),
                     defaults.steps if steps is None else steps,
                     defaults.guidance_scale if guidance_scale is None else guidance_scale,
                     defaults.sampler if sampler is None else sampler,

@@ -21,7 +21,7 @@ from robuq_core.checkpoint import FORMAT_VERSION, Header
 from robuq_core.config import SamplerConfig
 from robuq_core.errors import UserError
 from robuq_core.models.dit import DiT
-from robuq_core.pipeline import RowSpec, Sampler
+from robuq_core.pipeline import Sampler
 from train.config import TrainConfig
 from train.data import ImageDataset, centre_images
 
@@ -99,15 +99,16 @@ def plain_sampler(model: DiT, config: TrainConfig, name: str) -> Sampler:
 def draw(sampler: Sampler, classes: Sequence[int], seed: int, settings: SamplerConfig | None = None) -> Tensor:
     """One sample a class, float32 in [-1, 1] ``[N, 3, S, S]``; sample i uses ``seed + i``."""
     chosen = settings or sampler.defaults
-    images = []
-    specs = [RowSpec(c, seed + i, chosen.steps, chosen.guidance_scale, chosen.sampler) for i, c in enumerate(classes)]
-    groups = [specs[i : i + _BATCH] for i in range(0, len(specs), _BATCH)]
-    for group in track(groups, f"sampling {sampler.checkpoint_name}"):
-        rows = [sampler.start(spec) for spec in group]
-        while not rows[0].done:
-            sampler.step(rows)
-        images += [sampler.decode(row) for row in rows]
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    images: list[Image.Image] = []
+    for first in track(range(0, len(classes), _BATCH), f"sampling {sampler.checkpoint_name}"):
+        images += sampler.generate(
+            classes[first : first + _BATCH],
+            seed + first,
+            steps=chosen.steps,
+            guidance_scale=chosen.guidance_scale,
+            sampler=chosen.sampler,
+        )
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def random_classes(count: int, num_classes: int, seed: int) -> list[int]:
@@ -156,11 +157,9 @@ def evaluate(
     photos = centre_images(dataset, model.input_size)
     samples = draw(sampler, classes, seed)
     if sheet is not None:
-        shown = samples[:SHEET_IMAGES]
         # Whole pixels, enlarged: a smooth upscale would flatter them.
-        shown = shown.repeat_interleave(max(1, SHEET_SIDE // shown.shape[-1]), dim=-1)
-        shown = shown.repeat_interleave(max(1, SHEET_SIDE // shown.shape[-2]), dim=-2)
-        contact_sheet(shown, SHEET_COLUMNS, sheet)
+        enlarged = F.interpolate(samples[:SHEET_IMAGES], scale_factor=max(1, SHEET_SIDE // model.input_size))
+        contact_sheet(enlarged, SHEET_COLUMNS, sheet)
     return agreement(samples, classes, photos, dataset.labels, network)
 
 

@@ -20,7 +20,7 @@ from train.data import BatchSource, ImageDataset, centre_images, load_dataset
 from train.state import exclusive, load_ema, load_state
 from train.trainer import Trainer, meaning_of_weights
 
-# BLAS treats values below this as zero-cost directions; a principal component under it carries nothing.
+# A principal component below this share of the first is rounding noise.
 _NEGLIGIBLE = 1e-9
 
 

@@ -11,11 +11,11 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import ValidationError
 
+from robuq_core.config import MAX_SEED, image_seed
 from server.api.classes import ClassIndex
 from server.api.errors import ApiError, from_validation, invalid
 from server.api.negotiation import choose_media_type
 from server.api.schemas import (
-    MAX_SEED,
     ErrorResponse,
     GenerateRequest,
     GenerateResponse,
@@ -135,7 +135,7 @@ def generate_router(engine: Engine, timeout_s: float) -> APIRouter:
         specs = [
             RowSpec(
                 class_id=class_id,
-                seed=(seed + i) % (MAX_SEED + 1),
+                seed=image_seed(seed, i),
                 steps=body.steps or defaults.steps,
                 guidance_scale=defaults.guidance_scale if body.guidance_scale is None else body.guidance_scale,
                 sampler=body.sampler or defaults.sampler,

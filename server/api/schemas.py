@@ -7,11 +7,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from robuq_core.config import NUM_TRAIN_TIMESTEPS, SAMPLERS, SamplerName
+from robuq_core.config import MAX_SEED, NUM_TRAIN_TIMESTEPS, SAMPLERS, SamplerName
 from server.engine.images import IMAGE_FORMATS, ImageFormat
 from server.settings import MAX_IMAGES
-
-MAX_SEED = 2**32 - 1
 
 
 class GenerateRequest(BaseModel):

@@ -25,11 +25,24 @@ class Settings(BaseSettings):
     threads: int | None = Field(None, ge=1, description="CPU threads of the model; the backend's choice if not given.")
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
-    max_batch_rows: int = Field(16, ge=1, le=1024, description="Most images in one forward of the model.")
+    replicas: int = Field(
+        1, ge=1, le=64, description="Copies of the model behind one queue: one a GPU, or one a group of CPU cores."
+    )
+    max_batch_rows: int = Field(
+        32, ge=2, le=1024, description="Most rows in one forward of a replica; an image with guidance takes two."
+    )
+    target_step_s: float | None = Field(
+        None, gt=0, description="Keep batches so small that a step takes at most this; no limit if not given."
+    )
     max_queue_images: int = Field(
         256, ge=MAX_IMAGES, description="Most images that may wait for their first step; beyond it clients get 429."
     )
-    request_timeout_s: float = Field(300.0, gt=0, description="Seconds until a request is given up with 504.")
+    request_timeout_s: float = Field(
+        300.0, gt=0, description="Seconds until a request is given up with 504; its timeout_s may ask for less."
+    )
+    priority_ageing_s: float = Field(
+        5.0, gt=0, description="Seconds of waiting that weigh as much as one level of priority."
+    )
     drain_timeout_s: float = Field(
         25.0, ge=0, description="Seconds that SIGTERM leaves to the requests in flight; the rest get 503."
     )
@@ -38,5 +51,18 @@ class Settings(BaseSettings):
     )
     decode_threads: int = Field(2, ge=1, le=64, description="Threads that decode and encode images.")
     max_body_bytes: int = Field(65536, ge=1024, description="Longest request body; beyond it clients get 413.")
+    api_keys_file: Path | None = Field(
+        None, description="File of hashed API keys, made by robuq-serve keys; without it the server is open."
+    )
+    checkpoint_dir: Path | None = Field(
+        None, description="Folder that POST /admin/checkpoint may load from; that of the first checkpoint if not given."
+    )
+    cors_origins: tuple[str, ...] = Field((), description="Origins of other sites whose pages may call this server.")
+    idempotency_ttl_s: float = Field(
+        600.0, ge=0, description="Seconds that an answer is kept for a repeated Idempotency-Key; 0 turns it off."
+    )
+    otel_endpoint: str | None = Field(
+        None, description="OTLP/HTTP collector for traces, such as http://localhost:4318; needs the extra robuq[otel]."
+    )
     log_level: LogLevel = Field("info", description="Least severe log line: debug, info, warning or error.")
     log_format: LogFormat = Field("json", description="json (one object a line) or text.")

@@ -29,3 +29,7 @@ class GenerationFailed(EngineError):
 
 class Cancelled(EngineError):
     """The request was given up by its client or ran out of time."""
+
+
+class DeadlineExceeded(EngineError):
+    """The request was not done by its deadline."""

@@ -1,0 +1,85 @@
+"""What the engine asks of a scheduler: which rows run in a replica's next step. Knows no torch, HTTP or clock.
+
+A row is one image of one request. Times are seconds on the caller's monotonic clock and come in as arguments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+MAX_PRIORITY = 9
+
+
+class RowKey(NamedTuple):
+    """Image number ``image`` of request ``request_id``."""
+
+    request_id: int
+    image: int
+
+
+class QueueFull(Exception):
+    """The queue has no room for all images of a request. ``excess``: by how many images it is too long."""
+
+    def __init__(self, excess: int) -> None:
+        super().__init__(f"the queue is {excess} image(s) too full")
+        self.excess = excess
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a request asks of the engine.
+
+    Args:
+        num_images: rows of the request, each of ``steps`` steps.
+        rows_per_image: rows of the model that an image takes in a step: 2 with guidance, else 1.
+        priority: 0..:data:`MAX_PRIORITY`, the higher the sooner, among the requests of one client.
+        client: who shares the server fairly with the other clients; the name of an API key, or empty.
+        deadline: when nobody wants the answer any more.
+    """
+
+    request_id: int
+    num_images: int
+    steps: int
+    arrived_at: float
+    rows_per_image: int = 1
+    priority: int = 0
+    client: str = ""
+    deadline: float = float("inf")
+
+
+class Scheduler(Protocol):
+    """Not thread-safe; the engine calls it under its own lock."""
+
+    @property
+    def waiting_requests(self) -> int:
+        """Requests none of whose images has been admitted."""
+
+    @property
+    def waiting_images(self) -> int:
+        """Images that have not been admitted."""
+
+    def running_rows(self, replica: int) -> int:
+        """Rows of the model that the replica's admitted images take in a step."""
+
+    def submit(self, demand: Demand) -> None:
+        """Queue all images of a request, or raise :class:`QueueFull` and queue none."""
+
+    def schedule(self, replica: int, max_rows: int, now: float, *, admit: bool = True) -> tuple[RowKey, ...]:
+        """The images in the replica's next step, longest in the batch first.
+
+        Images join while their rows fit into ``max_rows`` and stay until :meth:`finish` or :meth:`cancel`. One image
+        is admitted to an idle replica even if it does not fit. With ``admit`` false none joins.
+        """
+
+    def expire(self, now: float) -> tuple[int, ...]:
+        """Requests whose deadline has passed, waiting or running; they stay until they are cancelled."""
+
+    def wake_at(self, now: float) -> float:
+        """When :meth:`schedule` or :meth:`expire` should be called again though nothing was submitted; may be inf."""
+
+    def finish(self, key: RowKey) -> None:
+        """Take an image that has made its last step out of its batch."""
+
+    def cancel(self, request_id: int) -> None:
+        """Drop every image of a request, waiting or running; an unknown request is no error."""

@@ -13,8 +13,9 @@ from types import FrameType
 import uvicorn
 
 from robuq_core.errors import UserError
-from server.api.app import create_app, create_engine
+from server.api.app import create_app
 from server.engine import Engine
+from server.engine.create import create_engine
 from server.engine.model import StepSampler
 from server.settings import Settings
 
@@ -78,7 +79,7 @@ class DrainingServer(uvicorn.Server):
 
 def serve(sampler: StepSampler, settings: Settings, sock: socket.socket) -> int:
     """Serve until told to end; the exit code."""
-    engine = create_engine(sampler, settings)
+    engine = create_engine([sampler], settings)
     config = uvicorn.Config(
         create_app(engine, settings),
         log_config=None,

@@ -14,21 +14,7 @@ from server.api.generate import generate_router
 from server.api.middleware import RequestContext
 from server.api.operations import operations_router
 from server.engine import Engine
-from server.engine.model import StepSampler
-from server.metrics import Metrics
 from server.settings import Settings
-
-
-def create_engine(sampler: StepSampler, settings: Settings) -> Engine:
-    """An engine as the settings ask for, not yet started."""
-    return Engine(
-        sampler,
-        Metrics(settings.max_batch_rows),
-        max_batch_rows=settings.max_batch_rows,
-        max_queue_images=settings.max_queue_images,
-        decode_threads=settings.decode_threads,
-        stall_timeout_s=settings.stall_timeout_s,
-    )
 
 
 def create_app(engine: Engine, settings: Settings) -> FastAPI:

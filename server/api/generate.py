@@ -22,8 +22,7 @@ from server.api.schemas import (
     TimingsSchema,
     request_schema,
 )
-from server.engine import IMAGE_FORMATS, Engine, Result, Timings
-from server.engine.loop import CancelReason
+from server.engine import IMAGE_FORMATS, CancelReason, Engine, Result, Timings
 from server.engine.model import RowSpec
 from server.logging import current_request_id
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Literal
 
 from server.engine.images import ImageFormat
 from server.engine.model import Row, RowSpec
+
+CancelReason = Literal["cancelled", "timeout"]
 
 
 @dataclass(frozen=True)

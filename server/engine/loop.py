@@ -16,8 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from server.engine.errors import Cancelled, EngineError, GenerationFailed, NotReady, Overloaded
+from server.engine.events import EventSink
 from server.engine.images import ImageFormat, encode_image
-from server.engine.job import Job, Result, Timings
+from server.engine.job import CancelReason, Job, Result, Timings
 from server.engine.model import RowSpec, StepSampler
 from server.metrics import Metrics
 from server.scheduler import FirstComeScheduler, QueueFull, RowKey
@@ -25,7 +26,6 @@ from server.scheduler import FirstComeScheduler, QueueFull, RowKey
 logger = logging.getLogger(__name__)
 
 Status = Literal["starting", "ready", "draining", "stalled", "failed", "stopped"]
-CancelReason = Literal["cancelled", "timeout"]
 
 # Weight of the newest step in the running mean of the step time.
 STEP_TIME_SMOOTHING = 0.1
@@ -44,15 +44,18 @@ class Engine:
 
     def __init__(
         self,
-        sampler: StepSampler,
+        samplers: Sequence[StepSampler],
         metrics: Metrics,
         *,
         max_batch_rows: int,
         max_queue_images: int,
         decode_threads: int = 2,
         stall_timeout_s: float = 120.0,
+        target_step_s: float | None = None,
+        priority_ageing_s: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        sampler = samplers[0]
         self.sampler = sampler
         self.metrics = metrics
         self.stall_timeout_s = stall_timeout_s
@@ -115,8 +118,28 @@ class Engine:
         """Begin to warm up; ``status`` becomes ``ready`` when that is done, or ``failed``."""
         self._thread.start()
 
-    def submit(self, specs: Sequence[RowSpec], image_format: ImageFormat, *, request_id: str = "") -> Job:
+    def submit(
+        self,
+        specs: Sequence[RowSpec],
+        image_format: ImageFormat,
+        *,
+        request_id: str = "",
+        client: str = "",
+        priority: int = 0,
+        timeout_s: float | None = None,
+        preview_every: int = 0,
+        on_event: EventSink | None = None,
+        sampler: StepSampler | None = None,
+    ) -> Job:
         """Queue a request of one row an image, without blocking.
+
+        Args:
+            client: who shares the server fairly with the other clients.
+            priority: 0..9, the higher the sooner, among the requests of one client.
+            timeout_s: seconds until the request fails with ``DeadlineExceeded``.
+            preview_every: a ``Preview`` of every image after each so many steps; 0 for none.
+            on_event: gets ``StepDone`` and ``Preview``, from other threads; it must return at once.
+            sampler: what :attr:`sampler` was when the request was read; it serves it even if swapped since.
 
         Raises:
             NotReady: starting, draining, stalled, failed or stopped.

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 import httpx
 import uvicorn
 
-from server.api.app import create_app, create_engine
+from server.api.app import create_app
 from server.engine import Engine
+from server.engine.create import create_engine
 from server.engine.fake import FakeRow, FakeSampler
 from server.engine.model import RowSpec
 from server.lifecycle import bind
@@ -70,7 +71,7 @@ def make_settings(**options: object) -> Settings:
 @contextmanager
 def running_engine(sampler: FakeSampler, **options: object) -> Iterator[Engine]:
     """An engine past its warm-up, whose batches the sampler has forgotten."""
-    engine = create_engine(sampler, make_settings(**options))
+    engine = create_engine([sampler], make_settings(**options))
     engine.start()
     until(lambda: engine.status == "ready")
     if isinstance(sampler, WatchedSampler):
@@ -87,7 +88,7 @@ def running_engine(sampler: FakeSampler, **options: object) -> Iterator[Engine]:
 def live_server(sampler: FakeSampler, **options: object) -> Iterator[tuple[httpx.Client, Engine]]:
     """The application on a real socket; a client of it and its engine."""
     settings = make_settings(**options)
-    engine = create_engine(sampler, settings)
+    engine = create_engine([sampler], settings)
     server = uvicorn.Server(uvicorn.Config(create_app(engine, settings), log_config=None, access_log=False))
     with bind("127.0.0.1", 0) as sock:
         port = sock.getsockname()[1]

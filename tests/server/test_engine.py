@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from serving_harness import WAIT_S, WatchedSampler, make_settings, running_engine, spec, until
 
-from server.api.app import create_engine
 from server.engine import GenerationFailed, Job, NotReady, Overloaded
+from server.engine.create import create_engine
 from server.engine.errors import Cancelled
 from server.engine.fake import FakeRow
 from server.engine.images import encode_image
@@ -237,7 +237,7 @@ def test_our_own_fault_in_the_loop_costs_one_batch_not_the_loop(monkeypatch: pyt
 
 def test_warm_up_comes_before_ready_and_its_failure_shows() -> None:
     sampler = WatchedSampler()
-    engine = create_engine(sampler, make_settings())
+    engine = create_engine([sampler], make_settings())
     sampler.hold()
     engine.start()
     until(lambda: len(sampler.batches) == 1)
@@ -250,7 +250,7 @@ def test_warm_up_comes_before_ready_and_its_failure_shows() -> None:
 
     sampler = WatchedSampler()
     sampler.faulty_seeds = {0}
-    engine = create_engine(sampler, make_settings())
+    engine = create_engine([sampler], make_settings())
     engine.start()
     until(lambda: engine.status == "failed")
     assert isinstance(engine.failure, RuntimeError)

@@ -48,12 +48,13 @@ class RowSpec:
 class Row:
     """An image on its way from noise: ``x`` and ``previous_x0`` are float32 ``[C, H, W]``."""
 
-    def __init__(self, spec: RowSpec, shape: tuple[int, int, int]) -> None:
+    def __init__(self, spec: RowSpec, shape: tuple[int, int, int], device: torch.device) -> None:
         self.spec = spec
         self.table: StepTable = step_table(spec.sampler, spec.steps)
+        # Always the CPU's generator: what a seed draws does not depend on the device.
         self.generator = torch.Generator().manual_seed(spec.seed)
-        self.x = torch.randn(shape, generator=self.generator)
-        self.previous_x0 = torch.zeros(shape)
+        self.x = torch.randn(shape, generator=self.generator).to(device)
+        self.previous_x0 = torch.zeros(shape, device=device)
         self.steps_done = 0
 
     @property
@@ -75,45 +76,93 @@ class Denoiser(Protocol):
 class Sampler:
     """Draws images with ``model``, which ``header`` describes.
 
-    Not thread-safe: one owner calls :meth:`step`. :meth:`decode` may be called from any thread.
+    Not thread-safe: one owner calls :meth:`start`, :meth:`step` and :meth:`estimate`; :meth:`decode` and
+    :meth:`decode_estimate` may be called from any thread.
+
+    Args:
+        device: where ``model`` takes its input and rows lie.
     """
 
     def __init__(
-        self, model: Denoiser, header: Header, *, checkpoint_name: str, backend_name: str, weight_bytes: int
+        self,
+        model: Denoiser,
+        header: Header,
+        *,
+        checkpoint_name: str,
+        backend_name: str,
+        weight_bytes: int,
+        device: torch.device | str = "cpu",
     ) -> None:
         if header.decoder != "pixels":
             raise CheckpointError(f"{checkpoint_name}: a latent model needs a decoder that this version does not have; "
                                   "use a pixel-space checkpoint")  # fmt: skip
-        self.model, self.header = model, header
+        self.model, self.header, self.device = model, header, torch.device(device)
         self.checkpoint_name, self.backend_name, self.weight_bytes = checkpoint_name, backend_name, weight_bytes
         self.defaults = header.sampler
         self.class_names = header.class_names
         self.num_classes = header.model.num_classes
         self.image_size = header.model.input_size
         self.average_activation_bits = header.average_activation_bits
+        self._backend_choice = "auto"
         self._shape = (header.model.in_channels, header.model.input_size, header.model.input_size)
 
     @classmethod
     def from_checkpoint(
-        cls, path: Path | str | None = None, *, backend: str = "auto", threads: int | None = None
+        cls,
+        path: Path | str | None = None,
+        *,
+        backend: str = "auto",
+        threads: int | None = None,
+        device: torch.device | str | None = None,
     ) -> Sampler:
         """Load a packed file; ``None`` is the bundled one.
 
+        Args:
+            backend, threads, device: as :func:`robuq_core.kernels.select.select_backend` takes them.
+
         Raises:
-            CheckpointError: the file cannot be used. ValueError: unknown backend.
+            CheckpointError: the file cannot be used. ValueError: unknown backend, or it does not run on ``device``.
         """
         chosen = bundled_checkpoint() if path is None else Path(path)
+        ops = select_backend(backend, threads, device)
         checkpoint = read_checkpoint(chosen)
-        ops = select_backend(backend, threads)
         attention_is_quantized = checkpoint.header.quant.attention_bits is not None
         model = PackedDiT(checkpoint.header.model, checkpoint.dense, checkpoint.layers, ops, attention_is_quantized)
-        return cls(
+        return cls._of_packed(model, checkpoint.header, chosen.stem, backend)
+
+    @classmethod
+    def _of_packed(cls, model: PackedDiT, header: Header, name: str, backend_choice: str) -> Sampler:
+        sampler = cls(
             model,
-            checkpoint.header,
-            checkpoint_name=chosen.stem,
-            backend_name=ops.name,
+            header,
+            checkpoint_name=name,
+            backend_name=model.backend.name,
             weight_bytes=model.weight_bytes,
+            device=model.device,
         )
+        sampler._backend_choice = backend_choice
+        return sampler
+
+    def replica(self, *, threads: int | None = None, device: torch.device | str | None = None) -> Sampler:
+        """A sampler for another thread or device: a backend of its own; on the same device, the same weights.
+
+        Args:
+            threads: of the native CPU backend; ``None`` takes torch's number.
+            device: ``None`` stays on this sampler's.
+
+        Raises:
+            ValueError: this sampler does not run a packed checkpoint, or its backend does not run on ``device``.
+        """
+        if not isinstance(self.model, PackedDiT):
+            raise ValueError(f"{self.checkpoint_name}: only a sampler of a packed checkpoint can be replicated")
+        ops = select_backend(self._backend_choice, threads, self.device if device is None else device)
+        return self._of_packed(self.model.replica(ops), self.header, self.checkpoint_name, self._backend_choice)
+
+    def warm_up_rows(self, max_rows: int) -> tuple[int, ...]:
+        """Sizes, in rows of the model, that a forward should have seen before its first request: powers of two and
+        ``max_rows``, ascending."""
+        powers = {1 << i for i in range(max_rows.bit_length())}
+        return tuple(sorted(powers | {max_rows}))
 
     def start(self, spec: RowSpec) -> Row:
         """A new row at its first step: pure noise from its seed.
@@ -125,7 +174,7 @@ class Sampler:
             raise ValueError(f"class_id must be 0..{self.num_classes - 1}, not {spec.class_id}")
         if not 0 <= spec.seed <= MAX_SEED:
             raise ValueError(f"seed must be 0..{MAX_SEED}, not {spec.seed}")
-        return Row(spec, self._shape)
+        return Row(spec, self._shape, self.device)
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Row]) -> None:
@@ -141,7 +190,7 @@ class Sampler:
 
         def column(name: str) -> Tensor:
             values = [getattr(row.table, name)[row.steps_done].item() for row in rows]
-            return torch.tensor(values, dtype=torch.float32)[:, None, None, None]
+            return torch.tensor(values, dtype=torch.float32, device=self.device)[:, None, None, None]
 
         # Products and sums stay apart: a fused multiply-add would round by where an element lies in the tensor.
         following = column("on_xt") * x + column("on_x0") * x0 + column("on_previous_x0") * previous
@@ -156,25 +205,28 @@ class Sampler:
         classes = torch.tensor([row.spec.class_id for row in rows])
         null = torch.full((len(guided),), self.header.model.null_class)
         output = self.model.forward(
-            torch.cat([x, x[guided]]), torch.cat([timesteps, timesteps[guided]]), torch.cat([classes, null])
+            torch.cat([x, x[guided]]),
+            torch.cat([timesteps, timesteps[guided]]),
+            torch.cat([classes, null]).to(self.device),
         )
         cond, uncond = output[: len(rows)], output[len(rows) :]
         if guided:
-            scale = torch.tensor([rows[i].spec.guidance_scale for i in guided])
+            scale = torch.tensor([rows[i].spec.guidance_scale for i in guided], device=self.device)
             cond[guided] = guide(cond[guided], uncond, scale, self._shape[0], self.header.model.flavour)
         return cond
 
     def _predicted_x0(self, rows: Sequence[Row], x: Tensor, prediction: Tensor) -> Tensor:
         alpha_bar = torch.stack([row.table.alpha_bar[row.steps_done] for row in rows])
         a, b = to_sample_coefficients(alpha_bar, self.header.diffusion.prediction_type)
-        x0 = a.float()[:, None, None, None] * x + b.float()[:, None, None, None] * prediction
+        a, b = a.float().to(self.device), b.float().to(self.device)
+        x0 = a[:, None, None, None] * x + b[:, None, None, None] * prediction
         return x0.clamp(-1, 1) if self.header.diffusion.clip_sample else x0
 
     def _with_noise(self, row: Row, mean: Tensor, variance: Tensor) -> Tensor:
         if not row.table.stochastic or row.steps_done == len(row.table) - 1:
             return mean.clone()
         i = row.steps_done
-        noise = torch.randn(self._shape, generator=row.generator)
+        noise = torch.randn(self._shape, generator=row.generator).to(self.device)
         if not self.header.model.learn_sigma:
             return mean + row.table.std[i].float() * noise
         fraction = (variance + 1) / 2
@@ -183,8 +235,21 @@ class Sampler:
 
     def decode(self, row: Row) -> np.ndarray:
         """Pixels of a row, uint8 ``[H, W, 3]``: ``127.5 x + 128``, cut to 0..255."""
-        pixels = (row.x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
-        return pixels.permute(1, 2, 0).contiguous().numpy()
+        return self._pixels(row.x)
+
+    def estimate(self, row: Row) -> Tensor:
+        """The clean picture that the network saw behind the noise at the row's latest step, for
+        :meth:`decode_estimate`; a snapshot that later steps leave alone. Grey before the first step."""
+        return row.previous_x0
+
+    def decode_estimate(self, estimate: Tensor) -> np.ndarray:
+        """Pixels of what :meth:`estimate` gave, uint8 ``[H, W, 3]``."""
+        return self._pixels(estimate)
+
+    @staticmethod
+    def _pixels(x: Tensor) -> np.ndarray:
+        pixels = (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+        return pixels.permute(1, 2, 0).contiguous().cpu().numpy()
 
     def generate(
         self,

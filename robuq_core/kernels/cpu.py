@@ -123,6 +123,8 @@ class CpuBackend:
         ValueError: ``threads`` below 1, or an unknown ``isa``.
     """
 
+    device = torch.device("cpu")
+
     def __init__(self, threads: int | None = None, isa: Isa | None = None) -> None:
         self._library = load_library()
         self.isa = choose_isa(self._library, isa)

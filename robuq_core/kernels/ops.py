@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from robuq_core.quant.activation import Grid
@@ -44,6 +45,19 @@ class TernaryLayer:
     def rank(self) -> int:
         return self.lowrank_a.shape[1]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(tensor.nbytes for tensor in self._tensors())
+
+    def to(self, device: torch.device) -> TernaryLayer:
+        """The layer on ``device``; its tensors are shared where they lie there already."""
+        planar, alpha, bias, signs, a, b = (tensor.to(device) for tensor in self._tensors())
+        return TernaryLayer(planar, alpha, bias, signs, a, b, self.bits, self.grid)
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.planar, self.alpha, self.bias, self.signs, self.lowrank_a, self.lowrank_b
+
 
 @dataclass(frozen=True)
 class Modulation:
@@ -71,9 +85,13 @@ class Quantized:
 
 
 class Backend(Protocol):
-    """The op set. Tensors are float32 and contiguous unless said otherwise; shapes are checked by the backend."""
+    """The op set. Tensors are float32 and contiguous unless said otherwise; shapes are checked by the backend.
+
+    All tensors, weights included, lie on ``device``.
+    """
 
     name: str
+    device: torch.device
 
     def rotate_quantize(self, x: Tensor, layer: TernaryLayer, prologue: Prologue = None) -> Quantized:
         """Prologue (``gelu`` is the tanh form), rotation and per-token quantisation of ``x [M, K]``, eq. (1), (4)."""

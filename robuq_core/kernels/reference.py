@@ -39,6 +39,9 @@ class ReferenceBackend:
 
     name = "reference"
 
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+
     @torch.no_grad()
     def rotate_quantize(self, x: Tensor, layer: TernaryLayer, prologue: Prologue = None) -> Quantized:
         rotation = Rotation(layer.in_features, layer.signs).to(x.device)

@@ -1,6 +1,6 @@
 """A DiT that runs from packed weights on a kernel backend: the same network as :mod:`robuq_core.models.dit`.
 
-Inference only. Timestep embeddings are computed once per timestep and kept.
+Inference only. Weights lie on the backend's device. Timestep embeddings are computed once per timestep and kept.
 """
 
 from __future__ import annotations
@@ -26,13 +26,24 @@ class PackedBlock:
     fc2: TernaryLayer
     adaln: TernaryLayer
 
+    def to(self, device: torch.device) -> PackedBlock:
+        """The block on ``device``; what lies there already is shared."""
+        return PackedBlock(*(layer.to(device) for layer in self.layers))
+
+    @property
+    def layers(self) -> tuple[TernaryLayer, ...]:
+        return self.qkv, self.proj, self.fc1, self.fc2, self.adaln
+
 
 class PackedDiT:
     """``forward(x [B, C, H, W], timesteps [B], classes [B]) -> [B, out_channels, H, W]``, float32.
 
+    ``x`` and ``classes`` lie on :attr:`device`, ``timesteps`` on the CPU.
+
     Args:
         dense: the full-precision tensors under their DiT names (embedders and final layer), float32.
         layers: the packed linears under their DiT names.
+        backend: runs the ops; the weights are moved to its device.
     """
 
     def __init__(
@@ -43,20 +54,39 @@ class PackedDiT:
         backend: Backend,
         quantized_attention: bool = True,
     ) -> None:
-        self.config, self.dense, self.backend = config, dense, backend
-        self.quantized_attention = quantized_attention
-        self.blocks = [PackedBlock(*(layers[f"blocks.{i}.{name}"] for name in LAYERS)) for i in range(config.depth)]
-        self.pos_embed = position_table(config)
+        blocks = [PackedBlock(*(layers[f"blocks.{i}.{name}"] for name in LAYERS)) for i in range(config.depth)]
+        self._build(config, dense, blocks, position_table(config), backend, quantized_attention)
+
+    def _build(
+        self,
+        config: ModelConfig,
+        dense: dict[str, Tensor],
+        blocks: list[PackedBlock],
+        pos_embed: Tensor,
+        backend: Backend,
+        quantized_attention: bool,
+    ) -> None:
+        self.config, self.backend, self.quantized_attention = config, backend, quantized_attention
+        self.dense = {name: tensor.to(backend.device) for name, tensor in dense.items()}
+        self.blocks = [block.to(backend.device) for block in blocks]
+        self.pos_embed = pos_embed.to(backend.device)
         self._timestep_cache: dict[int, Tensor] = {}
+
+    def replica(self, backend: Backend) -> PackedDiT:
+        """The same network on another backend; weights are shared where both run on one device."""
+        copy = object.__new__(PackedDiT)
+        copy._build(self.config, self.dense, self.blocks, self.pos_embed, backend, self.quantized_attention)
+        return copy
+
+    @property
+    def device(self) -> torch.device:
+        return self.backend.device
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights as they lie in memory: 2-bit codes, scales, low-rank factors, dense tensors."""
-        tensors = list(self.dense.values())
-        for block in self.blocks:
-            for layer in (block.qkv, block.proj, block.fc1, block.fc2, block.adaln):
-                tensors += [layer.planar, layer.alpha, layer.bias, layer.signs, layer.lowrank_a, layer.lowrank_b]
-        return sum(tensor.nbytes for tensor in tensors)
+        packed = sum(layer.nbytes for block in self.blocks for layer in block.layers)
+        return packed + sum(tensor.nbytes for tensor in self.dense.values())
 
     def forward(self, x_BCHW: Tensor, timesteps_B: Tensor, classes_B: Tensor) -> Tensor:
         config = self.config
@@ -72,7 +102,7 @@ class PackedDiT:
         rows = []
         for t in timesteps_B.tolist():
             if t not in self._timestep_cache:
-                features = timestep_features(torch.tensor([t]), self.config.flavour)
+                features = timestep_features(torch.tensor([t]), self.config.flavour).to(self.device)
                 hidden = F.silu(self._dense_linear(features, "t_embedder.mlp.0"))
                 self._timestep_cache[t] = self._dense_linear(hidden, "t_embedder.mlp.2")[0]
             rows.append(self._timestep_cache[t])

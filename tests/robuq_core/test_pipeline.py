@@ -1,3 +1,4 @@
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -5,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import write_tiny
+from tiny import tiny_model, write_tiny
 
 from robuq_core.config import SAMPLERS
 from robuq_core.errors import UserError
+from robuq_core.models.packed_dit import PackedDiT
 from robuq_core.pipeline import Row, RowSpec, Sampler
 
 SPECS = st.builds(
@@ -136,3 +138,48 @@ def test_latent_models_are_refused_until_they_can_be_decoded(tmp_path: Path) -> 
 
 def test_weights_stay_packed_in_memory(sampler: Sampler) -> None:
     assert 0 < sampler.weight_bytes < 4 * 48 * 48 * (3 + 1 + 8 + 6) * 2
+
+
+def test_estimates_are_snapshots_that_end_in_the_picture(sampler: Sampler) -> None:
+    row = sampler.start(RowSpec(1, 5, 3, 1.5, "ddim"))
+    assert np.array_equal(sampler.decode_estimate(sampler.estimate(row)), np.full((16, 16, 3), 128, np.uint8))
+    sampler.step([row])
+    first = sampler.estimate(row)
+    pixels = sampler.decode_estimate(first)
+    while not row.done:
+        sampler.step([row])
+    assert np.array_equal(sampler.decode_estimate(first), pixels)
+    # The last DDIM step lands on the estimate itself.
+    assert np.array_equal(sampler.decode_estimate(sampler.estimate(row)), sampler.decode(row))
+
+
+def test_replicas_share_weights_and_draw_the_same(sampler: Sampler) -> None:
+    replica = sampler.replica(threads=1)
+    assert replica.checkpoint_name == sampler.checkpoint_name
+    assert replica.backend_name == sampler.backend_name
+    mine, theirs = sampler.model, replica.model
+    assert isinstance(mine, PackedDiT)
+    assert isinstance(theirs, PackedDiT)
+    assert theirs.backend is not mine.backend
+    assert theirs.blocks[0].qkv.planar.data_ptr() == mine.blocks[0].qkv.planar.data_ptr()
+    spec = RowSpec(3, 9, 4, 2.0, "ddpm")
+    assert np.array_equal(_draw_alone(replica, spec), _draw_alone(sampler, spec))
+
+
+def test_only_packed_samplers_replicate(sampler: Sampler) -> None:
+    plain = Sampler(tiny_model(), sampler.header, checkpoint_name="plain", backend_name="torch", weight_bytes=0)
+    with pytest.raises(ValueError, match="plain: only a sampler of a packed checkpoint"):
+        plain.replica()
+
+
+@given(st.integers(1, 300))
+def test_warm_up_covers_one_row_and_the_most(max_rows: int) -> None:
+    sizes = Sampler.warm_up_rows(object.__new__(Sampler), max_rows)
+    assert sizes[0] == 1
+    assert sizes[-1] == max_rows
+    assert all(small < large <= 2 * small for small, large in pairwise(sizes))
+
+
+def test_a_device_that_the_backend_lacks_is_refused(path: Path) -> None:
+    with pytest.raises(ValueError, match="cpu backend does not run on cuda:1"):
+        Sampler.from_checkpoint(path, backend="cpu", device="cuda:1")

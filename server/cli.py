@@ -43,7 +43,7 @@ def _option(name: str) -> Any:
         "--" + name.replace("_", "-"),
         help=field.description,
         envvar=f"ROBUQ_{name.upper()}",
-        show_default=False if field.default is None else str(field.default),
+        show_default=False if field.default in (None, ()) else str(field.default),
     )
 
 
@@ -58,25 +58,36 @@ def load_settings(given: dict[str, Any]) -> Settings:
         raise UserError(f"{option} (or ROBUQ_{name.upper()}): {fault['msg']}, got {fault['input']!r}") from None
 
 
-@app.command(help=_HELP)
+@app.callback(help=_HELP, invoke_without_command=True)
 @reported
 def main(
+    context: typer.Context,
     checkpoint: Annotated[Path | None, _option("checkpoint")] = None,
     backend: Annotated[str | None, _option("backend")] = None,
     threads: Annotated[int | None, _option("threads")] = None,
     host: Annotated[str | None, _option("host")] = None,
     port: Annotated[int | None, _option("port")] = None,
+    replicas: Annotated[int | None, _option("replicas")] = None,
     max_batch_rows: Annotated[int | None, _option("max_batch_rows")] = None,
+    target_step_s: Annotated[float | None, _option("target_step_s")] = None,
     max_queue_images: Annotated[int | None, _option("max_queue_images")] = None,
     request_timeout_s: Annotated[float | None, _option("request_timeout_s")] = None,
+    priority_ageing_s: Annotated[float | None, _option("priority_ageing_s")] = None,
     drain_timeout_s: Annotated[float | None, _option("drain_timeout_s")] = None,
     stall_timeout_s: Annotated[float | None, _option("stall_timeout_s")] = None,
     decode_threads: Annotated[int | None, _option("decode_threads")] = None,
     max_body_bytes: Annotated[int | None, _option("max_body_bytes")] = None,
+    api_keys_file: Annotated[Path | None, _option("api_keys_file")] = None,
+    checkpoint_dir: Annotated[Path | None, _option("checkpoint_dir")] = None,
+    cors_origins: Annotated[list[str] | None, _option("cors_origins")] = None,
+    idempotency_ttl_s: Annotated[float | None, _option("idempotency_ttl_s")] = None,
+    otel_endpoint: Annotated[str | None, _option("otel_endpoint")] = None,
     log_level: Annotated[LogLevel | None, _option("log_level")] = None,
     log_format: Annotated[LogFormat | None, _option("log_format")] = None,
 ) -> None:
-    settings = load_settings(dict(locals()))
+    if context.invoked_subcommand is not None:
+        return
+    settings = load_settings({name: value for name, value in locals().items() if name in Settings.model_fields})
     # Until the server takes over, a signal just ends the process; as PID 1 of a container it would be ignored.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 

@@ -7,22 +7,8 @@ done; a request wider than the free room is admitted in parts, so that no slot w
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
-
-class RowKey(NamedTuple):
-    """Image number ``image`` of request ``request_id``."""
-
-    request_id: int
-    image: int
-
-
-class QueueFull(Exception):
-    """The queue has no room for all images of a request. ``excess``: by how many images it is too long."""
-
-    def __init__(self, excess: int) -> None:
-        super().__init__(f"the queue is {excess} image(s) too full")
-        self.excess = excess
+from server.scheduler.interface import QueueFull, RowKey
 
 
 @dataclass

@@ -36,6 +36,9 @@ class Demand:
         priority: 0..:data:`MAX_PRIORITY`, the higher the sooner, among the requests of one client.
         client: who shares the server fairly with the other clients; the name of an API key, or empty.
         deadline: when nobody wants the answer any more.
+
+    Raises:
+        ValueError: a count below 1, or a priority out of range.
     """
 
     request_id: int
@@ -46,6 +49,13 @@ class Demand:
     priority: int = 0
     client: str = ""
     deadline: float = float("inf")
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "steps", "rows_per_image"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.priority <= MAX_PRIORITY:
+            raise ValueError(f"priority must be 0..{MAX_PRIORITY}, not {self.priority}")
 
 
 class Scheduler(Protocol):
@@ -63,23 +73,31 @@ class Scheduler(Protocol):
         """Rows of the model that the replica's admitted images take in a step."""
 
     def submit(self, demand: Demand) -> None:
-        """Queue all images of a request, or raise :class:`QueueFull` and queue none."""
+        """Queue all images of a request, or raise :class:`QueueFull` and queue none.
+
+        The scheduler knows the request until its last image is finished, or until it is cancelled.
+        """
 
     def schedule(self, replica: int, max_rows: int, now: float, *, admit: bool = True) -> tuple[RowKey, ...]:
         """The images in the replica's next step, longest in the batch first.
 
         Images join while their rows fit into ``max_rows`` and stay until :meth:`finish` or :meth:`cancel`. One image
-        is admitted to an idle replica even if it does not fit. With ``admit`` false none joins.
+        is admitted to an idle replica even if it does not fit. With ``admit`` false none joins. When ``max_rows`` has
+        become smaller than what runs, all of it is still returned, and none joins.
         """
 
     def expire(self, now: float) -> tuple[int, ...]:
         """Requests whose deadline has passed, waiting or running; they stay until they are cancelled."""
 
     def wake_at(self, now: float) -> float:
-        """When :meth:`schedule` or :meth:`expire` should be called again though nothing was submitted; may be inf."""
+        """When :meth:`schedule` or :meth:`expire` should be called again though nothing was submitted or finished.
+
+        ``now`` is that of the last call of :meth:`schedule`. The answer may be inf; it is in the past only while a
+        request whose deadline has passed is not cancelled.
+        """
 
     def finish(self, key: RowKey) -> None:
-        """Take an image that has made its last step out of its batch."""
+        """Take an image that has made its last step out of its batch. KeyError if it is not running."""
 
     def cancel(self, request_id: int) -> None:
         """Drop every image of a request, waiting or running; an unknown request is no error."""

@@ -9,11 +9,14 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 import robuq_core
+from server.api.auth import Authentication
+from server.api.catalog import Catalog
 from server.api.errors import install_error_handlers
 from server.api.generate import generate_router
 from server.api.middleware import RequestContext
 from server.api.operations import operations_router
 from server.engine import Engine
+from server.keys import KeyStore
 from server.settings import Settings
 
 
@@ -32,8 +35,12 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         description="Images from a diffusion transformer with ternary weights and about 2-bit activations.",
         lifespan=lifespan,
     )
-    app.include_router(generate_router(engine, settings.request_timeout_s), tags=["images"])
+    catalog = Catalog(settings.request_timeout_s)
+    app.include_router(generate_router(engine, settings, catalog), tags=["images"])
     app.include_router(operations_router(engine, settings), tags=["operations"])
     install_error_handlers(app)
+    # The last one added is the outermost.
+    store = None if settings.api_keys_file is None else KeyStore(settings.api_keys_file)
+    app.add_middleware(Authentication, store=store, metrics=engine.metrics)
     app.add_middleware(RequestContext, max_body_bytes=settings.max_body_bytes)
     return app

@@ -1,0 +1,201 @@
+"""API keys: a file that holds who may come in, and a store that reads it again when it changes. Knows no HTTP.
+
+The file holds no key, only the SHA-256 of each. A plain hash is enough here: a key is 256 random bits, so nobody can
+guess keys and compare, and the slow, salted hashes that weak passwords need would only slow every request down.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import hmac
+import logging
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+
+from robuq_core.errors import UserError
+from robuq_core.files import replacing
+
+logger = logging.getLogger(__name__)
+
+# read: whatever changes nothing, such as /info and /metrics. Every key may do that.
+Scope = Literal["read", "generate", "admin"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+
+# What is counted a minute.
+RateUnit = Literal["requests", "images"]
+
+# A fixed start lets scanners of source code and logs find keys that leaked.
+KEY_PREFIX = "robuq_"
+_KEY_BYTES = 32
+
+
+class ApiKey(BaseModel):
+    """Who may come in. ``sha256`` of the key in hex; limits per minute, ``None`` for no limit."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$")]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    scopes: Annotated[tuple[Scope, ...], Field(min_length=1)] = ("generate",)
+    requests_per_minute: Annotated[int | None, Field(ge=1)] = None
+    images_per_minute: Annotated[int | None, Field(ge=1)] = None
+    created: AwareDatetime
+
+
+class KeyFile(BaseModel):
+    """The file's content."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = 1
+    keys: tuple[ApiKey, ...] = ()
+
+
+def hash_key(key: str) -> str:
+    """SHA-256 of a key, in hex."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def read_keys(path: Path) -> tuple[ApiKey, ...]:
+    """The keys in a file.
+
+    Raises:
+        UserError: it cannot be read or does not validate; the message names the field.
+    """
+    try:
+        keys = KeyFile.model_validate_json(path.read_bytes()).keys
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; make it with: robuq-serve keys create NAME") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, fault["loc"])) or "content"
+        raise UserError(
+            f"{path}: {where}: {fault['msg']}; mend it or make keys with: robuq-serve keys create"
+        ) from None
+    names = [key.name for key in keys]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{path}: two keys are named {twice!r}; rename one of them")
+    return keys
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep other writers of ``path`` out. The folder is locked: the file itself is replaced by each write."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _write(path: Path, keys: Sequence[ApiKey]) -> None:
+    with replacing(path, mode=0o600) as temporary:
+        temporary.write_text(KeyFile(keys=tuple(keys)).model_dump_json(indent=2) + "\n")
+
+
+def create_key(
+    path: Path,
+    name: str,
+    *,
+    scopes: Sequence[Scope] = ("generate",),
+    requests_per_minute: int | None = None,
+    images_per_minute: int | None = None,
+) -> str:
+    """Add a key to the file, which is made if it is missing, and return the key: it can never be read again.
+
+    Raises:
+        UserError: the name is taken or not allowed, or the file cannot be read.
+    """
+    key = KEY_PREFIX + secrets.token_urlsafe(_KEY_BYTES)
+    try:
+        entry = ApiKey(
+            name=name,
+            sha256=hash_key(key),
+            scopes=tuple(dict.fromkeys(scopes)),
+            requests_per_minute=requests_per_minute,
+            images_per_minute=images_per_minute,
+            created=datetime.now(UTC).replace(microsecond=0),
+        )
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        raise UserError(f"{fault['loc'][0]}: {fault['msg']}, got {fault['input']!r}") from None
+    with _locked(path):
+        keys = read_keys(path) if path.exists() else ()
+        if any(other.name == name for other in keys):
+            raise UserError(f"{path}: there is a key named {name!r}; revoke it first or choose another name")
+        _write(path, [*keys, entry])
+    return key
+
+
+def revoke_key(path: Path, name: str) -> None:
+    """Take a key out of the file; running servers refuse it from their next request on.
+
+    Raises:
+        UserError: no key has that name, or the file cannot be read.
+    """
+    with _locked(path):
+        keys = read_keys(path)
+        kept = [key for key in keys if key.name != name]
+        if len(kept) == len(keys):
+            raise UserError(f"{path}: no key is named {name!r}; robuq-serve keys list shows them")
+        _write(path, kept)
+
+
+class KeyStore:
+    """The keys of a file, read again whenever it has changed. Not thread-safe.
+
+    A file that has become unreadable leaves the keys of the last good one in force, for a typing mistake must not lock
+    everybody out; a file that is gone lets nobody in.
+
+    Raises:
+        UserError: on construction, if the file cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._seen = self._stamp()
+        self._keys = read_keys(path)
+
+    def find(self, key: str) -> ApiKey | None:
+        """The entry of ``key``. Every entry is compared, each in constant time, so that timing tells nothing."""
+        self._reload()
+        wanted = hash_key(key)
+        found = None
+        for entry in self._keys:
+            if hmac.compare_digest(entry.sha256, wanted):
+                found = entry
+        return found
+
+    def _stamp(self) -> tuple[int, int, int] | None:
+        try:
+            status = self.path.stat()
+        except OSError:
+            return None
+        # The inode too: two replacements within one tick of the clock differ in it.
+        return status.st_mtime_ns, status.st_size, status.st_ino
+
+    def _reload(self) -> None:
+        stamp = self._stamp()
+        if stamp == self._seen:
+            return
+        self._seen = stamp
+        try:
+            self._keys = read_keys(self.path)
+            logger.info("API keys read again", extra={"keys": len(self._keys)})
+        except UserError as error:
+            if stamp is None:
+                self._keys = ()
+            logger.error("API keys: %s; %s", error, "nobody can come in" if stamp is None else "the old keys stay")

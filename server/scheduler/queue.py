@@ -1,9 +1,9 @@
 """Images that wait, and whose turn it is: clients share the server fairly, each client's requests go by priority.
 
 Between clients: start-time fair queueing (Goyal, Vin, Cheng 1996). A client's service grows by steps x rows_per_image
-with each of its images that is admitted, and the client with the least service is next. The virtual time is the
-service that the last admitted image started from; whoever was away starts there, so that idleness earns no credit.
-Clients with images waiting all the time are never further apart than one image of each.
+with each of its images that is admitted, and the client with the least service is next. The virtual time is the least
+service of the clients who wait; whoever was away starts there, so that idleness earns no credit. Clients with images
+waiting all the time are never further apart than one image of each.
 
 Within a client: by ``arrived_at - priority * ageing_s``. The key never changes, so a request is overtaken only by those
 that arrive less than ``(MAX_PRIORITY - priority) * ageing_s`` after it.
@@ -20,7 +20,7 @@ from server.scheduler.interface import Demand, QueueFull, RowKey
 
 @dataclass
 class _Client:
-    service: int
+    service: float
     requests: Heap[int] = field(default_factory=Heap)
 
 
@@ -52,7 +52,7 @@ class FairQueue:
         self._clients: dict[str, _Client] = {}
         self._turns: Heap[str] = Heap()  # clients with images waiting, by service
         self._away: Heap[str] = Heap()  # clients without, by service
-        self._virtual_time = 0
+        self._highest_service = 0.0
 
     def __contains__(self, request_id: int) -> bool:
         return request_id in self._waiting
@@ -94,8 +94,8 @@ class FairQueue:
         waiting.next_image += 1
         self._count(demand, -1)
         client = self._clients[demand.client]
-        self._virtual_time = client.service
         client.service += demand.steps * demand.rows_per_image
+        self._highest_service = max(self._highest_service, client.service)
         self._turns.push(client.service, demand.client)
         if not waiting.images:
             self._leave(demand)
@@ -117,11 +117,16 @@ class FairQueue:
         self.images += images
         self.rows += images * demand.rows_per_image
 
+    def _virtual_time(self) -> float:
+        """Never decreases: the least service of those who wait; when nobody does, the highest of all."""
+        turn = self._turns.first()
+        return self._highest_service if turn is None else turn[0]
+
     def _arrive(self, name: str) -> _Client:
-        client = self._clients.setdefault(name, _Client(self._virtual_time))
+        client = self._clients.setdefault(name, _Client(self._virtual_time()))
         if name not in self._turns:
             self._away.discard(name)
-            client.service = max(client.service, self._virtual_time)
+            client.service = max(client.service, self._virtual_time())
             self._turns.push(client.service, name)
         return client
 
@@ -135,6 +140,7 @@ class FairQueue:
 
     def _forget_the_settled(self) -> None:
         """Clients who are away and would come back at the virtual time need not be remembered."""
-        while (first := self._away.first()) is not None and first[0] <= self._virtual_time:
+        virtual_time = self._virtual_time()
+        while (first := self._away.first()) is not None and first[0] <= virtual_time:
             self._away.discard(first[1])
             del self._clients[first[1]]

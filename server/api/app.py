@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 import robuq_core
 from server.api.auth import Authentication
@@ -15,6 +16,8 @@ from server.api.errors import install_error_handlers
 from server.api.generate import generate_router
 from server.api.middleware import RequestContext
 from server.api.operations import operations_router
+from server.api.web import web_router
+from server.api.security import CORS, RequestLimits
 from server.engine import Engine
 from server.keys import KeyStore
 from server.settings import Settings
@@ -38,9 +41,13 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     catalog = Catalog(settings.request_timeout_s)
     app.include_router(generate_router(engine, settings, catalog), tags=["images"])
     app.include_router(operations_router(engine, settings), tags=["operations"])
+    app.include_router(web_router())
     install_error_handlers(app)
     # The last one added is the outermost.
     store = None if settings.api_keys_file is None else KeyStore(settings.api_keys_file)
     app.add_middleware(Authentication, store=store, metrics=engine.metrics)
-    app.add_middleware(RequestContext, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(RequestLimits, max_body_bytes=settings.max_body_bytes)
+    if settings.cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **CORS)
+    app.add_middleware(RequestContext)
     return app

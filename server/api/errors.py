@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
@@ -16,6 +16,8 @@ from server.api.schemas import allowed_values
 from server.engine import GenerationFailed, NotReady, Overloaded
 
 NOT_READY_RETRY_S = 2
+# Faults of several fields together, and the one that is named.
+_CHOICES = {"class_choice": "class_id", "preview_choice": "preview_every"}
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
 
@@ -38,12 +40,36 @@ class ApiError(Exception):
         self.field = field
         self.headers = dict(headers or {})
 
-    def response(self) -> Response:
-        error: dict[str, str] = {"code": self.code, "message": self.message}
+    def body(self, path: str = "") -> bytes:
+        """The answer's JSON, in the dialect of ``path``: the shapes of /v1 and /v2 are not ours to choose."""
+        error: dict[str, str | None] = {"code": self.code, "message": self.message}
         if self.field is not None:
             error["field"] = self.field
-        # json.dumps keeps to ASCII, so no text of a client can make the answer unencodable.
-        return Response(json.dumps({"error": error}), self.status, headers=self.headers, media_type="application/json")
+        protocol = _protocol(path)
+        if protocol == "v2":
+            # The Open Inference Protocol wants a string under "error".
+            return _encode({"error": error.pop("message"), **error})
+        if protocol == "v1":
+            error["type"] = "server_error" if self.status >= 500 else "invalid_request_error"
+            error["param"] = self.field
+        return _encode({"error": error})
+
+    def response(self, path: str = "") -> Response:
+        """The answer to a request for ``path``."""
+        # The clients of both protocols know 400 for what is wrong with a body.
+        status = 400 if self.status == 422 and _protocol(path) else self.status
+        return Response(self.body(path), status, headers=self.headers, media_type="application/json")
+
+
+def _protocol(path: str) -> Literal["v1", "v2"] | None:
+    """Whose client asks: OpenAI's (v1), one of the Open Inference Protocol (v2), or any other."""
+    first = path.split("/", 2)[1] if path.startswith("/") else ""
+    return "v1" if first == "v1" else "v2" if first == "v2" else None
+
+
+def _encode(body: dict[str, Any]) -> bytes:
+    # json.dumps keeps to ASCII, so no text of a client can make the answer unencodable.
+    return json.dumps(body).encode()
 
 
 def invalid(field: str, message: str) -> ApiError:
@@ -54,8 +80,8 @@ def invalid(field: str, message: str) -> ApiError:
 def from_validation(error: ValidationError, schema: dict[str, Any]) -> ApiError:
     """The first fault of a body, with the range that its field allows; ``schema`` from ``request_schema``."""
     fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    if fault["type"] == "class_choice":
-        return invalid("class_id", fault["msg"])
+    if fault["type"] in _CHOICES:
+        return invalid(_CHOICES[fault["type"]], fault["msg"])
     if not fault["loc"]:
         return invalid("body", 'the body must be a JSON object, such as {"class_id": 207}')
     field = str(fault["loc"][0])
@@ -79,27 +105,33 @@ def _not_ready(error: NotReady) -> ApiError:
     )
 
 
+def as_api_error(error: Exception) -> ApiError | None:
+    """The answer to what the routes and the engine raise; None for what nobody foresaw."""
+    match error:
+        case ApiError():
+            return error
+        case Overloaded():
+            return _overloaded(error)
+        case NotReady():
+            return _not_ready(error)
+        case GenerationFailed():
+            return ApiError(500, "generation_failed", str(error))
+    return None
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Teach ``app`` the one error shape. What no handler knows is answered by the middleware."""
 
-    @app.exception_handler(ApiError)
-    async def _api_error(request: Request, error: ApiError) -> Response:
-        return error.response()
+    async def answer(request: Request, error: Exception) -> Response:
+        known = as_api_error(error)
+        assert known is not None
+        return known.response(request.url.path)
 
-    @app.exception_handler(Overloaded)
-    async def _overload(request: Request, error: Overloaded) -> Response:
-        return _overloaded(error).response()
-
-    @app.exception_handler(NotReady)
-    async def _unready(request: Request, error: NotReady) -> Response:
-        return _not_ready(error).response()
-
-    @app.exception_handler(GenerationFailed)
-    async def _failed(request: Request, error: GenerationFailed) -> Response:
-        return ApiError(500, "generation_failed", str(error)).response()
+    for kind in (ApiError, Overloaded, NotReady, GenerationFailed):
+        app.add_exception_handler(kind, answer)
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> Response:
         code = _HTTP_CODES.get(error.status_code, "http_error")
         message = f"{request.method} {request.url.path}: {error.detail}"
-        return ApiError(error.status_code, code, message, headers=error.headers).response()
+        return ApiError(error.status_code, code, message, headers=error.headers).response(request.url.path)

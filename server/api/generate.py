@@ -2,83 +2,38 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import random
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import ValidationError
+from pydantic_core import to_json
 
-from robuq_core.config import MAX_SEED, image_seed
-from server.api.classes import ClassIndex
+from server.api.catalog import Catalog, Model
 from server.api.errors import ApiError, from_validation, invalid
+from server.api.generation import Generation
 from server.api.negotiation import choose_media_type
-from server.api.schemas import (
-    ErrorResponse,
-    GenerateRequest,
-    GenerateResponse,
-    TimingsSchema,
-    request_schema,
-)
-from server.engine import IMAGE_FORMATS, CancelReason, Engine, Result, Timings
-from server.engine.model import RowSpec
-from server.logging import current_request_id
-
-# Not in any standard, but what proxies write when the client hung up; it is seen in logs only.
-CLIENT_CLOSED_REQUEST = 499
+from server.api.order import Order, make_order
+from server.api.responses import client_of, documented, headers_of, timing_headers
+from server.api.schemas import GenerateRequest, GenerateResponse, allowed_values
+from server.api.streaming import COMPLETED, EVENT_STREAM, PARTIAL_IMAGE, STEP, stream_response
+from server.engine import IMAGE_FORMATS, Engine, Event, Preview, Result
+from server.settings import Settings
 
 JSON = "application/json"
-
-_HEADERS = {
-    "X-Request-Id": "The client's id for this request, or one that the server made.",
-    "X-Seed": "The seed of the first image.",
-    "x-queue-time": "Seconds until the first step.",
-    "x-inference-time": "Seconds of the steps.",
-    "x-total-time": "Seconds in all.",
-}
-_ERRORS = {
-    406: "Accept names no type that is offered",
-    413: "body too large",
-    422: "a field is missing, unknown or out of range",
-    429: "the queue is full; Retry-After tells when to come back",
-    500: "the model failed on this request",
-    503: "starting, stalled or draining",
-    504: "not done within the server's time limit",
-}
-
-
-async def _client_gone(request: Request) -> None:
-    """Return when the client has closed its connection. The body must have been read."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _run(request: Request, engine: Engine, specs: list[RowSpec], image_format: Any, timeout_s: float) -> Result:
-    """Drive one request to its result; whatever ends the wait, the rows do not outlive it."""
-    job = engine.submit(specs, image_format, request_id=current_request_id.get())
-    result = asyncio.wrap_future(job.future)
-    gone: asyncio.Future[None] = asyncio.ensure_future(_client_gone(request))
-    reason: CancelReason = "cancelled"
-    try:
-        await asyncio.wait((result, gone), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        if result.done():
-            return result.result()
-        if gone.done():
-            raise ApiError(CLIENT_CLOSED_REQUEST, "client_closed_request", "the client closed the connection")
-        reason = "timeout"
-        raise ApiError(504, "deadline_exceeded", f"not done within {timeout_s:g} s")
-    finally:
-        gone.cancel()
-        result.cancel()
-        engine.cancel(job, reason)
 
 
 def _choose_answer(request: Request, body: GenerateRequest) -> tuple[str, Any]:
     """Media type of the answer and format of the images: ``Accept`` and ``format`` must not contradict each other."""
-    first = [body.format] + [name for name in IMAGE_FORMATS if name != body.format]
     accept = ",".join(request.headers.getlist("accept"))
+    if body.stream:
+        # The events carry JSON, so a client that asked for JSON gets what it can read.
+        if choose_media_type(accept, [EVENT_STREAM, JSON]) is None:
+            raise ApiError(406, "not_acceptable", "with stream, Accept must allow text/event-stream")
+        return EVENT_STREAM, body.format
+    first = [body.format] + [name for name in IMAGE_FORMATS if name != body.format]
     media_type = choose_media_type(accept, [JSON, *(f"image/{name}" for name in first)])
     if media_type is None:
         raise ApiError(406, "not_acceptable", "Accept must allow application/json, image/png, image/jpeg or image/webp")
@@ -92,70 +47,109 @@ def _choose_answer(request: Request, body: GenerateRequest) -> tuple[str, Any]:
     return media_type, image_format
 
 
-def _timing_headers(seed: int, timings: Timings) -> dict[str, str]:
+def _answer(order: Order, result: Result) -> dict[str, Any]:
+    """The fields of :class:`GenerateResponse`."""
+    spec = order.specs[0]
     return {
-        "X-Seed": str(seed),
-        "x-queue-time": f"{timings.queue_s:.6f}",
-        "x-inference-time": f"{timings.inference_s:.6f}",
-        "x-total-time": f"{timings.total_s:.6f}",
+        "images": [base64.b64encode(image).decode() for image in result.images],
+        "seed": order.seed,
+        "class_id": order.class_id,
+        "class_name": order.class_name,
+        "steps": spec.steps,
+        "guidance_scale": spec.guidance_scale,
+        "sampler": spec.sampler,
+        "format": order.image_format,
+        "timings": vars(result.timings),
     }
 
 
-def generate_router(engine: Engine, timeout_s: float) -> APIRouter:
+class _Narrator:
+    """The events of ``POST /generate``; their fields stand in its description."""
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+
+    def progress(self, event: Event) -> tuple[str, Mapping[str, Any]]:
+        fields: dict[str, Any] = {"image": event.image, "steps_done": event.steps_done, "steps": event.steps}
+        if not isinstance(event, Preview):
+            return STEP, fields
+        fields["partial_image_index"] = event.steps_done // self._order.preview_every - 1
+        fields["format"] = self._order.image_format
+        fields["b64_json"] = base64.b64encode(event.encoded).decode()
+        return PARTIAL_IMAGE, fields
+
+    def completed(self, result: Result) -> Iterable[tuple[str, Mapping[str, Any]]]:
+        yield COMPLETED, _answer(self._order, result)
+
+
+def _order(body: GenerateRequest, image_format: Any, model: Model, settings: Settings) -> Order:
+    timeout_s = settings.request_timeout_s if body.timeout_s is None else body.timeout_s
+    if timeout_s > settings.request_timeout_s:
+        raise invalid("timeout_s", f"timeout_s must be {allowed_values(model.schema['properties']['timeout_s'])}")
+    order = make_order(
+        model,
+        model.classes.resolve(body.class_id, body.class_name),
+        num_images=body.num_images,
+        image_format=image_format,
+        timeout_s=timeout_s,
+        seed=body.seed,
+        steps=body.steps,
+        guidance_scale=body.guidance_scale,
+        sampler=body.sampler,
+        priority=body.priority,
+    )
+    order.watched, order.preview_every = body.stream, body.preview_every
+    return order
+
+
+def generate_router(engine: Engine, settings: Settings, catalog: Catalog) -> APIRouter:
     """The route, bound to an engine."""
     router = APIRouter()
-    sampler = engine.sampler
-    classes = ClassIndex(sampler.class_names, sampler.num_classes)
-    schema = request_schema(sampler.num_classes)
     binary = {"schema": {"type": "string", "format": "binary"}}
-    responses: dict[int | str, dict[str, Any]] = {
+    responses = documented(406, 409, 413, 422, 429, 500, 503, 504) | {
         200: {
-            "description": "The images; a raw file if Accept asks for one.",
+            "description": "The images; a raw file if Accept asks for one, events if stream is true.",
             "model": GenerateResponse,
-            "content": {f"image/{name}": binary for name in IMAGE_FORMATS},
-            "headers": {name: {"description": text, "schema": {"type": "string"}} for name, text in _HEADERS.items()},
+            "content": {f"image/{name}": binary for name in IMAGE_FORMATS}
+            | {EVENT_STREAM: {"schema": {"type": "string"}}},
+            "headers": headers_of("X-Seed"),
         }
     }
-    responses |= {status: {"description": text, "model": ErrorResponse} for status, text in _ERRORS.items()}
+    schema = catalog.of(engine.sampler).schema
     body_schema = {"requestBody": {"required": True, "content": {JSON: {"schema": schema}}}}
 
     @router.post("/generate", responses=responses, openapi_extra=body_schema)
     async def generate(request: Request) -> Response:
-        """Draw images of one class. Send `Accept: image/png` (jpeg, webp) to get one image as a file."""
+        """Draw images of one class. Send `Accept: image/png` (jpeg, webp) to get one image as a file.
+
+        With `"stream": true` the answer is `text/event-stream`. Each event's data is a JSON object whose `type` repeats
+        the event's name. `image` counts the images of the request from 0; a comment line comes every 10 s.
+
+        - `image_generation.step`: `image`, `steps_done`, `steps`. A slow reader gets the latest of each image only.
+        - `image_generation.partial_image`, after every `preview_every` steps: `image`, `steps_done`, `steps`,
+          `partial_image_index` (from 0; the latest wins here, too), `format`, `b64_json` (a whole image file of what
+          the model expects by now).
+        - `image_generation.completed`, the last one: all fields of the JSON answer, `images` in base64.
+        - `error`, the last one, too: `{"error": {"code", "message"}}` as in any other answer. What fails before the
+          first event is a plain HTTP error.
+
+        Closing the connection gives the images up.
+        """
         try:
             # Pydantic parses the bytes itself: strict about JSON types, and safe against any nesting or encoding.
             body = GenerateRequest.model_validate_json(await request.body())
         except ValidationError as error:
-            raise from_validation(error, schema) from None
+            raise from_validation(error, catalog.of(engine.sampler).schema) from None
         media_type, image_format = _choose_answer(request, body)
-        class_id = classes.resolve(body.class_id, body.class_name)
-        defaults = sampler.defaults
-        seed = random.randint(0, MAX_SEED) if body.seed is None else body.seed
-        specs = [
-            RowSpec(
-                class_id=class_id,
-                seed=image_seed(seed, i),
-                steps=body.steps or defaults.steps,
-                guidance_scale=defaults.guidance_scale if body.guidance_scale is None else body.guidance_scale,
-                sampler=body.sampler or defaults.sampler,
-            )
-            for i in range(body.num_images)
-        ]
-        result = await _run(request, engine, specs, image_format, timeout_s)
-        headers = _timing_headers(seed, result.timings)
+        sampler = engine.sampler  # read once: it may be swapped at any time
+        order = _order(body, image_format, catalog.of(sampler), settings)
+        generation = Generation(engine, order, sampler, client_of(request))
+        if body.stream:
+            return await stream_response(request, generation, _Narrator(order), {"X-Seed": str(order.seed)})
+        result = await generation.wait(request)
+        headers = timing_headers(result.timings) | {"X-Seed": str(order.seed)}
         if media_type != JSON:
             return Response(result.images[0], media_type=media_type, headers=headers)
-        answer = GenerateResponse(
-            images=[base64.b64encode(image).decode() for image in result.images],
-            seed=seed,
-            class_id=class_id,
-            class_name=classes.name(class_id),
-            steps=specs[0].steps,
-            guidance_scale=specs[0].guidance_scale,
-            sampler=specs[0].sampler,
-            format=image_format,
-            timings=TimingsSchema(**vars(result.timings)),
-        )
-        return Response(answer.model_dump_json(), media_type=JSON, headers=headers)
+        return Response(to_json(_answer(order, result)), media_type=JSON, headers=headers)
 
     return router

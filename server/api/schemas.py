@@ -9,7 +9,10 @@ from pydantic_core import PydanticCustomError
 
 from robuq_core.config import MAX_SEED, NUM_TRAIN_TIMESTEPS, SAMPLERS, SamplerName
 from server.engine.images import IMAGE_FORMATS, ImageFormat
+from server.scheduler.interface import MAX_PRIORITY
 from server.settings import MAX_IMAGES
+
+MIN_TIMEOUT_S = 0.01
 
 
 class GenerateRequest(BaseModel):
@@ -39,6 +42,26 @@ class GenerateRequest(BaseModel):
     seed: Annotated[int | None, Field(ge=0, le=MAX_SEED, description="Drawn at random if not given.")] = None
     sampler: Annotated[SamplerName | None, Field(description="The checkpoint's if not given.")] = None
     format: Annotated[ImageFormat, Field(description="File format of the images.")] = "png"
+    priority: Annotated[
+        int, Field(ge=0, le=MAX_PRIORITY, description="The higher the sooner, among the requests of one API key.")
+    ] = 0
+    timeout_s: Annotated[
+        float | None,
+        Field(
+            ge=MIN_TIMEOUT_S,
+            allow_inf_nan=False,
+            description="Seconds until the request is given up with 504; request_timeout_s of /info if not given.",
+        ),
+    ] = None
+    stream: Annotated[bool, Field(description="Answer with server-sent events while the images are drawn.")] = False
+    preview_every: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=NUM_TRAIN_TIMESTEPS,
+            description="With stream: a preview of each image after every so many steps; 0 for none.",
+        ),
+    ] = 0
 
     @model_validator(mode="after")
     def _one_class(self) -> GenerateRequest:
@@ -46,6 +69,8 @@ class GenerateRequest(BaseModel):
             raise PydanticCustomError("class_choice", "give class_id or class_name")
         if self.class_id is not None and self.class_name is not None:
             raise PydanticCustomError("class_choice", "give class_id or class_name, not both")
+        if self.preview_every and not self.stream:
+            raise PydanticCustomError("preview_choice", "preview_every needs stream: true")
         return self
 
 
@@ -126,10 +151,11 @@ class InfoResponse(BaseModel):
     limits: LimitsSchema
 
 
-def request_schema(num_classes: int) -> dict[str, Any]:
+def request_schema(num_classes: int, max_timeout_s: float) -> dict[str, Any]:
     """JSON schema of :class:`GenerateRequest` for a model of ``num_classes`` classes."""
     schema = GenerateRequest.model_json_schema()
     schema["properties"]["class_id"]["anyOf"][0]["maximum"] = num_classes - 1
+    schema["properties"]["timeout_s"]["anyOf"][0]["maximum"] = max_timeout_s
     return schema
 
 
@@ -140,5 +166,7 @@ def allowed_values(field_schema: dict[str, Any]) -> str:
         return "one of " + ", ".join(field_schema["enum"])
     if field_schema["type"] == "string":
         return f"a string of {field_schema['minLength']} to {field_schema['maxLength']} characters"
+    if field_schema["type"] == "boolean":
+        return "true or false"
     kind = "an integer" if field_schema["type"] == "integer" else "a number"
     return f"{kind} from {field_schema['minimum']:g} to {field_schema['maximum']}"

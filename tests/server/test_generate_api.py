@@ -236,4 +236,5 @@ def test_the_schema_of_the_route_is_that_of_the_body(client: httpx.Client) -> No
     assert set(body["properties"]) == set(GenerateRequest.model_fields)
     assert body["properties"]["class_id"]["anyOf"][0]["maximum"] == 4
     assert {"200", "406", "413", "422", "429", "500", "503", "504"} <= set(route["responses"])
-    assert {"application/json", "image/png", "image/jpeg", "image/webp"} == set(route["responses"]["200"]["content"])
+    content = set(route["responses"]["200"]["content"])
+    assert content == {"application/json", "image/png", "image/jpeg", "image/webp", "text/event-stream"}

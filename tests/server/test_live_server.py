@@ -65,7 +65,7 @@ def test_rows_of_a_client_that_hung_up_are_gone_at_the_next_step() -> None:
 
 def test_a_client_that_hangs_up_while_it_waits_leaves_the_queue() -> None:
     sampler = WatchedSampler()
-    with live_server(sampler, max_batch_rows=1) as (client, engine):
+    with live_server(sampler, max_batch_rows=2) as (client, engine):
         sampler.hold()
         with raw_request(client, {"class_id": 1, "steps": 1}):
             assert sampler.entered.acquire(timeout=WAIT_S)
@@ -80,11 +80,11 @@ def test_a_client_that_hangs_up_while_it_waits_leaves_the_queue() -> None:
 
 def test_a_full_queue_answers_429_with_retry_after() -> None:
     sampler = WatchedSampler()
-    with live_server(sampler, max_batch_rows=1) as (client, engine):
+    with live_server(sampler, max_batch_rows=2) as (client, engine):
         sampler.hold()
-        with raw_request(client, {"class_id": 1, "num_images": 16}):
+        with raw_request(client, {"class_id": 1, "num_images": 16, "guidance_scale": 1}):
             assert sampler.entered.acquire(timeout=WAIT_S)
-            with raw_request(client, {"class_id": 1}):
+            with raw_request(client, {"class_id": 1, "num_images": 2, "guidance_scale": 1}):
                 until(lambda: engine.requests_waiting == 1)
                 answer = client.post("/generate", json={"class_id": 1})
         assert answer.status_code == 429

@@ -1,0 +1,62 @@
+"""A request in the engine's terms: every default filled in, every name resolved against one model."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from robuq_core.config import MAX_SEED, SamplerName, image_seed
+from server.api.catalog import Model
+from server.engine import ImageFormat
+from server.engine.model import RowSpec
+
+
+@dataclass(slots=True)
+class Order:
+    """What the engine is asked for, and what an answer tells of it."""
+
+    model: str
+    class_id: int
+    class_name: str
+    seed: int
+    specs: tuple[RowSpec, ...]
+    image_format: ImageFormat
+    size: str
+    timeout_s: float
+    priority: int = 0
+    preview_every: int = 0
+    watched: bool = False  # somebody wants its events
+
+
+def make_order(
+    model: Model,
+    class_id: int,
+    *,
+    num_images: int,
+    image_format: ImageFormat,
+    timeout_s: float,
+    seed: int | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    sampler: SamplerName | None = None,
+    priority: int = 0,
+) -> Order:
+    """An order of ``num_images`` of one class; what is ``None`` takes the model's default, the seed a random one."""
+    defaults = model.defaults
+    if seed is None:
+        seed = random.randint(0, MAX_SEED)
+    steps = steps or defaults.steps
+    guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
+    sampler = sampler or defaults.sampler
+    specs = tuple(RowSpec(class_id, image_seed(seed, i), steps, guidance_scale, sampler) for i in range(num_images))
+    return Order(
+        model.name,
+        class_id,
+        model.classes.name(class_id),
+        seed,
+        specs,
+        image_format,
+        model.size,
+        timeout_s,
+        priority,
+    )

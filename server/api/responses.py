@@ -1,0 +1,57 @@
+"""What the routes that draw have in common: who asks, headers of answers, and their description in OpenAPI."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import Request
+
+from server.api.schemas import ErrorResponse
+from server.engine import Timings
+
+_HEADERS = {
+    "X-Request-Id": "The client's id for this request, or one that the server made.",
+    "x-queue-time": "Seconds until the first step.",
+    "x-inference-time": "Seconds of the steps.",
+    "x-total-time": "Seconds in all.",
+    "X-Seed": "The seed of the first image.",
+}
+_ERRORS = {
+    400: "`invalid_request`: a field is missing, unknown or out of range",
+    401: "`unauthorized`: no API key, or one that is not known",
+    404: "`not_found`, `model_not_found`",
+    406: "`not_acceptable`: Accept names no type that is offered",
+    409: "`idempotency_conflict`: the Idempotency-Key came with another body before",
+    413: "`body_too_large`",
+    422: "`invalid_request`: a field is missing, unknown or out of range",
+    429: "`queue_full` or the key's limit; Retry-After tells when to come back",
+    500: "`generation_failed`, `internal_error`",
+    503: "`not_ready`, `draining`: starting, stalled or draining",
+    504: "`deadline_exceeded`: not done within the time limit",
+}
+
+
+def client_of(request: Request) -> str:
+    """The name of the API key that the request came with; empty on an open server."""
+    client = request.scope.get("state", {}).get("client", "")
+    return str(client)
+
+
+def timing_headers(timings: Timings) -> dict[str, str]:
+    """Seconds, as the headers of every answer with images."""
+    return {
+        "x-queue-time": f"{timings.queue_s:.6f}",
+        "x-inference-time": f"{timings.inference_s:.6f}",
+        "x-total-time": f"{timings.total_s:.6f}",
+    }
+
+
+def headers_of(*extra: str) -> dict[str, Any]:
+    """OpenAPI's description of the headers of an answer with images."""
+    names = ("X-Request-Id", "x-queue-time", "x-inference-time", "x-total-time", *extra)
+    return {name: {"description": _HEADERS[name], "schema": {"type": "string"}} for name in names}
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's description of errors by status, each with its stable codes."""
+    return {status: {"description": _ERRORS[status], "model": ErrorResponse} for status in statuses}

@@ -112,7 +112,7 @@ class Authentication:
                     access.rates.charge(access.key, "requests")
                     send = _telling_rates(access, send)
         except ApiError as error:
-            await error.response()(scope, receive, send)
+            await error.response(scope["path"])(scope, receive, send)
             return
         await self.app(scope, receive, send)
 

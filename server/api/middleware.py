@@ -1,4 +1,4 @@
-"""Around every request: its id, its log line, the limit of its body, and a plain 500 for what nobody caught."""
+"""Around every request: its id, its log line, headers for browsers, and a plain 500 for what nobody caught."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import ApiError
+from server.api.security import SECURITY_HEADERS
 from server.logging import current_request_id
 
 logger = logging.getLogger("server.access")
@@ -23,52 +24,38 @@ _QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
 class RequestContext:
     """Plain ASGI, since a wrapper that buffers would hide the client's disconnect from the routes."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self.max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         began = time.perf_counter()
-        headers = Headers(scope=scope)
-        request_id = headers.get("x-request-id", "")
+        request_id = Headers(scope=scope).get("x-request-id", "")
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = f"{random.getrandbits(128):032x}"  # unique, not secret: uuid4 costs a system call
         token = current_request_id.set(request_id)
         status = 0
-        body_bytes = 0
-
-        async def limited_receive() -> Message:
-            nonlocal body_bytes
-            message = await receive()
-            if message["type"] == "http.request":
-                body_bytes += len(message.get("body", b""))
-                if body_bytes > self.max_body_bytes:
-                    raise self._too_large()
-            return message
 
         async def labelled_send(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = request_id
+                for name, value in SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
             await send(message)
 
         try:
-            length = headers.get("content-length", "")
-            if length.isdecimal() and int(length[:18]) > self.max_body_bytes:
-                # Refused before a byte of it is read.
-                await self._too_large().response()(scope, limited_receive, labelled_send)
-            else:
-                await self.app(scope, limited_receive, labelled_send)
+            await self.app(scope, receive, labelled_send)
         except Exception:
             logger.exception("unhandled error")
             if status:
                 raise  # half an answer is out; all that is left is to close the connection
             error = ApiError(500, "internal_error", "internal error; the server's log has it under this X-Request-Id")
-            await error.response()(scope, limited_receive, labelled_send)
+            await error.response(scope["path"])(scope, receive, labelled_send)
         finally:
             quiet = scope["path"] in _QUIET_PATHS and status < 500
             logger.log(
@@ -85,6 +72,3 @@ class RequestContext:
                 },
             )
             current_request_id.reset(token)
-
-    def _too_large(self) -> ApiError:
-        return ApiError(413, "body_too_large", f"the body may have at most {self.max_body_bytes} bytes")

@@ -1,0 +1,105 @@
+"""What a request may look like, whoever sends it, and what every answer tells browsers.
+
+The limits are far above what any client of these routes sends. Heads that never end, and connections that send
+nothing, do not get this far: ``server.api.connection`` ends them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api.errors import ApiError
+
+MAX_TARGET_BYTES = 4096
+MAX_HEADERS = 100
+MAX_HEAD_BYTES = 16_384
+# For the whole body from its first byte on: the largest that is allowed takes 26 kbit/s.
+BODY_TIMEOUT_S = 20.0
+
+# The page's own files only, no inline script or style; images also from what scripts have fetched or drawn.
+CONTENT_SECURITY_POLICY = (
+    "default-src 'self'; img-src 'self' blob: data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+)
+SECURITY_HEADERS = {
+    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+# What scripts of the sites in cors_origins may send and read. Credentials of the browser (cookies) are never used.
+CORS: dict[str, Any] = {
+    "allow_methods": ["GET", "POST"],
+    "allow_headers": ["Authorization", "Content-Type", "Idempotency-Key", "X-API-Key", "X-Request-Id", "traceparent"],
+    "expose_headers": [
+        *("X-Request-Id", "X-Seed", "x-queue-time", "x-inference-time", "x-total-time"),
+        *("Retry-After", "RateLimit", "RateLimit-Policy", "Idempotent-Replayed"),
+    ],
+    "max_age": 3600,
+}
+
+
+def body_too_large(max_body_bytes: int) -> ApiError:
+    """The 413 of a body that is longer than the server takes."""
+    return ApiError(413, "body_too_large", f"the body may have at most {max_body_bytes} bytes")
+
+
+def check_head(scope: Scope, max_body_bytes: int) -> None:
+    """Refuse a request by its first line and headers, before a byte of its body is read.
+
+    Raises:
+        ApiError: 413, 414 or 431.
+    """
+    if len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"]) > MAX_TARGET_BYTES:
+        raise ApiError(414, "uri_too_long", f"the path and query may have at most {MAX_TARGET_BYTES} bytes")
+    headers = scope["headers"]
+    if len(headers) > MAX_HEADERS or sum(len(name) + len(value) for name, value in headers) > MAX_HEAD_BYTES:
+        message = f"at most {MAX_HEADERS} headers of {MAX_HEAD_BYTES} bytes together are taken"
+        raise ApiError(431, "headers_too_large", message)
+    length = Headers(scope=scope).get("content-length", "")
+    if length.isdecimal() and int(length[:18]) > max_body_bytes:
+        raise body_too_large(max_body_bytes)
+
+
+class RequestLimits:
+    """Refuses heads and bodies that are too large, and bodies that take too long."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int, body_timeout_s: float = BODY_TIMEOUT_S) -> None:
+        self.app = app
+        self.max_body_bytes = max_body_bytes
+        self.body_timeout_s = body_timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        deadline = asyncio.get_running_loop().time() + self.body_timeout_s
+        body_bytes = 0
+        complete = False
+
+        async def limited_receive() -> Message:
+            nonlocal body_bytes, complete
+            if complete:  # what comes now is the disconnect, for which routes wait as long as they like
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                text = f"the body was not received within {self.body_timeout_s:g} s"
+                raise ApiError(408, "body_timeout", text, headers={"Connection": "close"}) from None
+            if message["type"] == "http.request":
+                body_bytes += len(message.get("body", b""))
+                if body_bytes > self.max_body_bytes:
+                    raise body_too_large(self.max_body_bytes)
+                complete = not message.get("more_body", False)
+            return message
+
+        try:
+            check_head(scope, self.max_body_bytes)
+        except ApiError as error:
+            await error.response(scope["path"])(scope, limited_receive, send)
+        else:
+            await self.app(scope, limited_receive, send)

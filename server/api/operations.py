@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastapi import APIRouter
-from fastapi.responses import RedirectResponse, Response
+from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 import robuq_core
@@ -33,10 +33,6 @@ def operations_router(engine: Engine, settings: Settings) -> APIRouter:
             max_body_bytes=settings.max_body_bytes,
         ),
     )
-
-    @router.get("/", include_in_schema=False)
-    async def root() -> Response:
-        return RedirectResponse("/docs")
 
     @router.get("/health", responses={503: {"model": StatusResponse, "description": "restart the process"}})
     async def health(response: Response) -> StatusResponse:

@@ -1,4 +1,4 @@
-"""/health, /ready, /info, /metrics and / through the life of an engine."""
+"""/health, /ready, /info and /metrics through the life of an engine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ METRICS = {
 }
 
 
-def test_health_ready_info_root(client: httpx.Client) -> None:
+def test_health_ready_info(client: httpx.Client) -> None:
     for path in ("/health", "/ready"):
         answer = client.get(path)
         assert (answer.status_code, answer.json()) == (200, {"status": "ready"})
@@ -41,8 +41,6 @@ def test_health_ready_info_root(client: httpx.Client) -> None:
     assert info["defaults"] == {"sampler": "ddim", "steps": 4, "guidance_scale": 1.5}
     assert info["limits"]["max_images_per_request"] == 16
     assert info["samplers"] == ["ddpm", "ddim", "dpmsolver++"]
-    answer = client.get("/")
-    assert (answer.status_code, answer.headers["location"]) == (307, "/docs")
 
 
 def test_metrics_by_name_and_fed() -> None:

@@ -1,0 +1,216 @@
+// The playground: wires the form, the loupe and the contact sheet to the server.
+
+import { generate, getJson, onUnauthorised, storedKey, storeKey } from "./api.js";
+import { ClassPicker } from "./class_picker.js";
+import { announce, byId, bytes, pairs, plural, randomBelow } from "./dom.js";
+import { restore, save } from "./keep.js";
+import { Loupe } from "./loupe.js";
+import { Settings } from "./settings.js";
+import { decodeBase64, Strip } from "./strip.js";
+
+const MAX_IN_FLIGHT = 4; // browsers open six connections to a server, and one strip holds one
+const MAX_STRIPS = 60;
+const LIST_LENGTH = 40;
+const QUEUE_POLL_MS = { busy: 1000, idle: 5000 };
+
+let info = null;
+let strips = []; // newest first
+
+const picker = new ClassPicker(byId("class"), byId("class-list"), async (query, signal) => {
+  const parameters = new URLSearchParams({ query, limit: LIST_LENGTH });
+  return (await getJson(`classes?${parameters}`, { signal })).classes;
+});
+const settings = new Settings(picker);
+const loupe = new Loupe({
+  reuse(wanted) {
+    settings.apply(wanted);
+    byId("generate").focus();
+    announce("settings filled in");
+  },
+});
+
+// Drawing.
+
+function makeStrip(request, label) {
+  const strip = new Strip(request, label, {
+    onSelect(index) {
+      loupe.show(strip, index);
+      bringIntoView(byId("loupe"));
+    },
+    onChange: () => loupe.changed(strip),
+  });
+  return strip;
+}
+
+function bringIntoView(node) {
+  const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  const { top } = node.getBoundingClientRect();
+  if (top < 0 || top > innerHeight * 0.6) node.scrollIntoView({ behavior: calm ? "auto" : "smooth", block: "start" });
+}
+
+function addStrip(strip) {
+  strips.unshift(strip);
+  byId("strips").prepend(strip.node);
+  for (const old of strips.splice(MAX_STRIPS)) old.remove();
+  sheetChanged();
+}
+
+function dropStrip(strip) {
+  strips = strips.filter((other) => other !== strip);
+  strip.remove();
+  if (loupe.strip === strip) loupe.show(strips[0] ?? null, 0);
+  sheetChanged();
+}
+
+function sheetChanged() {
+  byId("sheet-empty").hidden = strips.length > 0;
+  byId("clear").hidden = strips.length === 0;
+  const underWay = strips.filter(({ running }) => running).length;
+  byId("generate").disabled = underWay >= MAX_IN_FLIGHT;
+  byId("generate").textContent = underWay >= MAX_IN_FLIGHT ? `${underWay} under way` : "Generate";
+}
+
+/** Follow one strip's events; progress is spoken at its quarters only. */
+function follower(strip) {
+  let spoken = 0;
+  return (name, data) => {
+    if (name === "image_generation.partial_image") strip.setPicture(data.image, decodeBase64(data.b64_json, data.output_format));
+    if (data.steps_done !== undefined) strip.setStep(data.image, data.steps_done, data.steps);
+    const quarter = Math.floor((4 * data.steps_done) / data.steps);
+    if (data.image === 0 && quarter > spoken && quarter < 4) {
+      spoken = quarter;
+      announce(`${strip.name}: ${25 * quarter} percent`);
+    }
+  };
+}
+
+async function draw() {
+  settings.clearErrors();
+  const body = settings.read();
+  if (!body) return;
+  const strip = makeStrip({ ...body }, picker.label() || "?");
+  strip.checkpoint = info?.checkpoint;
+  addStrip(strip);
+  loupe.show(strip, 0);
+  bringIntoView(byId("loupe"));
+  if (!settings.seedIsKept) settings.newSeed();
+  announce(`drawing ${plural(strip.frames.length, "image")} of ${strip.name}`);
+  pollQueue();
+  try {
+    strip.finish(await generate(body, { signal: strip.abort.signal, on: follower(strip) }));
+    announce(`${strip.name} is done`);
+    save(strips);
+  } catch (error) {
+    ended(strip, body, error);
+  }
+  sheetChanged();
+  pollQueue();
+}
+
+/** A strip that came to nothing is taken away; one that had begun stays, marked. */
+function ended(strip, body, error) {
+  const cancelled = error.name === "AbortError";
+  if (cancelled) announce("cancelled");
+  if (strip.state === "drawing") strip.end(cancelled ? "cancelled" : "failed", error.message);
+  else dropStrip(strip);
+  if (cancelled) return;
+  if (!settings.seedIsKept) byId("seed").value = body.seed ?? byId("seed").value; // to try the same again
+  const message = error.status === undefined ? `the page has a fault: ${error.message}` : error.message;
+  if (!error.field || !settings.showError(error.field, message)) byId("form-error").textContent = message;
+}
+
+// The server.
+
+async function describeServer() {
+  info = await getJson("info");
+  settings.describe(info);
+  byId("facts").replaceChildren(
+    ...pairs([
+      ["checkpoint", info.checkpoint],
+      ["backend", info.backend],
+      ["activations", `${info.average_activation_bits.toFixed(2)} bits`],
+      ["weights", bytes(info.weight_bytes)],
+      ["images", `${info.image_size} × ${info.image_size}`],
+      ["classes", info.num_classes.toLocaleString("en")],
+    ]),
+  );
+}
+
+let queueTimer = 0;
+
+async function pollQueue() {
+  clearTimeout(queueTimer);
+  if (!document.hidden) {
+    try {
+      const { status, requests_running: running, requests_waiting: waiting } = await getJson("queue", { ask: false });
+      showQueue(status, `${status} · ${running} running · ${waiting} waiting`);
+    } catch (error) {
+      showQueue("down", error.status === 401 ? "needs a key" : error.message);
+    }
+  }
+  clearTimeout(queueTimer);
+  queueTimer = setTimeout(pollQueue, QUEUE_POLL_MS[strips.some(({ running }) => running) ? "busy" : "idle"]);
+}
+
+function showQueue(state, text) {
+  byId("queue").dataset.state = state;
+  if (byId("queue-text").textContent !== text) byId("queue-text").textContent = text;
+}
+
+async function randomClass() {
+  if (!info) return;
+  const id = randomBelow(info.num_classes);
+  const { classes } = await getJson(`classes?${new URLSearchParams({ query: id, limit: LIST_LENGTH })}`);
+  picker.choose(classes.find((item) => item.id === id) ?? { id, name: "" });
+}
+
+// The key.
+
+let asking = null;
+
+/** Open the dialog; resolves to whether another key has been entered. Askers at the same time share one dialog. */
+function askForKey(reason) {
+  asking ??= new Promise((resolve) => {
+    const dialog = byId("key-dialog");
+    byId("key-reason").textContent = reason;
+    byId("key").value = storedKey() ?? "";
+    dialog.returnValue = "cancel";
+    dialog.addEventListener("close", () => resolve(dialog.returnValue === "use"), { once: true });
+    dialog.showModal();
+  }).then((given) => {
+    if (given) storeKey(byId("key").value.trim());
+    byId("key").value = "";
+    asking = null;
+    return given;
+  });
+  return asking;
+}
+
+async function attempt(task) {
+  try {
+    await task();
+  } catch (error) {
+    byId("form-error").textContent = error.message;
+  }
+}
+
+onUnauthorised(askForKey);
+byId("key-button").addEventListener("click", async () => {
+  if (await askForKey("Sent with each request to this server.")) attempt(describeServer);
+});
+byId("controls").addEventListener("submit", (event) => {
+  event.preventDefault();
+  draw();
+});
+byId("class-random").addEventListener("click", () => attempt(randomClass));
+byId("clear").addEventListener("click", () => {
+  for (const strip of strips.filter(({ running }) => !running)) dropStrip(strip);
+  save(strips);
+  byId("sheet-title").focus();
+});
+document.addEventListener("visibilitychange", () => document.hidden || pollQueue());
+
+for (const strip of restore(makeStrip).reverse()) addStrip(strip);
+if (strips.length) loupe.show(strips[0], 0);
+attempt(describeServer);
+pollQueue();

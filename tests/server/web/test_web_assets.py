@@ -1,0 +1,82 @@
+"""The playground's files as a browser gets them: types, revalidation, size, and nothing from anywhere else."""
+
+from __future__ import annotations
+
+import re
+from email.message import Message
+
+import httpx
+import pytest
+
+from server.api.web import WEB_DIR
+
+FILES = sorted(path.name for path in WEB_DIR.iterdir())
+TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+# Names of XML vocabularies, which nobody fetches.
+NAMESPACES = {"http://www.w3.org/2000/svg"}
+LIMIT_BYTES = 60_000
+
+
+def media_type(answer: httpx.Response) -> str:
+    message = Message()
+    message["Content-Type"] = answer.headers["content-type"]
+    return message.get_content_type()
+
+
+def test_the_page_is_at_the_root(client: httpx.Client) -> None:
+    answer = client.get("/")
+    assert (answer.status_code, media_type(answer)) == (200, "text/html")
+    assert answer.content == (WEB_DIR / "index.html").read_bytes()
+    head = client.head("/")
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-length"] == str(len(answer.content))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_each_file_has_its_type_and_is_revalidated(client: httpx.Client, name: str) -> None:
+    answer = client.get(f"/web/{name}")
+    assert answer.status_code == 200
+    assert media_type(answer) == TYPES["." + name.rpartition(".")[2]]
+    assert answer.headers["cache-control"] == "no-cache"
+    assert answer.content == (WEB_DIR / name).read_bytes()
+    etag = answer.headers["etag"]
+    for known in (etag, f"W/{etag}", f'"other", {etag}', "*"):
+        again = client.get(f"/web/{name}", headers={"If-None-Match": known})
+        assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", etag)
+    assert client.get(f"/web/{name}", headers={"If-None-Match": '"other"'}).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/", "/web/app.js"])
+def test_browsers_are_told_to_run_the_servers_own_files_only(client: httpx.Client, path: str) -> None:
+    headers = client.get(path).headers
+    policy = headers.get_list("content-security-policy")
+    assert len(policy) == 1
+    assert policy[0].startswith("default-src 'self'; img-src 'self' blob: data:;")
+    assert "unsafe" not in policy[0]
+    assert headers.get_list("x-content-type-options") == ["nosniff"]
+
+
+@pytest.mark.parametrize(
+    "name", ["", "none.js", "..%2fsettings.py", "%2e%2e/api/web.py", "..%5capp.py", "index.html%00"]
+)
+def test_there_is_no_way_out_of_the_folder(client: httpx.Client, name: str) -> None:
+    answer = client.get(f"/web/{name}")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+
+
+def test_everything_is_small_and_local() -> None:
+    texts = {name: (WEB_DIR / name).read_text() for name in FILES}
+    assert sum(len(text.encode()) for text in texts.values()) < LIMIT_BYTES
+    for name, text in texts.items():
+        foreign = set(re.findall(r"https?://[^\s'\"`<>)]+", text)) - NAMESPACES
+        assert not foreign, f"{name} names {foreign}"
+        # A policy without 'unsafe-inline' blocks these without a word.
+        assert not re.search(r"<style|<script(?![^>]*\ssrc=)|\sstyle=|\son\w+=\"|javascript:", text), name
+
+
+def test_every_file_that_is_named_exists() -> None:
+    page = (WEB_DIR / "index.html").read_text()
+    named = set(re.findall(r'(?:src|href)="web/([^"]+)"', page))
+    for name in FILES:
+        named |= set(re.findall(r'from "\./([^"]+)"', (WEB_DIR / name).read_text()))
+    assert named | {"index.html"} == set(FILES)

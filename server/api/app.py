@@ -16,8 +16,8 @@ from server.api.errors import install_error_handlers
 from server.api.generate import generate_router
 from server.api.middleware import RequestContext
 from server.api.operations import operations_router
-from server.api.web import web_router
 from server.api.security import CORS, RequestLimits
+from server.api.web import web_router
 from server.engine import Engine
 from server.keys import KeyStore
 from server.settings import Settings

@@ -18,15 +18,8 @@ _MEDIA_TYPES = {
     ".css": "text/css; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-_HEADERS = {
-    # There is no build step that could put a version into file names, so browsers ask each time and mostly get 304.
-    "Cache-Control": "no-cache",
-    "Content-Security-Policy": (
-        "default-src 'self'; img-src 'self' blob: data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-    ),
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-}
+# There is no build step that could put a version into file names, so browsers ask each time and mostly get 304.
+_HEADERS = {"Cache-Control": "no-cache"}
 
 
 class _Asset:

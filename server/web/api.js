@@ -71,7 +71,7 @@ async function* events(body) {
   }
 }
 
-/** Draw; `on(name, data)` gets each event of the stream. Resolves to the data of the last one, `completed`. */
+/** Draw; `on(data)` gets each step and preview. Resolves to the data of the last event, `completed`. */
 export async function generate(body, { signal, on }) {
   const answer = await call("generate", {
     method: "POST",
@@ -82,7 +82,7 @@ export async function generate(body, { signal, on }) {
   for await (const [name, data] of events(answer.body)) {
     if (name === "error") throw new Problem(200, data.error);
     if (name === "image_generation.completed") return data;
-    on(name, data);
+    on(data);
   }
   throw new Problem(0, { code: "cut_off", message: "the connection ended before the picture was done" });
 }

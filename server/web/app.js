@@ -11,6 +11,7 @@ import { decodeBase64, Strip } from "./strip.js";
 const MAX_IN_FLIGHT = 4; // browsers open six connections to a server, and one strip holds one
 const MAX_STRIPS = 60;
 const LIST_LENGTH = 40;
+const PREVIEWS = 10;
 const QUEUE_POLL_MS = { busy: 1000, idle: 5000 };
 
 let info = null;
@@ -70,18 +71,24 @@ function sheetChanged() {
   byId("generate").textContent = underWay >= MAX_IN_FLIGHT ? `${underWay} under way` : "Generate";
 }
 
-/** Follow one strip's events; progress is spoken at its quarters only. */
+/** Takes the events of one strip; progress is spoken at its quarters only. */
 function follower(strip) {
   let spoken = 0;
-  return (name, data) => {
-    if (name === "image_generation.partial_image") strip.setPicture(data.image, decodeBase64(data.b64_json, data.output_format));
-    if (data.steps_done !== undefined) strip.setStep(data.image, data.steps_done, data.steps);
+  return (data) => {
+    if (data.b64_json) strip.setPicture(data.image, decodeBase64(data.b64_json, data.format));
+    strip.setStep(data.image, data.steps_done, data.steps);
     const quarter = Math.floor((4 * data.steps_done) / data.steps);
     if (data.image === 0 && quarter > spoken && quarter < 4) {
       spoken = quarter;
       announce(`${strip.name}: ${25 * quarter} percent`);
     }
   };
+}
+
+/** Some ten previews, whatever the number of steps. */
+function previewEvery(steps) {
+  const every = Math.round((steps ?? info?.defaults.steps ?? 0) / PREVIEWS);
+  return Math.min(Math.max(every, 1), 1000);
 }
 
 async function draw() {
@@ -97,7 +104,7 @@ async function draw() {
   announce(`drawing ${plural(strip.frames.length, "image")} of ${strip.name}`);
   pollQueue();
   try {
-    strip.finish(await generate(body, { signal: strip.abort.signal, on: follower(strip) }));
+    strip.finish(await generate({ ...body, preview_every: previewEvery(body.steps) }, { signal: strip.abort.signal, on: follower(strip) }));
     announce(`${strip.name} is done`);
     save(strips);
   } catch (error) {

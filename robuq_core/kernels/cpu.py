@@ -1,7 +1,8 @@
 """The op set on the native library (``native/*.c``): fused rotation and quantisation, 2-bit weights decoded in cache.
 
 Every output row comes from its own input row in one fixed order of operations: results do not depend on the number of
-rows or threads. Paths: ``avx2`` and ``plain`` (portable C), chosen at run time, or by ``ROBUQ_CPU_ISA``.
+rows or threads. Each backend object has its own thread pool: two run side by side. Paths: ``avx2`` and ``plain``
+(portable C), chosen at run time, or by ``ROBUQ_CPU_ISA``.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import weakref
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Literal, get_args
@@ -25,28 +27,29 @@ from robuq_core.quant.packing import planar_width
 Isa = Literal["avx2", "plain"]
 ISA_VARIABLE = "ROBUQ_CPU_ISA"
 
-# The native side's enumerations (native/robuq.h).
+# The native side's enumerations (native/robuq.h) and the number of its interface (native/module.c).
+_INTERFACE = 2
 _ISA_CODE: Mapping[Isa, int] = {"plain": 0, "avx2": 1}
 _NO_PROLOGUE, _MODULATE, _GELU, _SILU = range(4)
 
 _INT, _SIZE, _FLOAT, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _SIGNATURES = {
-    # isa, threads; x, rows, K; signs, H_base, base; prologue, shift, scale, rows per image, eps; B, r;
+    # backend; x, rows, K; signs, H_base, base; prologue, shift, scale, rows per image, eps; B, r;
     # step per mean|x|, midrise, lowest code, highest code; codes, scales, low rank
     "robuq_rotate_quantize": [
-        *(_INT, _INT, _POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _SIZE),
+        *(_POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _SIZE),
         *(_INT, _POINTER, _POINTER, _SIZE, _FLOAT, _POINTER, _SIZE),
         *(_FLOAT, _INT, _INT, _INT, _POINTER, _POINTER, _POINTER),
     ],
-    # isa, threads; codes, scales, low rank, rows, K; planar, alpha, bias, A, N, r; max |code|; y
+    # backend; codes, scales, low rank, rows, K; planar, alpha, bias, A, N, r; max |code|; y
     "robuq_ternary_linear": [
-        *(_INT, _INT, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE),
+        *(_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE),
         *(_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _INT, _POINTER),
     ],
-    # isa, threads; qkv, images, L, D, heads; quantized; out
-    "robuq_attention": [_INT, _INT, _POINTER, _SIZE, _SIZE, _SIZE, _SIZE, _INT, _POINTER],
-    # isa, threads; x, weight, bias, rows, K, N; y
-    "robuq_linear": [_INT, _INT, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER],
+    # backend; qkv, images, L, D, heads; quantized; out
+    "robuq_attention": [_POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _SIZE, _INT, _POINTER],
+    # backend; x, weight, bias, rows, K, N; y
+    "robuq_linear": [_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER],
 }
 
 
@@ -59,7 +62,7 @@ def load_library() -> ctypes.CDLL:
     """The native library with its signatures declared.
 
     Raises:
-        NativeUnavailableError: it is not built, or does not load.
+        NativeUnavailableError: it is not built, does not load, or is of another version of the source.
     """
     spec = importlib.util.find_spec("robuq_core.kernels._native")
     if spec is None or spec.origin is None:
@@ -71,9 +74,16 @@ def load_library() -> ctypes.CDLL:
         library = ctypes.CDLL(spec.origin)
     except OSError as error:
         raise NativeUnavailableError(f"the native CPU library {spec.origin} does not load: {error}") from error
+    if not hasattr(library, "robuq_interface") or library.robuq_interface() != _INTERFACE:
+        raise NativeUnavailableError(
+            f"the native CPU library {spec.origin} was built from another version of the source: "
+            "run `pip install -e .` again (or `python setup.py build_ext --inplace --force`)"
+        )
     for name, argument_types in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = argument_types, _INT
+    library.robuq_open.argtypes, library.robuq_open.restype = [_INT, _INT], _POINTER
+    library.robuq_close.argtypes, library.robuq_close.restype = [_POINTER], None
     return library
 
 
@@ -112,10 +122,13 @@ def _check(tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype
 
 
 class CpuBackend:
-    """See :class:`robuq_core.kernels.ops.Backend`. Calls from several Python threads are safe; they take turns.
+    """See :class:`robuq_core.kernels.ops.Backend`.
+
+    An object owns a thread pool, whose threads start with the first op and end with the object. Several Python threads
+    may call one object, in turns; the ops of two objects run at the same time. A forked child may go on using both.
 
     Args:
-        threads: the most that work on one op; ``None`` takes torch's number.
+        threads: the most that work on one op, the calling one among them; ``None`` takes torch's number.
         isa: ``avx2`` or ``plain``; ``None`` leaves the choice to :func:`choose_isa`.
 
     Raises:
@@ -132,10 +145,18 @@ class CpuBackend:
         if self.threads < 1:
             raise ValueError(f"threads must be at least 1, not {self.threads}")
         self.name = f"cpu-{self.isa}"
+        self._handle = self._library.robuq_open(_ISA_CODE[self.isa], self.threads)
+        if not self._handle:
+            raise MemoryError("no memory for a thread pool")
+        # At interpreter exit the process ends its threads itself: another Python thread may still be in an op.
+        weakref.finalize(self, self._library.robuq_close, self._handle).atexit = False
+
+    def __reduce__(self) -> tuple[type[CpuBackend], tuple[int, Isa]]:
+        return type(self), (self.threads, self.isa)  # a copy has its own pool
 
     def _call(self, function: str, *arguments: object) -> None:
         values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-        if getattr(self._library, function)(_ISA_CODE[self.isa], self.threads, *values):
+        if getattr(self._library, function)(self._handle, *values):
             raise MemoryError(f"{function}: no memory for its working buffers")
 
     def rotate_quantize(self, x: Tensor, layer: TernaryLayer, prologue: Prologue = None) -> Quantized:

@@ -27,6 +27,7 @@ enum {
     LINEAR_ROWS = 24,       /* rows and channels of a linear task */
     LINEAR_CHANNELS = 64,
     ALIGNMENT = 64,
+    MAX_THREADS = 256,
 };
 
 static inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -136,8 +137,16 @@ static inline size_t attention_carve(char *scratch, int64_t length, int64_t head
     return (size_t)(cursor - scratch);
 }
 
-/* Runs tasks 0..tasks-1 of `job` on at most `threads` threads, the caller among them; each thread owns `scratch_bytes`
- * of aligned scratch. Returns when all are done: 0, or -1 where there is no memory. Callers take turns. */
-int pool_run(int threads, int64_t tasks, size_t scratch_bytes, task_function *function, const void *job);
+struct pool;
+
+/* A pool of at most `threads` threads, the callers of its jobs among them; NULL where there is no memory. */
+struct pool *pool_create(int threads);
+
+/* No job of the pool may be running. */
+void pool_destroy(struct pool *pool);
+
+/* Runs tasks 0..tasks-1 of `job`; each thread owns `scratch_bytes` of aligned scratch. Returns when all are done: 0, or
+ * -1 where there is no memory. Callers of one pool take turns; pools run side by side. */
+int pool_run(struct pool *pool, int64_t tasks, size_t scratch_bytes, task_function *function, const void *job);
 
 #endif

@@ -146,7 +146,7 @@ def test_rows_are_byte_equal_alone_among_others_and_on_any_thread_count(backend:
             assert torch.equal(backend.attention(qkv[image : image + 1], 3, quantized)[0], attended[image])
 
 
-def test_calls_from_several_python_threads_take_turns(backend: CpuBackend) -> None:
+def test_calls_of_several_python_threads_on_one_object(backend: CpuBackend) -> None:
     layer, x = pack_layer(make_linear(96, 64, bits=2, rank=2)), tokens(50, 96)
     expected = backend.ternary_linear(backend.rotate_quantize(x, layer), layer)
 

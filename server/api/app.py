@@ -14,6 +14,7 @@ from server.api.auth import Authentication
 from server.api.catalog import Catalog
 from server.api.errors import install_error_handlers
 from server.api.generate import generate_router
+from server.api.intake import Intake
 from server.api.middleware import RequestContext
 from server.api.operations import operations_router
 from server.api.security import CORS, RequestLimits
@@ -38,8 +39,8 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         description="Images from a diffusion transformer with ternary weights and about 2-bit activations.",
         lifespan=lifespan,
     )
-    catalog = Catalog(settings.request_timeout_s)
-    app.include_router(generate_router(engine, settings, catalog), tags=["images"])
+    intake = Intake(engine, settings, Catalog(settings.request_timeout_s))
+    app.include_router(generate_router(intake), tags=["images"])
     app.include_router(operations_router(engine, settings), tags=["operations"])
     app.include_router(web_router())
     install_error_handlers(app)

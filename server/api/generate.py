@@ -11,15 +11,16 @@ from fastapi.responses import Response
 from pydantic import ValidationError
 from pydantic_core import to_json
 
-from server.api.catalog import Catalog, Model
+from server.api.catalog import Model
 from server.api.errors import ApiError, from_validation, invalid
-from server.api.generation import Generation
+from server.api.idempotency import fingerprint
+from server.api.intake import Intake
 from server.api.negotiation import choose_media_type
 from server.api.order import Order, make_order
-from server.api.responses import client_of, documented, headers_of, timing_headers
+from server.api.responses import documented, documented_headers, result_headers, stream_headers
 from server.api.schemas import GenerateRequest, GenerateResponse, allowed_values
 from server.api.streaming import COMPLETED, EVENT_STREAM, PARTIAL_IMAGE, STEP, stream_response
-from server.engine import IMAGE_FORMATS, Engine, Event, Preview, Result
+from server.engine import IMAGE_FORMATS, Event, Preview, Result
 from server.settings import Settings
 
 JSON = "application/json"
@@ -102,7 +103,7 @@ def _order(body: GenerateRequest, image_format: Any, model: Model, settings: Set
     return order
 
 
-def generate_router(engine: Engine, settings: Settings, catalog: Catalog) -> APIRouter:
+def generate_router(intake: Intake) -> APIRouter:
     """The route, bound to an engine."""
     router = APIRouter()
     binary = {"schema": {"type": "string", "format": "binary"}}
@@ -112,11 +113,10 @@ def generate_router(engine: Engine, settings: Settings, catalog: Catalog) -> API
             "model": GenerateResponse,
             "content": {f"image/{name}": binary for name in IMAGE_FORMATS}
             | {EVENT_STREAM: {"schema": {"type": "string"}}},
-            "headers": headers_of("X-Seed"),
+            "headers": documented_headers(),
         }
     }
-    schema = catalog.of(engine.sampler).schema
-    body_schema = {"requestBody": {"required": True, "content": {JSON: {"schema": schema}}}}
+    body_schema = {"requestBody": {"required": True, "content": {JSON: {"schema": intake.model.schema}}}}
 
     @router.post("/generate", responses=responses, openapi_extra=body_schema)
     async def generate(request: Request) -> Response:
@@ -139,17 +139,19 @@ def generate_router(engine: Engine, settings: Settings, catalog: Catalog) -> API
             # Pydantic parses the bytes itself: strict about JSON types, and safe against any nesting or encoding.
             body = GenerateRequest.model_validate_json(await request.body())
         except ValidationError as error:
-            raise from_validation(error, catalog.of(engine.sampler).schema) from None
+            raise from_validation(error, intake.model.schema) from None
         media_type, image_format = _choose_answer(request, body)
-        sampler = engine.sampler  # read once: it may be swapped at any time
-        order = _order(body, image_format, catalog.of(sampler), settings)
-        generation = Generation(engine, order, sampler, client_of(request))
+        generation = intake.take(
+            request,
+            lambda model: _order(body, image_format, model, intake.settings),
+            lambda: fingerprint("/generate", media_type, body.model_dump_json()),
+        )
         if body.stream:
-            return await stream_response(request, generation, _Narrator(order), {"X-Seed": str(order.seed)})
+            return await stream_response(request, generation, _Narrator(generation.order), stream_headers(generation))
         result = await generation.wait(request)
-        headers = timing_headers(result.timings) | {"X-Seed": str(order.seed)}
+        headers = result_headers(generation, result.timings)
         if media_type != JSON:
             return Response(result.images[0], media_type=media_type, headers=headers)
-        return Response(to_json(_answer(order, result)), media_type=JSON, headers=headers)
+        return Response(to_json(_answer(generation.order, result)), media_type=JSON, headers=headers)
 
     return router

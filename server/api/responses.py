@@ -1,11 +1,11 @@
-"""What the routes that draw have in common: who asks, headers of answers, and their description in OpenAPI."""
+"""What the answers of the routes that draw have in common: headers of answers, and their description in OpenAPI."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from fastapi import Request
-
+from server.api.generation import Generation
+from server.api.idempotency import REPLAYED_HEADER
 from server.api.schemas import ErrorResponse
 from server.engine import Timings
 
@@ -15,6 +15,7 @@ _HEADERS = {
     "x-inference-time": "Seconds of the steps.",
     "x-total-time": "Seconds in all.",
     "X-Seed": "The seed of the first image.",
+    REPLAYED_HEADER: "true if this Idempotency-Key has been answered before and this is that answer.",
 }
 _ERRORS = {
     400: "`invalid_request`: a field is missing, unknown or out of range",
@@ -31,25 +32,27 @@ _ERRORS = {
 }
 
 
-def client_of(request: Request) -> str:
-    """The name of the API key that the request came with; empty on an open server."""
-    client = request.scope.get("state", {}).get("client", "")
-    return str(client)
-
-
-def timing_headers(timings: Timings) -> dict[str, str]:
-    """Seconds, as the headers of every answer with images."""
+def result_headers(generation: Generation, timings: Timings) -> dict[str, str]:
+    """Headers of an answer with images; times in seconds."""
     return {
+        **stream_headers(generation),
         "x-queue-time": f"{timings.queue_s:.6f}",
         "x-inference-time": f"{timings.inference_s:.6f}",
         "x-total-time": f"{timings.total_s:.6f}",
     }
 
 
-def headers_of(*extra: str) -> dict[str, Any]:
+def stream_headers(generation: Generation) -> dict[str, str]:
+    """What is known before the images are."""
+    headers = {"X-Seed": str(generation.order.seed)}
+    if generation.replayed:
+        headers[REPLAYED_HEADER] = "true"
+    return headers
+
+
+def documented_headers() -> dict[str, Any]:
     """OpenAPI's description of the headers of an answer with images."""
-    names = ("X-Request-Id", "x-queue-time", "x-inference-time", "x-total-time", *extra)
-    return {name: {"description": _HEADERS[name], "schema": {"type": "string"}} for name in names}
+    return {name: {"description": text, "schema": {"type": "string"}} for name, text in _HEADERS.items()}
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:

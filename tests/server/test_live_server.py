@@ -16,10 +16,10 @@ from server.engine import Engine
 
 
 @contextmanager
-def raw_request(client: httpx.Client, body: dict[str, object]) -> Iterator[socket.socket]:
+def raw_request(client: httpx.Client, body: dict[str, object], headers: str = "") -> Iterator[socket.socket]:
     """A request on a socket of its own, whose answer nobody reads; the socket closes at the end."""
     content = json.dumps(body).encode()
-    head = f"POST /generate HTTP/1.1\r\nHost: test\r\nContent-Length: {len(content)}\r\n\r\n".encode()
+    head = f"POST /generate HTTP/1.1\r\nHost: test\r\n{headers}Content-Length: {len(content)}\r\n\r\n".encode()
     with socket.create_connection((client.base_url.host, client.base_url.port or 80)) as sock:
         sock.sendall(head + content)
         yield sock
@@ -154,7 +154,7 @@ def test_after_many_requests_a_third_of_them_cut_off_nothing_is_left() -> None:
 
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(one, range(150)))
-        until(lambda: engine.idle and engine._decoding == 0)
+        until(lambda: engine.idle and engine.images_decoding == 0)
         assert engine.requests_running == engine.requests_waiting == 0
         assert finished(engine, "completed") >= 100
         assert finished(engine, "error") == 0

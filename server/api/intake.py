@@ -1,0 +1,60 @@
+"""From a validated request to its generation: a new one within the client's budget, or that of its Idempotency-Key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fastapi import Request
+
+from server.api import idempotency
+from server.api.auth import current_client, image_budget
+from server.api.catalog import Catalog, Model
+from server.api.generation import Generation
+from server.api.order import Order
+from server.engine import Engine
+from server.engine.model import StepSampler
+from server.settings import Settings
+
+
+class Intake:
+    """What the routes that draw share."""
+
+    def __init__(self, engine: Engine, settings: Settings, catalog: Catalog) -> None:
+        self.engine = engine
+        self.settings = settings
+        self.catalog = catalog
+        self._replays = idempotency.Replays(settings.idempotency_ttl_s)
+
+    @property
+    def model(self) -> Model:
+        """Tables of the model that is served now; it may be swapped from one call to the next."""
+        return self.catalog.of(self.engine.sampler)
+
+    def take(
+        self, request: Request, make_order: Callable[[Model], Order], fingerprint: Callable[[], bytes] | None = None
+    ) -> Generation:
+        """The generation that answers ``request``, with one model from the order to the engine.
+
+        Args:
+            make_order: resolves the body against the model; called unless the request has been there before.
+            fingerprint: of what must be equal in a repeated request; None for routes without Idempotency-Key.
+
+        Raises:
+            ApiError: 409, 422, 429. NotReady, Overloaded: the engine does not take it.
+        """
+        client = current_client(request)
+        value = request.headers.get(idempotency.HEADER)
+        if value is None or fingerprint is None or not self.settings.idempotency_ttl_s:
+            return self._start(request, make_order, client)
+        key, mark = idempotency.checked_key(value), fingerprint()
+        generation = self._replays.find(client, key, mark)
+        if generation is None:
+            generation = self._start(request, make_order, client)
+            self._replays.begin(client, key, mark, generation)
+        return generation
+
+    def _start(self, request: Request, make_order: Callable[[Model], Order], client: str) -> Generation:
+        sampler: StepSampler = self.engine.sampler  # read once
+        order = make_order(self.catalog.of(sampler))
+        with image_budget(request, len(order.specs)):
+            return Generation(self.engine, order, sampler, client)

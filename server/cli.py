@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 from pathlib import Path
@@ -12,9 +13,17 @@ from pydantic import ValidationError
 
 from robuq_core.cli_support import reported
 from robuq_core.errors import UserError
+from server import keys_cli
+from server.keys import read_keys
 from server.settings import LogFormat, LogLevel, Settings
 
+logger = logging.getLogger(__name__)
+
+# Hosts that only this machine can reach.
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+app.add_typer(keys_cli.app, name="keys")
 
 _HELP = """Serve images of a packed checkpoint over HTTP.
 
@@ -26,8 +35,14 @@ Without options it serves the bundled checkpoint on http://127.0.0.1:8000:
     curl localhost:8000/generate -d '{"class_id": 207}' \\
         -H 'Accept: image/png' -o 207.png
 
-**GET /docs** describes every route; **/info** tells the model, its defaults and limits; **/metrics** is for Prometheus.
-**/health** is for a liveness probe, **/ready** for a readiness probe: it is green after warm-up.
+**/** is a page to draw with, **/openapi.json** describes every route, **/info** the model, its defaults and limits;
+**/metrics** is for Prometheus, **/health** for a liveness probe, **/ready** for a readiness probe: green after warm-up.
+
+Whoever reaches the port may draw. Before others do, make keys and start with **--api-keys-file**:
+
+    robuq-serve keys create alice --images-per-minute 60 --api-keys-file keys.json
+
+    robuq-serve --host 0.0.0.0 --api-keys-file keys.json
 
 SIGTERM drains: no new requests, those in flight end within --drain-timeout-s, exit code 0. A start-up failure exits
 with code 2 and one line on standard error; an engine that dies exits with code 1.
@@ -54,8 +69,9 @@ def load_settings(given: dict[str, Any]) -> Settings:
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         name = str(fault["loc"][0])
+        message = fault["msg"].removeprefix("Value error, ")
         option = "--" + name.replace("_", "-")
-        raise UserError(f"{option} (or ROBUQ_{name.upper()}): {fault['msg']}, got {fault['input']!r}") from None
+        raise UserError(f"{option} (or ROBUQ_{name.upper()}): {message}, got {fault['input']!r}") from None
 
 
 @app.callback(help=_HELP, invoke_without_command=True)
@@ -77,6 +93,7 @@ def main(
     stall_timeout_s: Annotated[float | None, _option("stall_timeout_s")] = None,
     decode_threads: Annotated[int | None, _option("decode_threads")] = None,
     max_body_bytes: Annotated[int | None, _option("max_body_bytes")] = None,
+    max_connections: Annotated[int | None, _option("max_connections")] = None,
     api_keys_file: Annotated[Path | None, _option("api_keys_file")] = None,
     checkpoint_dir: Annotated[Path | None, _option("checkpoint_dir")] = None,
     cors_origins: Annotated[list[str] | None, _option("cors_origins")] = None,
@@ -92,14 +109,18 @@ def main(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 
     # Imported here: --help and a wrong option need no torch.
-    from robuq_core.pipeline import Sampler
     from server.lifecycle import bind, serve
+    from server.loading import load_samplers
     from server.logging import configure_logging
 
     configure_logging(settings.log_level, settings.log_format)
+    if settings.api_keys_file is not None:
+        read_keys(settings.api_keys_file)  # before the checkpoint, so that a mistake is told at once
+    elif settings.host not in LOOPBACK:
+        logger.warning("open to whoever reaches this port: listening on %s without --api-keys-file", settings.host)
     with bind(settings.host, settings.port) as sock:
         try:
-            sampler = Sampler.from_checkpoint(settings.checkpoint, backend=settings.backend, threads=settings.threads)
+            samplers = load_samplers(settings.checkpoint, settings)
         except ValueError as error:
             raise UserError(str(error)) from error
-        raise typer.Exit(serve(sampler, settings, sock))
+        raise typer.Exit(serve(samplers, settings, sock))

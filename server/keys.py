@@ -110,24 +110,26 @@ def create_key(
     path: Path,
     name: str,
     *,
-    scopes: Sequence[Scope] = ("generate",),
+    scopes: Sequence[str] = ("generate",),
     requests_per_minute: int | None = None,
     images_per_minute: int | None = None,
 ) -> str:
     """Add a key to the file, which is made if it is missing, and return the key: it can never be read again.
 
     Raises:
-        UserError: the name is taken or not allowed, or the file cannot be read.
+        UserError: the name is taken or not allowed, a scope is unknown, or the file cannot be read.
     """
     key = KEY_PREFIX + secrets.token_urlsafe(_KEY_BYTES)
     try:
-        entry = ApiKey(
-            name=name,
-            sha256=hash_key(key),
-            scopes=tuple(dict.fromkeys(scopes)),
-            requests_per_minute=requests_per_minute,
-            images_per_minute=images_per_minute,
-            created=datetime.now(UTC).replace(microsecond=0),
+        entry = ApiKey.model_validate(
+            {
+                "name": name,
+                "sha256": hash_key(key),
+                "scopes": tuple(dict.fromkeys(scopes)),
+                "requests_per_minute": requests_per_minute,
+                "images_per_minute": images_per_minute,
+                "created": datetime.now(UTC).replace(microsecond=0),
+            }
         )
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]

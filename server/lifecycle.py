@@ -8,12 +8,14 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from types import FrameType
 
 import uvicorn
 
 from robuq_core.errors import UserError
 from server.api.app import create_app
+from server.api.connection import GuardedProtocol
 from server.engine import Engine
 from server.engine.create import create_engine
 from server.engine.model import StepSampler
@@ -77,14 +79,17 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def serve(sampler: StepSampler, settings: Settings, sock: socket.socket) -> int:
+def serve(samplers: Sequence[StepSampler], settings: Settings, sock: socket.socket) -> int:
     """Serve until told to end; the exit code."""
-    engine = create_engine([sampler], settings)
+    engine = create_engine(samplers, settings)
     config = uvicorn.Config(
         create_app(engine, settings),
         log_config=None,
         access_log=False,
         server_header=False,
+        http=GuardedProtocol,
+        ws="none",
+        limit_concurrency=settings.max_connections,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=DELIVERY_TIMEOUT_S,
     )
@@ -94,7 +99,7 @@ def serve(sampler: StepSampler, settings: Settings, sock: socket.socket) -> int:
         "serving on http://%s:%d",
         f"[{host}]" if ":" in host else host,
         port,
-        extra={"checkpoint": sampler.checkpoint_name, "backend": sampler.backend_name},
+        extra={"checkpoint": samplers[0].checkpoint_name, "backend": samplers[0].backend_name},
     )
     server.run(sockets=[sock])
     if engine.failure is not None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 # Images that one request may ask for; the queue must hold at least one such request.
 MAX_IMAGES = 16
@@ -51,13 +52,17 @@ class Settings(BaseSettings):
     )
     decode_threads: int = Field(2, ge=1, le=64, description="Threads that decode and encode images.")
     max_body_bytes: int = Field(65536, ge=1024, description="Longest request body; beyond it clients get 413.")
+    max_connections: int = Field(1000, ge=1, description="Most open connections; beyond it clients get 503.")
     api_keys_file: Path | None = Field(
         None, description="File of hashed API keys, made by robuq-serve keys; without it the server is open."
     )
     checkpoint_dir: Path | None = Field(
         None, description="Folder that POST /admin/checkpoint may load from; that of the first checkpoint if not given."
     )
-    cors_origins: tuple[str, ...] = Field((), description="Origins of other sites whose pages may call this server.")
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Origins of other sites whose pages may call this server, such as https://example.org; * for any.",
+    )
     idempotency_ttl_s: float = Field(
         600.0, ge=0, description="Seconds that an answer is kept for a repeated Idempotency-Key; 0 turns it off."
     )
@@ -66,3 +71,19 @@ class Settings(BaseSettings):
     )
     log_level: LogLevel = Field("info", description="Least severe log line: debug, info, warning or error.")
     log_format: LogFormat = Field("json", description="json (one object a line) or text.")
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _split(cls, origins: Any) -> Any:
+        """A variable holds several with spaces between them."""
+        return origins.split() if isinstance(origins, str) else origins
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        # A browser sends scheme, host and port alone, so that anything else here would never match.
+        for origin in origins:
+            parts = urlsplit(origin)
+            if origin != "*" and (not parts.scheme or not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}"):
+                raise ValueError(f"{origin!r} is no origin; write it like https://example.org, without a path")
+        return origins

@@ -22,12 +22,13 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# A short headless load test of a server that it starts itself; the report goes to loadtest/reports/.
+# A short headless load test of a server that it starts itself; the reports go to loadtest/reports/.
 loadtest: $(VENV)/.dev
 	mkdir -p loadtest/reports
-	$(BIN)/robuq-serve --port $(PORT) & server=$$!; trap "kill $$server" EXIT; \
-	$(BIN)/locust -f loadtest --headless --users 8 --spawn-rate 4 --run-time 30s \
-	    --host http://127.0.0.1:$(PORT) --html loadtest/reports/latest.html
+	$(BIN)/robuq-serve --port $(PORT) --log-level warning & server=$$!; trap "kill $$server" EXIT; \
+	$(BIN)/locust -f loadtest --headless --users 8 --spawn-rate 4 --run-time 30s --only-summary \
+	    --host http://127.0.0.1:$(PORT) --html loadtest/reports/latest.html && \
+	$(BIN)/python -m loadtest.open_loop --host http://127.0.0.1:$(PORT) --rate 2,5,10 --duration 10
 
 clean:
 	rm -rf $(VENV) build *.egg-info robuq_core/kernels/*.so

@@ -1,0 +1,243 @@
+"""Open-loop load: requests arrive at random times whether or not the server keeps up, as those of strangers do.
+
+    python -m loadtest.open_loop --host http://127.0.0.1:8000 --rate 5,10,20 --duration 20
+
+Arrivals are a Poisson process from a seed. A request's latency counts from the time it was scheduled to be sent at, so
+a server, or a generator, that falls behind cannot hide it (no coordinated omission). Nothing but the length of the test
+bounds the requests in flight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import numpy as np
+import typer
+from numpy.typing import NDArray
+
+from loadtest.workload import Workload
+from robuq_core.errors import UserError
+from robuq_core.files import replacing
+
+NO_ANSWER = 0  # in place of a status: the connection failed
+
+# Sends request number i and returns the status of its answer.
+Send = Callable[[int], Awaitable[int]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One request; seconds since the start of the test."""
+
+    scheduled_s: float
+    sent_s: float
+    ended_s: float
+    status: int
+
+    @property
+    def latency_s(self) -> float:
+        return self.ended_s - self.scheduled_s
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One rate. Latencies are those of the requests that were served (status 200), in seconds.
+
+    Args:
+        offered: requests a second that were scheduled.
+        served: requests a second that were served, until the last answer.
+        lag_s: how late the generator itself sent a request at worst; well below the latencies, or they mean little.
+    """
+
+    offered: float
+    served: float
+    requests: int
+    statuses: dict[str, int]
+    mean_s: float
+    p50_s: float
+    p90_s: float
+    p99_s: float
+    max_s: float
+    lag_s: float
+
+
+def poisson_arrivals(rate: float, duration_s: float, seed: int) -> NDArray[np.float64]:
+    """Times in ``[0, duration_s)``, ascending, of a Poisson process of ``rate`` events a second; float64 ``[n]``."""
+    if not (rate > 0 and duration_s > 0):
+        raise ValueError(f"rate and duration must be above 0, not {rate:g} and {duration_s:g}")
+    rng = np.random.default_rng(seed)
+    gaps: list[NDArray[np.float64]] = []
+    total = 0.0
+    while total < duration_s:
+        gaps.append(rng.exponential(1 / rate, size=int(rate * duration_s) + 16))
+        total += float(gaps[-1].sum())
+    times = np.cumsum(np.concatenate(gaps))
+    return times[times < duration_s]
+
+
+async def offer(send: Send, arrivals: Iterable[float]) -> list[Outcome]:
+    """Call ``send(i)`` at each time of ``arrivals``, waiting for none of them; their outcomes in that order."""
+    began = time.perf_counter()
+
+    async def one(number: int, scheduled_s: float) -> Outcome:
+        sent_s = time.perf_counter() - began
+        status = await send(number)
+        return Outcome(scheduled_s, sent_s, time.perf_counter() - began, status)
+
+    tasks = []
+    for number, scheduled_s in enumerate(arrivals):
+        await asyncio.sleep(max(0.0, float(scheduled_s) - (time.perf_counter() - began)))
+        tasks.append(asyncio.create_task(one(number, float(scheduled_s))))
+    return list(await asyncio.gather(*tasks))
+
+
+def summarise(outcomes: Sequence[Outcome], duration_s: float) -> Summary:
+    """Figures of one rate whose arrivals took ``duration_s``."""
+    served = np.array([outcome.latency_s for outcome in outcomes if outcome.status == 200])
+    quantiles = np.quantile(served, [0.5, 0.9, 0.99, 1.0]) if len(served) else np.full(4, np.nan)
+    ended_s = max([duration_s, *(outcome.ended_s for outcome in outcomes)])
+    statuses = Counter("no answer" if o.status == NO_ANSWER else str(o.status) for o in outcomes)
+    return Summary(
+        offered=len(outcomes) / duration_s,
+        served=len(served) / ended_s,
+        requests=len(outcomes),
+        statuses=dict(sorted(statuses.items())),
+        mean_s=float(served.mean()) if len(served) else float("nan"),
+        p50_s=float(quantiles[0]),
+        p90_s=float(quantiles[1]),
+        p99_s=float(quantiles[2]),
+        max_s=float(quantiles[3]),
+        lag_s=max((outcome.sent_s - outcome.scheduled_s for outcome in outcomes), default=0.0),
+    )
+
+
+def http_sender(
+    client: httpx.AsyncClient, bodies: Sequence[dict[str, Any]], answers: dict[int, bytes] | None = None
+) -> Send:
+    """POSTs ``bodies[i]`` to ``/generate``; ``answers`` collects what was served, to be checked after the test."""
+
+    async def send(number: int) -> int:
+        try:
+            response = await client.post("/generate", json=bodies[number])
+        except httpx.HTTPError:
+            return NO_ANSWER
+        if answers is not None and response.status_code == 200:
+            answers[number] = response.content
+        return response.status_code
+
+    return send
+
+
+async def run_rate(host: str, rate: float, duration_s: float, seed: int, workload: Workload) -> Summary:
+    """One rate against a server, every answer checked.
+
+    Raises:
+        UserError: an answer does not hold what was asked for.
+    """
+    arrivals = poisson_arrivals(rate, duration_s, seed)
+    bodies = [workload.mixed() for _ in arrivals]
+    answers: dict[int, bytes] = {}
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
+    async with httpx.AsyncClient(base_url=host, timeout=None, limits=limits) as client:
+        outcomes = await offer(http_sender(client, bodies, answers), arrivals)
+    for number, answer in answers.items():
+        try:
+            workload.check(bodies[number], json.loads(answer))
+        except (KeyError, ValueError, OSError) as error:
+            raise UserError(f"{host}: bad answer to {bodies[number]}: {error!r}") from error
+    return summarise(outcomes, duration_s)
+
+
+def plot(series: dict[str, list[Summary]], path: Path, *, title: str) -> None:
+    """Latency against load, a line for p50 and one for p99 of each series; the format by the suffix of ``path``."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for name, summaries in series.items():
+        offered = [summary.offered for summary in summaries]
+        (line,) = axes.plot(offered, [summary.p99_s for summary in summaries], marker="o", label=f"{name}, p99")
+        p50 = [summary.p50_s for summary in summaries]
+        axes.plot(offered, p50, marker="o", linestyle="--", color=line.get_color(), label=f"{name}, p50")
+    axes.set(xlabel="offered load, requests a second", ylabel="latency, seconds", yscale="log", title=title)
+    axes.grid(visible=True, which="both", alpha=0.25)
+    axes.legend()
+    with replacing(path) as part:
+        figure.savefig(part, format=path.suffix.removeprefix("."), dpi=150)
+    pyplot.close(figure)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        rates = [float(part) for part in text.split(",")]
+    except ValueError:
+        rates = [0.0]
+    if min(rates) <= 0:
+        raise UserError(f"--rate: requests a second above 0, comma-separated, such as 5,10,20; got {text!r}")
+    return rates
+
+
+def _fetch_info(host: str) -> dict[str, Any]:
+    try:
+        response = httpx.get(f"{host}/info", timeout=10)
+        response.raise_for_status()
+    except httpx.HTTPError as error:
+        raise UserError(f"--host {host}: no usable /info: {error}; is robuq-serve running there?") from error
+    return dict(response.json())
+
+
+def main(
+    host: Annotated[str, typer.Option(help="Server to load.")] = "http://127.0.0.1:8000",
+    rate: Annotated[str, typer.Option(help="Requests a second, comma-separated.")] = "5,10,20",
+    duration: Annotated[float, typer.Option(help="Seconds of arrivals at each rate.", min=1)] = 20.0,
+    steps: Annotated[str, typer.Option(help="Step counts to draw from, comma-separated.")] = "4,10,20,50",
+    seed: Annotated[int, typer.Option(help="Of arrivals and bodies.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder of open-loop.json, .png and .svg.")] = Path("loadtest/reports"),
+) -> None:
+    """Measure latency against load with Poisson arrivals."""
+    rates, info = _numbers(rate), _fetch_info(host)
+    counts = [int(count) for count in _numbers(steps)]
+    summaries = []
+    for number, each in enumerate(rates):
+        workload = Workload(info, counts, rng=random.Random(seed + number))
+        summaries.append(asyncio.run(run_rate(host, each, duration, seed + number, workload)))
+        typer.echo(describe(summaries[-1]))
+    out.mkdir(parents=True, exist_ok=True)
+    report = {"host": host, "duration_s": duration, "seed": seed, "step_counts": counts}
+    with replacing(out / "open-loop.json") as part:
+        part.write_text(json.dumps(report | {"rates": [as_json(each) for each in summaries]}, indent=2) + "\n")
+    for suffix in ("png", "svg"):
+        plot({"served": summaries}, out / f"open-loop.{suffix}", title="Latency from the scheduled arrival")
+    typer.echo(f"written to {out}/open-loop.json, .png and .svg")
+
+
+def as_json(summary: Summary) -> dict[str, Any]:
+    """Its fields; null for a latency when nothing was served."""
+    return {name: None if value != value else value for name, value in asdict(summary).items()}
+
+
+def describe(summary: Summary) -> str:
+    """One line."""
+    statuses = ", ".join(f"{count} x {status}" for status, count in summary.statuses.items())
+    return (
+        f"offered {summary.offered:.1f}/s, served {summary.served:.1f}/s: p50 {summary.p50_s:.3f} s, "
+        f"p90 {summary.p90_s:.3f} s, p99 {summary.p99_s:.3f} s, max {summary.max_s:.3f} s ({statuses}; "
+        f"sent at most {summary.lag_s:.3f} s late)"
+    )
+
+
+if __name__ == "__main__":
+    from robuq_core.cli_support import reported
+
+    typer.run(reported(main))

@@ -38,7 +38,7 @@ function makeStrip(request, label) {
       loupe.show(strip, index);
       bringIntoView(byId("loupe"));
     },
-    onChange: () => loupe.changed(strip),
+    onChange: (changed) => loupe.changed(changed),
   });
   return strip;
 }

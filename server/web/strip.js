@@ -36,7 +36,7 @@ export function sharpen(image) {
 export class Strip {
   /**
    * `request` is the body that was sent; `label` names its class until the server does. `onSelect(index)` is called
-   * for a click on a frame, `onChange()` after each change.
+   * for a click on a frame, `onChange(strip)` after each change.
    */
   constructor(request, label, { onSelect, onChange }) {
     const count = Math.min(Math.max(Math.trunc(request.num_images ?? 1), 1), 64) || 1;
@@ -128,7 +128,7 @@ export class Strip {
     }
     this.node.dataset.state = this.state;
     this.node.setAttribute("aria-busy", String(this.running));
-    this.onChange();
+    this.onChange(this);
   }
 
   select(index) {

@@ -50,20 +50,28 @@ class Metrics:
         self.decode_duration = histogram("decode_duration_seconds", "Decoding and encoding one image.")
         self.batch_rows = Histogram(
             "robuq_batch_rows",
-            "Rows in one forward.",
+            "Rows of the model in one forward; an image with guidance takes two.",
             buckets=_batch_buckets(max_batch_rows),
             registry=registry,
         )
+        self._weight_bytes = Gauge("robuq_model_weight_bytes", "Bytes of the weights in memory.", registry=registry)
+        self._info = Info("robuq", "The server and its model.", registry=registry)
         memory = Gauge("robuq_process_resident_memory_bytes", "Resident memory of the server.", registry=registry)
         process = psutil.Process()
         memory.set_function(lambda: process.memory_info().rss)
 
+    def observe_step(self, rows: int, seconds: float) -> None:
+        """One forward of ``rows`` rows of the model, for requests; those of a warm-up are not counted."""
+        self.engine_steps.inc()
+        self.step_duration.observe(seconds)
+        self.batch_rows.observe(rows)
+
     def describe_model(
         self, *, checkpoint: str, backend: str, average_activation_bits: float, weight_bytes: int
     ) -> None:
-        """Set what does not change while a checkpoint is served."""
-        Gauge("robuq_model_weight_bytes", "Bytes of the weights in memory.", registry=self.registry).set(weight_bytes)
-        Info("robuq", "The server and its model.", registry=self.registry).info(
+        """Set what does not change while a checkpoint is served; called again when another one is."""
+        self._weight_bytes.set(weight_bytes)
+        self._info.info(
             {
                 "version": robuq_core.__version__,
                 "checkpoint": checkpoint,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from server.engine.loop import Engine
+from server.engine.engine import Engine
 from server.engine.model import StepSampler
 from server.metrics import Metrics
 from server.settings import Settings

@@ -52,6 +52,13 @@ class FakeSampler:
         self.num_classes = len(class_names)
         self.on_step = on_step
 
+    def replica(self, **_: object) -> FakeSampler:
+        """Another one like it."""
+        return FakeSampler(self.step_s, image_size=self.image_size, class_names=self.class_names, on_step=self.on_step)
+
+    def warm_up_rows(self, max_rows: int) -> tuple[int, ...]:
+        return tuple(sorted({1, max_rows}))
+
     def start(self, spec: RowSpec) -> FakeRow:
         return FakeRow(spec)
 
@@ -63,7 +70,15 @@ class FakeSampler:
         for row in rows:
             row.steps_done += 1
 
+    def estimate(self, row: FakeRow) -> tuple[RowSpec, int]:
+        return row.spec, row.steps_done
+
     def decode(self, row: FakeRow) -> np.ndarray:
-        spec = row.spec
-        rng = np.random.default_rng([spec.class_id, spec.seed, spec.steps, int(spec.guidance_scale * 1e6)])
+        return self._noise(row.spec, row.spec.steps)
+
+    def decode_estimate(self, estimate: tuple[RowSpec, int]) -> np.ndarray:
+        return self._noise(*estimate)
+
+    def _noise(self, spec: RowSpec, steps_done: int) -> np.ndarray:
+        rng = np.random.default_rng([spec.class_id, spec.seed, steps_done, int(spec.guidance_scale * 1e6)])
         return rng.integers(0, 256, (self.image_size, self.image_size, 3), dtype=np.uint8)

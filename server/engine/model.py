@@ -10,7 +10,12 @@ import numpy as np
 from robuq_core.config import SamplerConfig
 from robuq_core.pipeline import RowSpec
 
-__all__ = ["Row", "RowSpec", "StepSampler"]
+__all__ = ["Row", "RowSpec", "StepSampler", "rows_of"]
+
+
+def rows_of(spec: RowSpec) -> int:
+    """Rows of the model that an image takes in a step: with guidance one more, without a class."""
+    return 1 if spec.guidance_scale == 1 else 2
 
 
 class Row(Protocol):
@@ -26,7 +31,8 @@ class Row(Protocol):
 class StepSampler(Protocol):
     """The model side of the engine; ``robuq_core.pipeline.Sampler`` is one.
 
-    ``start`` and ``step`` are called from the engine's thread alone, ``decode`` from several at once.
+    ``start``, ``step`` and ``estimate`` are called from one thread at a time; ``decode`` and ``decode_estimate`` from
+    several at once.
     """
 
     @property
@@ -46,6 +52,9 @@ class StepSampler(Protocol):
     @property
     def weight_bytes(self) -> int: ...
 
+    def warm_up_rows(self, max_rows: int) -> tuple[int, ...]:
+        """Sizes, in rows of the model, ascending, that a forward should have seen before the first request."""
+
     def start(self, spec: RowSpec) -> Any: ...
 
     def step(self, rows: Sequence[Any]) -> None:
@@ -53,3 +62,9 @@ class StepSampler(Protocol):
 
     def decode(self, row: Any) -> np.ndarray:
         """Pixels of a finished row, uint8 ``[H, W, 3]``."""
+
+    def estimate(self, row: Any) -> Any:
+        """A cheap snapshot of the picture that the model sees in a row at its latest step."""
+
+    def decode_estimate(self, estimate: Any) -> np.ndarray:
+        """Pixels of an estimate, uint8 ``[H, W, 3]``."""

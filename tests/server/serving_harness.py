@@ -29,7 +29,7 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-def spec(seed: int = 0, steps: int = 3, class_id: int = 0, guidance_scale: float = 1.5) -> RowSpec:
+def spec(seed: int = 0, steps: int = 3, class_id: int = 0, guidance_scale: float = 1.0) -> RowSpec:
     return RowSpec(class_id, seed, steps, guidance_scale, "ddim")
 
 

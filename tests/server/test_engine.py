@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from server.engine.create import create_engine
 from server.engine.errors import Cancelled
 from server.engine.fake import FakeRow
 from server.engine.images import encode_image
+from server.engine.supervisor import MAX_RESTARTS
 
 
 def counter(engine: object, name: str, **labels: str) -> float:
@@ -77,7 +79,7 @@ def test_rows_that_moved_before_the_fault_are_not_stepped_twice() -> None:
     def fail_once_midway(rows: object) -> None:
         if len(rows) > 1 and next(faults, False):  # type: ignore[arg-type]
             rows[0].steps_done += 1  # type: ignore[index]
-            raise MemoryError
+            raise RuntimeError
 
     with running_engine(sampler) as engine:
         sampler.on_step = fail_once_midway
@@ -124,10 +126,10 @@ def test_cancelled_rows_are_gone_at_the_next_step() -> None:
 
 def test_cancel_while_waiting_and_after_the_end() -> None:
     sampler = WatchedSampler()
-    with running_engine(sampler, max_batch_rows=1) as engine:
+    with running_engine(sampler, max_batch_rows=2) as engine:
         sampler.hold()
-        first = engine.submit([spec(seed=1)], "png")
-        waiting = engine.submit([spec(seed=2)], "png")
+        first = engine.submit([spec(seed=1, guidance_scale=1.5)], "png")
+        waiting = engine.submit([spec(seed=2, guidance_scale=1.5)], "png")
         until(lambda: len(sampler.batches) == 1)
         assert (engine.requests_running, engine.requests_waiting) == (1, 1)
         engine.cancel(waiting, "timeout")
@@ -164,9 +166,9 @@ def test_a_slow_decoder_holds_admission_back() -> None:
     with running_engine(sampler, max_batch_rows=2, max_queue_images=64) as engine:
         sampler.decode = slow  # type: ignore[method-assign]
         jobs = [engine.submit([spec(seed=s, steps=1)], "png") for s in range(20)]
-        until(lambda: engine._decoding >= 4)
+        until(lambda: engine.images_decoding >= 4)
         threading.Event().wait(0.05)
-        assert engine._decoding <= 6  # twice the batch, and the batch that was under way
+        assert engine.images_decoding <= 6  # twice the batch, and the batch that was under way
         gate.set()
         assert all(outcome(job) is None for job in jobs)
 
@@ -211,7 +213,28 @@ def test_a_stalled_step_shows_and_passes() -> None:
         until(lambda: engine.status == "ready")
 
 
-def test_a_dead_loop_shows_and_strands_nobody() -> None:
+def test_a_dead_loop_is_restarted_and_what_waits_is_kept() -> None:
+    sampler = WatchedSampler()
+
+    def die(rows: Sequence[FakeRow]) -> None:
+        if any(row.spec.seed == 13 for row in rows):
+            raise SystemExit("gone")
+
+    with running_engine(sampler, max_batch_rows=2) as engine:
+        sampler.hold()
+        sampler.on_step = die
+        fatal = engine.submit([spec(seed=13)], "png")
+        beside = engine.submit([spec(seed=1)], "png")
+        assert sampler.entered.acquire(timeout=WAIT_S)
+        waiting = [engine.submit([spec(seed=s)], "png") for s in (2, 3)]
+        sampler.release()
+        assert isinstance(outcome(fatal), GenerationFailed)
+        assert outcome(beside) is None or isinstance(outcome(beside), GenerationFailed)
+        assert [outcome(job) for job in waiting] == [None, None]
+        assert engine.status == "ready"
+
+
+def test_a_loop_that_dies_again_and_again_fails_and_strands_nobody() -> None:
     sampler = WatchedSampler()
     with running_engine(sampler) as engine:
 
@@ -219,9 +242,11 @@ def test_a_dead_loop_shows_and_strands_nobody() -> None:
             raise SystemExit("gone")
 
         sampler.on_step = die
-        job = engine.submit([spec()], "png")
-        assert isinstance(outcome(job), NotReady)
-        assert engine.status == "failed"
+        for _ in range(MAX_RESTARTS):
+            assert isinstance(outcome(engine.submit([spec()], "png")), GenerationFailed)
+        last = engine.submit([spec()], "png")
+        assert isinstance(outcome(last), GenerationFailed)
+        until(lambda: engine.status == "failed")
         assert isinstance(engine.failure, SystemExit)
         with pytest.raises(NotReady, match="failed"):
             engine.submit([spec()], "png")
@@ -229,7 +254,7 @@ def test_a_dead_loop_shows_and_strands_nobody() -> None:
 
 def test_our_own_fault_in_the_loop_costs_one_batch_not_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     with running_engine(WatchedSampler()) as engine:
-        monkeypatch.setattr(engine, "_step_isolated", lambda rows: 1 / 0)
+        monkeypatch.setattr(engine._replicas[0].stepper, "step", lambda *_: 1 / 0)
         assert isinstance(outcome(engine.submit([spec()], "png")), GenerationFailed)
         monkeypatch.undo()
         assert outcome(engine.submit([spec()], "png")) is None
@@ -245,7 +270,7 @@ def test_warm_up_comes_before_ready_and_its_failure_shows() -> None:
         engine.submit([spec()], "png")
     sampler.release()
     until(lambda: engine.status == "ready")
-    assert [len(batch) for batch in sampler.batches] == [1, 4]
+    assert [len(batch) for batch in sampler.batches] == [1, 1, 2, 2]  # 1 and 4 rows, twice; guided images take 2
     engine.stop()
 
     sampler = WatchedSampler()
@@ -274,7 +299,7 @@ def test_many_requests_from_many_threads_leave_nothing_behind() -> None:
         for thread in threads:
             thread.join(WAIT_S)
         assert outcomes == [True] * 160
-        until(lambda: engine.idle and engine._decoding == 0)
+        until(lambda: engine.idle and engine.images_decoding == 0)
         assert counter(engine, "robuq_requests_running") == counter(engine, "robuq_requests_waiting") == 0
-        assert engine._scheduler.running_rows == engine._scheduler.waiting_images == 0
+        assert engine._ledger.rows_to_step == engine._ledger.mean_image_cost == engine._generation.jobs == 0
     assert max(map(len, sampler.batches)) <= 4

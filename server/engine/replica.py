@@ -1,0 +1,238 @@
+"""One copy of the model: a thread that takes the next rows, steps them, and hands finished ones on."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from typing import Any, NamedTuple
+
+from server.engine.delivery import Delivery
+from server.engine.events import StepDone
+from server.engine.job import Job
+from server.engine.ledger import Ledger
+from server.engine.model import StepSampler
+from server.engine.stepping import Stepper
+from server.engine.warm_up import WarmUp
+from server.scheduler import StepTimeCurve
+
+logger = logging.getLogger(__name__)
+
+
+class _Part(NamedTuple):
+    """What of a step one sampler runs; during a hot swap there are two."""
+
+    sampler: StepSampler
+    curve: StepTimeCurve
+    images: list[tuple[Job, int]]
+
+
+class _Entry(NamedTuple):
+    job: Job
+    image: int
+    row: Any
+
+
+class Replica:
+    """Runs on the sampler number ``number`` of each generation.
+
+    Args:
+        max_batch_rows: most rows of the model in one forward.
+        target_step_s: keep batches so small that a step takes at most this; None for no limit.
+        stall_timeout_s: a forward that takes longer makes the replica stalled until it returns.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        ledger: Ledger,
+        delivery: Delivery,
+        *,
+        max_batch_rows: int,
+        target_step_s: float | None,
+        stall_timeout_s: float,
+    ) -> None:
+        self.number = number
+        self.stepper = Stepper(max_batch_rows, ledger.clock)
+        self.warm_up: WarmUp | None = None
+        self.curve: StepTimeCurve | None = None  # of the generation that takes new requests
+        self.peers = 1  # replicas that share the work, this one among them
+        self.jobs_in_step: list[Job] = []
+        self.death: BaseException | None = None  # what its thread died of
+        self._ledger = ledger
+        self._delivery = delivery
+        self._target_step_s = target_step_s
+        self._stall_timeout_s = stall_timeout_s
+        self._thread: threading.Thread | None = None
+
+    # Asked and told by other threads.
+
+    @property
+    def stalled(self) -> bool:
+        return self.stepper.running_s() > self._stall_timeout_s
+
+    @property
+    def dead(self) -> bool:
+        """Its thread has ended though the engine has not."""
+        return self._thread is not None and not self._thread.is_alive()
+
+    def start(self) -> None:
+        """Begin, or begin again after a death."""
+        self.death = None
+        self.stepper.step_began = None
+        self._thread = threading.Thread(target=self._live, name=f"replica-{self.number}", daemon=True)
+        self._thread.start()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the thread's end; whether it came."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        return self._thread is None or not self._thread.is_alive()
+
+    # The loop.
+
+    def _live(self) -> None:
+        try:
+            while (parts := self._next_parts()) is not None:
+                for part in parts:
+                    self._run_part(part)
+                self.jobs_in_step = []
+                if self.warm_up is not None:
+                    self._warm_up(self.warm_up)
+        except BaseException as error:
+            self.death = error
+            logger.critical("replica %d has died", self.number, exc_info=True)
+        finally:
+            with self._ledger.lock:
+                self._ledger.alarm.notify()
+
+    def _next_parts(self) -> list[_Part] | None:
+        """Wait for work; the next step, or None when the engine has been closed."""
+        ledger = self._ledger
+        with ledger.lock:
+            while not ledger.closed:
+                now = ledger.clock()
+                keys = ledger.scheduler.schedule(
+                    self.number, self._max_rows_locked(), now, admit=self._delivery.has_room
+                )
+                if keys or self.warm_up is not None:
+                    images = [(ledger.jobs[key.request_id], key.image) for key in keys]
+                    self.jobs_in_step = [job for job, _ in images]
+                    return self._divide(images)
+                wake_at = ledger.scheduler.wake_at(now)
+                # An expired request is the supervisor's; until it is gone wake_at lies in the past.
+                ledger.work.wait(max(0.001, wake_at - now) if wake_at < math.inf else None)
+        return None
+
+    def _max_rows_locked(self) -> int:
+        """Rows of the model that this replica's batch may have."""
+        scheduler = self._ledger.scheduler
+        rows = self.stepper.budget.rows
+        if self.peers > 1:
+            # An image that waits is better off on a replica that has less to do.
+            rows = min(rows, math.ceil(self._ledger.rows_to_step / self.peers))
+        if self._target_step_s is not None and scheduler.waiting_images and self.curve is not None:
+            rows = self.curve.rows_within(self._target_step_s, rows)
+        return rows
+
+    def _divide(self, images: list[tuple[Job, int]]) -> list[_Part]:
+        parts: dict[int, _Part] = {}
+        for job, image in images:
+            part = parts.get(id(job.generation))
+            if part is None:
+                generation = job.generation
+                part = parts[id(generation)] = _Part(
+                    generation.samplers[self.number], generation.curves[self.number], []
+                )
+            part.images.append((job, image))
+        return list(parts.values())
+
+    def _run_part(self, part: _Part) -> None:
+        try:
+            self._step(part)
+        except Exception as error:
+            # Not a fault of a row (those are caught beneath), so it is ours: the rows go, the loop stays.
+            for job, _ in part.images:
+                self._ledger.fail(job, error)
+
+    def _step(self, part: _Part) -> None:
+        """One step: start the rows that are new, run the forward, hand the finished ones to the decoders."""
+        ledger = self._ledger
+        batch = self._started(part)
+        if not batch:
+            return
+        began = ledger.clock()
+        faulty = self.stepper.step(part.sampler, [e.row for e in batch], [e.job.rows_per_image for e in batch])
+        ended = ledger.clock()
+        forwards = self.stepper.take_measured()
+        for position, error in faulty.items():
+            ledger.fail(batch[position].job, error)
+        finished: list[_Entry] = []
+        watched: list[_Entry] = []
+        first_steps: list[Job] = []
+        with ledger.lock:
+            for rows, seconds in forwards:
+                part.curve.observe(rows, seconds)
+            for entry in batch:
+                job = entry.job
+                if job.id not in ledger.jobs:
+                    continue  # cancelled or failed during the step
+                if job.first_step_at is None:
+                    job.first_step_at = began
+                    first_steps.append(job)
+                if job.on_event is not None:
+                    watched.append(entry)
+                if entry.row.done:
+                    del job.rows[entry.image]
+                    job.last_step_at = ended
+                    ledger.stepped_locked(job, entry.image)
+                    finished.append(entry)
+            self._delivery.pending += len(finished)
+        for rows, seconds in forwards:
+            ledger.metrics.observe_step(rows, seconds)
+        for job in first_steps:
+            ledger.metrics.queue_time.observe(began - job.submitted_at)
+            ledger.metrics.time_to_first_step.observe(ended - job.submitted_at)
+        for entry in watched:
+            self._tell(entry, part.sampler)
+        for entry in finished:
+            self._delivery.deliver(entry.job, entry.image, entry.row, part.sampler)
+
+    def _started(self, part: _Part) -> list[_Entry]:
+        batch: list[_Entry] = []
+        for job, image in part.images:
+            row = job.rows.get(image)
+            if row is None:
+                try:
+                    row = job.rows[image] = part.sampler.start(job.specs[image])
+                except Exception as error:
+                    self._ledger.fail(job, error)
+                    continue
+            batch.append(_Entry(job, image, row))
+        return batch
+
+    def _tell(self, entry: _Entry, sampler: StepSampler) -> None:
+        """The events of a step; a preview is left out while the one before is under way or decoders are behind."""
+        job, image, row = entry
+        self._delivery.tell(job, StepDone(image, row.steps_done, job.specs[image].steps))
+        if not job.preview_every or row.done or row.steps_done % job.preview_every:
+            return
+        if image in job.previews_under_way or not self._delivery.has_room:
+            return
+        try:
+            estimate = sampler.estimate(row)
+        except Exception:
+            logger.warning("a preview failed", exc_info=True, extra={"request_id": job.request_id})
+            return
+        job.previews_under_way.add(image)
+        with self._ledger.lock:
+            self._delivery.pending += 1
+        self._delivery.preview(job, image, row.steps_done, estimate, sampler)
+
+    def _warm_up(self, warm_up: WarmUp) -> None:
+        try:
+            warm_up.advance(self.stepper)
+        except Exception as error:
+            warm_up.fail(error)
+        if warm_up.ended:
+            self.warm_up = None

@@ -1,0 +1,122 @@
+"""One step of many rows on one sampler, whatever of it fails: in parts that fit into memory, down to single images."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from server.engine.model import StepSampler
+
+logger = logging.getLogger(__name__)
+
+# Full forwards without a fault after which a reduced budget grows by an eighth.
+GROW_AFTER = 64
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the host, or of torch's device, which is known by its name so that this module needs no torch."""
+    return isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+
+
+class RowBudget:
+    """Most rows of the model in one forward: halved when memory runs out, growing back slowly to ``most``."""
+
+    def __init__(self, most: int) -> None:
+        self.most = self.rows = most
+        self._full_forwards = 0
+
+    def out_of_memory(self, rows: int) -> None:
+        """A forward of ``rows`` rows did not fit."""
+        self.rows = max(1, min(self.rows, rows) // 2)
+        self._full_forwards = 0
+
+    def fitted(self, rows: int) -> None:
+        """A forward of ``rows`` rows did fit."""
+        # One row less than the budget is full too: an image may take two.
+        if self.rows == self.most or rows < self.rows - 1:
+            return
+        self._full_forwards += 1
+        if self._full_forwards >= GROW_AFTER:
+            self.rows = min(self.most, self.rows + max(1, self.rows // 8))
+            self._full_forwards = 0
+
+
+class Stepper:
+    """Steps rows for one replica and knows how long the forward under way has been running."""
+
+    def __init__(self, max_batch_rows: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.budget = RowBudget(max_batch_rows)
+        self.step_began: float | None = None  # of the forward under way
+        self._clock = clock
+        self._measured: list[tuple[int, float]] = []
+
+    def running_s(self) -> float:
+        """Seconds since the forward under way began; 0 between forwards."""
+        began = self.step_began
+        return 0.0 if began is None else self._clock() - began
+
+    def take_measured(self) -> list[tuple[int, float]]:
+        """(rows, seconds) of the forwards without a fault since the last call."""
+        measured, self._measured = self._measured, []
+        return measured
+
+    def step(self, sampler: StepSampler, rows: Sequence[Any], costs: Sequence[int]) -> dict[int, Exception]:
+        """Advance every row by one step; the faults by position in ``rows``. ``costs``: rows of the model of each.
+
+        Rows that a failed forward has not moved are tried again in halves: a row's result does not depend on its
+        neighbours, so neither does it on how a step was divided.
+        """
+        faulty: dict[int, Exception] = {}
+        parts = deque([range(len(rows))] if sum(costs) <= self.budget.rows else self._parts(range(len(rows)), costs))
+        while parts:
+            part = parts.popleft()
+            size = sum(costs[i] for i in part)
+            if size > self.budget.rows and len(part) > 1:
+                parts.extendleft(reversed(self._parts(part, costs)))
+                continue
+            before = [rows[i].steps_done for i in part]
+            error = self._forward(sampler, [rows[i] for i in part], size)
+            if error is None:
+                continue
+            unmoved = [i for i, done in zip(part, before, strict=True) if rows[i].steps_done == done]
+            if is_out_of_memory(error):
+                self.budget.out_of_memory(size)
+                logger.warning("no memory for a step of %d rows; at most %d from now on", size, self.budget.rows)
+            elif len(part) > 1:
+                logger.warning("a step of %d rows failed (%r); retrying its halves", size, error)
+            if len(part) == 1:
+                faulty.update((i, error) for i in unmoved)
+            else:
+                middle = (len(unmoved) + 1) // 2
+                parts.extendleft(half for half in (unmoved[middle:], unmoved[:middle]) if half)
+            # Its traceback keeps the failed forward's tensors alive, which the next one needs the room of.
+            del error
+        return faulty
+
+    def _parts(self, part: Sequence[int], costs: Sequence[int]) -> list[Sequence[int]]:
+        """``part`` in order, in pieces that fit into the budget as far as single images do."""
+        parts: list[list[int]] = []
+        room = 0
+        for i in part:
+            if costs[i] > room:
+                parts.append([])
+                room = self.budget.rows
+            parts[-1].append(i)
+            room -= costs[i]
+        return list(parts)
+
+    def _forward(self, sampler: StepSampler, rows: list[Any], size: int) -> Exception | None:
+        self.step_began = began = self._clock()
+        try:
+            sampler.step(rows)
+        except Exception as error:
+            return error
+        else:
+            self._measured.append((size, self._clock() - began))
+            self.budget.fitted(size)
+            return None
+        finally:
+            self.step_began = None

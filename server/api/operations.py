@@ -12,11 +12,10 @@ from server.engine import Engine
 from server.settings import MAX_IMAGES, Settings
 
 
-def operations_router(engine: Engine, settings: Settings) -> APIRouter:
-    """The routes, bound to an engine."""
-    router = APIRouter()
+def describe(engine: Engine, settings: Settings) -> InfoResponse:
+    """The server and the model that it serves now."""
     sampler = engine.sampler
-    info = InfoResponse(
+    return InfoResponse(
         version=robuq_core.__version__,
         checkpoint=sampler.checkpoint_name,
         backend=sampler.backend_name,
@@ -33,6 +32,11 @@ def operations_router(engine: Engine, settings: Settings) -> APIRouter:
             max_body_bytes=settings.max_body_bytes,
         ),
     )
+
+
+def operations_router(engine: Engine, settings: Settings) -> APIRouter:
+    """The routes, bound to an engine."""
+    router = APIRouter()
 
     @router.get("/health", responses={503: {"model": StatusResponse, "description": "restart the process"}})
     async def health(response: Response) -> StatusResponse:
@@ -53,7 +57,7 @@ def operations_router(engine: Engine, settings: Settings) -> APIRouter:
     @router.get("/info")
     async def get_info() -> InfoResponse:
         """The server, its model, its defaults and its limits."""
-        return info
+        return describe(engine, settings)
 
     @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:

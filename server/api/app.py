@@ -10,12 +10,14 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 import robuq_core
+from server.api.admin import admin_router
 from server.api.auth import Authentication
 from server.api.catalog import Catalog
 from server.api.errors import install_error_handlers
 from server.api.generate import generate_router
 from server.api.intake import Intake
 from server.api.middleware import RequestContext
+from server.api.openai import openai_router
 from server.api.operations import operations_router
 from server.api.security import CORS, RequestLimits
 from server.api.web import web_router
@@ -38,10 +40,15 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         version=robuq_core.__version__,
         description="Images from a diffusion transformer with ternary weights and about 2-bit activations.",
         lifespan=lifespan,
+        # Both pages load scripts from elsewhere; /openapi.json and the playground do without.
+        docs_url=None,
+        redoc_url=None,
     )
     intake = Intake(engine, settings, Catalog(settings.request_timeout_s))
     app.include_router(generate_router(intake), tags=["images"])
+    app.include_router(openai_router(intake), tags=["OpenAI"])
     app.include_router(operations_router(engine, settings), tags=["operations"])
+    app.include_router(admin_router(engine, settings), tags=["administration"])
     app.include_router(web_router())
     install_error_handlers(app)
     # The last one added is the outermost.

@@ -19,10 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from robuq_core.checkpoint import CheckpointError, Header, read_checkpoint
-from robuq_core.config import MAX_SEED, SamplerName, image_seed
+from robuq_core.config import MAX_SEED, NUM_TRAIN_TIMESTEPS, PredictionType, SamplerName, image_seed
 from robuq_core.diffusion.guidance import guide
-from robuq_core.diffusion.samplers import StepTable, step_table
-from robuq_core.diffusion.schedule import to_sample_coefficients
+from robuq_core.diffusion.samplers import Coefficients, StepTable, step_coefficients, step_table
 from robuq_core.kernels.select import select_backend
 from robuq_core.models.packed_dit import PackedDiT
 
@@ -36,24 +35,33 @@ def bundled_checkpoint() -> Path:
 
 @dataclass(frozen=True)
 class RowSpec:
-    """One image to draw. Seed 0..2**32-1; steps 1..1000; guidance 1 means none (and costs half)."""
+    """One image to draw. Seed 0..2**32-1; steps 1..1000; guidance 1 means none (and costs half).
+
+    ``guidance_interval``: the timesteps, first and last included, at which guidance acts (arXiv 2404.07724); outside of
+    them the row costs half.
+    """
 
     class_id: int
     seed: int
     steps: int
     guidance_scale: float
     sampler: SamplerName
+    guidance_interval: tuple[int, int] = (0, NUM_TRAIN_TIMESTEPS - 1)
 
 
 class Row:
     """An image on its way from noise: ``x`` and ``previous_x0`` are float32 ``[C, H, W]``."""
 
-    def __init__(self, spec: RowSpec, shape: tuple[int, int, int], device: torch.device) -> None:
+    def __init__(
+        self, spec: RowSpec, shape: tuple[int, int, int], prediction_type: PredictionType, device: torch.device
+    ) -> None:
         self.spec = spec
         self.table: StepTable = step_table(spec.sampler, spec.steps)
+        self.coefficients = step_coefficients(spec.sampler, spec.steps, prediction_type)
         # Always the CPU's generator: what a seed draws does not depend on the device.
-        self.generator = torch.Generator().manual_seed(spec.seed)
-        self.x = torch.randn(shape, generator=self.generator).to(device)
+        self._generator = torch.Generator().manual_seed(spec.seed)
+        self._noise: Tensor | None = None
+        self.x = torch.randn(shape, generator=self._generator).to(device)
         self.previous_x0 = torch.zeros(shape, device=device)
         self.steps_done = 0
 
@@ -66,9 +74,30 @@ class Row:
         """The original index 0..999 of the next step."""
         return self.table.timesteps[self.steps_done]
 
+    @property
+    def guided(self) -> bool:
+        """The next step needs the unconditional output too."""
+        low, high = self.spec.guidance_interval
+        return self.spec.guidance_scale != 1 and low <= self.timestep <= high
+
+    @property
+    def needs_noise(self) -> bool:
+        return self.table.stochastic and self.steps_done < len(self.table) - 1
+
+    def noise(self) -> Tensor:
+        """The next step's noise, on the CPU; the same until the row advances, so a step that failed can be repeated."""
+        if self._noise is None:
+            self._noise = torch.randn(self.x.shape, generator=self._generator)
+        return self._noise
+
+    def advance(self, x: Tensor, x0: Tensor) -> None:
+        """Take over the result of a step."""
+        self.x, self.previous_x0, self._noise = x, x0, None
+        self.steps_done += 1
+
 
 class Denoiser(Protocol):
-    """What a sampler needs of a network: packed or plain, one forward."""
+    """What a sampler needs of a network, packed or plain: one forward. ``x`` on its device, the rest on the CPU."""
 
     def forward(self, x: Tensor, timesteps: Tensor, classes: Tensor, /) -> Tensor: ...
 
@@ -168,13 +197,17 @@ class Sampler:
         """A new row at its first step: pure noise from its seed.
 
         Raises:
-            ValueError: class, seed or steps out of range.
+            ValueError: class, seed, steps or guidance interval out of range.
         """
         if not 0 <= spec.class_id < self.num_classes:
             raise ValueError(f"class_id must be 0..{self.num_classes - 1}, not {spec.class_id}")
         if not 0 <= spec.seed <= MAX_SEED:
             raise ValueError(f"seed must be 0..{MAX_SEED}, not {spec.seed}")
-        return Row(spec, self._shape, self.device)
+        low, high = spec.guidance_interval
+        if not 0 <= low <= high < NUM_TRAIN_TIMESTEPS:
+            raise ValueError(f"guidance_interval must be two timesteps of 0..{NUM_TRAIN_TIMESTEPS - 1}, ascending, "
+                             f"not {low}, {high}")  # fmt: skip
+        return Row(spec, self._shape, self.header.diffusion.prediction_type, self.device)
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Row]) -> None:
@@ -182,56 +215,51 @@ class Sampler:
 
         Rows may differ in class, timestep, step count, guidance and sampler. If it raises, no row has moved.
         """
-        x = torch.stack([row.x for row in rows])
-        output = self._guided_output(rows, x)
+        columns = torch.stack([row.coefficients[row.steps_done] for row in rows]).to(self.device)
+        c = Coefficients(*columns[..., None, None, None].unbind(1))
+        x, output = self._guided_output(rows)
         channels = self._shape[0]
-        x0 = self._predicted_x0(rows, x, output[:, :channels])
-        previous = torch.stack([row.previous_x0 for row in rows])
-
-        def column(name: str) -> Tensor:
-            values = [getattr(row.table, name)[row.steps_done].item() for row in rows]
-            return torch.tensor(values, dtype=torch.float32, device=self.device)[:, None, None, None]
-
         # Products and sums stay apart: a fused multiply-add would round by where an element lies in the tensor.
-        following = column("on_xt") * x + column("on_x0") * x0 + column("on_previous_x0") * previous
-        moved = [self._with_noise(row, following[i], output[i, channels:]) for i, row in enumerate(rows)]
-        for i, row in enumerate(rows):
-            row.x, row.previous_x0 = moved[i], x0[i]
-            row.steps_done += 1
+        x0 = c.x0_on_xt * x + c.x0_on_output * output[:, :channels]
+        if self.header.diffusion.clip_sample:
+            x0.clamp_(-1, 1)
+        following = c.on_xt * x + c.on_x0 * x0
+        self._add_previous(rows, following, c)
+        self._add_noise(rows, following, output[:, channels:], c)
+        for row, row_x, row_x0 in zip(rows, following.unbind(), x0.unbind(), strict=True):
+            row.advance(row_x, row_x0)
 
-    def _guided_output(self, rows: Sequence[Row], x: Tensor) -> Tensor:
-        guided = [i for i, row in enumerate(rows) if row.spec.guidance_scale != 1]
-        timesteps = torch.tensor([row.timestep for row in rows])
-        classes = torch.tensor([row.spec.class_id for row in rows])
-        null = torch.full((len(guided),), self.header.model.null_class)
-        output = self.model.forward(
-            torch.cat([x, x[guided]]),
-            torch.cat([timesteps, timesteps[guided]]),
-            torch.cat([classes, null]).to(self.device),
-        )
-        cond, uncond = output[: len(rows)], output[len(rows) :]
+    def _guided_output(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """``x_t`` of the rows ``[B, C, H, W]`` and the network's output after guidance."""
+        guided = [i for i, row in enumerate(rows) if row.guided]
+        twice = [*rows, *(rows[i] for i in guided)]
+        x = torch.stack([row.x for row in twice])
+        timesteps = torch.tensor([row.timestep for row in twice])
+        classes = torch.tensor([row.spec.class_id for row in rows] + [self.header.model.null_class] * len(guided))
+        output = self.model.forward(x, timesteps, classes)
+        x, cond, uncond = x[: len(rows)], output[: len(rows)], output[len(rows) :]
         if guided:
             scale = torch.tensor([rows[i].spec.guidance_scale for i in guided], device=self.device)
             cond[guided] = guide(cond[guided], uncond, scale, self._shape[0], self.header.model.flavour)
-        return cond
+        return x, cond
 
-    def _predicted_x0(self, rows: Sequence[Row], x: Tensor, prediction: Tensor) -> Tensor:
-        alpha_bar = torch.stack([row.table.alpha_bar[row.steps_done] for row in rows])
-        a, b = to_sample_coefficients(alpha_bar, self.header.diffusion.prediction_type)
-        a, b = a.float().to(self.device), b.float().to(self.device)
-        x0 = a[:, None, None, None] * x + b[:, None, None, None] * prediction
-        return x0.clamp(-1, 1) if self.header.diffusion.clip_sample else x0
+    def _add_previous(self, rows: Sequence[Row], following: Tensor, c: Coefficients) -> None:
+        multistep = [i for i, row in enumerate(rows) if row.table.multistep]
+        if multistep:
+            previous = torch.stack([rows[i].previous_x0 for i in multistep])
+            following[multistep] += c.on_previous_x0[multistep] * previous
 
-    def _with_noise(self, row: Row, mean: Tensor, variance: Tensor) -> Tensor:
-        if not row.table.stochastic or row.steps_done == len(row.table) - 1:
-            return mean.clone()
-        i = row.steps_done
-        noise = torch.randn(self._shape, generator=row.generator).to(self.device)
-        if not self.header.model.learn_sigma:
-            return mean + row.table.std[i].float() * noise
-        fraction = (variance + 1) / 2
-        log_variance = fraction * row.table.log_beta[i].float() + (1 - fraction) * row.table.log_posterior[i].float()
-        return mean + torch.exp(0.5 * log_variance) * noise
+    def _add_noise(self, rows: Sequence[Row], following: Tensor, variance: Tensor, c: Coefficients) -> None:
+        noisy = [i for i, row in enumerate(rows) if row.needs_noise]
+        if not noisy:
+            return
+        std = c.std[noisy]
+        if self.header.model.learn_sigma:
+            fraction = (variance[noisy] + 1) / 2
+            log_variance = fraction * c.log_beta[noisy] + (1 - fraction) * c.log_posterior[noisy]
+            # Row by row: torch's vector and scalar exponentials differ, and the tensor's size decides where each runs.
+            std = torch.stack([torch.exp(row) for row in 0.5 * log_variance])
+        following[noisy] += std * torch.stack([rows[i].noise() for i in noisy]).to(self.device)
 
     def decode(self, row: Row) -> np.ndarray:
         """Pixels of a row, uint8 ``[H, W, 3]``: ``127.5 x + 128``, cut to 0..255."""

@@ -9,13 +9,19 @@ advance in one expression. Tables are built in float64 from ``alpha_bar`` at the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from robuq_core.config import SamplerName
-from robuq_core.diffusion.schedule import alphas_cumprod, interior_timesteps, respaced_timesteps
+from robuq_core.config import PredictionType, SamplerName
+from robuq_core.diffusion.schedule import (
+    alphas_cumprod,
+    interior_timesteps,
+    respaced_timesteps,
+    to_sample_coefficients,
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,44 @@ class StepTable:
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    @cached_property
+    def multistep(self) -> bool:
+        """Some step looks at the estimate before its own."""
+        return bool(self.on_previous_x0.any())
+
+
+class Coefficients(NamedTuple):
+    """Columns of :func:`step_coefficients`: ``x_0 = x0_on_xt x_t + x0_on_output output``, the rest as in the table."""
+
+    x0_on_xt: Tensor
+    x0_on_output: Tensor
+    on_xt: Tensor
+    on_x0: Tensor
+    on_previous_x0: Tensor
+    std: Tensor
+    log_beta: Tensor
+    log_posterior: Tensor
+
+
+@lru_cache(maxsize=256)
+def step_coefficients(sampler: SamplerName, steps: int, prediction_type: PredictionType) -> tuple[Tensor, ...]:
+    """One float32 ``[8]`` a step, in the order of :class:`Coefficients`: what a batch of rows stacks.
+
+    Raises:
+        ValueError: as :func:`step_table`.
+    """
+    table = step_table(sampler, steps)
+    columns = Coefficients(
+        *to_sample_coefficients(table.alpha_bar, prediction_type),
+        table.on_xt,
+        table.on_x0,
+        table.on_previous_x0,
+        table.std,
+        table.log_beta,
+        table.log_posterior,
+    )
+    return torch.stack(columns, dim=1).float().unbind()
 
 
 @lru_cache(maxsize=256)

@@ -190,7 +190,8 @@ class DiT(nn.Module):
     def forward(self, x_BCHW: Tensor, timesteps_B: Tensor, classes_B: Tensor) -> Tensor:
         config = self.config
         x_BLD = self.x_embedder(patchify(x_BCHW, config.patch_size)) + self.pos_embed
-        c_BD = self.t_embedder(timesteps_B) + self.y_embedder(classes_B)
+        device = x_BCHW.device
+        c_BD = self.t_embedder(timesteps_B.to(device)) + self.y_embedder(classes_B.to(device))
         for block in self.blocks:
             x_BLD = block(x_BLD, c_BD)
         return unpatchify(self.final_layer(x_BLD, c_BD), config.patch_size, config.out_channels)

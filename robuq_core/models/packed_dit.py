@@ -1,6 +1,7 @@
 """A DiT that runs from packed weights on a kernel backend: the same network as :mod:`robuq_core.models.dit`.
 
-Inference only. Weights lie on the backend's device. Timestep embeddings are computed once per timestep and kept.
+Inference only. Weights lie on the backend's device. A forward has two parts: the modulations of its rows, looked up or
+computed (:mod:`robuq_core.models.conditioning`), and :meth:`PackedDiT.denoise`, which is nothing but tensor operations.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from robuq_core.config import ModelConfig
 from robuq_core.kernels.ops import Backend, Modulation, Prologue, TernaryLayer
-from robuq_core.models.dit import norm2_eps, patchify, position_table, timestep_features, unpatchify
+from robuq_core.models.conditioning import BLOCK_ENTRIES, ConditioningTable
+from robuq_core.models.dit import norm2_eps, patchify, position_table, unpatchify
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
 
@@ -38,7 +40,7 @@ class PackedBlock:
 class PackedDiT:
     """``forward(x [B, C, H, W], timesteps [B], classes [B]) -> [B, out_channels, H, W]``, float32.
 
-    ``x`` and ``classes`` lie on :attr:`device`, ``timesteps`` on the CPU.
+    ``x`` lies on :attr:`device`; ``timesteps`` and ``classes``, on the CPU, are what the host looks modulations up by.
 
     Args:
         dense: the full-precision tensors under their DiT names (embedders and final layer), float32.
@@ -70,7 +72,7 @@ class PackedDiT:
         self.dense = {name: tensor.to(backend.device) for name, tensor in dense.items()}
         self.blocks = [block.to(backend.device) for block in blocks]
         self.pos_embed = pos_embed.to(backend.device)
-        self._timestep_cache: dict[int, Tensor] = {}
+        self.conditioning = ConditioningTable(config, self.dense, [block.adaln for block in self.blocks], backend)
 
     def replica(self, backend: Backend) -> PackedDiT:
         """The same network on another backend; weights are shared where both run on one device."""
@@ -89,24 +91,20 @@ class PackedDiT:
         return packed + sum(tensor.nbytes for tensor in self.dense.values())
 
     def forward(self, x_BCHW: Tensor, timesteps_B: Tensor, classes_B: Tensor) -> Tensor:
+        slots_B = self.conditioning.slots(timesteps_B.tolist(), classes_B.tolist())
+        return self.denoise(x_BCHW, slots_B, self.conditioning.table)
+
+    def denoise(self, x_BCHW: Tensor, slots_B: Tensor, table: Tensor) -> Tensor:
+        """The forward of rows whose modulations lie at ``slots_B`` of ``table`` ``[6 depth + 2, slots, D]``."""
         config = self.config
         tokens = patchify(x_BCHW, config.patch_size).flatten(0, 1).contiguous()
         x_MD = self._dense_linear(tokens, "x_embedder")
-        x_BLD = x_MD.reshape(len(x_BCHW), config.num_tokens, config.hidden_size) + self.pos_embed
-        c_BD = self._timestep_embedding(timesteps_B) + self.dense["y_embedder.embedding_table.weight"][classes_B]
-        for block in self.blocks:
-            x_BLD = self._block(x_BLD, c_BD, block)
-        return unpatchify(self._final(x_BLD, c_BD), config.patch_size, config.out_channels)
-
-    def _timestep_embedding(self, timesteps_B: Tensor) -> Tensor:
-        rows = []
-        for t in timesteps_B.tolist():
-            if t not in self._timestep_cache:
-                features = timestep_features(torch.tensor([t]), self.config.flavour).to(self.device)
-                hidden = F.silu(self._dense_linear(features, "t_embedder.mlp.0"))
-                self._timestep_cache[t] = self._dense_linear(hidden, "t_embedder.mlp.2")[0]
-            rows.append(self._timestep_cache[t])
-        return torch.stack(rows)
+        x_BLD = x_MD.reshape(len(x_BCHW), config.num_tokens, config.hidden_size).add_(self.pos_embed)
+        for i, block in enumerate(self.blocks):
+            entries = table[BLOCK_ENTRIES * i : BLOCK_ENTRIES * (i + 1)]
+            x_BLD = self._block(x_BLD, entries.index_select(1, slots_B), block)
+        out = self._final(x_BLD, table[BLOCK_ENTRIES * config.depth :].index_select(1, slots_B))
+        return unpatchify(out, config.patch_size, config.out_channels)
 
     def _dense_linear(self, x: Tensor, name: str) -> Tensor:
         return self.backend.linear(x, self.dense[f"{name}.weight"], self.dense[f"{name}.bias"])
@@ -114,28 +112,19 @@ class PackedDiT:
     def _ternary(self, x: Tensor, layer: TernaryLayer, prologue: Prologue = None) -> Tensor:
         return self.backend.ternary_linear(self.backend.rotate_quantize(x, layer, prologue), layer)
 
-    def _block(self, x_BLD: Tensor, c_BD: Tensor, block: PackedBlock) -> Tensor:
-        shape = x_BLD.shape
-        modulation = self._ternary(c_BD, block.adaln, "silu")
-        shift1, scale1, gate1, shift2, scale2, gate2 = (m.contiguous() for m in modulation.chunk(6, dim=1))
+    def _block(self, x_BLD: Tensor, modulation_6BD: Tensor, block: PackedBlock) -> Tensor:
+        """One block, in place on ``x_BLD``."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation_6BD.unbind()
         norm1 = Modulation(shift1, scale1, 1e-6)
-        qkv = self._ternary(x_BLD.flatten(0, 1), block.qkv, norm1)
-        heads = self.backend.attention(qkv.reshape(*shape[:2], -1), self.config.num_heads, self.quantized_attention)
-        x_BLD = x_BLD + gate1[:, None] * self._ternary(heads.flatten(0, 1), block.proj).reshape(shape)
+        qkv = self._ternary(x_BLD.flatten(0, 1), block.qkv, norm1).reshape(*x_BLD.shape[:2], -1)
+        heads = self.backend.attention(qkv, self.config.num_heads, self.quantized_attention)
+        x_BLD.add_(self._ternary(heads.flatten(0, 1), block.proj).reshape(x_BLD.shape).mul_(gate1[:, None]))
         norm2 = Modulation(shift2, scale2, norm2_eps(self.config))
         hidden = self._ternary(x_BLD.flatten(0, 1), block.fc1, norm2)
-        return x_BLD + gate2[:, None] * self._ternary(hidden, block.fc2, "gelu").reshape(shape)
+        return x_BLD.add_(self._ternary(hidden, block.fc2, "gelu").reshape(x_BLD.shape).mul_(gate2[:, None]))
 
-    def _final(self, x_BLD: Tensor, c_BD: Tensor) -> Tensor:
-        modulation = self._dense_linear(_row_silu(c_BD), "final_layer.adaLN_modulation.1")
-        shift, scale = modulation.chunk(2, dim=1)
+    def _final(self, x_BLD: Tensor, modulation_2BD: Tensor) -> Tensor:
+        shift, scale = modulation_2BD.unbind()
         normed = F.layer_norm(x_BLD, x_BLD.shape[-1:], eps=1e-6)
-        modulated = (normed * (1 + scale[:, None]) + shift[:, None]).flatten(0, 1)
-        out = self._dense_linear(modulated, "final_layer.linear")
-        return out.reshape(*x_BLD.shape[:2], -1)
-
-
-def _row_silu(x_BD: Tensor) -> Tensor:
-    """SiLU row by row: torch's vector and scalar code differ in the last bit, and which of them an element meets
-    depends on the size of the whole tensor."""
-    return torch.stack([F.silu(row) for row in x_BD])
+        modulated = normed.mul_(1 + scale[:, None]).add_(shift[:, None])
+        return self._dense_linear(modulated.flatten(0, 1), "final_layer.linear").reshape(*x_BLD.shape[:2], -1)

@@ -20,6 +20,7 @@ SPECS = st.builds(
     steps=st.integers(1, 6),
     guidance_scale=st.sampled_from([0.0, 1.0, 1.5, 4.0]),
     sampler=st.sampled_from(SAMPLERS),
+    guidance_interval=st.sampled_from([(0, 999), (300, 800), (999, 999), (0, 0)]),
 )
 
 
@@ -35,14 +36,14 @@ def sampler(path: Path) -> Sampler:
     return Sampler.from_checkpoint(path)
 
 
-def _draw_alone(sampler: Sampler, spec: RowSpec) -> np.ndarray:
+def _draw_alone(sampler: Sampler, spec: RowSpec) -> Row:
     row = sampler.start(spec)
     while not row.done:
         sampler.step([row])
-    return sampler.decode(row)
+    return row
 
 
-def _draw_together(sampler: Sampler, specs: list[RowSpec], delays: list[int]) -> list[np.ndarray]:
+def _draw_together(sampler: Sampler, specs: list[RowSpec], delays: list[int]) -> list[Row]:
     """Rows join after their delay and leave when done, as a server would have it."""
     rows: list[Row | None] = [None] * len(specs)
     tick = 0
@@ -54,18 +55,20 @@ def _draw_together(sampler: Sampler, specs: list[RowSpec], delays: list[int]) ->
         if running:
             sampler.step(running)
         tick += 1
-    return [sampler.decode(row) for row in rows if row is not None]
+    return [row for row in rows if row is not None]
 
 
 @settings(max_examples=8)
 @given(specs=st.lists(SPECS, min_size=2, max_size=33), data=st.data())
 def test_a_picture_does_not_depend_on_its_neighbours(
-    sampler: Sampler, specs: list[RowSpec], data: st.DataObject
+    sampler: Sampler, path: Path, specs: list[RowSpec], data: st.DataObject
 ) -> None:
     delays = data.draw(st.lists(st.integers(0, 4), min_size=len(specs), max_size=len(specs)))
     together = _draw_together(sampler, specs, delays)
-    for spec, pixels in list(zip(specs, together, strict=True))[:4]:
-        assert np.array_equal(_draw_alone(sampler, spec), pixels)
+    # Nor on what the sampler drew before, or on its number of threads.
+    fresh = sampler.replica(threads=data.draw(st.integers(1, 3)))
+    for spec, row in list(zip(specs, together, strict=True))[:4]:
+        assert torch.equal(_draw_alone(fresh, spec).x, row.x)
 
 
 def test_rows_advance_by_one_step_of_their_own(sampler: Sampler) -> None:
@@ -79,16 +82,31 @@ def test_rows_advance_by_one_step_of_their_own(sampler: Sampler) -> None:
 
 def test_seed_steps_guidance_and_class_all_matter(sampler: Sampler) -> None:
     base = RowSpec(1, 0, 4, 2.0, "ddim")
-    reference = _draw_alone(sampler, base)
-    assert np.array_equal(_draw_alone(sampler, base), reference)
+    reference = sampler.decode(_draw_alone(sampler, base))
+    assert np.array_equal(sampler.decode(_draw_alone(sampler, base)), reference)
     for other in (
         RowSpec(2, 0, 4, 2.0, "ddim"),
         RowSpec(1, 1, 4, 2.0, "ddim"),
         RowSpec(1, 0, 5, 2.0, "ddim"),
         RowSpec(1, 0, 4, 3.0, "ddim"),
         RowSpec(1, 0, 4, 2.0, "ddpm"),
+        RowSpec(1, 0, 4, 2.0, "ddim", (0, 500)),
     ):
-        assert not np.array_equal(_draw_alone(sampler, other), reference)
+        assert not np.array_equal(sampler.decode(_draw_alone(sampler, other)), reference)
+
+
+def test_guidance_outside_of_its_interval_costs_nothing(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    forward = sampler.model.forward
+
+    def counted(x: torch.Tensor, timesteps: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(x))
+        return forward(x, timesteps, classes)
+
+    monkeypatch.setattr(sampler.model, "forward", counted)
+    row = _draw_alone(sampler, RowSpec(1, 0, 4, 2.0, "ddim", (333, 800)))
+    assert list(row.table.timesteps) == [999, 666, 333, 0]
+    assert sizes == [1, 2, 2, 1]
 
 
 def test_generate_gives_pictures_and_counts_seeds_up(sampler: Sampler) -> None:
@@ -106,6 +124,8 @@ def test_generate_gives_pictures_and_counts_seeds_up(sampler: Sampler) -> None:
         (RowSpec(-1, 0, 4, 1.0, "ddim"), "class_id"),
         (RowSpec(1, 2**32, 4, 1.0, "ddim"), "seed must be"),
         (RowSpec(1, 0, 0, 1.0, "ddim"), "steps must be"),
+        (RowSpec(1, 0, 4, 1.0, "ddim", (500, 400)), r"guidance_interval must be .* not 500, 400"),
+        (RowSpec(1, 0, 4, 1.0, "ddim", (0, 1000)), "guidance_interval"),
     ],
 )
 def test_requests_out_of_range_are_refused(sampler: Sampler, spec: RowSpec, message: str) -> None:
@@ -125,6 +145,25 @@ def test_a_failing_forward_moves_no_row(sampler: Sampler, monkeypatch: pytest.Mo
         sampler.step([row])
     assert row.steps_done == 0
     assert torch.equal(row.x, before)
+
+
+def test_a_step_repeated_after_a_failure_draws_the_same_noise(
+    sampler: Sampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = RowSpec(1, 3, 4, 1.0, "ddpm")
+    expected = _draw_alone(sampler, spec)
+    row = sampler.start(spec)
+    with monkeypatch.context() as patch:
+        patch.setattr(Row, "advance", _run_out_of_memory)
+        with pytest.raises(MemoryError):
+            sampler.step([row])
+    while not row.done:
+        sampler.step([row])
+    assert torch.equal(row.x, expected.x)
+
+
+def _run_out_of_memory(*_: object) -> None:
+    raise MemoryError
 
 
 def test_latent_models_are_refused_until_they_can_be_decoded(tmp_path: Path) -> None:
@@ -163,7 +202,7 @@ def test_replicas_share_weights_and_draw_the_same(sampler: Sampler) -> None:
     assert theirs.backend is not mine.backend
     assert theirs.blocks[0].qkv.planar.data_ptr() == mine.blocks[0].qkv.planar.data_ptr()
     spec = RowSpec(3, 9, 4, 2.0, "ddpm")
-    assert np.array_equal(_draw_alone(replica, spec), _draw_alone(sampler, spec))
+    assert torch.equal(_draw_alone(replica, spec).x, _draw_alone(sampler, spec).x)
 
 
 def test_only_packed_samplers_replicate(sampler: Sampler) -> None:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from robuq_core.config import SAMPLERS, SamplerName
-from robuq_core.diffusion.samplers import StepTable, step_table
+from robuq_core.config import SAMPLERS, PredictionType, SamplerName
+from robuq_core.diffusion.samplers import Coefficients, StepTable, step_coefficients, step_table
+from robuq_core.diffusion.schedule import training_target
 
 MEAN, STD = 0.4, 0.5
 
@@ -70,3 +71,27 @@ def test_ddpm_is_the_posterior_of_the_respaced_chain() -> None:
 def test_unknown_samplers_are_refused() -> None:
     with pytest.raises(ValueError, match="sampler must be"):
         step_table("euler", 10)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_coefficients_are_the_table_in_float32(sampler: SamplerName, prediction: PredictionType) -> None:
+    table, rows = step_table(sampler, 7), step_coefficients(sampler, 7, prediction)
+    assert len(rows) == 7
+    columns = Coefficients(*torch.stack(rows).unbind(1))
+    for name in ("on_xt", "on_x0", "on_previous_x0", "std", "log_beta", "log_posterior"):
+        assert torch.equal(getattr(columns, name), getattr(table, name).float())
+    # An exact prediction gives back the clean image.
+    x0, noise = torch.tensor(0.3), torch.tensor(-1.2)
+    signal, sigma = table.alpha_bar.sqrt().float(), (1 - table.alpha_bar).sqrt().float()
+    output = training_target(x0, noise, table.alpha_bar.float(), prediction)
+    estimate = columns.x0_on_xt * (signal * x0 + sigma * noise) + columns.x0_on_output * output
+    assert torch.allclose(estimate, x0.expand(7), atol=1e-3)
+
+
+def test_only_the_second_order_solver_looks_back() -> None:
+    assert {name: step_table(name, 5).multistep for name in SAMPLERS} == {
+        "ddpm": False,
+        "ddim": False,
+        "dpmsolver++": True,
+    }

@@ -1,0 +1,115 @@
+"""The adaLN side of a packed DiT: shifts, scales and gates of every block, one entry a (timestep, class).
+
+An entry depends on nothing else, so rows that share a pair share it, and it is kept from step to step (guided rows meet
+the null class at every timestep). The least recently used entries make room.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from robuq_core.config import ModelConfig
+from robuq_core.kernels.ops import Backend, TernaryLayer
+from robuq_core.models.dit import timestep_features
+
+TABLE_BYTES = 32 * 2**20
+BLOCK_ENTRIES = 6
+
+Pair = tuple[int, int]
+
+
+class ConditioningTable:
+    """Modulations by (timestep, class): ``table [6 depth + 2, slots, D]``, float32 on the backend's device.
+
+    Entries 6 i .. 6 i + 5 of the first dimension are block i's shift, scale and gate of attention, then of the MLP; the
+    last two are the final layer's shift and scale. Pages of memory are taken as slots fill up.
+
+    Args:
+        dense: the embedders and the final layer, by DiT name. adaln: the packed linear of every block.
+        max_bytes: of the table; a forward with more pairs than that makes it grow.
+    """
+
+    table: Tensor
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dense: dict[str, Tensor],
+        adaln: Sequence[TernaryLayer],
+        backend: Backend,
+        max_bytes: int = TABLE_BYTES,
+    ) -> None:
+        self._config, self._dense, self._adaln, self._backend = config, dense, tuple(adaln), backend
+        self._timestep_embeddings: dict[int, Tensor] = {}
+        self._allocate(max(1, max_bytes // (4 * self._height * config.hidden_size)))
+
+    @property
+    def _height(self) -> int:
+        return BLOCK_ENTRIES * len(self._adaln) + 2
+
+    def _allocate(self, slots: int) -> None:
+        self.table = torch.empty(self._height, slots, self._config.hidden_size, device=self._backend.device)
+        self._slot_of: OrderedDict[Pair, int] = OrderedDict()
+        self._free = list(reversed(range(slots)))
+
+    def slots(self, timesteps: Sequence[int], classes: Sequence[int]) -> Tensor:
+        """Where each row's entry lies in :attr:`table`, int64 ``[B]`` on its device; what is missing is computed.
+
+        Holds until the next call.
+        """
+        pairs = list(zip(timesteps, classes, strict=True))
+        wanted = dict.fromkeys(pairs)
+        if len(wanted) > self.table.shape[1]:
+            self._allocate(2 * len(wanted))
+        missing = []
+        for pair in wanted:
+            if pair in self._slot_of:
+                self._slot_of.move_to_end(pair)
+            else:
+                missing.append(pair)
+        if missing:
+            self._add(missing)
+        return torch.tensor([self._slot_of[pair] for pair in pairs], device=self.table.device)
+
+    def _add(self, pairs: list[Pair]) -> None:
+        # What this forward uses was moved to the end, so it is never what goes.
+        slots = [self._free.pop() if self._free else self._slot_of.popitem(last=False)[1] for _ in pairs]
+        try:
+            self._fill(pairs, torch.tensor(slots, device=self.table.device))
+        except BaseException:
+            self._free += slots
+            raise
+        self._slot_of.update(zip(pairs, slots, strict=True))
+
+    def _fill(self, pairs: list[Pair], slots: Tensor) -> None:
+        classes = torch.tensor([label for _, label in pairs], device=self.table.device)
+        embeddings = torch.stack([self._timestep_embedding(timestep) for timestep, _ in pairs])
+        c_UD = embeddings + self._dense["y_embedder.embedding_table.weight"][classes]
+        for i, layer in enumerate(self._adaln):
+            first = BLOCK_ENTRIES * i
+            modulation = self._backend.ternary_linear(self._backend.rotate_quantize(c_UD, layer, "silu"), layer)
+            self._put(first, slots, modulation)
+        # SiLU row by row: torch's vector and scalar code differ in the last bit, and which of them an element meets
+        # depends on the size of the whole tensor.
+        activated = torch.stack([F.silu(row) for row in c_UD])
+        self._put(BLOCK_ENTRIES * len(self._adaln), slots, self._linear(activated, "final_layer.adaLN_modulation.1"))
+
+    def _put(self, first: int, slots: Tensor, modulation: Tensor) -> None:
+        """Write ``modulation [U, n D]`` to entries ``first`` .. ``first + n - 1``."""
+        parts = modulation.reshape(len(slots), -1, self._config.hidden_size).transpose(0, 1)
+        self.table[first : first + len(parts)].index_copy_(1, slots, parts)
+
+    def _timestep_embedding(self, timestep: int) -> Tensor:
+        if timestep not in self._timestep_embeddings:
+            features = timestep_features(torch.tensor([timestep]), self._config.flavour).to(self.table.device)
+            hidden = F.silu(self._linear(features, "t_embedder.mlp.0"))
+            self._timestep_embeddings[timestep] = self._linear(hidden, "t_embedder.mlp.2")[0]
+        return self._timestep_embeddings[timestep]
+
+    def _linear(self, x: Tensor, name: str) -> Tensor:
+        return self._backend.linear(x, self._dense[f"{name}.weight"], self._dense[f"{name}.bias"])

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 from robuq_core.config import SamplerConfig
 from server.api.classes import ClassIndex
+from server.api.openai_schemas import openai_schema
 from server.api.schemas import request_schema
 from server.engine.model import StepSampler
 
@@ -17,8 +18,9 @@ from server.engine.model import StepSampler
 class Model:
     """Tables of one sampler. They do not hold the sampler itself, so that its memory goes when it is swapped out.
 
-    ``name`` is that of its checkpoint; ``size`` is ``"WxH"``; ``schema`` is the JSON schema of ``POST /generate``;
-    ``created`` is when the server first met it, in seconds since 1970.
+    ``name`` is that of its checkpoint; ``size`` is ``"WxH"``; the schemas are of the bodies of
+    ``POST /generate`` and ``POST /v1/images/generations``; ``created`` is when the server first met the model, in
+    seconds since 1970.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Model:
     defaults: SamplerConfig
     classes: ClassIndex
     schema: dict[str, Any]
+    openai_schema: dict[str, Any]
     created: int
 
 
@@ -45,13 +48,15 @@ class Catalog:
         """The tables of ``sampler``, made at the first call."""
         model = self._models.get(sampler)
         if model is None:
+            name, size = sampler.checkpoint_name, f"{sampler.image_size}x{sampler.image_size}"
             model = self._models[sampler] = Model(
-                name=sampler.checkpoint_name,
+                name=name,
                 num_classes=sampler.num_classes,
-                size=f"{sampler.image_size}x{sampler.image_size}",
+                size=size,
                 defaults=sampler.defaults,
                 classes=ClassIndex(sampler.class_names, sampler.num_classes),
                 schema=request_schema(sampler.num_classes, self._max_timeout_s),
+                openai_schema=openai_schema(name, size, self._max_timeout_s),
                 created=int(time.time()),
             )
         return model

@@ -1,16 +1,24 @@
-"""Class names to class ids, the way people type them."""
+"""Class names to class ids, the way people type them: whole names, synonyms, and a ranked search."""
 
 from __future__ import annotations
 
-import difflib
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 
 from server.api.errors import ApiError, invalid
+
+# Least share of common trigrams (Dice coefficient) that counts as a slip of the pen.
+FUZZY_CUTOFF = 0.4
+MAX_HINTS = 5
 
 
 def _normalise(name: str) -> str:
     return " ".join(name.replace("_", " ").casefold().split())
+
+
+def _trigrams(text: str) -> set[str]:
+    padded = f"  {text} "
+    return {padded[i : i + 3] for i in range(len(padded) - 2)}
 
 
 class ClassIndex:
@@ -27,10 +35,37 @@ class ClassIndex:
             self._whole[_normalise(name)].append(class_id)
             for synonym in {_normalise(part) for part in name.split(",")}:
                 self._synonyms[synonym].append(class_id)
+        self._trigrams = {synonym: _trigrams(synonym) for synonym in self._synonyms}
+        self._by_trigram: defaultdict[str, list[str]] = defaultdict(list)
+        for synonym, trigrams in self._trigrams.items():
+            for trigram in trigrams:
+                self._by_trigram[trigram].append(synonym)
 
     def name(self, class_id: int) -> str:
         """Its name; empty where the checkpoint knows none."""
         return self.names[class_id] if class_id < len(self.names) else ""
+
+    def has_name(self, name: str) -> bool:
+        """Whether that is a whole name or a synonym."""
+        return _normalise(name) in self._synonyms
+
+    def search(self, query: str, limit: int) -> list[int]:
+        """Class ids that ``query`` may mean, the best first; all of them in order if it is blank.
+
+        Rank: the id itself, a whole name, a name's beginning, a word's beginning, any part; the shorter name first on
+        a tie. If no name holds it, those that share most of its letter triples.
+        """
+        wanted = _normalise(query)
+        if not wanted:
+            return list(range(min(limit, self.num_classes)))
+        found: dict[int, None] = {}
+        if wanted.isascii() and wanted.isdigit() and int(wanted[:9]) < self.num_classes:
+            found[int(wanted[:9])] = None
+        for synonym in self._ranked(wanted):
+            found.update(dict.fromkeys(self._synonyms[synonym]))
+            if len(found) >= limit:
+                break
+        return list(found)[:limit]
 
     def resolve(self, class_id: int | None, class_name: str | None) -> int:
         """The class id of a request that has one of the two, or the 422 that tells why there is none."""
@@ -39,20 +74,45 @@ class ClassIndex:
                 raise invalid("class_id", f"class_id must be an integer from 0 to {self.num_classes - 1}")
             return class_id
         assert class_name is not None
-        wanted = _normalise(class_name)
+        return self.by_name(class_name, "class_name", "give one of these as class_id")
+
+    def by_name(self, name: str, field: str, instead: str) -> int:
+        """The class of that whole name or synonym; else the 422 for ``field``, with what to do ``instead``."""
+        wanted = _normalise(name)
         found = self._whole.get(wanted) or self._synonyms.get(wanted)
         if not found:
-            raise self._unknown(wanted)
+            raise self._unknown(wanted, field)
         if len(found) > 1:
-            ids = ", ".join(map(str, found))
-            raise invalid("class_name", f"class_name fits several classes; give one of these as class_id: {ids}")
+            raise invalid(field, f"{field} fits several classes; {instead}: {', '.join(map(str, found))}")
         return found[0]
 
-    def _unknown(self, wanted: str) -> ApiError:
+    def _unknown(self, wanted: str, field: str) -> ApiError:
         if not self._whole:
-            return invalid("class_name", "this checkpoint has no class names; give class_id")
-        close = difflib.get_close_matches(wanted, self._synonyms, n=5, cutoff=0.6)
-        if not close:  # a part of a name is no close match by edits
-            close = sorted(name for name in self._synonyms if wanted in name)[:5]
+            return invalid(field, "this checkpoint has no class names; give the class id")
+        close = [synonym for synonym, _ in zip(self._ranked(wanted), range(MAX_HINTS), strict=False)]
         hint = f"; close are: {', '.join(close)}" if close else ""
-        return invalid("class_name", f"class_name is not a class of this checkpoint{hint}")
+        return invalid(field, f"{field} is not a class of this checkpoint{hint}")
+
+    def _ranked(self, wanted: str) -> Iterator[str]:
+        tiers: tuple[list[str], ...] = ([], [], [], [])
+        for synonym in self._synonyms:
+            position = synonym.find(wanted)
+            if position < 0:
+                continue
+            if position == 0:
+                tiers[0 if len(synonym) == len(wanted) else 1].append(synonym)
+            else:
+                tiers[2 if f" {wanted}" in synonym else 3].append(synonym)
+        for tier in tiers:
+            yield from sorted(tier, key=lambda synonym: (len(synonym), synonym))
+        if not any(tiers):
+            yield from self._similar(wanted)
+
+    def _similar(self, wanted: str) -> list[str]:
+        trigrams = _trigrams(wanted)
+        common: Counter[str] = Counter()
+        for trigram in trigrams:
+            common.update(self._by_trigram.get(trigram, ()))
+        shares = {s: 2 * n / (len(trigrams) + len(self._trigrams[s])) for s, n in common.items()}
+        close = [synonym for synonym, share in shares.items() if share >= FUZZY_CUTOFF]
+        return sorted(close, key=lambda synonym: (-shares[synonym], synonym))

@@ -18,6 +18,7 @@ from server.engine import GenerationFailed, NotReady, Overloaded
 NOT_READY_RETRY_S = 2
 # Faults of several fields together, and the one that is named.
 _CHOICES = {"class_choice": "class_id", "preview_choice": "preview_every"}
+_EXAMPLE = {"class_id": 207}
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
 
@@ -77,18 +78,20 @@ def invalid(field: str, message: str) -> ApiError:
     return ApiError(422, "invalid_request", message, field=field)
 
 
-def from_validation(error: ValidationError, schema: dict[str, Any]) -> ApiError:
-    """The first fault of a body, with the range that its field allows; ``schema`` from ``request_schema``."""
+def from_validation(error: ValidationError, schema: dict[str, Any], example: Mapping[str, Any] = _EXAMPLE) -> ApiError:
+    """The first fault of a body, with the range that its field allows by the JSON ``schema`` of the body."""
     fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
     if fault["type"] in _CHOICES:
         return invalid(_CHOICES[fault["type"]], fault["msg"])
     if not fault["loc"]:
-        return invalid("body", 'the body must be a JSON object, such as {"class_id": 207}')
+        return invalid("body", f"the body must be a JSON object, such as {json.dumps(example)}")
     field = str(fault["loc"][0])
     properties = schema["properties"]
     if field not in properties:
         shown = field if len(field) <= 64 else field[:64] + "..."
         return invalid(shown, f"unknown field; allowed are {', '.join(properties)}")
+    if fault["type"] == "missing":
+        return invalid(field, f"{field} is missing; it must be {allowed_values(properties[field])}")
     return invalid(field, f"{field} must be {allowed_values(properties[field])}")
 
 

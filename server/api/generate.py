@@ -18,10 +18,9 @@ from server.api.intake import Intake
 from server.api.negotiation import choose_media_type
 from server.api.order import Order, make_order
 from server.api.responses import documented, documented_headers, result_headers, stream_headers
-from server.api.schemas import GenerateRequest, GenerateResponse, allowed_values
+from server.api.schemas import GenerateRequest, GenerateResponse
 from server.api.streaming import COMPLETED, EVENT_STREAM, PARTIAL_IMAGE, STEP, stream_response
 from server.engine import IMAGE_FORMATS, Event, Preview, Result
-from server.settings import Settings
 
 JSON = "application/json"
 
@@ -83,16 +82,13 @@ class _Narrator:
         yield COMPLETED, _answer(self._order, result)
 
 
-def _order(body: GenerateRequest, image_format: Any, model: Model, settings: Settings) -> Order:
-    timeout_s = settings.request_timeout_s if body.timeout_s is None else body.timeout_s
-    if timeout_s > settings.request_timeout_s:
-        raise invalid("timeout_s", f"timeout_s must be {allowed_values(model.schema['properties']['timeout_s'])}")
+def _order(body: GenerateRequest, image_format: Any, model: Model, intake: Intake) -> Order:
     order = make_order(
         model,
         model.classes.resolve(body.class_id, body.class_name),
         num_images=body.num_images,
         image_format=image_format,
-        timeout_s=timeout_s,
+        timeout_s=intake.timeout(body.timeout_s),
         seed=body.seed,
         steps=body.steps,
         guidance_scale=body.guidance_scale,
@@ -143,7 +139,7 @@ def generate_router(intake: Intake) -> APIRouter:
         media_type, image_format = _choose_answer(request, body)
         generation = intake.take(
             request,
-            lambda model: _order(body, image_format, model, intake.settings),
+            lambda model: _order(body, image_format, model, intake),
             lambda: fingerprint("/generate", media_type, body.model_dump_json()),
         )
         if body.stream:

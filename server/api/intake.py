@@ -9,8 +9,10 @@ from fastapi import Request
 from server.api import idempotency
 from server.api.auth import current_client, image_budget
 from server.api.catalog import Catalog, Model
+from server.api.errors import invalid
 from server.api.generation import Generation
 from server.api.order import Order
+from server.api.schemas import MIN_TIMEOUT_S
 from server.engine import Engine
 from server.engine.model import StepSampler
 from server.settings import Settings
@@ -29,6 +31,17 @@ class Intake:
     def model(self) -> Model:
         """Tables of the model that is served now; it may be swapped from one call to the next."""
         return self.catalog.of(self.engine.sampler)
+
+    def timeout(self, asked_s: float | None) -> float:
+        """Seconds for a request that asks for so many, or for none.
+
+        Raises:
+            ApiError: 422 for more than the server allows.
+        """
+        most = self.settings.request_timeout_s
+        if asked_s is not None and asked_s > most:
+            raise invalid("timeout_s", f"timeout_s must be a number from {MIN_TIMEOUT_S:g} to {most:g}")
+        return most if asked_s is None else asked_s
 
     def take(
         self, request: Request, make_order: Callable[[Model], Order], fingerprint: Callable[[], bytes] | None = None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import BaseModel
+
 from server.api.generation import Generation
 from server.api.idempotency import REPLAYED_HEADER
 from server.api.schemas import ErrorResponse
@@ -55,6 +57,6 @@ def documented_headers() -> dict[str, Any]:
     return {name: {"description": text, "schema": {"type": "string"}} for name, text in _HEADERS.items()}
 
 
-def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's description of errors by status, each with its stable codes."""
-    return {status: {"description": _ERRORS[status], "model": ErrorResponse} for status in statuses}
+def documented(*statuses: int, model: type[BaseModel] = ErrorResponse) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's description of errors by status, each with its stable codes, in the shape of ``model``."""
+    return {status: {"description": _ERRORS[status], "model": model} for status in (401, *statuses)}

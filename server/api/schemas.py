@@ -162,10 +162,12 @@ def request_schema(num_classes: int, max_timeout_s: float) -> dict[str, Any]:
 def allowed_values(field_schema: dict[str, Any]) -> str:
     """One field's JSON schema in words, such as "an integer from 1 to 16"."""
     field_schema = field_schema.get("anyOf", [field_schema])[0]
+    if "const" in field_schema:
+        return str(field_schema["const"])
     if "enum" in field_schema:
         return "one of " + ", ".join(field_schema["enum"])
     if field_schema["type"] == "string":
-        return f"a string of {field_schema['minLength']} to {field_schema['maxLength']} characters"
+        return f"a string of {field_schema.get('minLength', 0)} to {field_schema['maxLength']} characters"
     if field_schema["type"] == "boolean":
         return "true or false"
     kind = "an integer" if field_schema["type"] == "integer" else "a number"

@@ -87,6 +87,11 @@ class Metrics:
         gauge = Gauge("robuq_requests_waiting", "Requests none of whose images has begun.", registry=self.registry)
         gauge.set_function(waiting)
 
+    def watch_ready(self, ready: Callable[[], float]) -> None:
+        """Tell Prometheus what /ready tells a load balancer, which alone can see it else."""
+        gauge = Gauge("robuq_ready", "1 while requests are taken, else 0.", registry=self.registry)
+        gauge.set_function(ready)
+
     def render(self) -> bytes:
         """The text exposition of every series."""
         return generate_latest(self.registry)

@@ -11,6 +11,7 @@ import robuq_core
 
 # What dashboards are built on; see the metrics section of the serving documents.
 METRICS = {
+    "robuq_ready",
     "robuq_requests_running",
     "robuq_requests_waiting",
     "robuq_requests_total",
@@ -80,8 +81,10 @@ def test_ready_follows_the_engine() -> None:
         sampler.release()
         job.future.result(10)
         until(lambda: client.get("/ready").status_code == 200)
+        assert "\nrobuq_ready 1.0\n" in client.get("/metrics").text
         engine.begin_drain()
         assert client.get("/ready").json() == {"status": "draining"}
+        assert "\nrobuq_ready 0.0\n" in client.get("/metrics").text
         assert client.get("/health").status_code == 200
         assert client.post("/generate", json={"class_id": 1}).json()["error"]["code"] == "draining"
 

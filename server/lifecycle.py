@@ -19,6 +19,7 @@ from server.api.connection import GuardedProtocol
 from server.engine import Engine
 from server.engine.create import create_engine
 from server.engine.model import StepSampler
+from server.scheduler import Scheduler
 from server.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -79,9 +80,11 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def serve(samplers: Sequence[StepSampler], settings: Settings, sock: socket.socket) -> int:
-    """Serve until told to end; the exit code."""
-    engine = create_engine(samplers, settings)
+def serve(
+    samplers: Sequence[StepSampler], settings: Settings, sock: socket.socket, *, scheduler: Scheduler | None = None
+) -> int:
+    """Serve until told to end; the exit code. ``scheduler`` replaces the continuous one."""
+    engine = create_engine(samplers, settings, scheduler=scheduler)
     config = uvicorn.Config(
         create_app(engine, settings),
         log_config=None,

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from server.engine.engine import Engine
 from server.engine.model import StepSampler
 from server.metrics import Metrics
+from server.scheduler import Scheduler
 from server.settings import Settings
 
 
-def create_engine(samplers: Sequence[StepSampler], settings: Settings) -> Engine:
-    """An engine with one replica a sampler, not yet started."""
+def create_engine(samplers: Sequence[StepSampler], settings: Settings, *, scheduler: Scheduler | None = None) -> Engine:
+    """An engine with one replica a sampler, not yet started; ``scheduler`` replaces the continuous one."""
     return Engine(
         samplers,
         Metrics(settings.max_batch_rows),
@@ -21,4 +22,5 @@ def create_engine(samplers: Sequence[StepSampler], settings: Settings) -> Engine
         stall_timeout_s=settings.stall_timeout_s,
         target_step_s=settings.target_step_s,
         priority_ageing_s=settings.priority_ageing_s,
+        scheduler=scheduler,
     )

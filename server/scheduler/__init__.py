@@ -1,7 +1,6 @@
 """Which rows run in the next step. Pure Python: knows neither torch, nor threads, nor HTTP."""
 
 from server.scheduler.continuous import ContinuousScheduler
-from server.scheduler.first_come import FirstComeScheduler
 from server.scheduler.interface import MAX_PRIORITY, Demand, QueueFull, RowKey, Scheduler
 from server.scheduler.step_time import StepTimeCurve
 from server.scheduler.window import WindowScheduler
@@ -10,7 +9,6 @@ __all__ = [
     "MAX_PRIORITY",
     "ContinuousScheduler",
     "Demand",
-    "FirstComeScheduler",
     "QueueFull",
     "RowKey",
     "Scheduler",

@@ -1,0 +1,215 @@
+"""With a file of keys nothing answers without one but what is listed here; scopes, rates, revocation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi.routing import iter_route_contexts
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from serving_harness import WatchedSampler, live_server, make_settings, until
+
+from server.api.app import create_app
+from server.api.auth import is_public
+from server.engine import Engine
+from server.engine.create import create_engine
+from server.engine.fake import FakeSampler
+from server.keys import create_key, revoke_key
+
+# Whoever adds to this list opens a route to the whole world.
+OPEN = {"/", "/web/{name}", "/health", "/ready", "/v2/health/live", "/v2/health/ready"}
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+DRAW = {"class_id": 1, "steps": 1}
+
+
+@pytest.fixture
+def keys_file(tmp_path: Path) -> Path:
+    path = tmp_path / "keys.json"
+    create_key(path, "somebody")
+    return path
+
+
+@pytest.fixture
+def guarded(keys_file: Path) -> Iterator[tuple[httpx.Client, Engine]]:
+    with live_server(FakeSampler(), api_keys_file=keys_file) as (client, engine):
+        yield client, engine
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def code_of(answer: httpx.Response) -> str:
+    error = answer.json()["error"]
+    code: str = error["code"] if isinstance(error, dict) else answer.json()["code"]
+    return code
+
+
+def all_routes(keys_file: Path | None) -> list[str]:
+    options = make_settings(api_keys_file=keys_file)
+    app = create_app(create_engine([FakeSampler()], options), options)
+    return [context.path for context in iter_route_contexts(app.routes)]
+
+
+def test_no_route_answers_without_a_key_but_those_that_are_listed(
+    guarded: tuple[httpx.Client, Engine], keys_file: Path
+) -> None:
+    client, _ = guarded
+    paths = all_routes(keys_file)
+    assert {"/generate", "/info", "/metrics", "/openapi.json", "/admin/checkpoint"} <= set(paths)
+    for path in paths:
+        concrete = re.sub(r"\{[^}]*\}", "x", path)
+        for method in METHODS:
+            status = client.request(method, concrete).status_code
+            assert (status == 401) == (path not in OPEN), f"{method} {path}: {status}"
+
+
+SEGMENTS = st.sampled_from(
+    ["generate", "admin", "checkpoint", "info", "metrics", "health", "ready", "v1", "v2", "web", "docs", "..", ".", "",
+     "%2e%2e", "%2fadmin", "health%00", "Health", "x" * 50, "openapi.json", "images", "generations", "%00"]
+)  # fmt: skip
+CHECK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@CHECK
+@given(segments=st.lists(SEGMENTS, max_size=5), method=st.sampled_from(METHODS))
+def test_no_spelling_of_a_path_gets_past_the_keys(
+    guarded: tuple[httpx.Client, Engine], segments: list[str], method: str
+) -> None:
+    client, _ = guarded
+    # httpx would tidy the path up; a raw target goes out as it is.
+    request = client.build_request(method, "/")
+    request.url = request.url.copy_with(raw_path=("/" + "/".join(segments)).encode())
+    answer = client.send(request)
+    if answer.status_code != 401:
+        path = httpx.URL(request.url).path
+        assert is_public(path), path
+        assert answer.status_code in (200, 404, 405)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Authorization": "Bearer"},
+        {"Authorization": "Bearer nonsense"},
+        {"Authorization": "Basic c29tZWJvZHk6"},
+        {"X-API-Key": ""},
+        {"X-API-Key": "robuq_" + "A" * 43},
+        {"Authorization": b"Bearer \xff\xfe"},
+    ],
+)
+def test_401_for_whatever_is_no_key(guarded: tuple[httpx.Client, Engine], headers: dict[str, Any]) -> None:
+    client, engine = guarded
+    answer = client.post("/generate", json=DRAW, headers=headers)
+    assert (answer.status_code, code_of(answer)) == (401, "unauthorized")
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert answer.headers["x-request-id"]
+    assert engine.metrics.registry.get_sample_value("robuq_rejected_total", {"reason": "unauthorized"}) == 1
+
+
+def test_both_headers_let_in_and_the_name_of_the_key_is_the_client(keys_file: Path) -> None:
+    key = create_key(keys_file, "alice")
+    with live_server(FakeSampler(), api_keys_file=keys_file) as (client, engine):
+        clients: list[str] = []
+        submit = engine.submit
+
+        def watched(*arguments: Any, **options: Any) -> Any:
+            clients.append(options["client"])
+            return submit(*arguments, **options)
+
+        engine.submit = watched  # type: ignore[method-assign]
+        for headers in (bearer(key), {"authorization": f"bearer  {key}"}, {"X-API-Key": key}):
+            assert client.post("/generate", json=DRAW, headers=headers).status_code == 200
+        assert clients == ["alice"] * 3
+
+
+def test_scopes(guarded: tuple[httpx.Client, Engine], keys_file: Path) -> None:
+    client, _ = guarded
+    for scope, may in (("read", {"info"}), ("generate", {"info", "draw"}), ("admin", {"info", "admin"})):
+        headers = bearer(create_key(keys_file, scope, scopes=[scope]))
+        answers = {
+            "info": client.get("/info", headers=headers),
+            "draw": client.post("/generate", json=DRAW, headers=headers),
+            "admin": client.get("/admin/checkpoint", headers=headers),
+        }
+        for name, answer in answers.items():
+            expected = (200, None) if name in may else (403, "forbidden")
+            assert (answer.status_code, code_of(answer) if answer.is_error else None) == expected, (scope, name)
+
+
+def test_a_revoked_key_is_out_at_once(guarded: tuple[httpx.Client, Engine], keys_file: Path) -> None:
+    client, _ = guarded
+    headers = bearer(create_key(keys_file, "alice"))
+    assert client.post("/generate", json=DRAW, headers=headers).status_code == 200
+    revoke_key(keys_file, "alice")
+    assert client.post("/generate", json=DRAW, headers=headers).status_code == 401
+
+
+def test_an_open_server_is_closed_to_administrators() -> None:
+    with live_server(FakeSampler()) as (client, _):
+        assert client.get("/info").status_code == 200
+        for method in METHODS:
+            for path in ("/admin", "/admin/", "/admin/checkpoint", "/admin/anything"):
+                answer = client.request(method, path)
+                assert answer.status_code == 403
+                assert method == "HEAD" or code_of(answer) == "admin_closed"
+
+
+def test_images_of_a_minute_are_counted_when_they_are_queued(keys_file: Path) -> None:
+    key = create_key(keys_file, "alice", images_per_minute=10)
+    other = create_key(keys_file, "bob")
+    sampler = WatchedSampler()
+    with live_server(sampler, api_keys_file=keys_file) as (client, engine):
+
+        def draw(images: int, key: str = key) -> httpx.Response:
+            return client.post("/generate", json=DRAW | {"num_images": images}, headers=bearer(key))
+
+        answer = draw(6)
+        assert answer.status_code == 200
+        assert answer.headers["ratelimit-policy"] == '"images";q=10;w=60'
+        assert re.fullmatch(r'"images";r=4;t=(59|60)', answer.headers["ratelimit"])
+        refused = draw(5)
+        assert (refused.status_code, code_of(refused)) == (429, "rate_limited")
+        assert 50 <= int(refused.headers["retry-after"]) <= 60
+        assert refused.headers["ratelimit"].startswith('"images";r=4')
+        assert draw(4).status_code == 200  # what was refused has used nothing up
+        assert draw(1).status_code == 429
+        never = draw(11)
+        assert (never.status_code, never.json()["error"]["field"]) == (422, "num_images")
+        free = draw(16, other)
+        assert free.status_code == 200
+        assert "ratelimit" not in free.headers
+        assert engine.metrics.registry.get_sample_value("robuq_rejected_total", {"reason": "rate_limited"}) == 2
+
+
+def test_what_the_queue_refuses_costs_nothing(keys_file: Path) -> None:
+    key = create_key(keys_file, "alice", images_per_minute=4)
+    with live_server(FakeSampler(), api_keys_file=keys_file) as (client, engine):
+        engine.begin_drain()
+        refused = client.post("/generate", json=DRAW | {"num_images": 4}, headers=bearer(key))
+        assert (refused.status_code, code_of(refused)) == (503, "draining")
+        assert refused.headers["ratelimit"].startswith('"images";r=4')
+
+
+def test_requests_of_a_minute(keys_file: Path) -> None:
+    key = create_key(keys_file, "alice", requests_per_minute=2)
+    with live_server(FakeSampler(), api_keys_file=keys_file) as (client, _):
+        statuses = [client.post("/generate", json=DRAW, headers=bearer(key)).status_code for _ in range(3)]
+        assert statuses == [200, 200, 429]
+        assert client.get("/info", headers=bearer(key)).status_code == 200  # looking is free
+
+
+def test_a_failed_request_frees_nobody_elses_budget(keys_file: Path) -> None:
+    key = create_key(keys_file, "alice", images_per_minute=3)
+    sampler = WatchedSampler()
+    with live_server(sampler, api_keys_file=keys_file) as (client, engine):
+        for body in ({"class_id": 99}, {"class_id": 1, "steps": 0}, {}):
+            assert client.post("/generate", json=body, headers=bearer(key)).status_code == 422
+        assert client.post("/generate", json=DRAW | {"num_images": 3}, headers=bearer(key)).status_code == 200
+        until(lambda: engine.idle)

@@ -1,0 +1,190 @@
+"""``/admin/checkpoint`` with real files: under load nothing is lost, and what cannot be served changes nothing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from serving_harness import WAIT_S, live_server, until
+from tiny import TINY, write_tiny
+
+from robuq_core.pipeline import Sampler
+from server.engine import Engine
+from server.keys import create_key
+
+DRAW = {"class_id": 1, "seed": 5, "steps": 3}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """old, and new with another number of classes; a damaged file, a foreign one, and links in and out."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    write_tiny(folder / "old.safetensors")
+    write_tiny(folder / "new.safetensors", TINY.model_copy(update={"num_classes": 7}))
+    whole = (folder / "old.safetensors").read_bytes()
+    (folder / "short.safetensors").write_bytes(whole[: len(whole) // 2])
+    (folder / "flipped.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    (folder / "notes.txt").write_text("none of yours")
+    outside = tmp_path_factory.mktemp("elsewhere") / "secret.safetensors"
+    outside.write_bytes(whole)
+    (folder / "out.safetensors").symlink_to(outside)
+    (folder / "in.safetensors").symlink_to(folder / "new.safetensors")
+    (folder / "circle.safetensors").symlink_to(folder / "circle.safetensors")
+    (folder / "folder.safetensors").mkdir()
+    return folder
+
+
+@pytest.fixture
+def server(folder: Path, tmp_path: Path) -> Iterator[tuple[httpx.Client, Engine]]:
+    """The old checkpoint on a real socket and an administrator's client."""
+    keys = tmp_path / "keys.json"
+    key = create_key(keys, "root", scopes=["admin", "generate"])
+    sampler = Sampler.from_checkpoint(folder / "old.safetensors")
+    with live_server(sampler, api_keys_file=keys, checkpoint_dir=folder) as (client, engine):  # type: ignore[arg-type]
+        client.headers["Authorization"] = f"Bearer {key}"
+        client.timeout = httpx.Timeout(60)
+        yield client, engine
+
+
+def swap(client: httpx.Client, path: Any) -> httpx.Response:
+    return client.post("/admin/checkpoint", json={"path": path})
+
+
+def test_the_files_that_could_be_served(server: tuple[httpx.Client, Engine]) -> None:
+    answer = server[0].get("/admin/checkpoint").json()
+    assert answer["served"] == "old"
+    assert [file["path"] for file in answer["files"]] == [
+        f"{name}.safetensors" for name in ("flipped", "in", "new", "old", "short")
+    ]
+    assert all(file["bytes"] > 0 and file["modified"] for file in answer["files"])
+
+
+def test_a_swap_is_seen_everywhere(server: tuple[httpx.Client, Engine], folder: Path) -> None:
+    client, _ = server
+    before = client.post("/generate", json=DRAW).json()
+    answer = swap(client, "new.safetensors")
+    assert answer.status_code == 200, answer.text
+    assert (answer.json()["checkpoint"], answer.json()["num_classes"]) == ("new", 7)
+    assert client.get("/info").json() == answer.json()
+    assert client.get("/admin/checkpoint").json()["served"] == "new"
+    assert 'checkpoint="new"' in client.get("/metrics").text
+    assert client.post("/generate", json=DRAW | {"class_id": 8}).status_code == 422
+    drawn = client.post("/generate", json=DRAW).json()["images"]
+    assert drawn != before["images"]
+    assert swap(client, "old.safetensors").status_code == 200
+    assert client.post("/generate", json=DRAW).json()["images"] == before["images"]
+    assert swap(client, "in.safetensors").json()["checkpoint"] == "in"
+    assert client.post("/generate", json=DRAW).json()["images"] == drawn
+
+
+def test_under_load_no_request_is_lost(server: tuple[httpx.Client, Engine]) -> None:
+    client, engine = server
+    stop = threading.Event()
+
+    def draw_on(seed: int) -> tuple[int, set[str]]:
+        answers, images = 0, set()
+        while not stop.is_set():
+            answer = client.post("/generate", json=DRAW | {"seed": seed, "num_images": 2, "steps": 1 + answers % 4})
+            assert answer.status_code == 200, answer.text
+            answers += 1
+            images.update(answer.json()["images"])
+        return answers, images
+
+    with ThreadPoolExecutor(4) as pool:
+        clients = [pool.submit(draw_on, seed) for seed in range(0, 8, 2)]
+        try:
+            for name in ("new", "old", "new", "old"):
+                assert swap(client, f"{name}.safetensors").status_code == 200
+        finally:
+            stop.set()
+        results = [drawing.result(WAIT_S) for drawing in clients]
+    assert all(answers > 0 for answers, _ in results)
+    until(lambda: engine.idle)
+    counted = engine.metrics.registry.get_sample_value
+    assert counted("robuq_requests_total", {"finished_reason": "completed"}) == sum(answers for answers, _ in results)
+    assert not counted("robuq_requests_total", {"finished_reason": "error"})
+
+
+@pytest.mark.parametrize("name", ["short", "flipped"])
+def test_a_damaged_file_is_told_and_the_old_one_goes_on(
+    server: tuple[httpx.Client, Engine], folder: Path, name: str
+) -> None:
+    client, _ = server
+    answer = swap(client, f"{name}.safetensors")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["field"]) == (422, "checkpoint_unusable", "path")
+    assert error["message"].startswith(f"{name}.safetensors: ")
+    assert "/" not in error["message"].replace(" / ", "")
+    assert str(folder) not in answer.text
+    assert client.get("/info").json()["checkpoint"] == "old"
+    assert client.post("/generate", json=DRAW).status_code == 200
+    assert swap(client, "new.safetensors").status_code == 200  # and nothing is left locked
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["missing.safetensors", "out.safetensors", "circle.safetensors", "folder.safetensors", "notes.txt", ".", "..",
+     "../elsewhere/secret.safetensors", "./new.safetensors", "/etc/passwd", "new.safetensors/", "new.safetensors\0",
+     "\0.safetensors", "~/new.safetensors", "ne\u0301w.safetensors", "*.safetensors", "..\\new.safetensors"],
+)  # fmt: skip
+def test_nothing_leads_out_of_the_folder(server: tuple[httpx.Client, Engine], path: str) -> None:
+    client, _ = server
+    answer = swap(client, path)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (422, "invalid_request")
+    assert answer.json()["error"]["field"] in ("path", "body")
+    assert "root:" not in answer.text
+
+
+@pytest.mark.parametrize("body", [{}, {"path": 7}, {"path": ""}, {"path": "x" * 256}, {"file": "new.safetensors"}, []])
+def test_a_body_that_names_no_file(server: tuple[httpx.Client, Engine], body: Any) -> None:
+    answer = server[0].post("/admin/checkpoint", json=body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (422, "invalid_request")
+
+
+def test_one_swap_at_a_time(server: tuple[httpx.Client, Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    client, engine = server
+    entered, go_on = threading.Event(), threading.Event()
+    whole_swap = engine.swap
+
+    def slow_swap(samplers: Any) -> None:
+        entered.set()
+        assert go_on.wait(WAIT_S)
+        whole_swap(samplers)
+
+    monkeypatch.setattr(engine, "swap", slow_swap)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(swap, client, "new.safetensors")
+        assert entered.wait(WAIT_S)
+        second = swap(client, "old.safetensors")
+        assert (second.status_code, second.json()["error"]["code"]) == (409, "swap_in_progress")
+        assert client.post("/generate", json=DRAW).status_code == 200
+        go_on.set()
+        assert first.result(WAIT_S).status_code == 200
+    assert swap(client, "old.safetensors").status_code == 200
+
+
+def test_a_checkpoint_that_loads_but_does_not_run(
+    server: tuple[httpx.Client, Engine], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    client, engine = server
+    whole_step = Sampler.step
+
+    def broken(sampler: Sampler, rows: Any) -> None:
+        if sampler.checkpoint_name == "new":
+            raise RuntimeError("secret of /some/kernel")
+        whole_step(sampler, rows)
+
+    monkeypatch.setattr(Sampler, "step", broken)
+    answer = swap(client, "new.safetensors")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (422, "checkpoint_unusable")
+    assert "secret" not in answer.text
+    assert "secret" in caplog.text
+    assert client.get("/info").json()["checkpoint"] == "old"
+    assert client.post("/generate", json=DRAW).status_code == 200
+    engine.begin_drain()
+    assert swap(client, "old.safetensors").status_code == 503

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 
+from robuq_core.errors import UserError
 from robuq_core.pipeline import Sampler
 from server.settings import Settings
 
@@ -14,17 +14,25 @@ from server.settings import Settings
 def load_samplers(path: Path | None, settings: Settings) -> tuple[Sampler, ...]:
     """Load ``path``, ``None`` for the bundled checkpoint, once, and replicate it as often as the settings ask for.
 
-    Replicas go round the GPUs if the first one is on one. On a CPU they share its cores, unless ``threads`` is set.
+    On GPUs each replica has one of its own. On a CPU they divide the threads, and share the weights.
 
     Raises:
         CheckpointError: the file cannot be used. ValueError: the backend cannot.
+        UserError: more replicas than there are threads or GPUs.
     """
-    threads = settings.threads
-    if threads is None and settings.replicas > 1:
-        threads = max(1, len(os.sched_getaffinity(0)) // settings.replicas)
-    first = Sampler.from_checkpoint(path, backend=settings.backend, threads=threads)
-    replicas = [first]
-    for i in range(1, settings.replicas):
-        device = None if first.device.type != "cuda" else f"cuda:{i % torch.cuda.device_count()}"
-        replicas.append(first.replica(threads=threads, device=device))
-    return tuple(replicas)
+    replicas, threads = settings.replicas, settings.threads
+    if replicas == 1:
+        return (Sampler.from_checkpoint(path, backend=settings.backend, threads=threads),)
+    threads = threads or torch.get_num_threads()
+    share = max(1, threads // replicas)
+    first = Sampler.from_checkpoint(path, backend=settings.backend, threads=share)
+    if first.device.type == "cuda":
+        _check(replicas, torch.cuda.device_count(), "GPU(s)")
+        return first, *(first.replica(device=f"cuda:{i}") for i in range(1, replicas))
+    _check(replicas, threads, "CPU thread(s)")
+    return first, *(first.replica(threads=share) for _ in range(1, replicas))
+
+
+def _check(replicas: int, available: int, what: str) -> None:
+    if replicas > available:
+        raise UserError(f"--replicas {replicas} is more than the {available} {what} here; give at most {available}")

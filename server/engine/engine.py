@@ -20,6 +20,7 @@ from server.engine.generation import Generation
 from server.engine.images import ImageFormat
 from server.engine.job import CancelReason, Job
 from server.engine.ledger import Ledger
+from server.engine.load import Load, ReplicaLoad
 from server.engine.model import RowSpec, StepSampler
 from server.engine.replica import Replica
 from server.engine.supervisor import Supervisor
@@ -120,6 +121,24 @@ class Engine:
     def images_decoding(self) -> int:
         """Finished images and previews that are being encoded or wait for it."""
         return self._delivery.pending
+
+    def load(self) -> Load:
+        """What is running and waiting, and on which replica."""
+        ledger = self._ledger
+        with ledger.lock:
+            scheduler = ledger.scheduler
+            return Load(
+                status=self._status_locked(),
+                requests_running=len(ledger.jobs) - scheduler.waiting_requests,
+                requests_waiting=scheduler.waiting_requests,
+                images_in_flight=ledger.images,
+                images_waiting=scheduler.waiting_images,
+                images_decoding=self._delivery.pending,
+                replicas=tuple(
+                    ReplicaLoad(scheduler.running_rows(replica.number), replica.stepper.budget.rows, replica.stalled)
+                    for replica in self._replicas
+                ),
+            )
 
     # What others may do.
 

@@ -23,6 +23,10 @@ class FakeRow:
     def done(self) -> bool:
         return self.steps_done >= self.spec.steps
 
+    @property
+    def guided(self) -> bool:
+        return self.spec.guidance_scale != 1
+
 
 class FakeSampler:
     """Pixels depend on the row's spec alone.

@@ -40,6 +40,11 @@ class Ledger:
         """Rows of the model times steps of an image, over the requests in flight."""
         return self._cost / max(1, self._images)
 
+    @property
+    def images(self) -> int:
+        """Images of all jobs in flight."""
+        return self._images
+
     def open_locked(self, job: Job, client: str, priority: int) -> None:
         """Queue a job, or raise :class:`server.scheduler.QueueFull`."""
         self.scheduler.submit(

@@ -14,7 +14,7 @@ __all__ = ["Row", "RowSpec", "StepSampler", "rows_of"]
 
 
 def rows_of(spec: RowSpec) -> int:
-    """Rows of the model that an image takes in a step: with guidance one more, without a class."""
+    """Most rows of the model that an image takes in a step: with guidance one more, without a class."""
     return 1 if spec.guidance_scale == 1 else 2
 
 
@@ -26,6 +26,10 @@ class Row(Protocol):
 
     @property
     def done(self) -> bool: ...
+
+    @property
+    def guided(self) -> bool:
+        """The next step takes two rows of the model, one of them without a class."""
 
 
 class StepSampler(Protocol):

@@ -162,7 +162,7 @@ class Replica:
         if not batch:
             return
         began = ledger.clock()
-        faulty = self.stepper.step(part.sampler, [e.row for e in batch], [e.job.rows_per_image for e in batch])
+        faulty = self.stepper.step(part.sampler, [entry.row for entry in batch])
         ended = ledger.clock()
         forwards = self.stepper.take_measured()
         for position, error in faulty.items():

@@ -63,14 +63,15 @@ class Stepper:
         measured, self._measured = self._measured, []
         return measured
 
-    def step(self, sampler: StepSampler, rows: Sequence[Any], costs: Sequence[int]) -> dict[int, Exception]:
-        """Advance every row by one step; the faults by position in ``rows``. ``costs``: rows of the model of each.
+    def step(self, sampler: StepSampler, rows: Sequence[Any]) -> dict[int, Exception]:
+        """Advance every row by one step; the faults by position in ``rows``.
 
         Rows that a failed forward has not moved are tried again in halves: a row's result does not depend on its
         neighbours, so neither does it on how a step was divided.
         """
+        costs = [2 if row.guided else 1 for row in rows]
         faulty: dict[int, Exception] = {}
-        parts = deque([range(len(rows))] if sum(costs) <= self.budget.rows else self._parts(range(len(rows)), costs))
+        parts: deque[Sequence[int]] = deque([range(len(rows))])
         while parts:
             part = parts.popleft()
             size = sum(costs[i] for i in part)

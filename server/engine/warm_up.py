@@ -8,7 +8,7 @@ from typing import Any
 
 from server.engine.generation import Generation
 from server.engine.images import encode_image
-from server.engine.model import RowSpec, rows_of
+from server.engine.model import RowSpec
 from server.engine.stepping import Stepper
 
 # The first forward of a size pays for what is set up once; a quick one is run again, to learn its time.
@@ -53,9 +53,8 @@ class WarmUp:
 
     def _run(self, size: int, stepper: Stepper) -> None:
         rows = self._rows(size)
-        costs = [rows_of(row.spec) for row in rows]
         for _ in range(2):
-            faulty = stepper.step(self.sampler, rows, costs)
+            faulty = stepper.step(self.sampler, rows)
             if faulty:
                 raise faulty[0]
             measured = stepper.take_measured()

@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from robuq_core.errors import UserError
 from server.api.auth import current_client
+from server.api.discovery import describe
 from server.api.errors import ApiError, from_validation, invalid
-from server.api.operations import describe
 from server.api.schemas import ErrorResponse, InfoResponse
 from server.engine import Engine, EngineError
 from server.engine.model import StepSampler

@@ -13,11 +13,13 @@ import robuq_core
 from server.api.admin import admin_router
 from server.api.auth import Authentication
 from server.api.catalog import Catalog
+from server.api.discovery import discovery_router
 from server.api.errors import install_error_handlers
 from server.api.generate import generate_router
 from server.api.intake import Intake
 from server.api.middleware import RequestContext
 from server.api.openai import openai_router
+from server.api.openapi import install_document
 from server.api.operations import operations_router
 from server.api.security import CORS, RequestLimits
 from server.api.web import web_router
@@ -47,9 +49,11 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     intake = Intake(engine, settings, Catalog(settings.request_timeout_s))
     app.include_router(generate_router(intake), tags=["images"])
     app.include_router(openai_router(intake), tags=["OpenAI"])
-    app.include_router(operations_router(engine, settings), tags=["operations"])
+    app.include_router(discovery_router(intake), tags=["discovery"])
+    app.include_router(operations_router(engine), tags=["operations"])
     app.include_router(admin_router(engine, settings), tags=["administration"])
     app.include_router(web_router())
+    install_document(app, intake)
     install_error_handlers(app)
     # The last one added is the outermost.
     store = None if settings.api_keys_file is None else KeyStore(settings.api_keys_file)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
@@ -132,6 +133,12 @@ def install_error_handlers(app: FastAPI) -> None:
 
     for kind in (ApiError, Overloaded, NotReady, GenerationFailed):
         app.add_exception_handler(kind, answer)
+
+    @app.exception_handler(RequestValidationError)
+    async def _query(request: Request, error: RequestValidationError) -> Response:
+        fault = error.errors()[0]
+        field = str(fault["loc"][-1])
+        return invalid(field, f"{field}: {fault['msg']}").response(request.url.path)
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> Response:

@@ -112,9 +112,8 @@ def generate_router(intake: Intake) -> APIRouter:
             "headers": documented_headers(),
         }
     }
-    body_schema = {"requestBody": {"required": True, "content": {JSON: {"schema": intake.model.schema}}}}
 
-    @router.post("/generate", responses=responses, openapi_extra=body_schema)
+    @router.post("/generate", responses=responses)
     async def generate(request: Request) -> Response:
         """Draw images of one class. Send `Accept: image/png` (jpeg, webp) to get one image as a file.
 

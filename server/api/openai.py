@@ -145,9 +145,8 @@ def openai_router(intake: Intake) -> APIRouter:
             "headers": documented_headers(),
         }
     }
-    body_schema = {"requestBody": {"required": True, "content": {JSON: {"schema": intake.model.openai_schema}}}}
 
-    @router.post(PATH, responses=responses, openapi_extra=body_schema)
+    @router.post(PATH, responses=responses)
     async def generate_images(request: Request) -> Response:
         """Draw images of the class that `prompt` names (or whose id it is), for clients made for OpenAI's API.
 

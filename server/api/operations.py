@@ -1,4 +1,4 @@
-"""What operators and their machines ask: is it alive, does it take requests, what is it, how is it doing."""
+"""What operators' machines ask: is it alive, does it take requests, how is it doing."""
 
 from __future__ import annotations
 
@@ -6,35 +6,11 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-import robuq_core
-from server.api.schemas import DefaultsSchema, InfoResponse, LimitsSchema, StatusResponse
+from server.api.schemas import StatusResponse
 from server.engine import Engine
-from server.settings import MAX_IMAGES, Settings
 
 
-def describe(engine: Engine, settings: Settings) -> InfoResponse:
-    """The server and the model that it serves now."""
-    sampler = engine.sampler
-    return InfoResponse(
-        version=robuq_core.__version__,
-        checkpoint=sampler.checkpoint_name,
-        backend=sampler.backend_name,
-        average_activation_bits=sampler.average_activation_bits,
-        weight_bytes=sampler.weight_bytes,
-        image_size=sampler.image_size,
-        num_classes=sampler.num_classes,
-        defaults=DefaultsSchema(**sampler.defaults.model_dump()),
-        limits=LimitsSchema(
-            max_images_per_request=MAX_IMAGES,
-            max_batch_rows=settings.max_batch_rows,
-            max_queue_images=settings.max_queue_images,
-            request_timeout_s=settings.request_timeout_s,
-            max_body_bytes=settings.max_body_bytes,
-        ),
-    )
-
-
-def operations_router(engine: Engine, settings: Settings) -> APIRouter:
+def operations_router(engine: Engine) -> APIRouter:
     """The routes, bound to an engine."""
     router = APIRouter()
 
@@ -53,11 +29,6 @@ def operations_router(engine: Engine, settings: Settings) -> APIRouter:
         if status != "ready":
             response.status_code = 503
         return StatusResponse(status=status)
-
-    @router.get("/info")
-    async def get_info() -> InfoResponse:
-        """The server, its model, its defaults and its limits."""
-        return describe(engine, settings)
 
     @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:

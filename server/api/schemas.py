@@ -135,6 +135,48 @@ class LimitsSchema(BaseModel):
     max_body_bytes: int
 
 
+class PrioritiesSchema(BaseModel):
+    """Range of ``priority``; one level weighs as much as ``ageing_s`` seconds of waiting."""
+
+    min: int = 0
+    max: int = MAX_PRIORITY
+    default: int = 0
+    ageing_s: float
+
+
+class ClassItem(BaseModel):
+    """``name`` is empty where the checkpoint knows none."""
+
+    id: int
+    name: str
+
+
+class ClassesResponse(BaseModel):
+    """Classes in order of rank."""
+
+    classes: list[ClassItem]
+
+
+class ReplicaSchema(BaseModel):
+    """``rows`` of the model are in the next step of this copy of it, of ``row_budget`` at most."""
+
+    rows: int
+    row_budget: int
+    stalled: bool
+
+
+class QueueResponse(BaseModel):
+    """Requests run when at least one of their images does."""
+
+    status: str
+    requests_running: int
+    requests_waiting: int
+    images_in_flight: int
+    images_waiting: int
+    images_decoding: int
+    replicas: list[ReplicaSchema]
+
+
 class InfoResponse(BaseModel):
     """The server, its model and its limits."""
 
@@ -145,9 +187,12 @@ class InfoResponse(BaseModel):
     weight_bytes: int
     image_size: int
     num_classes: int
+    replicas: int
+    features: list[str]
     samplers: list[SamplerName] = list(SAMPLERS)
     formats: list[ImageFormat] = list(IMAGE_FORMATS)
     defaults: DefaultsSchema
+    priorities: PrioritiesSchema
     limits: LimitsSchema
 
 

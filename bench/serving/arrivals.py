@@ -1,0 +1,137 @@
+"""Latency against load under Poisson arrivals: step-level and window batching and LitServe, one model, one run."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from bench.serving.client import closed_loop, run
+from bench.serving.figures import Figure, Scale, require
+from bench.serving.servers import MAX_ROWS, Kind, running
+from loadtest.open_loop import Summary, as_json, http_sender, offer, plot, poisson_arrivals, summarise
+from loadtest.workload import Workload
+
+LOADS = (0.3, 0.7, 0.95, 1.2)
+STEP_COUNTS = (4, 10, 20, 50)
+NAMES: dict[Kind, str] = {
+    "continuous": "step-level batching",
+    "window": "window batching",
+    "litserve": "LitServe",
+}
+
+
+@dataclass
+class Comparison:
+    """Every system at every load, and the images that each drew."""
+
+    capacity: float
+    summaries: dict[Kind, list[Summary]] = field(default_factory=dict)
+    images: dict[tuple[int, int], bytes] = field(default_factory=dict)  # by load and request
+    compared: int = 0
+
+
+def _body(workload: Workload) -> dict[str, Any]:
+    """Class, steps, sampler and seed vary; guidance is the default, so that an image takes two rows on all sides."""
+    body = workload.mixed()
+    body.pop("guidance_scale", None)
+    return body | {"seed": workload.rng.randrange(2**32)}
+
+
+def _workload(seed: int) -> Workload:
+    return Workload({"num_classes": 1000, "image_size": 32}, STEP_COUNTS, rng=random.Random(seed))
+
+
+def measure_capacity(seconds: float) -> float:
+    """Requests a second of the continuous server when there are always more than it can run."""
+    workload = _workload(0)
+    with running("continuous") as server:
+        run(closed_loop(server.url, lambda: _body(workload), users=2 * MAX_ROWS, seconds=seconds / 4))
+        load = run(closed_loop(server.url, lambda: _body(workload), users=2 * MAX_ROWS, seconds=seconds))
+    require(all(answer.status == 200 for answer in load.answers), "a request was not served")
+    return load.rate
+
+
+def compare(kinds: Sequence[Kind], scale: Scale) -> Comparison:
+    """Each system at each load in turn, with the same arrivals and the same bodies."""
+    seconds = scale.of(40, 6)
+    comparison = Comparison(measure_capacity(scale.of(30, 6)), {kind: [] for kind in kinds})
+    for number, share in enumerate(LOADS):
+        arrivals = poisson_arrivals(share * comparison.capacity, seconds, seed=number)
+        workload = _workload(number + 1)
+        bodies = [_body(workload) for _ in arrivals]
+        for kind in kinds:
+            with running(kind) as server:
+                answers = run(_offer(server.url, bodies, arrivals, comparison.summaries[kind], seconds))
+            _check(comparison, kind, number, bodies, answers, workload)
+    return comparison
+
+
+async def _offer(
+    url: str, bodies: list[dict[str, Any]], arrivals: Any, summaries: list[Summary], seconds: float
+) -> dict[int, bytes]:
+    answers: dict[int, bytes] = {}
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=512)
+    async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as client:
+        warm = http_sender(client, bodies[:8])
+        await asyncio.gather(*(warm(i) for i in range(min(8, len(bodies)))))
+        summaries.append(summarise(await offer(http_sender(client, bodies, answers), arrivals), seconds))
+    return answers
+
+
+def _check(
+    comparison: Comparison,
+    kind: Kind,
+    load: int,
+    bodies: list[dict[str, Any]],
+    answers: dict[int, bytes],
+    workload: Workload,
+) -> None:
+    """Every request is served, and whoever serves it draws the same image."""
+    require(len(answers) == len(bodies), f"{kind} served {len(answers)} of {len(bodies)} requests")
+    for number, answer in answers.items():
+        content = json.loads(answer)
+        workload.check(bodies[number], content)
+        image = base64.b64decode(content["images"][0])
+        first = comparison.images.setdefault((load, number), image)
+        require(first == image, f"{kind} drew another image of {bodies[number]}")
+        comparison.compared += first is not image
+
+
+def figure(comparison: Comparison, other: Kind) -> Figure:
+    """Continuous batching against another system: p99 at every load, and throughput at the highest."""
+    ours, theirs = comparison.summaries["continuous"], comparison.summaries[other]
+    ratios = [b.p99_s / a.p99_s for a, b in zip(ours, theirs, strict=True)]
+    lines = [
+        f"{share:g}x: p50 {a.p50_s:.2f} / {b.p50_s:.2f} s, p99 {a.p99_s:.2f} / {b.p99_s:.2f} s "
+        f"({ratio:.1f} times lower), served {a.served:.1f} / {b.served:.1f} /s"
+        for share, a, b, ratio in zip(LOADS, ours, theirs, ratios, strict=True)
+    ]
+    return Figure(
+        f"against {NAMES[other]}",
+        "\n".join(lines),
+        f"lower p99 at every load (capacity {comparison.capacity:.1f}/s)",
+        min(ratios) > 1,
+        f"all served, {comparison.compared:,} images equal between systems",
+        {
+            "capacity_per_s": comparison.capacity,
+            "loads": LOADS,
+            "p99_ratio": ratios,
+            "throughput_ratio": [a.served / b.served for a, b in zip(ours, theirs, strict=True)],
+            "ours": [as_json(summary) for summary in ours],
+            "theirs": [as_json(summary) for summary in theirs],
+        },
+    )
+
+
+def draw(comparison: Comparison, folder: Path) -> None:
+    """The plot of latency against load, SVG."""
+    series = {NAMES[kind]: summaries for kind, summaries in comparison.summaries.items()}
+    plot(series, folder / "serving-latency.svg", title="Latency from the scheduled arrival, Poisson arrivals")

@@ -1,0 +1,247 @@
+"""How much of the raw model the server delivers: efficiency, step tax, occupancy; and that company changes no pixel."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from bench.serving.client import Load, closed_loop, run
+from bench.serving.figures import Figure, Scale, require
+from bench.serving.servers import MAX_ROWS, Server, bench_settings, running
+from loadtest.workload import gauges
+from robuq_core.pipeline import Sampler
+from server.engine import Engine
+from server.engine.create import create_engine
+from server.engine.images import encode_image
+from server.engine.model import RowSpec
+
+SAMPLERS = ("ddpm", "ddim", "dpmsolver++")
+
+
+def _default_specs(sampler: Sampler, images: int, steps: int | None = None) -> list[RowSpec]:
+    defaults = sampler.defaults
+    return [
+        RowSpec(i % sampler.num_classes, i, steps or defaults.steps, defaults.guidance_scale, defaults.sampler)
+        for i in range(images)
+    ]
+
+
+def _raw_images(sampler: Sampler, images: int) -> tuple[float, list[bytes]]:
+    """Images a second of the bare model at a full batch, and the images."""
+    began = time.perf_counter()
+    rows = [sampler.start(spec) for spec in _default_specs(sampler, images)]
+    while not rows[0].done:
+        sampler.step(rows)
+    pixels = [sampler.decode(row) for row in rows]
+    seconds = time.perf_counter() - began
+    return images / seconds, [encode_image(each, "png") for each in pixels]
+
+
+def efficiency(scale: Scale) -> Figure:
+    """Images a second over HTTP with as many users as a batch holds images, against the bare model at that batch."""
+    sampler = Sampler.from_checkpoint()
+    images = MAX_ROWS // (1 if sampler.defaults.guidance_scale == 1 else 2)
+    rounds, seconds = scale.count(5, 1), scale.of(12, 3)
+    raw, served = [], []
+    numbers = iter(range(10**9))
+
+    def body() -> dict[str, Any]:
+        number = next(numbers) % images  # the same images as the bare model's, again and again
+        return {"class_id": number % sampler.num_classes, "seed": number}
+
+    _raw_images(sampler, images)
+    with running("continuous") as server:
+        run(closed_loop(server.url, body, users=images, seconds=2))
+        for _ in range(rounds):  # in turn, so that both meet the same machine; the idle one takes nothing
+            rates = [_raw_images(sampler, images) for _ in range(scale.count(3, 1))]
+            raw.append(median(rate for rate, _ in rates))
+            expected = rates[0][1]
+            load = run(closed_loop(server.url, body, users=images, seconds=seconds))
+            served.append(load.rate)
+            _check_images(load, expected, sampler.num_classes)
+    ratios = [a / b for a, b in zip(served, raw, strict=True)]
+    ratio = median(ratios)
+    return Figure(
+        "efficiency",
+        f"{ratio:.3f} (served {median(served):.1f}, raw {median(raw):.1f} images/s at batch {images})",
+        ">= 0.95",
+        ratio >= 0.95,
+        "every served image equal to the bare model's of the same seed",
+        {"ratios": ratios, "served_images_per_s": served, "raw_images_per_s": raw, "images": images},
+    )
+
+
+def _check_images(load: Load, expected: list[bytes], num_classes: int) -> None:
+    for answer in load.answers:
+        require(answer.status == 200, f"status {answer.status}")
+        content = json.loads(answer.content)
+        image = base64.b64decode(content["images"][0])
+        require(image == expected[content["seed"]], f"seed {content['seed']}: not the bare model's image")
+
+
+@contextmanager
+def _engine(sampler: Sampler) -> Iterator[Engine]:
+    engine = create_engine([sampler], bench_settings())
+    engine.start()
+    while engine.status != "ready":
+        time.sleep(0.01)
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+def step_tax(scale: Scale) -> Figure:
+    """Seconds of a step of a full batch in the engine against the bare forward of the network alone."""
+    sampler = Sampler.from_checkpoint()
+    images, steps, rounds = MAX_ROWS // 2, scale.count(60, 10), scale.count(9, 2)
+    specs = _default_specs(sampler, images, steps)
+    served, raw, forward = [], [], []
+    with _engine(sampler) as engine:
+        for _ in range(rounds):
+            result = engine.submit(specs, "png").future.result()
+            served.append(result.timings.inference_s / steps)
+            rows = [sampler.start(spec) for spec in specs]
+            with _timed_forwards(sampler) as forwards:
+                began = time.perf_counter()
+                while not rows[0].done:
+                    sampler.step(rows)
+                raw.append((time.perf_counter() - began) / steps)
+            forward.append(sum(forwards) / steps)
+            images_alone = [encode_image(sampler.decode(row), "png") for row in rows]
+            require(list(result.images) == images_alone, "the engine's images are not the bare model's")
+    tax = median(a / b - 1 for a, b in zip(served, forward, strict=True))
+    engine_tax = median(a / b - 1 for a, b in zip(served, raw, strict=True))
+    return Figure(
+        "step tax",
+        f"{tax:+.1%} over the network's forward ({median(forward) * 1e3:.1f} ms at {MAX_ROWS} rows); "
+        f"{engine_tax:+.1%} over the sampler's step",
+        "< 2%",
+        tax < 0.02,
+        "images equal to the bare model's",
+        {"served_step_s": served, "sampler_step_s": raw, "forward_s": forward, "tax": tax, "engine_tax": engine_tax},
+    )
+
+
+@contextmanager
+def _timed_forwards(sampler: Sampler) -> Iterator[list[float]]:
+    """Seconds of every forward of the network within the block."""
+    seconds: list[float] = []
+    model = sampler.model
+
+    class Timed:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(model, name)
+
+        def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+            began = time.perf_counter()
+            output = model.forward(*inputs)
+            seconds.append(time.perf_counter() - began)
+            return output
+
+    sampler.model = Timed()
+    try:
+        yield seconds
+    finally:
+        sampler.model = model
+
+
+def occupancy(scale: Scale) -> Figure:
+    """Rows used of those there were, by the server's own counters, with three batches' worth of users."""
+    rng = random.Random(3)
+
+    def body() -> dict[str, Any]:
+        return {
+            "class_id": rng.randrange(100),
+            "steps": rng.choice((4, 10, 20, 50)),
+            "sampler": rng.choice(SAMPLERS),
+            "guidance_scale": rng.choice((1.0, 1.5, 4.0)),
+        }
+
+    async def measured(server: Server) -> tuple[dict[str, float], dict[str, float], Load]:
+        import asyncio
+
+        seconds = scale.of(30, 6)
+        loop = asyncio.create_task(closed_loop(server.url, body, users=3 * MAX_ROWS, seconds=seconds))
+        await asyncio.sleep(seconds * 0.2)  # past the ramp, and before the last requests go
+        before = await asyncio.to_thread(server.metrics)
+        await asyncio.sleep(seconds * 0.7)
+        after = await asyncio.to_thread(server.metrics)
+        return gauges(before), gauges(after), await loop
+
+    with running("continuous") as server:
+        before, after, load = run(measured(server))
+    steps = after["robuq_engine_steps_total"] - before["robuq_engine_steps_total"]
+    rows = after["robuq_batch_rows_sum"] - before["robuq_batch_rows_sum"]
+    require(steps > 10, f"only {steps:g} steps in the measured time")
+    require(all(answer.status == 200 for answer in load.answers), "a request was not served")
+    share = rows / (steps * MAX_ROWS)
+    return Figure(
+        "occupancy",
+        f"{share:.3f} over {steps:.0f} steps of {MAX_ROWS} rows",
+        ">= 0.95",
+        share >= 0.95,
+        f"{len(load.answers):,} requests of mixed steps, samplers and guidance all served",
+        {"share": share, "steps": steps, "rows": rows, "max_rows": MAX_ROWS},
+    )
+
+
+def _pixels_hash(image: bytes) -> str:
+    return hashlib.sha256(np.asarray(Image.open(io.BytesIO(image))).tobytes()).hexdigest()
+
+
+def invariance(scale: Scale) -> Figure:
+    """Pixels of a request alone against those among random others that come, go and are cut off."""
+    batches, rng = scale.count(200, 10), random.Random(11)
+    sampler = Sampler.from_checkpoint()
+
+    def random_spec() -> RowSpec:
+        return RowSpec(
+            rng.randrange(sampler.num_classes),
+            rng.randrange(2**32),
+            rng.randint(2, 12),
+            rng.choice((1.0, 1.5, 4.0)),
+            rng.choice(SAMPLERS),  # type: ignore[arg-type]
+        )
+
+    equal, sizes, batch_rows = 0, [], []
+    with _engine(sampler) as engine:
+        for _ in range(batches):
+            target = random_spec()
+            alone = _pixels_hash(engine.submit([target], "png").future.result().images[0])
+            before = gauges(engine.metrics.render().decode())
+            others = [random_spec() for _ in range(rng.randint(1, MAX_ROWS))]
+            ahead = rng.randint(0, len(others))
+            jobs = [engine.submit([spec], "png") for spec in others[:ahead]]
+            time.sleep(rng.random() * 0.05)  # so that it joins rows that are at any step
+            job = engine.submit([target], "png")
+            jobs += [engine.submit([spec], "png") for spec in others[ahead:]]
+            equal += _pixels_hash(job.future.result().images[0]) == alone
+            after = gauges(engine.metrics.render().decode())
+            for other in jobs:
+                engine.cancel(other)
+            sizes.append(len(others))
+            steps = after["robuq_engine_steps_total"] - before["robuq_engine_steps_total"]
+            batch_rows.append((after["robuq_batch_rows_sum"] - before["robuq_batch_rows_sum"]) / steps)
+    company = sum(batch_rows) / len(batch_rows)
+    require(company > 4, f"batches of {company:.1f} rows are no company")
+    return Figure(
+        "invariance",
+        f"{equal} of {batches} equal",
+        "100%",
+        equal == batches,
+        f"SHA-256 of pixels; {company:.1f} rows a batch on average, up to {MAX_ROWS}",
+        {"equal": equal, "batches": batches, "others": sizes, "mean_rows": batch_rows},
+    )

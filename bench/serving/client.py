@@ -1,0 +1,118 @@
+"""A lean HTTP/1.1 client, so that what is measured is the server. One connection a user, kept alive."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import uvloop
+
+T = TypeVar("T")
+Body = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """``header`` has lower-case names; ``seconds`` from the first byte sent to the last received."""
+
+    status: int
+    header: dict[str, str]
+    content: bytes
+    seconds: float
+
+
+@dataclass
+class Connection:
+    """Sends one request at a time."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    @classmethod
+    async def open(cls, url: str) -> Connection:
+        parts = urlsplit(url)
+        return cls(*await asyncio.open_connection(parts.hostname, parts.port))
+
+    def send(self, body: Body, *, accept: str = "application/json", path: str = "/generate") -> None:
+        content = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nAccept: {accept}\r\n"
+        self.writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+
+    async def ask(self, body: Body, *, accept: str = "application/json", path: str = "/generate") -> Answer:
+        began = time.perf_counter()
+        self.send(body, accept=accept, path=path)
+        head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        first, *lines = head.rstrip().split("\r\n")
+        header = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        content = await self.reader.readexactly(int(header["content-length"]))
+        return Answer(int(first.split()[1]), header, content, time.perf_counter() - began)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+@dataclass
+class Load:
+    """What a closed loop did. ``seconds`` until its last answer."""
+
+    answers: list[Answer] = field(default_factory=list)
+    cut_off: int = 0
+    seconds: float = 0.0
+    client_cpu: float = 0.0  # share of a core that the client itself took
+
+    @property
+    def rate(self) -> float:
+        return len(self.answers) / self.seconds
+
+
+async def closed_loop(
+    url: str,
+    body: Callable[[], Body],
+    *,
+    users: int,
+    seconds: float = float("inf"),
+    requests: float = float("inf"),
+    accept: str = "application/json",
+    path: str = "/generate",
+    cut_off: float = 0.0,
+    patience_s: float = 0.01,
+    rng: random.Random | None = None,
+) -> Load:
+    """``users`` ask again as soon as they are answered, for so many seconds or requests.
+
+    With ``cut_off``, that share of requests is left within ``patience_s``: the connection is closed, a new one opened.
+    """
+    load, sent, rng = Load(), 0, rng or random.Random(0)
+    began, cpu = time.perf_counter(), time.process_time()
+
+    async def user() -> None:
+        nonlocal sent
+        connection = await Connection.open(url)
+        while sent < requests and time.perf_counter() - began < seconds:
+            sent += 1
+            if rng.random() < cut_off:
+                connection.send(body(), accept=accept, path=path)
+                await asyncio.sleep(rng.random() * patience_s)
+                connection.close()
+                connection = await Connection.open(url)
+                load.cut_off += 1
+            else:
+                load.answers.append(await connection.ask(body(), accept=accept, path=path))
+        connection.close()
+
+    await asyncio.gather(*(user() for _ in range(users)))
+    load.seconds = time.perf_counter() - began
+    load.client_cpu = (time.process_time() - cpu) / load.seconds
+    return load
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """On uvloop, so that the client is the lesser part."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(work)

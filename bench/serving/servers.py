@@ -1,0 +1,159 @@
+"""The servers that are measured, each in a process of its own.
+
+python -m bench.serving.servers {noop,continuous,window,litserve} PORT
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import psutil
+
+from server.engine.fake import FakeRow, FakeSampler
+from server.engine.model import RowSpec
+from server.settings import Settings
+
+Kind = Literal["noop", "continuous", "window", "litserve"]
+
+MAX_ROWS = 32
+# For how long the servers that collect a batch do so: about one step of the bundled model at a full batch.
+WINDOW_S = 0.05
+START_TIMEOUT_S = 60
+
+
+class NoOpSampler(FakeSampler):
+    """Takes no time at all: a grey image, always the same."""
+
+    def decode(self, row: FakeRow) -> np.ndarray:
+        return np.full((self.image_size, self.image_size, 3), 128, dtype=np.uint8)
+
+
+def bench_settings(port: int = 0) -> Settings:
+    """A queue that refuses nobody, so that every system meets the same load."""
+    return Settings(port=port, max_batch_rows=MAX_ROWS, max_queue_images=100_000, log_level="warning")
+
+
+def serve_robuq(kind: Kind, port: int) -> int:
+    """Our own server, as ``robuq-serve`` runs it."""
+    from robuq_core.pipeline import Sampler
+    from server.lifecycle import bind, serve
+    from server.logging import configure_logging
+    from server.scheduler import WindowScheduler
+
+    settings = bench_settings(port)
+    configure_logging(settings.log_level, settings.log_format)
+    sampler = NoOpSampler() if kind == "noop" else Sampler.from_checkpoint()
+    window = WindowScheduler(settings.max_queue_images, WINDOW_S, settings.priority_ageing_s)
+    with bind(settings.host, port) as sock:
+        return serve([sampler], settings, sock, scheduler=window if kind == "window" else None)
+
+
+def serve_litserve(port: int) -> None:
+    """LitServe around the same sampler: its batching, its processes, its HTTP."""
+    import litserve
+
+    from robuq_core.pipeline import Sampler
+    from server.engine.images import encode_image
+
+    class Images(litserve.LitAPI):
+        def setup(self, device: str) -> None:
+            self.sampler = Sampler.from_checkpoint()
+
+        def decode_request(self, request: dict[str, Any]) -> dict[str, Any]:
+            return request
+
+        def predict(self, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            defaults = self.sampler.defaults
+            rows = [
+                self.sampler.start(
+                    RowSpec(
+                        body["class_id"],
+                        body["seed"],
+                        body.get("steps", defaults.steps),
+                        body.get("guidance_scale", defaults.guidance_scale),
+                        body.get("sampler", defaults.sampler),
+                    )
+                )
+                for body in bodies
+            ]
+            while running := [row for row in rows if not row.done]:
+                self.sampler.step(running)
+            images = [base64.b64encode(encode_image(self.sampler.decode(row), "png")).decode() for row in rows]
+            return [body | {"images": [image]} for body, image in zip(bodies, images, strict=True)]
+
+        def encode_response(self, output: dict[str, Any]) -> dict[str, Any]:
+            return output
+
+    # Every request of the comparison is guided, so that an image takes two rows on either side.
+    api = Images(max_batch_size=MAX_ROWS // 2, batch_timeout=WINDOW_S, api_path="/generate")
+    server = litserve.LitServer(api, accelerator="cpu", devices=1, workers_per_device=1, timeout=False)
+    server.run(host="127.0.0.1", port=port, generate_client_file=False, log_level="warning")
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server."""
+
+    url: str
+    process: psutil.Process
+
+    def metrics(self) -> str:
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
+            return str(answer.read().decode())
+
+
+@contextmanager
+def running(kind: Kind) -> Iterator[Server]:
+    """Start one, wait until it is ready, end it with its children."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "bench.serving.servers", kind, str(port)]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        _wait_until_ready(f"{url}/{'health' if kind == 'litserve' else 'ready'}", child)
+        yield Server(url, psutil.Process(child.pid))
+    finally:
+        child.send_signal(signal.SIGINT if kind == "litserve" else signal.SIGTERM)
+        try:
+            child.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)  # its own session: nobody else's processes
+            child.wait()
+
+
+def _wait_until_ready(url: str, child: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if child.poll() is not None:
+            raise RuntimeError(f"the server has ended with code {child.returncode} before it was ready")
+        try:
+            with urllib.request.urlopen(url, timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        except OSError:  # not listening yet, or 503
+            time.sleep(0.05)
+    raise RuntimeError(f"{url} is not ready after {START_TIMEOUT_S} s")
+
+
+if __name__ == "__main__":
+    chosen, at = sys.argv[1], int(sys.argv[2])
+    if chosen == "litserve":
+        serve_litserve(at)
+    elif chosen in ("noop", "continuous", "window"):
+        sys.exit(serve_robuq(chosen, at))  # type: ignore[arg-type]
+    else:
+        sys.exit(f"no such server: {chosen}")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from robuq_core.errors import UserError
 from server.api.app import create_app
@@ -80,13 +81,10 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def serve(
-    samplers: Sequence[StepSampler], settings: Settings, sock: socket.socket, *, scheduler: Scheduler | None = None
-) -> int:
-    """Serve until told to end; the exit code. ``scheduler`` replaces the continuous one."""
-    engine = create_engine(samplers, settings, scheduler=scheduler)
-    config = uvicorn.Config(
-        create_app(engine, settings),
+def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """How uvicorn runs ``app``: its own log lines, headers and limits are replaced by ours."""
+    return uvicorn.Config(
+        app,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -96,6 +94,14 @@ def serve(
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=DELIVERY_TIMEOUT_S,
     )
+
+
+def serve(
+    samplers: Sequence[StepSampler], settings: Settings, sock: socket.socket, *, scheduler: Scheduler | None = None
+) -> int:
+    """Serve until told to end; the exit code. ``scheduler`` replaces the continuous one."""
+    engine = create_engine(samplers, settings, scheduler=scheduler)
+    config = uvicorn_config(create_app(engine, settings), settings)
     server = DrainingServer(config, engine, settings.drain_timeout_s)
     host, port = sock.getsockname()[:2]
     logger.info(

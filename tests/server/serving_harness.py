@@ -15,10 +15,10 @@ from server.engine import Engine
 from server.engine.create import create_engine
 from server.engine.fake import FakeRow, FakeSampler
 from server.engine.model import RowSpec
-from server.lifecycle import bind
+from server.lifecycle import bind, uvicorn_config
 from server.settings import Settings
 
-WAIT_S = 10.0
+WAIT_S = 30.0
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -89,7 +89,7 @@ def live_server(sampler: FakeSampler, **options: object) -> Iterator[tuple[httpx
     """The application on a real socket; a client of it and its engine."""
     settings = make_settings(**options)
     engine = create_engine([sampler], settings)
-    server = uvicorn.Server(uvicorn.Config(create_app(engine, settings), log_config=None, access_log=False))
+    server = uvicorn.Server(uvicorn_config(create_app(engine, settings), settings))
     with bind("127.0.0.1", 0) as sock:
         port = sock.getsockname()[1]
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)

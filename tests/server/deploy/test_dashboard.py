@@ -1,0 +1,107 @@
+"""The Grafana dashboard: every expression is of series that a server tells, and every panel has its own place."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from typing import Any
+
+import pytest
+import yaml
+from deploy_harness import DEPLOY, Exposition
+
+DASHBOARD: dict[str, Any] = json.loads((DEPLOY / "grafana" / "dashboard.json").read_text())
+PANELS: list[dict[str, Any]] = DASHBOARD["panels"]
+GRAPHS = [panel for panel in PANELS if panel["type"] != "row"]
+GRID_COLUMNS = 24
+# Told only where CUDA is used, which the server of these tests does not.
+GPU_SERIES = ("robuq_gpu_memory_used_bytes", "robuq_gpu_memory_reserved_bytes", "robuq_gpu_memory_peak_bytes")
+# What Grafana puts in for its variables.
+VARIABLES = {"$__rate_interval": "1m", "$__range": "1h", "$instance": ".*"}
+
+
+def expressions(panel: dict[str, Any]) -> list[str]:
+    found = []
+    for target in panel["targets"]:
+        expression = target["expr"]
+        for variable, value in VARIABLES.items():
+            expression = expression.replace(variable, value)
+        assert "$" not in expression
+        found.append(expression)
+    return found
+
+
+@pytest.mark.parametrize("panel", GRAPHS, ids=lambda panel: panel["title"])
+def test_a_panel_shows_what_a_server_tells(panel: dict[str, Any], exposition: Exposition) -> None:
+    for name in GPU_SERIES:
+        exposition.labels[name]["instance"].add("server:8000")
+    for expression, target in zip(expressions(panel), panel["targets"], strict=True):
+        exposition.check(expression)
+        for label in re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]):
+            assert re.search(rf"by \([^)]*\b{label}\b", expression) or not re.search(
+                r"\b(sum|group|min|max)\b", expression
+            )
+
+
+@pytest.mark.parametrize("panel", GRAPHS, ids=lambda panel: panel["title"])
+def test_a_panel_has_what_grafana_needs(panel: dict[str, Any]) -> None:
+    assert {"id", "type", "title", "description", "datasource", "gridPos", "targets", "fieldConfig", "options"} <= set(
+        panel
+    )
+    assert panel["type"] in ("timeseries", "stat", "heatmap")
+    assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+    references = [target["refId"] for target in panel["targets"]]
+    assert len(set(references)) == len(references)
+    assert all({"expr", "refId", "datasource", "legendFormat"} <= set(target) for target in panel["targets"])
+
+
+def test_ids_are_unique_and_no_two_panels_overlap() -> None:
+    ids = [panel["id"] for panel in PANELS]
+    assert len(set(ids)) == len(ids)
+    for panel in PANELS:
+        place = panel["gridPos"]
+        assert place["w"] > 0
+        assert place["h"] > 0
+        assert 0 <= place["x"] <= GRID_COLUMNS - place["w"]
+        assert place["y"] >= 0
+    for one, other in itertools.combinations((panel["gridPos"] for panel in PANELS), 2):
+        apart = (
+            one["x"] + one["w"] <= other["x"]
+            or other["x"] + other["w"] <= one["x"]
+            or one["y"] + one["h"] <= other["y"]
+            or other["y"] + other["h"] <= one["y"]
+        )
+        assert apart, f"{one} and {other}"
+
+
+def test_the_rows_that_operators_look_for() -> None:
+    rows = [panel["title"] for panel in PANELS if panel["type"] == "row"]
+    assert rows == ["Now", "Traffic", "Latency", "Queue", "Batch occupancy", "Step time", "Memory", "Errors"]
+
+
+def test_the_dashboard_itself() -> None:
+    assert {"uid", "title", "schemaVersion", "time", "refresh", "templating", "annotations", "version"} <= set(
+        DASHBOARD
+    )
+    assert DASHBOARD["schemaVersion"] >= 39
+    assert "id" not in DASHBOARD  # Grafana gives it one; a number of another installation is refused
+    variables = {variable["name"]: variable for variable in DASHBOARD["templating"]["list"]}
+    assert set(variables) == {"datasource", "instance"}
+    assert variables["datasource"]["query"] == "prometheus"
+
+
+def test_every_latency_is_shown_by_quantile() -> None:
+    text = json.dumps(DASHBOARD)
+    for name in ("e2e_request_latency", "time_to_first_step", "request_inference_time", "request_queue_time"):
+        for quantile in ("0.5", "0.95", "0.99"):
+            assert f"histogram_quantile({quantile}, sum by (le) (rate(robuq_{name}_seconds_bucket" in text
+
+
+def test_grafana_finds_the_dashboard_and_prometheus() -> None:
+    provisioning = DEPLOY / "grafana" / "provisioning"
+    (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yaml").read_text())["datasources"]
+    assert (source["type"], source["url"], source["isDefault"]) == ("prometheus", "http://prometheus:9090", True)
+    (provider,) = yaml.safe_load((provisioning / "dashboards" / "robuq.yaml").read_text())["providers"]
+    mounts = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["grafana"]["volumes"]
+    assert f"./grafana/dashboard.json:{provider['options']['path']}/robuq.json:ro" in mounts

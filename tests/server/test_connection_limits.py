@@ -1,0 +1,174 @@
+"""Bytes on a socket that are no honest request: endless heads, slow ones, silence, crowds."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import repeat
+
+import httpx
+import pytest
+from serving_harness import WAIT_S, live_server, until
+
+from server.api import connection
+from server.api.security import MAX_HEAD_BYTES, MAX_HEADERS, MAX_TARGET_BYTES
+from server.engine.fake import FakeSampler
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[httpx.Client]:
+    with live_server(FakeSampler(), max_connections=20, max_body_bytes=200_000) as (client, _):
+        yield client
+
+
+@contextmanager
+def connected(client: httpx.Client) -> Iterator[socket.socket]:
+    with socket.create_connection((client.base_url.host, client.base_url.port or 80), timeout=WAIT_S) as sock:
+        yield sock
+
+
+def read_all(sock: socket.socket) -> bytes:
+    """What comes until the server closes; a reset counts as that."""
+    received = b""
+    try:
+        while chunk := sock.recv(65536):
+            received += chunk
+    except ConnectionError:
+        pass
+    return received
+
+
+def answered(raw: bytes) -> tuple[int, str]:
+    """Status and code of a whole answer in our shape."""
+    head, _, body = raw.partition(b"\r\n\r\n")
+    assert b"connection: close" in head.lower()
+    assert b"content-type: application/json" in head.lower()
+    return int(head.split(b" ")[1]), json.loads(body)["error"]["code"]
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [b"hello\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00",
+     b"GET / HTTP/1.1\r\nno colon\r\n\r\n",
+     b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n",
+     b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+     b"POST /generate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\nabc",
+     b"POST /generate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+     b"GET /\xff HTTP/1.1\r\n\r\n"],
+)  # fmt: skip
+def test_what_is_no_http_gets_400_in_our_shape(client: httpx.Client, garbage: bytes) -> None:
+    with connected(client) as sock:
+        sock.sendall(garbage)
+        sock.shutdown(socket.SHUT_WR)
+        raw = read_all(sock)
+        assert b"Traceback" not in raw
+        assert answered(raw) == (400, "invalid_http")
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        [b"GET /", *repeat(b"a" * 1000, 1000)],
+        [b"GET / HTTP/1.1\r\nX-Long: ", *repeat(b"a" * 1000, 1000)],
+        [b"GET / HTTP/1.1\r\n", *repeat(b"X-Many: 1\r\n" * 90, 1000)],
+    ],
+)
+def test_a_head_that_does_not_end_is_cut_off(client: httpx.Client, head: list[bytes]) -> None:
+    with connected(client) as sock:
+        sent = 0
+        try:
+            for piece in head:
+                sent += sock.send(piece)
+        except ConnectionError:
+            pass
+        else:
+            assert answered(read_all(sock)) == (431, "headers_too_large")
+        assert sent >= MAX_HEAD_BYTES
+
+
+def test_whole_heads_that_are_too_large(client: httpx.Client) -> None:
+    cases = {
+        414: client.get("/info?" + "q" * MAX_TARGET_BYTES),
+        431: client.get("/info", headers={"X-Long": "v" * MAX_HEAD_BYTES}),
+    }
+    many = client.get("/info", headers=[(f"X-{i}", "v") for i in range(MAX_HEADERS + 1)])
+    for status, answer in (*cases.items(), (431, many)):
+        assert answer.status_code == status
+        assert answer.json()["error"]["code"] in ("uri_too_long", "headers_too_large")
+        assert answer.headers["x-request-id"]
+    just_so = client.get("/info?" + "q" * (MAX_TARGET_BYTES - 20), headers={"X-Long": "v" * (MAX_HEAD_BYTES - 1000)})
+    assert just_so.status_code == 200
+
+
+def test_a_slow_head_gets_408(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 0.2)
+    with connected(client) as sock:
+        sock.sendall(b"GET /info HTTP/1.1\r\nHost: x\r\n")
+        assert answered(read_all(sock)) == (408, "head_timeout")
+
+
+def test_a_slow_second_head_does_not_disturb_the_first_answer(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 0.2)
+    with connected(client) as sock:
+        sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /info HTT")
+        first, _, second = read_all(sock).partition(b'{"status":"ready"}')
+        assert first.startswith(b"HTTP/1.1 200 ")
+        assert answered(second) == (408, "head_timeout")
+
+
+def test_a_body_that_goes_on_after_its_answer_is_cut_off(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "BODY_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(connection, "_BODY_GRACE_S", 0.1)
+    with connected(client) as sock:
+        sock.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 900000\r\n\r\n{")
+        raw = read_all(sock)  # ends, so the connection was closed
+        assert raw.startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_client_that_sends_nothing_is_let_go(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = connection.GuardedProtocol.__init__
+
+    def impatient(self: connection.GuardedProtocol, *arguments: object, **options: object) -> None:
+        whole(self, *arguments, **options)
+        self.timeout_keep_alive = 0.2  # type: ignore[assignment]
+
+    monkeypatch.setattr(connection.GuardedProtocol, "__init__", impatient)
+    with connected(client) as sock:
+        assert read_all(sock) == b""
+
+
+def test_a_client_that_reads_nothing_is_let_go(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "WRITE_TIMEOUT_S", 0.2)
+    one = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
+    with connected(client) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        with pytest.raises(ConnectionError):  # reset: nothing more is taken from it
+            sock.sendall(one * 1_000_000)
+
+
+def test_more_connections_than_allowed_are_turned_away(client: httpx.Client) -> None:
+    with ExitStack() as crowd:
+        for _ in range(21):
+            sock = crowd.enter_context(connected(client))
+            sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            raw = sock.recv(65536)
+            if not raw.startswith(b"HTTP/1.1 200 "):
+                break
+        assert answered(raw) == (503, "too_many_connections")
+        assert b"Retry-After: 1\r\n" in raw
+    until(lambda: client.get("/health").status_code == 200)
+
+
+def test_an_upgrade_is_not_taken_up(client: httpx.Client) -> None:
+    for protocol in ("websocket", "h2c"):
+        headers = {
+            "Connection": "Upgrade",
+            "Upgrade": protocol,
+            "Sec-WebSocket-Key": "x",
+            "Sec-WebSocket-Version": "13",
+        }
+        assert client.get("/health", headers=headers).status_code == 200

@@ -1,0 +1,82 @@
+"""The operators pass torch's own checks, and a traced network is the eager one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from layer_cases import make_linear, tokens
+from tiny import write_tiny
+
+from robuq_core.kernels import library
+from robuq_core.kernels.library import TraceableBackend
+from robuq_core.kernels.ops import Modulation, Prologue
+from robuq_core.kernels.pack_layer import pack_layer
+from robuq_core.kernels.select import select_backend
+from robuq_core.models.packed_dit import PackedDiT
+from robuq_core.pipeline import Sampler
+
+BACKENDS = ["reference", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> PackedDiT:
+    path = tmp_path_factory.mktemp("library") / "tiny.safetensors"
+    write_tiny(path)
+    model = Sampler.from_checkpoint(path, threads=1).model
+    assert isinstance(model, PackedDiT)
+    return model
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rank", [0, 3])
+def test_operators_pass_opcheck(backend: str, rank: int) -> None:
+    # The key is the wrapper's own business; the checks need the bare operators.
+    wrapper = TraceableBackend(select_backend(backend, 1))
+    key = wrapper._key
+    layer = pack_layer(make_linear(48, 20, bits=2, rank=rank))
+    parts = [layer.planar, layer.alpha, layer.bias, layer.signs, layer.lowrank_a, layer.lowrank_b]
+    x, image = tokens(6, 48), tokens(2, 48, seed=1)
+    for prologue, modulation in (("", []), ("gelu", []), ("silu", []), ("modulation", [image, image + 1])):
+        arguments = (x, parts, 2, "midrise", prologue, modulation, 1e-6, key)
+        torch.library.opcheck(library.rotate_quantize, arguments)
+    quantized = wrapper.rotate_quantize(x, layer)
+    codes = [quantized.codes, quantized.scales, quantized.lowrank]
+    torch.library.opcheck(library.ternary_linear, (codes, parts, 2, "midrise", key))
+    torch.library.opcheck(library.attention, (torch.randn(2, 5, 36), 3, True, key))
+    torch.library.opcheck(library.linear, (x, torch.randn(7, 48), torch.randn(7), key))
+
+
+@pytest.mark.parametrize("prologue", [None, "gelu", "silu", "modulation"])
+def test_wrapped_ops_are_the_backends_own(prologue: str | None) -> None:
+    backend = select_backend("cpu", 1)
+    wrapped = TraceableBackend(backend)
+    assert (wrapped.name, wrapped.device) == (backend.name, backend.device)
+    layer, x = pack_layer(make_linear(36, 12, bits=3, grid="midtread", rank=2)), tokens(4, 36)
+    chosen: Prologue = Modulation(x[:2], x[2:], 1e-5) if prologue == "modulation" else prologue  # type: ignore[assignment]
+    mine, theirs = wrapped.rotate_quantize(x, layer, chosen), backend.rotate_quantize(x, layer, chosen)
+    for part in ("codes", "scales", "lowrank"):
+        assert torch.equal(getattr(mine, part), getattr(theirs, part))
+    assert torch.equal(wrapped.ternary_linear(mine, layer), backend.ternary_linear(theirs, layer))
+    with pytest.raises(ValueError, match="prologue must be"):
+        wrapped.rotate_quantize(x, layer, "relu")  # type: ignore[arg-type]
+
+
+def compiled_against_eager(network: PackedDiT, compiler: str) -> tuple[torch.Tensor, torch.Tensor]:
+    traced = network.replica(TraceableBackend(network.backend))
+    compiled = torch.compile(traced.denoise, fullgraph=True, backend=compiler)
+    x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    slots = network.conditioning.slots([1, 500, 1], [1, 2, 1])
+    with torch.inference_mode():
+        expected = network.denoise(x.clone(), slots, network.conditioning.table)
+        return compiled(x, slots, network.conditioning.table), expected
+
+
+def test_a_traced_network_is_the_eager_one(network: PackedDiT) -> None:
+    result, expected = compiled_against_eager(network, "aot_eager")
+    assert torch.equal(result, expected)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_is_the_eager_one_to_rounding(network: PackedDiT) -> None:
+    result, expected = compiled_against_eager(network, "inductor")
+    assert float((result - expected).norm() / expected.norm()) < 2e-3

@@ -17,6 +17,7 @@ from server.api.discovery import discovery_router
 from server.api.errors import install_error_handlers
 from server.api.generate import generate_router
 from server.api.intake import Intake
+from server.api.kserve import kserve_router
 from server.api.middleware import RequestContext
 from server.api.openai import openai_router
 from server.api.openapi import install_document
@@ -49,6 +50,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     intake = Intake(engine, settings, Catalog(settings.request_timeout_s))
     app.include_router(generate_router(intake), tags=["images"])
     app.include_router(openai_router(intake), tags=["OpenAI"])
+    app.include_router(kserve_router(intake), tags=["KServe"])
     app.include_router(discovery_router(intake), tags=["discovery"])
     app.include_router(operations_router(engine), tags=["operations"])
     app.include_router(admin_router(engine, settings), tags=["administration"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from fastapi import FastAPI
 
 from server.api.intake import Intake
+from server.api.kserve import INFER_SCHEMA
 
 _KEYS = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "An API key."},
@@ -24,19 +26,20 @@ def install_document(app: FastAPI, intake: Intake) -> None:
         nonlocal made_of, document
         model = intake.model
         if made_of is not model:
-            document = dict(original())
-            document["paths"] = dict(document["paths"])
-            _set_body(document["paths"], "/generate", model.schema)
-            _set_body(document["paths"], "/v1/images/generations", model.openai_schema)
+            document = copy.deepcopy(original())
+            for path, schema in (
+                ("/generate", model.schema),
+                ("/v1/images/generations", model.openai_schema),
+                ("/v2/models/{name}/infer", INFER_SCHEMA),
+            ):
+                schema = dict(schema)
+                document["components"]["schemas"].update(schema.pop("$defs", {}))
+                body = {"required": True, "content": {"application/json": {"schema": schema}}}
+                document["paths"][path]["post"]["requestBody"] = body
             if intake.settings.api_keys_file is not None:
-                document["components"] = document["components"] | {"securitySchemes": _KEYS}
+                document["components"]["securitySchemes"] = _KEYS
                 document["security"] = [{name: []} for name in _KEYS]
             made_of = model
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]  # the documented way to replace it
-
-
-def _set_body(paths: dict[str, Any], path: str, schema: dict[str, Any]) -> None:
-    body = {"required": True, "content": {"application/json": {"schema": schema}}}
-    paths[path] = paths[path] | {"post": paths[path]["post"] | {"requestBody": body}}

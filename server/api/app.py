@@ -46,6 +46,8 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         # Both pages load scripts from elsewhere; /openapi.json and the playground do without.
         docs_url=None,
         redoc_url=None,
+        # They would send clients to whatever host the request names.
+        redirect_slashes=False,
     )
     intake = Intake(engine, settings, Catalog(settings.request_timeout_s))
     app.include_router(generate_router(intake), tags=["images"])

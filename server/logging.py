@@ -12,6 +12,8 @@ from server.settings import LogFormat, LogLevel
 
 # Set by the HTTP layer for the length of a request; lines logged meanwhile carry it.
 current_request_id: ContextVar[str] = ContextVar("current_request_id", default="")
+# Its W3C trace id, if it has one.
+current_trace_id: ContextVar[str] = ContextVar("current_trace_id", default="")
 
 _PLAIN_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
 
@@ -29,6 +31,9 @@ class JsonFormatter(logging.Formatter):
         request_id = current_request_id.get()
         if request_id:
             line["request_id"] = request_id
+        trace_id = current_trace_id.get()
+        if trace_id:
+            line["trace_id"] = trace_id
         line.update((key, value) for key, value in vars(record).items() if key not in _PLAIN_ATTRIBUTES)
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)

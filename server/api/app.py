@@ -27,16 +27,20 @@ from server.api.web import web_router
 from server.engine import Engine
 from server.keys import KeyStore
 from server.settings import Settings
+from server.telemetry import Telemetry
 
 
 def create_app(engine: Engine, settings: Settings) -> FastAPI:
     """The application; its lifespan starts the engine and stops it."""
+    telemetry = None if settings.otel_endpoint is None else Telemetry(settings.otel_endpoint)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
         yield
         await asyncio.to_thread(engine.stop)
+        if telemetry is not None:
+            await asyncio.to_thread(telemetry.shutdown)
 
     app = FastAPI(
         title="RobuQ",
@@ -49,7 +53,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         # They would send clients to whatever host the request names.
         redirect_slashes=False,
     )
-    intake = Intake(engine, settings, Catalog(settings.request_timeout_s))
+    intake = Intake(engine, settings, Catalog(settings.request_timeout_s), telemetry)
     app.include_router(generate_router(intake), tags=["images"])
     app.include_router(openai_router(intake), tags=["OpenAI"])
     app.include_router(kserve_router(intake), tags=["KServe"])
@@ -65,5 +69,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     app.add_middleware(RequestLimits, max_body_bytes=settings.max_body_bytes)
     if settings.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **CORS)
-    app.add_middleware(RequestContext)
+    app.add_middleware(RequestContext, telemetry=telemetry)
+    if telemetry is not None:
+        telemetry.instrument(app)
     return app

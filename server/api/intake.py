@@ -15,16 +15,21 @@ from server.api.order import Order
 from server.api.schemas import MIN_TIMEOUT_S
 from server.engine import Engine
 from server.engine.model import StepSampler
+from server.logging import current_request_id
 from server.settings import Settings
+from server.telemetry import Telemetry
 
 
 class Intake:
     """What the routes that draw share."""
 
-    def __init__(self, engine: Engine, settings: Settings, catalog: Catalog) -> None:
+    def __init__(
+        self, engine: Engine, settings: Settings, catalog: Catalog, telemetry: Telemetry | None = None
+    ) -> None:
         self.engine = engine
         self.settings = settings
         self.catalog = catalog
+        self._telemetry = telemetry
         self._replays = idempotency.Replays(settings.idempotency_ttl_s)
 
     @property
@@ -70,4 +75,7 @@ class Intake:
         sampler: StepSampler = self.engine.sampler  # read once
         order = make_order(self.catalog.of(sampler))
         with image_budget(request, len(order.specs)):
-            return Generation(self.engine, order, sampler, client)
+            generation = Generation(self.engine, order, sampler, client)
+        if self._telemetry is not None:
+            self._telemetry.follow(generation, current_request_id.get())
+        return generation

@@ -12,7 +12,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import ApiError
 from server.api.security import SECURITY_HEADERS
-from server.logging import current_request_id
+from server.logging import current_request_id, current_trace_id
+from server.telemetry import Telemetry
+from server.tracing import TraceContext, from_traceparent
 
 logger = logging.getLogger("server.access")
 
@@ -24,18 +26,22 @@ _QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
 class RequestContext:
     """Plain ASGI, since a wrapper that buffers would hide the client's disconnect from the routes."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, telemetry: Telemetry | None = None) -> None:
         self.app = app
+        self.telemetry = telemetry
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         began = time.perf_counter()
-        request_id = Headers(scope=scope).get("x-request-id", "")
+        given = Headers(scope=scope)
+        request_id = given.get("x-request-id", "")
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = f"{random.getrandbits(128):032x}"  # unique, not secret: uuid4 costs a system call
+        trace = self._trace_of(given)
         token = current_request_id.set(request_id)
+        trace_token = current_trace_id.set("" if trace is None else trace.trace_id)
         status = 0
 
         async def labelled_send(message: Message) -> None:
@@ -44,6 +50,8 @@ class RequestContext:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = request_id
+                if trace is not None:
+                    headers["traceresponse"] = trace.traceresponse
                 for name, value in SECURITY_HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)
@@ -72,3 +80,8 @@ class RequestContext:
                 },
             )
             current_request_id.reset(token)
+            current_trace_id.reset(trace_token)
+
+    def _trace_of(self, headers: Headers) -> TraceContext | None:
+        recorded = None if self.telemetry is None else self.telemetry.current()
+        return recorded or from_traceparent(headers.get("traceparent", ""))

@@ -1,0 +1,131 @@
+"""OpenTelemetry traces, the extra ``robuq[otel]``: a span of each HTTP request, beneath it one of its generation with
+queue, inference and decoding.
+
+The rest of the server knows :class:`Telemetry` alone, and runs without the extra.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI
+
+import robuq_core
+from robuq_core.errors import UserError
+from server.tracing import TraceContext
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace.export import SpanExporter
+
+    from server.api.generation import Generation
+
+# A collector that does not answer may hold the end of the process for so long.
+SHUTDOWN_S = 3.0
+# Probes, scrapes and the page's polling would drown what matters.
+_EXCLUDED = "/health$,/ready$,/metrics$,/queue$,/v2/health/,/web/"
+
+
+def otlp_exporter(endpoint: str) -> SpanExporter:
+    """Sends spans to the OTLP/HTTP collector at ``endpoint``, its address without a path."""
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+    return OTLPSpanExporter(endpoint=endpoint.rstrip("/") + "/v1/traces")
+
+
+class Telemetry:
+    """Records spans to ``endpoint``. Its provider is its own: nothing global is touched.
+
+    Raises:
+        UserError: the extra is not installed.
+    """
+
+    def __init__(self, endpoint: str) -> None:
+        try:
+            from opentelemetry import trace
+            from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
+            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.trace import TracerProvider
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+            exporter = otlp_exporter(endpoint)
+        except ImportError as error:
+            raise UserError(
+                f"--otel-endpoint (or ROBUQ_OTEL_ENDPOINT) needs {error.name or 'OpenTelemetry'}; install robuq[otel]"
+            ) from error
+        resource = Resource.create({"service.name": "robuq", "service.version": robuq_core.__version__})
+        self._provider = TracerProvider(resource=resource)
+        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        self._tracer = self._provider.get_tracer("robuq", robuq_core.__version__)
+        self._instrumentor = FastAPIInstrumentor
+        self._trace = trace
+
+    def instrument(self, app: FastAPI) -> None:
+        """A span of every request, but for those that machines repeat; continues the caller's ``traceparent``."""
+        self._instrumentor.instrument_app(
+            app,
+            tracer_provider=self._provider,
+            excluded_urls=_EXCLUDED,
+            exclude_spans=["receive", "send"],
+        )
+
+    def current(self) -> TraceContext | None:
+        """The span that is being recorded around the caller."""
+        context = self._trace.get_current_span().get_span_context()
+        if not context.is_valid:
+            return None
+        return TraceContext(f"{context.trace_id:032x}", f"{context.span_id:016x}", context.trace_flags.sampled)
+
+    def follow(self, generation: Generation, request_id: str) -> None:
+        """Record ``generation`` as a child of the request that brought it."""
+        began = time.time_ns()
+        order, spec = generation.order, generation.order.specs[0]
+        span = self._tracer.start_span(
+            "generation",
+            start_time=began,
+            attributes={
+                "robuq.model": order.model,
+                "robuq.class_id": order.class_id,
+                "robuq.num_images": len(order.specs),
+                "robuq.steps": spec.steps,
+                "robuq.guidance_scale": spec.guidance_scale,
+                "robuq.sampler": spec.sampler,
+                "robuq.seed": order.seed,
+                "robuq.format": order.image_format,
+                "robuq.priority": order.priority,
+                "robuq.request_id": request_id,
+            },
+        )
+        generation.outcome.add_done_callback(lambda outcome: self._ended(span, began, outcome))
+
+    def _ended(self, span: Any, began: int, outcome: asyncio.Future[Any]) -> None:
+        error: BaseException | None = asyncio.CancelledError() if outcome.cancelled() else outcome.exception()
+        if error is not None:
+            span.set_attribute("error.type", type(error).__name__)
+            span.set_status(self._trace.Status(self._trace.StatusCode.ERROR, str(error)))
+            span.end()
+            return
+        timings = outcome.result().timings
+        parent = self._trace.set_span_in_context(span)
+        start = began
+        for name, seconds in (
+            ("queue", timings.queue_s),
+            ("inference", timings.inference_s),
+            ("decode", timings.decode_s),
+        ):
+            end = start + round(seconds * 1e9)
+            part = self._tracer.start_span(
+                name, context=parent, start_time=start, attributes={"robuq.seconds": seconds}
+            )
+            part.end(end)
+            start = end
+        span.end(start)
+
+    def shutdown(self) -> None:
+        """Send what is left, for a bounded time."""
+        # The provider's own bound is half a minute, more than a stop may take.
+        thread = threading.Thread(target=self._provider.shutdown, name="telemetry", daemon=True)
+        thread.start()
+        thread.join(SHUTDOWN_S)

@@ -1,0 +1,173 @@
+"""traceparent in, trace ids in logs and answers, and OpenTelemetry spans of a whole request."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import logging
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from serving_harness import WatchedSampler, live_server
+
+from robuq_core.errors import UserError
+from server import telemetry
+from server.logging import JsonFormatter, current_trace_id
+from server.tracing import from_traceparent
+
+TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "",
+        "00",
+        f"00-{TRACE}-{PARENT}",
+        f"00-{TRACE}-{PARENT}-01-more",
+        f"ff-{TRACE}-{PARENT}-01",
+        f"00-{'0' * 32}-{PARENT}-01",
+        f"00-{TRACE}-{'0' * 16}-01",
+        f"00-{TRACE.upper()}-{PARENT}-01",
+        f"00-{TRACE[1:]}-{PARENT}-01",
+    ],
+)
+def test_what_is_no_traceparent(header: str) -> None:
+    assert from_traceparent(header) is None
+
+
+@pytest.mark.parametrize("header", [TRACEPARENT, f" {TRACEPARENT} ", f"cc-{TRACE}-{PARENT}-01-what-comes-later"])
+def test_what_is_one(header: str) -> None:
+    trace = from_traceparent(header)
+    assert trace is not None
+    assert trace.trace_id == TRACE
+    assert trace.span_id != PARENT
+    assert trace.traceresponse == f"00-{TRACE}-{trace.span_id}-00"
+
+
+@given(st.text(max_size=80))
+def test_any_text_is_taken(header: str) -> None:
+    from_traceparent(header)
+
+
+def test_answers_and_logs_carry_the_trace(client: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+    lines: list[dict[str, Any]] = []
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(json.loads(JsonFormatter().format(record)))
+
+    handler = Lines()
+    logging.getLogger("server.access").addHandler(handler)
+    caplog.set_level(logging.INFO, "server.access")
+    try:
+        answer = client.get("/info", headers={"traceparent": TRACEPARENT})
+        assert "traceresponse" not in client.get("/info").headers
+        assert "traceresponse" not in client.get("/info", headers={"traceparent": "junk"}).headers
+    finally:
+        logging.getLogger("server.access").removeHandler(handler)
+    assert answer.headers["traceresponse"].startswith(f"00-{TRACE}-")
+    assert [line.get("trace_id") for line in lines] == [TRACE, None, None]
+    assert current_trace_id.get() == ""
+
+
+@pytest.fixture
+def exporter(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
+    exporter = InMemorySpanExporter()
+    monkeypatch.setattr(telemetry, "otlp_exporter", lambda endpoint: exporter)
+    return exporter
+
+
+def spans_by_name(exporter: InMemorySpanExporter) -> dict[str, list[ReadableSpan]]:
+    found: dict[str, list[ReadableSpan]] = {}
+    for span in exporter.get_finished_spans():
+        found.setdefault(span.name, []).append(span)
+    return found
+
+
+def test_spans_of_a_request(exporter: InMemorySpanExporter) -> None:
+    with live_server(WatchedSampler(step_s=0.005), otel_endpoint="http://localhost:4318") as (client, _):
+        headers = {"traceparent": TRACEPARENT, "X-Request-Id": "mine"}
+        body = {"class_id": 2, "num_images": 3, "steps": 2, "seed": 5, "priority": 4}
+        answer = client.post("/generate", json=body, headers=headers)
+        assert client.get("/health").status_code == 200
+    spans = spans_by_name(exporter)
+    assert {name: len(found) for name, found in spans.items()} == {
+        "POST /generate": 1,
+        "generation": 1,
+        "queue": 1,
+        "inference": 1,
+        "decode": 1,
+    }
+    (server,), (generation,) = spans["POST /generate"], spans["generation"]
+    assert all(f"{span.context.trace_id:032x}" == TRACE for span in exporter.get_finished_spans())
+    assert server.parent is not None
+    assert f"{server.parent.span_id:016x}" == PARENT
+    assert answer.headers["traceresponse"] == f"00-{TRACE}-{server.context.span_id:016x}-01"
+    assert generation.parent is not None
+    assert generation.parent.span_id == server.context.span_id
+    assert dict(generation.attributes or {}) == {
+        "robuq.model": "fake",
+        "robuq.class_id": 2,
+        "robuq.num_images": 3,
+        "robuq.steps": 2,
+        "robuq.guidance_scale": 1.5,
+        "robuq.sampler": "ddim",
+        "robuq.seed": 5,
+        "robuq.format": "png",
+        "robuq.priority": 4,
+        "robuq.request_id": "mine",
+    }
+    timings = answer.json()["timings"]
+    end = generation.start_time
+    for name in ("queue", "inference", "decode"):
+        (span,) = spans[name]
+        assert span.parent is not None
+        assert span.parent.span_id == generation.context.span_id
+        assert span.start_time == end  # one after the other, without gaps
+        assert span.end_time is not None
+        assert span.start_time is not None
+        assert (span.end_time - span.start_time) / 1e9 == pytest.approx(timings[f"{name}_s"], abs=1e-6)
+        end = span.end_time
+    assert generation.end_time == end
+    assert server.resource.attributes["service.name"] == "robuq"
+
+
+def test_spans_of_failures(exporter: InMemorySpanExporter) -> None:
+    sampler = WatchedSampler()
+    sampler.faulty_seeds = {7}
+    with live_server(sampler, otel_endpoint="http://localhost:4318") as (client, _):
+        assert client.post("/generate", json={"class_id": 1, "seed": 7}).status_code == 500
+        assert client.post("/generate", json={"class_id": 99}).status_code == 422
+        assert client.get("/v1/models").status_code == 200
+    spans = spans_by_name(exporter)
+    (generation,) = spans["generation"]
+    assert not generation.status.is_ok
+    assert (generation.attributes or {})["error.type"] == "GenerationFailed"
+    assert len(spans["POST /generate"]) == 2
+    assert len(spans["GET /v1/models"]) == 1
+
+
+def test_the_missing_extra_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = builtins.__import__
+
+    def without_otel(name: str, *arguments: Any) -> Any:
+        if name.startswith("opentelemetry"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return original(name, *arguments)
+
+    monkeypatch.setattr(builtins, "__import__", without_otel)
+    with pytest.raises(UserError, match=r"--otel-endpoint .* install robuq\[otel\]"):
+        telemetry.Telemetry("http://localhost:4318")
+
+
+def test_a_dead_collector_does_not_hold_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(telemetry, "SHUTDOWN_S", 0.2)
+    with live_server(WatchedSampler(), otel_endpoint="http://127.0.0.1:9") as (client, _):
+        assert client.post("/generate", json={"class_id": 1}).status_code == 200

@@ -7,6 +7,11 @@
 #
 #   docker run -p 8000:8000 -v /models:/models:ro -e ROBUQ_CHECKPOINT=/models/mine.safetensors robuq-serve
 #
+# Whoever reaches the port may draw. With API keys (docs/serving.md) only their holders may; mount the folder and not
+# the file, or changes are not seen, and let user 10001 read it:
+#
+#   docker run -p 8000:8000 -v /srv/keys:/keys:ro -e ROBUQ_API_KEYS_FILE=/keys/keys.json robuq-serve
+#
 # It writes nothing: --read-only works. SIGTERM drains for up to 25 s, so stop it with `docker stop --time 30`, or set
 # ROBUQ_DRAIN_TIMEOUT_S below the 10 s that docker allows by default.
 #
@@ -51,8 +56,9 @@ COPY --from=builder /opt/robuq /opt/robuq
 ENV PATH=/opt/robuq/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
+    HOME=/tmp \
     TRITON_CACHE_DIR=/tmp/triton
-# A number, so that Kubernetes can tell that it is not root. No home, no shell, nothing of its own to write.
+# A number, so that Kubernetes can tell that it is not root. No shell, no home but /tmp for caches, nothing to write.
 USER 10001:10001
 WORKDIR /tmp
 EXPOSE 8000

@@ -13,6 +13,8 @@ import httpx
 import pytest
 from serving_harness import WatchedSampler, live_server
 
+from server.keys import create_key
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -84,6 +86,15 @@ def test_the_server_is_started_in_exec_form_so_that_it_gets_sigterm() -> None:
     assert values("EXPOSE") == ["8000"]
 
 
+def test_libraries_that_keep_caches_keep_them_in_tmp() -> None:
+    variables = dict(pair.split("=", 1) for value in values("ENV") for pair in value.split())
+    for name, value in variables.items():
+        if name == "HOME" or name.endswith("_DIR"):
+            assert value.split("/")[:2] == ["", "tmp"], name
+    assert variables["HOME"] == values("WORKDIR")[-1] == "/tmp"
+    assert variables["PYTHONDONTWRITEBYTECODE"] == variables["PYTHONUNBUFFERED"] == "1"
+
+
 def test_what_is_copied_exists_and_is_not_ignored() -> None:
     rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
     for copy in values("COPY", stage=1):
@@ -97,10 +108,11 @@ def test_what_is_copied_exists_and_is_not_ignored() -> None:
             assert not ignored, f"{source} is ignored"
 
 
-def test_the_health_check_follows_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_health_check_follows_ready_and_needs_no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    create_key(tmp_path / "keys.json", "somebody")
     python, flag, program = health_command()
     assert (python, flag) == ("python", "-c")
-    with live_server(WatchedSampler()) as (client, engine):
+    with live_server(WatchedSampler(), api_keys_file=tmp_path / "keys.json") as (client, engine):
         monkeypatch.setenv("ROBUQ_PORT", str(httpx.URL(client.base_url).port))
         exec(compile(program, "healthcheck", "exec"), {})
         engine.begin_drain()

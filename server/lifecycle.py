@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from types import FrameType
+from typing import TextIO
 
 import uvicorn
 from fastapi import FastAPI
@@ -112,11 +113,21 @@ def serve(
     )
     server.run(sockets=[sock])
     if engine.failure is not None:
-        print(f"error: the engine has failed: {engine.failure}", file=sys.stderr)
+        fault = " ".join(f"{type(engine.failure).__name__}: {engine.failure}".split())
+        print(f"error: the engine has failed: {fault}", file=sys.stderr)
     code = 0 if engine.failure is None else 1
     logger.info("stopped", extra={"exit_code": code})
+    _flush_or_drop(sys.stdout)
     if not engine.stop(join_timeout_s=0.0):
         # A step that does not return must not keep the process alive.
-        sys.stdout.flush()
         os._exit(code)
     return code
+
+
+def _flush_or_drop(stream: TextIO) -> None:
+    """Write what is buffered; if there is no room for it, let it go, or the interpreter would exit with a code of its
+    own when it fails to write it."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -93,18 +93,26 @@ class Replica:
 
     def _live(self) -> None:
         try:
-            while (parts := self._next_parts()) is not None:
-                for part in parts:
-                    self._run_part(part)
-                self.jobs_in_step = []
-                if self.warm_up is not None:
-                    self._warm_up(self.warm_up)
+            while self._turn():
+                pass
         except BaseException as error:
             self.death = error
             logger.critical("replica %d has died", self.number, exc_info=True)
         finally:
             with self._ledger.lock:
                 self._ledger.alarm.notify()
+
+    def _turn(self) -> bool:
+        """Wait for work and do it; false when the engine has been closed."""
+        parts = self._next_parts()
+        if parts is None:
+            return False
+        for part in parts:
+            self._run_part(part)
+        self.jobs_in_step = []
+        if self.warm_up is not None:
+            self._warm_up(self.warm_up)
+        return True
 
     def _next_parts(self) -> list[_Part] | None:
         """Wait for work; the next step, or None when the engine has been closed."""

@@ -11,10 +11,10 @@ import httpx
 import uvicorn
 
 from server.api.app import create_app
-from server.engine import Engine
+from server.engine import Engine, Job
 from server.engine.create import create_engine
 from server.engine.fake import FakeRow, FakeSampler
-from server.engine.model import RowSpec
+from server.engine.model import RowSpec, StepSampler
 from server.lifecycle import bind, uvicorn_config
 from server.settings import Settings
 
@@ -69,19 +69,30 @@ def make_settings(**options: object) -> Settings:
 
 
 @contextmanager
-def running_engine(sampler: FakeSampler, **options: object) -> Iterator[Engine]:
-    """An engine past its warm-up, whose batches the sampler has forgotten."""
-    engine = create_engine([sampler], make_settings(**options))
+def running_engine(*samplers: StepSampler, **options: object) -> Iterator[Engine]:
+    """An engine with a replica a sampler, past its warm-up, whose batches the samplers have forgotten."""
+    engine = create_engine(samplers, make_settings(**options))
     engine.start()
     until(lambda: engine.status == "ready")
-    if isinstance(sampler, WatchedSampler):
+    watched = [sampler for sampler in samplers if isinstance(sampler, WatchedSampler)]
+    for sampler in watched:
         sampler.batches.clear()
     try:
         yield engine
     finally:
-        if isinstance(sampler, WatchedSampler):
+        for sampler in watched:
             sampler.release()
         engine.stop()
+
+
+def outcome(job: Job) -> BaseException | None:
+    """What a job failed with; waits for its end."""
+    return job.future.exception(timeout=WAIT_S)
+
+
+def sample(engine: Engine, name: str, **labels: str) -> float:
+    """A metric's present value; 0 while it has none."""
+    return engine.metrics.registry.get_sample_value(name, labels) or 0.0
 
 
 @contextmanager

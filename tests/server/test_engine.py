@@ -7,22 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from serving_harness import WAIT_S, WatchedSampler, make_settings, running_engine, spec, until
+from serving_harness import WAIT_S, WatchedSampler, make_settings, outcome, running_engine, sample, spec, until
 
-from server.engine import GenerationFailed, Job, NotReady, Overloaded
+from server.engine import GenerationFailed, NotReady, Overloaded
 from server.engine.create import create_engine
 from server.engine.errors import Cancelled
 from server.engine.fake import FakeRow
 from server.engine.images import encode_image
 from server.engine.supervisor import MAX_RESTARTS
-
-
-def counter(engine: object, name: str, **labels: str) -> float:
-    return engine.metrics.registry.get_sample_value(name, labels) or 0.0  # type: ignore[attr-defined]
-
-
-def outcome(job: Job) -> BaseException | None:
-    return job.future.exception(timeout=WAIT_S)
 
 
 def test_rows_of_different_requests_and_timesteps_share_forwards() -> None:
@@ -67,8 +59,8 @@ def test_a_faulty_row_fails_its_own_request_only() -> None:
         assert outcome(plug) is None
         assert outcome(good) is None
         assert good.future.result().images[0] == encode_image(sampler.decode(FakeRow(spec(seed=8))), "png")
-        assert counter(engine, "robuq_requests_total", finished_reason="error") == 1
-        assert counter(engine, "robuq_requests_total", finished_reason="completed") == 2
+        assert sample(engine, "robuq_requests_total", finished_reason="error") == 1
+        assert sample(engine, "robuq_requests_total", finished_reason="completed") == 2
         until(lambda: engine.idle)
 
 
@@ -119,8 +111,8 @@ def test_cancelled_rows_are_gone_at_the_next_step() -> None:
         assert outcome(keep) is None
         assert isinstance(outcome(drop), Cancelled)
         assert all(seed == 1 for batch in sampler.batches[2:] for seed, _ in batch)
-        assert counter(engine, "robuq_requests_total", finished_reason="cancelled") == 1
-        assert counter(engine, "robuq_requests_running") == counter(engine, "robuq_requests_waiting") == 0
+        assert sample(engine, "robuq_requests_total", finished_reason="cancelled") == 1
+        assert sample(engine, "robuq_requests_running") == sample(engine, "robuq_requests_waiting") == 0
         assert outcome(engine.submit([spec(seed=4)], "png")) is None
 
 
@@ -137,8 +129,8 @@ def test_cancel_while_waiting_and_after_the_end() -> None:
         assert outcome(first) is None
         engine.cancel(first)
         assert {seed for batch in sampler.batches for seed, _ in batch} == {1}
-        assert counter(engine, "robuq_requests_total", finished_reason="timeout") == 1
-        assert counter(engine, "robuq_requests_total", finished_reason="cancelled") == 0
+        assert sample(engine, "robuq_requests_total", finished_reason="timeout") == 1
+        assert sample(engine, "robuq_requests_total", finished_reason="cancelled") == 0
 
 
 def test_the_queue_is_bounded_in_images_and_tells_when_to_come_back() -> None:
@@ -152,7 +144,7 @@ def test_the_queue_is_bounded_in_images_and_tells_when_to_come_back() -> None:
             engine.submit([spec(steps=100)] * 3, "png")
         # Two rounds of two rows, 100 steps of 10 ms each.
         assert refused.value.retry_after_s == pytest.approx(2.0, rel=0.5)
-        assert counter(engine, "robuq_rejected_total", reason="queue_full") == 1
+        assert sample(engine, "robuq_rejected_total", reason="queue_full") == 1
 
 
 def test_a_slow_decoder_holds_admission_back() -> None:
@@ -300,6 +292,6 @@ def test_many_requests_from_many_threads_leave_nothing_behind() -> None:
             thread.join(WAIT_S)
         assert outcomes == [True] * 160
         until(lambda: engine.idle and engine.images_decoding == 0)
-        assert counter(engine, "robuq_requests_running") == counter(engine, "robuq_requests_waiting") == 0
+        assert sample(engine, "robuq_requests_running") == sample(engine, "robuq_requests_waiting") == 0
         assert engine._ledger.rows_to_step == engine._ledger.mean_image_cost == engine._generation.jobs == 0
     assert max(map(len, sampler.batches)) <= 4

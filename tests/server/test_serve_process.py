@@ -124,7 +124,7 @@ def test_a_failed_warm_up_ends_the_process_with_one_line() -> None:
     process = start(change=change)
     _, errors = process.communicate(timeout=WAIT_S)
     assert process.returncode == 1
-    assert errors.splitlines() == ["error: the engine has failed: 'missing'"]
+    assert errors.splitlines() == ["error: the engine has failed: KeyError: 'missing'"]
 
 
 def test_a_taken_port_is_told_in_one_line() -> None:

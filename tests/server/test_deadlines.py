@@ -1,0 +1,76 @@
+"""Deadlines are kept at every stage of a request, whatever the replicas and the decoders are doing."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+from serving_harness import WAIT_S, WatchedSampler, outcome, running_engine, sample, spec, until
+
+from server.engine import DeadlineExceeded
+from server.engine.fake import FakeRow
+
+
+def test_a_waiting_request_expires_and_those_beside_it_do_not() -> None:
+    sampler = WatchedSampler()
+    with running_engine(sampler, max_batch_rows=2) as engine:
+        sampler.hold()
+        running = engine.submit([spec(seed=1), spec(seed=2)], "png", timeout_s=60)
+        late = engine.submit([spec(seed=3)], "png", timeout_s=0.05)
+        in_time = engine.submit([spec(seed=4)], "png", timeout_s=60)
+        assert sampler.entered.acquire(timeout=WAIT_S)
+        assert isinstance(outcome(late), DeadlineExceeded)  # though the only replica is in a forward
+        sampler.release()
+        assert outcome(running) is None
+        assert outcome(in_time) is None
+        assert all(seed != 3 for batch in sampler.batches for seed, _ in batch)
+        assert sample(engine, "robuq_requests_total", finished_reason="timeout") == 1
+
+
+def test_a_running_request_expires_though_its_replica_is_stuck() -> None:
+    sampler = WatchedSampler()
+    with running_engine(sampler) as engine:
+        sampler.hold()
+        late = engine.submit([spec(seed=1, steps=1000)], "png", timeout_s=0.05)
+        assert sampler.entered.acquire(timeout=WAIT_S)
+        assert isinstance(outcome(late), DeadlineExceeded)
+        assert engine.idle
+        sampler.release()
+        assert outcome(engine.submit([spec(seed=2, steps=1)], "png")) is None
+        assert sampler.batches[1:] == [[(2, 0)]]
+
+
+def test_a_shorter_deadline_is_not_slept_through() -> None:
+    sampler = WatchedSampler()
+    with running_engine(sampler, max_batch_rows=2) as engine:
+        sampler.hold()
+        jobs = [engine.submit([spec(seed=s, steps=1000)], "png", timeout_s=t) for s, t in enumerate((60, 0.2, 0.05))]
+        assert isinstance(outcome(jobs[2]), DeadlineExceeded)
+        assert not jobs[1].future.done() or isinstance(outcome(jobs[1]), DeadlineExceeded)
+        assert isinstance(outcome(jobs[1]), DeadlineExceeded)
+        assert not jobs[0].future.done()
+
+
+def test_a_request_behind_a_stuck_decoder_expires() -> None:
+    sampler = WatchedSampler()
+    gate = threading.Event()
+
+    def stuck(row: FakeRow) -> np.ndarray:
+        assert gate.wait(WAIT_S)
+        return np.zeros((4, 4, 3), np.uint8)
+
+    with running_engine(sampler, decode_threads=1) as engine:
+        sampler.decode = stuck  # type: ignore[method-assign]
+        jobs = [engine.submit([spec(seed=s, steps=1)], "png", timeout_s=0.1) for s in range(3)]
+        until(lambda: engine.images_decoding == 3)
+        assert all(isinstance(outcome(job), DeadlineExceeded) for job in jobs)
+        assert engine.idle
+        gate.set()
+        until(lambda: engine.images_decoding == 0)
+        assert sample(engine, "robuq_requests_total", finished_reason="completed") == 0
+
+
+def test_a_deadline_that_has_passed_at_once_is_answered_at_once() -> None:
+    with running_engine(WatchedSampler(step_s=0.01)) as engine:
+        assert isinstance(outcome(engine.submit([spec(steps=1000)], "png", timeout_s=0.0)), DeadlineExceeded)
+        assert outcome(engine.submit([spec(steps=1)], "png", timeout_s=60)) is None

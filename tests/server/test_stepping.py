@@ -1,0 +1,122 @@
+"""One step, whatever fails of it: who moves, who is at fault, and how large the forwards are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from robuq_core.pipeline import RowSpec
+from server.engine.fake import FakeRow, FakeSampler
+from server.engine.stepping import GROW_AFTER, RowBudget, Stepper, is_out_of_memory
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch names its own."""
+
+
+class Card(FakeSampler):
+    """Has memory for ``room`` rows of the model, and trips over the rows whose seeds are in ``bad``."""
+
+    def __init__(self, room: int, bad: frozenset[int] = frozenset()) -> None:
+        super().__init__()
+        self.room, self.bad = room, bad
+        self.tried: list[int] = []
+
+    def step(self, rows: Sequence[FakeRow]) -> None:
+        size = sum(2 if row.guided else 1 for row in rows)
+        self.tried.append(size)
+        if size > self.room:
+            raise OutOfMemoryError(f"{size} rows")
+        if any(row.spec.seed in self.bad for row in rows):
+            raise ValueError("a bad row")
+        super().step(rows)
+
+
+def make_rows(guided: Sequence[bool]) -> list[FakeRow]:
+    return [FakeRow(RowSpec(0, seed, 4, 1.5 if two else 1.0, "ddim")) for seed, two in enumerate(guided)]
+
+
+@given(
+    guided=st.lists(st.booleans(), min_size=1, max_size=20),
+    room=st.integers(2, 40),
+    bad=st.frozensets(st.integers(0, 19), max_size=4),
+    budget=st.integers(1, 40),
+)
+def test_every_good_row_moves_once_and_every_bad_one_is_named(
+    guided: list[bool], room: int, bad: frozenset[int], budget: int
+) -> None:
+    rows = make_rows(guided)
+    card = Card(room, bad)
+    stepper = Stepper(budget)
+    faulty = stepper.step(card, rows)
+    assert set(faulty) == {i for i in range(len(rows)) if i in bad}
+    assert all(isinstance(error, ValueError) for error in faulty.values())
+    assert [row.steps_done for row in rows] == [0 if i in bad else 1 for i in range(len(rows))]
+    # Only a single image may exceed the budget.
+    assert max(card.tried) <= max(budget, 2)
+    assert stepper.budget.rows <= max(budget, 1)
+    measured = stepper.take_measured()
+    assert sum(size for size, _ in measured) == sum(1 + two for i, two in enumerate(guided) if i not in bad)
+    assert stepper.take_measured() == []
+    assert stepper.running_s() == 0
+
+
+def test_no_memory_halves_the_budget_and_full_forwards_win_it_back() -> None:
+    card = Card(room=5)
+    stepper = Stepper(16)
+    rows = make_rows([False] * 16)
+    assert stepper.step(card, rows) == {}
+    assert card.tried == [16, 8, 4, 4, 4, 4]
+    assert stepper.budget.rows == 4
+    card.room = 16
+    card.tried.clear()
+    steps = 0
+    while stepper.budget.rows < 16:
+        stepper.step(card, rows)
+        steps += 1
+    assert max(card.tried) == 16 - 1
+    assert GROW_AFTER < steps < 12 * GROW_AFTER
+    assert stepper.step(card, rows) == {}
+    assert card.tried[-1] == 16
+
+
+def test_an_image_that_does_not_fit_alone_is_at_fault() -> None:
+    faulty = Stepper(4).step(Card(room=1), make_rows([True, False]))
+    assert list(faulty) == [0]
+    assert is_out_of_memory(faulty[0])
+
+
+def test_small_forwards_say_nothing_about_a_larger_budget() -> None:
+    budget = RowBudget(8)
+    budget.out_of_memory(8)
+    for _ in range(10 * GROW_AFTER):
+        budget.fitted(2)
+    assert budget.rows == 4
+    for _ in range(GROW_AFTER):
+        budget.fitted(3)
+    assert budget.rows == 5
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"), [(MemoryError(), True), (OutOfMemoryError(), True), (RuntimeError(), False)]
+)
+def test_out_of_memory_is_known_by_name(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
+
+
+def test_the_running_time_is_that_of_the_forward_under_way() -> None:
+    now = [10.0]
+    stepper = Stepper(4, clock=lambda: now[0])
+    seen: list[float] = []
+
+    def look(rows: Sequence[FakeRow]) -> None:
+        now[0] += 3
+        seen.append(stepper.running_s())
+
+    stepper.step(FakeSampler(on_step=look), make_rows([False]))
+    assert seen == [3.0]
+    assert stepper.running_s() == 0
+    assert stepper.take_measured() == [(1, 3.0)]

@@ -18,8 +18,23 @@ export class Problem extends Error {
   }
 }
 
-export const storedKey = () => sessionStorage.getItem(KEY);
-export const storeKey = (key) => (key ? sessionStorage.setItem(KEY, key) : sessionStorage.removeItem(KEY));
+let key = "";
+try {
+  key = sessionStorage.getItem(KEY) ?? "";
+} catch {
+  // Storage is turned off: the key lasts as long as the page.
+}
+
+export const currentKey = () => key;
+
+export function storeKey(given) {
+  key = given;
+  try {
+    sessionStorage.setItem(KEY, given);
+  } catch {
+    // As above.
+  }
+}
 
 let askForKey = async () => false;
 /** `ask(reason)` resolves to true once another key has been stored. */
@@ -32,7 +47,6 @@ export const address = (path) => new URL(path, document.baseURI);
 export async function call(path, { ask = true, ...options } = {}) {
   for (;;) {
     const headers = new Headers(options.headers);
-    const key = storedKey();
     if (key) headers.set("Authorization", `Bearer ${key}`);
     let answer;
     try {
@@ -49,6 +63,8 @@ export async function call(path, { ask = true, ...options } = {}) {
 
 export const getJson = async (path, options) => (await call(path, options)).json();
 
+const cutOff = () => new Problem(0, { code: "cut_off", message: "the connection ended before the picture was done" });
+
 /** Events of a `text/event-stream` body as `[name, data]`, data parsed as JSON. */
 async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
@@ -56,7 +72,9 @@ async function* events(body) {
   let name = "message";
   let data = [];
   for (;;) {
-    const { value, done } = await reader.read();
+    const { value, done } = await reader.read().catch((error) => {
+      throw error.name === "AbortError" ? error : cutOff();
+    });
     if (done) return;
     const lines = (rest + value).split(/\r?\n/);
     rest = lines.pop();
@@ -84,5 +102,5 @@ export async function generate(body, { signal, on }) {
     if (name === "image_generation.completed") return data;
     on(data);
   }
-  throw new Problem(0, { code: "cut_off", message: "the connection ended before the picture was done" });
+  throw cutOff();
 }

@@ -1,6 +1,6 @@
 // The playground: wires the form, the loupe and the contact sheet to the server.
 
-import { generate, getJson, onUnauthorised, storedKey, storeKey } from "./api.js";
+import { generate, getJson, onUnauthorised, currentKey, storeKey } from "./api.js";
 import { ClassPicker } from "./class_picker.js";
 import { announce, byId, bytes, pairs, plural, randomBelow } from "./dom.js";
 import { restore, save } from "./keep.js";
@@ -12,6 +12,7 @@ const MAX_IN_FLIGHT = 4; // browsers open six connections to a server, and one s
 const MAX_STRIPS = 60;
 const LIST_LENGTH = 40;
 const PREVIEWS = 10;
+const SETTLE_MS = 300; // rows of a request that was given up leave with the next step
 const QUEUE_POLL_MS = { busy: 1000, idle: 5000 };
 
 let info = null;
@@ -19,7 +20,7 @@ let strips = []; // newest first
 
 const picker = new ClassPicker(byId("class"), byId("class-list"), async (query, signal) => {
   const parameters = new URLSearchParams({ query, limit: LIST_LENGTH });
-  return (await getJson(`classes?${parameters}`, { signal })).classes;
+  return (await getJson(`classes?${parameters}`, { signal, ask: false })).classes;
 });
 const settings = new Settings(picker);
 const loupe = new Loupe({
@@ -67,7 +68,8 @@ function sheetChanged() {
   byId("sheet-empty").hidden = strips.length > 0;
   byId("clear").hidden = strips.length === 0;
   const underWay = strips.filter(({ running }) => running).length;
-  byId("generate").disabled = underWay >= MAX_IN_FLIGHT;
+  // Not `disabled`, which would take the keyboard's focus away.
+  byId("generate").setAttribute("aria-disabled", String(underWay >= MAX_IN_FLIGHT));
   byId("generate").textContent = underWay >= MAX_IN_FLIGHT ? `${underWay} under way` : "Generate";
 }
 
@@ -92,10 +94,11 @@ function previewEvery(steps) {
 }
 
 async function draw() {
+  if (byId("generate").getAttribute("aria-disabled") === "true") return;
   settings.clearErrors();
   const body = settings.read();
   if (!body) return;
-  const strip = makeStrip({ ...body }, picker.label() || "?");
+  const strip = makeStrip({ class_name: picker.chosen?.name, ...body }, picker.label() || "?");
   strip.checkpoint = info?.checkpoint;
   addStrip(strip);
   loupe.show(strip, 0);
@@ -104,14 +107,16 @@ async function draw() {
   announce(`drawing ${plural(strip.frames.length, "image")} of ${strip.name}`);
   pollQueue();
   try {
-    strip.finish(await generate({ ...body, preview_every: previewEvery(body.steps) }, { signal: strip.abort.signal, on: follower(strip) }));
+    const events = { signal: strip.abort.signal, on: follower(strip) };
+    strip.finish(await generate({ ...body, preview_every: previewEvery(body.steps) }, events));
+    picker.learn(strip.request);
     announce(`${strip.name} is done`);
     save(strips);
   } catch (error) {
     ended(strip, body, error);
   }
   sheetChanged();
-  pollQueue();
+  setTimeout(pollQueue, SETTLE_MS);
 }
 
 /** A strip that came to nothing is taken away; one that had begun stays, marked. */
@@ -141,6 +146,7 @@ async function describeServer() {
       ["classes", info.num_classes.toLocaleString("en")],
     ]),
   );
+  if (!byId("class").value) await randomClass();
 }
 
 let queueTimer = 0;
@@ -149,8 +155,10 @@ async function pollQueue() {
   clearTimeout(queueTimer);
   if (!document.hidden) {
     try {
-      const { status, requests_running: running, requests_waiting: waiting } = await getJson("queue", { ask: false });
-      showQueue(status, `${status} · ${running} running · ${waiting} waiting`);
+      const { status, requests_running: running, requests_waiting: waiting, replicas } = await getJson("queue", { ask: false });
+      const sum = (name) => replicas.reduce((total, replica) => total + replica[name], 0);
+      const rows = `${sum("rows")}/${sum("row_budget")} rows`;
+      showQueue(status, [status, `${running} running`, `${waiting} waiting`, rows].join(" · "));
     } catch (error) {
       showQueue("down", error.status === 401 ? "needs a key" : error.message);
     }
@@ -167,8 +175,8 @@ function showQueue(state, text) {
 async function randomClass() {
   if (!info) return;
   const id = randomBelow(info.num_classes);
-  const { classes } = await getJson(`classes?${new URLSearchParams({ query: id, limit: LIST_LENGTH })}`);
-  picker.choose(classes.find((item) => item.id === id) ?? { id, name: "" });
+  const { classes } = await getJson(`classes?query=${id}&limit=1`); // a class's own number ranks first
+  picker.choose(classes[0]);
 }
 
 // The key.
@@ -180,7 +188,7 @@ function askForKey(reason) {
   asking ??= new Promise((resolve) => {
     const dialog = byId("key-dialog");
     byId("key-reason").textContent = reason;
-    byId("key").value = storedKey() ?? "";
+    byId("key").value = currentKey();
     dialog.returnValue = "cancel";
     dialog.addEventListener("close", () => resolve(dialog.returnValue === "use"), { once: true });
     dialog.showModal();
@@ -188,6 +196,8 @@ function askForKey(reason) {
     if (given) storeKey(byId("key").value.trim());
     byId("key").value = "";
     asking = null;
+    if (given) pollQueue();
+    if (given && !info) attempt(describeServer);
     return given;
   });
   return asking;
@@ -202,6 +212,7 @@ async function attempt(task) {
 }
 
 onUnauthorised(askForKey);
+byId("key-cancel").addEventListener("click", () => byId("key-dialog").close("cancel"));
 byId("key-button").addEventListener("click", async () => {
   if (await askForKey("Sent with each request to this server.")) attempt(describeServer);
 });

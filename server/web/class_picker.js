@@ -13,6 +13,7 @@ export class ClassPicker {
     input.addEventListener("input", () => this.typed());
     input.addEventListener("keydown", (event) => this.key(event));
     input.addEventListener("click", () => this.open());
+    input.addEventListener("focus", () => input.select());
     input.addEventListener("blur", () => this.close());
     // The list must not take the focus from the input, or the click would close it first.
     list.addEventListener("pointerdown", (event) => event.preventDefault());
@@ -39,6 +40,13 @@ export class ClassPicker {
     this.input.value = className(item);
     this.close();
     this.input.dispatchEvent(new Event("change", { bubbles: true }));
+  }
+
+  /** Show the name that the server gave to the number that is still in the field. */
+  learn({ class_id, class_name }) {
+    if (this.input.value.trim() !== String(class_id) || document.activeElement === this.input) return;
+    this.chosen = { id: class_id, name: class_name };
+    this.input.value = className(this.chosen);
   }
 
   get isOpen() {

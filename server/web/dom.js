@@ -13,9 +13,11 @@ export function element(tag, properties = {}, ...children) {
   return node;
 }
 
-/** `<dt>` and `<dd>` pairs inside `<div>`s, as a `<dl>` wants them. */
+/** `<dt>` and `<dd>` pairs inside `<div>`s, as a `<dl>` wants them; long texts get a row of their own. */
 export function pairs(entries) {
-  return entries.map(([term, text]) => element("div", {}, element("dt", {}, term), element("dd", {}, text)));
+  return entries.map(([term, text]) =>
+    element("div", { class: text.length > 16 ? "wide" : "" }, element("dt", {}, term), element("dd", {}, text)),
+  );
 }
 
 /** Tell people who listen rather than look. */

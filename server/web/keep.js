@@ -63,7 +63,6 @@ export function restore(makeStrip) {
       return strip;
     });
   } catch {
-    localStorage.removeItem(PLACE); // written by another version
-    return [];
+    return []; // storage is turned off, or its content was written by another version; the next save mends that
   }
 }

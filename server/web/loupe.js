@@ -1,14 +1,14 @@
 // The frame under the loupe: large, with how it was made, how to make it again, and how to stop it.
 
-import { address, storedKey } from "./api.js";
+import { address, currentKey } from "./api.js";
 import { announce, byId, pairs, seconds } from "./dom.js";
-import { sharpen } from "./strip.js";
+import { grain, sharpen } from "./strip.js";
 
 /** A shell line that draws one picture again, to the last bit; the API key stays out of it. */
 export function curlLine(request, seed) {
   const { class_id, steps, guidance_scale, sampler, format } = request;
   const body = JSON.stringify({ class_id, seed, steps, guidance_scale, sampler, format });
-  const key = storedKey() ? [`-H "Authorization: Bearer $ROBUQ_API_KEY"`] : [];
+  const key = currentKey() ? [`-H "Authorization: Bearer $ROBUQ_API_KEY"`] : [];
   return [
     `curl -fsS '${address("generate")}'`,
     "-H 'Content-Type: application/json'",
@@ -28,6 +28,7 @@ export class Loupe {
     this.index = 0;
     this.shown = null;
     sharpen(byId("loupe-image"));
+    this.update();
     byId("cancel").addEventListener("click", () => this.strip?.abort.abort());
     byId("reuse").addEventListener("click", () => reuse({ ...this.strip.request, seed: this.frame.seed, num_images: 1 }));
     byId("copy").addEventListener("click", () => this.copy());
@@ -59,8 +60,10 @@ export class Loupe {
     byId("loupe-title").textContent = strip ? strip.name : "Nothing drawn yet";
     byId("loupe-state").textContent = strip ? this.sentence() : "Choose a class, press Generate and watch it develop.";
     const image = byId("loupe-image");
-    image.hidden = !strip;
-    if (!strip) return;
+    if (!strip) {
+      Object.assign(image, { src: grain(0), alt: "" });
+      return;
+    }
     image.alt = `${strip.name}, seed ${this.frame.seed}`;
     if (image.src !== this.frame.image.src) image.src = this.frame.image.src;
     const progress = byId("loupe-progress");

@@ -6,11 +6,11 @@ import { element } from "./dom.js";
 export const SEEDS = 2 ** 32;
 
 const MEDIA_TYPE = { png: "image/png", jpeg: "image/jpeg", webp: "image/webp" };
-const GRAIN = 16;
-const TONES = ["#23282a", "#4a5356", "#8d9698"];
+const GRAIN = 32;
+const TONES = ["#1b2022", "#2c3437", "#465053"];
 
 /** An undeveloped frame: noise of three tones that depends on the seed alone, as a data URL. */
-function grain(seed) {
+export function grain(seed) {
   const canvas = element("canvas", { width: GRAIN, height: GRAIN });
   const context = canvas.getContext("2d");
   let state = seed >>> 0;
@@ -127,7 +127,6 @@ export class Strip {
       frame.progress.hidden = !this.running;
     }
     this.node.dataset.state = this.state;
-    this.node.setAttribute("aria-busy", String(this.running));
     this.onChange(this);
   }
 

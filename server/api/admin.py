@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -19,7 +19,8 @@ from robuq_core.errors import UserError
 from server.api.auth import current_client
 from server.api.discovery import describe
 from server.api.errors import ApiError, from_validation, invalid
-from server.api.schemas import ErrorResponse, InfoResponse
+from server.api.responses import documented
+from server.api.schemas import InfoResponse
 from server.engine import Engine, EngineError
 from server.engine.model import StepSampler
 from server.settings import Settings
@@ -158,22 +159,14 @@ def admin_router(engine: Engine, settings: Settings) -> APIRouter:
     folder = CheckpointFolder(settings)
     switch = CheckpointSwitch(engine, settings, folder)
     schema = SwapRequest.model_json_schema()
-    texts = {401: "no API key", 403: "the key lacks the scope admin, or the server has no keys"}
-    responses: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorResponse, "description": text} for status, text in texts.items()
-    }
-    texts = {409: "another swap is under way", 422: "the file cannot be served", 503: "the server is not ready"}
-    swap_responses = responses | {
-        status: {"model": ErrorResponse, "description": text} for status, text in texts.items()
-    }
     body_schema = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
-    @router.get("/checkpoint", responses=responses)
+    @router.get("/checkpoint", responses=documented())
     async def get_checkpoint() -> CheckpointsResponse:
         """The checkpoint that is served, and the files that could be."""
         return CheckpointsResponse(served=engine.sampler.checkpoint_name, files=await _in_thread(folder.files))
 
-    @router.post("/checkpoint", responses=swap_responses, openapi_extra=body_schema)
+    @router.post("/checkpoint", responses=documented(409, 413, 422, 503), openapi_extra=body_schema)
     async def swap_checkpoint(request: Request) -> InfoResponse:
         """Load another checkpoint and serve it. No request is lost: those in flight end on the one that they met."""
         try:

@@ -22,12 +22,13 @@ _HEADERS = {
 _ERRORS = {
     400: "`invalid_request`: a field is missing, unknown or out of range",
     401: "`unauthorized`: no API key, or one that is not known",
+    403: "`forbidden`: the key lacks the scope; under /admin `admin_closed`: the server has no keys",
     404: "`not_found`, `model_not_found`",
     406: "`not_acceptable`: Accept names no type that is offered",
-    409: "`idempotency_conflict`: the Idempotency-Key came with another body before",
+    409: "`idempotency_conflict`: the Idempotency-Key came with another body before; `swap_in_progress`",
     413: "`body_too_large`",
-    422: "`invalid_request`: a field is missing, unknown or out of range",
-    429: "`queue_full` or the key's limit; Retry-After tells when to come back",
+    422: "`invalid_request`: a field is missing, unknown or out of range; `checkpoint_unusable`",
+    429: "`queue_full`; `rate_limited`: the key's limit; Retry-After tells when to come back",
     500: "`generation_failed`, `internal_error`",
     503: "`not_ready`, `draining`: starting, stalled or draining",
     504: "`deadline_exceeded`: not done within the time limit",
@@ -59,4 +60,4 @@ def documented_headers() -> dict[str, Any]:
 
 def documented(*statuses: int, model: type[BaseModel] = ErrorResponse) -> dict[int | str, dict[str, Any]]:
     """OpenAPI's description of errors by status, each with its stable codes, in the shape of ``model``."""
-    return {status: {"description": _ERRORS[status], "model": model} for status in (401, *statuses)}
+    return {status: {"description": _ERRORS[status], "model": model} for status in (401, 403, *statuses)}

@@ -77,6 +77,7 @@ class Engine:
                 number,
                 self._ledger,
                 self._delivery,
+                peers=len(samplers),
                 max_batch_rows=max_batch_rows,
                 target_step_s=target_step_s,
                 stall_timeout_s=stall_timeout_s,

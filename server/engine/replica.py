@@ -48,6 +48,7 @@ class Replica:
         ledger: Ledger,
         delivery: Delivery,
         *,
+        peers: int,
         max_batch_rows: int,
         target_step_s: float | None,
         stall_timeout_s: float,
@@ -56,7 +57,7 @@ class Replica:
         self.stepper = Stepper(max_batch_rows, ledger.clock)
         self.warm_up: WarmUp | None = None
         self.curve: StepTimeCurve | None = None  # of the generation that takes new requests
-        self.peers = 1  # replicas that share the work, this one among them
+        self.peers = peers  # replicas that share the work, this one among them
         self.jobs_in_step: list[Job] = []
         self.death: BaseException | None = None  # what its thread died of
         self._ledger = ledger

@@ -1,0 +1,150 @@
+"""Several replicas behind one queue: they divide the work, and one that is stuck or dead does not hold up the rest."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import pytest
+from serving_harness import WAIT_S, WatchedSampler, make_settings, outcome, running_engine, sample, spec, until
+
+from robuq_core.errors import UserError
+from server.engine import DeadlineExceeded, GenerationFailed, Overloaded
+from server.engine.fake import FakeRow
+from server.engine.images import encode_image
+from server.loading import load_samplers
+
+
+def test_a_burst_is_divided_evenly() -> None:
+    samplers = [WatchedSampler(step_s=0.02) for _ in range(2)]
+    with running_engine(*samplers, max_batch_rows=8, max_queue_images=64) as engine:
+        jobs = [engine.submit([spec(seed=s, steps=10)], "png") for s in range(8)]
+        assert all(outcome(job) is None for job in jobs)
+        for s, job in enumerate(jobs):
+            assert job.future.result().images[0] == encode_image(samplers[0].decode(FakeRow(spec(s, 10))), "png")
+    # One replica alone would have had room for them all.
+    widest = [max(map(len, sampler.batches)) for sampler in samplers]
+    assert max(widest) <= 5
+    assert sum(len(batch) for sampler in samplers for batch in sampler.batches) == 80
+    for sampler in samplers:
+        assert len({seed for batch in sampler.batches for seed, _ in batch}) >= 3
+
+
+def test_images_of_one_request_may_run_on_several_replicas() -> None:
+    samplers = [WatchedSampler(step_s=0.01) for _ in range(3)]
+    with running_engine(*samplers, max_batch_rows=4) as engine:
+        specs = [spec(seed=s, steps=5) for s in range(12)]
+        result = engine.submit(specs, "png").future.result(WAIT_S)
+    assert list(result.images) == [encode_image(samplers[0].decode(FakeRow(s)), "png") for s in specs]
+    assert all(sampler.batches for sampler in samplers)
+    assert result.timings.total_s == pytest.approx(sum(vars(result.timings).values()) - result.timings.total_s)
+
+
+def test_a_stuck_replica_leaves_the_rest_ready_and_its_rows_to_their_deadline() -> None:
+    stuck, free = WatchedSampler(), WatchedSampler()
+    with running_engine(stuck, free, stall_timeout_s=0.1) as engine:
+        stuck.hold()
+        jobs = [engine.submit([spec(seed=s, steps=50)], "png", timeout_s=2.0) for s in range(2)]
+        assert stuck.entered.acquire(timeout=WAIT_S)
+        until(lambda: engine._replicas[0].stalled)
+        assert engine.status == "ready"
+        # What comes now goes to the other one, all of it.
+        later = [engine.submit([spec(seed=s)], "png") for s in (7, 8, 9)]
+        assert [outcome(job) for job in later] == [None, None, None]
+        assert {type(outcome(job)) for job in jobs} <= {type(None), DeadlineExceeded}
+        assert DeadlineExceeded in {type(outcome(job)) for job in jobs}
+        free.hold()
+        last = engine.submit([spec(seed=11)], "png")
+        until(lambda: engine.status == "stalled")
+        stuck.release()
+        free.release()
+        assert outcome(last) is None
+        until(lambda: engine.status == "ready")
+
+
+def test_a_dead_replica_costs_its_own_rows_and_comes_back() -> None:
+    deadly, healthy = WatchedSampler(), WatchedSampler()
+
+    def die(rows: Sequence[FakeRow]) -> None:
+        deadly.on_step = None
+        raise KeyboardInterrupt
+
+    with running_engine(deadly, healthy) as engine:
+        deadly.hold()
+        healthy.hold()
+        jobs = [engine.submit([spec(seed=s)], "png") for s in range(2)]
+        assert deadly.entered.acquire(timeout=WAIT_S)
+        assert healthy.entered.acquire(timeout=WAIT_S)
+        deadly.on_step = die
+        deadly.release()
+        until(lambda: any(job.future.done() for job in jobs))
+        healthy.release()
+        assert sorted(str(type(outcome(job)).__name__) for job in jobs) == ["GenerationFailed", "NoneType"]
+        more = [engine.submit([spec(seed=s, steps=20)], "png") for s in range(8)]
+        assert all(outcome(job) is None for job in more)
+        assert len(deadly.batches) > 1
+        assert sample(engine, "robuq_requests_total", finished_reason="error") == 1
+
+
+def test_the_wait_that_is_told_shrinks_with_the_number_of_replicas() -> None:
+    def told(replicas: int) -> float:
+        samplers = [WatchedSampler(step_s=0.01) for _ in range(replicas)]
+        with running_engine(*samplers, max_batch_rows=2) as engine:
+            for sampler in samplers:
+                sampler.hold()
+            running = [engine.submit([spec(steps=100)] * 2, "png") for _ in range(replicas)]
+            until(lambda: engine.requests_waiting == 0)
+            engine.submit([spec(steps=100)] * 16, "png")
+            with pytest.raises(Overloaded) as refused:
+                engine.submit([spec(steps=100)] * 8, "png")
+            assert not any(job.future.done() for job in running)
+            return refused.value.retry_after_s
+
+    one, four = told(1), told(4)
+    assert one == pytest.approx(4.0, rel=0.5)  # four rounds of two images, 100 steps of 10 ms each
+    assert four == pytest.approx(1.0, rel=0.5)
+
+
+def test_no_two_replicas_ever_step_the_same_row() -> None:
+    owners: dict[int, str] = {}
+    clashes: list[int] = []
+
+    def watch(rows: Sequence[FakeRow]) -> None:
+        me = threading.current_thread().name
+        for row in rows:
+            if owners.setdefault(row.spec.seed, me) != me:
+                clashes.append(row.spec.seed)
+
+    samplers = [WatchedSampler(step_s=0.0005, on_step=watch) for _ in range(4)]
+    with running_engine(*samplers, max_queue_images=1000) as engine:
+        owners.clear()
+        clashes.clear()  # of the warm-up
+        jobs = []
+        for s in range(300):
+            jobs.append(engine.submit([spec(seed=s + 100, steps=1 + s % 7)], "png"))
+            if s % 5 == 0:
+                engine.cancel(jobs[s // 2])
+        for job in jobs:
+            outcome(job)
+        until(lambda: engine.idle and engine.images_decoding == 0)
+        assert engine._ledger.rows_to_step == engine._generation.jobs == 0
+    assert clashes == []
+
+
+def test_replicas_divide_the_threads_and_share_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = load_samplers(None, make_settings(replicas=2, threads=4, backend="cpu"))
+    assert first.model.backend.threads == second.model.backend.threads == 2  # type: ignore[attr-defined]
+    assert first.model.backend is not second.model.backend  # type: ignore[attr-defined]
+    ours, theirs = (s.model.blocks[0].qkv.planar.data_ptr() for s in (first, second))  # type: ignore[attr-defined]
+    assert ours == theirs
+    with pytest.raises(UserError, match="at most 2"):
+        load_samplers(None, make_settings(replicas=3, threads=2))
+
+
+def test_a_faulty_row_on_one_replica_fails_its_own_request_only() -> None:
+    samplers = [WatchedSampler() for _ in range(2)]
+    for sampler in samplers:
+        sampler.faulty_seeds = {7}
+    with running_engine(*samplers, max_queue_images=64) as engine:
+        jobs = [engine.submit([spec(seed=s), spec(seed=s + 100)], "png") for s in range(12)]
+        assert [type(outcome(job)) for job in jobs] == [GenerationFailed if s == 7 else type(None) for s in range(12)]

@@ -66,7 +66,12 @@ class _Access:
 
 def current_client(request: Request) -> str:
     """The name of the request's API key, under which it shares the server; empty on an open server."""
-    access = request.scope.get(_ACCESS)
+    return client_of(request.scope)
+
+
+def client_of(scope: Scope) -> str:
+    """As :func:`current_client`, of an ASGI scope; empty, too, for whoever was not let in."""
+    access: _Access | None = scope.get(_ACCESS)
     return access.key.name if access else ""
 
 

@@ -10,6 +10,7 @@ import time
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api.auth import client_of
 from server.api.errors import ApiError
 from server.api.security import SECURITY_HEADERS
 from server.logging import current_request_id, current_trace_id
@@ -77,6 +78,7 @@ class RequestContext:
                     "path": scope["path"],
                     "status": status,
                     "duration_s": round(time.perf_counter() - began, 6),
+                    **({"client": client} if (client := client_of(scope)) else {}),
                 },
             )
             current_request_id.reset(token)

@@ -36,7 +36,7 @@ CORS: dict[str, Any] = {
     "allow_headers": ["Authorization", "Content-Type", "Idempotency-Key", "X-API-Key", "X-Request-Id", "traceparent"],
     "expose_headers": [
         *("X-Request-Id", "X-Seed", "x-queue-time", "x-inference-time", "x-total-time"),
-        *("Retry-After", "RateLimit", "RateLimit-Policy", "Idempotency-Replayed"),
+        *("Retry-After", "RateLimit", "RateLimit-Policy", "Idempotency-Replayed", "traceresponse"),
     ],
     "max_age": 3600,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from server.engine import Engine
 from server.engine.create import create_engine
 from server.engine.fake import FakeSampler
 from server.keys import create_key, revoke_key
+from server.logging import JsonFormatter
 
 # Whoever adds to this list opens a route to the whole world.
 OPEN = {"/", "/web/{name}", "/health", "/ready", "/v2/health/live", "/v2/health/ready"}
@@ -141,6 +143,22 @@ def test_scopes(guarded: tuple[httpx.Client, Engine], keys_file: Path) -> None:
         for name, answer in answers.items():
             expected = (200, None) if name in may else (403, "forbidden")
             assert (answer.status_code, code_of(answer) if answer.is_error else None) == expected, (scope, name)
+
+
+def test_the_log_tells_who_asked_and_never_a_key(
+    guarded: tuple[httpx.Client, Engine], keys_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    client, _ = guarded
+    key = create_key(keys_file, "alice")
+    with caplog.at_level(logging.DEBUG):
+        for headers in (bearer(key), {"X-API-Key": key}, bearer(key + "x")):
+            client.post("/generate", json=DRAW, headers=headers)
+        until(lambda: sum(record.name == "server.access" for record in caplog.records) == 3)
+    lines = [record for record in caplog.records if record.name == "server.access"]
+    assert [getattr(line, "client", None) for line in lines] == ["alice", "alice", None]
+    assert key not in "\n".join(
+        JsonFormatter().format(record) for record in caplog.records if record.name[:6] == "server"
+    )
 
 
 def test_a_revoked_key_is_out_at_once(guarded: tuple[httpx.Client, Engine], keys_file: Path) -> None:

@@ -1,0 +1,180 @@
+"""docs/serving.md against the code: its tables are what the server has, its examples run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from serving_harness import live_server
+
+from server.api import connection, errors, security
+from server.engine.fake import FakeSampler
+from server.keys import create_key
+from server.lifecycle import KEEP_ALIVE_S
+from server.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+GUIDE = (ROOT / "docs" / "serving.md").read_text()
+
+
+def block(name: str) -> str:
+    """What stands between the marks of a table."""
+    found = re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", GUIDE, re.S)
+    assert found, name
+    return found.group(1)
+
+
+def shown_default(value: object) -> str:
+    if value is None or value == ():
+        return ""
+    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
+
+
+def settings_table() -> str:
+    rows = ["| Option | Default | |", "|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        option = "--" + name.replace("_", "-")
+        rows.append(f"| `{option}` | {shown_default(field.default)} | {field.description} |")
+    return "\n".join(rows) + "\n"
+
+
+def metrics_table(client: httpx.Client) -> str:
+    rows = ["| Name | Type | |", "|---|---|---|"]
+    text = client.get("/metrics").text
+    for name, help_text in re.findall(r"^# HELP (\S+) (.*)$", text, re.M):
+        (kind,) = re.findall(rf"^# TYPE {name} (\S+)$", text, re.M)
+        labels = re.search(rf"^{name}\{{(\w+)=", text, re.M) if kind == "counter" else None
+        shown = f"`{name}`" + (f" by `{labels.group(1)}`" if labels else "")
+        rows.append(f"| {shown} | {kind} | {help_text} |")
+    return "\n".join(rows) + "\n"
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[httpx.Client]:
+    with live_server(FakeSampler()) as (client, engine):
+        client.post("/generate", json={"class_id": 1})
+        for reason in ("completed", "cancelled"):
+            engine.metrics.requests.labels(reason)
+        engine.metrics.rejected.labels("queue_full")
+        yield client
+
+
+def test_the_settings() -> None:
+    assert block("settings") == settings_table()
+
+
+def test_the_metrics(client: httpx.Client) -> None:
+    assert block("metrics") == metrics_table(client)
+
+
+def codes_in_the_source() -> set[str]:
+    """Every code that is written out in an ApiError, or stands in a table of codes."""
+    codes = set(errors._HTTP_CODES.values())
+    for path in (ROOT / "server").rglob("*.py"):
+        codes.update(re.findall(r"\bApiError\(\s*[\w.]+,\s*\"(\w+)\"", path.read_text()))
+    text = (ROOT / "server" / "api" / "errors.py").read_text()
+    codes.update(re.findall(r"code = \"(\w+)\" if .* else \"(\w+)\"", text)[0])
+    return codes
+
+
+def test_the_codes_of_errors() -> None:
+    table = GUIDE[GUIDE.index("| Status | Code |") :]
+    rows = [line.split("|")[1:3] for line in table.splitlines()[2:] if line.startswith("|")]
+    told = {code: int(status) for status, names in rows for code in re.findall(r"`(\w+)`", names)}
+    source = codes_in_the_source()
+    assert len(source) > 15
+    assert set(told) == source
+    assert sorted(told.values()) == list(told.values())
+    for path in (ROOT / "server").rglob("*.py"):
+        for status, code in re.findall(r"\bApiError\(\s*(\d+),\s*\"(\w+)\"", path.read_text()):
+            assert told[code] == int(status), code
+
+
+def test_the_limits() -> None:
+    kib = 1024
+    for text in (
+        f"{security.MAX_TARGET_BYTES // kib} KiB / {security.MAX_HEADERS} of {security.MAX_HEAD_BYTES // kib} KiB",
+        f"{connection.HEAD_TIMEOUT_S:g} s / {security.BODY_TIMEOUT_S:g} s",
+        f"| {connection.WRITE_TIMEOUT_S:g} s |",
+        f"| {KEEP_ALIVE_S} s |",
+    ):
+        assert text in GUIDE, text
+
+
+def examples(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", GUIDE, re.S | re.M)
+
+
+@pytest.mark.parametrize("example", examples("python"), ids=["sse", "openai"])
+def test_examples_in_python_run(example: str, client: httpx.Client, capsys: pytest.CaptureFixture[str]) -> None:
+    scope: dict[str, object] = {}
+    exec(compile(example.replace("http://localhost:8000", str(client.base_url).rstrip("/")), "example", "exec"), scope)
+    if "pictures" in scope:
+        pictures = scope["pictures"]
+        assert isinstance(pictures, list)
+        assert [picture[:4] for picture in pictures] == [b"\x89PNG"] * 2
+    else:
+        told = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+        assert told[-1] == "image_generation.completed"
+        assert {"image_generation.step", "image_generation.partial_image"} <= set(told)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
+def test_examples_in_the_shell_run(tmp_path: Path) -> None:
+    """Those that talk to a server, and those that make keys; a server with the keys of the guide's last lines."""
+    commands = [line for example in examples("sh") for line in example.splitlines()]
+    making = [line for line in commands if line.startswith("robuq-serve keys ")]
+    asking = [line for line in commands if line.startswith("curl ")]
+    assert (len(making), len(asking)) == (5, 8)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    def run(command: str) -> str:
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
+        return done.stdout
+
+    printed = [run(command) for command in making]
+    assert all(key.startswith("robuq_") for key in printed[:3])
+    assert "prometheus" in printed[3]
+    assert "revoked alice" in printed[4]
+    admin, reader = printed[1].strip(), printed[2].strip()
+    with live_server(FakeSampler(), api_keys_file=tmp_path / "keys.json", checkpoint_dir=tmp_path) as (client, _):
+        assert client.get("/metrics", headers={"X-API-Key": reader}).status_code == 200
+        environment |= {"KEY": admin, "ADMIN_KEY": admin}
+        for command in asking:
+            command = command.replace("localhost:8000", str(client.base_url.netloc.decode()))
+            if "-H" not in command or "Accept" in command:
+                command += f" -H 'X-API-Key: {admin}'"
+            answer = run(command.replace("curl ", "curl -sS -w '%{http_code}' "))
+            # There is no v2.safetensors here.
+            assert answer.endswith("422" if "v2.safetensors" in command else "200"), (command, answer)
+    assert (tmp_path / "goldfish.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_links_lead_somewhere() -> None:
+    headings = {
+        re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)$", GUIDE, re.M)
+    }
+    for target in re.findall(r"\]\(([^)]+)\)", GUIDE):
+        if target.startswith("#"):
+            assert target[1:] in headings, target
+        elif not target.startswith("http"):
+            assert (ROOT / "docs" / target.split("#")[0]).exists(), target
+
+
+def test_the_list_of_what_is_open(tmp_path: Path) -> None:
+    sentence = re.search(r"Without a key only (.*?) answer\.", GUIDE, re.S)
+    assert sentence
+    create_key(tmp_path / "keys.json", "somebody")
+    with live_server(FakeSampler(), api_keys_file=tmp_path / "keys.json") as (client, _):
+        for path in re.findall(r"`([^`]+)`", sentence.group(1)):
+            concrete = {"/web/": "/web/app.js", "/v2/health/": "/v2/health/ready"}.get(path, path)
+            assert client.get(concrete).status_code == 200, path

@@ -13,10 +13,12 @@ const TONES = ["#1b2022", "#2c3437", "#465053"];
 export function grain(seed) {
   const canvas = element("canvas", { width: GRAIN, height: GRAIN });
   const context = canvas.getContext("2d");
-  let state = seed >>> 0;
+  let state = seed >>> 0; // of a mulberry32 generator
   for (let i = 0; i < GRAIN * GRAIN; i++) {
-    state = (Math.imul(state ^ (state >>> 15), 0x2c1b3c6d) + 0x9e3779b9) >>> 0;
-    context.fillStyle = TONES[(state >>> 16) % 3];
+    state = (state + 0x6d2b79f5) >>> 0;
+    let mixed = Math.imul(state ^ (state >>> 15), state | 1);
+    mixed ^= mixed + Math.imul(mixed ^ (mixed >>> 7), mixed | 61);
+    context.fillStyle = TONES[((mixed ^ (mixed >>> 14)) >>> 0) % TONES.length];
     context.fillRect(i % GRAIN, Math.floor(i / GRAIN), 1, 1);
   }
   return canvas.toDataURL();

@@ -38,6 +38,11 @@ def _default_specs(sampler: Sampler, images: int, steps: int | None = None) -> l
     ]
 
 
+def _full_batch(sampler: Sampler) -> int:
+    """Images of the default guidance whose rows fill a batch."""
+    return MAX_ROWS // (1 if sampler.defaults.guidance_scale == 1 else 2)
+
+
 def _raw_images(sampler: Sampler, images: int) -> tuple[float, list[bytes]]:
     """Images a second of the bare model at a full batch, and the images."""
     began = time.perf_counter()
@@ -52,7 +57,7 @@ def _raw_images(sampler: Sampler, images: int) -> tuple[float, list[bytes]]:
 def efficiency(scale: Scale) -> Figure:
     """Images a second over HTTP with as many users as a batch holds images, against the bare model at that batch."""
     sampler = Sampler.from_checkpoint()
-    images = MAX_ROWS // (1 if sampler.defaults.guidance_scale == 1 else 2)
+    images = _full_batch(sampler)
     rounds, seconds = scale.count(5, 1), scale.of(12, 3)
     raw, served = [], []
     numbers = iter(range(10**9))
@@ -106,7 +111,7 @@ def _engine(sampler: Sampler) -> Iterator[Engine]:
 def step_tax(scale: Scale) -> Figure:
     """Seconds of a step of a full batch in the engine against the bare forward of the network alone."""
     sampler = Sampler.from_checkpoint()
-    images, steps, rounds = MAX_ROWS // 2, scale.count(60, 10), scale.count(9, 2)
+    images, steps, rounds = _full_batch(sampler), scale.count(60, 10), scale.count(9, 2)
     specs = _default_specs(sampler, images, steps)
     served, raw, forward = [], [], []
     with _engine(sampler) as engine:

@@ -93,9 +93,9 @@ def ceiling(scale: Scale) -> Figure:
     users = 32
     with running("noop") as server:
         run(closed_loop(server.url, lambda: BODY, users=users, seconds=scale.of(3, 0.5), accept="image/png"))
-        before = _completed(server)
+        before, cpu_before = _completed(server), _cpu_seconds(server)
         load = run(closed_loop(server.url, lambda: BODY, users=users, seconds=scale.of(15, 2), accept="image/png"))
-        counted = _completed(server) - before
+        counted, cpu_s = _completed(server) - before, _cpu_seconds(server) - cpu_before
     expected = encode_image(NoOpSampler().decode(FakeRow(SPEC)), "png")
     require(all(_image_of(answer) == expected for answer in load.answers), "an image is not the sampler's")
     require(counted == len(load.answers), f"the server counts {counted:g} images, the client {len(load.answers)}")
@@ -106,8 +106,19 @@ def ceiling(scale: Scale) -> Figure:
         "> 1,000 requests/s",
         load.rate > 1000,
         f"{len(load.answers):,} images equal to the sampler's, as many as the server counted",
-        {"requests_per_s": load.rate, "users": users, "client_cpu_cores": load.client_cpu, **latency},
+        {
+            "requests_per_s": load.rate,
+            "users": users,
+            "client_cpu_cores": load.client_cpu,
+            "server_cpu_ms_per_request": cpu_s / counted * 1e3,
+            **latency,
+        },
     )
+
+
+def _cpu_seconds(server: Server) -> float:
+    times = server.process.cpu_times()
+    return times.user + times.system
 
 
 def _completed(server: Server) -> float:

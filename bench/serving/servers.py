@@ -96,8 +96,8 @@ def serve_litserve(port: int) -> None:
         def encode_response(self, output: dict[str, Any]) -> dict[str, Any]:
             return output
 
-    # Every request of the comparison is guided, so that an image takes two rows on either side.
-    api = Images(max_batch_size=MAX_ROWS // 2, batch_timeout=WINDOW_S, api_path="/generate")
+    # No request of the comparison is guided, so that an image takes one row on either side.
+    api = Images(max_batch_size=MAX_ROWS, batch_timeout=WINDOW_S, api_path="/generate")
     server = litserve.LitServer(api, accelerator="cpu", devices=1, workers_per_device=1, timeout=False)
     server.run(host="127.0.0.1", port=port, generate_client_file=False, log_level="warning")
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,14 +27,15 @@ from robuq_core.config import DiffusionConfig, ModelConfig, QuantConfig, Sampler
 from robuq_core.errors import UserError
 from robuq_core.files import replacing
 from robuq_core.kernels.ops import TernaryLayer
+from robuq_core.kernels.pack_layer import pack_layer
 from robuq_core.models.dit import DiT
 from robuq_core.models.quant_linear import QuantLinear, is_adaln, layer_bits, quantizable_linears
 from robuq_core.quant.bits import average_bits
-from robuq_core.quant.packing import pack_base3, pack_planar, unpack_base3
-from robuq_core.quant.ternary import ternarize
+from robuq_core.quant.packing import pack_base3, planar_from_base3, unpack_planar
 
 FORMAT_VERSION = 1
 _METADATA_KEY = "robuq"
+_READERS = 4
 
 
 class CheckpointError(UserError):
@@ -114,22 +118,53 @@ def write_checkpoint(
     """Pack a fake-quantised ``model`` into ``path``, whole or not at all; returns the header written.
 
     Raises:
+        CheckpointError: as :func:`write_packed`, or the model is not quantised.
+    """
+    layers = {}
+    for name, linear in quantizable_linears(model):
+        if not isinstance(linear, QuantLinear):
+            raise CheckpointError(f"{name} is not quantised: pack the model that quantisation-aware training made")
+        layers[name] = pack_layer(linear)
+    dense = {name: p.detach() for name, p in model.named_parameters() if not name.startswith("blocks.")}
+    return write_packed(path, model.config, dense, layers, quant=quant, diffusion=diffusion, sampler=sampler,
+                        class_names=class_names, provenance=provenance)  # fmt: skip
+
+
+def write_packed(
+    path: Path,
+    model: ModelConfig,
+    dense: Mapping[str, Tensor],
+    layers: Mapping[str, TernaryLayer],
+    *,
+    quant: QuantConfig,
+    diffusion: DiffusionConfig,
+    sampler: SamplerConfig,
+    class_names: tuple[str, ...] = (),
+    provenance: Mapping[str, Any] | None = None,
+) -> Header:
+    """Write what :func:`read_checkpoint` gives back: ``dense`` tensors and packed ``layers`` by DiT name.
+
+    Raises:
         CheckpointError: a tensor holds values that its storage type cannot, or names and classes differ in number.
     """
-    if class_names and len(class_names) != model.config.num_classes:
-        raise CheckpointError(f"{len(class_names)} class names for {model.config.num_classes} classes")
-    tensors = _packed_tensors(model)
+    if class_names and len(class_names) != model.num_classes:
+        raise CheckpointError(f"{len(class_names)} class names for {model.num_classes} classes")
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        tensors |= {f"{name}.{part}": tensor for part, tensor in _stored_parts(layer).items()}
+    tensors |= {name: tensor.half() for name, tensor in dense.items()}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{name} does not fit {tensor.dtype}: train on, or lower the learning rate")
     header = Header(
         format_version=FORMAT_VERSION,
-        model=model.config,
+        model=model,
         quant=quant,
         diffusion=diffusion,
         sampler=sampler,
         class_names=class_names,
-        decoder="pixels" if model.config.in_channels == 3 else "latent",
+        decoder="pixels" if model.in_channels == 3 else "latent",
         provenance=dict(provenance or {}),
         tensors={name: _entry(tensor) for name, tensor in tensors.items()},
     )
@@ -141,25 +176,16 @@ def write_checkpoint(
     return header
 
 
-def _packed_tensors(model: DiT) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    linears = dict(quantizable_linears(model))
-    for name, linear in linears.items():
-        if not isinstance(linear, QuantLinear):
-            raise CheckpointError(f"{name} is not quantised: pack the model that quantisation-aware training made")
-        codes, alpha = ternarize(linear.weight.detach().float(), linear.weight_scale)
-        tensors[f"{name}.trits"] = pack_base3(codes)
-        tensors[f"{name}.alpha"] = alpha.half()
-        tensors[f"{name}.bias"] = linear.bias.detach().float().clone()
-        tensors[f"{name}.signs"] = _pack_signs(linear.rotation.signs)
-        if linear.rank:
-            tensors[f"{name}.lowrank_a"] = linear.lowrank_a.detach().bfloat16()
-            tensors[f"{name}.lowrank_b"] = linear.lowrank_b.detach().bfloat16()
-    for name, parameter in model.named_parameters():
-        if name.rpartition(".")[0] not in linears:
-            dense = parameter.detach()
-            tensors[name] = dense.half() if not name.startswith("blocks.") else dense
-    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+def _stored_parts(layer: TernaryLayer) -> dict[str, Tensor]:
+    parts = {
+        "trits": pack_base3(unpack_planar(layer.planar, layer.in_features)),
+        "alpha": layer.alpha.half(),
+        "bias": layer.bias,
+        "signs": _pack_signs(layer.signs),
+    }
+    if layer.rank:
+        parts |= {"lowrank_a": layer.lowrank_a.bfloat16(), "lowrank_b": layer.lowrank_b.bfloat16()}
+    return parts
 
 
 def _pack_signs(signs: Tensor) -> Tensor:
@@ -245,40 +271,61 @@ def _expected_shapes(header: Header) -> dict[str, tuple[int, ...]]:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read, verify and unpack a checkpoint for the runtime: weights stay at 2 bits.
 
+    Blocks are read side by side, each through a mapping of the file that goes with it: beside what is returned, memory
+    holds no more than a block or two at a time.
+
     Raises:
         CheckpointError: as :func:`read_header`, or a tensor whose type, shape or checksum is not the header's.
     """
     header = read_header(path)
-    tensors: dict[str, Tensor] = {}
+    layers: dict[str, TernaryLayer] = {}
+    with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1), thread_name_prefix="read") as pool:
+        for block in pool.map(partial(_read_block, path, header), range(header.model.depth)):
+            layers |= block
+    names = [name for name in header.tensors if not name.startswith("blocks.")]
+    dense = {name: _float32(tensor) for name, tensor in _read_tensors(path, header, names).items()}
+    return Checkpoint(header, dense, layers)
+
+
+def _read_tensors(path: Path, header: Header, names: Iterable[str]) -> dict[str, Tensor]:
+    """The named tensors, compared with what the header promises of them; they lie in a mapping of the file."""
+    tensors = {}
     with safe_open(path, "pt") as file:
-        for name, entry in header.tensors.items():
-            tensor = file.get_tensor(name)
-            if _entry(tensor) != entry:
+        for name in names:
+            tensors[name] = file.get_tensor(name)
+            if _entry(tensors[name]) != header.tensors[name]:
                 raise CheckpointError(f"{path}: {name} is damaged (checksum, type or shape differs from the header); "
                                       "copy the file again")  # fmt: skip
-            tensors[name] = tensor
-    layers = {
-        name: _unpack_layer(path, name, shape, tensors, header) for name, shape in layer_shapes(header.model).items()
-    }
-    dense = {name: tensor.float() for name, tensor in tensors.items() if not name.startswith("blocks.")}
-    return Checkpoint(header, dense, layers)
+    return tensors
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    """Always a copy: a stored tensor would keep the whole file mapped."""
+    return tensor.to(torch.float32, copy=True)
+
+
+def _read_block(path: Path, header: Header, index: int) -> dict[str, TernaryLayer]:
+    prefix = f"blocks.{index}."
+    tensors = _read_tensors(path, header, [name for name in header.tensors if name.startswith(prefix)])
+    shapes = {name: shape for name, shape in layer_shapes(header.model).items() if name.startswith(prefix)}
+    return {name: _unpack_layer(path, name, shape, tensors, header) for name, shape in shapes.items()}
 
 
 def _unpack_layer(
     path: Path, name: str, shape: tuple[int, int], tensors: dict[str, Tensor], header: Header
 ) -> TernaryLayer:
     try:
-        codes = unpack_base3(tensors[f"{name}.trits"], shape)
+        planar = planar_from_base3(tensors[f"{name}.trits"], shape)
     except ValueError as error:
         raise CheckpointError(f"{path}: {name}.trits: {error}; export the file again") from error
     out, into = shape
     return TernaryLayer(
-        planar=pack_planar(codes),
-        alpha=tensors[f"{name}.alpha"].float(),
-        bias=tensors[f"{name}.bias"].float(),
+        planar=planar,
+        alpha=_float32(tensors[f"{name}.alpha"]),
+        bias=_float32(tensors[f"{name}.bias"]),
         signs=_unpack_signs(tensors[f"{name}.signs"], into),
-        lowrank_a=tensors.get(f"{name}.lowrank_a", torch.zeros(out, 0)).float(),
-        lowrank_b=tensors.get(f"{name}.lowrank_b", torch.zeros(0, into)).float(),
+        lowrank_a=_float32(tensors.get(f"{name}.lowrank_a", torch.empty(out, 0))),
+        lowrank_b=_float32(tensors.get(f"{name}.lowrank_b", torch.empty(0, into))),
         bits=layer_bits(name, header.quant),
         grid=header.quant.grid,
     )

@@ -59,6 +59,20 @@ def unpack_base3(packed: Tensor, shape: tuple[int, int]) -> Tensor:
     Raises:
         ValueError: another dtype or length than ``shape`` asks for, or a byte above 242.
     """
+    return _base3_digits(packed, shape).to(torch.int8) - 1
+
+
+def planar_from_base3(packed: Tensor, shape: tuple[int, int]) -> Tensor:
+    """``pack_planar(unpack_base3(packed, shape))`` in one go: how a file's weights become the runtime's.
+
+    Raises:
+        ValueError: as :func:`unpack_base3`.
+    """
+    return _pack_digits(_base3_digits(packed, shape))
+
+
+def _base3_digits(packed: Tensor, shape: tuple[int, int]) -> Tensor:
+    """``t + 1`` as uint8 ``shape``."""
     count = math.prod(shape)
     if packed.dtype != torch.uint8 or packed.shape != (base3_size(count),):
         raise ValueError(
@@ -69,7 +83,7 @@ def unpack_base3(packed: Tensor, shape: tuple[int, int]) -> Tensor:
         raise ValueError(f"packed ternary bytes must be 0..{BASE3_TOP}, found {int(packed.max())}")
     values = torch.arange(BASE3_TOP + 1, device=packed.device)
     powers = 3 ** torch.arange(TRITS_PER_BYTE, device=packed.device)
-    table = (values[:, None] // powers % 3 - 1).to(torch.int8)
+    table = (values[:, None] // powers % 3).to(torch.uint8)
     return table.index_select(0, packed.int()).reshape(-1)[:count].reshape(shape)
 
 
@@ -79,16 +93,20 @@ def pack_planar(codes: Tensor) -> Tensor:
     Raises:
         ValueError: not an int8 matrix of -1, 0 and 1.
     """
-    digits = _digits(codes)
+    return _pack_digits(_digits(codes))
+
+
+def _pack_digits(digits: Tensor) -> Tensor:
     rows, in_features = digits.shape
-    groups = -(-in_features // PLANAR_GROUP)
-    padded = torch.ones(rows, groups * PLANAR_GROUP, dtype=torch.uint8, device=codes.device)
-    padded[:, :in_features] = digits
-    planes = padded.reshape(rows, groups, _CODES_PER_BYTE, PLANAR_GROUP_BYTES)
-    packed = planes[:, :, 0].clone()
-    for i in range(1, _CODES_PER_BYTE):
-        packed |= planes[:, :, i] << (2 * i)
-    return packed.reshape(rows, groups * PLANAR_GROUP_BYTES)
+    if rest := -in_features % PLANAR_GROUP:
+        digits = torch.cat([digits, digits.new_ones(rows, rest)], dim=1)
+    # Eight bytes at a time: a digit is at most 2, so no shift leaves its byte.
+    words = digits.contiguous().view(torch.int64).reshape(-1, _CODES_PER_BYTE, PLANAR_GROUP_BYTES // 8)
+    packed = words[:, -1].clone()
+    for i in reversed(range(_CODES_PER_BYTE - 1)):
+        packed <<= 2
+        packed |= words[:, i]
+    return packed.view(torch.uint8).reshape(rows, planar_width(in_features))
 
 
 def unpack_planar(planar: Tensor, in_features: int) -> Tensor:

@@ -7,7 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robuq_core.quant.packing import base3_size, pack_base3, pack_planar, planar_width, unpack_base3, unpack_planar
+from robuq_core.quant.packing import (
+    base3_size,
+    pack_base3,
+    pack_planar,
+    planar_from_base3,
+    planar_width,
+    unpack_base3,
+    unpack_planar,
+)
 
 
 @st.composite
@@ -23,6 +31,7 @@ def test_both_forms_round_trip(codes: torch.Tensor) -> None:
     shape = (codes.shape[0], codes.shape[1])
     assert torch.equal(unpack_base3(pack_base3(codes), shape), codes)
     assert torch.equal(unpack_planar(pack_planar(codes), shape[1]), codes)
+    assert torch.equal(planar_from_base3(pack_base3(codes), shape), pack_planar(codes))
 
 
 def test_every_base3_byte_round_trips_and_bytes_are_the_stated_sum() -> None:

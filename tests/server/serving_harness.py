@@ -18,7 +18,7 @@ from server.engine.model import RowSpec, StepSampler
 from server.lifecycle import bind, uvicorn_config
 from server.settings import Settings
 
-WAIT_S = 30.0
+WAIT_S = 60.0  # what is right takes a moment, unless the machine is busy
 
 
 def until(condition: Callable[[], bool]) -> None:

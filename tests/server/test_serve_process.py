@@ -3,74 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
-import httpx
 import pytest
+from process_harness import serving, start
 from serving_harness import WAIT_S, until
 from typer.testing import CliRunner
 
 from server.cli import app
 
-ROOT = Path(__file__).parents[2]
 HEADER = SimpleNamespace(decoder="pixels")  # as much of one as is read before the backend is chosen
-
-# robuq-serve with a sampler of 20 ms a step in place of a checkpoint.
-PROGRAM = """
-import sys
-import robuq_core.pipeline as pipeline
-from server.engine.fake import FakeSampler
-sampler = FakeSampler(step_s=0.02)
-{change}
-pipeline.Sampler.from_checkpoint = classmethod(lambda *_, **__: sampler)
-from server.cli import app
-app()
-"""
-
-
-def start(*options: str, change: str = "") -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM.format(change=change), *options],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "ROBUQ_PORT": "0"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-@contextmanager
-def serving(*options: str, change: str = "") -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
-    """A running process and a client of it, past its warm-up."""
-    process = start(*options, change=change)
-    try:
-        assert process.stdout is not None
-        line = json.loads(process.stdout.readline())
-        match = re.search(r"http://\S+", line["message"])
-        assert match, line
-        with httpx.Client(base_url=match.group(), timeout=WAIT_S) as client:
-
-            def ready() -> bool:
-                try:
-                    return client.get("/ready").status_code == 200
-                except httpx.ConnectError:
-                    return False
-
-            until(ready)
-            yield process, client
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_sigterm_ends_what_is_in_flight_and_refuses_the_rest() -> None:

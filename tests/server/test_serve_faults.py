@@ -1,0 +1,141 @@
+"""The server as a process under load, when it is told to end, killed, or has nowhere to write its log."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from process_harness import serving, start, told_address, wait_until_ready
+from serving_harness import WAIT_S, until
+
+CLIENTS = 6
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port: int = sock.getsockname()[1]
+        return port
+
+
+class Load:
+    """Clients that ask again and again until :meth:`stop`; what they were answered, by status, 0 for no answer."""
+
+    def __init__(self, url: httpx.URL) -> None:
+        self._url = url
+        self._stop = threading.Event()
+        self.answers: Counter[int] = Counter()
+        self._pool = ThreadPoolExecutor(CLIENTS)
+        self._futures = [self._pool.submit(self._client, number) for number in range(CLIENTS)]
+
+    def _client(self, number: int) -> None:
+        seed = number
+        while not self._stop.is_set():
+            seed += CLIENTS
+            try:
+                with httpx.Client(base_url=self._url, timeout=WAIT_S) as client:
+                    answer = client.post("/generate", json={"class_id": 1, "seed": seed, "steps": 1 + seed % 9})
+                    if answer.status_code == 200:
+                        assert len(answer.json()["images"]) == 1
+                    self.answers[answer.status_code] += 1
+            except httpx.TransportError:
+                self.answers[0] += 1
+                time.sleep(0.01)
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._pool.shutdown()
+        for future in self._futures:
+            future.result()
+
+
+def test_sigterm_under_load_answers_all_that_was_taken() -> None:
+    with serving("--max-batch-rows", "8") as (process, client):
+        load = Load(client.base_url)
+        try:
+            until(lambda: load.answers[200] >= 30)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(WAIT_S) == 0
+        finally:
+            load.stop()
+        assert process.stdout is not None
+        log = [json.loads(line) for line in process.stdout.read().splitlines()]
+    # Only refusals while it drained, and connections that came after the port was closed.
+    assert set(load.answers) <= {200, 503, 0}
+    assert log[-1]["message"] == "stopped"
+    assert log[-1]["exit_code"] == 0
+    refused = [line for line in log if line.get("status") == 503]
+    assert len(refused) == load.answers[503]
+    assert not [line for line in log if line["level"] in ("error", "critical")]
+    taken = [line for line in log if line.get("path") == "/generate" and line.get("status") == 200]
+    assert len(taken) == load.answers[200]
+
+
+def test_after_a_kill_the_next_one_serves_on_the_same_port() -> None:
+    port = free_port()
+    processes = [start("--port", str(port))]
+    try:
+        url = told_address(processes[0])
+        with httpx.Client(base_url=url, timeout=WAIT_S) as client:
+            wait_until_ready(client)
+            load = Load(client.base_url)
+            try:
+                until(lambda: load.answers[200] >= 10)
+                processes[0].kill()
+                processes[0].wait(WAIT_S)
+                before = load.answers[200]
+                processes.append(start("--port", str(port)))  # at once, with connections still in their last state
+                assert told_address(processes[1]) == url
+                until(lambda: load.answers[200] >= before + 30)
+            finally:
+                load.stop()
+            assert set(load.answers) <= {200, 503, 0}
+            assert client.get("/ready").status_code == 200
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_behind_the_log_takes_no_request_down() -> None:
+    port = free_port()
+    with Path("/dev/full").open("w") as full:
+        process = start("--port", str(port), "--log-level", "debug", stdout=full)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=WAIT_S) as client:
+            wait_until_ready(client)
+            for seed in range(20):
+                assert client.post("/generate", json={"class_id": 1, "seed": seed, "steps": 1}).status_code == 200
+            assert client.post("/generate", json={"class_id": 99}).status_code == 422
+            process.send_signal(signal.SIGTERM)
+            _, errors = process.communicate(timeout=WAIT_S)
+            assert process.returncode == 0
+            assert errors == ""
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_loop_that_keeps_dying_ends_the_process_with_one_line() -> None:
+    change = """
+def die(rows):
+    if rows[0].spec.steps == 999:
+        raise SystemExit("a fault beyond repair")
+sampler.on_step = die"""
+    with serving(change=change) as (process, client):
+        statuses = [client.post("/generate", json={"class_id": 1, "steps": 999}).status_code for _ in range(3)]
+        assert statuses == [500, 500, 500]
+        assert client.post("/generate", json={"class_id": 1, "steps": 2}).status_code == 200  # restarted each time
+        client.post("/generate", json={"class_id": 1, "steps": 999})
+        assert process.wait(WAIT_S) == 1
+        assert process.stderr is not None
+        assert re.fullmatch(r"error: the engine has failed: SystemExit: a fault beyond repair\n", process.stderr.read())

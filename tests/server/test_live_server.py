@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
+import numpy as np
 import pytest
-from serving_harness import WAIT_S, WatchedSampler, live_server, until
+from serving_harness import WAIT_S, WatchedSampler, live_server, sample, until
 
 from server.engine import Engine
+from server.engine.fake import FakeRow
 
 
 @contextmanager
@@ -26,8 +29,7 @@ def raw_request(client: httpx.Client, body: dict[str, object], headers: str = ""
 
 
 def finished(engine: Engine, reason: str) -> float:
-    value = engine.metrics.registry.get_sample_value("robuq_requests_total", {"finished_reason": reason})
-    return value or 0.0
+    return sample(engine, "robuq_requests_total", finished_reason=reason)
 
 
 def test_concurrent_requests_share_forwards_and_keep_their_pictures() -> None:
@@ -76,6 +78,29 @@ def test_a_client_that_hangs_up_while_it_waits_leaves_the_queue() -> None:
             sampler.release()
             until(lambda: engine.idle)
         assert (finished(engine, "completed"), finished(engine, "cancelled")) == (1, 1)
+
+
+def test_a_client_that_hangs_up_while_its_image_is_decoded_leaves_nothing() -> None:
+    sampler = WatchedSampler()
+    decoding, gate = threading.Event(), threading.Event()
+    real_decode = sampler.decode
+
+    def slow(row: FakeRow) -> np.ndarray:
+        decoding.set()
+        assert gate.wait(WAIT_S)
+        return real_decode(row)
+
+    with live_server(sampler, decode_threads=1) as (client, engine):
+        sampler.decode = slow  # type: ignore[method-assign]
+        with raw_request(client, {"class_id": 1, "steps": 1, "num_images": 4}):
+            assert decoding.wait(WAIT_S)
+        until(lambda: engine.idle)  # though the decoder is still at it
+        gate.set()
+        until(lambda: engine.images_decoding == 0)
+        assert (finished(engine, "completed"), finished(engine, "cancelled")) == (0, 1)
+        # Of its four images only the one under way was decoded.
+        assert sample(engine, "robuq_decode_duration_seconds_count") <= 1
+        assert client.post("/generate", json={"class_id": 1}).status_code == 200
 
 
 def test_a_full_queue_answers_429_with_retry_after() -> None:

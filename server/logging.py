@@ -17,6 +17,8 @@ current_trace_id: ContextVar[str] = ContextVar("current_trace_id", default="")
 
 _PLAIN_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
 
+_encode = json.JSONEncoder(default=str).encode
+
 
 class JsonFormatter(logging.Formatter):
     """time, level, logger, message, then whatever came in ``extra``, and the traceback of an exception."""
@@ -37,12 +39,16 @@ class JsonFormatter(logging.Formatter):
         line.update((key, value) for key, value in vars(record).items() if key not in _PLAIN_ATTRIBUTES)
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+        return _encode(line)
 
 
 def configure_logging(level: LogLevel, log_format: LogFormat) -> None:
     """Send every logger, uvicorn's too, to one handler."""
     logging.raiseExceptions = False  # a full disk behind standard output must not take requests down
+    # Facts that no line tells, looked up for each of them otherwise.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    if hasattr(logging, "logAsyncioTasks"):
+        logging.logAsyncioTasks = False
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(
         JsonFormatter() if log_format == "json" else logging.Formatter("%(asctime)s %(levelname)-8s %(message)s")

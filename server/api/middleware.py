@@ -7,7 +7,7 @@ import random
 import re
 import time
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.auth import client_of
@@ -20,6 +20,8 @@ from server.tracing import TraceContext, from_traceparent
 logger = logging.getLogger("server.access")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+_SECURITY_HEADERS = [(name.lower().encode(), value.encode()) for name, value in SECURITY_HEADERS.items()]
+MAX_LOGGED_PATH = 256
 # Probes and scrapes come every few seconds and say nothing when they succeed.
 _QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
 
@@ -36,11 +38,11 @@ class RequestContext:
             await self.app(scope, receive, send)
             return
         began = time.perf_counter()
-        given = Headers(scope=scope)
-        request_id = given.get("x-request-id", "")
+        asked = Headers(scope=scope)
+        request_id = asked.get("x-request-id", "")
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = f"{random.getrandbits(128):032x}"  # unique, not secret: uuid4 costs a system call
-        trace = self._trace_of(given)
+        trace = self._trace_of(asked)
         token = current_request_id.set(request_id)
         trace_token = current_trace_id.set("" if trace is None else trace.trace_id)
         status = 0
@@ -49,12 +51,13 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-Id"] = request_id
+                headers = list(message.get("headers", ()))
+                headers.append((b"x-request-id", request_id.encode()))
                 if trace is not None:
-                    headers["traceresponse"] = trace.traceresponse
-                for name, value in SECURITY_HEADERS.items():
-                    headers.setdefault(name, value)
+                    headers.append((b"traceresponse", trace.traceresponse.encode()))
+                given = {name for name, _ in headers}
+                headers.extend(header for header in _SECURITY_HEADERS if header[0] not in given)
+                message["headers"] = headers
             await send(message)
 
         try:
@@ -66,16 +69,18 @@ class RequestContext:
             error = ApiError(500, "internal_error", "internal error; the server's log has it under this X-Request-Id")
             await error.response(scope["path"])(scope, receive, labelled_send)
         finally:
+            # As it was sent: an encoded line break must not begin a line of a text log.
+            path = (scope.get("raw_path") or scope["path"].encode()).decode("latin-1")[:MAX_LOGGED_PATH]
             quiet = scope["path"] in _QUIET_PATHS and status < 500
             logger.log(
                 logging.DEBUG if quiet else logging.INFO,
                 "%s %s %d",
                 scope["method"],
-                scope["path"],
+                path,
                 status,
                 extra={
                     "method": scope["method"],
-                    "path": scope["path"],
+                    "path": path,
                     "status": status,
                     "duration_s": round(time.perf_counter() - began, 6),
                     **({"client": client} if (client := client_of(scope)) else {}),

@@ -18,9 +18,9 @@ from server.api.rates import RateLimits
 from server.keys import ApiKey, KeyStore
 from server.metrics import Metrics
 
-# Probes, which carry no key, and the playground, which holds nothing of the model and asks its user for a key.
-PUBLIC_PATHS = frozenset({"/", "/health", "/ready"})
-PUBLIC_FOLDERS = ("/v2/health/", "/web/")
+# Probes, which carry no key, and the pages, which hold nothing of the model and ask their user for a key.
+PUBLIC_PATHS = frozenset({"/", "/docs", "/health", "/ready", "/v2/health/live", "/v2/health/ready"})
+PUBLIC_FOLDER = "/web/"
 _ADMIN_FOLDER = "/admin/"
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
@@ -29,7 +29,7 @@ _ACCESS = "robuq.access"  # in the ASGI scope
 
 def is_public(path: str) -> bool:
     """Whether ``path`` answers without a key."""
-    return path in PUBLIC_PATHS or path.startswith(PUBLIC_FOLDERS)
+    return path in PUBLIC_PATHS or path.startswith(PUBLIC_FOLDER)
 
 
 def needed_scope(method: str, path: str) -> keys.Scope:

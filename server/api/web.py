@@ -1,4 +1,7 @@
-"""The playground at ``/``: one page and its files from ``server/web``, read once, revalidated by ETag."""
+"""Pages for people, from ``server/web``: the playground at ``/`` and the API's reference at ``/docs``.
+
+Static files, read once and revalidated by ETag. They hold nothing of the model and need no API key.
+"""
 
 from __future__ import annotations
 
@@ -39,19 +42,23 @@ class _Asset:
 
 
 def web_router() -> APIRouter:
-    """``GET /`` and ``GET /web/{name}``. They hold nothing of the model and need no API key."""
+    """``GET /``, ``/docs`` and ``/web/{name}``."""
     router = APIRouter()
     assets = {path.name: _Asset(path) for path in WEB_DIR.iterdir() if path.suffix in _MEDIA_TYPES}
 
     @router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
-    async def page(request: Request) -> Response:
+    async def playground(request: Request) -> Response:
         return assets["index.html"].answer(request)
+
+    @router.api_route("/docs", methods=["GET", "HEAD"], include_in_schema=False)
+    async def reference(request: Request) -> Response:
+        return assets["reference.html"].answer(request)
 
     @router.api_route("/web/{name}", methods=["GET", "HEAD"], include_in_schema=False)
     async def file(name: str, request: Request) -> Response:
         # A table rather than the disk is asked, so no name can lead out of the folder.
         if name not in assets:
-            raise ApiError(404, "not_found", f"no such file of the playground: {name[:64]}")
+            raise ApiError(404, "not_found", f"no such file of these pages: {name[:64]}")
         return assets[name].answer(request)
 
     return router

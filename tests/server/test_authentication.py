@@ -24,7 +24,7 @@ from server.keys import create_key, revoke_key
 from server.logging import JsonFormatter
 
 # Whoever adds to this list opens a route to the whole world.
-OPEN = {"/", "/web/{name}", "/health", "/ready", "/v2/health/live", "/v2/health/ready"}
+OPEN = {"/", "/docs", "/web/{name}", "/health", "/ready", "/v2/health/live", "/v2/health/ready"}
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 DRAW = {"class_id": 1, "steps": 1}
 

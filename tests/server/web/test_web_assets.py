@@ -1,4 +1,4 @@
-"""The playground's files as a browser gets them: types, revalidation, size, and nothing from anywhere else."""
+"""The files of the pages as a browser gets them: types, revalidation, size, and nothing from anywhere else."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ def media_type(answer: httpx.Response) -> str:
     return message.get_content_type()
 
 
-def test_the_page_is_at_the_root(client: httpx.Client) -> None:
-    answer = client.get("/")
+@pytest.mark.parametrize(("path", "name"), [("/", "index.html"), ("/docs", "reference.html")])
+def test_the_pages(client: httpx.Client, path: str, name: str) -> None:
+    answer = client.get(path)
     assert (answer.status_code, media_type(answer)) == (200, "text/html")
-    assert answer.content == (WEB_DIR / "index.html").read_bytes()
-    head = client.head("/")
+    assert answer.content == (WEB_DIR / name).read_bytes()
+    head = client.head(path)
     assert (head.status_code, head.content) == (200, b"")
     assert head.headers["content-length"] == str(len(answer.content))
 
@@ -46,7 +47,7 @@ def test_each_file_has_its_type_and_is_revalidated(client: httpx.Client, name: s
     assert client.get(f"/web/{name}", headers={"If-None-Match": '"other"'}).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/", "/web/app.js"])
+@pytest.mark.parametrize("path", ["/", "/docs", "/web/app.js"])
 def test_browsers_are_told_to_run_the_servers_own_files_only(client: httpx.Client, path: str) -> None:
     headers = client.get(path).headers
     policy = headers.get_list("content-security-policy")
@@ -75,8 +76,8 @@ def test_everything_is_small_and_local() -> None:
 
 
 def test_every_file_that_is_named_exists() -> None:
-    page = (WEB_DIR / "index.html").read_text()
-    named = set(re.findall(r'(?:src|href)="web/([^"]+)"', page))
+    pages = {"index.html", "reference.html"}
+    named = {name for page in pages for name in re.findall(r'(?:src|href)="web/([^"]+)"', (WEB_DIR / page).read_text())}
     for name in FILES:
         named |= set(re.findall(r'from "\./([^"]+)"', (WEB_DIR / name).read_text()))
-    assert named | {"index.html"} == set(FILES)
+    assert named | pages == set(FILES)

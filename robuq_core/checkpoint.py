@@ -28,10 +28,10 @@ from robuq_core.errors import UserError
 from robuq_core.files import replacing
 from robuq_core.kernels.ops import TernaryLayer
 from robuq_core.kernels.pack_layer import pack_layer
-from robuq_core.models.dit import DiT
+from robuq_core.models.dit import FREQUENCY_SIZE, DiT
 from robuq_core.models.quant_linear import QuantLinear, is_adaln, layer_bits, quantizable_linears
 from robuq_core.quant.bits import average_bits
-from robuq_core.quant.packing import pack_base3, planar_from_base3, unpack_planar
+from robuq_core.quant.packing import base3_size, pack_base3, planar_from_base3, unpack_planar
 
 FORMAT_VERSION = 1
 _METADATA_KEY = "robuq"
@@ -95,6 +95,22 @@ def layer_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
         "adaLN_modulation.1": (6 * d, d),
     }
     return {f"blocks.{i}.{name}": shape for i in range(model.depth) for name, shape in block.items()}
+
+
+def dense_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that stay in full precision, embedders and final layer, by name."""
+    d, patch = model.hidden_size, model.patch_size**2
+    linears = {
+        "x_embedder": (d, patch * model.in_channels),
+        "t_embedder.mlp.0": (d, FREQUENCY_SIZE),
+        "t_embedder.mlp.2": (d, d),
+        "final_layer.linear": (patch * model.out_channels, d),
+        "final_layer.adaLN_modulation.1": (2 * d, d),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"y_embedder.embedding_table.weight": (model.num_classes + 1, d)}
+    for name, shape in linears.items():
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = shape, shape[:1]
+    return shapes
 
 
 def layer_macs(model: ModelConfig) -> dict[str, int]:
@@ -253,14 +269,10 @@ def _parse_header(path: Path, text: str) -> Header:
 
 
 def _expected_shapes(header: Header) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        skeleton = DiT(header.model)
-    shapes: dict[str, tuple[int, ...]] = {
-        name: tuple(p.shape) for name, p in skeleton.named_parameters() if not name.startswith("blocks.")
-    }
+    shapes = dense_shapes(header.model)
     for name, (out, into) in layer_shapes(header.model).items():
         rank = header.quant.adaln_rank if is_adaln(name) else header.quant.rank
-        shapes[f"{name}.trits"] = (-(-out * into // 5),)
+        shapes[f"{name}.trits"] = (base3_size(out * into),)
         shapes[f"{name}.alpha"] = shapes[f"{name}.bias"] = (out,)
         shapes[f"{name}.signs"] = (-(-into // 8),)
         if rank:
@@ -271,8 +283,8 @@ def _expected_shapes(header: Header) -> dict[str, tuple[int, ...]]:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read, verify and unpack a checkpoint for the runtime: weights stay at 2 bits.
 
-    Blocks are read side by side, each through a mapping of the file that goes with it: beside what is returned, memory
-    holds no more than a block or two at a time.
+    A few blocks at a time, each through a mapping of the file that goes with it, so that memory never holds the file
+    beside what is returned.
 
     Raises:
         CheckpointError: as :func:`read_header`, or a tensor whose type, shape or checksum is not the header's.

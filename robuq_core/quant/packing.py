@@ -8,6 +8,7 @@ one 32-byte load, four constant shifts and masks, and 128 weights lie in order. 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ TRITS_PER_BYTE = 5
 BASE3_TOP = 3**TRITS_PER_BYTE - 1
 PLANAR_GROUP, PLANAR_GROUP_BYTES = 128, 32
 _CODES_PER_BYTE = PLANAR_GROUP // PLANAR_GROUP_BYTES
+_PIECE = 2**18
 
 
 def base3_size(count: int) -> int:
@@ -59,6 +61,7 @@ def unpack_base3(packed: Tensor, shape: tuple[int, int]) -> Tensor:
     Raises:
         ValueError: another dtype or length than ``shape`` asks for, or a byte above 242.
     """
+    _check_base3(packed, shape)
     return _base3_digits(packed, shape).to(torch.int8) - 1
 
 
@@ -68,11 +71,20 @@ def planar_from_base3(packed: Tensor, shape: tuple[int, int]) -> Tensor:
     Raises:
         ValueError: as :func:`unpack_base3`.
     """
-    return _pack_digits(_base3_digits(packed, shape))
+    _check_base3(packed, shape)
+    rows, in_features = shape
+    planar = packed.new_empty(rows, planar_width(in_features))
+    # In pieces that stay in cache, each of whole rows and whole bytes.
+    step = max(1, _PIECE // in_features // TRITS_PER_BYTE) * TRITS_PER_BYTE
+    for first in range(0, rows, step):
+        piece = (min(step, rows - first), in_features)
+        start = first * in_features // TRITS_PER_BYTE
+        part = packed[start : start + base3_size(math.prod(piece))]
+        planar[first : first + step] = _pack_digits(_base3_digits(part, piece))
+    return planar
 
 
-def _base3_digits(packed: Tensor, shape: tuple[int, int]) -> Tensor:
-    """``t + 1`` as uint8 ``shape``."""
+def _check_base3(packed: Tensor, shape: tuple[int, int]) -> None:
     count = math.prod(shape)
     if packed.dtype != torch.uint8 or packed.shape != (base3_size(count),):
         raise ValueError(
@@ -81,10 +93,19 @@ def _base3_digits(packed: Tensor, shape: tuple[int, int]) -> Tensor:
         )
     if packed.numel() and int(packed.max()) > BASE3_TOP:
         raise ValueError(f"packed ternary bytes must be 0..{BASE3_TOP}, found {int(packed.max())}")
-    values = torch.arange(BASE3_TOP + 1, device=packed.device)
-    powers = 3 ** torch.arange(TRITS_PER_BYTE, device=packed.device)
-    table = (values[:, None] // powers % 3).to(torch.uint8)
-    return table.index_select(0, packed.int()).reshape(-1)[:count].reshape(shape)
+
+
+def _base3_digits(packed: Tensor, shape: tuple[int, int]) -> Tensor:
+    """``t + 1`` as uint8 ``shape``."""
+    table = _digit_table().to(packed.device)
+    return table.index_select(0, packed.int()).reshape(-1)[: math.prod(shape)].reshape(shape)
+
+
+@lru_cache(maxsize=1)
+def _digit_table() -> Tensor:
+    """The five digits of every byte, uint8 ``[243, 5]``."""
+    powers = 3 ** torch.arange(TRITS_PER_BYTE)
+    return (torch.arange(BASE3_TOP + 1)[:, None] // powers % 3).to(torch.uint8)
 
 
 def pack_planar(codes: Tensor) -> Tensor:

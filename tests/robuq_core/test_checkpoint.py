@@ -10,6 +10,7 @@ from tiny import TINY, tiny_model, write_tiny
 
 from robuq_core.checkpoint import (
     CheckpointError,
+    dense_shapes,
     layer_macs,
     layer_shapes,
     read_checkpoint,
@@ -77,6 +78,18 @@ def test_dit_xl_shapes_are_the_published_ones() -> None:
     assert sum(main.values()) == 445_906_944
     assert sum(out * into for name, (out, into) in shapes.items() if "adaLN" in name) == 222_953_472
     assert sum(macs[name] for name in main) == pytest.approx(114.15e9, rel=1e-3)
+
+
+@pytest.mark.parametrize("model", [TINY, preset("DiT-S/8")])
+def test_shapes_are_the_networks(model: ModelConfig) -> None:
+    with torch.device("meta"):
+        parameters = {name: tuple(p.shape) for name, p in DiT(model).named_parameters()}
+    assert dense_shapes(model) == {name: s for name, s in parameters.items() if not name.startswith("blocks.")}
+    assert layer_shapes(model) == {
+        name.removesuffix(".weight"): shape
+        for name, shape in parameters.items()
+        if name.startswith("blocks.") and name.endswith(".weight")
+    }
 
 
 def test_dit_xl_at_rank_16_fits_170_megabytes() -> None:

@@ -93,7 +93,8 @@ def _check(
     workload: Workload,
 ) -> None:
     """Every request is served, and whoever serves it draws the same image."""
-    require(len(answers) == len(bodies), f"{kind} served {len(answers)} of {len(bodies)} requests")
+    served = f"{kind} served {len(answers)} of {len(bodies)} requests: {comparison.summaries[kind][-1].statuses}"
+    require(len(answers) == len(bodies), served)
     for number, answer in answers.items():
         content = json.loads(answer)
         workload.check(bodies[number], content)

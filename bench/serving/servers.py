@@ -5,7 +5,6 @@ python -m bench.serving.servers {noop,continuous,window,litserve} PORT
 
 from __future__ import annotations
 
-import base64
 import os
 import signal
 import socket
@@ -16,13 +15,12 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import psutil
 
 from server.engine.fake import FakeRow, FakeSampler
-from server.engine.model import RowSpec
 from server.settings import Settings
 
 Kind = Literal["noop", "continuous", "window", "litserve"]
@@ -58,48 +56,6 @@ def serve_robuq(kind: Kind, port: int) -> int:
     window = WindowScheduler(settings.max_queue_images, WINDOW_S, settings.priority_ageing_s)
     with bind(settings.host, port) as sock:
         return serve([sampler], settings, sock, scheduler=window if kind == "window" else None)
-
-
-def serve_litserve(port: int) -> None:
-    """LitServe around the same sampler: its batching, its processes, its HTTP."""
-    import litserve
-
-    from robuq_core.pipeline import Sampler
-    from server.engine.images import encode_image
-
-    class Images(litserve.LitAPI):
-        def setup(self, device: str) -> None:
-            self.sampler = Sampler.from_checkpoint()
-
-        def decode_request(self, request: dict[str, Any]) -> dict[str, Any]:
-            return request
-
-        def predict(self, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
-            defaults = self.sampler.defaults
-            rows = [
-                self.sampler.start(
-                    RowSpec(
-                        body["class_id"],
-                        body["seed"],
-                        body.get("steps", defaults.steps),
-                        body.get("guidance_scale", defaults.guidance_scale),
-                        body.get("sampler", defaults.sampler),
-                    )
-                )
-                for body in bodies
-            ]
-            while running := [row for row in rows if not row.done]:
-                self.sampler.step(running)
-            images = [base64.b64encode(encode_image(self.sampler.decode(row), "png")).decode() for row in rows]
-            return [body | {"images": [image]} for body, image in zip(bodies, images, strict=True)]
-
-        def encode_response(self, output: dict[str, Any]) -> dict[str, Any]:
-            return output
-
-    # No request of the comparison is guided, so that an image takes one row on either side.
-    api = Images(max_batch_size=MAX_ROWS, batch_timeout=WINDOW_S, api_path="/generate")
-    server = litserve.LitServer(api, accelerator="cpu", devices=1, workers_per_device=1, timeout=False)
-    server.run(host="127.0.0.1", port=port, generate_client_file=False, log_level="warning")
 
 
 @dataclass(frozen=True)
@@ -152,7 +108,9 @@ def _wait_until_ready(url: str, child: subprocess.Popen[bytes]) -> None:
 if __name__ == "__main__":
     chosen, at = sys.argv[1], int(sys.argv[2])
     if chosen == "litserve":
-        serve_litserve(at)
+        from bench.serving.litserve_app import serve_litserve
+
+        serve_litserve(at, MAX_ROWS, WINDOW_S)
     elif chosen in ("noop", "continuous", "window"):
         sys.exit(serve_robuq(chosen, at))  # type: ignore[arg-type]
     else:

@@ -55,8 +55,8 @@ class Playground:
         assert not faults
         assert not self.foreign
 
-    def find(self, selector: str) -> Locator:
-        return self.page.locator(selector)
+    def find(self, selector: str, *, has_text: str | None = None) -> Locator:
+        return self.page.locator(selector, has_text=has_text)
 
     def described(self) -> None:
         """Wait until the page knows the server and has chosen a class."""

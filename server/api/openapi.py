@@ -16,6 +16,28 @@ _KEYS = {
 }
 
 
+def _header(name: str, text: str, pattern: str, **schema: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "in": "header",
+        "description": text,
+        "schema": {"type": "string", "pattern": pattern, **schema},
+    }
+
+
+_REQUEST_HEADERS = [
+    _header("X-Request-Id", "Comes back in the answer and stands in the log.", "^[A-Za-z0-9._:/+=-]*$", maxLength=128),
+    _header("traceparent", "The caller's place in a W3C trace; the answer has traceresponse.", "^[0-9a-f-]*$"),
+]
+_IDEMPOTENCY_KEY = _header(
+    "Idempotency-Key",
+    "The same key with the same body gets the same answer: while it is being drawn, and for some minutes after.",
+    "^[!-~]+$",
+    minLength=1,
+    maxLength=255,
+)
+
+
 def install_document(app: FastAPI, intake: Intake) -> None:
     """Let ``app`` describe the present model, also after a hot swap. Call it when all routes are there."""
     original = app.openapi
@@ -27,15 +49,17 @@ def install_document(app: FastAPI, intake: Intake) -> None:
         model = intake.model
         if made_of is not model:
             document = copy.deepcopy(original())
-            for path, schema in (
-                ("/generate", model.schema),
-                ("/v1/images/generations", model.openai_schema),
-                ("/v2/models/{name}/infer", INFER_SCHEMA),
+            for path, schema, headers in (
+                ("/generate", model.schema, [_IDEMPOTENCY_KEY]),
+                ("/v1/images/generations", model.openai_schema, [_IDEMPOTENCY_KEY]),
+                ("/v2/models/{name}/infer", INFER_SCHEMA, []),
             ):
                 schema = dict(schema)
                 document["components"]["schemas"].update(schema.pop("$defs", {}))
                 body = {"required": True, "content": {"application/json": {"schema": schema}}}
-                document["paths"][path]["post"]["requestBody"] = body
+                route = document["paths"][path]["post"]
+                route["requestBody"] = body
+                route["parameters"] = [*route.get("parameters", ()), *headers, *_REQUEST_HEADERS]
             if intake.settings.api_keys_file is not None:
                 document["components"]["securitySchemes"] = _KEYS
                 document["security"] = [{name: []} for name in _KEYS]

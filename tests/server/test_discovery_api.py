@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import httpx
@@ -9,6 +11,7 @@ import pytest
 from serving_harness import WAIT_S, WatchedSampler, live_server, until
 from test_live_server import raw_request
 
+from server.api.catalog import Catalog
 from server.engine.fake import FakeSampler
 
 
@@ -86,3 +89,31 @@ def test_every_route_describes_the_checkpoint_that_is_served_now() -> None:
         document = client.get("/openapi.json").json()
         schema = document["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]["schema"]
         assert schema["properties"]["class_id"]["anyOf"][0]["maximum"] == 1
+
+
+def test_the_tables_of_a_swapped_out_model_go_with_it() -> None:
+    catalog = Catalog(10.0)
+    sampler = FakeSampler()
+    model = catalog.of(sampler)
+    assert catalog.of(sampler) is model
+    gone = weakref.ref(sampler)
+    del sampler
+    gc.collect()
+    assert gone() is None
+
+
+def test_an_answer_that_is_kept_does_not_keep_the_model_that_drew_it() -> None:
+    with live_server(FakeSampler()) as (client, engine):
+        engine.swap([FakeSampler()])  # which nobody holds but the server
+        key = {"Idempotency-Key": "k"}
+        first = client.post("/generate", json={"class_id": 1}, headers=key)
+        old = weakref.ref(engine.sampler)
+        engine.swap([FakeSampler()])
+        again = client.post("/generate", json={"class_id": 1}, headers=key)
+        assert again.content == first.content
+
+        def freed() -> bool:
+            gc.collect()
+            return old() is None
+
+        until(freed)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import json
+import signal
 from typing import Any
 
 import httpx
 import pytest
 from PIL import Image
 from serving_harness import WAIT_S, WatchedSampler, live_server, until
+from test_serve_process import serving
 
 from server.api import streaming
 
@@ -148,3 +150,29 @@ def test_a_request_may_ask_for_less_time_but_not_for_more() -> None:
             answer = client.post("/generate", json={"class_id": 1, "timeout_s": wrong})
             assert (answer.status_code, answer.json()["error"]["field"]) == (422, "timeout_s")
             assert "from 0.01 to 5" in answer.json()["error"]["message"]
+
+
+def test_a_stream_in_flight_ends_whole_before_the_process_does() -> None:
+    with (
+        serving() as (process, client),
+        client.stream("POST", "/generate", json={"class_id": 1, "steps": 40, "stream": True}) as answer,
+    ):
+        chunks = answer.iter_text()
+        text = next(chunks)
+        process.send_signal(signal.SIGTERM)
+        events = parse(text + "".join(chunks))
+        assert events[-1][0] == "image_generation.completed"
+        assert process.wait(WAIT_S) == 0
+
+
+def test_a_stream_past_the_drain_gets_its_error() -> None:
+    with (
+        serving("--drain-timeout-s", "0.2") as (process, client),
+        client.stream("POST", "/generate", json={"class_id": 1, "steps": 1000, "stream": True}) as answer,
+    ):
+        chunks = answer.iter_text()
+        text = next(chunks)
+        process.send_signal(signal.SIGTERM)
+        name, data = parse(text + "".join(chunks))[-1]
+        assert (name, data["error"]["code"]) == ("error", "draining")
+        assert process.wait(WAIT_S) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import psutil
 from prometheus_client import (
@@ -91,6 +92,19 @@ class Metrics:
         """Tell Prometheus what /ready tells a load balancer, which alone can see it else."""
         gauge = Gauge("robuq_ready", "1 while requests are taken, else 0.", registry=self.registry)
         gauge.set_function(ready)
+
+    def watch_gpu_memory(
+        self, gpus: int, *, used: Callable[[int], float], reserved: Callable[[int], float], peak: Callable[[int], float]
+    ) -> None:
+        """Bytes of the GPUs 0..``gpus`` - 1, read on scrape."""
+        for name, text, read in (
+            ("used", "Memory of the GPU that tensors take.", used),
+            ("reserved", "Memory of the GPU that the allocator holds.", reserved),
+            ("peak", "Most memory of the GPU that tensors have taken.", peak),
+        ):
+            gauge = Gauge(f"robuq_gpu_memory_{name}_bytes", text, ["gpu"], registry=self.registry)
+            for gpu in range(gpus):
+                gauge.labels(str(gpu)).set_function(partial(read, gpu))
 
     def render(self) -> bytes:
         """The text exposition of every series."""

@@ -35,6 +35,7 @@ static const struct isa_tasks *tasks_of(int isa) {
 struct backend {
     const struct isa_tasks *tasks;
     struct pool *pool;
+    int threads;
 };
 
 EXPORT void *robuq_open(int isa, int threads) {
@@ -45,7 +46,7 @@ EXPORT void *robuq_open(int isa, int threads) {
         if (pool) pool_destroy(pool);
         return NULL;
     }
-    *backend = (struct backend){tasks_of(isa), pool};
+    *backend = (struct backend){tasks_of(isa), pool, threads};
     return backend;
 }
 
@@ -67,37 +68,61 @@ EXPORT int robuq_rotate_quantize(
     return pool_run(backend->pool, ceil_div(rows, ROTATE_ROWS), scratch, backend->tasks->rotate_quantize, &job);
 }
 
-EXPORT int robuq_ternary_linear(
-    const struct backend *backend, const int8_t *codes, const float *scales, const float *lowrank, int64_t rows, int64_t width,
-    const uint8_t *planar, const float *alpha, const float *bias, const float *lowrank_a, int64_t channels,
-    int64_t rank, int max_code, float *y) {
-    if (rows == 0 || channels == 0) return 0;
-    const int64_t padded_width = round_up(width, GROUP);
-    /* A block of tokens stays in a 512 KiB level-2 cache, beside the weights, while the channels pass by. */
-    const int64_t cache_rows = max64(min64(256 * 1024 / padded_width, 128), 8) / TILE_TOKENS * TILE_TOKENS;
-    /* A 16-bit lane takes two products of at most 2 * max_code in magnitude at each step. */
-    const int64_t safe_steps = 32767 / (4 * max_code);
-    struct ternary_job job = {
-        codes, scales, lowrank, rows, width, planar, alpha, bias, lowrank_a, channels, rank,
-        padded_width, safe_steps, min64(rows, cache_rows), NULL, NULL, y,
-    };
-    const int64_t padded_bytes = padded_width == width ? 0 : round_up(rows * padded_width, ALIGNMENT);
-    char *buffer = aligned_alloc(ALIGNMENT, (size_t)(padded_bytes + round_up(rows * 4, ALIGNMENT)));
-    if (!buffer) return -1;
-    job.padded = padded_bytes ? (int8_t *)buffer : NULL;
-    job.sums = (int32_t *)(buffer + padded_bytes);
-
-    const int64_t row_blocks = ceil_div(rows, job.block_rows);
-    const size_t scratch = (size_t)(round_up(TILE_CHANNELS * padded_width, ALIGNMENT) +
-                                    job.block_rows * CHANNELS * 4 + rank * CHANNELS * 4 + 2 * ALIGNMENT);
-    const struct isa_tasks *tasks = backend->tasks;
-    int failed = pool_run(backend->pool, row_blocks, 0, tasks->ternary_prepare, &job);
-    if (!failed) {
-        const int64_t count = row_blocks * ceil_div(channels, CHANNELS);
-        failed = pool_run(backend->pool, count, scratch, tasks->ternary_linear, &job);
+/* The cut into row and channel blocks that takes the busiest thread least time: a panel costs its rows, decoding it
+ * about DECODE_ROWS more, and laying out a row's operands about a panel. */
+static void plan_blocks(struct ternary_job *job, int threads) {
+    enum { MOST_ROWS = 96, DECODE_ROWS = 4, CANDIDATES = 6, KEPT_PANELS = 18 };
+    const int64_t fewest = ceil_div(job->rows, MOST_ROWS), panels = ceil_div(job->channels, PANEL);
+    /* Where the products of all panels wait for the last slice, they should fit a level-2 cache. */
+    const int64_t most_panels = job->slice_groups * GROUP < job->padded_width ? KEPT_PANELS : panels;
+    int64_t best = INT64_MAX;
+    for (int64_t row_blocks = fewest; row_blocks < fewest + CANDIDATES; row_blocks++) {
+        for (int64_t rounds = 0; rounds <= 2; rounds++) {
+            const int64_t rows = round_up(ceil_div(job->rows, row_blocks), 4);
+            const int64_t wanted = max64(ceil_div(rounds * threads, row_blocks), ceil_div(panels, most_panels));
+            const int64_t block_panels = ceil_div(panels, min64(wanted, panels));
+            const int64_t tasks = ceil_div(job->rows, rows) * ceil_div(panels, block_panels);
+            const int64_t cost = ceil_div(tasks, threads) * (rows * (block_panels + 1) + DECODE_ROWS * block_panels);
+            if (cost >= best) continue;
+            best = cost;
+            job->block_rows = rows;
+            job->block_channels = block_panels * PANEL;
+        }
     }
-    free(buffer);
-    return failed;
+}
+
+/* Cuts the job into slices and blocks so that its buffers fit the caches; whatever the plan, the result is the same. */
+static void plan_ternary(struct ternary_job *job, int lookup, int threads) {
+    enum { MOST_GROUPS = 9 };
+    /* Table entries of up to 4 max_code add up in 16 bits over a slice. */
+    const int64_t most_groups = lookup ? min64(MOST_GROUPS, 65535 / (4 * job->max_code * GROUP / 2)) : MOST_GROUPS;
+    const int64_t groups = ceil_div(job->width, GROUP), slices = ceil_div(groups, most_groups);
+    job->padded_width = groups * GROUP;
+    job->slice_groups = ceil_div(groups, slices);
+    job->operand_bytes = lookup ? 8 * GROUP : GROUP;
+    job->safe_steps = 32767 / (4 * job->max_code); /* each takes two products of at most 2 max_code in magnitude */
+    job->safe_pairs = 2;
+    while (job->safe_pairs < 32 && 2 * job->safe_pairs * 4 * job->max_code <= 255) job->safe_pairs *= 2;
+    plan_blocks(job, threads);
+}
+
+EXPORT int robuq_ternary_linear(
+    const struct backend *backend, const int8_t *codes, const float *scales, const float *lowrank, int64_t rows,
+    int64_t width, const uint8_t *planar, const float *alpha, const float *bias, const float *lowrank_a,
+    int64_t channels, int64_t rank, int max_code, float *y) {
+    if (rows == 0 || channels == 0) return 0;
+    const struct isa_tasks *isa = backend->tasks;
+    task_function *lookup = rows >= LOOKUP_ROWS && max_code <= MAX_LOOKUP_CODE ? isa->ternary_lookup : NULL;
+    struct ternary_job job = {
+        codes, scales, lowrank, rows, width, planar, alpha, bias, lowrank_a, channels, rank, max_code, y,
+        0, 0, 0, 0, 0, 0, 0,
+    };
+    plan_ternary(&job, lookup != NULL, backend->threads);
+    struct ternary_buffers unused;
+    const size_t scratch = ternary_carve(NULL, &job, &unused);
+    const int64_t tasks = ceil_div(rows, job.block_rows) * ceil_div(channels, job.block_channels);
+    task_function *function = lookup ? lookup : isa->ternary_any;
+    return pool_run(backend->pool, tasks, scratch, function, &job);
 }
 
 EXPORT int robuq_attention(

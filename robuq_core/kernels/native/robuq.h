@@ -20,9 +20,9 @@ enum {
     ROTATE_ROWS = 6,        /* rows of a rotate_quantize task */
     GROUP = 128,            /* weights of a planar group, 2 bits each ... */
     GROUP_BYTES = 32,       /* ... in so many bytes; also the stride of the integer product */
-    CHANNELS = 32,          /* output channels of a ternary_linear task ... */
-    TILE_CHANNELS = 4,      /* ... decoded and multiplied so many at a time ... */
-    TILE_TOKENS = 2,        /* ... with so many tokens */
+    PANEL = 64,             /* output channels that are decoded and multiplied at a time */
+    LOOKUP_ROWS = 8,        /* product_lookup.h serves from so many rows on ... */
+    MAX_LOOKUP_CODE = 31,   /* ... and for codes up to this: of larger ones not even two entries fit a byte */
     QUERY_ROWS = 8,         /* queries that attention takes at a time */
     LINEAR_ROWS = 24,       /* rows and channels of a linear task */
     LINEAR_CHANNELS = 64,
@@ -71,12 +71,16 @@ struct ternary_job {
     const float *alpha, *bias;  /* [channels] */
     const float *lowrank_a;     /* [channels, rank] */
     int64_t channels, rank;
-    int64_t padded_width;       /* width rounded up to whole groups */
-    int64_t safe_steps;         /* products of 32 codes that an int16 accumulator holds */
-    int64_t block_rows;         /* rows of a task */
-    int8_t *padded;             /* work [rows, padded_width]; null where codes need no padding */
-    int32_t *sums;              /* work [rows]: sum of a row's codes */
+    int64_t max_code;           /* largest magnitude of a code */
     float *y;                   /* out [rows, channels] */
+
+    /* The plan, see plan_ternary(). */
+    int64_t padded_width;       /* width rounded up to whole groups */
+    int64_t slice_groups;       /* groups of a slice of the width */
+    int64_t block_rows, block_channels; /* of a task */
+    int64_t operand_bytes;      /* of a row's group of codes, as the product wants them */
+    int64_t safe_steps;         /* vpmaddubsw products that a 16-bit lane holds */
+    int64_t safe_pairs;         /* table entries that a byte holds: a power of two from 2 on */
 };
 
 struct attention_job {
@@ -96,8 +100,8 @@ typedef void task_function(const void *job, int64_t task, char *scratch);
 
 struct isa_tasks {
     task_function *rotate_quantize;  /* ROTATE_ROWS rows each */
-    task_function *ternary_prepare;  /* block_rows rows each */
-    task_function *ternary_linear;   /* block_rows rows x CHANNELS channels each, channels fastest */
+    task_function *ternary_any;      /* block_rows rows x block_channels channels each, channels fastest */
+    task_function *ternary_lookup;   /* the same, for small codes and many rows; NULL where the other is as fast */
     task_function *attention;        /* one head of one image each */
     task_function *attention_int8;
     task_function *linear;           /* LINEAR_ROWS x LINEAR_CHANNELS each, rows fastest */
@@ -107,6 +111,28 @@ extern const struct isa_tasks plain_tasks;
 #if defined(__x86_64__)
 extern const struct isa_tasks avx2_tasks;
 #endif
+
+/* Working buffers of a ternary_linear task. */
+struct ternary_buffers {
+    uint8_t *panel;             /* [slice_groups, GROUP * PANEL] */
+    int8_t *operands;           /* [block_rows, slice_groups, operand_bytes] */
+    int32_t *offsets;           /* [block_rows] */
+    int32_t *products;          /* [panels, block_rows, PANEL]; of one panel where there is one slice */
+    float *lowrank_a;           /* [rank, PANEL] */
+};
+
+/* Lays the buffers out from `scratch` on; returns their size. */
+static inline size_t ternary_carve(char *scratch, const struct ternary_job *job, struct ternary_buffers *b) {
+    const int64_t rows = round_up(job->block_rows, 4); /* tables of tokens lie four by four */
+    const int64_t kept = job->slice_groups * GROUP == job->padded_width ? 1 : ceil_div(job->block_channels, PANEL);
+    char *cursor = scratch;
+    b->panel = carve(&cursor, job->slice_groups, GROUP * PANEL);
+    b->operands = carve(&cursor, rows * job->slice_groups, (size_t)job->operand_bytes);
+    b->offsets = carve(&cursor, rows, sizeof *b->offsets);
+    b->products = carve(&cursor, kept * rows * PANEL, sizeof *b->products);
+    b->lowrank_a = carve(&cursor, job->rank * PANEL, sizeof *b->lowrank_a);
+    return (size_t)(cursor - scratch);
+}
 
 /* Working buffers of an attention task; rows are padded to whole vectors. The last three hold QUERY_ROWS rows. */
 struct attention_buffers {

@@ -100,6 +100,54 @@ INLINE v8 hadamard8(v8 x) {
 }
 #endif
 
+#if HAVE_AVX2
+INLINE __m256i load_bytes(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
+INLINE void store_bytes(void *p, __m256i x) { _mm256_storeu_si256((__m256i *)p, x); }
+INLINE __m256i load_two(const void *low, const void *high) { /* 16 bytes each */
+    const __m256i first = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)low));
+    return _mm256_inserti128_si256(first, _mm_loadu_si128((const __m128i *)high), 1);
+}
+INLINE __m256i both_halves(__m128i x) { return _mm256_broadcastsi128_si256(x); }
+
+/* Sums of the 32-bit lanes of four vectors. */
+INLINE __m128i sum_lanes(const __m256i sums[4]) {
+    const __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(sums[0], sums[1]), _mm256_hadd_epi32(sums[2], sums[3]));
+    return _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+}
+#endif
+
+/* Transposes eight vectors in place. */
+INLINE void transpose8(v8 x[LANES]) {
+#if HAVE_AVX2
+    v8 a[LANES], b[LANES];
+#pragma GCC unroll 4
+    for (int i = 0; i < LANES; i += 2) {
+        a[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+        a[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < LANES; i += 4) {
+        b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+        b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xEE);
+        b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+        b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xEE);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        x[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+        x[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+    }
+#else
+    for (int i = 0; i < LANES; i++) {
+        for (int j = 0; j < i; j++) {
+            const float above = x[j][i];
+            x[j][i] = x[i][j];
+            x[i][j] = above;
+        }
+    }
+#endif
+}
+
 /* Sum of the eight lanes, in one order. */
 INLINE float vsum(v8 x) {
 #if HAVE_AVX2

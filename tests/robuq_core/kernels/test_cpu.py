@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from layer_cases import WIDTHS, make_linear, tokens
 
 from robuq_core.kernels.cpu import CpuBackend, NativeUnavailableError, choose_isa, load_library
@@ -58,28 +60,48 @@ def test_rotate_quantize(backend: CpuBackend, bits: int, grid: Grid) -> None:
                 assert_codes_agree(x, layer, prologue, backend.rotate_quantize(x, layer, prologue))
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("width", [*WIDTHS, 4608])
-def test_integer_product_is_exact(backend: CpuBackend, width: int, bits: int) -> None:
-    """Unit scales, no bias and no low-rank term leave the bare product; extreme codes try the accumulators."""
-    generator = torch.Generator().manual_seed(bits)
-    weight = torch.randint(-1, 2, (37, width), generator=generator).to(torch.int8)
-    weight[0], weight[1] = 1, -1
-    top = 127 if bits == 8 else 2**bits - 1
-    codes = torch.randint(-top, top + 1, (5, width), generator=generator).to(torch.int8)
-    codes[0], codes[1] = top, -128 if bits == 8 else -top
-    layer = TernaryLayer(
+def bare_layer(weight: torch.Tensor, bits: int) -> TernaryLayer:
+    """Unit scales, no bias and no low-rank term: its output is the integer product."""
+    outputs, width = weight.shape
+    return TernaryLayer(
         planar=pack_planar(weight),
-        alpha=torch.ones(37),
-        bias=torch.zeros(37),
+        alpha=torch.ones(outputs),
+        bias=torch.zeros(outputs),
         signs=torch.ones(width),
-        lowrank_a=torch.zeros(37, 0),
+        lowrank_a=torch.zeros(outputs, 0),
         lowrank_b=torch.zeros(0, width),
         bits=bits,
         grid="midrise",
     )
-    y = backend.ternary_linear(Quantized(codes, torch.ones(5), torch.zeros(5, 0)), layer)
+
+
+def assert_product_is_exact(backend: CpuBackend, rows: int, width: int, outputs: int, bits: int) -> None:
+    """Random codes and weights, and the extreme ones that try the accumulators."""
+    generator = torch.Generator().manual_seed(rows * width + outputs + bits)
+    weight = torch.randint(-1, 2, (outputs, width), generator=generator).to(torch.int8)
+    weight[0], weight[-1] = 1, -1
+    top = 127 if bits == 8 else 2**bits - 1
+    codes = torch.randint(-top, top + 1, (rows, width), generator=generator).to(torch.int8)
+    codes[0], codes[-1] = top, -128 if bits == 8 else -top
+    y = backend.ternary_linear(Quantized(codes, torch.ones(rows), torch.zeros(rows, 0)), bare_layer(weight, bits))
     assert torch.equal(y.long(), codes.long() @ weight.long().T)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("width", [*WIDTHS, 1280, 4608])
+def test_integer_product_is_exact(backend: CpuBackend, width: int, bits: int) -> None:
+    for rows in (2, 9):
+        assert_product_is_exact(backend, rows, width, 37, bits)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
+def test_integer_product_of_any_shape_is_exact(backend: CpuBackend, bits: int) -> None:
+    @settings(max_examples=25, deadline=None, derandomize=True)
+    @given(rows=st.integers(1, 130), groups=st.integers(1, 21), short=st.integers(0, 127), outputs=st.integers(1, 200))
+    def check(rows: int, groups: int, short: int, outputs: int) -> None:
+        assert_product_is_exact(backend, rows, groups * 128 - short, outputs, bits)
+
+    check()
 
 
 @pytest.mark.parametrize(("rows", "outputs", "rank"), [(1, 1, 0), (3, 33, 5), (17, 70, 16), (150, 8, 1)])

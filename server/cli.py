@@ -35,7 +35,7 @@ Without options it serves the bundled checkpoint on http://127.0.0.1:8000:
     curl localhost:8000/generate -d '{"class_id": 207}' \\
         -H 'Accept: image/png' -o 207.png
 
-**/** is a page to draw with, **/openapi.json** describes every route, **/info** the model, its defaults and limits;
+**/** is a page to draw with, **/docs** describes every route, **/info** the model, its defaults and limits;
 **/metrics** is for Prometheus, **/health** for a liveness probe, **/ready** for a readiness probe: green after warm-up.
 
 Whoever reaches the port may draw. Before others do, make keys and start with **--api-keys-file**:

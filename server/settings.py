@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import DirectoryPath, Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 # Images that one request may ask for; the queue must hold at least one such request.
@@ -56,7 +56,7 @@ class Settings(BaseSettings):
     api_keys_file: Path | None = Field(
         None, description="File of hashed API keys, made by robuq-serve keys; without it the server is open."
     )
-    checkpoint_dir: Path | None = Field(
+    checkpoint_dir: DirectoryPath | None = Field(
         None, description="Folder that POST /admin/checkpoint may load from; that of the first checkpoint if not given."
     )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(

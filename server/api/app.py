@@ -23,6 +23,7 @@ from server.api.openai import openai_router
 from server.api.openapi import install_document
 from server.api.operations import operations_router
 from server.api.security import CORS, RequestLimits
+from server.api.shortcut import shorten
 from server.api.web import web_router
 from server.engine import Engine
 from server.keys import KeyStore
@@ -54,19 +55,21 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         redirect_slashes=False,
     )
     intake = Intake(engine, settings, Catalog(settings.request_timeout_s), telemetry)
-    app.include_router(generate_router(intake), tags=["images"])
-    app.include_router(openai_router(intake), tags=["OpenAI"])
+    images, openai = generate_router(intake), openai_router(intake)
+    app.include_router(images, tags=["images"])
+    app.include_router(openai, tags=["OpenAI"])
     app.include_router(kserve_router(intake), tags=["KServe"])
     app.include_router(discovery_router(intake), tags=["discovery"])
     app.include_router(operations_router(engine), tags=["operations"])
     app.include_router(admin_router(engine, settings), tags=["administration"])
     app.include_router(web_router())
+    shorten(app, images, openai)
     install_document(app, intake)
     install_error_handlers(app)
     # The last one added is the outermost.
     store = None if settings.api_keys_file is None else KeyStore(settings.api_keys_file)
     app.add_middleware(Authentication, store=store, metrics=engine.metrics)
-    app.add_middleware(RequestLimits, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(RequestLimits, max_body_bytes=settings.max_body_bytes, allowed_origins=settings.cors_origins)
     if settings.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **CORS)
     app.add_middleware(RequestContext, telemetry=telemetry)

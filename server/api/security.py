@@ -7,6 +7,7 @@ nothing, do not get this far: ``server.api.connection`` ends them.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -47,6 +48,24 @@ def body_too_large(max_body_bytes: int) -> ApiError:
     return ApiError(413, "body_too_large", f"the body may have at most {max_body_bytes} bytes")
 
 
+def check_origin(scope: Scope, allowed: Sequence[str]) -> None:
+    """Refuse what a page of another site makes a browser send without asking first (a form, or text by fetch).
+
+    CORS only keeps such a page from reading the answer; an open server would still draw for it.
+
+    Raises:
+        ApiError: 403.
+    """
+    headers = Headers(scope=scope)
+    if scope["method"] not in ("GET", "HEAD", "OPTIONS") and headers.get("sec-fetch-site") in (
+        "cross-site",
+        "same-site",
+    ):
+        origin = headers.get("origin")
+        if origin not in allowed and "*" not in allowed:
+            raise ApiError(403, "foreign_origin", "pages of this site may not call this server; see --cors-origins")
+
+
 def check_head(scope: Scope, max_body_bytes: int) -> None:
     """Refuse a request by its first line and headers, before a byte of its body is read.
 
@@ -65,11 +84,18 @@ def check_head(scope: Scope, max_body_bytes: int) -> None:
 
 
 class RequestLimits:
-    """Refuses heads and bodies that are too large, and bodies that take too long."""
+    """Refuses heads and bodies that are too large, bodies that take too long, and pages of other sites."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, body_timeout_s: float = BODY_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_body_bytes: int,
+        allowed_origins: Sequence[str] = (),
+        body_timeout_s: float = BODY_TIMEOUT_S,
+    ) -> None:
         self.app = app
         self.max_body_bytes = max_body_bytes
+        self.allowed_origins = allowed_origins
         self.body_timeout_s = body_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -99,6 +125,7 @@ class RequestLimits:
 
         try:
             check_head(scope, self.max_body_bytes)
+            check_origin(scope, self.allowed_origins)
         except ApiError as error:
             await error.response(scope["path"])(scope, limited_receive, send)
         else:

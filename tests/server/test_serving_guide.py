@@ -58,7 +58,7 @@ def metrics_table(client: httpx.Client) -> str:
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
-    with live_server(FakeSampler()) as (client, engine):
+    with live_server(FakeSampler(step_s=0.05)) as (client, engine):
         client.post("/generate", json={"class_id": 1})
         for reason in ("completed", "cancelled"):
             engine.metrics.requests.labels(reason)

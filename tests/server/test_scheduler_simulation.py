@@ -13,7 +13,7 @@ from server.scheduler import ContinuousScheduler, Demand, Scheduler, WindowSched
 MAX_ROWS = 32
 QUEUE = 10**6
 STEP_COUNTS = (4, 10, 20, 50)
-REQUESTS = 3000
+REQUESTS = 2000
 
 
 def serve(scheduler: Scheduler, demands: list[Demand], step_s: Callable[[int], float]) -> np.ndarray:
@@ -48,7 +48,7 @@ CURVES: dict[str, Callable[[int], float]] = {
 
 @pytest.mark.parametrize("curve", sorted(CURVES))
 @pytest.mark.parametrize("load", [0.3, 0.7, 0.95, 1.2])
-@pytest.mark.parametrize("window_steps", [0, 1, 4])
+@pytest.mark.parametrize("window_steps", [0, 4])
 def test_lower_p99_at_every_load(curve: str, load: float, window_steps: int) -> None:
     step_s = CURVES[curve]
     capacity = MAX_ROWS / (float(np.mean(STEP_COUNTS)) * step_s(MAX_ROWS))

@@ -1,13 +1,18 @@
-"""The command line mirrors the settings: an option and a variable for each, the option wins."""
+"""The command line mirrors the settings: an option and a variable for each, the option wins; and the keys' commands."""
 
 from __future__ import annotations
 
 import inspect
+import logging
+import signal
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from robuq_core.errors import UserError
 from server import cli
+from server.keys import create_key, read_keys
 from server.settings import Settings
 
 
@@ -25,3 +30,85 @@ def test_an_option_wins_over_its_variable(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_wrong_value_names_option_and_variable() -> None:
     with pytest.raises(UserError, match=r"--target-step-s \(or ROBUQ_TARGET_STEP_S\)"):
         cli.load_settings({"target_step_s": -1.0})
+
+
+def test_origins_come_from_options_and_from_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = ("https://example.org", "http://localhost:3000")
+    assert cli.load_settings({"cors_origins": list(wanted)}).cors_origins == wanted
+    monkeypatch.setenv("ROBUQ_CORS_ORIGINS", " ".join(wanted))
+    assert Settings().cors_origins == wanted
+    for wrong in ("example.org", "https://example.org/", "https://example.org/page", "null", ""):
+        with pytest.raises(UserError, match=r"--cors-origins .* is no origin"):
+            cli.load_settings({"cors_origins": [wrong]})
+
+
+def test_a_checkpoint_folder_must_exist(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--checkpoint-dir"):
+        cli.load_settings({"checkpoint_dir": tmp_path / "missing"})
+
+
+@pytest.mark.parametrize(
+    ("host", "with_keys", "warned"),
+    [("0.0.0.0", False, True), ("0.0.0.0", True, False), ("127.0.0.1", False, False), ("localhost", False, False)],
+)
+def test_an_open_server_on_every_interface_warns_once(
+    host: str,
+    with_keys: bool,
+    warned: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def nothing_to_load(*_: object) -> None:
+        raise UserError("far enough")
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr("server.logging.configure_logging", lambda *_: None)
+    monkeypatch.setattr("server.loading.load_samplers", nothing_to_load)
+    create_key(tmp_path / "keys.json", "alice")
+    options = ["--host", host, "--port", "0"] + ["--api-keys-file", str(tmp_path / "keys.json")] * with_keys
+    with caplog.at_level(logging.WARNING):
+        result = CliRunner().invoke(cli.app, options)
+    assert "far enough" in result.stderr
+    assert [host in record.getMessage() for record in caplog.records if record.name == "server.cli"] == [True] * warned
+
+
+def test_a_missing_file_of_keys_is_told_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr("server.logging.configure_logging", lambda *_: None)
+    result = CliRunner().invoke(cli.app, ["--api-keys-file", str(tmp_path / "none.json")])
+    assert result.exit_code == 2
+    assert "robuq-serve keys create" in result.stderr
+
+
+def test_the_commands_of_keys(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "keys.json"
+    runner, variables = CliRunner(), {"ROBUQ_API_KEYS_FILE": str(path)}
+
+    def run(*words: str) -> tuple[int, str, str]:
+        result = runner.invoke(cli.app, ["keys", *words], env=variables)
+        return result.exit_code, result.stdout, result.stderr
+
+    code, key, hint = run("create", "alice", "--scope", "admin", "--scope", "admin", "--images-per-minute", "5")
+    assert (code, key.strip() in hint) == (0, False)
+    assert key.strip() not in path.read_text()
+    (alice,) = read_keys(path)
+    assert (alice.scopes, alice.images_per_minute, alice.requests_per_minute) == (("admin",), 5, None)
+    for words, told in (
+        (("create", "alice"), "alice"),
+        (("create", "a b"), "name"),
+        (("create", "bob", "--scope", "root"), "'read', 'generate' or 'admin'"),
+        (("revoke", "bob"), "bob"),
+    ):
+        code, _, errors = run(*words)
+        assert (code, len(errors.splitlines()), errors.startswith("error: ")) == (2, 1, True)
+        assert told in errors
+    assert run("create", "bob", "--images-per-minute", "0")[0] == 2
+    code, table, _ = run("list")
+    assert code == 0
+    assert "alice" in table
+    assert alice.sha256 not in table
+    assert run("revoke", "alice")[0] == 0
+    assert read_keys(path) == ()

@@ -121,9 +121,10 @@ export class Strip {
   update() {
     const { steps, sampler, guidance_scale: guidance } = this.request;
     this.title.textContent = this.name;
-    const settings = [steps && `${steps} ${sampler ?? ""}`, guidance !== undefined && `×${guidance}`].filter(Boolean);
+    const guided = guidance !== undefined && guidance !== 1;
     const ended = this.state === "cancelled" || this.state === "failed";
-    this.print.textContent = [...settings, ...(ended ? [this.state] : [])].join(" · ");
+    const parts = [steps && `${steps} ${sampler ?? ""}`, guided && `guidance ${guidance}`, ended && this.state];
+    this.print.textContent = parts.filter(Boolean).join(" · ");
     for (const frame of this.frames) {
       frame.button.setAttribute("aria-label", `${this.name}, seed ${frame.seed}`);
       frame.progress.hidden = !this.running;

@@ -15,7 +15,7 @@ from server.api.errors import ApiError
 from server.api.generation import Generation, Replay
 from server.api.idempotency import ENTRY_BYTES, Replays
 from server.api.order import Order
-from server.engine import Result, Timings
+from server.engine import Engine, Result, Timings
 from server.engine.model import RowSpec
 
 
@@ -81,6 +81,30 @@ def test_requests_in_flight_are_joined_and_one_may_leave() -> None:
         assert finished(engine, "completed") == 1
         assert finished(engine, "cancelled") == 0
         assert len(sampler.batches) == 3
+
+
+def test_a_stream_may_be_joined_and_outlives_the_first_client() -> None:
+    sampler = WatchedSampler()
+    body = {"class_id": 1, "steps": 4, "guidance_scale": 1, "stream": True}
+    with live_server(sampler) as (client, engine), ThreadPoolExecutor(1) as pool:
+        sampler.hold()
+        with client.stream("POST", "/generate", json=body, headers={"Idempotency-Key": "k"}) as first:
+            sampler.permit()
+            lines = first.iter_lines()  # held, or it would close the stream behind it
+            assert next(lines) == "event: image_generation.step"
+            second = pool.submit(client.post, "/generate", json=body, headers={"Idempotency-Key": "k"})
+            until(lambda: len(buffers_of(engine)) == 2)
+        sampler.release()
+        events = [line for line in second.result().text.splitlines() if line.startswith("event: ")]
+        assert events[-1] == "event: image_generation.completed"
+        assert "event: image_generation.step" in events
+        assert finished(engine, "completed") == 1
+
+
+def buffers_of(engine: Engine) -> tuple[object, ...]:
+    """The buffers that the one request in flight feeds."""
+    (job,) = engine._ledger.jobs.values()
+    return job.on_event.__self__._buffers  # type: ignore[union-attr,no-any-return]
 
 
 def test_when_all_have_left_the_work_ends_and_the_key_is_free_again() -> None:

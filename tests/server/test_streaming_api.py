@@ -118,7 +118,8 @@ def test_closing_the_stream_frees_the_rows_at_the_next_step() -> None:
             "POST", "/generate", json={"class_id": 1, "steps": 1000, "num_images": 4, "stream": True}
         ) as answer:
             sampler.permit(2)
-            assert next(answer.iter_lines()) == "event: image_generation.step"
+            lines = answer.iter_lines()  # held, or it would close the stream behind it
+            assert next(lines) == "event: image_generation.step"
             for _ in range(3):
                 assert sampler.entered.acquire(timeout=WAIT_S)
         until(lambda: engine.idle)  # while the third step still runs

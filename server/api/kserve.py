@@ -126,6 +126,7 @@ def kserve_router(intake: Intake) -> APIRouter:
     engine = intake.engine
     unknown_model = documented(404, model=KServeError)
 
+    @router.get("/", include_in_schema=False)
     @router.get("", responses=documented(model=KServeError))
     async def server_metadata() -> ServerMetadata:
         """The server's name and version."""

@@ -27,6 +27,7 @@ def outputs(answer: httpx.Response) -> dict[str, dict[str, Any]]:
 def test_metadata_and_health(client: httpx.Client) -> None:
     server = client.get("/v2").json()
     assert server == {"name": "robuq", "version": robuq_core.__version__, "extensions": []}
+    assert client.get("/v2/").json() == server
     assert client.get("/v2/health/live").json() == {"live": True}
     assert client.get("/v2/health/ready").json() == {"ready": True, "live": True}
     assert client.get("/v2/models/fake/ready").json() == {"name": "fake", "ready": True}

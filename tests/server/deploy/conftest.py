@@ -47,5 +47,6 @@ def exposition(tmp_path_factory: pytest.TempPathFactory) -> Exposition:
         sampler.release()
         assert (first.result(), second.result()) == (200, 200)
         until(lambda: engine.idle)
+        engine.metrics.watch_gpu_memory(1, used=float, reserved=float, peak=float)  # as where CUDA is used
         metrics = client.get("/metrics", headers={"Authorization": f"Bearer {reader}"})
     return Exposition.parse(metrics.text)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import promql_parser
 from prometheus_client.parser import text_string_to_metric_families
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
+
+DASHBOARD: dict[str, Any] = json.loads((DEPLOY / "grafana" / "dashboard.json").read_text())
+# What Grafana puts in for its variables.
+_VARIABLES = {"$__rate_interval": "1m", "$__range": "1h", "$instance": ".*"}
 
 # Added by Prometheus to each series that it scrapes, and the one that it makes of each scrape.
 SCRAPE_LABELS = ("instance", "job")
@@ -55,6 +61,34 @@ class Exposition:
         for node in nodes(tree):
             for label in _grouping(node):
                 assert label in known, f"{expression} groups by {label}, which no series has"
+
+    def labels_of(self, expression: str) -> set[str]:
+        """Labels of the result: those that its aggregation keeps, or else those of its series."""
+        found: set[str] = set()
+        for node in nodes(promql_parser.parse(expression)):
+            if isinstance(node, promql_parser.AggregateExpr):
+                return set(node.modifier.labels) if node.modifier is not None else set()
+            if isinstance(node, promql_parser.VectorSelector):
+                found |= set(self.labels[node.name])
+        return found
+
+
+def expressions(panel: dict[str, Any]) -> list[str]:
+    """A panel's PromQL as Prometheus gets it."""
+    found = []
+    for target in panel["targets"]:
+        expression = target["expr"]
+        for variable, value in _VARIABLES.items():
+            expression = expression.replace(variable, value)
+        assert "$" not in expression
+        found.append(expression)
+    return found
+
+
+def dashboard_expressions() -> list[tuple[str, str]]:
+    """Title and PromQL of everything on the dashboard."""
+    panels = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+    return [(panel["title"], expression) for panel in panels for expression in expressions(panel)]
 
 
 def nodes(tree: promql_parser.Expr) -> Iterator[promql_parser.Expr]:

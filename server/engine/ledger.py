@@ -31,6 +31,7 @@ class Ledger:
         self.alarm_at = 0.0  # when the supervisor looks by itself
         self.closed = False  # no step begins any more
         self.jobs: dict[int, Job] = {}
+        self.changes = 0  # of which images are to be stepped
         self.rows_to_step = 0  # rows of the model in the next step, if all images were in it
         self._images = 0  # of all jobs in flight
         self._cost = 0  # rows times steps of all jobs in flight
@@ -60,6 +61,7 @@ class Ledger:
             )
         )
         self.jobs[job.id] = job
+        self.changes += 1
         job.generation.jobs += 1
         self.rows_to_step += len(job.specs) * job.rows_per_image
         self._images += len(job.specs)
@@ -71,6 +73,7 @@ class Ledger:
     def stepped_locked(self, job: Job, image: int) -> None:
         """Image ``image`` has made its last step."""
         self.scheduler.finish(RowKey(job.id, image))
+        self.changes += 1
         job.images_to_step -= 1
         self.rows_to_step -= job.rows_per_image
 
@@ -131,6 +134,7 @@ class Ledger:
             if self.jobs.pop(job.id, None) is None:
                 return False
             self.scheduler.cancel(job.id)
+            self.changes += 1
             self.rows_to_step -= job.images_to_step * job.rows_per_image
             job.images_to_step = 0
             self._images -= len(job.specs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from server.engine.delivery import Delivery
@@ -19,18 +20,20 @@ from server.scheduler import StepTimeCurve
 logger = logging.getLogger(__name__)
 
 
-class _Part(NamedTuple):
+class _Entry(NamedTuple):
+    job: Job
+    image: int
+    row: Any
+
+
+@dataclass(eq=False)
+class _Part:
     """What of a step one sampler runs; during a hot swap there are two."""
 
     sampler: StepSampler
     curve: StepTimeCurve
     images: list[tuple[Job, int]]
-
-
-class _Entry(NamedTuple):
-    job: Job
-    image: int
-    row: Any
+    batch: list[_Entry] | None = None  # once its rows have been started
 
 
 class Replica:
@@ -58,8 +61,10 @@ class Replica:
         self.warm_up: WarmUp | None = None
         self.curve: StepTimeCurve | None = None  # of the generation that takes new requests
         self.peers = peers  # replicas that share the work, this one among them
-        self.jobs_in_step: list[Job] = []
         self.death: BaseException | None = None  # what its thread died of
+        self._parts: list[_Part] = []  # of the latest step
+        self._parts_of = -1  # the state of the ledger that they were made from
+        self._stepping = False
         self._ledger = ledger
         self._delivery = delivery
         self._target_step_s = target_step_s
@@ -77,9 +82,16 @@ class Replica:
         """Its thread has ended though the engine has not."""
         return self._thread is not None and not self._thread.is_alive()
 
+    @property
+    def jobs_in_step(self) -> list[Job]:
+        """Those with a row in the step under way."""
+        return [job for part in self._parts for job, _ in part.images] if self._stepping else []
+
     def start(self) -> None:
         """Begin, or begin again after a death."""
         self.death = None
+        self._stepping = False
+        self._parts = []
         self.stepper.step_began = None
         self._thread = threading.Thread(target=self._live, name=f"replica-{self.number}", daemon=True)
         self._thread.start()
@@ -108,9 +120,10 @@ class Replica:
         parts = self._next_parts()
         if parts is None:
             return False
+        self._stepping = True
         for part in parts:
             self._run_part(part)
-        self.jobs_in_step = []
+        self._stepping = False
         if self.warm_up is not None:
             self._warm_up(self.warm_up)
         return True
@@ -120,14 +133,17 @@ class Replica:
         ledger = self._ledger
         with ledger.lock:
             while not ledger.closed:
+                if self._parts and self._parts_of == ledger.changes and not ledger.scheduler.waiting_images:
+                    return self._parts  # nobody came, nobody left
+                self._parts = []
                 now = ledger.clock()
                 keys = ledger.scheduler.schedule(
                     self.number, self._max_rows_locked(), now, admit=self._delivery.has_room
                 )
                 if keys or self.warm_up is not None:
-                    images = [(ledger.jobs[key.request_id], key.image) for key in keys]
-                    self.jobs_in_step = [job for job, _ in images]
-                    return self._divide(images)
+                    self._parts = self._divide([(ledger.jobs[key.request_id], key.image) for key in keys])
+                    self._parts_of = ledger.changes
+                    return self._parts
                 wake_at = ledger.scheduler.wake_at(now)
                 # An expired request is the supervisor's; until it is gone wake_at lies in the past.
                 ledger.work.wait(max(0.001, wake_at - now) if wake_at < math.inf else None)
@@ -167,8 +183,9 @@ class Replica:
     def _step(self, part: _Part) -> None:
         """One step: start the rows that are new, run the forward, hand the finished ones to the decoders."""
         ledger = self._ledger
-        batch = self._started(part)
-        if not batch:
+        if part.batch is None:
+            part.batch = self._started(part)
+        if not (batch := part.batch):
             return
         began = ledger.clock()
         faulty = self.stepper.step(part.sampler, [entry.row for entry in batch])

@@ -71,31 +71,39 @@ class Stepper:
         """
         costs = [2 if row.guided else 1 for row in rows]
         faulty: dict[int, Exception] = {}
-        parts: deque[Sequence[int]] = deque([range(len(rows))])
-        while parts:
-            part = parts.popleft()
-            size = sum(costs[i] for i in part)
-            if size > self.budget.rows and len(part) > 1:
-                parts.extendleft(reversed(self._parts(part, costs)))
-                continue
-            before = [rows[i].steps_done for i in part]
-            error = self._forward(sampler, [rows[i] for i in part], size)
-            if error is None:
-                continue
-            unmoved = [i for i, done in zip(part, before, strict=True) if rows[i].steps_done == done]
-            if is_out_of_memory(error):
-                self.budget.out_of_memory(size)
-                logger.warning("no memory for a step of %d rows; at most %d from now on", size, self.budget.rows)
-            elif len(part) > 1:
-                logger.warning("a step of %d rows failed (%r); retrying its halves", size, error)
-            if len(part) == 1:
-                faulty.update((i, error) for i in unmoved)
-            else:
-                middle = (len(unmoved) + 1) // 2
-                parts.extendleft(half for half in (unmoved[middle:], unmoved[:middle]) if half)
-            # Its traceback keeps the failed forward's tensors alive, which the next one needs the room of.
-            del error
+        pending = deque(self._attempt(sampler, rows, costs, range(len(rows)), faulty))
+        while pending:
+            pending.extendleft(reversed(self._attempt(sampler, rows, costs, pending.popleft(), faulty)))
         return faulty
+
+    def _attempt(
+        self,
+        sampler: StepSampler,
+        rows: Sequence[Any],
+        costs: Sequence[int],
+        part: Sequence[int],
+        faulty: dict[int, Exception],
+    ) -> Sequence[Sequence[int]]:
+        """Step the rows at the positions ``part``; what of it is still to be stepped, in parts."""
+        size = sum([costs[i] for i in part])
+        if size > self.budget.rows and len(part) > 1:
+            return self._parts(part, costs)
+        before = [rows[i].steps_done for i in part]
+        error = self._forward(sampler, [rows[i] for i in part], size)
+        if error is None:
+            return ()
+        unmoved = [i for i, done in zip(part, before, strict=True) if rows[i].steps_done == done]
+        if is_out_of_memory(error):
+            self.budget.out_of_memory(size)
+            logger.warning("no memory for a step of %d rows; at most %d from now on", size, self.budget.rows)
+        elif len(part) > 1:
+            logger.warning("a step of %d rows failed (%r); retrying its halves", size, error)
+        if len(part) == 1:
+            faulty.update((i, error) for i in unmoved)
+            return ()
+        # The error ends here: its traceback keeps the failed forward's tensors, whose room the next one needs.
+        middle = (len(unmoved) + 1) // 2
+        return [half for half in (unmoved[:middle], unmoved[middle:]) if half]
 
     def _parts(self, part: Sequence[int], costs: Sequence[int]) -> list[Sequence[int]]:
         """``part`` in order, in pieces that fit into the budget as far as single images do."""

@@ -87,7 +87,6 @@ class Supervisor:
         error = replica.death or RuntimeError("its thread has ended")
         for job in replica.jobs_in_step:
             self._ledger.fail(job, error)
-        replica.jobs_in_step = []
         now = self._ledger.clock()
         self._deaths.append(now)
         while now - self._deaths[0] > RESTART_WINDOW_S:

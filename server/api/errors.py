@@ -12,11 +12,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from server.api.schemas import allowed_values
 from server.engine import GenerationFailed, NotReady, Overloaded
 
 NOT_READY_RETRY_S = 2
+# Not in any standard, but what proxies write when the client hung up; it is seen in logs only.
+CLIENT_CLOSED_REQUEST = 499
 # Faults of several fields together, and the one that is named.
 _CHOICES = {"class_choice": "class_id", "preview_choice": "preview_every"}
 _EXAMPLE = {"class_id": 207}
@@ -96,6 +99,11 @@ def from_validation(error: ValidationError, schema: dict[str, Any], example: Map
     return invalid(field, f"{field} must be {allowed_values(properties[field])}")
 
 
+def closed_by_client() -> ApiError:
+    """What the log shows of a client that hung up."""
+    return ApiError(CLIENT_CLOSED_REQUEST, "client_closed_request", "the client closed the connection")
+
+
 def _overloaded(error: Overloaded) -> ApiError:
     seconds = max(1, math.ceil(error.retry_after_s))
     message = f"the queue is full; try again in {seconds} s"
@@ -120,6 +128,8 @@ def as_api_error(error: Exception) -> ApiError | None:
             return _not_ready(error)
         case GenerationFailed():
             return ApiError(500, "generation_failed", str(error))
+        case ClientDisconnect():
+            return closed_by_client()
     return None
 
 
@@ -131,7 +141,7 @@ def install_error_handlers(app: FastAPI) -> None:
         assert known is not None
         return known.response(request.url.path)
 
-    for kind in (ApiError, Overloaded, NotReady, GenerationFailed):
+    for kind in (ApiError, Overloaded, NotReady, GenerationFailed, ClientDisconnect):
         app.add_exception_handler(kind, answer)
 
     @app.exception_handler(RequestValidationError)

@@ -8,15 +8,13 @@ import threading
 
 from fastapi import Request
 
-from server.api.errors import ApiError
+from server.api.errors import ApiError, closed_by_client
 from server.api.order import Order
 from server.engine import Cancelled, DeadlineExceeded, Engine, Result
 from server.engine.events import Event, Preview
 from server.engine.model import StepSampler
 from server.logging import current_request_id
 
-# Not in any standard, but what proxies write when the client hung up; it is seen in logs only.
-CLIENT_CLOSED_REQUEST = 499
 # The engine keeps deadlines between its steps; a step that hangs must not hold the client beyond this.
 DEADLINE_GRACE_S = 0.25
 
@@ -157,11 +155,6 @@ class Replay(Generation):
         self._buffers = ()
         self.outcome = asyncio.get_running_loop().create_future()
         self.outcome.set_result(result)
-
-
-def closed_by_client() -> ApiError:
-    """What the log shows of a client that hung up."""
-    return ApiError(CLIENT_CLOSED_REQUEST, "client_closed_request", "the client closed the connection")
 
 
 async def client_gone(request: Request) -> None:

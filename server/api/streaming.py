@@ -13,8 +13,8 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import AppStatus
 from starlette.types import Receive, Scope, Send
 
-from server.api.errors import as_api_error
-from server.api.generation import EventBuffer, Generation, client_gone, closed_by_client
+from server.api.errors import as_api_error, closed_by_client
+from server.api.generation import EventBuffer, Generation, client_gone
 from server.engine import Event, Result
 
 STEP = "image_generation.step"

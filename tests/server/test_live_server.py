@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -63,6 +65,17 @@ def test_rows_of_a_client_that_hung_up_are_gone_at_the_next_step() -> None:
         sampler.release()
         assert client.post("/generate", json={"class_id": 1, "steps": 2}).status_code == 200
         assert [len(batch) for batch in sampler.batches[steps:]] == [1, 1]
+
+
+def test_a_client_that_hangs_up_within_its_body_is_no_fault_of_ours(
+    client: httpx.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with socket.create_connection((client.base_url.host, client.base_url.port or 80)) as sock:
+        sock.sendall(b"POST /generate HTTP/1.1\r\nHost: test\r\nContent-Length: 50\r\n\r\n{")
+        time.sleep(0.05)
+    until(lambda: any(getattr(record, "status", 0) == 499 for record in caplog.records))
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def test_a_client_that_hangs_up_while_it_waits_leaves_the_queue() -> None:

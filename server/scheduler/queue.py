@@ -20,7 +20,7 @@ from server.scheduler.interface import Demand, QueueFull, RowKey
 
 @dataclass
 class _Client:
-    service: float
+    service: float = 0.0
     requests: Heap[int] = field(default_factory=Heap)
 
 
@@ -123,7 +123,9 @@ class FairQueue:
         return self._highest_service if turn is None else turn[0]
 
     def _arrive(self, name: str) -> _Client:
-        client = self._clients.setdefault(name, _Client(self._virtual_time()))
+        client = self._clients.get(name)
+        if client is None:
+            client = self._clients[name] = _Client()
         if name not in self._turns:
             self._away.discard(name)
             client.service = max(client.service, self._virtual_time())

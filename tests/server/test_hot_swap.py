@@ -6,15 +6,18 @@ import gc
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 from serving_harness import WAIT_S, WatchedSampler, make_settings, outcome, running_engine, spec, until
+from tiny import write_tiny
 
 from server.engine import NotReady
 from server.engine.create import create_engine
 from server.engine.fake import FakeRow
 from server.engine.images import encode_image
+from server.loading import load_samplers
 
 
 class Checkpoint(WatchedSampler):
@@ -160,3 +163,18 @@ def test_stopping_ends_a_swap() -> None:
         engine.stop(join_timeout_s=0)
         assert isinstance(swapping.exception(WAIT_S), NotReady)
         slow.release()
+
+
+def test_a_real_model_is_freed_without_the_garbage_collector(tmp_path: Path) -> None:
+    """The server takes what is there at its start out of the collector's sight."""
+    write_tiny(tmp_path / "tiny.safetensors")
+    samplers = list(load_samplers(tmp_path / "tiny.safetensors", make_settings()))
+    model = weakref.ref(samplers[0].model)
+    gc.disable()
+    try:
+        row = samplers[0].start(spec(steps=2, guidance_scale=1.5))
+        samplers[0].step([row])
+        samplers.clear()
+        assert model() is None
+    finally:
+        gc.enable()

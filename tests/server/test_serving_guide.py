@@ -50,8 +50,9 @@ def metrics_table(client: httpx.Client) -> str:
     text = client.get("/metrics").text
     for name, help_text in re.findall(r"^# HELP (\S+) (.*)$", text, re.M):
         (kind,) = re.findall(rf"^# TYPE {name} (\S+)$", text, re.M)
-        labels = re.search(rf"^{name}\{{(\w+)=", text, re.M) if kind == "counter" else None
-        shown = f"`{name}`" + (f" by `{labels.group(1)}`" if labels else "")
+        sample = re.search(rf"^{name}\{{(.*)\}}", text, re.M)
+        labels = [f"`{label}`" for label in re.findall(r"(\w+)=", sample.group(1))] if sample else []
+        shown = f"`{name}`" + (" by " + ", ".join(labels) if labels else "")
         rows.append(f"| {shown} | {kind} | {help_text} |")
     return "\n".join(rows) + "\n"
 
@@ -63,6 +64,7 @@ def client() -> Iterator[httpx.Client]:
         for reason in ("completed", "cancelled"):
             engine.metrics.requests.labels(reason)
         engine.metrics.rejected.labels("queue_full")
+        engine.metrics.watch_gpu_memory(1, used=float, reserved=float, peak=float)  # there only if a GPU is used
         yield client
 
 

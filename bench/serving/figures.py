@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from robuq_core.bench import machine
+from robuq_core.bench.machine import machine
 from robuq_core.files import replacing
 
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_server import fake_server
+from loaded_server import fake_server
 
 from server.engine.fake import FakeSampler
 

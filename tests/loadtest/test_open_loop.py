@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
-from fake_server import fake_server
 from hypothesis import given
 from hypothesis import strategies as st
+from loaded_server import fake_server
 from typer.testing import CliRunner
 
 from loadtest.open_loop import Outcome, as_json, describe, main, offer, plot, poisson_arrivals, run_rate, summarise

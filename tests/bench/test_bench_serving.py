@@ -1,0 +1,97 @@
+"""The measuring client counts what it does, checks refuse to lie, and the command runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from loaded_server import fake_server
+
+from bench.serving.arrivals import Comparison, figure
+from bench.serving.client import Connection, closed_loop, run
+from bench.serving.figures import CheckFailed, Figure, require, write
+from bench.serving.http_costs import BODY
+from bench.serving.servers import NoOpSampler
+from loadtest.open_loop import Outcome, summarise
+from loadtest.workload import check_image, gauges
+from server.engine.fake import FakeSampler
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_client_speaks_http() -> None:
+    async def ask(url: str) -> None:
+        connection = await Connection.open(url)
+        for _ in range(3):  # on one connection
+            answer = await connection.ask(BODY, accept="image/png")
+            assert answer.status == 200
+            assert answer.header["content-type"] == "image/png"
+            assert answer.seconds > float(answer.header["x-total-time"]) > 0
+            check_image(answer.content, "png", 32)
+        assert (await connection.ask({"class_id": -1})).status in (400, 422)
+        connection.close()
+
+    with fake_server(NoOpSampler()) as (url, _):
+        run(ask(url))
+
+
+def test_a_closed_loop_counts_answers_and_those_it_left() -> None:
+    with fake_server(FakeSampler(step_s=0.002)) as (url, engine):
+        load = run(closed_loop(url, lambda: BODY, users=4, requests=100, cut_off=0.3, patience_s=0.01))
+        assert load.cut_off + len(load.answers) == 100
+        assert 10 < load.cut_off < 60
+        assert {answer.status for answer in load.answers} == {200}
+        assert load.rate == len(load.answers) / load.seconds
+        assert gauges(engine.metrics.render().decode())["robuq_images_total"] >= len(load.answers)
+
+
+def test_a_failed_check_leaves_no_figure() -> None:
+    require(True, "fine")
+    with pytest.raises(CheckFailed, match="drew another image"):
+        require(False, "drew another image")
+
+
+def test_figures_are_kept(tmp_path: Path) -> None:
+    write([Figure("a", "1", "< 2", True, "b", {"x": [1.0]})], tmp_path / "out.json", quick=True)
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["figures"][0]["details"] == {"x": [1.0]}
+    assert report["quick"] is True
+    assert report["machine"]["cores"] >= 1
+
+
+@pytest.mark.parametrize(("theirs_s", "met"), [(0.2, True), (0.05, False)])
+def test_a_comparison_is_met_only_when_lower_everywhere(theirs_s: float, met: bool) -> None:
+    def at(latency_s: float) -> list[object]:
+        return [summarise([Outcome(0, 0, latency_s, 200)] * 5, 1.0)] * 4
+
+    comparison = Comparison(10.0, {"continuous": at(0.1), "litserve": [*at(0.3)[:3], at(theirs_s)[0]]})  # type: ignore
+    assert figure(comparison, "litserve").met is met
+
+
+def test_an_unknown_measure_is_told_with_the_known() -> None:
+    command = [sys.executable, "-m", "bench.serving", "speed"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "unknown measure 'speed'; choose from overhead" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_command_measures(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "bench.serving",
+        "ceiling",
+        "overhead",
+        "--quick",
+        "--out",
+        str(tmp_path / "f.json"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "f.json").read_text())["figures"]
+    assert [figure["measure"] for figure in figures] == ["overhead", "ceiling"]
+    assert figures[1]["details"]["requests_per_s"] > 10

@@ -1,6 +1,6 @@
 // The playground: wires the form, the loupe and the contact sheet to the server.
 
-import { generate, getJson, onUnauthorised, currentKey, storeKey } from "./api.js";
+import { currentKey, generate, getJson, onUnauthorised, storeKey } from "./api.js";
 import { ClassPicker } from "./class_picker.js";
 import { announce, byId, bytes, pairs, plural, randomBelow } from "./dom.js";
 import { restore, save } from "./keep.js";
@@ -17,6 +17,9 @@ const QUEUE_POLL_MS = { busy: 1000, idle: 5000 };
 
 let info = null;
 let strips = []; // newest first
+let saving = Promise.resolve(); // one after the other, so that the last state wins
+
+const keep = () => (saving = saving.then(() => save(strips)));
 
 const picker = new ClassPicker(byId("class"), byId("class-list"), async (query, signal) => {
   const parameters = new URLSearchParams({ query, limit: LIST_LENGTH });
@@ -34,14 +37,13 @@ const loupe = new Loupe({
 // Drawing.
 
 function makeStrip(request, label) {
-  const strip = new Strip(request, label, {
-    onSelect(index) {
+  return new Strip(request, label, {
+    onSelect(strip, index) {
       loupe.show(strip, index);
       bringIntoView(byId("loupe"));
     },
-    onChange: (changed) => loupe.changed(changed),
+    onChange: (strip) => loupe.changed(strip),
   });
-  return strip;
 }
 
 function bringIntoView(node) {
@@ -99,19 +101,19 @@ async function draw() {
   const body = settings.read();
   if (!body) return;
   const strip = makeStrip({ class_name: picker.chosen?.name, ...body }, picker.label() || "?");
-  strip.checkpoint = info?.checkpoint;
   addStrip(strip);
   loupe.show(strip, 0);
   bringIntoView(byId("loupe"));
   if (!settings.seedIsKept) settings.newSeed();
   announce(`drawing ${plural(strip.frames.length, "image")} of ${strip.name}`);
   pollQueue();
+  followSwaps(strip);
   try {
     const events = { signal: strip.abort.signal, on: follower(strip) };
     strip.finish(await generate({ ...body, preview_every: previewEvery(body.steps) }, events));
     picker.learn(strip.request);
     announce(`${strip.name} is done`);
-    save(strips);
+    keep();
   } catch (error) {
     ended(strip, body, error);
   }
@@ -147,6 +149,17 @@ async function describeServer() {
     ]),
   );
   if (!byId("class").value) await randomClass();
+}
+
+/** Note what draws a strip: another checkpoint may have been loaded since the page was opened. */
+async function followSwaps(strip) {
+  strip.checkpoint = info?.checkpoint;
+  try {
+    if ((await getJson("info", { ask: false })).checkpoint !== info?.checkpoint) await describeServer();
+    strip.checkpoint = info.checkpoint;
+  } catch {
+    // Drawing meets the same trouble and tells it.
+  }
 }
 
 let queueTimer = 0;
@@ -223,7 +236,7 @@ byId("controls").addEventListener("submit", (event) => {
 byId("class-random").addEventListener("click", () => attempt(randomClass));
 byId("clear").addEventListener("click", () => {
   for (const strip of strips.filter(({ running }) => !running)) dropStrip(strip);
-  save(strips);
+  keep();
   byId("sheet-title").focus();
 });
 document.addEventListener("visibilitychange", () => document.hidden || pollQueue());

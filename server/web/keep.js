@@ -9,13 +9,7 @@ const MAX_CHARACTERS = 1_500_000; // of the 5 million or so that browsers allow 
 const MAX_WHOLE_BYTES = 16_384;
 const THUMBNAIL = 96;
 
-const base64 = (blob) =>
-  new Promise((resolve, reject) => {
-    const reader = new FileReader();
-    reader.onload = () => resolve(reader.result.split(",")[1]);
-    reader.onerror = () => reject(reader.error);
-    reader.readAsDataURL(blob);
-  });
+const base64 = async (blob) => btoa(String.fromCharCode(...new Uint8Array(await blob.arrayBuffer())));
 
 /** A picture as it is if it is small, else a thumbnail. */
 async function packPicture({ blob, whole }, format) {

@@ -28,7 +28,7 @@ function inline(text) {
 }
 
 /** Paragraphs and lists of a description. */
-function prose(text = "") {
+function prose(text) {
   return text.split(/\n{2,}/).filter(Boolean).map((block) => {
     if (!block.startsWith("- ")) return element("p", {}, ...inline(block));
     return element("ul", {}, ...block.slice(2).split(/\n- /).map((item) => element("li", {}, ...inline(item))));
@@ -38,10 +38,12 @@ function prose(text = "") {
 /** Rows of name, kind and meaning under a heading; nothing where there are no rows. */
 function table(title, rows) {
   if (!rows.length) return [];
-  const row = ([name, type, meaning]) =>
-    element("tr", {}, element("th", { scope: "row" }, element("code", {}, name)), element("td", {}, type), element("td", {}, ...inline(meaning)));
-  return [element("div", { class: "scroll", tabIndex: 0, role: "group", "aria-label": title },
-    element("table", {}, element("caption", {}, title), element("tbody", {}, ...rows.map(row))))];
+  const row = ([name, type, meaning]) => {
+    const head = element("th", { scope: "row" }, element("code", {}, name));
+    return element("tr", {}, head, element("td", {}, type), element("td", {}, ...inline(meaning)));
+  };
+  const body = element("table", {}, element("caption", {}, title), element("tbody", {}, ...rows.map(row)));
+  return [element("div", { class: "scroll", tabIndex: 0, role: "group", "aria-label": title }, body)];
 }
 
 function fields(schema) {
@@ -52,16 +54,17 @@ function fields(schema) {
   });
 }
 
-function operation(method, path, { description, parameters = [], requestBody, responses }) {
+function operation(method, path, { description = "", parameters = [], requestBody, responses }) {
   const [, body] = Object.entries(requestBody?.content ?? {})[0] ?? [];
   const answer = responses[200]?.content?.["application/json"];
+  const [summary] = description.split(/[.\n]/);
   const statuses = Object.entries(responses).map(([status, { description: meaning, content = {} }]) => [
     status, status === "200" ? Object.keys(content).join(", ") : "", meaning,
   ]);
   return element(
     "details",
     {},
-    element("summary", {}, element("b", {}, method.toUpperCase()), ` ${path} `, element("span", {}, ...inline((description ?? "").split(/[.\n]/)[0]))),
+    element("summary", {}, element("b", {}, method.toUpperCase()), ` ${path} `, element("span", {}, ...inline(summary))),
     ...prose(description),
     ...table("Parameters", parameters.map(({ name, schema, description: meaning = "" }) => [name, kind(schema), meaning])),
     ...table("Body", body ? fields(body.schema) : []),

@@ -37,7 +37,7 @@ export function sharpen(image) {
 
 export class Strip {
   /**
-   * `request` is the body that was sent; `label` names its class until the server does. `onSelect(index)` is called
+   * `request` is the body that was sent; `label` names its class until the server does. `onSelect(strip, index)` is called
    * for a click on a frame, `onChange(strip)` after each change.
    */
   constructor(request, label, { onSelect, onChange }) {
@@ -62,7 +62,7 @@ export class Strip {
     const button = element("button", { type: "button", class: "frame", "aria-pressed": "false" }, image);
     const progress = element("progress", { max: 1, value: 0, "aria-label": `Image ${index + 1}` });
     const edge = element("span", { class: "edge" }, String(seed));
-    button.addEventListener("click", () => onSelect(index));
+    button.addEventListener("click", () => onSelect(this, index));
     // `whole` is false for a thumbnail that stands for a picture no longer kept.
     return { seed, image, button, progress, node: element("li", {}, button, edge, progress), blob: null, url: null, step: 0, whole: true };
   }
@@ -94,9 +94,9 @@ export class Strip {
     if (!frame) return;
     this.request.steps = steps;
     this.state = "drawing";
-    frame.step = done;
+    frame.step = Math.max(frame.step, done); // a preview comes later than its step
     frame.progress.max = steps;
-    frame.progress.value = done;
+    frame.progress.value = frame.step;
     this.update();
   }
 

@@ -227,3 +227,20 @@ def test_seeds_are_new_unless_they_are_kept(open_page: OpenPage) -> None:
         expect(page.find(".edge").first).to_have_text("7")
         expect(seed).to_have_value("7")
         expect(lock).to_have_attribute("aria-pressed", "true")
+
+
+def test_the_page_follows_a_swapped_checkpoint(open_page: OpenPage) -> None:
+    other = FakeSampler(image_size=64, class_names=("abacus", "banjo"))
+    other.checkpoint_name = "other"
+    with live_server(FakeSampler()) as (client, engine):
+        page = open_page(client.base_url)
+        page.described()
+        page.draw(**{"class": "1"})
+        expect(page.find("#loupe-facts")).to_contain_text("fake")
+        engine.swap([other])
+        page.draw(**{"class": "1"})
+        expect(page.find("#loupe-title")).to_have_text("banjo")
+        expect(page.find("#loupe-facts")).to_contain_text("other")
+        expect(page.find("#facts")).to_contain_text("64 × 64")
+        page.find(".strip").nth(1).locator(".frame").first.click()
+        expect(page.find("#loupe-facts")).to_contain_text("fake")

@@ -48,7 +48,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         version=robuq_core.__version__,
         description="Images from a diffusion transformer with ternary weights and about 2-bit activations.",
         lifespan=lifespan,
-        # Both pages load scripts from elsewhere; /openapi.json and the playground do without.
+        # They load scripts from elsewhere; server.api.web has a page that does not.
         docs_url=None,
         redoc_url=None,
         # They would send clients to whatever host the request names.

@@ -130,7 +130,7 @@ def serve(
     logger.info("stopped", extra={"exit_code": code})
     _flush_or_drop(sys.stdout)
     if not engine.stop(join_timeout_s=0.0):
-        # A step that does not return must not keep the process alive.
+        # A step or a decoder that does not return must not keep the process alive.
         os._exit(code)
     return code
 

@@ -28,6 +28,7 @@ class Delivery:
         self._metrics = ledger.metrics
         self._max_pending = max_pending
         self.pending = 0  # guarded by the ledger's lock, like all of a job
+        self._busy = 0  # threads at work, likewise
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
     @property
@@ -53,16 +54,35 @@ class Delivery:
             job.on_event = None
             logger.warning("a listener failed; it hears no more", exc_info=True, extra={"request_id": job.request_id})
 
+    @property
+    def busy(self) -> bool:
+        """A thread is at work."""
+        return self._busy > 0
+
     def stop(self) -> None:
         """Drop what has not begun."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _submit(self, task: Callable[..., None], *arguments: Any) -> None:
         try:
-            self._pool.submit(task, *arguments)
+            self._pool.submit(self._work, task, arguments)
         except RuntimeError:  # shut down: whoever waited has been told
             if not self._ledger.closed:
                 raise
+
+    def _work(self, task: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        lock = self._ledger.lock
+        with lock:
+            self._busy += 1
+        try:
+            task(*arguments)
+        finally:
+            with lock:
+                had_room = self.has_room
+                self._busy -= 1
+                self.pending -= 1
+                if self.has_room and not had_room:
+                    self._ledger.work.notify_all()
 
     def _deliver(self, job: Job, image: int, row: Any, sampler: StepSampler) -> None:
         ledger = self._ledger
@@ -79,8 +99,6 @@ class Delivery:
                 ledger.complete(job)
         except BaseException as error:  # the pool would keep it to itself, and the client would wait for ever
             ledger.fail(job, error)
-        finally:
-            self._done()
 
     def _preview(self, job: Job, image: int, steps_done: int, estimate: Any, sampler: StepSampler) -> None:
         try:
@@ -91,11 +109,3 @@ class Delivery:
             logger.warning("a preview failed", exc_info=True, extra={"request_id": job.request_id})
         finally:
             job.previews_under_way.discard(image)
-            self._done()
-
-    def _done(self) -> None:
-        with self._ledger.lock:
-            had_room = self.has_room
-            self.pending -= 1
-            if self.has_room and not had_room:
-                self._ledger.work.notify_all()

@@ -241,12 +241,12 @@ class Engine:
                 self._phase = "draining"
 
     def stop(self, join_timeout_s: float = 2.0) -> bool:
-        """Fail what is in flight and end every replica after its present step. Returns whether all have ended."""
+        """Fail what is in flight and end every thread after its present step or image. Returns whether all have."""
         self._end("stopped")
         self._delivery.stop()
         until = time.monotonic() + join_timeout_s
         ended = [replica.join(max(0.0, until - time.monotonic())) for replica in self._replicas]
-        return all(ended) and self._supervisor.join(max(0.0, until - time.monotonic()))
+        return all(ended) and not self._delivery.busy and self._supervisor.join(max(0.0, until - time.monotonic()))
 
     # Inside.
 

@@ -80,7 +80,6 @@ class Supervisor:
             if generation.jobs == 0 and now - generation.retired_at > RELEASE_AFTER_S:
                 generation.release()
                 self.retired.remove(generation)
-                logger.info("released a swapped checkpoint")
 
     def _revive(self, replica: Replica) -> None:
         """Fail what a dead replica had in hand and start it again, unless that has happened too often."""

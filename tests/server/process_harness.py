@@ -52,16 +52,17 @@ def told_address(process: subprocess.Popen[str]) -> str:
     return match.group()
 
 
+def answers(client: httpx.Client, path: str) -> int:
+    """The status that a GET of ``path`` is answered with; 0 while nobody listens."""
+    try:
+        return client.get(path).status_code
+    except httpx.TransportError:
+        return 0
+
+
 def wait_until_ready(client: httpx.Client) -> None:
     """Return when /ready is green."""
-
-    def ready() -> bool:
-        try:
-            return client.get("/ready").status_code == 200
-        except httpx.TransportError:
-            return False
-
-    until(ready)
+    until(lambda: answers(client, "/ready") == 200)
 
 
 @contextmanager

@@ -133,6 +133,18 @@ def test_cancel_while_waiting_and_after_the_end() -> None:
         assert sample(engine, "robuq_requests_total", finished_reason="cancelled") == 0
 
 
+def test_a_future_that_its_client_cancels_hurts_nobody() -> None:
+    sampler = WatchedSampler()
+    with running_engine(sampler) as engine:
+        sampler.hold()
+        jobs = [engine.submit([spec(seed=s)], "png") for s in range(3)]
+        assert not jobs[1].future.cancel()
+        jobs[2].future.add_done_callback(lambda future: 1 / 0)
+        sampler.release()
+        assert [outcome(job) for job in jobs] == [None, None, None]
+        assert outcome(engine.submit([spec()], "png")) is None
+
+
 def test_the_queue_is_bounded_in_images_and_tells_when_to_come_back() -> None:
     sampler = WatchedSampler(step_s=0.01)
     with running_engine(sampler, max_batch_rows=2, max_queue_images=16) as engine:

@@ -9,8 +9,9 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import httpx
 import pytest
-from process_harness import serving, start
+from process_harness import answers, serving, start, told_address
 from serving_harness import WAIT_S, until
 from typer.testing import CliRunner
 
@@ -63,6 +64,33 @@ def test_a_step_that_never_returns_does_not_keep_the_process_alive() -> None:
         process.send_signal(signal.SIGTERM)
         assert running.result().status_code == 503
         assert process.wait(WAIT_S) == 0
+
+
+def test_a_decoder_that_never_returns_does_not_keep_the_process_alive() -> None:
+    hang = """
+import time
+decode = sampler.decode
+sampler.decode = lambda row: time.sleep(600) if row.spec.steps == 3 else decode(row)"""
+    with serving("--drain-timeout-s", "0.2", change=hang) as (process, client), ThreadPoolExecutor(1) as pool:
+        running = pool.submit(client.post, "/generate", json={"class_id": 1, "steps": 3})
+        until(lambda: "robuq_engine_steps_total 3.0" in client.get("/metrics").text)
+        process.send_signal(signal.SIGTERM)
+        assert running.result().status_code == 503
+        assert process.wait(WAIT_S) == 0
+
+
+def test_a_warm_up_that_never_returns_shows_and_does_not_keep_the_process_alive() -> None:
+    process = start("--stall-timeout-s", "0.2", change="import time; sampler.on_step = lambda rows: time.sleep(600)")
+    try:
+        with httpx.Client(base_url=told_address(process), timeout=WAIT_S) as client:
+            until(lambda: answers(client, "/ready") == 503)
+            until(lambda: client.get("/ready").json() == {"status": "stalled"})
+            assert client.get("/health").status_code == 200
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(WAIT_S) == 0
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_a_failed_warm_up_ends_the_process_with_one_line() -> None:

@@ -162,19 +162,24 @@ def plot(series: dict[str, list[Summary]], path: Path, *, title: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    matplotlib.rcParams["svg.hashsalt"] = "robuq"  # equal figures give equal files
+    from matplotlib import pyplot, ticker
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
     for name, summaries in series.items():
         offered = [summary.offered for summary in summaries]
         (line,) = axes.plot(offered, [summary.p99_s for summary in summaries], marker="o", label=f"{name}, p99")
         p50 = [summary.p50_s for summary in summaries]
         axes.plot(offered, p50, marker="o", linestyle="--", color=line.get_color(), label=f"{name}, p50")
     axes.set(xlabel="offered load, requests a second", ylabel="latency, seconds", yscale="log", title=title)
-    axes.grid(visible=True, which="both", alpha=0.25)
-    axes.legend()
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+    axes.grid(visible=True, alpha=0.25)
+    figure.legend(loc="outside right upper", frameon=False)
+    suffix = path.suffix.removeprefix(".")
     with replacing(path) as part:
-        figure.savefig(part, format=path.suffix.removeprefix("."), dpi=150)
+        figure.savefig(part, format=suffix, dpi=150, metadata={"Date": None} if suffix == "svg" else None)
     pyplot.close(figure)
 
 

@@ -16,7 +16,7 @@ import httpx
 from bench.serving.client import closed_loop, run
 from bench.serving.figures import Figure, Scale, require
 from bench.serving.servers import MAX_ROWS, Kind, running
-from loadtest.open_loop import Summary, as_json, http_sender, offer, plot, poisson_arrivals, summarise
+from loadtest.open_loop import Outcome, Summary, as_json, http_sender, offer, plot, poisson_arrivals, summarise
 from loadtest.workload import Workload
 
 LOADS = (0.3, 0.7, 0.95, 1.2)
@@ -34,7 +34,7 @@ class Comparison:
 
     capacity: float
     summaries: dict[Kind, list[Summary]] = field(default_factory=dict)
-    images: dict[tuple[int, int], bytes] = field(default_factory=dict)  # by load and request
+    images: dict[tuple[float, int, int], bytes] = field(default_factory=dict)  # by load, round and request
     compared: int = 0
 
 
@@ -58,48 +58,56 @@ def measure_capacity(seconds: float) -> float:
 
 
 def compare(kinds: Sequence[Kind], scale: Scale) -> Comparison:
-    """Each system at each load in turn, with the same arrivals and the same bodies."""
-    seconds = scale.of(40, 6)
+    """Each system at each load, with the same arrivals and bodies; in short rounds, so that all meet one machine."""
+    seconds, rounds = scale.of(25, 4), scale.count(3, 1)
     comparison = Comparison(measure_capacity(scale.of(30, 6)), {kind: [] for kind in kinds})
-    for number, share in enumerate(LOADS):
-        arrivals = poisson_arrivals(share * comparison.capacity, seconds, seed=number)
-        workload = _workload(number + 1)
-        bodies = [_body(workload) for _ in arrivals]
+    for share in LOADS:
+        outcomes: dict[Kind, list[Outcome]] = {kind: [] for kind in kinds}
+        for turn in range(rounds):
+            arrivals = poisson_arrivals(share * comparison.capacity, seconds, seed=turn)
+            workload = _workload(turn + 1)
+            bodies = [_body(workload) for _ in arrivals]
+            order = [kinds[(turn + i) % len(kinds)] for i in range(len(kinds))]  # none always first
+            for kind in order:
+                with running(kind) as server:
+                    measured, answers = run(_offer(server.url, bodies, arrivals))
+                outcomes[kind] = appended(outcomes[kind], measured)
+                _check(comparison, kind, (share, turn), bodies, answers, workload)
         for kind in kinds:
-            with running(kind) as server:
-                answers = run(_offer(server.url, bodies, arrivals, comparison.summaries[kind], seconds))
-            _check(comparison, kind, number, bodies, answers, workload)
+            comparison.summaries[kind].append(summarise(outcomes[kind], rounds * seconds))
     return comparison
 
 
-async def _offer(
-    url: str, bodies: list[dict[str, Any]], arrivals: Any, summaries: list[Summary], seconds: float
-) -> dict[int, bytes]:
+def appended(before: list[Outcome], measured: list[Outcome]) -> list[Outcome]:
+    """Outcomes of two rounds, the second shifted to begin when the first has ended."""
+    end = max((outcome.ended_s for outcome in before), default=0.0)
+    return before + [Outcome(o.scheduled_s + end, o.sent_s + end, o.ended_s + end, o.status) for o in measured]
+
+
+async def _offer(url: str, bodies: list[dict[str, Any]], arrivals: Any) -> tuple[list[Outcome], dict[int, bytes]]:
     answers: dict[int, bytes] = {}
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=512)
     async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as client:
         warm = http_sender(client, bodies[:8])
         await asyncio.gather(*(warm(i) for i in range(min(8, len(bodies)))))
-        summaries.append(summarise(await offer(http_sender(client, bodies, answers), arrivals), seconds))
-    return answers
+        return await offer(http_sender(client, bodies, answers), arrivals), answers
 
 
 def _check(
     comparison: Comparison,
     kind: Kind,
-    load: int,
+    series: tuple[float, int],
     bodies: list[dict[str, Any]],
     answers: dict[int, bytes],
     workload: Workload,
 ) -> None:
     """Every request is served, and whoever serves it draws the same image."""
-    served = f"{kind} served {len(answers)} of {len(bodies)} requests: {comparison.summaries[kind][-1].statuses}"
-    require(len(answers) == len(bodies), served)
+    require(len(answers) == len(bodies), f"{kind} served {len(answers)} of {len(bodies)} requests")
     for number, answer in answers.items():
         content = json.loads(answer)
         workload.check(bodies[number], content)
         image = base64.b64decode(content["images"][0])
-        first = comparison.images.setdefault((load, number), image)
+        first = comparison.images.setdefault((*series, number), image)
         require(first == image, f"{kind} drew another image of {bodies[number]}")
         comparison.compared += first is not image
 

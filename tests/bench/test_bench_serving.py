@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from loaded_server import fake_server
 
-from bench.serving.arrivals import Comparison, figure
+from bench.serving.arrivals import Comparison, appended, figure
 from bench.serving.client import Connection, closed_loop, run
 from bench.serving.figures import CheckFailed, Figure, require, write
 from bench.serving.http_costs import BODY
@@ -95,3 +95,12 @@ def test_the_command_measures(tmp_path: Path) -> None:
     figures = json.loads((tmp_path / "f.json").read_text())["figures"]
     assert [figure["measure"] for figure in figures] == ["overhead", "ceiling"]
     assert figures[1]["details"]["requests_per_s"] > 10
+
+
+def test_rounds_are_joined_end_to_end() -> None:
+    first = [Outcome(0.0, 0.1, 1.0, 200), Outcome(0.5, 0.5, 3.0, 200)]
+    joined = appended(first, [Outcome(0.2, 0.2, 0.4, 200)])
+    assert joined[:2] == first
+    assert joined[2] == Outcome(3.2, 3.2, 3.4, 200)
+    assert [outcome.latency_s for outcome in joined] == pytest.approx([1.0, 2.5, 0.2])
+    assert summarise(joined, 2.0).served == pytest.approx(3 / 3.4)

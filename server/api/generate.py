@@ -19,7 +19,7 @@ from server.api.negotiation import choose_media_type
 from server.api.order import Order, make_order
 from server.api.responses import documented, documented_headers, result_headers, stream_headers
 from server.api.schemas import GenerateRequest, GenerateResponse
-from server.api.streaming import COMPLETED, EVENT_STREAM, PARTIAL_IMAGE, STEP, stream_response
+from server.api.streaming import COMPLETED, DOCUMENTED_EVENTS, EVENT_STREAM, PARTIAL_IMAGE, STEP, stream_response
 from server.engine import IMAGE_FORMATS, Event, Preview, Result
 
 JSON = "application/json"
@@ -107,8 +107,7 @@ def generate_router(intake: Intake) -> APIRouter:
         200: {
             "description": "The images; a raw file if Accept asks for one, events if stream is true.",
             "model": GenerateResponse,
-            "content": {f"image/{name}": binary for name in IMAGE_FORMATS}
-            | {EVENT_STREAM: {"schema": {"type": "string"}}},
+            "content": {f"image/{name}": binary for name in IMAGE_FORMATS} | DOCUMENTED_EVENTS,
             "headers": documented_headers(),
         }
     }

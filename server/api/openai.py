@@ -26,7 +26,7 @@ from server.api.openai_schemas import (
 )
 from server.api.order import Order, make_order
 from server.api.responses import documented, documented_headers, result_headers, stream_headers
-from server.api.streaming import COMPLETED, EVENT_STREAM, PARTIAL_IMAGE, stream_response
+from server.api.streaming import COMPLETED, DOCUMENTED_EVENTS, PARTIAL_IMAGE, stream_response
 from server.engine import Event, Preview, Result
 
 JSON = "application/json"
@@ -141,7 +141,7 @@ def openai_router(intake: Intake) -> APIRouter:
         200: {
             "description": "The images, or events if stream is true.",
             "model": ImagesResponse,
-            "content": {EVENT_STREAM: {"schema": {"type": "string"}}},
+            "content": DOCUMENTED_EVENTS,
             "headers": documented_headers(),
         }
     }

@@ -23,6 +23,19 @@ COMPLETED = "image_generation.completed"
 ERROR = "error"
 
 EVENT_STREAM = "text/event-stream"
+# What OpenAPI 3.2 calls the schema of one event.
+DOCUMENTED_EVENTS = {
+    EVENT_STREAM: {
+        "itemSchema": {
+            "type": "object",
+            "properties": {
+                "event": {"type": "string", "enum": [STEP, PARTIAL_IMAGE, COMPLETED, ERROR]},
+                "data": {"type": "string", "contentMediaType": "application/json"},
+            },
+            "required": ["event", "data"],
+        }
+    }
+}
 # A comment line, before proxies take the silence of a queue for a dead connection.
 HEARTBEAT_S = 10.0
 

@@ -48,3 +48,11 @@ def test_answers_conform(client: httpx.Client, method: str, path: str, mode: Gen
             case.validate_response(response, excluded_checks=[positive_data_acceptance])
 
     check()
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [("/generate", {"class_id": 1}), ("/v1/images/generations", {"prompt": "1"})]
+)
+def test_streams_conform(client: httpx.Client, path: str, body: dict[str, Any]) -> None:
+    case = SCHEMA[path]["POST"].Case(body=body | {"stream": True}, media_type="application/json")
+    case.call_and_validate(base_url=str(client.base_url))

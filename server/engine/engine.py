@@ -277,11 +277,14 @@ class Engine:
             self._ledger.work.notify_all()
         for warm_up in warm_ups:
             while not warm_up.wait(0.1):
-                if self._ledger.closed:
-                    warm_up.fail(NotReady(self._phase))
-        failures = [warm_up.failure for warm_up in warm_ups if warm_up.failure is not None]
-        if failures:
-            raise failures[0]
+                status = self.status
+                # At the start a stall may pass, and nobody is served meanwhile; a swap has somewhere to go back to.
+                if self._ledger.closed or (status == "stalled" and generation is not self._generation):
+                    warm_up.fail(NotReady(status))
+            if warm_up.failure is not None:
+                for other in warm_ups:
+                    other.fail(warm_up.failure)
+                raise warm_up.failure
 
     def _serve(self, generation: Generation) -> None:
         for replica in self._replicas:
@@ -317,9 +320,5 @@ class Engine:
 
     def _seconds_until_free_locked(self, images: int) -> float:
         """When ``images`` more will have left the queue, by the measured rows a second of all replicas."""
-        rows_per_s = 0.0
-        for replica in self._replicas:
-            rows = replica.stepper.budget.rows
-            seconds = 0.0 if replica.curve is None or replica.stalled else replica.curve.seconds(rows)
-            rows_per_s += rows / seconds if seconds else 0.0
+        rows_per_s = sum(replica.rows_per_s_locked for replica in self._replicas)
         return min(MAX_RETRY_AFTER_S, images * self._ledger.mean_image_cost / rows_per_s) if rows_per_s else 1.0

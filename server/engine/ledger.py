@@ -33,18 +33,14 @@ class Ledger:
         self.jobs: dict[int, Job] = {}
         self.changes = 0  # of which images are to be stepped
         self.rows_to_step = 0  # rows of the model in the next step, if all images were in it
-        self._images = 0  # of all jobs in flight
+        self.images_to_step = 0  # that have a step to make
+        self.images = 0  # of all jobs in flight
         self._cost = 0  # rows times steps of all jobs in flight
 
     @property
     def mean_image_cost(self) -> float:
         """Rows of the model times steps of an image, over the requests in flight."""
-        return self._cost / max(1, self._images)
-
-    @property
-    def images(self) -> int:
-        """Images of all jobs in flight."""
-        return self._images
+        return self._cost / max(1, self.images)
 
     def open_locked(self, job: Job, client: str, priority: int) -> None:
         """Queue a job, or raise :class:`server.scheduler.QueueFull`."""
@@ -64,7 +60,8 @@ class Ledger:
         self.changes += 1
         job.generation.jobs += 1
         self.rows_to_step += len(job.specs) * job.rows_per_image
-        self._images += len(job.specs)
+        self.images_to_step += len(job.specs)
+        self.images += len(job.specs)
         self._cost += job.cost
         self.work.notify(len(job.specs))
         if job.deadline < self.alarm_at:
@@ -74,8 +71,12 @@ class Ledger:
         """Image ``image`` has made its last step."""
         self.scheduler.finish(RowKey(job.id, image))
         self.changes += 1
-        job.images_to_step -= 1
-        self.rows_to_step -= job.rows_per_image
+        self._leave_locked(job, 1)
+
+    def _leave_locked(self, job: Job, images: int) -> None:
+        job.images_to_step -= images
+        self.images_to_step -= images
+        self.rows_to_step -= images * job.rows_per_image
 
     def late_locked(self, now: float) -> list[Job]:
         """The jobs past their deadlines, whether they wait, run, or have only their decoding left."""
@@ -135,9 +136,8 @@ class Ledger:
                 return False
             self.scheduler.cancel(job.id)
             self.changes += 1
-            self.rows_to_step -= job.images_to_step * job.rows_per_image
-            job.images_to_step = 0
-            self._images -= len(job.specs)
+            self._leave_locked(job, job.images_to_step)
+            self.images -= len(job.specs)
             self._cost -= job.cost
             job.generation.jobs -= 1
             if job.generation.retired_at is not None and job.generation.jobs == 0:

@@ -87,6 +87,13 @@ class Replica:
         """Those with a row in the step under way."""
         return [job for part in self._parts for job, _ in part.images] if self._stepping else []
 
+    @property
+    def rows_per_s_locked(self) -> float:
+        """Rows of the model a second in full batches, as measured; 0 when it does not move."""
+        rows = self._affordable_rows_locked()
+        seconds = 0.0 if self.curve is None or self.stalled else self.curve.seconds(rows)
+        return rows / seconds if seconds else 0.0
+
     def start(self) -> None:
         """Begin, or begin again after a death."""
         self.death = None
@@ -151,14 +158,20 @@ class Replica:
 
     def _max_rows_locked(self) -> int:
         """Rows of the model that this replica's batch may have."""
-        scheduler = self._ledger.scheduler
-        rows = self.stepper.budget.rows
+        ledger = self._ledger
+        rows = self._affordable_rows_locked() if ledger.scheduler.waiting_images else self.stepper.budget.rows
         if self.peers > 1:
-            # An image that waits is better off on a replica that has less to do.
-            rows = min(rows, math.ceil(self._ledger.rows_to_step / self.peers))
-        if self._target_step_s is not None and scheduler.waiting_images and self.curve is not None:
-            rows = self.curve.rows_within(self._target_step_s, rows)
+            # An image that waits is better off on a replica that has less to do. Where images take two rows, a share
+            # that is odd would leave one out.
+            share = math.ceil(ledger.rows_to_step / self.peers)
+            rows = min(rows, share + (ledger.rows_to_step > ledger.images_to_step))
         return rows
+
+    def _affordable_rows_locked(self) -> int:
+        rows = self.stepper.budget.rows
+        if self._target_step_s is None or self.curve is None:
+            return rows
+        return self.curve.rows_within(self._target_step_s, rows)
 
     def _divide(self, images: list[tuple[Job, int]]) -> list[_Part]:
         parts: dict[int, _Part] = {}
@@ -257,7 +270,8 @@ class Replica:
 
     def _warm_up(self, warm_up: WarmUp) -> None:
         try:
-            warm_up.advance(self.stepper)
+            if not warm_up.ended:  # not given up meanwhile
+                warm_up.advance(self.stepper)
         except Exception as error:
             warm_up.fail(error)
         if warm_up.ended:

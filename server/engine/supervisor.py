@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -60,6 +61,7 @@ class Supervisor:
                 self._share_work()
             except Exception:
                 logger.exception("the supervisor met an error; it goes on")
+                time.sleep(POLL_S)
 
     def _late_jobs(self) -> list[Job]:
         """Wait until something may be amiss; the jobs past their deadlines, if it is that."""

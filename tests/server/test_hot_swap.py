@@ -154,6 +154,20 @@ def test_a_swap_needs_a_serving_engine_and_a_sampler_a_replica() -> None:
         engine.swap([Checkpoint(2)])
 
 
+def test_a_model_that_hangs_in_its_warm_up_is_given_up() -> None:
+    old, hanging = Checkpoint(1), Checkpoint(2)
+    with running_engine(old, stall_timeout_s=0.1) as engine:
+        hanging.hold()
+        with pytest.raises(NotReady, match="stalled"):
+            engine.swap([hanging])
+        hanging.release()
+        until(lambda: engine.status == "ready")
+        assert engine.sampler is old
+        assert outcome(engine.submit([spec()], "png")) is None
+        assert len(hanging.batches) <= 2  # the first size's; the second one was not run any more
+        engine.swap([Checkpoint(3)])
+
+
 def test_stopping_ends_a_swap() -> None:
     old, slow = Checkpoint(1), Checkpoint(2)
     with running_engine(old) as engine, ThreadPoolExecutor(1) as pool:

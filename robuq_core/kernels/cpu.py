@@ -28,29 +28,37 @@ Isa = Literal["avx2", "plain"]
 ISA_VARIABLE = "ROBUQ_CPU_ISA"
 
 # The native side's enumerations (native/robuq.h) and the number of its interface (native/module.c).
-_INTERFACE = 2
+_INTERFACE = 3
 _ISA_CODE: Mapping[Isa, int] = {"plain": 0, "avx2": 1}
-_NO_PROLOGUE, _MODULATE, _GELU, _SILU = range(4)
+_NO_PROLOGUE, _MODULATE = range(2)
+_ACTIVATIONS = {"gelu": 2, "silu": 3}
 
 _INT, _SIZE, _FLOAT, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _SIGNATURES = {
-    # backend; x, rows, K; signs, H_base, base; prologue, shift, scale, rows per image, eps; B, r;
-    # step per mean|x|, midrise, lowest code, highest code; codes, scales, low rank
+    # backend, layer; x, rows; prologue, shift, its stride, scale, its stride, rows per image, eps; codes, scales,
+    # low rank
     "robuq_rotate_quantize": [
-        *(_POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _SIZE),
-        *(_INT, _POINTER, _POINTER, _SIZE, _FLOAT, _POINTER, _SIZE),
-        *(_FLOAT, _INT, _INT, _INT, _POINTER, _POINTER, _POINTER),
+        *(_POINTER, _POINTER, _POINTER, _SIZE, _INT, _POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _FLOAT),
+        *(_POINTER, _POINTER, _POINTER),
     ],
-    # backend; codes, scales, low rank, rows, K; planar, alpha, bias, A, N, r; max |code|; y
-    "robuq_ternary_linear": [
-        *(_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE),
-        *(_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _INT, _POINTER),
-    ],
+    # backend, layer; codes, scales, low rank, rows; y
+    "robuq_ternary_linear": [_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _POINTER],
     # backend; qkv, images, L, D, heads; quantized; out
     "robuq_attention": [_POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _SIZE, _INT, _POINTER],
     # backend; x, weight, bias, rows, K, N; y
     "robuq_linear": [_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER],
 }
+
+
+class _LayerStruct(ctypes.Structure):
+    """``struct layer`` of native/robuq.h."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("planar", "alpha", "bias", "signs", "lowrank_a", "lowrank_b", "base_matrix")),
+        *((name, _SIZE) for name in ("width", "channels", "rank", "base", "max_code")),
+        ("step_factor", _FLOAT),
+        *((name, ctypes.c_int32) for name in ("midrise", "lowest", "highest")),
+    )
 
 
 class NativeUnavailableError(UserError, RuntimeError):
@@ -121,6 +129,51 @@ def _check(tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
+def _check_rows(tensor: Tensor, name: str, shape: tuple[int, int]) -> Tensor:
+    """``tensor``, each row contiguous; rows may lie apart."""
+    if tensor.shape == shape and tensor.stride(1) == 1 and tensor.dtype is torch.float32 and tensor.is_cpu:
+        return tensor
+    return _check(tensor, name, shape)
+
+
+class _NativeLayer:
+    """A layer's tensors, checked once, and the struct that points at them."""
+
+    def __init__(self, layer: TernaryLayer) -> None:
+        inputs, outputs, rank, bits = layer.in_features, layer.out_features, layer.rank, layer.bits
+        midrise = is_midrise(bits, layer.grid)
+        top = 2**bits - 1 if midrise else 2 ** (bits - 1) - 1
+        base = _base_matrix(inputs)
+        self._tensors = (
+            _check(layer.planar, "planar", (outputs, planar_width(inputs)), torch.uint8),
+            _check(layer.alpha, "alpha", (outputs,)),
+            _check(layer.bias, "bias", (outputs,)),
+            _check(layer.signs, "signs", (inputs,)),
+            _check(layer.lowrank_a, "lowrank_a", (outputs, rank)),
+            _check(layer.lowrank_b, "lowrank_b", (rank, inputs)),
+            base,
+        )
+        self._struct = _LayerStruct(
+            *(tensor.data_ptr() for tensor in self._tensors),
+            *(inputs, outputs, rank, base.shape[0], min(2**bits - 1, 128)),
+            *(SIGMA_PER_MEAN_ABS * GAUSSIAN_STEP[bits], midrise, -top if midrise else -top - 1, top),
+        )
+        self.address = ctypes.addressof(self._struct)
+        self.inputs, self.outputs, self.rank = inputs, outputs, rank
+
+
+# By id of the layer, for as long as it lives. Weights do not move, so an op need not look at them again.
+_NATIVE_LAYERS: dict[int, _NativeLayer] = {}
+
+
+def _native_layer(layer: TernaryLayer) -> _NativeLayer:
+    native = _NATIVE_LAYERS.get(id(layer))
+    if native is None:
+        native = _NATIVE_LAYERS[id(layer)] = _NativeLayer(layer)
+        weakref.finalize(layer, _NATIVE_LAYERS.pop, id(layer), None).atexit = False
+    return native
+
+
 class CpuBackend:
     """See :class:`robuq_core.kernels.ops.Backend`.
 
@@ -154,57 +207,51 @@ class CpuBackend:
     def __reduce__(self) -> tuple[type[CpuBackend], tuple[int, Isa]]:
         return type(self), (self.threads, self.isa)  # a copy has its own pool
 
-    def _call(self, function: str, *arguments: object) -> None:
-        values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-        if getattr(self._library, function)(self._handle, *values):
-            raise MemoryError(f"{function}: no memory for its working buffers")
+    def _raise(self, op: str) -> None:
+        raise MemoryError(f"{op}: no memory for its working buffers")
 
     def rotate_quantize(self, x: Tensor, layer: TernaryLayer, prologue: Prologue = None) -> Quantized:
-        rows, width, rank = x.shape[0], layer.in_features, layer.rank
+        native = _native_layer(layer)
+        rows, width = x.shape[0], native.inputs
         x = _check(x, "x", (rows, width))
-        signs = _check(layer.signs, "signs", (width,))
-        lowrank_b = _check(layer.lowrank_b, "lowrank_b", (rank, width))
-        kind, shift, scale, rows_per_image, eps = _NO_PROLOGUE, None, None, 1, 0.0
+        codes = torch.empty(rows, width, dtype=torch.int8)
+        scales, lowrank = torch.empty(rows), torch.empty(rows, native.rank)
+        if self._library.robuq_rotate_quantize(
+            *(self._handle, native.address, x.data_ptr(), rows),
+            *self._prologue(prologue, rows, width),
+            *(codes.data_ptr(), scales.data_ptr(), lowrank.data_ptr()),
+        ):
+            self._raise("rotate_quantize")
+        return Quantized(codes, scales, lowrank)
+
+    def _prologue(self, prologue: Prologue, rows: int, width: int) -> tuple[object, ...]:
+        """Its arguments of ``robuq_rotate_quantize``. Shifts and scales may be slices of a wider table."""
         if isinstance(prologue, Modulation):
             images = prologue.shift.shape[0]
             if images == 0 or rows % images:
                 raise ValueError(f"{rows} rows do not divide among {images} images")
-            shift = _check(prologue.shift, "shift", (images, width))
-            scale = _check(prologue.scale, "scale", (images, width))
-            kind, rows_per_image, eps = _MODULATE, max(rows // images, 1), prologue.eps
-        elif prologue is not None:
-            if prologue not in ("gelu", "silu"):
-                raise ValueError(f"prologue must be a Modulation, 'gelu', 'silu' or None, not {prologue!r}")
-            kind = _GELU if prologue == "gelu" else _SILU
-        midrise = is_midrise(layer.bits, layer.grid)
-        top = 2**layer.bits - 1 if midrise else 2 ** (layer.bits - 1) - 1
-        bottom = -top if midrise else -top - 1
-        base = _base_matrix(width)
-        codes = torch.empty(rows, width, dtype=torch.int8)
-        scales, lowrank = torch.empty(rows), torch.empty(rows, rank)
-        self._call(
-            "robuq_rotate_quantize",
-            *(x, rows, width, signs, base, base.shape[0]),
-            *(kind, shift, scale, rows_per_image, eps, lowrank_b, rank),
-            *(SIGMA_PER_MEAN_ABS * GAUSSIAN_STEP[layer.bits], midrise, bottom, top, codes, scales, lowrank),
-        )
-        return Quantized(codes, scales, lowrank)
+            shift = _check_rows(prologue.shift, "shift", (images, width))
+            scale = _check_rows(prologue.scale, "scale", (images, width))
+            pointers = shift.data_ptr(), shift.stride(0), scale.data_ptr(), scale.stride(0)
+            return _MODULATE, *pointers, max(rows // images, 1), prologue.eps
+        if prologue is None:
+            return _NO_PROLOGUE, None, 0, None, 0, 1, 0.0
+        if prologue not in _ACTIVATIONS:
+            raise ValueError(f"prologue must be a Modulation, 'gelu', 'silu' or None, not {prologue!r}")
+        return _ACTIVATIONS[prologue], None, 0, None, 0, 1, 0.0
 
     def ternary_linear(self, x: Quantized, layer: TernaryLayer) -> Tensor:
-        rows, width, outputs, rank = x.codes.shape[0], layer.in_features, layer.out_features, layer.rank
-        y = torch.empty(rows, outputs)
-        self._call(
-            "robuq_ternary_linear",
-            _check(x.codes, "codes", (rows, width), torch.int8),
-            _check(x.scales, "scales", (rows,)),
-            _check(x.lowrank, "lowrank", (rows, rank)),
-            *(rows, width),
-            _check(layer.planar, "planar", (outputs, planar_width(width)), torch.uint8),
-            _check(layer.alpha, "alpha", (outputs,)),
-            _check(layer.bias, "bias", (outputs,)),
-            _check(layer.lowrank_a, "lowrank_a", (outputs, rank)),
-            *(outputs, rank, min(2**layer.bits - 1, 128), y),
-        )
+        native = _native_layer(layer)
+        rows = x.codes.shape[0]
+        codes = _check(x.codes, "codes", (rows, native.inputs), torch.int8)
+        scales = _check(x.scales, "scales", (rows,))
+        lowrank = _check(x.lowrank, "lowrank", (rows, native.rank))
+        y = torch.empty(rows, native.outputs)
+        if self._library.robuq_ternary_linear(
+            *(self._handle, native.address, codes.data_ptr(), scales.data_ptr(), lowrank.data_ptr(), rows),
+            y.data_ptr(),
+        ):
+            self._raise("ternary_linear")
         return y
 
     def attention(self, qkv: Tensor, num_heads: int, quantized: bool) -> Tensor:
@@ -214,17 +261,20 @@ class CpuBackend:
             raise ValueError(f"qkv of width {triple} does not split into q, k, v of {num_heads} heads")
         out = torch.empty(images, length, width)
         qkv = _check(qkv, "qkv", (images, length, triple))
-        self._call("robuq_attention", qkv, images, length, width, num_heads, quantized, out)
+        if self._library.robuq_attention(
+            *(self._handle, qkv.data_ptr(), images, length, width, num_heads, quantized), out.data_ptr()
+        ):
+            self._raise("attention")
         return out
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         rows, width, outputs = x.shape[0], weight.shape[1], weight.shape[0]
+        x = _check(x, "x", (rows, width))
+        weight = _check(weight, "weight", (outputs, width))
+        bias = _check(bias, "bias", (outputs,))
         y = torch.empty(rows, outputs)
-        self._call(
-            "robuq_linear",
-            _check(x, "x", (rows, width)),
-            _check(weight, "weight", (outputs, width)),
-            _check(bias, "bias", (outputs,)),
-            *(rows, width, outputs, y),
-        )
+        if self._library.robuq_linear(
+            *(self._handle, x.data_ptr(), weight.data_ptr(), bias.data_ptr(), rows, width, outputs), y.data_ptr()
+        ):
+            self._raise("linear")
         return y

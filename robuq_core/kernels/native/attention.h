@@ -130,7 +130,9 @@ INLINE void attend(const struct attention_job *job, int64_t task, char *scratch,
     for (int64_t first = 0; first < length; first += QUERY_ROWS) {
         const int64_t rows = min64(QUERY_ROWS, length - first);
         if (quantized) int_dot_block(b.q + first * padded_dim, rows, b.k, length, padded_dim, b.products, length);
-        else dot_block(q + first * stride, stride, rows, k, stride, length, dim, NULL, b.logits, padded_length);
+        else dot_block(&(struct dot_job){
+            .x = q + first * stride, .x_stride = stride, .rows = rows, .w = k, .w_stride = stride, .columns = length,
+            .width = dim, .out = b.logits, .out_stride = padded_length});
         for (int64_t i = 0; i < rows; i++) {
             float *p = b.logits + i * padded_length;
             if (quantized) {
@@ -153,8 +155,9 @@ INLINE void attend(const struct attention_job *job, int64_t task, char *scratch,
                 for (int64_t d = 0; d < dim; d++)
                     out[(first + i) * job->width + d] = (float)b.products[i * dim + d] * scale;
         } else {
-            dot_block(b.logits, padded_length, rows, b.v, padded_length, dim, padded_length, NULL,
-                      out + first * job->width, job->width);
+            dot_block(&(struct dot_job){
+                .x = b.logits, .x_stride = padded_length, .rows = rows, .w = b.v, .w_stride = padded_length,
+                .columns = dim, .width = padded_length, .out = out + first * job->width, .out_stride = job->width});
         }
     }
 }

@@ -2,46 +2,101 @@
  *
  * Each element is one chain of eight lanes down the width, then one sum of the lanes, whatever tile computes it. */
 
-enum { DOT_ROWS = 3, DOT_COLUMNS = 4 };
+enum { DOT_SUMS = 12 /* of a tile: they and their operands fill the registers */ };
 
-INLINE void dot_tile(const float *const x[DOT_ROWS], const float *const w[DOT_COLUMNS], int64_t width,
-                     float out[DOT_ROWS][DOT_COLUMNS]) {
-    v8 sum[DOT_ROWS][DOT_COLUMNS] = {0};
-    const int64_t whole = width / LANES * LANES;
-    for (int64_t k = 0; k < whole; k += LANES) {
+/* sums[i][j] += lanes of x_i * w_j; beyond the last row of either, the last again. */
+INLINE void dot_sums(const float *x, int64_t x_stride, int64_t x_last, const float *w, int64_t w_stride,
+                     int64_t w_last, int64_t width, v8 *sums, const int rows, const int columns) {
+    const float *x_rows[6], *w_rows[4];
+    for (int i = 0; i < rows; i++) x_rows[i] = x + min64(i, x_last) * x_stride;
+    for (int j = 0; j < columns; j++) w_rows[j] = w + min64(j, w_last) * w_stride;
+    int64_t k = 0;
+    for (; k + LANES <= width; k += LANES) {
+        if (rows < columns) {
+            v8 xk[6];
+#pragma GCC unroll 6
+            for (int i = 0; i < rows; i++) xk[i] = load(x_rows[i] + k);
 #pragma GCC unroll 4
-        for (int j = 0; j < DOT_COLUMNS; j++) {
-            const v8 wk = load(w[j] + k);
-#pragma GCC unroll 3
-            for (int i = 0; i < DOT_ROWS; i++) sum[i][j] = fmadd(load(x[i] + k), wk, sum[i][j]);
+            for (int j = 0; j < columns; j++) {
+                const v8 wk = load_once(w_rows[j] + k);
+#pragma GCC unroll 6
+                for (int i = 0; i < rows; i++) sums[i * columns + j] = fmadd(xk[i], wk, sums[i * columns + j]);
+            }
+        } else {
+            v8 wk[4];
+#pragma GCC unroll 4
+            for (int j = 0; j < columns; j++) wk[j] = load(w_rows[j] + k);
+#pragma GCC unroll 6
+            for (int i = 0; i < rows; i++) {
+                const v8 xk = load_once(x_rows[i] + k);
+#pragma GCC unroll 4
+                for (int j = 0; j < columns; j++) sums[i * columns + j] = fmadd(xk, wk[j], sums[i * columns + j]);
+            }
         }
     }
-    if (whole < width) {
-        for (int j = 0; j < DOT_COLUMNS; j++)
-            for (int i = 0; i < DOT_ROWS; i++)
-                sum[i][j] = fmadd(load_part(x[i] + whole, width - whole), load_part(w[j] + whole, width - whole),
-                                  sum[i][j]);
-    }
-    for (int i = 0; i < DOT_ROWS; i++)
-        for (int j = 0; j < DOT_COLUMNS; j++) out[i][j] = vsum(sum[i][j]);
+    if (k == width) return;
+#pragma GCC unroll 6
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < columns; j++)
+            sums[i * columns + j] = fmadd(load_part(x_rows[i] + k, width - k), load_part(w_rows[j] + k, width - k),
+                                          sums[i * columns + j]);
 }
 
-/* `rows` rows of x by `columns` rows of w; at the edges a tile repeats its last row and drops the result. */
-FN void dot_block(const float *x, int64_t x_stride, int64_t rows, const float *w, int64_t w_stride, int64_t columns,
-                  int64_t width, const float *bias, float *out, int64_t out_stride) {
-    for (int64_t j0 = 0; j0 < columns; j0 += DOT_COLUMNS) {
-        const float *w_rows[DOT_COLUMNS];
-        for (int j = 0; j < DOT_COLUMNS; j++) w_rows[j] = w + min64(j0 + j, columns - 1) * w_stride;
-        for (int64_t i0 = 0; i0 < rows; i0 += DOT_ROWS) {
-            const float *x_rows[DOT_ROWS];
-            for (int i = 0; i < DOT_ROWS; i++) x_rows[i] = x + min64(i0 + i, rows - 1) * x_stride;
-            float tile[DOT_ROWS][DOT_COLUMNS];
-            dot_tile(x_rows, w_rows, width, tile);
-            for (int i = 0; i < DOT_ROWS && i0 + i < rows; i++)
-                for (int j = 0; j < DOT_COLUMNS && j0 + j < columns; j++)
-                    out[(i0 + i) * out_stride + j0 + j] = tile[i][j] + (bias ? bias[j0 + j] : 0.0f);
+struct dot_job {
+    const float *x, *w, *bias;  /* [rows, width], [columns, width], [columns] or NULL */
+    int64_t x_stride, w_stride, rows, columns, width;
+    float *out;                 /* [rows, columns] */
+    int64_t out_stride;
+    v8 *kept;                   /* work, dot_kept() vectors: wider rows go slice by slice. NULL: they do not */
+};
+
+enum { DOT_SLICE = 256 };       /* of a dozen rows of x and four of w: half a level-1 cache */
+
+static inline int64_t dot_kept(int64_t rows, int64_t columns) { return round_up(rows, 12) * round_up(columns, 12); }
+
+/* At the edges a tile repeats its last row and drops the result. */
+INLINE void dot_tiles(const struct dot_job *job, const int rows, const int columns) {
+    const int64_t slice = job->kept ? DOT_SLICE : job->width;
+    for (int64_t at = 0; at < job->width; at += slice) {
+        const int64_t count = min64(slice, job->width - at);
+        v8 *kept = job->kept;
+        for (int64_t j0 = 0; j0 < job->columns; j0 += columns) {
+            for (int64_t i0 = 0; i0 < job->rows; i0 += rows) {
+                v8 sums[DOT_SUMS];
+#pragma GCC unroll 12
+                for (int s = 0; s < DOT_SUMS; s++) sums[s] = at ? kept[s] : splat(0);
+                dot_sums(job->x + i0 * job->x_stride + at, job->x_stride, job->rows - 1 - i0,
+                         job->w + j0 * job->w_stride + at, job->w_stride, job->columns - 1 - j0, count, sums, rows,
+                         columns);
+                if (at + count < job->width) {
+#pragma GCC unroll 12
+                    for (int s = 0; s < DOT_SUMS; s++) kept[s] = sums[s];
+                    kept += DOT_SUMS;
+                    continue;
+                }
+                if (kept) kept += DOT_SUMS;
+                float tile[DOT_SUMS];
+#pragma GCC unroll 3
+                for (int s = 0; s < DOT_SUMS; s += 4) vsum4(sums + s, tile + s);
+                for (int i = 0; i < rows && i0 + i < job->rows; i++)
+                    for (int j = 0; j < columns && j0 + j < job->columns; j++)
+                        job->out[(i0 + i) * job->out_stride + j0 + j] =
+                            tile[i * columns + j] + (job->bias ? job->bias[j0 + j] : 0.0f);
+            }
         }
     }
+}
+
+/* The tile shape that needs fewest tiles. Two columns are preferred: columns a power of two apart share the sets of a
+ * level-1 cache. */
+FN void dot_block(const struct dot_job *job) {
+    const int64_t tall = ceil_div(job->rows, 6) * ceil_div(job->columns, 2);
+    const int64_t even = ceil_div(job->rows, 4) * ceil_div(job->columns, 3);
+    const int64_t wide = ceil_div(job->rows, 3) * ceil_div(job->columns, 4);
+    if (tall <= even && tall <= wide) dot_tiles(job, 6, 2);
+    else if (even <= wide) dot_tiles(job, 4, 3);
+    else dot_tiles(job, 3, 4);
 }
 
 FN void linear_task(const void *argument, int64_t task, char *scratch) {
@@ -49,7 +104,11 @@ FN void linear_task(const void *argument, int64_t task, char *scratch) {
     (void)scratch;
     const int64_t row_blocks = ceil_div(job->rows, LINEAR_ROWS);
     const int64_t row = task % row_blocks * LINEAR_ROWS, channel = task / row_blocks * LINEAR_CHANNELS;
-    dot_block(job->x + row * job->width, job->width, min64(LINEAR_ROWS, job->rows - row),
-              job->weight + channel * job->width, job->width, min64(LINEAR_CHANNELS, job->channels - channel),
-              job->width, job->bias + channel, job->y + row * job->channels + channel, job->channels);
+    const struct dot_job block = {
+        .x = job->x + row * job->width, .x_stride = job->width, .rows = min64(LINEAR_ROWS, job->rows - row),
+        .w = job->weight + channel * job->width, .w_stride = job->width,
+        .columns = min64(LINEAR_CHANNELS, job->channels - channel), .width = job->width,
+        .bias = job->bias + channel, .out = job->y + row * job->channels + channel, .out_stride = job->channels,
+    };
+    dot_block(&block);
 }

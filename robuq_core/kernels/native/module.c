@@ -13,7 +13,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 /* One more whenever an argument list changes: cpu.py refuses a library built from other source than its own. */
-EXPORT int robuq_interface(void) { return 2; }
+EXPORT int robuq_interface(void) { return 3; }
 
 EXPORT int robuq_has_avx2(void) {
 #if defined(__x86_64__)
@@ -56,23 +56,30 @@ EXPORT void robuq_close(void *backend) {
 }
 
 EXPORT int robuq_rotate_quantize(
-    const struct backend *backend, const float *x, int64_t rows, int64_t width, const float *signs, const float *base_matrix,
-    int64_t base, int prologue, const float *shift, const float *scale, int64_t rows_per_image, float eps,
-    const float *lowrank_b, int64_t rank, float step_factor, int midrise, int lowest, int highest, int8_t *codes,
-    float *scales, float *lowrank) {
+    const struct backend *backend, const struct layer *layer, const float *x, int64_t rows, int prologue,
+    const float *shift, int64_t shift_stride, const float *scale, int64_t scale_stride, int64_t rows_per_image,
+    float eps, int8_t *codes, float *scales, float *lowrank) {
+    if (rows == 0) return 0;
+    const float half_range = (float)(layer->highest + 1) / 2; /* mid-rise: cells -half_range .. half_range - 1 */
     const struct rotate_job job = {
-        x, rows, width, signs, base_matrix, base, width / base, prologue, shift, scale, rows_per_image, eps,
-        lowrank_b, rank, step_factor, midrise, (float)lowest, (float)highest, codes, scales, lowrank,
+        .layer = layer, .x = x, .rows = rows, .prologue = prologue, .shift = shift, .shift_stride = shift_stride,
+        .scale = scale, .scale_stride = scale_stride, .rows_per_image = rows_per_image, .eps = eps,
+        .normalisation = (float)(1.0 / sqrt((double)layer->width)),
+        .lowest = layer->midrise ? -half_range : (float)layer->lowest,
+        .highest = layer->midrise ? nextafterf(half_range, 0) : (float)layer->highest,
+        .block_rows = min64(ROTATE_ROWS, ceil_div(rows, backend->threads)),
+        .codes = codes, .scales = scales, .lowrank = lowrank,
     };
-    const size_t scratch = ROTATE_ROWS * (size_t)round_up(width, 16) * sizeof(float);
-    return pool_run(backend->pool, ceil_div(rows, ROTATE_ROWS), scratch, backend->tasks->rotate_quantize, &job);
+    struct rotate_buffers unused;
+    const size_t scratch = rotate_carve(NULL, &job, &unused);
+    return pool_run(backend->pool, ceil_div(rows, job.block_rows), scratch, backend->tasks->rotate_quantize, &job);
 }
 
 /* The cut into row and channel blocks that takes the busiest thread least time: a panel costs its rows, decoding it
  * about DECODE_ROWS more, and laying out a row's operands about a panel. */
 static void plan_blocks(struct ternary_job *job, int threads) {
     enum { MOST_ROWS = 96, DECODE_ROWS = 4, CANDIDATES = 6, KEPT_PANELS = 18 };
-    const int64_t fewest = ceil_div(job->rows, MOST_ROWS), panels = ceil_div(job->channels, PANEL);
+    const int64_t fewest = ceil_div(job->rows, MOST_ROWS), panels = ceil_div(job->layer->channels, PANEL);
     /* Where the products of all panels wait for the last slice, they should fit a level-2 cache. */
     const int64_t most_panels = job->slice_groups * GROUP < job->padded_width ? KEPT_PANELS : panels;
     int64_t best = INT64_MAX;
@@ -95,34 +102,33 @@ static void plan_blocks(struct ternary_job *job, int threads) {
 static void plan_ternary(struct ternary_job *job, int lookup, int threads) {
     enum { MOST_GROUPS = 9 };
     /* Table entries of up to 4 max_code add up in 16 bits over a slice. */
-    const int64_t most_groups = lookup ? min64(MOST_GROUPS, 65535 / (4 * job->max_code * GROUP / 2)) : MOST_GROUPS;
-    const int64_t groups = ceil_div(job->width, GROUP), slices = ceil_div(groups, most_groups);
+    const int64_t max_code = job->layer->max_code;
+    const int64_t most_groups = lookup ? min64(MOST_GROUPS, 65535 / (4 * max_code * GROUP / 2)) : INT64_MAX;
+    const int64_t groups = ceil_div(job->layer->width, GROUP), slices = (groups - 1) / most_groups + 1;
     job->padded_width = groups * GROUP;
     job->slice_groups = ceil_div(groups, slices);
     job->operand_bytes = lookup ? 8 * GROUP : GROUP;
-    job->safe_steps = 32767 / (4 * job->max_code); /* each takes two products of at most 2 max_code in magnitude */
+    job->safe_steps = 32767 / (4 * max_code); /* each takes two products of at most 2 max_code in magnitude */
     job->safe_pairs = 2;
-    while (job->safe_pairs < 32 && 2 * job->safe_pairs * 4 * job->max_code <= 255) job->safe_pairs *= 2;
+    while (job->safe_pairs < 32 && 2 * job->safe_pairs * 4 * max_code <= 255) job->safe_pairs *= 2;
     plan_blocks(job, threads);
 }
 
 EXPORT int robuq_ternary_linear(
-    const struct backend *backend, const int8_t *codes, const float *scales, const float *lowrank, int64_t rows,
-    int64_t width, const uint8_t *planar, const float *alpha, const float *bias, const float *lowrank_a,
-    int64_t channels, int64_t rank, int max_code, float *y) {
-    if (rows == 0 || channels == 0) return 0;
+    const struct backend *backend, const struct layer *layer, const int8_t *codes, const float *scales,
+    const float *lowrank, int64_t rows, float *y) {
+    if (rows == 0 || layer->channels == 0) return 0;
     const struct isa_tasks *isa = backend->tasks;
-    task_function *lookup = rows >= LOOKUP_ROWS && max_code <= MAX_LOOKUP_CODE ? isa->ternary_lookup : NULL;
+    const int small = rows >= LOOKUP_ROWS && layer->max_code <= MAX_LOOKUP_CODE;
+    task_function *lookup = small ? isa->ternary_lookup : NULL;
     struct ternary_job job = {
-        codes, scales, lowrank, rows, width, planar, alpha, bias, lowrank_a, channels, rank, max_code, y,
-        0, 0, 0, 0, 0, 0, 0,
+        .layer = layer, .codes = codes, .scales = scales, .lowrank = lowrank, .rows = rows, .y = y,
     };
     plan_ternary(&job, lookup != NULL, backend->threads);
     struct ternary_buffers unused;
     const size_t scratch = ternary_carve(NULL, &job, &unused);
-    const int64_t tasks = ceil_div(rows, job.block_rows) * ceil_div(channels, job.block_channels);
-    task_function *function = lookup ? lookup : isa->ternary_any;
-    return pool_run(backend->pool, tasks, scratch, function, &job);
+    const int64_t tasks = ceil_div(rows, job.block_rows) * ceil_div(layer->channels, job.block_channels);
+    return pool_run(backend->pool, tasks, scratch, lookup ? lookup : isa->ternary_any, &job);
 }
 
 EXPORT int robuq_attention(

@@ -54,9 +54,9 @@ FN void lookup_decode(const struct ternary_job *job, int64_t channel, int64_t gr
     const int64_t stride = job->padded_width / GROUP * GROUP_BYTES;
     for (int v = 0; v < PANEL_VECTORS; v++, channel += LANE_CHANNELS, panel += LANE_CHANNELS) {
         for (int64_t g = 0; g < groups; g++) {
-            const uint8_t *rows = job->planar + channel * stride + (group + g) * GROUP_BYTES;
+            const uint8_t *rows = job->layer->planar + channel * stride + (group + g) * GROUP_BYTES;
             uint8_t *out = panel + g * PAIRS * PANEL;
-            if (channel + LANE_CHANNELS <= job->channels) {
+            if (channel + LANE_CHANNELS <= job->layer->channels) {
                 transpose_group(rows, stride, out);
                 continue;
             }
@@ -100,10 +100,10 @@ FN void lookup_operands(const struct ternary_job *job, int64_t first, int64_t ro
         for (int64_t g = 0; g < groups; g++, out += PAIRS * LOOKUP_TOKENS * TABLE) {
             int8_t tails[2][GROUP];
             group_tables(group_codes(job, first + row, group + g, tails[0]),
-                         group_codes(job, first + next, group + g, tails[1]), 2 * job->max_code, out);
+                         group_codes(job, first + next, group + g, tails[1]), 2 * (int)job->layer->max_code, out);
         }
         /* 2 m for each pair. */
-        offsets[row] = offsets[next] = (int32_t)(job->padded_width * job->max_code);
+        offsets[row] = offsets[next] = (int32_t)(job->padded_width * job->layer->max_code);
     }
 }
 

@@ -17,7 +17,7 @@ enum { PROLOGUE_NONE = 0, PROLOGUE_MODULATE = 1, PROLOGUE_GELU = 2, PROLOGUE_SIL
 
 enum {
     MAX_BASE = 36,          /* largest base order of a Hadamard matrix, see quant/hadamard.py */
-    ROTATE_ROWS = 6,        /* rows of a rotate_quantize task */
+    ROTATE_ROWS = 12,       /* most rows of a rotate_quantize task */
     GROUP = 128,            /* weights of a planar group, 2 bits each ... */
     GROUP_BYTES = 32,       /* ... in so many bytes; also the stride of the integer product */
     PANEL = 64,             /* output channels that are decoded and multiplied at a time */
@@ -42,36 +42,44 @@ static inline void *carve(char **cursor, int64_t count, size_t size) {
     return start;
 }
 
-struct rotate_job {
-    const float *x;             /* [rows, width] */
-    int64_t rows, width;
+/* A packed linear, see ops.py; mirrored in cpu.py. Tensors are contiguous. */
+struct layer {
+    const uint8_t *planar;      /* [channels, ceil(width / GROUP) * GROUP_BYTES] */
+    const float *alpha, *bias;  /* [channels] */
     const float *signs;         /* [width] */
-    const float *base_matrix;   /* +-1, [base, base] */
-    int64_t base, power;        /* width = base * power, power = 2^k */
+    const float *lowrank_a;     /* [channels, rank] */
+    const float *lowrank_b;     /* [rank, width] */
+    const float *base_matrix;   /* +-1, [base, base]; width = base * 2^k */
+    int64_t width, channels, rank, base;
+    int64_t max_code;           /* largest magnitude of a code of its input */
+    float step_factor;          /* quantiser step = step_factor * mean|x| */
+    int32_t midrise;            /* the grid: codes 2 floor + 1, or rounded ones */
+    int32_t lowest, highest;    /* codes */
+};
+
+struct rotate_job {
+    const struct layer *layer;
+    const float *x;             /* [rows, width] */
+    int64_t rows;
     int prologue;
-    const float *shift, *scale; /* [images, width], of PROLOGUE_MODULATE */
+    const float *shift, *scale; /* [images, width], of PROLOGUE_MODULATE; rows of them lie apart by ... */
+    int64_t shift_stride, scale_stride;
     int64_t rows_per_image;
     float eps;
-    const float *lowrank_b;     /* [rank, width] */
-    int64_t rank;
-    float step_factor;          /* quantiser step = step_factor * mean|x| */
-    int midrise;
-    float lowest, highest;      /* codes */
+    float normalisation;        /* 1 / sqrt(width) */
+    float lowest, highest;      /* of x / step, before it is floored (mid-rise) or rounded */
+    int64_t block_rows;         /* of a task */
     int8_t *codes;              /* out [rows, width] */
     float *scales;              /* out [rows] */
     float *lowrank;             /* out [rows, rank] */
 };
 
 struct ternary_job {
+    const struct layer *layer;
     const int8_t *codes;        /* [rows, width] */
     const float *scales;        /* [rows] */
     const float *lowrank;       /* [rows, rank] */
-    int64_t rows, width;
-    const uint8_t *planar;      /* [channels, padded_width / 4] */
-    const float *alpha, *bias;  /* [channels] */
-    const float *lowrank_a;     /* [channels, rank] */
-    int64_t channels, rank;
-    int64_t max_code;           /* largest magnitude of a code */
+    int64_t rows;
     float *y;                   /* out [rows, channels] */
 
     /* The plan, see plan_ternary(). */
@@ -99,7 +107,7 @@ struct linear_job {
 typedef void task_function(const void *job, int64_t task, char *scratch);
 
 struct isa_tasks {
-    task_function *rotate_quantize;  /* ROTATE_ROWS rows each */
+    task_function *rotate_quantize;  /* block_rows rows each */
     task_function *ternary_any;      /* block_rows rows x block_channels channels each, channels fastest */
     task_function *ternary_lookup;   /* the same, for small codes and many rows; NULL where the other is as fast */
     task_function *attention;        /* one head of one image each */
@@ -111,6 +119,22 @@ extern const struct isa_tasks plain_tasks;
 #if defined(__x86_64__)
 extern const struct isa_tasks avx2_tasks;
 #endif
+
+/* Working buffers of a rotate_quantize task. */
+struct rotate_buffers {
+    float *rotated;             /* [block_rows, stride], each row padded to whole vectors */
+    int64_t stride;
+    void *kept;                 /* sums of the low-rank product, see dot.h: 12 vectors a tile of 12 */
+};
+
+static inline size_t rotate_carve(char *scratch, const struct rotate_job *job, struct rotate_buffers *b) {
+    char *cursor = scratch;
+    /* Rows a power of two apart would compete for few sets of the level-1 cache: 1088 bytes off a page is none. */
+    b->stride = round_up(job->layer->width, 1024) + 272;
+    b->rotated = carve(&cursor, job->block_rows * b->stride, sizeof *b->rotated);
+    b->kept = carve(&cursor, round_up(job->block_rows, 12) * round_up(job->layer->rank, 12), 32);
+    return (size_t)(cursor - scratch);
+}
 
 /* Working buffers of a ternary_linear task. */
 struct ternary_buffers {
@@ -130,7 +154,7 @@ static inline size_t ternary_carve(char *scratch, const struct ternary_job *job,
     b->operands = carve(&cursor, rows * job->slice_groups, (size_t)job->operand_bytes);
     b->offsets = carve(&cursor, rows, sizeof *b->offsets);
     b->products = carve(&cursor, kept * rows * PANEL, sizeof *b->products);
-    b->lowrank_a = carve(&cursor, job->rank * PANEL, sizeof *b->lowrank_a);
+    b->lowrank_a = carve(&cursor, job->layer->rank * PANEL, sizeof *b->lowrank_a);
     return (size_t)(cursor - scratch);
 }
 

@@ -3,176 +3,140 @@
  * A width of base * 2^k is seen as a matrix [base, 2^k]: H_base (x) Sylvester(2^k) is butterflies along its rows, then
  * the base matrix down its columns. Rows are padded with zeros to whole vectors. */
 
-INLINE v8 activate(v8 x, int prologue) {
-    if (prologue == PROLOGUE_NONE) return x;
-    v8 u = x;
-    if (prologue == PROLOGUE_GELU) { /* x (1 + tanh z) / 2 = x / (1 + e^-2z) */
-        const v8 cubed = x * x * x;
-        u = fmadd(cubed, splat(0.044715f), x) * splat(1.5957691216f);
-    }
-    return x / (splat(1) + vexp(-u));
+/* x / (1 + 2^-u): SiLU, u = x / ln 2, or the tanh form of GELU, x (1 + tanh z) / 2 with u = 2 z / ln 2. */
+INLINE v8 activate(v8 x, const int prologue) {
+    const v8 slope = splat(prologue == PROLOGUE_GELU ? -2.30220819f : -1.44269504f);
+    const v8 u = prologue == PROLOGUE_GELU ? x * fmadd(x * x, splat(-0.102943240f), slope) : x * slope;
+    const v8 limited = vmin(vmax(u, splat(-126)), splat(126)), n = vrint(limited);
+    return x / (splat(1) + exp2_parts(n, limited - n));
 }
 
-/* LayerNorm statistics of a row: mean and 1 / sqrt(variance + eps). */
-FN void normalise_statistics(const float *x, int64_t width, float eps, float *mean, float *inverse_deviation) {
-    v8 sum = splat(0), squares = splat(0);
-    for (int64_t k = 0; k < width; k += LANES) sum += load_part(x + k, width - k);
-    *mean = vsum(sum) / (float)width;
-    for (int64_t k = 0; k < width; k += LANES) {
-        const v8 centred = keep_part(load_part(x + k, width - k) - splat(*mean), width - k);
-        squares = fmadd(centred, centred, squares);
-    }
-    *inverse_deviation = 1.0f / __builtin_sqrtf(vsum(squares) / (float)width + eps);
-}
-
-/* Prologue and sign flip of row `row`, into the padded `out`. */
-FN void prologue_row(const struct rotate_job *job, int64_t row, float *out) {
-    const int64_t width = job->width;
-    const float *x = job->x + row * width;
-    if (job->prologue == PROLOGUE_MODULATE) {
-        const int64_t image = row / job->rows_per_image * width;
-        float mean, inverse_deviation;
-        normalise_statistics(x, width, job->eps, &mean, &inverse_deviation);
-        for (int64_t k = 0; k < width; k += LANES) {
-            const int64_t left = width - k;
-            v8 normed = (load_part(x + k, left) - splat(mean)) * splat(inverse_deviation);
-            v8 y = fmadd(normed, splat(1) + load_part(job->scale + image + k, left),
-                         load_part(job->shift + image + k, left));
-            store(out + k, y * load_part(job->signs + k, left));
-        }
-        return;
-    }
-    for (int64_t k = 0; k < width; k += LANES) {
-        const int64_t left = width - k;
-        store(out + k, activate(load_part(x + k, left), job->prologue) * load_part(job->signs + k, left));
-    }
-}
-
-/* Butterflies within each run of `power` >= 8 elements; strides 1, 2, 4 inside a vector, then two strides a pass. */
-FN void sylvester_rows(float *x, int64_t width, int64_t power) {
-    for (int64_t k = 0; k < width; k += LANES) store(x + k, hadamard8(load(x + k)));
-    int64_t h = LANES;
-    for (; h * 4 <= power; h *= 4) {
-        for (int64_t start = 0; start < width; start += 4 * h) {
-            for (float *p = x + start; p < x + start + h; p += LANES) {
-                const v8 a = load(p), b = load(p + h), c = load(p + 2 * h), d = load(p + 3 * h);
-                store(p, (a + b) + (c + d));
-                store(p + h, (a - b) + (c - d));
-                store(p + 2 * h, (a + b) - (c + d));
-                store(p + 3 * h, (a - b) - (c - d));
-            }
-        }
-    }
-    if (h < power) {
-        for (int64_t start = 0; start < width; start += 2 * h) {
-            for (float *p = x + start; p < x + start + h; p += LANES) {
-                const v8 a = load(p), b = load(p + h);
-                store(p, a + b);
-                store(p + h, a - b);
-            }
-        }
-    }
-}
-
-/* The base matrix down `vectors` (1 or 2) vectors of columns: y_j = sum_l H[l][j] x_l; +-1 times x is exact. */
-INLINE void base_columns(float *x, const float *h, int64_t base, int64_t power, const int vectors) {
-    enum { OUTPUTS = 4 }; /* divides every base */
-    v8 in[MAX_BASE][2];
-    for (int64_t l = 0; l < base; l++)
-        for (int c = 0; c < vectors; c++) in[l][c] = load(x + l * power + c * LANES);
-    for (int64_t j = 0; j < base; j += OUTPUTS) {
-        v8 sum[OUTPUTS][2] = {0};
-        for (int64_t l = 0; l < base; l++) {
-#pragma GCC unroll 4
-            for (int i = 0; i < OUTPUTS; i++) {
-                const v8 sign = splat(h[l * base + j + i]);
-#pragma GCC unroll 2
-                for (int c = 0; c < vectors; c++) sum[i][c] = fmadd(sign, in[l][c], sum[i][c]);
-            }
-        }
-        for (int i = 0; i < OUTPUTS; i++)
-            for (int c = 0; c < vectors; c++) store(x + (j + i) * power + c * LANES, sum[i][c]);
-    }
-}
-
-/* Powers below 8, whose rows are shorter than a vector: the same two steps, one element at a time. */
-FN void rotate_narrow(float *x, const float *h, int64_t base, int64_t power) {
-    for (int64_t stride = 1; stride < power; stride *= 2) {
-        for (int64_t i = 0; i < base * power; i++) {
-            if (i & stride) continue;
-            const float a = x[i], b = x[i + stride];
-            x[i] = a + b;
-            x[i + stride] = a - b;
-        }
-    }
-    for (int64_t p = 0; p < power; p++) {
-        float column[MAX_BASE];
-        for (int64_t l = 0; l < base; l++) column[l] = x[l * power + p];
-        for (int64_t j = 0; j < base; j++) {
-            float sum = 0;
-            for (int64_t l = 0; l < base; l++) sum += h[l * base + j] * column[l];
-            x[j * power + p] = sum;
-        }
-    }
-}
-
-/* x H, without the factor 1 / sqrt(width). */
-FN void hadamard_row(const struct rotate_job *job, float *x) {
-    const int64_t power = job->power, base = job->base;
-    if (power < LANES) {
-        rotate_narrow(x, job->base_matrix, base, power);
-        return;
-    }
-    sylvester_rows(x, job->width, power);
-    if (base == 1) return;
-    if (power == LANES) base_columns(x, job->base_matrix, base, power, 1);
-    else
-        for (int64_t p = 0; p < power; p += 2 * LANES) base_columns(x + p, job->base_matrix, base, power, 2);
-}
-
-/* Scales x by 1 / sqrt(width) in place and returns mean|x|. */
-FN float normalise_row(float *x, int64_t width) {
-    const v8 factor = splat((float)(1.0 / __builtin_sqrt((double)width)));
+/* Sum over a row of x - shift, or of its squares; four chains, as one would wait for each addition. */
+INLINE float row_sum(const float *x, int64_t width, float shift, const int squares) {
     v8 sum[4] = {0};
-    for (int64_t k = 0; k < width; k += 4 * LANES) {
+    int64_t k = 0;
+    for (; k + 4 * LANES <= width; k += 4 * LANES) {
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
-            if (k + i * LANES >= width) break;
-            const v8 y = load(x + k + i * LANES) * factor;
-            store(x + k + i * LANES, y);
-            sum[i] += vabs(y);
+            const v8 part = load(x + k + i * LANES) - splat(shift);
+            sum[i] = squares ? fmadd(part, part, sum[i]) : sum[i] + part;
         }
     }
+    for (; k < width; k += LANES) {
+        const v8 part = keep_part(load_part(x + k, width - k) - splat(shift), width - k);
+        sum[0] = squares ? fmadd(part, part, sum[0]) : sum[0] + part;
+    }
+    return vsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+struct modulation_row {
+    const float *shift, *scale;
+    float mean, inverse_deviation;
+};
+
+INLINE v8 prologue_vector(const struct rotate_job *job, const float *x, const struct modulation_row *m, int64_t k,
+                          int64_t left, const int prologue) {
+    v8 y = load_part(x + k, left);
+    if (prologue == PROLOGUE_MODULATE) {
+        const v8 normed = (y - splat(m->mean)) * splat(m->inverse_deviation);
+        y = fmadd(normed, splat(1) + load_part(m->scale + k, left), load_part(m->shift + k, left));
+    } else if (prologue != PROLOGUE_NONE) {
+        y = activate(y, prologue);
+    }
+    return y * (load_part(job->layer->signs + k, left) * splat(job->normalisation));
+}
+
+/* Prologue, sign flip and 1 / sqrt(width) of row `row`, into the padded `out`. */
+INLINE void prologue_row_of(const struct rotate_job *job, int64_t row, float *out, const int prologue) {
+    const int64_t width = job->layer->width;
+    const float *x = job->x + row * width;
+    struct modulation_row m = {0};
+    if (prologue == PROLOGUE_MODULATE) {
+        const int64_t image = row / job->rows_per_image;
+        m.shift = job->shift + image * job->shift_stride;
+        m.scale = job->scale + image * job->scale_stride;
+        m.mean = row_sum(x, width, 0, 0) / (float)width;
+        m.inverse_deviation = 1.0f / __builtin_sqrtf(row_sum(x, width, m.mean, 1) / (float)width + job->eps);
+    }
+    int64_t k = 0;
+    for (; k + LANES <= width; k += LANES) store(out + k, prologue_vector(job, x, &m, k, LANES, prologue));
+    if (k < width) store(out + k, prologue_vector(job, x, &m, k, width - k, prologue));
+}
+
+FN void prologue_row(const struct rotate_job *job, int64_t row, float *out) {
+    switch (job->prologue) {
+        case PROLOGUE_MODULATE: prologue_row_of(job, row, out, PROLOGUE_MODULATE); break;
+        case PROLOGUE_GELU: prologue_row_of(job, row, out, PROLOGUE_GELU); break;
+        case PROLOGUE_SILU: prologue_row_of(job, row, out, PROLOGUE_SILU); break;
+        default: prologue_row_of(job, row, out, PROLOGUE_NONE);
+    }
+}
+
+/* mean|x| of a rotated row. */
+FN float mean_magnitude(const float *x, int64_t width) {
+    v8 sum[4] = {0};
+    int64_t k = 0;
+    for (; k + 4 * LANES <= width; k += 4 * LANES) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) sum[i] += vabs(load(x + k + i * LANES));
+    }
+    for (; k < width; k += LANES) sum[0] += vabs(keep_part(load(x + k), width - k));
     return vsum((sum[0] + sum[1]) + (sum[2] + sum[3])) / (float)width;
 }
 
-/* Codes of a rotated row, eq. (4); the formulas are those of quant/activation.py. */
-FN void quantize_row(const struct rotate_job *job, int64_t row, const float *x, float mean_abs) {
-    const float step = mean_abs * job->step_factor;
+/* Eight codes of x / step, limited to the grid; mid-rise ones, 2 floor + 1, as the floor. */
+INLINE v8 grid_floor(v8 x, v8 inverse, v8 lowest, v8 highest, const int midrise) {
+    const v8 q = vmax(vmin(x * inverse, highest), lowest);
+    return midrise ? vfloor(q) : vrint(q);
+}
+
+INLINE void quantize_vectors(const struct rotate_job *job, const float *x, float step, int8_t *codes,
+                             const int midrise) {
+    /* Limits before rounding: the floor of the last float below 2^(b-1) is the highest mid-rise cell. */
+    const int64_t width = job->layer->width;
     const v8 inverse = splat(1.0f / (step > 1e-30f ? step : 1e-30f));
     const v8 lowest = splat(job->lowest), highest = splat(job->highest);
-    int8_t *codes = job->codes + row * job->width;
-    for (int64_t k = 0; k < job->width; k += LANES) {
-        v8 q = vmax(vmin(load(x + k) * inverse, splat(512)), splat(-512)); /* far outside every grid */
-        q = job->midrise ? vfloor(q) * splat(2) + splat(1) : vrint(q);
-        const v8b code = to_int8(vmax(vmin(q, highest), lowest));
-        if (job->width - k >= LANES) memcpy(codes + k, &code, sizeof code);
-        else memcpy(codes + k, &code, (size_t)(job->width - k));
+    int64_t k = 0;
+    for (; k + 4 * LANES <= width; k += 4 * LANES) {
+        v8 q[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) q[i] = grid_floor(load(x + k + i * LANES), inverse, lowest, highest, midrise);
+        store_codes(codes + k, q, midrise);
     }
-    job->scales[row] = job->midrise ? step * 0.5f : step;
+    for (; k < width; k += LANES) {
+        v8 q = grid_floor(load(x + k), inverse, lowest, highest, midrise);
+        if (midrise) q = q + q + splat(1);
+        const v8b code = to_int8(q);
+        memcpy(codes + k, &code, (size_t)min64(LANES, width - k));
+    }
+}
+
+/* Codes of a rotated row, eq. (4); the formulas are those of quant/activation.py. */
+FN void quantize_row(const struct rotate_job *job, int64_t row, const float *x) {
+    const int midrise = job->layer->midrise;
+    const float step = mean_magnitude(x, job->layer->width) * job->layer->step_factor;
+    int8_t *codes = job->codes + row * job->layer->width;
+    if (midrise) quantize_vectors(job, x, step, codes, 1);
+    else quantize_vectors(job, x, step, codes, 0);
+    job->scales[row] = midrise ? step * 0.5f : step;
 }
 
 FN void rotate_quantize_task(const void *argument, int64_t task, char *scratch) {
     const struct rotate_job *job = argument;
-    const int64_t first = task * ROTATE_ROWS, rows = min64(ROTATE_ROWS, job->rows - first);
-    const int64_t stride = round_up(job->width, 2 * LANES);
-    float *rotated = (float *)scratch;
+    const struct layer *layer = job->layer;
+    const int64_t first = task * job->block_rows, rows = min64(job->block_rows, job->rows - first);
+    struct rotate_buffers b;
+    rotate_carve(scratch, job, &b);
     for (int64_t i = 0; i < rows; i++) {
-        float *x = rotated + i * stride;
+        float *x = b.rotated + i * b.stride;
         prologue_row(job, first + i, x);
-        hadamard_row(job, x);
-        quantize_row(job, first + i, x, normalise_row(x, job->width));
+        hadamard_row(layer, x);
+        quantize_row(job, first + i, x);
     }
-    dot_block(rotated, stride, rows, job->lowrank_b, job->width, job->rank, job->width, NULL,
-              job->lowrank + first * job->rank, job->rank);
+    const struct dot_job lowrank = {
+        .x = b.rotated, .x_stride = b.stride, .rows = rows, .w = layer->lowrank_b, .w_stride = layer->width,
+        .columns = layer->rank, .width = layer->width, .out = job->lowrank + first * layer->rank,
+        .out_stride = layer->rank, .kept = layer->width > DOT_SLICE ? (v8 *)b.kept : NULL,
+    };
+    dot_block(&lowrank);
 }

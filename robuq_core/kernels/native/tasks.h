@@ -2,6 +2,7 @@
 #include "vec.h"
 
 #include "dot.h"
+#include "hadamard.h"
 #include "rotate.h"
 #include "ternary.h"
 #if HAVE_AVX2

@@ -17,13 +17,13 @@ struct product {
 
 /* A channel's codes; beyond the last channel, the last again. */
 INLINE const uint8_t *planar_row(const struct ternary_job *job, int64_t channel) {
-    return job->planar + min64(channel, job->channels - 1) * (job->padded_width / GROUP * GROUP_BYTES);
+    return job->layer->planar + min64(channel, job->layer->channels - 1) * (job->padded_width / GROUP * GROUP_BYTES);
 }
 
 /* A row's group of GROUP codes; an incomplete one is copied to `tail`, with zeros behind. */
 INLINE const int8_t *group_codes(const struct ternary_job *job, int64_t row, int64_t group, int8_t tail[GROUP]) {
-    const int8_t *codes = job->codes + row * job->width + group * GROUP;
-    const int64_t count = job->width - group * GROUP;
+    const int8_t *codes = job->codes + row * job->layer->width + group * GROUP;
+    const int64_t count = job->layer->width - group * GROUP;
     if (count >= GROUP) return codes;
     memset(tail, 0, GROUP);
     memcpy(tail, codes, (size_t)count);
@@ -62,14 +62,14 @@ FN void copy_codes(const struct ternary_job *job, int64_t first, int64_t rows, i
 }
 
 /* lowrank_a of a panel's channels, transposed to [rank, PANEL]; zeros beyond the last channel. */
-FN void transpose_lowrank(const struct ternary_job *job, int64_t channel, float *out) {
-    const int64_t rank = job->rank, channels = min64(PANEL, job->channels - channel);
+FN void transpose_lowrank(const struct layer *layer, int64_t channel, float *out) {
+    const int64_t rank = layer->rank, channels = min64(PANEL, layer->channels - channel);
     for (int64_t c = 0; c < PANEL; c += LANES) {
         for (int64_t r = 0; r < rank; r += LANES) {
             v8 tile[LANES];
 #pragma GCC unroll 8
             for (int i = 0; i < LANES; i++)
-                tile[i] = c + i < channels ? load_part(job->lowrank_a + (channel + c + i) * rank + r, rank - r)
+                tile[i] = c + i < channels ? load_part(layer->lowrank_a + (channel + c + i) * rank + r, rank - r)
                                            : splat(0);
             transpose8(tile);
             for (int i = 0; i < LANES && r + i < rank; i++) store(out + (r + i) * PANEL + c, tile[i]);
@@ -81,32 +81,33 @@ FN void transpose_lowrank(const struct ternary_job *job, int64_t channel, float 
 FN void epilogue_row(const struct ternary_job *job, int64_t row, int64_t channel, const int32_t *products,
                      int32_t offset, const float *lowrank_a /* [rank, PANEL] */) {
     enum { VECTORS = PANEL / LANES };
-    const float *lowrank = job->lowrank + row * job->rank;
+    const struct layer *layer = job->layer;
+    const float *lowrank = job->lowrank + row * layer->rank;
     v8 correction[VECTORS] = {0};
-    for (int64_t r = 0; r < job->rank; r++) {
+    for (int64_t r = 0; r < layer->rank; r++) {
         const v8 x = splat(lowrank[r]);
 #pragma GCC unroll 8
         for (int i = 0; i < VECTORS; i++)
             correction[i] = fmadd(x, load(lowrank_a + r * PANEL + i * LANES), correction[i]);
     }
     const v8 scale = splat(job->scales[row]);
-    float *y = job->y + row * job->channels;
+    float *y = job->y + row * layer->channels;
 #pragma GCC unroll 8
     for (int i = 0; i < VECTORS; i++) {
-        const int64_t at = channel + i * LANES, left = job->channels - at;
+        const int64_t at = channel + i * LANES, left = layer->channels - at;
         if (left <= 0) break;
         v8i product;
         memcpy(&product, products + i * LANES, sizeof product);
         const v8 exact = __builtin_convertvector(product - offset, v8);
-        const v8 main_term = exact * (scale * load_part(job->alpha + at, left));
-        store_part(y + at, (main_term + correction[i]) + load_part(job->bias + at, left), left);
+        const v8 main_term = exact * (scale * load_part(layer->alpha + at, left));
+        store_part(y + at, (main_term + correction[i]) + load_part(layer->bias + at, left), left);
     }
 }
 
 INLINE void ternary_task(const struct ternary_job *job, int64_t task, char *scratch, const struct product *product) {
-    const int64_t channel_blocks = ceil_div(job->channels, job->block_channels);
+    const int64_t channels = job->layer->channels, channel_blocks = ceil_div(channels, job->block_channels);
     const int64_t channel = task % channel_blocks * job->block_channels;
-    const int64_t end = min64(channel + job->block_channels, job->channels);
+    const int64_t end = min64(channel + job->block_channels, channels);
     const int64_t first = task / channel_blocks * job->block_rows, rows = min64(job->block_rows, job->rows - first);
     struct ternary_buffers b;
     ternary_carve(scratch, job, &b);
@@ -123,7 +124,7 @@ INLINE void ternary_task(const struct ternary_job *job, int64_t task, char *scra
             product->decode(job, c, group, count, b.panel);
             product->multiply(job, c, group, count, b.panel, b.operands, rows, products);
             if (!last) continue;
-            transpose_lowrank(job, c, b.lowrank_a);
+            transpose_lowrank(job->layer, c, b.lowrank_a);
             for (int64_t m = 0; m < rows; m++)
                 epilogue_row(job, first + m, c, products + m * PANEL, b.offsets[m], b.lowrank_a);
         }

@@ -24,6 +24,15 @@ INLINE v8 splat(float x) { return (v8){x, x, x, x, x, x, x, x}; }
 INLINE v8 load(const float *p) { return *(const v8_unaligned *)p; }
 INLINE void store(float *p, v8 x) { *(v8_unaligned *)p = x; }
 
+/* A load that stays one where its value is used twice: GCC 12 would rather read memory again. */
+INLINE v8 load_once(const float *p) {
+    v8 x = load(p);
+#if HAVE_AVX2
+    __asm__("" : "+x"(x));
+#endif
+    return x;
+}
+
 /* The first `count` elements at `p`, at most eight; the rest is zero, or stays untouched. */
 INLINE v8 load_part(const float *p, int64_t count) {
     if (count >= LANES) return load(p);
@@ -70,6 +79,18 @@ INLINE v8b to_int8(v8 x) {
     return (v8b)bytes;
 }
 
+/* 32 int8 codes of whole floats, as they are or, of the mid-rise grid, 2 x + 1. */
+INLINE void store_codes(int8_t *out, const v8 x[4], const int midrise) {
+    __m256i wide[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) wide[i] = _mm256_cvttps_epi32(x[i]);
+    const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(wide[0], wide[1]),
+                                              _mm256_packs_epi32(wide[2], wide[3]));
+    __m256i code = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    if (midrise) code = _mm256_add_epi8(_mm256_add_epi8(code, code), _mm256_set1_epi8(1));
+    _mm256_storeu_si256((__m256i *)out, code);
+}
+
 /* x times the Sylvester matrix of order 8. */
 INLINE v8 hadamard8(v8 x) {
     x = fmadd(x, (v8){1, -1, 1, -1, 1, -1, 1, -1}, _mm256_permute_ps(x, 0xB1));
@@ -91,6 +112,13 @@ INLINE v8 vfloor(v8 x) {
 
 INLINE v8s to_int16(v8 x) { return __builtin_convertvector(to_int(x), v8s); }
 INLINE v8b to_int8(v8 x) { return __builtin_convertvector(to_int(x), v8b); }
+
+INLINE void store_codes(int8_t *out, const v8 x[4], const int midrise) {
+    for (int i = 0; i < 4; i++) {
+        const v8b code = to_int8(midrise ? x[i] + x[i] + splat(1) : x[i]);
+        memcpy(out + i * LANES, &code, sizeof code);
+    }
+}
 
 INLINE v8 hadamard8(v8 x) {
     v8 a = {x[0] + x[1], x[0] - x[1], x[2] + x[3], x[2] - x[3], x[4] + x[5], x[4] - x[5], x[6] + x[7], x[6] - x[7]};
@@ -159,24 +187,40 @@ INLINE float vsum(v8 x) {
 #endif
 }
 
+/* Sums of the lanes of four vectors, in another order than vsum's. */
+INLINE void vsum4(const v8 x[4], float out[4]) {
+#if HAVE_AVX2
+    const v8 ab = _mm256_unpacklo_ps(x[0], x[1]) + _mm256_unpackhi_ps(x[0], x[1]);
+    const v8 cd = _mm256_unpacklo_ps(x[2], x[3]) + _mm256_unpackhi_ps(x[2], x[3]);
+    const v8 halves = _mm256_shuffle_ps(ab, cd, 0x44) + _mm256_shuffle_ps(ab, cd, 0xEE);
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+#else
+    for (int i = 0; i < 4; i++)
+        out[i] = ((x[i][0] + x[i][2]) + (x[i][1] + x[i][3])) + ((x[i][4] + x[i][6]) + (x[i][5] + x[i][7]));
+#endif
+}
+
 INLINE float vmax_lane(v8 x) {
     float top = x[0];
     for (int i = 1; i < LANES; i++) top = x[i] > top ? x[i] : top;
     return top;
 }
 
-/* e^x to about 2 ulp for -87.3 <= x <= 88, clamped outside: 2^n e^r with |r| <= ln(2) / 2, a polynomial in r. */
+/* 2^(n + f) to about 2 ulp for whole n in -126 .. 127 and |f| <= 1/2: a polynomial in f, then n onto the exponent. */
+INLINE v8 exp2_parts(v8 n, v8 f) {
+    const v8 f2 = f * f;
+    v8 high = fmadd(f, splat(1.3268213952e-3f), splat(9.6715111285e-3f));
+    v8 middle = fmadd(f, splat(5.5507216603e-2f), splat(2.4022242427e-1f));
+    v8 low = fmadd(f, splat(6.9314700365e-1f), splat(1));
+    low = fmadd(fmadd(high, f2, middle), f2, low);
+    return (v8)((v8i)low + (to_int(n) << 23));
+}
+
+/* e^x to about 2 ulp for -87.3 <= x <= 88, clamped outside. */
 INLINE v8 vexp(v8 x) {
     x = vmin(vmax(x, splat(-87.3f)), splat(88.0f));
     const v8 n = vrint(x * splat(1.44269504f));
     v8 r = fmadd(n, splat(-0.693359375f), x); /* ln(2) in two parts: the first product is exact */
     r = fmadd(n, splat(2.12194440e-4f), r);
-    v8 p = splat(1.9875691500e-4f);
-    p = fmadd(p, r, splat(1.3981999507e-3f));
-    p = fmadd(p, r, splat(8.3334519073e-3f));
-    p = fmadd(p, r, splat(4.1665795894e-2f));
-    p = fmadd(p, r, splat(1.6666665459e-1f));
-    p = fmadd(p, r, splat(5.0000001201e-1f));
-    p = fmadd(p, r * r, r) + splat(1);
-    return p * (v8)((to_int(n) + 127) << 23);
+    return exp2_parts(n, r * splat(1.44269504f));
 }

@@ -20,6 +20,8 @@ from robuq_core.quant.hadamard import Rotation
 from robuq_core.quant.packing import pack_planar
 
 REFERENCE = ReferenceBackend()
+# Whole and incomplete groups of 128, one slice of the width and several.
+PRODUCT_WIDTHS = (*WIDTHS, 128, 160, 224, 320, 384, 576, 640, 768, 1152, 1280, 1792, 2304, 2560)
 
 
 @pytest.fixture(params=["avx2", "plain"])
@@ -97,9 +99,9 @@ def test_integer_product_is_exact(backend: CpuBackend, width: int, bits: int) ->
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
 def test_integer_product_of_any_shape_is_exact(backend: CpuBackend, bits: int) -> None:
     @settings(max_examples=25, deadline=None, derandomize=True)
-    @given(rows=st.integers(1, 130), groups=st.integers(1, 21), short=st.integers(0, 127), outputs=st.integers(1, 200))
-    def check(rows: int, groups: int, short: int, outputs: int) -> None:
-        assert_product_is_exact(backend, rows, groups * 128 - short, outputs, bits)
+    @given(rows=st.integers(1, 130), width=st.sampled_from(PRODUCT_WIDTHS), outputs=st.integers(1, 200))
+    def check(rows: int, width: int, outputs: int) -> None:
+        assert_product_is_exact(backend, rows, width, outputs, bits)
 
     check()
 

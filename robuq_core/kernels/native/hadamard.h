@@ -1,0 +1,160 @@
+/* x H for H = H_base (x) Sylvester(2^k), without the factor 1 / sqrt(width): a row as a matrix [base, 2^k]. */
+
+/* Sylvester's matrix of order 32 on four vectors. */
+INLINE void sylvester32(v8 x[4]) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) x[i] = hadamard8(x[i]);
+    const v8 a = x[0] + x[1], b = x[0] - x[1], c = x[2] + x[3], d = x[2] - x[3];
+    x[0] = a + c;
+    x[1] = b + d;
+    x[2] = a - c;
+    x[3] = b - d;
+}
+
+/* Butterflies within each run of `power` >= 8 elements: strides up to 16 in registers, then two strides a pass. */
+FN void sylvester_rows(float *x, int64_t width, int64_t power) {
+    int64_t h = LANES;
+    if (power < 4 * LANES) {
+        for (int64_t k = 0; k < width; k += LANES) store(x + k, hadamard8(load(x + k)));
+    } else {
+        h = 4 * LANES;
+        for (float *p = x; p < x + width; p += 4 * LANES) {
+            v8 part[4] = {load(p), load(p + LANES), load(p + 2 * LANES), load(p + 3 * LANES)};
+            sylvester32(part);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) store(p + i * LANES, part[i]);
+        }
+    }
+    for (; h * 4 <= power; h *= 4) {
+        for (int64_t start = 0; start < width; start += 4 * h) {
+            for (float *p = x + start; p < x + start + h; p += LANES) {
+                const v8 a = load(p), b = load(p + h), c = load(p + 2 * h), d = load(p + 3 * h);
+                store(p, (a + b) + (c + d));
+                store(p + h, (a - b) + (c - d));
+                store(p + 2 * h, (a + b) - (c + d));
+                store(p + 3 * h, (a - b) - (c - d));
+            }
+        }
+    }
+    if (h < power) {
+        for (int64_t start = 0; start < width; start += 2 * h) {
+            for (float *p = x + start; p < x + start + h; p += LANES) {
+                const v8 a = load(p), b = load(p + h);
+                store(p, a + b);
+                store(p + h, a - b);
+            }
+        }
+    }
+}
+
+/* Paley's matrices have a core of Legendre symbols: chi(d) z_d summed over d != 0 is 2 (sum over the residues) - (sum
+ * over all d != 0), and the sums over shifted residues share pairs. Order 36 takes 344 additions a column for 1296,
+ * order 12 takes 66 for 144. */
+
+/* out = C in, C the symmetric conference matrix of order 18 (q = 17); residues 1 2, 8 9, 15 16 and 4 13. */
+INLINE void conference18(const v8 in[18], v8 out[18]) {
+    enum { Q = 17 };
+    const v8 *z = in + 1;
+    v8 next[Q], across[Q], sum[4] = {z[0], z[1], z[2], z[3]};
+#pragma GCC unroll 17
+    for (int m = 0; m < Q; m++) {
+        next[m] = z[m] + z[(m + 1) % Q];
+        across[m] = z[m] + z[(m + 9) % Q];
+    }
+#pragma GCC unroll 17
+    for (int m = 4; m < Q; m++) sum[m % 4] += z[m];
+    out[0] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    const v8 border = in[0] - out[0];
+#pragma GCC unroll 17
+    for (int i = 0; i < Q; i++) {
+        const v8 residues = (next[(i + 1) % Q] + next[(i + 8) % Q]) + (next[(i + 15) % Q] + across[(i + 4) % Q]);
+        out[1 + i] = fmadd(residues, splat(2), z[i] + border);
+    }
+}
+
+/* Order 36, Paley's second construction: C (x) [1 1; 1 -1] + I (x) [1 -1; -1 -1]. Rows lie `stride` apart. */
+FN void paley36(float *x, int64_t stride) {
+    v8 sums[18], differences[18], product[18];
+#pragma GCC unroll 18
+    for (int i = 0; i < 18; i++) {
+        const v8 a = load(x + 2 * i * stride), b = load(x + (2 * i + 1) * stride);
+        sums[i] = a + b;
+        differences[i] = a - b;
+    }
+    conference18(sums, product);
+#pragma GCC unroll 18
+    for (int i = 0; i < 18; i++) store(x + 2 * i * stride, product[i] + differences[i]);
+    conference18(differences, product);
+#pragma GCC unroll 18
+    for (int i = 0; i < 18; i++) store(x + (2 * i + 1) * stride, product[i] - sums[i]);
+}
+
+/* Order 12, Paley's first construction (q = 11): residues 1 4 5 and 3 9, with 0 beside them. */
+FN void paley12(float *x, int64_t stride) {
+    enum { Q = 11 };
+    v8 z[Q], next[Q], sum = splat(0);
+#pragma GCC unroll 11
+    for (int m = 0; m < Q; m++) {
+        z[m] = load(x + (m + 1) * stride);
+        sum += z[m];
+    }
+#pragma GCC unroll 11
+    for (int m = 0; m < Q; m++) next[m] = z[m] + z[(m + 1) % Q];
+    const v8 border = load(x) - sum;
+    store(x, border);
+#pragma GCC unroll 11
+    for (int j = 0; j < Q; j++) {
+        const v8 residues = (next[j] + next[(j + 4) % Q]) + (z[(j + 3) % Q] + z[(j + 9) % Q]);
+        store(x + (j + 1) * stride, fmadd(residues, splat(2), border));
+    }
+}
+
+/* Any base matrix: y_j = sum_l H[l][j] x_l; +-1 times x is exact. */
+FN void base_column(float *x, const float *h, int64_t base, int64_t stride) {
+    enum { OUTPUTS = 4 }; /* divides every base */
+    v8 in[MAX_BASE];
+    for (int64_t l = 0; l < base; l++) in[l] = load(x + l * stride);
+    for (int64_t j = 0; j < base; j += OUTPUTS) {
+        v8 sum[OUTPUTS] = {0};
+        for (int64_t l = 0; l < base; l++) {
+#pragma GCC unroll 4
+            for (int i = 0; i < OUTPUTS; i++) sum[i] = fmadd(splat(h[l * base + j + i]), in[l], sum[i]);
+        }
+        for (int i = 0; i < OUTPUTS; i++) store(x + (j + i) * stride, sum[i]);
+    }
+}
+
+/* Powers below 8, whose rows are shorter than a vector: the same two steps, one element at a time. */
+FN void hadamard_narrow(float *x, const float *h, int64_t base, int64_t power) {
+    for (int64_t stride = 1; stride < power; stride *= 2) {
+        for (int64_t i = 0; i < base * power; i++) {
+            if (i & stride) continue;
+            const float a = x[i], b = x[i + stride];
+            x[i] = a + b;
+            x[i + stride] = a - b;
+        }
+    }
+    for (int64_t p = 0; p < power; p++) {
+        float column[MAX_BASE];
+        for (int64_t l = 0; l < base; l++) column[l] = x[l * power + p];
+        for (int64_t j = 0; j < base; j++) {
+            float sum = 0;
+            for (int64_t l = 0; l < base; l++) sum += h[l * base + j] * column[l];
+            x[j * power + p] = sum;
+        }
+    }
+}
+
+FN void hadamard_row(const struct layer *layer, float *x) {
+    const int64_t base = layer->base, power = layer->width / base;
+    if (power < LANES) {
+        hadamard_narrow(x, layer->base_matrix, base, power);
+        return;
+    }
+    sylvester_rows(x, layer->width, power);
+    for (int64_t p = 0; p < power && base > 1; p += LANES) {
+        if (base == 36) paley36(x + p, power);
+        else if (base == 12) paley12(x + p, power);
+        else base_column(x + p, layer->base_matrix, base, power);
+    }
+}

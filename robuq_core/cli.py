@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from robuq_core.bench.cli import app as bench_app
 from robuq_core.cli_support import reported
 from robuq_core.config import MAX_SEED, SamplerName
 
@@ -17,6 +18,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Run diffusion transformers with ternary weights and low-bit activations from one packed file.",
 )
+
+app.add_typer(bench_app, name="bench")
 
 CheckpointOption = Annotated[
     Path | None, typer.Option("--checkpoint", "-c", help="Packed .safetensors file; default: the bundled one.")
@@ -97,40 +100,6 @@ def inspect_command(
     console.print(sizes)
     console.print(f"{report.compression:.1f} times smaller than FP32 ({report.fp32_bytes:,} bytes)")
     console.print(f"[bold]provenance[/bold]: {json.dumps(header.provenance, default=str)}")
-
-
-@app.command()
-@reported
-def bench(
-    preset: Annotated[str | None, typer.Option(help="Random weights of this shape, e.g. DiT-S/2.")] = None,
-    checkpoint: CheckpointOption = None,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch size; repeatable.")] = None,
-    repeats: Annotated[int, typer.Option(min=3, help="Interleaved runs of each side.")] = 11,
-    out: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
-    backend: BackendOption = "auto",
-    threads: ThreadsOption = None,
-) -> None:
-    """Time the packed forward against torch FP32 of the same shape, in one run, with a numeric check."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from robuq_core.bench import as_json, bench_forward
-    from robuq_core.files import replacing
-    from robuq_core.pipeline import bundled_checkpoint
-
-    path = None if preset else checkpoint or bundled_checkpoint()
-    name = preset or (path.stem if path else "")
-    timings = bench_forward(
-        name, batch or [1, 2, 8, 32], checkpoint=path, backend=backend, threads=threads, repeats=repeats
-    )
-    table = Table("batch", "packed ms", "fp32 ms", "ratio", "relative error", title=f"{name} on {timings[0].backend}")
-    for t in timings:
-        table.add_row(str(t.batch), f"{t.packed_s * 1e3:.2f}", f"{t.fp32_s * 1e3:.2f}", f"{t.ratio:.2f}",
-                      f"{t.relative_error:.1e}")  # fmt: skip
-    Console().print(table)
-    if out is not None:
-        with replacing(out) as temporary:
-            temporary.write_text(json.dumps(as_json(timings), indent=2) + "\n")
 
 
 if __name__ == "__main__":

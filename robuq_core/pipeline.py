@@ -6,6 +6,7 @@ the forward and of the update keeps one order of float operations per row.
 
 from __future__ import annotations
 
+import copy
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -89,6 +90,12 @@ class Row:
         if self._noise is None:
             self._noise = torch.randn(self.x.shape, generator=self._generator)
         return self._noise
+
+    def twin(self) -> Row:
+        """A row in the same state whose next step draws the same noise."""
+        if self.needs_noise:
+            self.noise()
+        return copy.copy(self)
 
     def advance(self, x: Tensor, x0: Tensor) -> None:
         """Take over the result of a step."""

@@ -55,7 +55,12 @@ class ConditioningTable:
     def _allocate(self, slots: int) -> None:
         self.table = torch.empty(self._height, slots, self._config.hidden_size, device=self._backend.device)
         self._slot_of: OrderedDict[Pair, int] = OrderedDict()
-        self._free = list(reversed(range(slots)))
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every entry (timestep embeddings stay): the next forward computes all it needs."""
+        self._slot_of.clear()
+        self._free = list(reversed(range(self.table.shape[1])))
 
     def slots(self, timesteps: Sequence[int], classes: Sequence[int]) -> Tensor:
         """Where each row's entry lies in :attr:`table`, int64 ``[B]`` on its device; what is missing is computed.

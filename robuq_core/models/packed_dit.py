@@ -102,7 +102,7 @@ class PackedDiT:
         x_BLD = x_MD.reshape(len(x_BCHW), config.num_tokens, config.hidden_size).add_(self.pos_embed)
         for i, block in enumerate(self.blocks):
             entries = table[BLOCK_ENTRIES * i : BLOCK_ENTRIES * (i + 1)]
-            x_BLD = self._block(x_BLD, entries.index_select(1, slots_B), block)
+            x_BLD = self.run_block(x_BLD, entries.index_select(1, slots_B), block)
         out = self._final(x_BLD, table[BLOCK_ENTRIES * config.depth :].index_select(1, slots_B))
         return unpatchify(out, config.patch_size, config.out_channels)
 
@@ -112,7 +112,7 @@ class PackedDiT:
     def _ternary(self, x: Tensor, layer: TernaryLayer, prologue: Prologue = None) -> Tensor:
         return self.backend.ternary_linear(self.backend.rotate_quantize(x, layer, prologue), layer)
 
-    def _block(self, x_BLD: Tensor, modulation_6BD: Tensor, block: PackedBlock) -> Tensor:
+    def run_block(self, x_BLD: Tensor, modulation_6BD: Tensor, block: PackedBlock) -> Tensor:
         """One block, in place on ``x_BLD``."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation_6BD.unbind()
         norm1 = Modulation(shift1, scale1, 1e-6)

@@ -49,9 +49,9 @@ def pack_base3(codes: Tensor) -> Tensor:
     padded = torch.ones(base3_size(digits.numel()) * TRITS_PER_BYTE, dtype=torch.uint8, device=codes.device)
     padded[: digits.numel()] = digits
     columns = padded.reshape(-1, TRITS_PER_BYTE)
-    packed = columns[:, 0].clone()
-    for i in range(1, TRITS_PER_BYTE):
-        packed += columns[:, i] * 3**i
+    packed = columns[:, -1].clone()
+    for i in reversed(range(TRITS_PER_BYTE - 1)):
+        packed.mul_(3).add_(columns[:, i])
     return packed
 
 

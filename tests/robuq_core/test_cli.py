@@ -10,6 +10,7 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from robuq_core import cli as robuq
+from robuq_core.models.presets import PRESETS
 from train import cli as robuq_train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -58,7 +59,27 @@ def test_the_scripts_list_their_commands() -> None:
             ("CLASS_IDS", "--out", "--seed", "--steps", "--guidance-scale", "--sampler", "--checkpoint", "--backend"),
         ),
         (robuq.app, "inspect", ("CHECKPOINT", "--json")),
-        (robuq.app, "bench", ("--preset", "--checkpoint", "--batch", "--repeats", "--out", "--backend", "--threads")),
+        (
+            robuq.app,
+            "bench",
+            (
+                "--preset",
+                "--checkpoint",
+                "--level",
+                "--batch",
+                "--layer",
+                "--peer",
+                "--quick",
+                "--rounds",
+                "--budget-s",
+                "--out",
+                "--backend",
+                "--threads",
+                "--device",
+                "plot",
+                "random-checkpoint",
+            ),
+        ),
         (robuq_train.app, "teacher", ("--config", "--set")),
         (robuq_train.app, "qat", ("--config", "--set")),
         (robuq_train.app, "export", ("--config", "--set", "--out")),
@@ -101,12 +122,30 @@ def test_inspect_as_json_is_the_header(checkpoint: Path) -> None:
 
 def test_bench_prints_a_table_and_writes_json(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
-    options = ("--batch", "1", "--batch", "3", "--repeats", "3", "--backend", "reference", "--out", out)
-    page = run(robuq.app, "bench", "-c", checkpoint, *options)
-    assert "tiny on reference" in page
+    options = ("--batch", "1", "--batch", "3", "--rounds", "3", "--budget-s", "0", "--backend", "reference")
+    chosen = ("--level", "forward", "--level", "op", "--layer", "mlp.fc2", "--peer", "fp32", "--peer", "int8-gemlite")
+    page = run(robuq.app, "bench", "-c", checkpoint, *options, *chosen, "--threads", "1", "--out", out)
+    for expected in ("mlp.fc2 192x48", "forward", "x fp32", "absent: int8-gemlite (op, forward): needs a CUDA GPU"):
+        assert expected in page
     figures = json.loads(out.read_text())
-    assert [timing["batch"] for timing in figures["forward"]] == [1, 3]
-    assert {"cpu", "cores", "threads", "torch"} <= set(figures["machine"])
+    assert [(case["level"], case["batch"]) for case in figures["cases"]] == [
+        ("op", 1),
+        ("forward", 1),
+        ("op", 3),
+        ("forward", 3),
+    ]
+    assert {"cpu", "cores", "threads", "packages", "load_average"} <= set(figures["machine"])
+    assert figures["settings"]["backend"] == "reference"
+    plots = run(robuq.app, "bench", "plot", out, "--out", tmp_path / "plots")
+    assert [Path(line).name for line in plots.splitlines()] == ["speed-op.svg", "speed-forward.svg"]
+
+
+def test_a_preset_becomes_a_file_with_random_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRESETS, "DiT-Tiny/4", TINY)
+    out = tmp_path / "random.safetensors"
+    page = run(robuq.app, "bench", "random-checkpoint", "DiT-Tiny/4", "--out", out)
+    assert f"{out.stat().st_size:,} bytes" in page
+    assert run(robuq.app, "inspect", out)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +189,12 @@ def test_damaged_files_are_one_line(checkpoint: Path, tmp_path: Path) -> None:
 def test_mistakes_of_bench(checkpoint: Path) -> None:
     assert "unknown preset 'DiT-Q/3'; choose one of DiT-XL/2" in error_of(robuq.app, "bench", "--preset", "DiT-Q/3")
     assert "unknown backend" in error_of(robuq.app, "bench", "-c", checkpoint, "--backend", "gpu")
+    assert "exclude each other" in error_of(robuq.app, "bench", "-c", checkpoint, "--preset", "DiT-S/8")
+    assert "--quick chooses the cases itself" in error_of(robuq.app, "bench", "--quick", "--batch", "4")
+    for option, message in (("--level", "unknown level 'all'"), ("--peer", "unknown peer 'all'"),
+                            ("--layer", "unknown layer 'all': choose from attn.qkv")):  # fmt: skip
+        assert message in error_of(robuq.app, "bench", "-c", checkpoint, option, "all")
+    assert "no such file" in error_of(robuq.app, "bench", "plot", "absent.json")
 
 
 def test_no_arguments_show_the_help() -> None:

@@ -265,3 +265,10 @@ def test_limits_of_nonsense_are_refused() -> None:
         ContinuousScheduler(1, ageing_s=0.0)
     with pytest.raises(ValueError, match="window_s"):
         WindowScheduler(1, -1.0)
+
+
+def test_a_window_ends_at_the_time_that_wake_at_names() -> None:
+    scheduler = WindowScheduler(max_queue_images=10, window_s=0.1)
+    scheduler.submit(Demand(0, 1, 5, arrived_at=0.7))
+    assert scheduler.schedule(0, 4, 0.75) == ()
+    assert scheduler.schedule(0, 4, scheduler.wake_at(0.75)) == ((0, 0),)

@@ -10,7 +10,7 @@ import typer
 
 from robuq_core.bench.cli import app as bench_app
 from robuq_core.cli_support import reported
-from robuq_core.config import MAX_SEED, SamplerName
+from robuq_core.config import MAX_SEED, NUM_TRAIN_TIMESTEPS, SamplerName
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,6 +25,13 @@ CheckpointOption = Annotated[
     Path | None, typer.Option("--checkpoint", "-c", help="Packed .safetensors file; default: the bundled one.")
 ]
 BackendOption = Annotated[str, typer.Option(help="Kernel backend: auto, cpu (native) or reference (torch).")]
+DeviceOption = Annotated[str | None, typer.Option(help="Such as cuda:0; default: the backend's choice.")]
+StepsOption = Annotated[int | None, typer.Option(min=1, max=1000, help="Denoising steps; default: the checkpoint's.")]
+ScaleOption = Annotated[float | None, typer.Option(min=0, max=20, help="Guidance; 1 is none, and costs half.")]
+SamplerOption = Annotated[SamplerName | None, typer.Option(help="Default: the checkpoint's.")]
+IntervalOption = Annotated[
+    tuple[int, int], typer.Option(metavar="LOW HIGH", help="Guide at timesteps LOW..HIGH alone (arXiv 2404.07724).")
+]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")]
 
 
@@ -34,19 +41,21 @@ def sample(
     class_ids: Annotated[list[int], typer.Argument(help="One image a class id, e.g. 207 360.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNG files.")] = Path("samples"),
     seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="Image i uses seed + i.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Denoising steps.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(min=0, max=20, help="1 is no guidance.")] = None,
-    sampler: Annotated[SamplerName | None, typer.Option(help="Default: the checkpoint's.")] = None,
+    steps: StepsOption = None,
+    guidance_scale: ScaleOption = None,
+    sampler: SamplerOption = None,
+    guidance_interval: IntervalOption = (0, NUM_TRAIN_TIMESTEPS - 1),
     checkpoint: CheckpointOption = None,
     backend: BackendOption = "auto",
     threads: ThreadsOption = None,
+    device: DeviceOption = None,
 ) -> None:
     """Draw one image a class into PNG files; what is not given takes the checkpoint's default."""
     from rich.progress import Progress
 
     from robuq_core.pipeline import Sampler
 
-    loaded = Sampler.from_checkpoint(checkpoint, backend=backend, threads=threads)
+    loaded = Sampler.from_checkpoint(checkpoint, backend=backend, threads=threads, device=device)
     with Progress() as progress:
         task = progress.add_task("sampling", total=steps or loaded.defaults.steps)
         images = loaded.generate(
@@ -55,6 +64,7 @@ def sample(
             steps=steps,
             guidance_scale=guidance_scale,
             sampler=sampler,
+            guidance_interval=guidance_interval,
             on_step=lambda: progress.advance(task),
         )
     out.mkdir(parents=True, exist_ok=True)
@@ -62,6 +72,33 @@ def sample(
         path = out / f"{i:04d}_class{class_id}.png"
         image.save(path)
         typer.echo(path)
+
+
+@app.command()
+@reported
+def compare(
+    guidance_interval: IntervalOption,
+    images: Annotated[int, typer.Option(min=1, help="How many; image i draws class i with seed i.")] = 16,
+    steps: StepsOption = None,
+    guidance_scale: ScaleOption = None,
+    sampler: SamplerOption = None,
+    checkpoint: CheckpointOption = None,
+    backend: BackendOption = "auto",
+    threads: ThreadsOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """Print what guidance at some timesteps alone saves, and how far its pictures are from full guidance."""
+    from robuq_core.compare import compare_guidance_interval
+    from robuq_core.pipeline import Sampler
+
+    loaded = Sampler.from_checkpoint(checkpoint, backend=backend, threads=threads, device=device)
+    classes = [i % loaded.num_classes for i in range(images)]
+    result = compare_guidance_interval(loaded, classes, guidance_interval, steps=steps, guidance_scale=guidance_scale,
+                                       sampler_name=sampler)  # fmt: skip
+    typer.echo(
+        f"{result.images} images: {result.rows} of {result.rows_full} model rows, "
+        f"{result.seconds:.2f} of {result.seconds_full:.2f} s, PSNR {result.psnr_db:.1f} dB"
+    )
 
 
 @app.command("inspect")

@@ -26,6 +26,7 @@ from robuq_core.diffusion.samplers import Coefficients, StepTable, step_coeffici
 from robuq_core.kernels.select import select_backend
 from robuq_core.models.packed_dit import PackedDiT
 
+ALL_TIMESTEPS = (0, NUM_TRAIN_TIMESTEPS - 1)
 BUNDLED_CHECKPOINT = "imagenet-1-per-class-w1.58a2.safetensors"
 
 
@@ -47,7 +48,7 @@ class RowSpec:
     steps: int
     guidance_scale: float
     sampler: SamplerName
-    guidance_interval: tuple[int, int] = (0, NUM_TRAIN_TIMESTEPS - 1)
+    guidance_interval: tuple[int, int] = ALL_TIMESTEPS
 
 
 class Row:
@@ -294,6 +295,7 @@ class Sampler:
         steps: int | None = None,
         guidance_scale: float | None = None,
         sampler: SamplerName | None = None,
+        guidance_interval: tuple[int, int] = ALL_TIMESTEPS,
         on_step: Callable[[], None] | None = None,
     ) -> list[Image.Image]:
         """One image a class; image i uses ``seed + i``. What is ``None`` takes the checkpoint's default.
@@ -301,7 +303,7 @@ class Sampler:
         ``on_step`` is called after each step, for a progress bar.
 
         Raises:
-            ValueError: class, seed or steps out of range.
+            ValueError: class, seed, steps or guidance interval out of range.
         """
         first = secrets.randbelow(MAX_SEED + 1) if seed is None else seed
         defaults = self.defaults
@@ -313,6 +315,7 @@ class Sampler:
                     defaults.steps if steps is None else steps,
                     defaults.guidance_scale if guidance_scale is None else guidance_scale,
                     defaults.sampler if sampler is None else sampler,
+                    guidance_interval,
                 )
             )
             for i, class_id in enumerate(class_ids)

@@ -43,7 +43,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_scripts_list_their_commands() -> None:
     for app, commands in (
-        (robuq.app, ("sample", "inspect", "bench")),
+        (robuq.app, ("sample", "compare", "inspect", "bench")),
         (robuq_train.app, ("teacher", "qat", "export", "evaluate")),
     ):
         page = run(app, "--help")
@@ -56,8 +56,20 @@ def test_the_scripts_list_their_commands() -> None:
         (
             robuq.app,
             "sample",
-            ("CLASS_IDS", "--out", "--seed", "--steps", "--guidance-scale", "--sampler", "--checkpoint", "--backend"),
+            (
+                "CLASS_IDS",
+                "--out",
+                "--seed",
+                "--steps",
+                "--guidance-scale",
+                "--sampler",
+                "--guidance-interval",
+                "--checkpoint",
+                "--backend",
+                "--device",
+            ),
         ),
+        (robuq.app, "compare", ("--guidance-interval", "--guidance-scale", "--images")),
         (robuq.app, "inspect", ("CHECKPOINT", "--json")),
         (
             robuq.app,
@@ -104,6 +116,13 @@ def test_sample_writes_one_picture_a_class(checkpoint: Path, tmp_path: Path) -> 
     assert paths[0].read_bytes() != paths[2].read_bytes()
     run(robuq.app, "sample", "3", "--out", tmp_path / "again", *arguments)
     assert (tmp_path / "again" / "0000_class3.png").read_bytes() == paths[0].read_bytes()
+
+
+def test_compare_prints_what_an_interval_saves(checkpoint: Path) -> None:
+    options = ("--guidance-scale", "2", "--images", "2", "--steps", "4", "--threads", "1", "-c", checkpoint)
+    page = run(robuq.app, "compare", "--guidance-interval", "300", "700", *options)
+    assert page.startswith("2 images: 12 of 16 model rows, ")
+    assert "PSNR" in page
 
 
 def test_inspect_prints_what_the_file_holds(checkpoint: Path) -> None:
@@ -153,6 +172,7 @@ def test_a_preset_becomes_a_file_with_random_weights(tmp_path: Path, monkeypatch
     [
         (("99",), "class_id must be 0..9, not 99"),
         (("1", "--backend", "cuda"), "unknown backend 'cuda': choose one of"),
+        (("1", "--guidance-interval", "500", "400"), "guidance_interval must be two timesteps"),
         (("1", "-c", "absent.safetensors"), "absent.safetensors: no such file"),
     ],
 )

@@ -1,9 +1,9 @@
 """Prologue, rotation, per-token quantisation and low-rank projection in one pass over the tokens, eq. (1), (2), (4).
 
-A token of K = L R values is seen as an L x R matrix, value k = l R + r, and its rotation ``H_L (x) H_R`` as two steps.
-H_R is a power of two: butterflies between lanes. H_L = H_base (x) H_2^i is a matrix product on the tensor cores. Its
-entries are +-1, exact in fp16; the activation is scaled to fp16's range by token and split into a high and a low fp16
-part, 22 bits together, so that codes differ from the reference's only on the edges of cells.
+A token of K = L R values is seen as an L x R matrix, value k = l R + r; a tile holds several tokens side by side, [L,
+tokens R]. Its rotation by ``H_L (x) H_R`` is ``H_L^T X (I (x) H_R)``: two small products on the tensor cores. The
+matrices' entries are +-1 and 0, exact in fp16; the activation is scaled to fp16's range by token and split into a high
+and a low fp16 part, 22 bits together, so that codes differ from the reference's only on the edges of cells.
 
 L is split into ``main`` and ``tail`` rows (72 = 64 + 8) since tiles are powers of two. The tile size depends on K
 alone, never on the number of tokens: every sum over a token has one order.
@@ -25,7 +25,7 @@ from robuq_core.quant.activation import GAUSSIAN_STEP, SIGMA_PER_MEAN_ABS, is_mi
 from robuq_core.quant.hadamard import decompose_order, hadamard_matrix
 
 NO_PROLOGUE, MODULATE, GELU, SILU = range(4)
-MAIN_ROWS, MIN_TILE, TILE_COLUMNS = 64, 16, 64
+MAIN_ROWS, MIN_TILE, TILE_COLUMNS = 64, 16, 32
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ def token_shape(width: int) -> TokenShape:
 
 
 def default_config(width: int) -> LaunchConfig:
-    """Tokens a program: about 32 values a thread, where nothing spills."""
+    """Tokens a program: 16 values a thread, where nothing spills."""
     shape = token_shape(width)
     tokens = max(1, TILE_COLUMNS // shape.columns)
-    num_warps = 4 if shape.main_tile * tokens * shape.columns <= 4096 else 8
+    num_warps = 4 if shape.main_tile * tokens * shape.columns <= 2048 else 8
     return LaunchConfig({"TOKENS": tokens}, num_warps, 1)
 
 
@@ -81,6 +81,13 @@ def left_matrix(width: int, device: torch.device) -> Tensor:
     return padded.to(device)
 
 
+@lru_cache(maxsize=64)
+def right_matrix(width: int, tokens: int, device: torch.device) -> Tensor:
+    """``I_tokens (x) H_R``, fp16, square."""
+    matrix = torch.kron(torch.eye(tokens), hadamard_matrix(token_shape(width).columns).float())
+    return matrix.half().to(device)
+
+
 @triton.jit
 def _prologue(x, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
     if KIND == 2:
@@ -92,39 +99,43 @@ def _prologue(x, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _by_token(x, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Sum of ``[rows, TOKENS * COLUMNS]`` over each token -> ``[TOKENS]``."""
-    return tl.sum(tl.reshape(tl.sum(x, 0), [TOKENS, COLUMNS]), 1)
+def _sum_by_token(total, column, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sums of columns ``[columns]`` added up over each token, in every column of the token.
 
-
-@triton.jit
-def _max_by_token(x, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    return tl.max(tl.reshape(tl.max(tl.abs(x), 0), [TOKENS, COLUMNS]), 1)
-
-
-@triton.jit
-def _spread(value, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``[TOKENS]`` -> ``[1, TOKENS * COLUMNS]``."""
-    return tl.reshape(tl.broadcast_to(value[:, None], [TOKENS, COLUMNS]), [1, TOKENS * COLUMNS])
-
-
-@triton.jit
-def _butterflies(x, column, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Sylvester's matrix over the column index within a token."""
-    index = tl.broadcast_to(column[None, :], x.shape)
+    Columns exchange partial sums: a reshape to tokens and back would end in a layout that spills the whole tile.
+    """
     for i in tl.static_range(10):
         if (1 << i) < COLUMNS:
-            other = tl.gather(x, index ^ (1 << i), axis=1)
-            x = other + tl.where((index & (1 << i)) == 0, x, -x)
-    return x
+            total += tl.gather(total, column ^ (1 << i), axis=0)
+    return total
 
 
 @triton.jit
-def _mix(left, x, total):  # type: ignore[no-untyped-def]
-    """``total + left x`` with x in two fp16 parts."""
+def _max_by_token(largest, column, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    for i in tl.static_range(10):
+        if (1 << i) < COLUMNS:
+            largest = tl.maximum(largest, tl.gather(largest, column ^ (1 << i), axis=0))
+    return largest
+
+
+@triton.jit
+def _fp16_parts(x):  # type: ignore[no-untyped-def]
     high = x.to(tl.float16)
-    low = (x - high.to(tl.float32)).to(tl.float16)
+    return high, (x - high.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def _mix_rows(left, x, total):  # type: ignore[no-untyped-def]
+    """``total + left x``."""
+    high, low = _fp16_parts(x)
     return tl.dot(left, high, tl.dot(left, low, total))
+
+
+@triton.jit
+def _mix_columns(x, right):  # type: ignore[no-untyped-def]
+    """``x right``."""
+    high, low = _fp16_parts(x)
+    return tl.dot(high, right, tl.dot(low, right))
 
 
 @triton.jit
@@ -145,6 +156,7 @@ def rotate_quantize_kernel(  # type: ignore[no-untyped-def]
     scale_ptr,
     signs_ptr,
     left_ptr,
+    right_ptr,
     lowrank_b_ptr,
     codes_ptr,
     scales_ptr,
@@ -159,6 +171,7 @@ def rotate_quantize_kernel(  # type: ignore[no-untyped-def]
     MAIN_TILE: tl.constexpr,
     TAIL_TILE: tl.constexpr,
     RANK: tl.constexpr,
+    RANK_TILE: tl.constexpr,
     KIND: tl.constexpr,
     STEP: tl.constexpr,
     MIDRISE: tl.constexpr,
@@ -169,33 +182,38 @@ def rotate_quantize_kernel(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr = TOKENS * COLUMNS
     column = tl.arange(0, WIDTH)
     token = tl.program_id(0) * TOKENS + column // COLUMNS
-    base = token.to(tl.int64) * K
     live = token < tokens_total
+    # One 64-bit base for the program, 32-bit offsets within it.
+    start = tl.program_id(0).to(tl.int64) * (TOKENS * K)
+    x_ptr += start
+    codes_ptr += start
+    base = (column // COLUMNS) * K
 
     row = tl.arange(0, MAIN_TILE)
     k = row[:, None] * COLUMNS + (column % COLUMNS)[None, :]
-    here = (row < MAIN)[:, None] & live[None, :]
+    real = (row < MAIN)[:, None] if MAIN < MAIN_TILE else (row >= 0)[:, None]
+    here = real & live[None, :]
     x = _prologue(tl.load(x_ptr + base[None, :] + k, mask=here, other=0.0).to(tl.float32), KIND)
     if TAIL > 0:
         tail_row = tl.arange(0, TAIL_TILE)
         tail_k = (MAIN + tail_row)[:, None] * COLUMNS + (column % COLUMNS)[None, :]
-        tail_here = (tail_row < TAIL)[:, None] & live[None, :]
+        tail_real = (tail_row < TAIL)[:, None]
+        tail_here = tail_real & live[None, :]
         t = _prologue(tl.load(x_ptr + base[None, :] + tail_k, mask=tail_here, other=0.0).to(tl.float32), KIND)
 
     if KIND == 1:
-        total = _by_token(x, TOKENS, COLUMNS)
+        total = tl.sum(x, 0)
         if TAIL > 0:
-            total += _by_token(t, TOKENS, COLUMNS)
-        mean = _spread(total * (1.0 / K), TOKENS, COLUMNS)
+            total += tl.sum(t, 0)
+        mean = (_sum_by_token(total, column, COLUMNS) * (1.0 / K))[None, :]
         x = tl.where(here, x - mean, 0.0)
-        total = _by_token(x * x, TOKENS, COLUMNS)
+        total = tl.sum(x * x, 0)
         if TAIL > 0:
             t = tl.where(tail_here, t - mean, 0.0)
-            total += _by_token(t * t, TOKENS, COLUMNS)
-        deviation = tl.sqrt_rn(total * (1.0 / K) + eps)
-        inverse = _spread(tl.div_rn(1.0, deviation), TOKENS, COLUMNS)
-        # The compiler cannot see that all columns of a token share its image, and would load value by value.
-        image = tl.max_constancy((token // tokens_per_image) * K, COLUMNS)
+            total += tl.sum(t * t, 0)
+        variance = _sum_by_token(total, column, COLUMNS) * (1.0 / K)
+        inverse = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))[None, :]
+        image = (token // tokens_per_image) * K
         scale = tl.load(scale_ptr + image[None, :] + k, mask=here, other=0.0)
         x = x * inverse * (1.0 + scale) + tl.load(shift_ptr + image[None, :] + k, mask=here, other=0.0)
         if TAIL > 0:
@@ -203,42 +221,47 @@ def rotate_quantize_kernel(  # type: ignore[no-untyped-def]
             shift = tl.load(shift_ptr + image[None, :] + tail_k, mask=tail_here, other=0.0)
             t = t * inverse * (1.0 + scale) + shift
 
-    # To fp16's range: |x| COLUMNS <= 2^14 after the butterflies.
-    largest = _max_by_token(x, TOKENS, COLUMNS)
+    # To fp16's range: after the first product |x| COLUMNS <= 2^14.
+    largest = tl.max(tl.abs(x), 0)
     if TAIL > 0:
-        largest = tl.maximum(largest, _max_by_token(t, TOKENS, COLUMNS))
-    largest = tl.maximum(largest, 1e-30)
-    grow = _spread(tl.div_rn(16384.0 / COLUMNS, largest), TOKENS, COLUMNS)
-    shrink = _spread(largest * (COLUMNS / 16384.0 / (K**0.5)), TOKENS, COLUMNS)
-    x = _butterflies(x * grow * tl.load(signs_ptr + k, mask=(row < MAIN)[:, None], other=0.0), column, COLUMNS)
+        largest = tl.maximum(largest, tl.max(tl.abs(t), 0))
+    largest = tl.maximum(_max_by_token(largest, column, COLUMNS), 1e-30)
+    grow = tl.div_rn(16384.0 / COLUMNS, largest)[None, :]
+    shrink = (largest * (COLUMNS / 16384.0 / (K**0.5)))[None, :]
+    right = tl.load(right_ptr + column[:, None] * WIDTH + column[None, :])
+    x = _mix_columns(x * grow * tl.load(signs_ptr + k, mask=real, other=0.0), right)
     z = tl.zeros([MAIN_TILE, WIDTH], tl.float32)
     if TAIL > 0:
-        signs = tl.load(signs_ptr + tail_k, mask=(tail_row < TAIL)[:, None], other=0.0)
-        t = _butterflies(t * grow * signs, column, COLUMNS)
+        t = _mix_columns(t * grow * tl.load(signs_ptr + tail_k, mask=tail_real, other=0.0), right)
         at = MAIN_TILE + tail_row
-        z = _mix(tl.load(left_ptr + row[:, None] * SIZE + at[None, :]), t, z)
-        zt = _mix(tl.load(left_ptr + at[:, None] * SIZE + at[None, :]), t, tl.zeros([TAIL_TILE, WIDTH], tl.float32))
-        zt = _mix(tl.load(left_ptr + at[:, None] * SIZE + row[None, :]), x, zt) * shrink
-    z = _mix(tl.load(left_ptr + row[:, None] * SIZE + row[None, :]), x, z) * shrink
+        z = _mix_rows(tl.load(left_ptr + row[:, None] * SIZE + at[None, :]), t, z)
+        zt = tl.zeros([TAIL_TILE, WIDTH], tl.float32)
+        zt = _mix_rows(tl.load(left_ptr + at[:, None] * SIZE + at[None, :]), t, zt)
+        zt = _mix_rows(tl.load(left_ptr + at[:, None] * SIZE + row[None, :]), x, zt) * shrink
+    z = _mix_rows(tl.load(left_ptr + row[:, None] * SIZE + row[None, :]), x, z) * shrink
 
-    total = _by_token(tl.abs(z), TOKENS, COLUMNS)
+    total = tl.sum(tl.abs(z), 0)
     if TAIL > 0:
-        total += _by_token(tl.abs(zt), TOKENS, COLUMNS)
-    step = total * (1.0 / K) * STEP
-    inverse_step = _spread(tl.div_rn(1.0, tl.maximum(step, 1e-30)), TOKENS, COLUMNS)
+        total += tl.sum(tl.abs(zt), 0)
+    step = _sum_by_token(total, column, COLUMNS) * (1.0 / K) * STEP
+    inverse_step = tl.div_rn(1.0, tl.maximum(step, 1e-30))[None, :]
     tl.store(codes_ptr + base[None, :] + k, _codes(z, inverse_step, MIDRISE, TOP), mask=here)
     if TAIL > 0:
         tl.store(codes_ptr + base[None, :] + tail_k, _codes(zt, inverse_step, MIDRISE, TOP), mask=tail_here)
-    own = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    tl.store(scales_ptr + own, step * (0.5 if MIDRISE else 1.0), mask=own < tokens_total)
+    tl.store(scales_ptr + token, step * (0.5 if MIDRISE else 1.0), mask=live & (column % COLUMNS == 0))
 
-    for j in range(RANK):
-        factor = tl.load(lowrank_b_ptr + j * K + k, mask=(row < MAIN)[:, None], other=0.0)
-        projected = _by_token(z * factor, TOKENS, COLUMNS)
-        if TAIL > 0:
-            factor = tl.load(lowrank_b_ptr + j * K + tail_k, mask=(tail_row < TAIL)[:, None], other=0.0)
-            projected += _by_token(zt * factor, TOKENS, COLUMNS)
-        tl.store(lowrank_ptr + own.to(tl.int64) * RANK + j, projected, mask=own < tokens_total)
+    if RANK > 0:
+        rank = tl.arange(0, RANK_TILE)
+        sums = tl.zeros([RANK_TILE, WIDTH], tl.float32)
+        for j in range(RANK):
+            total = tl.sum(z * tl.load(lowrank_b_ptr + j * K + k, mask=real, other=0.0), 0)
+            if TAIL > 0:
+                total += tl.sum(zt * tl.load(lowrank_b_ptr + j * K + tail_k, mask=tail_real, other=0.0), 0)
+            sums = tl.where(rank[:, None] == j, total[None, :], sums)
+        projected = tl.sum(tl.reshape(sums, [RANK_TILE, TOKENS, COLUMNS]), 2)
+        own = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+        inside = (rank < RANK)[:, None] & (own < tokens_total)[None, :]
+        tl.store(lowrank_ptr + own[None, :] * RANK + rank[:, None], projected, mask=inside)
 
 
 def constants(width: int, rank: int, kind: int, bits: int, midrise: bool) -> dict[str, int | float | bool]:
@@ -252,6 +275,7 @@ def constants(width: int, rank: int, kind: int, bits: int, midrise: bool) -> dic
         "MAIN_TILE": shape.main_tile,
         "TAIL_TILE": shape.tail_tile,
         "RANK": rank,
+        "RANK_TILE": next_power_of_2(rank),
         "KIND": kind,
         "STEP": SIGMA_PER_MEAN_ABS * GAUSSIAN_STEP[bits],
         "MIDRISE": midrise,
@@ -282,8 +306,9 @@ def rotate_quantize(x: Tensor, layer: TernaryLayer, prologue: Prologue, config: 
         grid = (triton.cdiv(rows, config.blocks["TOKENS"]),)
         with on_device_of(x):
             rotate_quantize_kernel[grid](
-                *(x, shift, scale, layer.signs, left_matrix(width, x.device), layer.lowrank_b, codes, scales, lowrank),
-                *(rows, per_image, eps),
+                *(x, shift, scale, layer.signs),
+                *(left_matrix(width, x.device), right_matrix(width, config.blocks["TOKENS"], x.device)),
+                *(layer.lowrank_b, codes, scales, lowrank, rows, per_image, eps),
                 **constants(width, rank, kind, layer.bits, midrise),
                 **config.options(),
             )

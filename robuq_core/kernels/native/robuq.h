@@ -160,29 +160,29 @@ static inline size_t ternary_carve(char *scratch, const struct ternary_job *job,
 
 /* Working buffers of an attention task; rows are padded to whole vectors. The last three hold QUERY_ROWS rows. */
 struct attention_buffers {
-    int16_t *q, *k;             /* codes [length, padded head_dim] */
-    float *q_scale, *k_scale;   /* [length] */
-    int16_t *v_codes;           /* transposed [head_dim, padded length] */
-    float *v;                   /* the same, unquantised */
+    int16_t *q;                 /* codes [length, padded head_dim], and rows of a last tile */
+    int16_t *k;                 /* codes [padded head_dim / 2, padded length, 2] */
+    float *q_scale, *k_scale;   /* [padded length] */
+    int16_t *v_codes;           /* [padded length / 2, padded head_dim, 2] */
+    float *v;                   /* the same memory: unquantised, [head_dim, padded length] */
     float *logits;              /* then probabilities [QUERY_ROWS, padded length] */
-    int32_t *products;          /* [QUERY_ROWS, max(length, head_dim)] */
+    int32_t *products;          /* [QUERY_ROWS, the longer of padded length and padded head_dim] */
     int16_t *p_codes;           /* [QUERY_ROWS, padded length] */
 };
 
-enum { INT16_LANES = 16 };
+enum { INT16_LANES = 16, PAIR_ROWS = 4, PAIR_VECTORS = 3 /* of a tile of sums */ };
 
 /* Lays the buffers out from `scratch` on; returns their size. */
 static inline size_t attention_carve(char *scratch, int64_t length, int64_t head_dim, struct attention_buffers *b) {
     const int64_t padded_length = round_up(length, INT16_LANES), padded_dim = round_up(head_dim, INT16_LANES);
     char *cursor = scratch;
-    b->q = carve(&cursor, length * padded_dim, sizeof *b->q);
-    b->k = carve(&cursor, length * padded_dim, sizeof *b->k);
-    b->q_scale = carve(&cursor, length, sizeof *b->q_scale);
-    b->k_scale = carve(&cursor, length, sizeof *b->k_scale);
-    /* One form of v or the other. */
-    b->v_codes = (int16_t *)(b->v = carve(&cursor, head_dim * padded_length, sizeof *b->v));
+    b->q = carve(&cursor, padded_length * padded_dim, sizeof *b->q);
+    b->k = carve(&cursor, padded_length * padded_dim, sizeof *b->k);
+    b->q_scale = carve(&cursor, padded_length, sizeof *b->q_scale);
+    b->k_scale = carve(&cursor, padded_length, sizeof *b->k_scale);
+    b->v_codes = (int16_t *)(b->v = carve(&cursor, padded_dim * padded_length, sizeof *b->v));
     b->logits = carve(&cursor, QUERY_ROWS * padded_length, sizeof *b->logits);
-    b->products = carve(&cursor, QUERY_ROWS * max64(length, head_dim), sizeof *b->products);
+    b->products = carve(&cursor, QUERY_ROWS * max64(padded_length, padded_dim), sizeof *b->products);
     b->p_codes = carve(&cursor, QUERY_ROWS * padded_length, sizeof *b->p_codes);
     return (size_t)(cursor - scratch);
 }

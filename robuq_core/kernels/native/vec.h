@@ -201,9 +201,28 @@ INLINE void vsum4(const v8 x[4], float out[4]) {
 }
 
 INLINE float vmax_lane(v8 x) {
+#if HAVE_AVX2
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+#else
     float top = x[0];
     for (int i = 1; i < LANES; i++) top = x[i] > top ? x[i] : top;
     return top;
+#endif
+}
+
+/* The elements of both in turn. */
+INLINE void store_interleaved(int16_t *out, v8s even, v8s odd) {
+#if HAVE_AVX2
+    _mm_storeu_si128((__m128i *)out, _mm_unpacklo_epi16((__m128i)even, (__m128i)odd));
+    _mm_storeu_si128((__m128i *)(out + LANES), _mm_unpackhi_epi16((__m128i)even, (__m128i)odd));
+#else
+    for (int i = 0; i < LANES; i++) {
+        out[2 * i] = even[i];
+        out[2 * i + 1] = odd[i];
+    }
+#endif
 }
 
 /* 2^(n + f) to about 2 ulp for whole n in -126 .. 127 and |f| <= 1/2: a polynomial in f, then n onto the exponent. */

@@ -1,0 +1,209 @@
+"""Eight-bit attention as :mod:`robuq_core.quant.attention` defines it: exact products on the tensor cores.
+
+A first kernel finds scales and codes of Q and K (by token) and V (by head) and lays them out by head, padded with
+zeros. The second one goes over the keys twice, since a probability is rounded after the whole row is normalised: first
+for the row's largest logit and its sum, then for the codes of P times the codes of V.
+
+``Q K^T`` multiplies int8 into int32. P's codes, 0..255, do not fit int8; ``P V`` multiplies fp16, which holds all codes
+exactly, into float32. A row of P sums to at most ``255 + L / 2`` after rounding, times V's 127 that is below 2^24 for
+L < 2^18: every partial sum is an integer that float32 holds, in any order.
+
+Tiles depend on the head alone, so a picture's result does not depend on the pictures beside it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from robuq_core.kernels.triton.config import LaunchConfig, next_power_of_2, on_device_of, round_up
+
+# An int8 product on the tensor cores takes at least 32 values of the inner dimension.
+MIN_HEAD_TILE, MAX_HEAD_DIM, MAX_LENGTH = 32, 256, 2**18 - 1024
+
+
+def default_config(head_dim: int) -> LaunchConfig:
+    """Of :func:`attention_kernel`: queries and keys a tile."""
+    if head_dim > 128:
+        return LaunchConfig({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 2)
+    return LaunchConfig({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2)
+
+
+def candidate_configs(head_dim: int) -> list[LaunchConfig]:
+    """What tuning tries for heads of ``head_dim`` values."""
+    sizes = ((32, 32), (64, 32), (64, 64), (128, 64))
+    found = [LaunchConfig({"BLOCK_M": m, "BLOCK_N": n}, w, s) for m, n in sizes for w in (4, 8) for s in (2, 3)]
+    return [config for config in found if config.blocks["BLOCK_M"] * head_dim <= 128 * 128]
+
+
+def quantize_config(head_dim: int) -> LaunchConfig:
+    """Of :func:`quantize_heads_kernel`: tokens a tile, 16 values a thread."""
+    return LaunchConfig({"BLOCK": max(16, 2048 // head_tile(head_dim))}, 4, 1)
+
+
+def head_tile(head_dim: int) -> int:
+    return max(MIN_HEAD_TILE, next_power_of_2(head_dim))
+
+
+def constants(head_dim: int) -> dict[str, int]:
+    """Compile-time arguments of both kernels, but for the launch shape."""
+    return {"HEAD": head_dim, "HEAD_TILE": head_tile(head_dim)}
+
+
+@triton.jit
+def _round(x):  # type: ignore[no-untyped-def]
+    """To the nearest integer, ties to even, for |x| < 2^22."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _codes_by_token(x):  # type: ignore[no-untyped-def]
+    scale = tl.div_rn(tl.max(tl.abs(x), 1), 127.0)
+    return _round(tl.div_rn(x, tl.maximum(scale, 1e-30)[:, None])).to(tl.int8), scale
+
+
+@triton.jit(do_not_specialize=["length", "padded", "heads"])
+def quantize_heads_kernel(  # type: ignore[no-untyped-def]
+    qkv_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    q_scales_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
+    length,
+    padded,
+    heads,
+    HEAD: tl.constexpr,
+    HEAD_TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One block of tokens of one head of one picture. ``padded``: tokens of the padded layout."""
+    head = tl.program_id(0).to(tl.int64)
+    stride = 3 * heads * HEAD
+    qkv_ptr += (head // heads) * length * stride + (head % heads) * HEAD
+    v_in_ptr = qkv_ptr + 2 * heads * HEAD
+    token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, HEAD_TILE)
+    real = (token < length)[:, None] & (column < HEAD)[None, :]
+    here = token[:, None] * stride + column[None, :]
+    out = head * padded * HEAD_TILE + token[:, None] * HEAD_TILE + column[None, :]
+
+    codes, scale = _codes_by_token(tl.load(qkv_ptr + here, mask=real, other=0.0))
+    tl.store(q_ptr + out, codes)
+    tl.store(q_scales_ptr + head * padded + token, scale * (HEAD**-0.5))
+    codes, scale = _codes_by_token(tl.load(qkv_ptr + heads * HEAD + here, mask=real, other=0.0))
+    tl.store(k_ptr + out, codes)
+    tl.store(k_scales_ptr + head * padded + token, scale)
+
+    # Every block of a head finds the head's largest value for itself: a maximum has no order.
+    largest = tl.zeros([BLOCK, HEAD_TILE], tl.float32)
+    for start in range(0, length, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        inside = (t < length)[:, None] & (column < HEAD)[None, :]
+        v = tl.load(v_in_ptr + t[:, None] * stride + column[None, :], mask=inside, other=0.0)
+        largest = tl.maximum(largest, tl.abs(v))
+    v_scale = tl.div_rn(tl.max(tl.max(largest, 1), 0), 127.0)
+    v = tl.load(v_in_ptr + here, mask=real, other=0.0)
+    tl.store(v_ptr + out, _round(tl.div_rn(v, tl.maximum(v_scale, 1e-30))).to(tl.float16))
+    if tl.program_id(1) == 0:
+        tl.store(v_scales_ptr + head, v_scale)
+
+
+@triton.jit
+def _logits(q, q_scale, k_ptr, k_scales_ptr, key, column, length, HEAD_TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Logits of a tile, float32; minus infinity where there is no key."""
+    k = tl.load(k_ptr + key[None, :] * HEAD_TILE + column[:, None])
+    k_scale = tl.load(k_scales_ptr + key)
+    logits = tl.dot(q, k).to(tl.float32) * q_scale[:, None] * k_scale[None, :]
+    return tl.where((key < length)[None, :], logits, float("-inf"))
+
+
+@triton.jit(do_not_specialize=["length", "padded", "heads"])
+def attention_kernel(  # type: ignore[no-untyped-def]
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    q_scales_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
+    out_ptr,
+    length,
+    padded,
+    heads,
+    HEAD: tl.constexpr,
+    HEAD_TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One block of queries of one head of one picture against all its keys."""
+    head = tl.program_id(0).to(tl.int64)
+    codes = head * padded * HEAD_TILE
+    k_ptr += codes
+    v_ptr += codes
+    k_scales_ptr += head * padded
+    query = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.arange(0, HEAD_TILE)
+    q = tl.load(q_ptr + codes + query[:, None] * HEAD_TILE + column[None, :])
+    q_scale = tl.load(q_scales_ptr + head * padded + query)
+
+    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for start in range(0, length, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        logits = _logits(q, q_scale, k_ptr, k_scales_ptr, key, column, length, HEAD_TILE)
+        larger = tl.maximum(largest, tl.max(logits, 1))
+        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(logits - larger[:, None]), 1)
+        largest = larger
+
+    to_codes = tl.div_rn(255.0, total)
+    product = tl.zeros([BLOCK_M, HEAD_TILE], tl.float32)
+    for start in range(0, length, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        logits = _logits(q, q_scale, k_ptr, k_scales_ptr, key, column, length, HEAD_TILE)
+        p = _round(tl.exp(logits - largest[:, None]) * to_codes[:, None]).to(tl.float16)
+        v = tl.load(v_ptr + key[:, None] * HEAD_TILE + column[None, :])
+        product = tl.dot(p, v, product)
+
+    scale = tl.load(v_scales_ptr + head) * (1.0 / 255.0)
+    width = heads * HEAD
+    out_ptr += (head // heads) * length * width + (head % heads) * HEAD
+    real = (query < length)[:, None] & (column < HEAD)[None, :]
+    tl.store(out_ptr + query[:, None] * width + column[None, :], product * scale, mask=real)
+
+
+def attention(qkv: Tensor, num_heads: int, config: LaunchConfig | None = None) -> Tensor:
+    """Launch the kernels on contiguous float32 ``qkv [B, L, 3 D]`` -> ``[B, L, D]``.
+
+    Raises:
+        ValueError: heads of more than 256 values, or more than 2^18 tokens: the products would not be exact.
+    """
+    images, length, triple = qkv.shape
+    head_dim = triple // 3 // num_heads
+    if head_dim > MAX_HEAD_DIM or length > MAX_LENGTH:
+        raise ValueError(f"attention takes head_dim up to {MAX_HEAD_DIM} and {MAX_LENGTH} tokens, "
+                         f"not {head_dim} and {length}")  # fmt: skip
+    config = config or default_config(head_dim)
+    first = quantize_config(head_dim)
+    block, block_m = first.blocks["BLOCK"], config.blocks["BLOCK_M"]
+    padded = round_up(length, max(block, block_m, config.blocks["BLOCK_N"]))
+    device, heads, tile = qkv.device, images * num_heads, head_tile(head_dim)
+    out = torch.empty(images, length, triple // 3, device=device)
+    if not out.numel():
+        return out
+    q, k = (torch.empty(heads, padded, tile, dtype=torch.int8, device=device) for _ in range(2))
+    v = torch.empty(heads, padded, tile, dtype=torch.float16, device=device)
+    q_scales, k_scales = (torch.empty(heads, padded, device=device) for _ in range(2))
+    v_scales = torch.empty(heads, device=device)
+    operands = (q, k, v, q_scales, k_scales, v_scales)
+    fixed = constants(head_dim)
+    with on_device_of(qkv):
+        quantize_heads_kernel[(heads, padded // block)](
+            *(qkv, *operands, length, padded, num_heads), **fixed, **first.options()
+        )
+        attention_kernel[(heads, triton.cdiv(length, block_m))](
+            *(*operands, out, length, padded, num_heads), **fixed, **config.options()
+        )
+    return out

@@ -196,10 +196,8 @@ class Sampler:
         return self._of_packed(self.model.replica(ops), self.header, self.checkpoint_name, self._backend_choice)
 
     def warm_up_rows(self, max_rows: int) -> tuple[int, ...]:
-        """Sizes, in rows of the model, that a forward should have seen before its first request: powers of two and
-        ``max_rows``, ascending."""
-        powers = {1 << i for i in range(max_rows.bit_length())}
-        return tuple(sorted(powers | {max_rows}))
+        """Sizes, in rows of the model, that a forward should have seen before its first request, ascending."""
+        return self.model.warm_up_rows(max_rows) if isinstance(self.model, PackedDiT) else (max_rows,)
 
     def start(self, spec: RowSpec) -> Row:
         """A new row at its first step: pure noise from its seed.

@@ -6,6 +6,8 @@ native backends hold that property to the bit.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,6 +36,12 @@ def apply_prologue(x: Tensor, prologue: Prologue) -> Tensor:
     raise ValueError(f"prologue must be a Modulation, 'gelu', 'silu' or None, not {prologue!r}")
 
 
+@lru_cache(maxsize=32)
+def _rotation(width: int, device: torch.device) -> Rotation:
+    """The rotation without its signs."""
+    return Rotation(width).to(device)
+
+
 class ReferenceBackend:
     """See :class:`robuq_core.kernels.ops.Backend`."""
 
@@ -44,8 +52,7 @@ class ReferenceBackend:
 
     @torch.no_grad()
     def rotate_quantize(self, x: Tensor, layer: TernaryLayer, prologue: Prologue = None) -> Quantized:
-        rotation = Rotation(layer.in_features, layer.signs).to(x.device)
-        rotated = rotation(apply_prologue(x, prologue))
+        rotated = _rotation(layer.in_features, x.device)(apply_prologue(x, prologue) * layer.signs)
         codes, scales = quantize_activation(rotated, layer.bits, layer.grid)
         return Quantized(codes, scales.squeeze(-1), F.linear(rotated, layer.lowrank_b))
 

@@ -16,6 +16,7 @@ from robuq_core.config import ModelConfig
 from robuq_core.kernels.ops import Backend, Modulation, Prologue, TernaryLayer
 from robuq_core.models.conditioning import BLOCK_ENTRIES, ConditioningTable
 from robuq_core.models.dit import norm2_eps, patchify, position_table, unpatchify
+from robuq_core.models.graphs import CudaRecorder, Denoise, GraphedDenoise, buckets
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
 
@@ -73,6 +74,9 @@ class PackedDiT:
         self.blocks = [block.to(backend.device) for block in blocks]
         self.pos_embed = pos_embed.to(backend.device)
         self.conditioning = ConditioningTable(config, self.dense, [block.adaln for block in self.blocks], backend)
+        self._run: Denoise = self.denoise
+        if self.device.type == "cuda":
+            self._run = GraphedDenoise(self.denoise, CudaRecorder(self.device))
 
     def replica(self, backend: Backend) -> PackedDiT:
         """The same network on another backend; weights are shared where both run on one device."""
@@ -92,7 +96,14 @@ class PackedDiT:
 
     def forward(self, x_BCHW: Tensor, timesteps_B: Tensor, classes_B: Tensor) -> Tensor:
         slots_B = self.conditioning.slots(timesteps_B.tolist(), classes_B.tolist())
-        return self.denoise(x_BCHW, slots_B, self.conditioning.table)
+        return self._run(x_BCHW, slots_B, self.conditioning.table)
+
+    def warm_up_rows(self, max_rows: int) -> tuple[int, ...]:
+        """Numbers of rows, ascending up to ``max_rows``, that a forward should have seen before it serves: each size
+        that is recorded on a GPU, powers of two on a CPU."""
+        if self.device.type == "cuda":
+            return tuple(sorted({min(size, max_rows) for size in buckets(max_rows)}))
+        return tuple(sorted({1 << i for i in range(max_rows.bit_length())} | {max_rows}))
 
     def denoise(self, x_BCHW: Tensor, slots_B: Tensor, table: Tensor) -> Tensor:
         """The forward of rows whose modulations lie at ``slots_B`` of ``table`` ``[6 depth + 2, slots, D]``."""

@@ -211,9 +211,9 @@ def test_only_packed_samplers_replicate(sampler: Sampler) -> None:
         plain.replica()
 
 
-@given(st.integers(1, 300))
-def test_warm_up_covers_one_row_and_the_most(max_rows: int) -> None:
-    sizes = Sampler.warm_up_rows(object.__new__(Sampler), max_rows)
+@given(max_rows=st.integers(1, 300))
+def test_warm_up_covers_one_row_and_the_most(sampler: Sampler, max_rows: int) -> None:
+    sizes = sampler.warm_up_rows(max_rows)
     assert sizes[0] == 1
     assert sizes[-1] == max_rows
     assert all(small < large <= 2 * small for small, large in pairwise(sizes))

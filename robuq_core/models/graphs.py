@@ -1,0 +1,95 @@
+"""A forward recorded once for each number of rows and replayed with one launch (CUDA graphs).
+
+A small batch on a GPU is bound by launches, not by work. Numbers of rows are rounded up to a bucket; the rows that fill
+it up are computed and thrown away, which changes no other row's result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Takes what to record; gives how to replay it, and where its result then lies.
+Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
+
+_WARM_UP_RUNS = 2
+
+
+def bucket(rows: int) -> int:
+    """The size that ``rows`` (at least 1) are rounded up to: powers of two, and halfway between them from 8 on."""
+    power = 1 << (rows - 1).bit_length()
+    halfway = power // 4 * 3
+    return halfway if power >= 16 and rows <= halfway else power
+
+
+def buckets(max_rows: int) -> tuple[int, ...]:
+    """Every size that up to ``max_rows`` rows are rounded up to, ascending."""
+    return tuple(sorted({bucket(rows) for rows in range(1, max_rows + 1)}))
+
+
+class CudaRecorder:
+    """Records CUDA graphs on one device; all share one pool of memory, as they never run side by side."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool: Any = None
+
+    def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        with torch.cuda.device(self._device):
+            # Kernels are compiled and tuned before the recording, which must not wait for the device.
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UP_RUNS):
+                    run()
+            torch.cuda.current_stream().wait_stream(stream)
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            # Other threads, other replicas' among them, may use CUDA meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                out = run()
+        return graph.replay, out
+
+
+@dataclass(frozen=True)
+class _Recording:
+    x: Tensor
+    slots: Tensor
+    out: Tensor
+    replay: Callable[[], None]
+
+
+class GraphedDenoise:
+    """``denoise(x [B, C, H, W], slots [B], table)`` by replaying recordings, one a bucket.
+
+    The result lies in a buffer that the next call overwrites. Recordings hold addresses: another ``table`` starts anew.
+    """
+
+    def __init__(self, denoise: Denoise, record: Record) -> None:
+        self._denoise, self._record = denoise, record
+        self._table: Tensor | None = None
+        self._recordings: dict[int, _Recording] = {}
+
+    def __call__(self, x: Tensor, slots: Tensor, table: Tensor) -> Tensor:
+        rows = len(x)
+        if table is not self._table:
+            self._recordings, self._table = {}, table
+        size = bucket(rows)
+        if size not in self._recordings:
+            self._recordings[size] = self._recorded(x, slots, table, size)
+        recording = self._recordings[size]
+        recording.x[:rows].copy_(x)
+        recording.slots[:rows].copy_(slots)
+        recording.replay()
+        return recording.out[:rows]
+
+    def _recorded(self, x: Tensor, slots: Tensor, table: Tensor, size: int) -> _Recording:
+        # Slot 0 stands for the rows that fill up: any entry will do.
+        inputs, places = x.new_zeros(size, *x.shape[1:]), slots.new_zeros(size)
+        replay, out = self._record(lambda: self._denoise(inputs, places, table))
+        return _Recording(inputs, places, out, replay)

@@ -24,7 +24,9 @@ app.add_typer(bench_app, name="bench")
 CheckpointOption = Annotated[
     Path | None, typer.Option("--checkpoint", "-c", help="Packed .safetensors file; default: the bundled one.")
 ]
-BackendOption = Annotated[str, typer.Option(help="Kernel backend: auto, cpu (native) or reference (torch).")]
+BackendOption = Annotated[
+    str, typer.Option(help="Kernel backend: auto, cpu (native), triton (NVIDIA GPU) or reference (torch).")
+]
 DeviceOption = Annotated[str | None, typer.Option(help="Such as cuda:0; default: the backend's choice.")]
 StepsOption = Annotated[int | None, typer.Option(min=1, max=1000, help="Denoising steps; default: the checkpoint's.")]
 ScaleOption = Annotated[float | None, typer.Option(min=0, max=20, help="Guidance; 1 is none, and costs half.")]

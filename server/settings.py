@@ -22,7 +22,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="ROBUQ_", env_ignore_empty=True, extra="ignore", frozen=True)
 
     checkpoint: Path | None = Field(None, description="Packed checkpoint to serve; the bundled one if not given.")
-    backend: str = Field("auto", description="Kernels to run: auto picks the fastest that works here.")
+    backend: str = Field(
+        "auto", description="Kernels to run: cpu, triton or reference; auto picks the fastest that works here."
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of the model; the backend's choice if not given.")
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")

@@ -121,10 +121,11 @@ def _op_sides(bench: Bench, layer: TernaryLayer, x: Tensor, prologue: Prologue) 
             lambda: dequantized(law),
             MAX_RELATIVE_ERROR,
             own=True,
+            part=True,
             result=lambda: dequantized(ops),
         ),
         # The integer product is exact: only scales and the low-rank sum are rounded.
-        Side(f"{OURS} product", lambda: product(ops), lambda: product(law), 1e-4, own=True),
+        Side(f"{OURS} product", lambda: product(ops), lambda: product(law), 1e-4, own=True, part=True),
     ]
 
 

@@ -21,7 +21,8 @@ class SideTiming(StrictModel):
     """One implementation on one case.
 
     ``relative_error``: of its result, at most ``tolerance``, against the reference backend (ours) or FP32 (peers).
-    ``speedup``: median over the rounds of FP32's time over this one's of the same round; none where FP32 did not run.
+    ``part``: it does part of the case's work. ``speedup``: median over the rounds of FP32's time over this one's of
+    the same round; none for parts, and where FP32 did not run.
     """
 
     name: str
@@ -32,6 +33,7 @@ class SideTiming(StrictModel):
     rounds: int
     relative_error: float
     tolerance: float
+    part: bool = False
     speedup: float | None = None
 
 

@@ -50,7 +50,7 @@ class Settings:
 QUICK_PLANS: tuple[Plan, ...] = (
     Plan(("op",), (2,), preset="DiT-XL/2", layers=("attn.qkv", "mlp.fc2")),
     Plan(("block",), (2,), preset="DiT-XL/2"),
-    Plan(("forward",), (1, 8)),
+    Plan(("forward",), (8,), peers=("fp32", "fp32-compiled", "int8-onednn")),
     Plan(("image", "memory", "loading"), (1,)),
 )
 QUICK_SETTINGS = Settings(rounds=7, budget_s=10.0)

@@ -47,7 +47,7 @@ def _timings(cases: tuple[CaseTiming, ...]) -> Table:
                 f"{side.median_s * 1e3:.3g}",
                 f"{side.p25_s * 1e3:.3g}..{side.p75_s * 1e3:.3g}",
                 "" if side.speedup is None else f"{side.speedup:.2f}",
-                f"{case.macs / side.median_s / 1e9:.0f}",
+                "" if side.part else f"{case.macs / side.median_s / 1e9:.0f}",
                 f"{side.relative_error:.1e}",
                 end_section=i == len(case.sides) - 1,
             )

@@ -36,7 +36,8 @@ class Side:
     relative error in the Frobenius norm. Where ``expected`` holds fewer images, they are those at ``images``.
     ``result``: what is compared, where that needs more work than what is timed.
 
-    ``own``: a wrong result ends the benchmark; a peer's only takes the peer out.
+    ``own``: a wrong result ends the benchmark; a peer's only takes the peer out. ``part``: of the work of the case, so
+    that comparing it with FP32 would mean nothing.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Side:
     expected: Callable[[], Tensor]
     tolerance: float
     own: bool = False
+    part: bool = False
     images: tuple[int, ...] | None = None
     result: Callable[[], Tensor] | None = None
 
@@ -84,18 +86,26 @@ def time_sides(sides: Sequence[Side], timer: Timer) -> tuple[list[SideTiming], l
     """
     ready: list[tuple[Side, float, float]] = []
     absent: list[Absent] = []
+    baseline: float | None = None
     for side in sorted(sides, key=lambda side: side.name != BASELINE):
         try:
-            error = _checked(side)
-            ready.append((side, error, _warm_seconds(side, timer, ready)))
+            error = _checked(side, timer, baseline)
+            ready.append((side, error, timer.seconds(side.run)))
         except Unavailable as reason:
             absent.append(Absent(name=side.name, reason=str(reason)))
+        if side.name == BASELINE and ready:
+            baseline = ready[0][2]
     return _interleave(ready, timer), absent
 
 
-def _checked(side: Side) -> float:
+def _checked(side: Side, timer: Timer, baseline: float | None) -> float:
+    began = timer.clock()
     result = (side.result or side.run)()
     assert isinstance(result, Tensor)
+    timer.synchronize()
+    seconds = timer.clock() - began
+    if not side.own and baseline and seconds > max(GIVE_UP_S, GIVE_UP_RATIO * baseline):
+        raise Unavailable(f"one call took {seconds:.1f} s, {seconds / baseline:.0f} times FP32: not repeated")
     error = relative_error(result if side.images is None else result[list(side.images)], side.expected())
     if error <= side.tolerance:
         return error
@@ -103,14 +113,6 @@ def _checked(side: Side) -> float:
     if side.own:
         raise BenchError(f"{message}. No timing is reported")
     raise Unavailable(f"wrong result: {message}")
-
-
-def _warm_seconds(side: Side, timer: Timer, ready: Sequence[tuple[Side, float, float]]) -> float:
-    seconds = timer.seconds(side.run)
-    baseline = next((warm for other, _, warm in ready if other.name == BASELINE), None)
-    if not side.own and baseline and seconds > max(GIVE_UP_S, GIVE_UP_RATIO * baseline):
-        raise Unavailable(f"one call took {seconds:.1f} s, {seconds / baseline:.0f} times FP32: not repeated")
-    return seconds
 
 
 def _interleave(ready: Sequence[tuple[Side, float, float]], timer: Timer) -> list[SideTiming]:
@@ -140,7 +142,8 @@ def _summary(side: Side, error: float, mine: list[float], baseline: list[float] 
         rounds=len(mine),
         relative_error=error,
         tolerance=side.tolerance,
-        speedup=median(b / m for b, m in zip(baseline, mine, strict=True)) if baseline else None,
+        part=side.part,
+        speedup=median(b / m for b, m in zip(baseline, mine, strict=True)) if baseline and not side.part else None,
     )
 
 

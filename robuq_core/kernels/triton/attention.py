@@ -23,6 +23,12 @@ from robuq_core.kernels.triton.config import LaunchConfig, next_power_of_2, on_d
 # An int8 product on the tensor cores takes at least 32 values of the inner dimension.
 MIN_HEAD_TILE, MAX_HEAD_DIM, MAX_LENGTH = 32, 256, 2**18 - 1024
 
+# Triton's types of the run-time arguments of both kernels, for compiling ahead.
+SIGNATURE = {
+    **{f"{name}_ptr": "*fp32" for name in ("qkv", "out", "q_scales", "k_scales", "v_scales")},
+    **{"q_ptr": "*i8", "k_ptr": "*i8", "v_ptr": "*fp16", "length": "i32", "padded": "i32", "heads": "i32"},
+}
+
 
 def default_config(head_dim: int) -> LaunchConfig:
     """Of :func:`attention_kernel`: queries and keys a tile."""

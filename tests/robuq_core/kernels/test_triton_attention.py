@@ -1,0 +1,162 @@
+"""Triton attention, the dense linear and the whole backend: in the interpreter against the reference, and compiled for
+GPUs that are not there.
+
+Triton reads ``TRITON_INTERPRET`` when kernels are defined: the interpreted tests run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from robuq_core.kernels.triton import attention as kernels
+from robuq_core.kernels.triton import dense_linear as dense
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    from robuq_core.kernels.triton.aot import SHARED_LIMIT, compile_ahead
+
+    ARCHITECTURES = (80, 86, 89, 90, 100)
+    TENSOR_CORES = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
+
+    def test_attention_and_backend_in_the_interpreter() -> None:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).resolve())]
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[3], timeout=600
+        )
+        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+    @pytest.mark.parametrize(("head_dim", "architecture"), [(16, 90), *((72, sm) for sm in ARCHITECTURES), (160, 90)])
+    def test_attention_compiles_without_spills(head_dim: int, architecture: int) -> None:
+        fixed = kernels.constants(head_dim)
+        limit = SHARED_LIMIT[architecture]
+        first = compile_ahead(
+            kernels.quantize_heads_kernel, kernels.SIGNATURE, fixed, kernels.quantize_config(head_dim), architecture
+        )
+        second = compile_ahead(
+            kernels.attention_kernel, kernels.SIGNATURE, fixed, kernels.default_config(head_dim), architecture
+        )
+        for compiled in (first, second):
+            assert compiled.stack == 0
+            assert compiled.shared <= limit
+        assert second.tensor_instructions() == {TENSOR_CORES[architecture]}
+
+    @pytest.mark.parametrize("architecture", ARCHITECTURES)
+    def test_dense_linear_compiles_to_plain_float32(architecture: int) -> None:
+        compiled = compile_ahead(
+            dense.dense_linear_kernel, dense.SIGNATURE, {"N": 32, "K": 1152}, dense.CONFIG, architecture
+        )
+        assert compiled.stack == 0
+        assert compiled.shared <= SHARED_LIMIT[architecture]
+        assert not compiled.tensor_instructions()
+        assert "fma.rn.f32" in compiled.ptx
+
+else:
+    from layer_cases import make_linear, tokens
+    from tiny import TINY, write_tiny
+
+    from robuq_core.checkpoint import read_checkpoint
+    from robuq_core.config import QuantConfig
+    from robuq_core.kernels.ops import Modulation
+    from robuq_core.kernels.pack_layer import pack_layer
+    from robuq_core.kernels.reference import ReferenceBackend
+    from robuq_core.kernels.select import select_backend
+    from robuq_core.kernels.triton.backend import TritonBackend
+    from robuq_core.models.packed_dit import PackedDiT
+
+    REFERENCE, TRITON = ReferenceBackend(), TritonBackend()
+
+    @pytest.mark.parametrize(("length", "heads", "head_dim"), [(1, 1, 1), (7, 3, 8), (67, 2, 72), (129, 1, 20)])
+    @pytest.mark.parametrize("size", [1.0, 4.0])
+    def test_quantised_attention_errs_as_float32_does(length: int, heads: int, head_dim: int, size: float) -> None:
+        """Measured against float64, apart from probabilities on an edge between codes, which may fall either way."""
+        qkv = size * tokens(2 * length, 3 * heads * head_dim).reshape(2, length, -1)
+        exact = REFERENCE.attention(qkv.double(), heads, True)
+        own = (REFERENCE.attention(qkv, heads, True) - exact).abs()
+        errors = (TRITON.attention(qkv, heads, True) - exact).abs()
+        largest = float(qkv.abs().max())
+        fallen, own_fallen = errors > 1e-5 * largest, own > 1e-5 * largest
+        assert float(errors[~fallen].max()) <= 2 * float(own[~own_fallen].max()) + 2**-23 * largest
+        assert float(errors.max()) <= 2 * largest / 255
+        assert float(fallen.float().mean()) <= 2 * float(own_fallen.float().mean()) + 0.01
+
+    @pytest.mark.parametrize(("length", "heads", "head_dim"), [(5, 3, 8), (33, 2, 72)])
+    def test_plain_attention(length: int, heads: int, head_dim: int) -> None:
+        qkv = tokens(3 * length, 3 * heads * head_dim).reshape(3, length, -1)
+        expected = REFERENCE.attention(qkv, heads, False)
+        torch.testing.assert_close(TRITON.attention(qkv, heads, False), expected, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("quantized", [False, True])
+    def test_a_picture_attends_as_if_alone(quantized: bool) -> None:
+        qkv = tokens(3 * 35, 3 * 72).reshape(3, 35, -1)
+        together = TRITON.attention(qkv, 2, quantized)
+        for i in range(3):
+            assert torch.equal(TRITON.attention(qkv[i : i + 1], 2, quantized)[0], together[i])
+
+    def test_attention_of_zeros_and_of_nothing() -> None:
+        assert not TRITON.attention(torch.zeros(1, 9, 36), 2, True).any()
+        assert TRITON.attention(torch.zeros(0, 9, 36), 2, True).shape == (0, 9, 12)
+
+    def test_attention_tells_heads_and_pictures_apart() -> None:
+        """One-hot values and keys of one sharp match: each query reads its own key's value."""
+        length, heads, head_dim = 6, 2, 8
+        qkv = torch.zeros(2, length, 3, heads, head_dim)
+        for i in range(length):
+            qkv[:, i, :2, :, i] = 40.0
+        qkv[:, :, 2] = torch.arange(2 * length * heads).reshape(2, length, heads, 1) / 24
+        out = TRITON.attention(qkv.reshape(2, length, -1), heads, True)
+        torch.testing.assert_close(out, qkv[:, :, 2].reshape(2, length, -1), rtol=0, atol=1 / 100)
+
+    @pytest.mark.parametrize(("rows", "width", "outputs"), [(1, 1, 1), (5, 13, 7), (29, 77, 131), (50, 256, 64)])
+    def test_linear(rows: int, width: int, outputs: int) -> None:
+        x, weight, bias = tokens(rows, width), tokens(outputs, width, seed=1), torch.randn(outputs)
+        exact = REFERENCE.linear(x.double(), weight.double(), bias.double())
+        own = float((REFERENCE.linear(x, weight, bias) - exact).abs().max())
+        y = TRITON.linear(x, weight, bias)
+        assert float((y - exact).abs().max()) <= 2 * own + float(exact.abs().max()) * 2**-22
+        # The interpreter multiplies with numpy, whose rounding depends on a row's place in the tile: places are kept.
+        assert torch.equal(TRITON.linear(x[:1], weight, bias), y[:1])
+
+    def test_wrong_shapes_are_refused_and_views_taken() -> None:
+        layer, wide = pack_layer(make_linear(36, 8, bits=2)), tokens(4, 72)
+        view = wide[:, ::2]
+        assert torch.equal(TRITON.rotate_quantize(view, layer).codes, TRITON.rotate_quantize(view.clone(), layer).codes)
+        with pytest.raises(ValueError, match=r"x must be torch.float32 \(4, 36\)"):
+            TRITON.rotate_quantize(wide, layer)
+        with pytest.raises(ValueError, match="3 rows do not divide among 2 images"):
+            TRITON.rotate_quantize(tokens(3, 36), layer, Modulation(torch.zeros(2, 36), torch.zeros(2, 36), 1e-6))
+        with pytest.raises(ValueError, match="5 heads"):
+            TRITON.attention(torch.zeros(1, 2, 36), 5, True)
+        with pytest.raises(ValueError, match="takes head_dim up to 256"):
+            TRITON.attention(torch.zeros(1, 2, 3 * 257), 1, True)
+        with pytest.raises(ValueError, match="'relu'"):
+            TRITON.rotate_quantize(tokens(3, 36), layer, "relu")  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(("bits", "grid"), [(2, "midrise"), (3, "midtread"), (8, "midrise")])
+    def test_a_whole_network_is_the_references(tmp_path: Path, bits: int, grid: str) -> None:
+        path = tmp_path / "model.safetensors"
+        write_tiny(path, quant=QuantConfig(activation_bits=bits, grid=grid, rank=4))
+        checkpoint = read_checkpoint(path)
+        law, ours = (
+            PackedDiT(TINY, checkpoint.dense, checkpoint.layers, select_backend(name))
+            for name in ("reference", "triton")
+        )
+        assert ours.backend.name == "triton-interpreted"
+        x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(bits))
+        timesteps, classes = torch.tensor([0, 250, 999]), torch.tensor([0, 10, 4])
+        with torch.inference_mode():
+            expected, result = law.forward(x, timesteps, classes), ours.forward(x, timesteps, classes)
+            alone = ours.forward(x[1:2], timesteps[1:2], classes[1:2])
+        # A value that falls over the edge of its cell moves its token by a step.
+        errors = (result - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+        assert float(errors.median()) < 2e-3
+        assert float(errors.max()) < 0.03
+        # Not to the bit: numpy again, with a tile for fewer rows.
+        assert float((alone[0] - result[1]).norm() / result[1].norm()) < 2e-3

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
 import socket
@@ -19,6 +18,7 @@ from fastapi import FastAPI
 from robuq_core.errors import UserError
 from server.api.app import create_app
 from server.api.connection import GuardedProtocol
+from server.collector import settle
 from server.engine import Engine
 from server.engine.create import create_engine
 from server.engine.model import StepSampler
@@ -119,9 +119,7 @@ def serve(
         port,
         extra={"checkpoint": samplers[0].checkpoint_name, "backend": samplers[0].backend_name},
     )
-    # What is there now stays. A full collection of it stops every thread for a tenth of a second; without it, for none.
-    gc.collect()
-    gc.freeze()
+    settle()
     server.run(sockets=[sock])
     if engine.failure is not None:
         fault = " ".join(f"{type(engine.failure).__name__}: {engine.failure}".split())

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from server.collector import collect_released
 from server.engine.generation import Generation
 from server.engine.job import Job
 from server.engine.ledger import Ledger
@@ -55,6 +56,7 @@ class Supervisor:
             try:
                 for job in self._late_jobs():
                     self._ledger.expire(job)
+                self._release_retired()
                 for replica in self._replicas:
                     if replica.dead and not self._ledger.closed:
                         self._revive(replica)
@@ -71,17 +73,25 @@ class Supervisor:
             late = ledger.late_locked(now)
             if late or ledger.closed or any(replica.dead for replica in self._replicas):
                 return late
-            self._release_locked(now)
             ledger.alarm_at = min(now + POLL_S, ledger.scheduler.wake_at(now))
             ledger.alarm.wait(max(0.0, ledger.alarm_at - now))
             return ledger.late_locked(ledger.clock())
 
-    def _release_locked(self, now: float) -> None:
-        for generation in list(self.retired):
-            assert generation.retired_at is not None
-            if generation.jobs == 0 and now - generation.retired_at > RELEASE_AFTER_S:
+    def _release_retired(self) -> None:
+        """Free the memory of models that nobody needs any more."""
+        with self._ledger.lock:
+            now = self._ledger.clock()
+            ended = [
+                generation
+                for generation in self.retired
+                if generation.jobs == 0 and now - (generation.retired_at or 0.0) > RELEASE_AFTER_S
+            ]
+            for generation in ended:
                 generation.release()
                 self.retired.remove(generation)
+        if ended:
+            collect_released()
+            logger.info("released a swapped checkpoint")
 
     def _revive(self, replica: Replica) -> None:
         """Fail what a dead replica had in hand and start it again, unless that has happened too often."""

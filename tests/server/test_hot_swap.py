@@ -13,6 +13,7 @@ import pytest
 from serving_harness import WAIT_S, WatchedSampler, make_settings, outcome, running_engine, spec, until
 from tiny import write_tiny
 
+from server.collector import settle
 from server.engine import NotReady
 from server.engine.create import create_engine
 from server.engine.fake import FakeRow
@@ -179,16 +180,19 @@ def test_stopping_ends_a_swap() -> None:
         slow.release()
 
 
-def test_a_real_model_is_freed_without_the_garbage_collector(tmp_path: Path) -> None:
-    """The server takes what is there at its start out of the collector's sight."""
-    write_tiny(tmp_path / "tiny.safetensors")
-    samplers = list(load_samplers(tmp_path / "tiny.safetensors", make_settings()))
-    model = weakref.ref(samplers[0].model)
-    gc.disable()
+def test_a_real_model_is_freed_though_the_collector_had_been_told_to_leave_it_alone(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.safetensors"
+    write_tiny(path)
+    engine = create_engine(load_samplers(path, make_settings()), make_settings())
+    model = weakref.ref(engine.sampler.model)  # type: ignore[attr-defined]
+    settle()
     try:
-        row = samplers[0].start(spec(steps=2, guidance_scale=1.5))
-        samplers[0].step([row])
-        samplers.clear()
-        assert model() is None
+        engine.start()
+        until(lambda: engine.status == "ready")
+        assert outcome(engine.submit([spec(steps=2, guidance_scale=1.5)], "png")) is None
+        engine.swap(load_samplers(path, make_settings()))
+        until(lambda: model() is None)
+        assert outcome(engine.submit([spec(steps=2)], "png")) is None
     finally:
-        gc.enable()
+        gc.unfreeze()
+        engine.stop()

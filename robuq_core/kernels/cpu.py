@@ -1,8 +1,8 @@
 """The op set on the native library (``native/*.c``): fused rotation and quantisation, 2-bit weights decoded in cache.
 
 Every output row comes from its own input row in one fixed order of operations: results do not depend on the number of
-rows or threads. Each backend object has its own thread pool: two run side by side. Paths: ``avx2`` and ``plain``
-(portable C), chosen at run time, or by ``ROBUQ_CPU_ISA``.
+rows or threads. Each backend object has its own thread pool: two run side by side. Paths: ``amx``,
+``avx512vnni``, ``avx2`` and ``plain`` (portable C), chosen at run time, or by ``ROBUQ_CPU_ISA``.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from robuq_core.quant.activation import GAUSSIAN_STEP, SIGMA_PER_MEAN_ABS, is_mi
 from robuq_core.quant.hadamard import decompose_order, hadamard_matrix
 from robuq_core.quant.packing import planar_width
 
-Isa = Literal["avx2", "plain"]
+Isa = Literal["amx", "avx512vnni", "avx2", "plain"]  # fastest first
 ISA_VARIABLE = "ROBUQ_CPU_ISA"
 
 # The native side's enumerations (native/robuq.h) and the number of its interface (native/module.c).
-_INTERFACE = 3
-_ISA_CODE: Mapping[Isa, int] = {"plain": 0, "avx2": 1}
+_INTERFACE = 4
+_ISA_CODE: Mapping[Isa, int] = {"plain": 0, "avx2": 1, "avx512vnni": 2, "amx": 3}
 _NO_PROLOGUE, _MODULATE = range(2)
 _ACTIVATIONS = {"gelu": 2, "silu": 3}
 
@@ -67,7 +67,7 @@ class NativeUnavailableError(UserError, RuntimeError):
 
 @lru_cache(maxsize=1)
 def load_library() -> ctypes.CDLL:
-    """The native library with its signatures declared.
+    """The native library of this installation.
 
     Raises:
         NativeUnavailableError: it is not built, does not load, or is of another version of the source.
@@ -78,13 +78,18 @@ def load_library() -> ctypes.CDLL:
             "the native CPU library is not built: install a C compiler and run `pip install -e .` again "
             "(or `python setup.py build_ext --inplace`), or choose the reference backend"
         )
+    return open_library(spec.origin)
+
+
+def open_library(path: str) -> ctypes.CDLL:
+    """The native library at ``path`` with its signatures declared. Raises: as :func:`load_library`."""
     try:
-        library = ctypes.CDLL(spec.origin)
+        library = ctypes.CDLL(path)
     except OSError as error:
-        raise NativeUnavailableError(f"the native CPU library {spec.origin} does not load: {error}") from error
+        raise NativeUnavailableError(f"the native CPU library {path} does not load: {error}") from error
     if not hasattr(library, "robuq_interface") or library.robuq_interface() != _INTERFACE:
         raise NativeUnavailableError(
-            f"the native CPU library {spec.origin} was built from another version of the source: "
+            f"the native CPU library {path} was built from another version of the source: "
             "run `pip install -e .` again (or `python setup.py build_ext --inplace --force`)"
         )
     for name, argument_types in _SIGNATURES.items():
@@ -102,16 +107,14 @@ def choose_isa(library: ctypes.CDLL, isa: str | None = None) -> Isa:
         ValueError: an unknown path. NativeUnavailableError: a path that this processor lacks.
     """
     wanted = isa or os.environ.get(ISA_VARIABLE) or None
-    has_avx2 = bool(library.robuq_has_avx2())
-    if wanted is None:
-        return "avx2" if has_avx2 else "plain"
-    if wanted == "plain":
-        return "plain"
-    if wanted != "avx2":
+    for path in get_args(Isa):
+        if wanted in (None, path) and library.robuq_supports(_ISA_CODE[path]):
+            return path  # type: ignore[no-any-return]
+    if wanted not in get_args(Isa):
         raise ValueError(f"{ISA_VARIABLE} must be one of {', '.join(get_args(Isa))}, not {wanted!r}")
-    if not has_avx2:
-        raise NativeUnavailableError(f"this processor has no AVX2 with FMA: unset {ISA_VARIABLE} or set it to plain")
-    return "avx2"
+    raise NativeUnavailableError(
+        f"this processor, system or build has no {wanted}: unset {ISA_VARIABLE} or set it to plain"
+    )
 
 
 @lru_cache(maxsize=16)
@@ -182,7 +185,7 @@ class CpuBackend:
 
     Args:
         threads: the most that work on one op, the calling one among them; ``None`` takes torch's number.
-        isa: ``avx2`` or ``plain``; ``None`` leaves the choice to :func:`choose_isa`.
+        isa: the path to take; ``None`` leaves the choice to :func:`choose_isa`.
 
     Raises:
         NativeUnavailableError: the library is not built, or the processor lacks ``isa``.

@@ -8,7 +8,11 @@ INLINE v8i add_pairs(v8i sum, const int16_t *x, const int16_t *w) {
 #if HAVE_AVX2
     int32_t pair;
     memcpy(&pair, x, sizeof pair);
+#if HAVE_AVX512VNNI
+    return (v8i)_mm256_dpwssd_epi32((__m256i)sum, load_bytes(w), _mm256_set1_epi32(pair));
+#else
     return (v8i)_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16(load_bytes(w), _mm256_set1_epi32(pair)));
+#endif
 #else
     for (int lane = 0; lane < LANES; lane++) sum[lane] += (int32_t)x[0] * w[2 * lane] + (int32_t)x[1] * w[2 * lane + 1];
     return sum;

@@ -8,28 +8,29 @@
 #include <math.h>
 #include <stdlib.h>
 
+#include "isa.h"
 #include "robuq.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
 /* One more whenever an argument list changes: cpu.py refuses a library built from other source than its own. */
-EXPORT int robuq_interface(void) { return 3; }
+EXPORT int robuq_interface(void) { return 4; }
 
-EXPORT int robuq_has_avx2(void) {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-    return 0;
-#endif
-}
+EXPORT int robuq_supports(int isa) { return isa_supported(isa); }
 
 static const struct isa_tasks *tasks_of(int isa) {
-#if defined(__x86_64__)
-    if (isa == ISA_AVX2) return &avx2_tasks;
+    switch (isa) {
+#if BUILD_AVX2
+        case ISA_AVX2: return &avx2_tasks;
 #endif
-    (void)isa;
-    return &plain_tasks;
+#if BUILD_AVX512VNNI
+        case ISA_AVX512VNNI: return &avx512vnni_tasks;
+#endif
+#if BUILD_AMX
+        case ISA_AMX: return &amx_tasks;
+#endif
+        default: return &plain_tasks;
+    }
 }
 
 struct backend {
@@ -40,7 +41,7 @@ struct backend {
 
 EXPORT void *robuq_open(int isa, int threads) {
     struct backend *backend = malloc(sizeof *backend);
-    struct pool *pool = pool_create(threads);
+    struct pool *pool = isa_supported(isa) ? pool_create(threads) : NULL;
     if (!backend || !pool) {
         free(backend);
         if (pool) pool_destroy(pool);
@@ -76,10 +77,10 @@ EXPORT int robuq_rotate_quantize(
 }
 
 /* The cut into row and channel blocks that takes the busiest thread least time: a panel costs its rows, decoding it
- * about DECODE_ROWS more, and laying out a row's operands about a panel. */
-static void plan_blocks(struct ternary_job *job, int threads) {
-    enum { MOST_ROWS = 96, DECODE_ROWS = 4, CANDIDATES = 6, KEPT_PANELS = 18 };
-    const int64_t fewest = ceil_div(job->rows, MOST_ROWS), panels = ceil_div(job->layer->channels, PANEL);
+ * about decode_rows more, and laying out a row's operands about a panel. */
+static void plan_blocks(struct ternary_job *job, const struct ternary_way *way, int threads) {
+    enum { CANDIDATES = 6, KEPT_PANELS = 18 };
+    const int64_t fewest = ceil_div(job->rows, way->block_rows), panels = ceil_div(job->layer->channels, PANEL);
     /* Where the products of all panels wait for the last slice, they should fit a level-2 cache. */
     const int64_t most_panels = job->slice_groups * GROUP < job->padded_width ? KEPT_PANELS : panels;
     int64_t best = INT64_MAX;
@@ -89,7 +90,8 @@ static void plan_blocks(struct ternary_job *job, int threads) {
             const int64_t wanted = max64(ceil_div(rounds * threads, row_blocks), ceil_div(panels, most_panels));
             const int64_t block_panels = ceil_div(panels, min64(wanted, panels));
             const int64_t tasks = ceil_div(job->rows, rows) * ceil_div(panels, block_panels);
-            const int64_t cost = ceil_div(tasks, threads) * (rows * (block_panels + 1) + DECODE_ROWS * block_panels);
+            const int64_t cost =
+                ceil_div(tasks, threads) * (rows * (block_panels + 1) + way->decode_rows * block_panels);
             if (cost >= best) continue;
             best = cost;
             job->block_rows = rows;
@@ -99,36 +101,34 @@ static void plan_blocks(struct ternary_job *job, int threads) {
 }
 
 /* Cuts the job into slices and blocks so that its buffers fit the caches; whatever the plan, the result is the same. */
-static void plan_ternary(struct ternary_job *job, int lookup, int threads) {
-    enum { MOST_GROUPS = 9 };
-    /* Table entries of up to 4 max_code add up in 16 bits over a slice. */
-    const int64_t max_code = job->layer->max_code;
-    const int64_t most_groups = lookup ? min64(MOST_GROUPS, 65535 / (4 * max_code * GROUP / 2)) : INT64_MAX;
-    const int64_t groups = ceil_div(job->layer->width, GROUP), slices = (groups - 1) / most_groups + 1;
+static void plan_ternary(struct ternary_job *job, const struct ternary_way *way, int threads) {
+    const int64_t max_code = job->layer->max_code, groups = ceil_div(job->layer->width, GROUP);
+    int64_t most_groups = way->most_groups;
+    if (way->sums_bits == 16) most_groups = min64(most_groups, 65535 / (4 * max_code * GROUP / 2));
     job->padded_width = groups * GROUP;
-    job->slice_groups = ceil_div(groups, slices);
-    job->operand_bytes = lookup ? 8 * GROUP : GROUP;
+    job->slice_groups = ceil_div(groups, ceil_div(groups, most_groups));
+    job->operand_bytes = way->operand_bytes;
     job->safe_steps = 32767 / (4 * max_code); /* each takes two products of at most 2 max_code in magnitude */
     job->safe_pairs = 2;
     while (job->safe_pairs < 32 && 2 * job->safe_pairs * 4 * max_code <= 255) job->safe_pairs *= 2;
-    plan_blocks(job, threads);
+    plan_blocks(job, way, threads);
 }
 
 EXPORT int robuq_ternary_linear(
     const struct backend *backend, const struct layer *layer, const int8_t *codes, const float *scales,
     const float *lowrank, int64_t rows, float *y) {
     if (rows == 0 || layer->channels == 0) return 0;
-    const struct isa_tasks *isa = backend->tasks;
-    const int small = rows >= LOOKUP_ROWS && layer->max_code <= MAX_LOOKUP_CODE;
-    task_function *lookup = small ? isa->ternary_lookup : NULL;
+    const struct ternary_way *panel = &backend->tasks->panel;
+    const int serves = panel->task && rows >= panel->least_rows && layer->max_code <= panel->most_code;
+    const struct ternary_way *way = serves ? panel : &backend->tasks->direct;
     struct ternary_job job = {
         .layer = layer, .codes = codes, .scales = scales, .lowrank = lowrank, .rows = rows, .y = y,
     };
-    plan_ternary(&job, lookup != NULL, backend->threads);
+    plan_ternary(&job, way, backend->threads);
     struct ternary_buffers unused;
     const size_t scratch = ternary_carve(NULL, &job, &unused);
     const int64_t tasks = ceil_div(rows, job.block_rows) * ceil_div(layer->channels, job.block_channels);
-    return pool_run(backend->pool, tasks, scratch, lookup ? lookup : isa->ternary_any, &job);
+    return pool_run(backend->pool, tasks, scratch, way->task, &job);
 }
 
 EXPORT int robuq_attention(

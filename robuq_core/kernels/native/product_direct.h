@@ -1,14 +1,26 @@
-/* The integer product by vpmaddubsw, 32 weights of a channel by 32 codes of a token: for codes too wide for tables, and
- * for rows too few to pay for them. Weights are decoded in registers, a channel's group of 128 at a time, as t + 1 in
+/* The integer product of 32 weights of a channel by 32 codes of a token: for rows too few to pay for decoding a panel,
+ * and on AVX2 for codes too wide for tables. Weights are decoded in registers, a channel's group of 128 at a time, as t + 1 in
  * {0, 1, 2}; subtracting the sum of a token's codes makes them t again. */
 
 enum { DIRECT_TOKENS = 4 }; /* of a tile */
 
-/* sum += weights * codes, pairs of products in 16-bit lanes. In assembly because GCC 12 otherwise moves the eight
- * accumulators from register to register at each step, one of them through memory. */
+/* sum += weights * codes. With VNNI four products go to a 32-bit lane; without, two to a 16-bit one, in assembly because
+ * GCC 12 otherwise moves the eight accumulators from register to register at each step, one of them through memory. */
 INLINE void add_products(__m256i *sum, __m256i weights, __m256i codes) {
+#if HAVE_AVX512VNNI
+    *sum = _mm256_dpbusd_epi32(*sum, weights, codes);
+#else
     __m256i products;
     __asm__("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(*sum), "=&x"(products) : "x"(weights), "x"(codes));
+#endif
+}
+
+INLINE __m256i wide_sums(__m256i sums) {
+#if HAVE_AVX512VNNI
+    return sums;
+#else
+    return _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
+#endif
 }
 
 FN void direct_decode(const struct ternary_job *job, int64_t channel, int64_t group, int64_t groups, uint8_t *panel) {
@@ -18,7 +30,7 @@ FN void direct_decode(const struct ternary_job *job, int64_t channel, int64_t gr
 /* sums[t][c] = lanes of planar_c . codes_t over `groups` groups, two channels; rows of codes lie `stride` apart. */
 INLINE void direct_pair(const uint8_t *planar0, const uint8_t *planar1, const int8_t *codes, int64_t stride,
                         int64_t groups, int64_t safe_groups, __m256i sums[DIRECT_TOKENS][2], const int tokens) {
-    const __m256i mask = _mm256_set1_epi8(3), ones = _mm256_set1_epi16(1);
+    const __m256i mask = _mm256_set1_epi8(3);
     for (int t = 0; t < tokens; t++) sums[t][0] = sums[t][1] = _mm256_setzero_si256();
     while (groups > 0) {
         __m256i narrow[DIRECT_TOKENS][2] = {0};
@@ -42,7 +54,7 @@ INLINE void direct_pair(const uint8_t *planar0, const uint8_t *planar1, const in
 #pragma GCC unroll 4
         for (int t = 0; t < tokens; t++)
             for (int c = 0; c < 2; c++)
-                sums[t][c] = _mm256_add_epi32(sums[t][c], _mm256_madd_epi16(narrow[t][c], ones));
+                sums[t][c] = _mm256_add_epi32(sums[t][c], wide_sums(narrow[t][c]));
         groups -= safe_groups;
     }
 }

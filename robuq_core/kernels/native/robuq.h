@@ -3,7 +3,7 @@
  * An op is a job (its arguments, read-only but for the outputs) cut into numbered tasks. Tasks split rows, channels or
  * heads, never a sum: whichever thread runs a task, and however many there are, every output has the same bits.
  *
- * isa_plain.c and isa_avx2.c compile the same headers twice, once for each instruction set; module.c picks one.
+ * isa_*.c compile the same headers, once for each instruction set; module.c picks one.
  */
 #ifndef ROBUQ_H
 #define ROBUQ_H
@@ -12,7 +12,6 @@
 #include <stdint.h>
 
 /* Mirrored in cpu.py. */
-enum { ISA_PLAIN = 0, ISA_AVX2 = 1 };
 enum { PROLOGUE_NONE = 0, PROLOGUE_MODULATE = 1, PROLOGUE_GELU = 2, PROLOGUE_SILU = 3 };
 
 enum {
@@ -21,8 +20,7 @@ enum {
     GROUP = 128,            /* weights of a planar group, 2 bits each ... */
     GROUP_BYTES = 32,       /* ... in so many bytes; also the stride of the integer product */
     PANEL = 64,             /* output channels that are decoded and multiplied at a time */
-    LOOKUP_ROWS = 8,        /* product_lookup.h serves from so many rows on ... */
-    MAX_LOOKUP_CODE = 31,   /* ... and for codes up to this: of larger ones not even two entries fit a byte */
+    WHOLE_ROWS = 32,        /* of whole tiles, of every way to multiply: buffers are so long */
     QUERY_ROWS = 8,         /* queries that attention takes at a time */
     LINEAR_ROWS = 24,       /* rows and channels of a linear task */
     LINEAR_CHANNELS = 64,
@@ -106,19 +104,27 @@ struct linear_job {
 
 typedef void task_function(const void *job, int64_t task, char *scratch);
 
-struct isa_tasks {
-    task_function *rotate_quantize;  /* block_rows rows each */
-    task_function *ternary_any;      /* block_rows rows x block_channels channels each, channels fastest */
-    task_function *ternary_lookup;   /* the same, for small codes and many rows; NULL where the other is as fast */
-    task_function *attention;        /* one head of one image each */
-    task_function *attention_int8;
-    task_function *linear;           /* LINEAR_ROWS x LINEAR_CHANNELS each, rows fastest */
+/* A way to compute the integer product of ternary_linear, and the plan that suits it. */
+struct ternary_way {
+    task_function *task;        /* block_rows rows x block_channels channels each, channels fastest */
+    int operand_bytes;          /* of a row's group of codes, as the product wants them */
+    int most_groups;            /* of a slice of the width */
+    int block_rows;             /* most rows of a task */
+    int decode_rows;            /* decoding a panel costs about as much as multiplying so many rows */
+    int least_rows, most_code;  /* it serves from so many rows on, and for codes up to this magnitude */
+    int sums_bits;              /* 16: 65535 / (4 codes) table entries are all that a slice may sum; 0: no limit */
 };
 
-extern const struct isa_tasks plain_tasks;
-#if defined(__x86_64__)
-extern const struct isa_tasks avx2_tasks;
-#endif
+struct isa_tasks {
+    task_function *rotate_quantize; /* block_rows rows each */
+    task_function *attention;       /* one head of one image each */
+    task_function *attention_int8;
+    task_function *linear;          /* LINEAR_ROWS x LINEAR_CHANNELS each, rows fastest */
+    struct ternary_way direct;      /* serves all */
+    struct ternary_way panel;       /* preferred where it serves; least_rows 0: there is none */
+};
+
+extern const struct isa_tasks plain_tasks, avx2_tasks, avx512vnni_tasks, amx_tasks;
 
 /* Working buffers of a rotate_quantize task. */
 struct rotate_buffers {
@@ -147,7 +153,7 @@ struct ternary_buffers {
 
 /* Lays the buffers out from `scratch` on; returns their size. */
 static inline size_t ternary_carve(char *scratch, const struct ternary_job *job, struct ternary_buffers *b) {
-    const int64_t rows = round_up(job->block_rows, 4); /* tables of tokens lie four by four */
+    const int64_t rows = round_up(job->block_rows, WHOLE_ROWS);
     const int64_t kept = job->slice_groups * GROUP == job->padded_width ? 1 : ceil_div(job->block_channels, PANEL);
     char *cursor = scratch;
     b->panel = carve(&cursor, job->slice_groups, GROUP * PANEL);

@@ -5,7 +5,9 @@
 #include "hadamard.h"
 #include "rotate.h"
 #include "ternary.h"
-#if HAVE_AVX2
+#if HAVE_AVX512VNNI
+#include "product_direct.h"
+#elif HAVE_AVX2
 #include "product_lookup.h"
 #include "product_direct.h"
 #else
@@ -13,25 +15,19 @@
 #endif
 #include "attention.h"
 
-#if HAVE_AVX2
+FN void ternary_direct_task(const void *job, int64_t task, char *scratch) {
+    ternary_task(job, task, scratch, &direct_product);
+}
+
+#if HAVE_AVX2 && !HAVE_AVX512VNNI
 FN void ternary_lookup_task(const void *job, int64_t task, char *scratch) {
     ternary_task(job, task, scratch, &lookup_product);
 }
-
-FN void ternary_any_task(const void *job, int64_t task, char *scratch) {
-    ternary_task(job, task, scratch, &direct_product);
-}
-#else
-#define ternary_lookup_task NULL
-
-FN void ternary_any_task(const void *job, int64_t task, char *scratch) {
-    ternary_task(job, task, scratch, &plain_product);
-}
 #endif
 
-#define TASK_TABLE                                                                                                 \
-    {                                                                                                              \
-        .rotate_quantize = rotate_quantize_task, .ternary_any = ternary_any_task,                                  \
-        .ternary_lookup = ternary_lookup_task, .attention = attention_task, .attention_int8 = attention_int8_task, \
-        .linear = linear_task,                                                                                     \
-    }
+#define SHARED_TASKS                                                             \
+    .rotate_quantize = rotate_quantize_task, .attention = attention_task,        \
+    .attention_int8 = attention_int8_task, .linear = linear_task
+
+#define DIRECT_WAY                                                               \
+    {.task = ternary_direct_task, .operand_bytes = GROUP, .most_groups = INT32_MAX, .block_rows = 96}

@@ -112,7 +112,7 @@ INLINE void ternary_task(const struct ternary_job *job, int64_t task, char *scra
     struct ternary_buffers b;
     ternary_carve(scratch, job, &b);
 
-    const int64_t groups = job->padded_width / GROUP, panel_products = rows * PANEL;
+    const int64_t groups = job->padded_width / GROUP, panel_products = round_up(rows, WHOLE_ROWS) * PANEL;
     for (int64_t group = 0; group < groups; group += job->slice_groups) {
         const int64_t count = min64(job->slice_groups, groups - group);
         const int last = group + count == groups;

@@ -1,12 +1,14 @@
 /* Vectors of eight floats on GCC/clang vector extensions, for the instruction set that the including file targets.
  *
- * The includer defines FN, the specifiers of every function (static, and the target), and HAVE_AVX2 where intrinsics
- * serve better than the generic form. The last vector of a row is padded and runs through the same operations as the
+ * The includer defines FN, the specifiers of every function (static, and the target), and HAVE_AVX2, HAVE_AVX512VNNI
+ * where intrinsics serve better than the generic form. The last vector of a row is padded and runs through the same operations as the
  * others, so an element's value never depends on where in the row it stands. */
 #include <string.h>
 
 #include "robuq.h"
-#if HAVE_AVX2
+#if defined(ROBUQ_SIMDE) && HAVE_AVX2
+#include "emulated_intrinsics.h"
+#elif HAVE_AVX2
 #include <immintrin.h>
 #endif
 
@@ -27,7 +29,7 @@ INLINE void store(float *p, v8 x) { *(v8_unaligned *)p = x; }
 /* A load that stays one where its value is used twice: GCC 12 would rather read memory again. */
 INLINE v8 load_once(const float *p) {
     v8 x = load(p);
-#if HAVE_AVX2
+#if HAVE_AVX2 && !defined(ROBUQ_SIMDE)
     __asm__("" : "+x"(x));
 #endif
     return x;

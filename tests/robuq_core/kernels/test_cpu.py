@@ -1,16 +1,21 @@
 """The native backend against the reference, on each of its paths, and its two promises: exact integer products, and
-rows whose bytes depend on neither their neighbours nor the thread count."""
+rows whose bytes depend on neither their neighbours nor the thread count.
+
+Paths that this processor lacks run on emulated instructions (emulated.py), from the same source."""
 
 from __future__ import annotations
 
+import ctypes
 from concurrent.futures import ThreadPoolExecutor
 
+import emulated
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layer_cases import WIDTHS, make_linear, tokens
 
+from robuq_core.kernels import cpu
 from robuq_core.kernels.cpu import CpuBackend, NativeUnavailableError, choose_isa, load_library
 from robuq_core.kernels.ops import Modulation, Prologue, Quantized, TernaryLayer
 from robuq_core.kernels.pack_layer import pack_layer
@@ -24,10 +29,20 @@ REFERENCE = ReferenceBackend()
 PRODUCT_WIDTHS = (*WIDTHS, 128, 160, 224, 320, 384, 576, 640, 768, 1152, 1280, 1792, 2304, 2560)
 
 
-@pytest.fixture(params=["avx2", "plain"])
-def backend(request: pytest.FixtureRequest) -> CpuBackend:
+@pytest.fixture(scope="session")
+def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return cpu.open_library(str(emulated.build(tmp_path_factory.mktemp("emulated"))))
+
+
+@pytest.fixture(params=["amx", "avx512vnni", "avx2", "plain", "emulated-amx", "emulated-avx512vnni"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CpuBackend:
+    isa = request.param.removeprefix("emulated-")
+    if isa != request.param:
+        library = request.getfixturevalue("emulated_library")
+        monkeypatch.setattr(cpu, "load_library", lambda: library)
+    monkeypatch.setenv("ROBUQ_CPU_ISA", isa)
     try:
-        return CpuBackend(threads=2, isa=request.param)
+        return CpuBackend(threads=2)
     except NativeUnavailableError as error:
         pytest.skip(str(error))
 
@@ -218,8 +233,22 @@ def test_environment_forces_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_isa(library) == "plain"
     assert CpuBackend(threads=1).name == "cpu-plain"
     monkeypatch.setenv("ROBUQ_CPU_ISA", "sse9")
-    with pytest.raises(ValueError, match="sse9"):
+    with pytest.raises(ValueError, match="must be one of amx, avx512vnni, avx2, plain, not 'sse9'"):
         choose_isa(library)
     monkeypatch.delenv("ROBUQ_CPU_ISA")
     with pytest.raises(ValueError, match="threads must be at least 1"):
         CpuBackend(threads=0)
+
+
+class OldProcessor:
+    """A library on a processor that runs the paths up to AVX2."""
+
+    def robuq_supports(self, isa: int) -> int:
+        return int(isa <= 1)
+
+
+def test_the_fastest_path_that_runs_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ROBUQ_CPU_ISA", raising=False)
+    assert choose_isa(OldProcessor()) == "avx2"  # type: ignore[arg-type]
+    with pytest.raises(NativeUnavailableError, match="no amx: unset ROBUQ_CPU_ISA or set it to plain"):
+        choose_isa(OldProcessor(), "amx")  # type: ignore[arg-type]

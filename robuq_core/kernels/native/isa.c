@@ -1,0 +1,70 @@
+/* What the processor and the operating system support, by cpuid and xgetbv: compilers differ in the names they know. */
+#include "isa.h"
+
+#if defined(__x86_64__) && !defined(ROBUQ_SIMDE)
+#include <cpuid.h>
+#include <stdint.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+struct cpuid {
+    unsigned a, b, c, d;
+};
+
+static struct cpuid cpuid_of(unsigned leaf) {
+    struct cpuid id = {0, 0, 0, 0};
+    if (!__get_cpuid_count(leaf, 0, &id.a, &id.b, &id.c, &id.d)) return (struct cpuid){0, 0, 0, 0};
+    return id;
+}
+
+/* Register states that the system saves on a context switch (XCR0). */
+static uint64_t saved_states(void) {
+    uint32_t low, high;
+    if (!(cpuid_of(1).c >> 27 & 1)) return 0; /* OSXSAVE */
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (uint64_t)high << 32 | low;
+}
+
+static int saves(uint64_t states) { return (saved_states() & states) == states; }
+
+static int has_avx2(void) {
+    return saves(0x6) && cpuid_of(1).c >> 12 & 1 /* FMA */ && cpuid_of(7).b >> 5 & 1;
+}
+
+static int has_avx512vnni(void) {
+    const unsigned f_bw_vl = 1u << 16 | 1u << 30 | 1u << 31;
+    const struct cpuid id = cpuid_of(7);
+    return has_avx2() && saves(0xE6) && (id.b & f_bw_vl) == f_bw_vl && id.c >> 11 & 1;
+}
+
+/* Linux hands out the 8 KiB of tile registers on request, once for a process. */
+static int may_use_tiles(void) {
+#if defined(__linux__)
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+    return 0;
+#endif
+}
+
+static int has_amx(void) {
+    const unsigned tile_int8 = 1u << 24 | 1u << 25;
+    return has_avx512vnni() && saves(0x60000) && (cpuid_of(7).d & tile_int8) == tile_int8 && may_use_tiles();
+}
+
+int isa_supported(int isa) {
+    switch (isa) {
+        case ISA_PLAIN: return 1;
+        case ISA_AVX2: return has_avx2();
+        case ISA_AVX512VNNI: return BUILD_AVX512VNNI && has_avx512vnni();
+        case ISA_AMX: return BUILD_AMX && has_amx();
+        default: return 0;
+    }
+}
+#else
+int isa_supported(int isa) {
+    return isa == ISA_PLAIN || (isa == ISA_AVX512VNNI && BUILD_AVX512VNNI) || (isa == ISA_AMX && BUILD_AMX);
+}
+#endif

@@ -1,0 +1,29 @@
+/* The tasks for AMX with 8-bit tiles: AVX-512 with VNNI for all but the integer product. */
+#include "isa.h"
+#if BUILD_AMX
+#if defined(ROBUQ_SIMDE)
+#define FN static
+#else
+#define FN static __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512vnni,amx-tile,amx-int8")))
+#endif
+#define HAVE_AVX2 1
+#define HAVE_AVX512VNNI 1
+#include "tasks.h"
+
+#include "product_vnni.h"
+
+#include "product_amx.h"
+
+FN void ternary_amx_task(const void *job, int64_t task, char *scratch) {
+    ternary_task(job, task, scratch, &amx_product);
+}
+
+const struct isa_tasks amx_tasks = {
+    SHARED_TASKS,
+    .direct = DIRECT_WAY,
+    .panel = {.task = ternary_amx_task, .operand_bytes = GROUP, .most_groups = 9, .block_rows = 512,
+              .decode_rows = 16, .least_rows = 16, .most_code = 128},
+};
+#else
+typedef int no_amx_here;
+#endif

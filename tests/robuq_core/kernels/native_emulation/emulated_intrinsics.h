@@ -1,0 +1,80 @@
+/* The intrinsics that the native sources use for AVX-512 and AMX, emulated: SIMDe for the vectors, and the tile
+ * instructions of 8-bit AMX here, after Intel's description of them. For tests on processors that lack both. */
+#ifndef ROBUQ_EMULATED_INTRINSICS_H
+#define ROBUQ_EMULATED_INTRINSICS_H
+
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#define SIMDE_NO_NATIVE /* all of it emulated, whatever the processor has */
+#include <simde/x86/avx512.h>
+#include <simde/x86/fma.h>
+
+#ifndef _MM_FROUND_NO_EXC /* which SIMDe names with its prefix only */
+#define _MM_FROUND_NO_EXC SIMDE_MM_FROUND_NO_EXC
+#endif
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct emulated_tile {
+    uint8_t bytes[16][64];
+};
+
+static _Thread_local struct {
+    int configured;
+    uint16_t row_bytes[8];
+    uint8_t rows[8];
+    struct emulated_tile tiles[8];
+} emulated_amx;
+
+/* As the processor faults on a tile that was not configured, or on shapes that do not fit each other. */
+static inline void emulated_check(int holds) {
+    if (!holds) abort();
+}
+
+static inline void _tile_loadconfig(const void *config) {
+    const uint8_t *bytes = config;
+    emulated_check(bytes[0] == 1);
+    for (int i = 0; i < 8; i++) {
+        memcpy(&emulated_amx.row_bytes[i], bytes + 16 + 2 * i, 2);
+        emulated_amx.rows[i] = bytes[48 + i];
+        emulated_check(emulated_amx.row_bytes[i] <= 64 && emulated_amx.rows[i] <= 16);
+    }
+    memset(emulated_amx.tiles, 0, sizeof emulated_amx.tiles);
+    emulated_amx.configured = 1;
+}
+
+static inline void _tile_release(void) { memset(&emulated_amx, 0, sizeof emulated_amx); }
+
+static inline void _tile_loadd(int tile, const void *base, int64_t stride) {
+    emulated_check(emulated_amx.configured);
+    for (int row = 0; row < emulated_amx.rows[tile]; row++)
+        memcpy(emulated_amx.tiles[tile].bytes[row], (const char *)base + row * stride, emulated_amx.row_bytes[tile]);
+}
+
+static inline void _tile_stored(int tile, void *base, int64_t stride) {
+    emulated_check(emulated_amx.configured);
+    for (int row = 0; row < emulated_amx.rows[tile]; row++)
+        memcpy((char *)base + row * stride, emulated_amx.tiles[tile].bytes[row], emulated_amx.row_bytes[tile]);
+}
+
+/* sums[m][n] += sum over k of signed a[m][k] times unsigned b[k / 4][4 n + k % 4]. */
+static inline void _tile_dpbsud(int sums, int a, int b) {
+    const int rows = emulated_amx.rows[sums], columns = emulated_amx.row_bytes[sums] / 4;
+    const int depth = emulated_amx.row_bytes[a];
+    emulated_check(emulated_amx.configured && sums != a && sums != b && a != b);
+    emulated_check(emulated_amx.rows[a] == rows && emulated_amx.row_bytes[b] == 4 * columns);
+    emulated_check(emulated_amx.rows[b] * 4 == depth);
+    for (int m = 0; m < rows; m++) {
+        for (int n = 0; n < columns; n++) {
+            int32_t sum;
+            memcpy(&sum, &emulated_amx.tiles[sums].bytes[m][4 * n], sizeof sum);
+            for (int k = 0; k < depth; k++)
+                sum += (int8_t)emulated_amx.tiles[a].bytes[m][k] *
+                       (int32_t)emulated_amx.tiles[b].bytes[k / 4][4 * n + k % 4];
+            memcpy(&emulated_amx.tiles[sums].bytes[m][4 * n], &sum, sizeof sum);
+        }
+    }
+}
+
+#endif

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 
-def memory(path: str, side: str, batch: int, steps: int, backend: str, threads: int | None) -> dict[str, int]:
+def memory(
+    path: str, side: str, batch: int, steps: int, backend: str, threads: int | None, device: str | None
+) -> dict[str, int]:
     """Peak memory of ``steps`` guided sampling steps of ``batch`` images, loading included, over that of the imports.
 
     ``side``: ``robuq``, or ``fp32`` and ``bf16``: the plain network of the file's shape, random weights made in place.
@@ -29,7 +31,7 @@ def memory(path: str, side: str, batch: int, steps: int, backend: str, threads: 
 
     if threads:
         torch.set_num_threads(threads)
-    ops = select_backend(backend, threads)
+    ops = select_backend(backend, threads, device)
     header = read_header(Path(path))
     if side != "robuq":
         # What making a network imports is not the network's memory.
@@ -60,7 +62,9 @@ class _Plain:
         return self._network(x.to(self._dtype), timesteps, classes).float()
 
 
-def loading(path: str, started: float, backend: str, threads: int | None) -> dict[str, float | None]:
+def loading(
+    path: str, started: float, backend: str, threads: int | None, device: str | None
+) -> dict[str, float | None]:
     """Seconds from ``started`` (the parent's clock, just before this process) to each milestone."""
     import torch
 
@@ -73,7 +77,7 @@ def loading(path: str, started: float, backend: str, threads: int | None) -> dic
     imported = time.time()
     if threads:
         torch.set_num_threads(threads)
-    ops = select_backend(backend, threads)
+    ops = select_backend(backend, threads, device)
     checkpoint = read_checkpoint(Path(path))
     header = checkpoint.header
     quantized = header.quant.attention_bits is not None

@@ -90,6 +90,16 @@ def plot(
         typer.echo(path)
 
 
+@app.command()
+@reported
+def show(report: Annotated[Path, typer.Argument(help="JSON that `robuq bench --out` wrote.")]) -> None:
+    """Print the tables of a report in Markdown."""
+    from robuq_core.bench.report import read_report
+    from robuq_core.bench.tables import as_markdown
+
+    typer.echo(as_markdown(read_report(report)), nl=False)
+
+
 @app.command("random-checkpoint")
 @reported
 def random_checkpoint(

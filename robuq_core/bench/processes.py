@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -44,8 +45,17 @@ def write_random(source: Source, path: Path) -> int:
     return path.stat().st_size
 
 
+@dataclass(frozen=True)
+class Where:
+    """What a measured process runs on, as :func:`robuq_core.kernels.select.select_backend` takes it."""
+
+    backend: str = "auto"
+    threads: int | None = None
+    device: str | None = None
+
+
 def measure_memory(
-    name: str, path: Path, batch: int, *, sides: tuple[str, ...] = MEMORY_SIDES, backend: str, threads: int | None
+    name: str, path: Path, batch: int, where: Where, sides: tuple[str, ...] = MEMORY_SIDES
 ) -> list[MemoryUse]:
     """Peak memory of each of ``sides`` while it samples ``batch`` guided images of the network in ``path``.
 
@@ -54,25 +64,19 @@ def measure_memory(
     """
     results = []
     for side in sides:
-        figures = _child(
-            "memory",
-            {"path": str(path), "side": side, "batch": batch, "steps": _MEMORY_STEPS, "backend": backend,
-             "threads": threads},
-        )  # fmt: skip
+        arguments = {"path": str(path), "side": side, "batch": batch, "steps": _MEMORY_STEPS}
+        figures = _child("memory", arguments | asdict(where))
         results.append(MemoryUse(model=name, side=side, batch=batch, **figures))
     return results
 
 
-def measure_loading(name: str, path: Path, *, runs: int, backend: str, threads: int | None) -> Loading:
+def measure_loading(name: str, path: Path, where: Where, runs: int) -> Loading:
     """Medians over ``runs`` fresh processes; the file is in the page cache, as the run before has read it.
 
     Raises:
         BenchError: a process failed.
     """
-    samples = [
-        _child("loading", {"path": str(path), "started": time.time(), "backend": backend, "threads": threads})
-        for _ in range(runs)
-    ]
+    samples = [_child("loading", {"path": str(path), "started": time.time()} | asdict(where)) for _ in range(runs)]
     figures = {key: None if samples[0][key] is None else median(s[key] for s in samples) for key in samples[0]}
     return Loading(model=name, file_bytes=path.stat().st_size, **figures)
 

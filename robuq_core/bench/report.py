@@ -78,10 +78,18 @@ class Loading(StrictModel):
     first_image_s: float | None = None
 
 
+class Ceilings(StrictModel):
+    """What torch itself reaches on the machine: an FP32 matrix product, and a long copy (bytes read)."""
+
+    fp32_macs_per_s: float
+    copied_bytes_per_s: float
+
+
 class Report(StrictModel):
     report_version: int = REPORT_VERSION
     created: str
     machine: dict[str, Any]
+    ceilings: Ceilings
     settings: dict[str, Any]
     cases: tuple[CaseTiming, ...] = ()
     memory: tuple[MemoryUse, ...] = ()

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from robuq_core.bench.levels import Bench, block_case, forward_case, image_case, op_case
-from robuq_core.bench.machine import machine
+from robuq_core.bench.levels import OURS, Bench, block_case, forward_case, image_case, op_case
+from robuq_core.bench.machine import ceilings, machine
 from robuq_core.bench.peers import PEERS
-from robuq_core.bench.processes import as_file, measure_loading, measure_memory
+from robuq_core.bench.processes import MEMORY_SIDES, Where, as_file, measure_loading, measure_memory
 from robuq_core.bench.report import LEVELS, CaseTiming, Loading, MemoryUse, Report
 from robuq_core.bench.source import Source, open_source
-from robuq_core.bench.timing import BASELINE, device_timer
+from robuq_core.bench.timing import device_timer
 from robuq_core.kernels.select import select_backend
 from robuq_core.models.packed_dit import LAYERS
 
@@ -71,6 +71,8 @@ def run_plans(
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     described = machine()
+    device = select_backend(settings.backend, settings.threads, settings.device).device
+    measured = ceilings(device_timer(device, settings.rounds, settings.budget_s), device)
     results: list[Result] = []
     for plan in plans:
         for result in _run(plan, settings):
@@ -79,6 +81,7 @@ def run_plans(
     return Report(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=described,
+        ceilings=measured,
         settings=asdict(settings),
         cases=tuple(r for r in results if isinstance(r, CaseTiming)),
         memory=tuple(r for r in results if isinstance(r, MemoryUse)),
@@ -112,14 +115,11 @@ def _run(plan: Plan, settings: Settings) -> Iterator[Result]:
 def _in_processes(plan: Plan, settings: Settings, source: Source) -> Iterator[Result]:
     if not {"memory", "loading"} & set(plan.levels):
         return
+    where = Where(settings.backend, settings.threads, settings.device)
     with as_file(source) as path:
         if "memory" in plan.levels:
-            sides = tuple(name for name in ("robuq", *plan.peers) if name in ("robuq", BASELINE, "bf16"))
+            sides = (OURS, *(name for name in plan.peers if name in MEMORY_SIDES))
             for batch in plan.batches:
-                yield from measure_memory(
-                    source.name, path, batch, sides=sides, backend=settings.backend, threads=settings.threads
-                )
+                yield from measure_memory(source.name, path, batch, where, sides)
         if "loading" in plan.levels:
-            yield measure_loading(
-                source.name, path, runs=settings.loading_runs, backend=settings.backend, threads=settings.threads
-            )
+            yield measure_loading(source.name, path, where, settings.loading_runs)

@@ -155,6 +155,8 @@ def test_bench_prints_a_table_and_writes_json(checkpoint: Path, tmp_path: Path) 
     ]
     assert {"cpu", "cores", "threads", "packages", "load_average"} <= set(figures["machine"])
     assert figures["settings"]["backend"] == "reference"
+    assert figures["ceilings"]["fp32_macs_per_s"] > 0
+    assert "| op | mlp.fc2 192x48 | 1 |" in run(robuq.app, "bench", "show", out)
     plots = run(robuq.app, "bench", "plot", out, "--out", tmp_path / "plots")
     assert [Path(line).name for line in plots.splitlines()] == ["speed-op.svg", "speed-forward.svg"]
 

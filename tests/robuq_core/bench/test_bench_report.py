@@ -12,6 +12,7 @@ from robuq_core.bench.plots import write_plots
 from robuq_core.bench.report import (
     Absent,
     CaseTiming,
+    Ceilings,
     Loading,
     MemoryUse,
     Report,
@@ -19,7 +20,7 @@ from robuq_core.bench.report import (
     read_report,
     write_report,
 )
-from robuq_core.bench.tables import print_report, summary
+from robuq_core.bench.tables import as_markdown, print_report, summary
 from robuq_core.errors import UserError
 
 
@@ -45,7 +46,8 @@ def report() -> Report:
     ]
     return Report(
         created="2026-01-02T03:04:05+00:00",
-        machine={"cpu": "A processor", "threads": 2, "load_average": 0.1, "packages": {"torch": "2.0"}},
+        machine={"cpu": "A processor", "threads": 2, "gpu": None, "load_average": 0.1, "packages": {"torch": "2.0"}},
+        ceilings=Ceilings(fp32_macs_per_s=50e9, copied_bytes_per_s=10e9),
         settings={"rounds": 5},
         cases=tuple(cases),
         memory=(
@@ -92,6 +94,18 @@ def test_tables_show_times_ratios_memory_and_what_is_absent(report: Report) -> N
     assert summary(report.cases[1]) == "block block 0 batch 2: fp32 200 ms, robuq 50 ms"
     assert summary(report.memory[0]) == "memory m batch 1 robuq: 50 MiB"
     assert summary(report.loading[0]) == "loading m: ready after 1.50 s"
+
+
+def test_markdown_holds_the_same(report: Report) -> None:
+    text = as_markdown(report)
+    assert "| op | mlp.fc2 4608x1152 | 2 | fp32 | 200 | 180..220 | 1.00 | 10 | 1.0e-03 |" in text
+    assert "|  |  |  | robuq | 50 | 45..55 | 4.00 | 40 | 1.0e-03 |" in text
+    assert "| m | 1 | robuq | 100 | 50 | 8.00 |" in text
+    assert "| m | 1.5 | 1.00 | 0.50 | 1.50 | 1.75 |  |" in text
+    assert "- int8-gemlite (op, block): needs a CUDA GPU" in text
+    assert "50 GMAC/s" in text
+    columns = {line.count("|") for line in text.splitlines() if line.startswith("| op")}
+    assert columns == {10}
 
 
 def test_an_empty_report_prints_its_machine(report: Report) -> None:

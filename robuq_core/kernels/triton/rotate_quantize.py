@@ -111,6 +111,12 @@ def _sum_by_token(total, column, COLUMNS: tl.constexpr):  # type: ignore[no-unty
 
 
 @triton.jit
+def _magnitude(x):  # type: ignore[no-untyped-def]
+    """``|x|``, infinite where x is NaN: a maximum may pass over NaN."""
+    return tl.where(tl.abs(x) < float("inf"), tl.abs(x), float("inf"))
+
+
+@triton.jit
 def _max_by_token(largest, column, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
     for i in tl.static_range(10):
         if (1 << i) < COLUMNS:
@@ -221,17 +227,21 @@ def rotate_quantize_kernel(  # type: ignore[no-untyped-def]
             shift = tl.load(shift_ptr + image[None, :] + tail_k, mask=tail_here, other=0.0)
             t = t * inverse * (1.0 + scale) + shift
 
-    # To fp16's range: after the first product |x| COLUMNS <= 2^14.
-    largest = tl.max(tl.abs(x), 0)
+    # To fp16's range: after the first product |x| COLUMNS <= 2^14. A token that is not finite becomes zeros here, since
+    # zero times NaN would reach its neighbours in the product, and NaN again after it.
+    largest = tl.max(_magnitude(x), 0)
     if TAIL > 0:
-        largest = tl.maximum(largest, tl.max(tl.abs(t), 0))
+        largest = tl.maximum(largest, tl.max(_magnitude(t), 0))
     largest = tl.maximum(_max_by_token(largest, column, COLUMNS), 1e-30)
+    finite = largest < float("inf")
     grow = tl.div_rn(16384.0 / COLUMNS, largest)[None, :]
-    shrink = (largest * (COLUMNS / 16384.0 / (K**0.5)))[None, :]
+    shrink = tl.where(finite, largest * (COLUMNS / 16384.0 / (K**0.5)), float("nan"))[None, :]
+    x = tl.where(finite[None, :], x, 0.0)
     right = tl.load(right_ptr + column[:, None] * WIDTH + column[None, :])
     x = _mix_columns(x * grow * tl.load(signs_ptr + k, mask=real, other=0.0), right)
     z = tl.zeros([MAIN_TILE, WIDTH], tl.float32)
     if TAIL > 0:
+        t = tl.where(finite[None, :], t, 0.0)
         t = _mix_columns(t * grow * tl.load(signs_ptr + tail_k, mask=tail_real, other=0.0), right)
         at = MAIN_TILE + tail_row
         z = _mix_rows(tl.load(left_ptr + row[:, None] * SIZE + at[None, :]), t, z)

@@ -1,4 +1,4 @@
-"""Every Triton kernel against the reference, in Triton's interpreter, on the CPU.
+"""The Triton kernels of a ternary layer against the reference, in Triton's interpreter, on the CPU.
 
 Triton reads ``TRITON_INTERPRET`` when kernels are defined, so these tests run in a process of their own: without the
 variable, this file holds one test that starts that process.
@@ -36,7 +36,6 @@ else:
     from robuq_core.kernels.reference import ReferenceBackend, apply_prologue
     from robuq_core.kernels.triton import rotate_quantize as rotation
     from robuq_core.kernels.triton import ternary_linear as product
-    from robuq_core.kernels.triton.attention import attention
     from robuq_core.quant.activation import Grid, is_midrise
     from robuq_core.quant.hadamard import Rotation
     from robuq_core.quant.packing import pack_planar, unpack_planar
@@ -162,17 +161,6 @@ else:
         results = [multiply(x, layer, rows=rows, expand=expand) for rows in (1, 40, 4096)]
         assert all(torch.equal(y, results[0]) for y in results)
 
-    @pytest.mark.parametrize(("length", "heads", "head_dim"), [(1, 1, 1), (5, 3, 8), (70, 2, 72), (67, 1, 20)])
-    def test_attention(length: int, heads: int, head_dim: int) -> None:
-        qkv = tokens(2 * length, 3 * heads * head_dim).reshape(2, length, -1)
-        expected, actual = REFERENCE.attention(qkv, heads, True), attention(qkv, heads)
-        # A probability next to a rounding boundary may fall to the other side: one 255th of a value.
-        flip = float(qkv.abs().max()) / 255
-        difference = (actual - expected).abs()
-        assert difference.max() <= 2 * flip
-        assert difference.mean() < 1e-3 * flip + 1e-6
-        assert torch.equal(attention(qkv[1:], heads)[0], actual[1])
-
     def test_no_rows_give_no_rows() -> None:
         layer = pack_layer(make_linear(36, 8, bits=2, rank=1))
         assert multiply(rotate(torch.zeros(0, 36), layer), layer).shape == (0, 8)
@@ -186,6 +174,10 @@ else:
         layer, x = pack_layer(make_linear(288, 8, bits=2, rank=1)), tokens(3, 288)
         clean = multiply(rotate(x, layer), layer)
         x[1, 4] = value
+        for prologue in (None, "gelu", "silu", Modulation(torch.zeros(1, 288), torch.zeros(1, 288), 1e-6)):
+            quantized = rotate(x, layer, prologue)
+            assert quantized.scales.isfinite().tolist() == [True, False, True]
+            assert quantized.lowrank.isfinite().all(dim=1).tolist() == [True, False, True]
         y = multiply(rotate(x, layer), layer)
         assert torch.equal(y[[0, 2]], clean[[0, 2]])
         assert not y[1].isfinite().any()

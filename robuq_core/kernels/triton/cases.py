@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from robuq_core.kernels.triton import attention, rotate_quantize, ternary_linear
+from robuq_core.kernels.triton import attention, dense_linear, rotate_quantize, ternary_linear
 from robuq_core.kernels.triton.aot import Compiled, compile_ahead
 from robuq_core.kernels.triton.config import LaunchConfig
 
@@ -24,12 +24,6 @@ _LINEAR_TYPES = {
     **dict.fromkeys(("scales_ptr", "lowrank_ptr", "alpha_ptr", "bias_ptr", "lowrank_a_ptr", "y_ptr"), "*fp32"),
     **dict.fromkeys(("rows", "N"), "i32"),
     "codes_ptr": "*i8",
-}
-_ATTENTION_TYPES = {
-    **dict.fromkeys(("qkv_ptr", "q_scales_ptr", "k_scales_ptr", "v_scales_ptr", "out_ptr"), "*fp32"),
-    **dict.fromkeys(("q_ptr", "k_ptr"), "*i8"),
-    **dict.fromkeys(("length", "padded", "heads"), "i32"),
-    "v_ptr": "*fp16",
 }
 
 
@@ -80,14 +74,21 @@ def cases(architecture: int) -> Iterator[Case]:
     yield Case(
         f"quantize_heads, {HEAD_DIM}",
         attention.quantize_heads_kernel,
-        _ATTENTION_TYPES,
+        attention.SIGNATURE,
         fixed,
         attention.quantize_config(HEAD_DIM),
     )
     yield Case(
         f"attention, {HEAD_DIM}",
         attention.attention_kernel,
-        _ATTENTION_TYPES,
+        attention.SIGNATURE,
         fixed,
         attention.default_config(HEAD_DIM),
+    )
+    yield Case(
+        "dense_linear, final layer",
+        dense_linear.dense_linear_kernel,
+        dense_linear.SIGNATURE,
+        {"K": 1152, "N": 32},
+        dense_linear.CONFIG,
     )

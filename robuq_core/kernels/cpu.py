@@ -28,21 +28,18 @@ Isa = Literal["amx", "avx512vnni", "avx2", "plain"]  # fastest first
 ISA_VARIABLE = "ROBUQ_CPU_ISA"
 
 # The native side's enumerations (native/robuq.h) and the number of its interface (native/module.c).
-_INTERFACE = 4
+_INTERFACE = 5
 _ISA_CODE: Mapping[Isa, int] = {"plain": 0, "avx2": 1, "avx512vnni": 2, "amx": 3}
-_NO_PROLOGUE, _MODULATE = range(2)
-_ACTIVATIONS = {"gelu": 2, "silu": 3}
+_MODULATE = 1
 
 _INT, _SIZE, _FLOAT, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _SIGNATURES = {
-    # backend, layer; x, rows; prologue, shift, its stride, scale, its stride, rows per image, eps; codes, scales,
-    # low rank
-    "robuq_rotate_quantize": [
-        *(_POINTER, _POINTER, _POINTER, _SIZE, _INT, _POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _FLOAT),
-        *(_POINTER, _POINTER, _POINTER),
-    ],
+    # backend, layer; x, rows; prologue; codes, scales, low rank
+    "robuq_rotate_quantize": [_POINTER, _POINTER, _POINTER, _SIZE, *[_POINTER] * 4],
     # backend, layer; codes, scales, low rank, rows; y
     "robuq_ternary_linear": [_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _POINTER],
+    # backend, layer; x, rows; prologue; gate, its stride, rows per image; y
+    "robuq_ternary": [_POINTER, _POINTER, _POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, _POINTER],
     # backend; qkv, images, L, D, heads; quantized; out
     "robuq_attention": [_POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _SIZE, _INT, _POINTER],
     # backend; x, weight, bias, rows, K, N; y
@@ -59,6 +56,18 @@ class _LayerStruct(ctypes.Structure):
         ("step_factor", _FLOAT),
         *((name, ctypes.c_int32) for name in ("midrise", "lowest", "highest")),
     )
+
+
+class _PrologueStruct(ctypes.Structure):
+    """``struct prologue`` of native/module.c."""
+
+    _fields_ = (
+        *(("kind", _SIZE), ("rows_per_image", _SIZE), ("shift", _POINTER), ("scale", _POINTER)),
+        *(("shift_stride", _SIZE), ("scale_stride", _SIZE), ("eps", _FLOAT)),
+    )
+
+
+_NO_MODULATION = {name: _PrologueStruct(kind) for name, kind in ((None, 0), ("gelu", 2), ("silu", 3))}
 
 
 class NativeUnavailableError(UserError, RuntimeError):
@@ -177,6 +186,23 @@ def _native_layer(layer: TernaryLayer) -> _NativeLayer:
     return native
 
 
+def _prologue_struct(prologue: Prologue, rows: int, width: int) -> _PrologueStruct:
+    """Shifts and scales may be rows of a wider table; the struct keeps them alive."""
+    if isinstance(prologue, Modulation):
+        images = prologue.shift.shape[0]
+        if images == 0 or rows % images:
+            raise ValueError(f"{rows} rows do not divide among {images} images")
+        shift = _check_rows(prologue.shift, "shift", (images, width))
+        scale = _check_rows(prologue.scale, "scale", (images, width))
+        struct = _PrologueStruct(_MODULATE, max(rows // images, 1), shift.data_ptr(), scale.data_ptr())
+        struct.shift_stride, struct.scale_stride, struct.eps = shift.stride(0), scale.stride(0), prologue.eps
+        struct.tensors = shift, scale
+        return struct
+    if prologue not in _NO_MODULATION:
+        raise ValueError(f"prologue must be a Modulation, 'gelu', 'silu' or None, not {prologue!r}")
+    return _NO_MODULATION[prologue]
+
+
 class CpuBackend:
     """See :class:`robuq_core.kernels.ops.Backend`.
 
@@ -215,33 +241,17 @@ class CpuBackend:
 
     def rotate_quantize(self, x: Tensor, layer: TernaryLayer, prologue: Prologue = None) -> Quantized:
         native = _native_layer(layer)
-        rows, width = x.shape[0], native.inputs
-        x = _check(x, "x", (rows, width))
-        codes = torch.empty(rows, width, dtype=torch.int8)
+        rows = x.shape[0]
+        x = _check(x, "x", (rows, native.inputs))
+        codes = torch.empty(rows, native.inputs, dtype=torch.int8)
         scales, lowrank = torch.empty(rows), torch.empty(rows, native.rank)
+        before = _prologue_struct(prologue, rows, native.inputs)
         if self._library.robuq_rotate_quantize(
-            *(self._handle, native.address, x.data_ptr(), rows),
-            *self._prologue(prologue, rows, width),
+            *(self._handle, native.address, x.data_ptr(), rows, ctypes.addressof(before)),
             *(codes.data_ptr(), scales.data_ptr(), lowrank.data_ptr()),
         ):
             self._raise("rotate_quantize")
         return Quantized(codes, scales, lowrank)
-
-    def _prologue(self, prologue: Prologue, rows: int, width: int) -> tuple[object, ...]:
-        """Its arguments of ``robuq_rotate_quantize``. Shifts and scales may be slices of a wider table."""
-        if isinstance(prologue, Modulation):
-            images = prologue.shift.shape[0]
-            if images == 0 or rows % images:
-                raise ValueError(f"{rows} rows do not divide among {images} images")
-            shift = _check_rows(prologue.shift, "shift", (images, width))
-            scale = _check_rows(prologue.scale, "scale", (images, width))
-            pointers = shift.data_ptr(), shift.stride(0), scale.data_ptr(), scale.stride(0)
-            return _MODULATE, *pointers, max(rows // images, 1), prologue.eps
-        if prologue is None:
-            return _NO_PROLOGUE, None, 0, None, 0, 1, 0.0
-        if prologue not in _ACTIVATIONS:
-            raise ValueError(f"prologue must be a Modulation, 'gelu', 'silu' or None, not {prologue!r}")
-        return _ACTIVATIONS[prologue], None, 0, None, 0, 1, 0.0
 
     def ternary_linear(self, x: Quantized, layer: TernaryLayer) -> Tensor:
         native = _native_layer(layer)
@@ -256,6 +266,39 @@ class CpuBackend:
         ):
             self._raise("ternary_linear")
         return y
+
+    def ternary(self, x: Tensor, layer: TernaryLayer, prologue: Prologue = None) -> Tensor:
+        """``ternary_linear(rotate_quantize(x))`` in one call, the same bits: ``x [M, K]`` -> ``[M, N]``."""
+        native = _native_layer(layer)
+        rows = x.shape[0]
+        x = _check(x, "x", (rows, native.inputs))
+        y = torch.empty(rows, native.outputs)
+        before = _prologue_struct(prologue, rows, native.inputs)
+        if self._library.robuq_ternary(
+            *(self._handle, native.address, x.data_ptr(), rows, ctypes.addressof(before)),
+            *(None, 0, 1, y.data_ptr()),
+        ):
+            self._raise("ternary")
+        return y
+
+    def add_ternary(
+        self, residual: Tensor, gate: Tensor, x: Tensor, layer: TernaryLayer, prologue: Prologue = None
+    ) -> None:
+        """``residual [M, N] += gate * ternary(x)`` in place; ``gate [B, N]`` for B images, M / B rows each."""
+        native = _native_layer(layer)
+        rows, images = x.shape[0], gate.shape[0]
+        x = _check(x, "x", (rows, native.inputs))
+        gate = _check_rows(gate, "gate", (images, native.outputs))
+        if _check(residual, "residual", (rows, native.outputs)) is not residual:
+            raise ValueError("residual must be contiguous: it is changed in place")
+        if images == 0 or rows % images:
+            raise ValueError(f"{rows} rows do not divide among {images} images")
+        before = _prologue_struct(prologue, rows, native.inputs)
+        if self._library.robuq_ternary(
+            *(self._handle, native.address, x.data_ptr(), rows, ctypes.addressof(before)),
+            *(gate.data_ptr(), gate.stride(0), max(rows // images, 1), residual.data_ptr()),
+        ):
+            self._raise("add_ternary")
 
     def attention(self, qkv: Tensor, num_heads: int, quantized: bool) -> Tensor:
         images, length, triple = qkv.shape

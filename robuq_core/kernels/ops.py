@@ -7,7 +7,7 @@ change with the number of rows beside it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -110,4 +110,19 @@ class Backend(Protocol):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Full-precision ``x [M, K] @ weight [N, K]^T + bias [N]``, invariant to M."""
+        ...
+
+
+@runtime_checkable
+class FusedBackend(Backend, Protocol):
+    """A backend that also runs a whole layer in one call, with the same bits as in two."""
+
+    def ternary(self, x: Tensor, layer: TernaryLayer, prologue: Prologue = None) -> Tensor:
+        """``ternary_linear(rotate_quantize(x))``: ``x [M, K]`` -> ``[M, N]``."""
+        ...
+
+    def add_ternary(
+        self, residual: Tensor, gate: Tensor, x: Tensor, layer: TernaryLayer, prologue: Prologue = None
+    ) -> None:
+        """``residual [M, N] += gate * ternary(x)`` in place; ``gate [B, N]`` for B images, M / B rows each."""
         ...

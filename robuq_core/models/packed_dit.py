@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robuq_core.config import ModelConfig
-from robuq_core.kernels.ops import Backend, Modulation, Prologue, TernaryLayer
+from robuq_core.kernels.ops import Backend, FusedBackend, Modulation, Prologue, TernaryLayer
 from robuq_core.models.conditioning import BLOCK_ENTRIES, ConditioningTable
 from robuq_core.models.dit import norm2_eps, patchify, position_table, unpatchify
 from robuq_core.models.graphs import CudaRecorder, Denoise, GraphedDenoise, buckets
@@ -70,6 +70,7 @@ class PackedDiT:
         quantized_attention: bool,
     ) -> None:
         self.config, self.backend, self.quantized_attention = config, backend, quantized_attention
+        self._fused = backend if isinstance(backend, FusedBackend) else None
         self.dense = {name: tensor.to(backend.device) for name, tensor in dense.items()}
         self.blocks = [block.to(backend.device) for block in blocks]
         self.pos_embed = pos_embed.to(backend.device)
@@ -121,7 +122,18 @@ class PackedDiT:
         return self.backend.linear(x, self.dense[f"{name}.weight"], self.dense[f"{name}.bias"])
 
     def _ternary(self, x: Tensor, layer: TernaryLayer, prologue: Prologue = None) -> Tensor:
+        if self._fused is not None:
+            return self._fused.ternary(x, layer, prologue)
         return self.backend.ternary_linear(self.backend.rotate_quantize(x, layer, prologue), layer)
+
+    def _add_ternary(
+        self, x_BLD: Tensor, gate_BD: Tensor, inputs: Tensor, layer: TernaryLayer, prologue: Prologue = None
+    ) -> None:
+        """``x_BLD += gate * layer(inputs)`` in place."""
+        if self._fused is not None and x_BLD.is_contiguous():
+            self._fused.add_ternary(x_BLD.flatten(0, 1), gate_BD, inputs, layer, prologue)
+        else:
+            x_BLD.add_(self._ternary(inputs, layer, prologue).reshape(x_BLD.shape).mul_(gate_BD[:, None]))
 
     def run_block(self, x_BLD: Tensor, modulation_6BD: Tensor, block: PackedBlock) -> Tensor:
         """One block, in place on ``x_BLD``."""
@@ -129,10 +141,11 @@ class PackedDiT:
         norm1 = Modulation(shift1, scale1, 1e-6)
         qkv = self._ternary(x_BLD.flatten(0, 1), block.qkv, norm1).reshape(*x_BLD.shape[:2], -1)
         heads = self.backend.attention(qkv, self.config.num_heads, self.quantized_attention)
-        x_BLD.add_(self._ternary(heads.flatten(0, 1), block.proj).reshape(x_BLD.shape).mul_(gate1[:, None]))
+        self._add_ternary(x_BLD, gate1, heads.flatten(0, 1), block.proj)
         norm2 = Modulation(shift2, scale2, norm2_eps(self.config))
         hidden = self._ternary(x_BLD.flatten(0, 1), block.fc1, norm2)
-        return x_BLD.add_(self._ternary(hidden, block.fc2, "gelu").reshape(x_BLD.shape).mul_(gate2[:, None]))
+        self._add_ternary(x_BLD, gate2, hidden, block.fc2, "gelu")
+        return x_BLD
 
     def _final(self, x_BLD: Tensor, modulation_2BD: Tensor) -> Tensor:
         shift, scale = modulation_2BD.unbind()

@@ -14,7 +14,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 /* One more whenever an argument list changes: cpu.py refuses a library built from other source than its own. */
-EXPORT int robuq_interface(void) { return 4; }
+EXPORT int robuq_interface(void) { return 5; }
 
 EXPORT int robuq_supports(int isa) { return isa_supported(isa); }
 
@@ -56,15 +56,21 @@ EXPORT void robuq_close(void *backend) {
     free(backend);
 }
 
-EXPORT int robuq_rotate_quantize(
-    const struct backend *backend, const struct layer *layer, const float *x, int64_t rows, int prologue,
-    const float *shift, int64_t shift_stride, const float *scale, int64_t scale_stride, int64_t rows_per_image,
-    float eps, int8_t *codes, float *scales, float *lowrank) {
-    if (rows == 0) return 0;
+/* What comes in front of a layer; mirrored in cpu.py. */
+struct prologue {
+    int64_t kind, rows_per_image;
+    const float *shift, *scale;
+    int64_t shift_stride, scale_stride;
+    float eps;
+};
+
+static int rotate_quantize(const struct backend *backend, const struct layer *layer, const float *x, int64_t rows,
+                           const struct prologue *prologue, int8_t *codes, float *scales, float *lowrank) {
     const float half_range = (float)(layer->highest + 1) / 2; /* mid-rise: cells -half_range .. half_range - 1 */
     const struct rotate_job job = {
-        .layer = layer, .x = x, .rows = rows, .prologue = prologue, .shift = shift, .shift_stride = shift_stride,
-        .scale = scale, .scale_stride = scale_stride, .rows_per_image = rows_per_image, .eps = eps,
+        .layer = layer, .x = x, .rows = rows, .prologue = (int)prologue->kind, .shift = prologue->shift,
+        .shift_stride = prologue->shift_stride, .scale = prologue->scale, .scale_stride = prologue->scale_stride,
+        .rows_per_image = prologue->rows_per_image, .eps = prologue->eps,
         .normalisation = (float)(1.0 / sqrt((double)layer->width)),
         .lowest = layer->midrise ? -half_range : (float)layer->lowest,
         .highest = layer->midrise ? nextafterf(half_range, 0) : (float)layer->highest,
@@ -74,6 +80,16 @@ EXPORT int robuq_rotate_quantize(
     struct rotate_buffers unused;
     const size_t scratch = rotate_carve(NULL, &job, &unused);
     return pool_run(backend->pool, ceil_div(rows, job.block_rows), scratch, backend->tasks->rotate_quantize, &job);
+}
+
+EXPORT int robuq_rotate_quantize(
+    const struct backend *backend, const struct layer *layer, const float *x, int64_t rows,
+    const struct prologue *prologue, int8_t *codes, float *scales, float *lowrank) {
+    if (rows == 0) return 0;
+    pool_begin(backend->pool);
+    const int failed = rotate_quantize(backend, layer, x, rows, prologue, codes, scales, lowrank);
+    pool_end(backend->pool);
+    return failed;
 }
 
 /* The cut into row and channel blocks that takes the busiest thread least time: a panel costs its rows, decoding it
@@ -114,21 +130,51 @@ static void plan_ternary(struct ternary_job *job, const struct ternary_way *way,
     plan_blocks(job, way, threads);
 }
 
+static int ternary_linear(const struct backend *backend, struct ternary_job *job) {
+    const struct layer *layer = job->layer;
+    const struct ternary_way *panel = &backend->tasks->panel;
+    const int serves = panel->task && job->rows >= panel->least_rows && layer->max_code <= panel->most_code;
+    const struct ternary_way *way = serves ? panel : &backend->tasks->direct;
+    plan_ternary(job, way, backend->threads);
+    struct ternary_buffers unused;
+    const size_t scratch = ternary_carve(NULL, job, &unused);
+    const int64_t tasks = ceil_div(job->rows, job->block_rows) * ceil_div(layer->channels, job->block_channels);
+    return pool_run(backend->pool, tasks, scratch, way->task, job);
+}
+
 EXPORT int robuq_ternary_linear(
     const struct backend *backend, const struct layer *layer, const int8_t *codes, const float *scales,
     const float *lowrank, int64_t rows, float *y) {
     if (rows == 0 || layer->channels == 0) return 0;
-    const struct ternary_way *panel = &backend->tasks->panel;
-    const int serves = panel->task && rows >= panel->least_rows && layer->max_code <= panel->most_code;
-    const struct ternary_way *way = serves ? panel : &backend->tasks->direct;
     struct ternary_job job = {
         .layer = layer, .codes = codes, .scales = scales, .lowrank = lowrank, .rows = rows, .y = y,
     };
-    plan_ternary(&job, way, backend->threads);
-    struct ternary_buffers unused;
-    const size_t scratch = ternary_carve(NULL, &job, &unused);
-    const int64_t tasks = ceil_div(rows, job.block_rows) * ceil_div(layer->channels, job.block_channels);
-    return pool_run(backend->pool, tasks, scratch, way->task, &job);
+    pool_begin(backend->pool);
+    const int failed = ternary_linear(backend, &job);
+    pool_end(backend->pool);
+    return failed;
+}
+
+/* Both steps in one call: y = layer(x), or y += gate * layer(x) where there is a gate. */
+EXPORT int robuq_ternary(
+    const struct backend *backend, const struct layer *layer, const float *x, int64_t rows,
+    const struct prologue *prologue, const float *gate, int64_t gate_stride, int64_t rows_per_image, float *y) {
+    if (rows == 0 || layer->channels == 0) return 0;
+    pool_begin(backend->pool);
+    const int64_t code_bytes = round_up(rows * layer->width, ALIGNMENT);
+    int8_t *codes = pool_shared(backend->pool, (size_t)code_bytes + (size_t)(rows * (1 + layer->rank)) * sizeof *x);
+    int failed = !codes;
+    if (!failed) {
+        float *scales = (float *)(codes + code_bytes), *lowrank = scales + rows;
+        struct ternary_job job = {
+            .layer = layer, .codes = codes, .scales = scales, .lowrank = lowrank, .rows = rows, .gate = gate,
+            .gate_stride = gate_stride, .rows_per_image = rows_per_image, .y = y,
+        };
+        failed = rotate_quantize(backend, layer, x, rows, prologue, codes, scales, lowrank) ||
+                 ternary_linear(backend, &job);
+    }
+    pool_end(backend->pool);
+    return failed;
 }
 
 EXPORT int robuq_attention(
@@ -138,11 +184,13 @@ EXPORT int robuq_attention(
     const struct attention_job job = {
         qkv, length, width, heads, head_dim, (float)(1.0 / sqrt((double)head_dim)), out,
     };
-    const struct isa_tasks *tasks = backend->tasks;
-    task_function *function = quantized ? tasks->attention_int8 : tasks->attention;
+    task_function *function = quantized ? backend->tasks->attention_int8 : backend->tasks->attention;
     struct attention_buffers unused;
     const size_t scratch = attention_carve(NULL, length, head_dim, &unused);
-    return pool_run(backend->pool, images * heads, scratch, function, &job);
+    pool_begin(backend->pool);
+    const int failed = pool_run(backend->pool, images * heads, scratch, function, &job);
+    pool_end(backend->pool);
+    return failed;
 }
 
 EXPORT int robuq_linear(
@@ -150,7 +198,10 @@ EXPORT int robuq_linear(
     int64_t channels, float *y) {
     const struct linear_job job = {x, weight, bias, rows, width, channels, y};
     const int64_t count = ceil_div(rows, LINEAR_ROWS) * ceil_div(channels, LINEAR_CHANNELS);
-    return pool_run(backend->pool, count, 0, backend->tasks->linear, &job);
+    pool_begin(backend->pool);
+    const int failed = pool_run(backend->pool, count, 0, backend->tasks->linear, &job);
+    pool_end(backend->pool);
+    return failed;
 }
 
 static struct PyModuleDef definition = {

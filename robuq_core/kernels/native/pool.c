@@ -24,7 +24,7 @@ struct scratch {
 
 struct pool {
     struct pool *next_pool, *previous_pool;
-    pthread_mutex_t turn;   /* held by the caller of a job from start to end */
+    pthread_mutex_t turn;   /* from pool_begin() to pool_end() */
     pthread_mutex_t lock;   /* guards what follows */
     pthread_cond_t wake, left;
     int threads;            /* the most that work on a job, the caller among them */
@@ -39,6 +39,7 @@ struct pool {
     atomic_llong next;      /* task to take */
     pthread_t ids[MAX_THREADS];
     struct scratch scratch[MAX_THREADS]; /* of worker 0, 1, ..; the caller's is the last */
+    struct scratch shared;  /* the caller's, between jobs */
 };
 
 struct worker {
@@ -147,22 +148,26 @@ static void close_and_wait(struct pool *pool) {
     pthread_mutex_unlock(&pool->lock);
 }
 
+void pool_begin(struct pool *pool) { pthread_mutex_lock(&pool->turn); }
+void pool_end(struct pool *pool) { pthread_mutex_unlock(&pool->turn); }
+
+void *pool_shared(struct pool *pool, size_t bytes) {
+    return reserve(&pool->shared, bytes) ? NULL : pool->shared.memory;
+}
+
 int pool_run(struct pool *pool, int64_t tasks, size_t scratch_bytes, task_function *function, const void *job) {
     if (tasks <= 0) return 0;
-    pthread_mutex_lock(&pool->turn);
     int helpers = (int)min64(pool->threads, tasks) - 1;
     if (helpers > pool->workers) helpers = start_workers(pool, helpers);
     struct scratch *own = &pool->scratch[MAX_THREADS - 1];
     int failed = reserve(own, scratch_bytes);
     for (int id = 0; id < helpers && !failed; id++) failed = reserve(&pool->scratch[id], scratch_bytes);
-    if (!failed) {
-        atomic_store(&pool->next, 0);
-        if (helpers) publish(pool, function, job, tasks, helpers);
-        work(pool, function, job, tasks, own->memory);
-        if (helpers) close_and_wait(pool);
-    }
-    pthread_mutex_unlock(&pool->turn);
-    return failed;
+    if (failed) return failed;
+    atomic_store(&pool->next, 0);
+    if (helpers) publish(pool, function, job, tasks, helpers);
+    work(pool, function, job, tasks, own->memory);
+    if (helpers) close_and_wait(pool);
+    return 0;
 }
 
 static void init_locks(struct pool *pool) {
@@ -183,6 +188,7 @@ static void after_fork_in_child(void) {
         atomic_store(&pool->joined, 0);
         atomic_store(&pool->generation, 0);
         memset(pool->scratch, 0, sizeof pool->scratch);
+        pool->shared = (struct scratch){NULL, 0};
     }
     pthread_mutex_init(&pools_lock, NULL);
 }
@@ -217,6 +223,7 @@ void pool_destroy(struct pool *pool) {
     pthread_mutex_unlock(&pool->lock);
     for (int id = 0; id < pool->workers; id++) pthread_join(pool->ids[id], NULL);
     for (int id = 0; id < MAX_THREADS; id++) free(pool->scratch[id].memory);
+    free(pool->shared.memory);
     pthread_mutex_destroy(&pool->turn);
     pthread_mutex_destroy(&pool->lock);
     pthread_cond_destroy(&pool->wake);

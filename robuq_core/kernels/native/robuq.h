@@ -78,6 +78,8 @@ struct ternary_job {
     const float *scales;        /* [rows] */
     const float *lowrank;       /* [rows, rank] */
     int64_t rows;
+    const float *gate;          /* [images, channels], rows of it gate_stride apart: y += gate * result; NULL: y = result */
+    int64_t gate_stride, rows_per_image;
     float *y;                   /* out [rows, channels] */
 
     /* The plan, see plan_ternary(). */
@@ -201,8 +203,15 @@ struct pool *pool_create(int threads);
 /* No job of the pool may be running. */
 void pool_destroy(struct pool *pool);
 
+/* An op on the pool: its jobs run between these two. Ops of one pool take turns; pools run side by side. */
+void pool_begin(struct pool *pool);
+void pool_end(struct pool *pool);
+
+/* Memory for what one job of an op leaves to the next; NULL where there is none. */
+void *pool_shared(struct pool *pool, size_t bytes);
+
 /* Runs tasks 0..tasks-1 of `job`; each thread owns `scratch_bytes` of aligned scratch. Returns when all are done: 0, or
- * -1 where there is no memory. Callers of one pool take turns; pools run side by side. */
+ * -1 where there is no memory. */
 int pool_run(struct pool *pool, int64_t tasks, size_t scratch_bytes, task_function *function, const void *job);
 
 #endif

@@ -77,7 +77,7 @@ FN void transpose_lowrank(const struct layer *layer, int64_t channel, float *out
     }
 }
 
-/* One row's outputs of a panel: y = product (scale alpha) + lowrank . A + bias. */
+/* One row's outputs of a panel: product (scale alpha) + lowrank . A + bias, then the gated residual where asked for. */
 FN void epilogue_row(const struct ternary_job *job, int64_t row, int64_t channel, const int32_t *products,
                      int32_t offset, const float *lowrank_a /* [rank, PANEL] */) {
     enum { VECTORS = PANEL / LANES };
@@ -92,6 +92,7 @@ FN void epilogue_row(const struct ternary_job *job, int64_t row, int64_t channel
     }
     const v8 scale = splat(job->scales[row]);
     float *y = job->y + row * layer->channels;
+    const float *gate = job->gate ? job->gate + row / job->rows_per_image * job->gate_stride : NULL;
 #pragma GCC unroll 8
     for (int i = 0; i < VECTORS; i++) {
         const int64_t at = channel + i * LANES, left = layer->channels - at;
@@ -100,7 +101,9 @@ FN void epilogue_row(const struct ternary_job *job, int64_t row, int64_t channel
         memcpy(&product, products + i * LANES, sizeof product);
         const v8 exact = __builtin_convertvector(product - offset, v8);
         const v8 main_term = exact * (scale * load_part(layer->alpha + at, left));
-        store_part(y + at, (main_term + correction[i]) + load_part(layer->bias + at, left), left);
+        v8 result = (main_term + correction[i]) + load_part(layer->bias + at, left);
+        if (gate) result = load_part(y + at, left) + result * load_part(gate + at, left);
+        store_part(y + at, result, left);
     }
 }
 

@@ -185,6 +185,25 @@ def test_rows_are_byte_equal_alone_among_others_and_on_any_thread_count(backend:
             assert torch.equal(backend.attention(qkv[image : image + 1], 3, quantized)[0], attended[image])
 
 
+def test_fused_calls_give_the_same_bytes(backend: CpuBackend) -> None:
+    layer = pack_layer(make_linear(96, 70, bits=2, rank=3))
+    for rows in (3, 30):
+        x, residual = tokens(rows, 96), tokens(rows, 70, seed=4)
+        gate = torch.randn(3, 2, 70, generator=torch.Generator().manual_seed(6))[:, 0]  # rows lie apart
+        for prologue in prologues(3, 96):
+            y = backend.ternary_linear(backend.rotate_quantize(x, layer, prologue), layer)
+            assert torch.equal(backend.ternary(x, layer, prologue), y)
+            sum_ = residual.clone()
+            backend.add_ternary(sum_, gate, x, layer, prologue)
+            assert torch.equal(sum_, residual + y * gate.repeat_interleave(rows // 3, dim=0))
+    with pytest.raises(ValueError, match=r"gate must be torch.float32 \(3, 70\)"):
+        backend.add_ternary(residual, torch.zeros(3, 69), x, layer)
+    with pytest.raises(ValueError, match="residual must be contiguous"):
+        backend.add_ternary(tokens(30, 140)[:, ::2], gate, x, layer)
+    with pytest.raises(ValueError, match="30 rows do not divide among 4 images"):
+        backend.add_ternary(residual, torch.zeros(4, 70), x, layer)
+
+
 def test_calls_of_several_python_threads_on_one_object(backend: CpuBackend) -> None:
     layer, x = pack_layer(make_linear(96, 64, bits=2, rank=2)), tokens(50, 96)
     expected = backend.ternary_linear(backend.rotate_quantize(x, layer), layer)

@@ -190,7 +190,7 @@ def forward_case(bench: Bench, batch: int) -> CaseTiming:
 
 
 def image_case(bench: Bench, batch: int) -> CaseTiming:
-    """``batch`` pictures from noise to the end of sampling, by the checkpoint's defaults, decoding not included."""
+    """``batch`` pictures from noise to the end of sampling, by the checkpoint's defaults, decoding not included; against FP32."""
     config, source = bench.config, bench.source
     defaults = source.checkpoint.header.sampler
     ours = source.sampler(source.packed(bench.backend), bench.backend.name, bench.device)
@@ -234,14 +234,13 @@ def image_case(bench: Bench, batch: int) -> CaseTiming:
     ]
     forwards = defaults.steps * (1 if defaults.guidance_scale == 1 else 2)
     timings, absent = time_sides(sides, bench.timer)
-    others = [Absent(name=name, reason="timed by forward") for name in bench.peers if name != BASELINE]
     return CaseTiming(
         level="image",
         case=f"{defaults.steps} steps of {defaults.sampler}, guidance {defaults.guidance_scale:g}",
         batch=batch,
         macs=batch * forwards * _macs(config, config.depth),
         sides=tuple(timings),
-        absent=(*absent, *others),
+        absent=tuple(absent),
     )
 
 

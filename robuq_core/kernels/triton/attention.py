@@ -26,7 +26,7 @@ MIN_HEAD_TILE, MAX_HEAD_DIM, MAX_LENGTH = 32, 256, 2**18 - 1024
 # Triton's types of the run-time arguments of both kernels, for compiling ahead.
 SIGNATURE = {
     **{f"{name}_ptr": "*fp32" for name in ("qkv", "out", "q_scales", "k_scales", "v_scales")},
-    **{"q_ptr": "*i8", "k_ptr": "*i8", "v_ptr": "*fp16", "length": "i32", "padded": "i32", "heads": "i32"},
+    **{"q_ptr": "*i8", "k_ptr": "*i8", "v_ptr": "*fp16", "padded": "i32", "heads": "i32"},
 }
 
 
@@ -53,9 +53,9 @@ def head_tile(head_dim: int) -> int:
     return max(MIN_HEAD_TILE, next_power_of_2(head_dim))
 
 
-def constants(head_dim: int) -> dict[str, int]:
-    """Compile-time arguments of both kernels, but for the launch shape."""
-    return {"HEAD": head_dim, "HEAD_TILE": head_tile(head_dim)}
+def constants(head_dim: int, length: int = 256) -> dict[str, int]:
+    """Compile-time arguments of both kernels, but for the launch shape. A model has one ``length``; 256 is DiT's."""
+    return {"LENGTH": length, "HEAD": head_dim, "HEAD_TILE": head_tile(head_dim)}
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def _codes_by_token(x):  # type: ignore[no-untyped-def]
     return _round(tl.div_rn(x, tl.maximum(scale, 1e-30)[:, None])).to(tl.int8), scale
 
 
-@triton.jit(do_not_specialize=["length", "padded", "heads"])
+@triton.jit(do_not_specialize=["padded", "heads"])
 def quantize_heads_kernel(  # type: ignore[no-untyped-def]
     qkv_ptr,
     q_ptr,
@@ -79,9 +79,9 @@ def quantize_heads_kernel(  # type: ignore[no-untyped-def]
     q_scales_ptr,
     k_scales_ptr,
     v_scales_ptr,
-    length,
     padded,
     heads,
+    LENGTH: tl.constexpr,
     HEAD: tl.constexpr,
     HEAD_TILE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -89,11 +89,11 @@ def quantize_heads_kernel(  # type: ignore[no-untyped-def]
     """One block of tokens of one head of one picture. ``padded``: tokens of the padded layout."""
     head = tl.program_id(0).to(tl.int64)
     stride = 3 * heads * HEAD
-    qkv_ptr += (head // heads) * length * stride + (head % heads) * HEAD
+    qkv_ptr += (head // heads) * LENGTH * stride + (head % heads) * HEAD
     v_in_ptr = qkv_ptr + 2 * heads * HEAD
     token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     column = tl.arange(0, HEAD_TILE)
-    real = (token < length)[:, None] & (column < HEAD)[None, :]
+    real = (token < LENGTH)[:, None] & (column < HEAD)[None, :]
     here = token[:, None] * stride + column[None, :]
     out = head * padded * HEAD_TILE + token[:, None] * HEAD_TILE + column[None, :]
 
@@ -106,9 +106,9 @@ def quantize_heads_kernel(  # type: ignore[no-untyped-def]
 
     # Every block of a head finds the head's largest value for itself: a maximum has no order.
     largest = tl.zeros([BLOCK, HEAD_TILE], tl.float32)
-    for start in range(0, length, BLOCK):
+    for start in range(0, LENGTH, BLOCK):
         t = start + tl.arange(0, BLOCK)
-        inside = (t < length)[:, None] & (column < HEAD)[None, :]
+        inside = (t < LENGTH)[:, None] & (column < HEAD)[None, :]
         v = tl.load(v_in_ptr + t[:, None] * stride + column[None, :], mask=inside, other=0.0)
         largest = tl.maximum(largest, tl.abs(v))
     v_scale = tl.div_rn(tl.max(tl.max(largest, 1), 0), 127.0)
@@ -119,15 +119,15 @@ def quantize_heads_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _logits(q, q_scale, k_ptr, k_scales_ptr, key, column, length, HEAD_TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _logits(q, q_scale, k_ptr, k_scales_ptr, key, column, LENGTH: tl.constexpr, HEAD_TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Logits of a tile, float32; minus infinity where there is no key."""
     k = tl.load(k_ptr + key[None, :] * HEAD_TILE + column[:, None])
     k_scale = tl.load(k_scales_ptr + key)
     logits = tl.dot(q, k).to(tl.float32) * q_scale[:, None] * k_scale[None, :]
-    return tl.where((key < length)[None, :], logits, float("-inf"))
+    return tl.where((key < LENGTH)[None, :], logits, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["length", "padded", "heads"])
+@triton.jit(do_not_specialize=["padded", "heads"])
 def attention_kernel(  # type: ignore[no-untyped-def]
     q_ptr,
     k_ptr,
@@ -136,9 +136,9 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     k_scales_ptr,
     v_scales_ptr,
     out_ptr,
-    length,
     padded,
     heads,
+    LENGTH: tl.constexpr,
     HEAD: tl.constexpr,
     HEAD_TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -157,26 +157,26 @@ def attention_kernel(  # type: ignore[no-untyped-def]
 
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    for start in range(0, length, BLOCK_N):
+    for start in range(0, LENGTH, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        logits = _logits(q, q_scale, k_ptr, k_scales_ptr, key, column, length, HEAD_TILE)
+        logits = _logits(q, q_scale, k_ptr, k_scales_ptr, key, column, LENGTH, HEAD_TILE)
         larger = tl.maximum(largest, tl.max(logits, 1))
         total = total * tl.exp(largest - larger) + tl.sum(tl.exp(logits - larger[:, None]), 1)
         largest = larger
 
     to_codes = tl.div_rn(255.0, total)
     product = tl.zeros([BLOCK_M, HEAD_TILE], tl.float32)
-    for start in range(0, length, BLOCK_N):
+    for start in range(0, LENGTH, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        logits = _logits(q, q_scale, k_ptr, k_scales_ptr, key, column, length, HEAD_TILE)
+        logits = _logits(q, q_scale, k_ptr, k_scales_ptr, key, column, LENGTH, HEAD_TILE)
         p = _round(tl.exp(logits - largest[:, None]) * to_codes[:, None]).to(tl.float16)
         v = tl.load(v_ptr + key[:, None] * HEAD_TILE + column[None, :])
         product = tl.dot(p, v, product)
 
     scale = tl.load(v_scales_ptr + head) * (1.0 / 255.0)
     width = heads * HEAD
-    out_ptr += (head // heads) * length * width + (head % heads) * HEAD
-    real = (query < length)[:, None] & (column < HEAD)[None, :]
+    out_ptr += (head // heads) * LENGTH * width + (head % heads) * HEAD
+    real = (query < LENGTH)[:, None] & (column < HEAD)[None, :]
     tl.store(out_ptr + query[:, None] * width + column[None, :], product * scale, mask=real)
 
 
@@ -204,12 +204,12 @@ def attention(qkv: Tensor, num_heads: int, config: LaunchConfig | None = None) -
     q_scales, k_scales = (torch.empty(heads, padded, device=device) for _ in range(2))
     v_scales = torch.empty(heads, device=device)
     operands = (q, k, v, q_scales, k_scales, v_scales)
-    fixed = constants(head_dim)
+    fixed = constants(head_dim, length)
     with on_device_of(qkv):
         quantize_heads_kernel[(heads, padded // block)](
-            *(qkv, *operands, length, padded, num_heads), **fixed, **first.options()
+            *(qkv, *operands, padded, num_heads), **fixed, **first.options()
         )
         attention_kernel[(heads, triton.cdiv(length, block_m))](
-            *(*operands, out, length, padded, num_heads), **fixed, **config.options()
+            *(*operands, out, padded, num_heads), **fixed, **config.options()
         )
     return out

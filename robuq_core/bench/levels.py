@@ -190,7 +190,7 @@ def forward_case(bench: Bench, batch: int) -> CaseTiming:
 
 
 def image_case(bench: Bench, batch: int) -> CaseTiming:
-    """``batch`` pictures from noise to the end of sampling, by the checkpoint's defaults, without decoding; FP32 beside."""
+    """``batch`` pictures from noise to the last step by the checkpoint's defaults, not decoded, against FP32."""
     config, source = bench.config, bench.source
     defaults = source.checkpoint.header.sampler
     ours = source.sampler(source.packed(bench.backend), bench.backend.name, bench.device)

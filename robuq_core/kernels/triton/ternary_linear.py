@@ -60,7 +60,7 @@ def _tf32_parts(x):  # type: ignore[no-untyped-def]
     return high, x - high
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "groups"])
 def ternary_linear_kernel(  # type: ignore[no-untyped-def]
     codes_ptr,
     scales_ptr,
@@ -72,6 +72,7 @@ def ternary_linear_kernel(  # type: ignore[no-untyped-def]
     y_ptr,
     rows,
     N,
+    groups,
     K: tl.constexpr,
     RANK: tl.constexpr,
     RANK_TILE: tl.constexpr,
@@ -87,18 +88,20 @@ def ternary_linear_kernel(  # type: ignore[no-untyped-def]
     first = tl.program_id(0) // (GROUP * row_blocks) * GROUP
     height = tl.minimum(output_blocks - first, GROUP)
     within = tl.program_id(0) % (GROUP * row_blocks)
-    row = within // height * ROWS + tl.arange(0, ROWS)
-    output = (first + within % height) * OUTPUTS + tl.arange(0, OUTPUTS)
+    first_row = within // height * ROWS
+    first_output = (first + within % height) * OUTPUTS
+    row = first_row + tl.arange(0, ROWS)
+    output = first_output + tl.arange(0, OUTPUTS)
     live, real = row < rows, output < N
     # Rows beyond the last read the last row: their results are dropped, and loads need no mask.
     row_in = tl.minimum(row, rows - 1).to(tl.int64)
     output_in = tl.minimum(output, N - 1).to(tl.int64)
 
-    groups: tl.constexpr = (K + 127) // 128
+    # ``groups``, ceil(K / 128), is no constant: the compiler would unroll the loop and spill.
     step = tl.arange(0, 128)
     codes_ptrs = codes_ptr + (row_in * K)[:, None] + step[None, :]
     if PACKED:
-        weight_ptrs = weight_ptr + (output_in * (groups * 32))[:, None] + tl.arange(0, 32)[None, :]
+        weight_ptrs = weight_ptr + (output_in * ((K + 127) // 128 * 32))[:, None] + tl.arange(0, 32)[None, :]
     else:
         weight_ptrs = weight_ptr + (output_in * K)[:, None] + step[None, :]
     total = tl.zeros([OUTPUTS, ROWS], tl.int32)
@@ -130,8 +133,10 @@ def ternary_linear_kernel(  # type: ignore[no-untyped-def]
         y = tl.dot(a_low, x_high, y, input_precision="tf32")
         y = tl.dot(a_high, x_high, y, input_precision="tf32")
     y += tl.load(bias_ptr + output_in)[:, None]
-    y_ptrs = y_ptr + (row.to(tl.int64) * N)[None, :] + output[:, None]
-    tl.store(y_ptrs, y, mask=real[:, None] & live[None, :])
+    # One 64-bit base for the tile, 32-bit offsets within it.
+    y_ptr += first_row.to(tl.int64) * N + first_output
+    within_tile = (tl.arange(0, ROWS) * N)[None, :] + tl.arange(0, OUTPUTS)[:, None]
+    tl.store(y_ptr + within_tile, y, mask=real[:, None] & live[None, :])
 
 
 def row_bucket(rows: int) -> int:
@@ -203,6 +208,7 @@ def ternary_linear(x: Quantized, layer: TernaryLayer, config: LaunchConfig, expa
         with on_device_of(x.codes):
             ternary_linear_kernel[grid](
                 *(x.codes, x.scales, x.lowrank, weight, layer.alpha, layer.bias, layer.lowrank_a, y, rows, outputs),
+                triton.cdiv(layer.in_features, PLANAR_GROUP),
                 **constants(layer.in_features, rank, expanded is None, not is_interpreted()),
                 **config.options(),
             )

@@ -14,7 +14,7 @@ from robuq_core.bench.source import Source, plain_network
 from robuq_core.bench.timing import BASELINE, Side, Timer, Unavailable, time_sides
 from robuq_core.checkpoint import layer_macs
 from robuq_core.config import NUM_TRAIN_TIMESTEPS, ModelConfig
-from robuq_core.kernels.ops import Backend, Modulation, Prologue, TernaryLayer
+from robuq_core.kernels.ops import Backend, Modulation, Prologue, TernaryLayer, whole_layer
 from robuq_core.kernels.select import select_backend
 from robuq_core.models.dit import DiT
 from robuq_core.models.packed_dit import PackedDiT
@@ -106,15 +106,14 @@ def _op_sides(bench: Bench, layer: TernaryLayer, x: Tensor, prologue: Prologue) 
     def product(backend: Backend) -> Tensor:
         return backend.ternary_linear(quantized, layer)
 
-    def whole(backend: Backend) -> Tensor:
-        return backend.ternary_linear(backend.rotate_quantize(x, layer), layer)
+    run, run_law = whole_layer(ops), whole_layer(law)
 
     def dequantized(backend: Backend) -> Tensor:
         q = backend.rotate_quantize(x, layer, prologue)
         return torch.cat([q.codes * q.scales[:, None], q.lowrank], dim=1)
 
     return [
-        Side(OURS, lambda: whole(ops), lambda: whole(law), MAX_RELATIVE_ERROR, own=True),
+        Side(OURS, lambda: run(x, layer), lambda: run_law(x, layer), MAX_RELATIVE_ERROR, own=True),
         Side(
             f"{OURS} prologue",
             lambda: ops.rotate_quantize(x, layer, prologue),
@@ -138,8 +137,8 @@ def block_case(bench: Bench, batch: int) -> CaseTiming:
     checked = tuple(sorted({0, batch - 1}))
 
     def run_on(network: PackedDiT, x: Tensor, c: Tensor) -> Tensor:
-        block, ops = network.blocks[0], network.backend
-        modulation = ops.ternary_linear(ops.rotate_quantize(c, block.adaln, "silu"), block.adaln)
+        block = network.blocks[0]
+        modulation = whole_layer(network.backend)(c, block.adaln, "silu")
         parts = modulation.reshape(len(c), 6, -1).transpose(0, 1).contiguous()
         return network.run_block(x.clone(), parts, block)
 

@@ -126,3 +126,16 @@ class FusedBackend(Backend, Protocol):
     ) -> None:
         """``residual [M, N] += gate * ternary(x)`` in place; ``gate [B, N]`` for B images, M / B rows each."""
         ...
+
+
+class WholeLayer(Protocol):
+    """A packed layer from its input: ``x [M, K]`` -> ``[M, N]``."""
+
+    def __call__(self, x: Tensor, layer: TernaryLayer, prologue: Prologue = None) -> Tensor: ...
+
+
+def whole_layer(backend: Backend) -> WholeLayer:
+    """How ``backend`` runs a whole layer: in one call where it can, else in two."""
+    if isinstance(backend, FusedBackend):
+        return backend.ternary
+    return lambda x, layer, prologue=None: backend.ternary_linear(backend.rotate_quantize(x, layer, prologue), layer)

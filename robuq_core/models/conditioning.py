@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robuq_core.config import ModelConfig
-from robuq_core.kernels.ops import Backend, TernaryLayer
+from robuq_core.kernels.ops import Backend, TernaryLayer, whole_layer
 from robuq_core.models.dit import timestep_features
 
 TABLE_BYTES = 32 * 2**20
@@ -45,6 +45,7 @@ class ConditioningTable:
         max_bytes: int = TABLE_BYTES,
     ) -> None:
         self._config, self._dense, self._adaln, self._backend = config, dense, tuple(adaln), backend
+        self._ternary = whole_layer(backend)
         self._timestep_embeddings: dict[int, Tensor] = {}
         self._allocate(max(1, max_bytes // (4 * self._height * config.hidden_size)))
 
@@ -96,9 +97,7 @@ class ConditioningTable:
         embeddings = torch.stack([self._timestep_embedding(timestep) for timestep, _ in pairs])
         c_UD = embeddings + self._dense["y_embedder.embedding_table.weight"][classes]
         for i, layer in enumerate(self._adaln):
-            first = BLOCK_ENTRIES * i
-            modulation = self._backend.ternary_linear(self._backend.rotate_quantize(c_UD, layer, "silu"), layer)
-            self._put(first, slots, modulation)
+            self._put(BLOCK_ENTRIES * i, slots, self._ternary(c_UD, layer, "silu"))
         # SiLU row by row: torch's vector and scalar code differ in the last bit, and which of them an element meets
         # depends on the size of the whole tensor.
         activated = torch.stack([F.silu(row) for row in c_UD])

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robuq_core.config import ModelConfig
-from robuq_core.kernels.ops import Backend, FusedBackend, Modulation, Prologue, TernaryLayer
+from robuq_core.kernels.ops import Backend, FusedBackend, Modulation, Prologue, TernaryLayer, whole_layer
 from robuq_core.models.conditioning import BLOCK_ENTRIES, ConditioningTable
 from robuq_core.models.dit import norm2_eps, patchify, position_table, unpatchify
 from robuq_core.models.graphs import CudaRecorder, Denoise, GraphedDenoise, buckets
@@ -70,6 +70,7 @@ class PackedDiT:
         quantized_attention: bool,
     ) -> None:
         self.config, self.backend, self.quantized_attention = config, backend, quantized_attention
+        self._ternary = whole_layer(backend)
         self._fused = backend if isinstance(backend, FusedBackend) else None
         self.dense = {name: tensor.to(backend.device) for name, tensor in dense.items()}
         self.blocks = [block.to(backend.device) for block in blocks]
@@ -120,11 +121,6 @@ class PackedDiT:
 
     def _dense_linear(self, x: Tensor, name: str) -> Tensor:
         return self.backend.linear(x, self.dense[f"{name}.weight"], self.dense[f"{name}.bias"])
-
-    def _ternary(self, x: Tensor, layer: TernaryLayer, prologue: Prologue = None) -> Tensor:
-        if self._fused is not None:
-            return self._fused.ternary(x, layer, prologue)
-        return self.backend.ternary_linear(self.backend.rotate_quantize(x, layer, prologue), layer)
 
     def _add_ternary(
         self, x_BLD: Tensor, gate_BD: Tensor, inputs: Tensor, layer: TernaryLayer, prologue: Prologue = None

@@ -22,7 +22,7 @@ _ROTATE_TYPES = {
 }
 _LINEAR_TYPES = {
     **dict.fromkeys(("scales_ptr", "lowrank_ptr", "alpha_ptr", "bias_ptr", "lowrank_a_ptr", "y_ptr"), "*fp32"),
-    **dict.fromkeys(("rows", "N", "groups"), "i32"),
+    **dict.fromkeys(("rows", "N"), "i32"),
     "codes_ptr": "*i8",
 }
 

@@ -60,7 +60,7 @@ def _tf32_parts(x):  # type: ignore[no-untyped-def]
     return high, x - high
 
 
-@triton.jit(do_not_specialize=["rows", "groups"])
+@triton.jit(do_not_specialize=["rows"])
 def ternary_linear_kernel(  # type: ignore[no-untyped-def]
     codes_ptr,
     scales_ptr,
@@ -72,7 +72,6 @@ def ternary_linear_kernel(  # type: ignore[no-untyped-def]
     y_ptr,
     rows,
     N,
-    groups,
     K: tl.constexpr,
     RANK: tl.constexpr,
     RANK_TILE: tl.constexpr,
@@ -97,11 +96,11 @@ def ternary_linear_kernel(  # type: ignore[no-untyped-def]
     row_in = tl.minimum(row, rows - 1).to(tl.int64)
     output_in = tl.minimum(output, N - 1).to(tl.int64)
 
-    # ``groups``, ceil(K / 128), is no constant: the compiler would unroll the loop and spill.
+    groups: tl.constexpr = (K + 127) // 128
     step = tl.arange(0, 128)
     codes_ptrs = codes_ptr + (row_in * K)[:, None] + step[None, :]
     if PACKED:
-        weight_ptrs = weight_ptr + (output_in * ((K + 127) // 128 * 32))[:, None] + tl.arange(0, 32)[None, :]
+        weight_ptrs = weight_ptr + (output_in * (groups * 32))[:, None] + tl.arange(0, 32)[None, :]
     else:
         weight_ptrs = weight_ptr + (output_in * K)[:, None] + step[None, :]
     total = tl.zeros([OUTPUTS, ROWS], tl.int32)
@@ -208,7 +207,6 @@ def ternary_linear(x: Quantized, layer: TernaryLayer, config: LaunchConfig, expa
         with on_device_of(x.codes):
             ternary_linear_kernel[grid](
                 *(x.codes, x.scales, x.lowrank, weight, layer.alpha, layer.bias, layer.lowrank_a, y, rows, outputs),
-                triton.cdiv(layer.in_features, PLANAR_GROUP),
                 **constants(layer.in_features, rank, expanded is None, not is_interpreted()),
                 **config.options(),
             )

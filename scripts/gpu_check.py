@@ -38,7 +38,7 @@ from robuq_core.quant.packing import pack_planar, unpack_planar
 
 XL_SHAPES = {"qkv": (1152, 3456), "proj": (1152, 1152), "fc1": (1152, 4608), "fc2": (4608, 1152)}
 BF16_TOLERANCE, FORWARD_TOLERANCE, CODES_THAT_MAY_DIFFER = 1e-2, 0.05, 1e-3
-SWEEP_S = 45.0
+SWEEP_S, TUNE_S = 45.0, 300.0
 
 
 @dataclass(frozen=True)
@@ -336,6 +336,42 @@ def time_configs(check: Check) -> dict[str, Any]:
     return found
 
 
+def tune(check: Check) -> dict[str, Any]:
+    """Measure launch shapes of the ternary product for every bucket of rows, and keep what beats the default."""
+    from robuq_core.kernels.triton import ternary_linear as product
+    from robuq_core.kernels.triton import tuning
+    from robuq_core.kernels.triton.aot import SHARED_LIMIT
+
+    limit = SHARED_LIMIT.get(check.architecture, min(SHARED_LIMIT.values()))
+    on_gpu = check.device.type == "cuda"
+    began, table, found = time.perf_counter(), {}, {}
+    targets = [(rows, shape) for rows in product.ROW_BUCKETS if on_gpu or rows == 16 for shape in check.sizes.shapes]
+    for i, (rows, name) in enumerate(targets):
+        width, outputs = check.sizes.shapes[name]
+        layer = check.layer(width, outputs, rank=QuantConfig().rank)
+        x = check.ours.rotate_quantize(check.normal(rows, width), layer)
+        default = product.default_config(rows, outputs, check.architecture)
+        expected = product.ternary_linear(x, layer, default)
+        run = functools.partial(_with_config, product.ternary_linear, x, layer)
+        candidates = product.candidate_configs(rows, limit)
+        # What is left of the time is shared among the targets that are left.
+        deadline = time.perf_counter() + (TUNE_S - (time.perf_counter() - began)) / (len(targets) - i)
+        best = tuning.fastest(
+            [default, *(candidates if on_gpu else candidates[:1])],
+            lambda config, run=run: check.milliseconds(functools.partial(run, config=config)),
+            # To the byte: a tuned launch must not change a row's result.
+            lambda config, run=run, expected=expected: torch.equal(run(config=config), expected),
+            lambda deadline=deadline: time.perf_counter() > deadline,
+        )
+        if best is not None:
+            key = tuning.ternary_linear_key(rows, outputs, width, layer.rank)
+            found[key] = {"config": _text(best[0]), "ms": best[1], "is_default": best[0] == default}
+            table[key] = best[0]
+    # Times of a rehearsal mean nothing, so they are not kept.
+    kept = str(tuning.save_table(torch.cuda.get_device_name(check.device), table)) if on_gpu else "nowhere"
+    return {"kept_in": kept, "launches": found}
+
+
 def _with_config(run: Callable[..., Tensor], *args: object, config: object, **named: object) -> Tensor:
     return run(*args, config=config, **named)
 
@@ -397,6 +433,7 @@ def _wait(check: Check) -> None:
 PARTS = (
     *(environment, rotate_quantize, ternary_linear, attention, dense_linear, rows_are_their_own, forward),
     *(time_linears, time_forward, time_configs),
+    tune,
 )
 
 
@@ -405,6 +442,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")) / "gpu_check.json")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on the CPU, in Triton's interpreter")
     parser.add_argument("--parts", nargs="+", choices=[part.__name__ for part in PARTS], help="only these")
+    parser.add_argument("--tune", action="store_true", help="also measure launch shapes and keep them for this GPU")
     arguments = parser.parse_args()
     if arguments.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which is later
@@ -412,6 +450,8 @@ def main() -> int:
     check, report = Check(arguments.rehearse), {}
     for part in PARTS:
         if arguments.parts and part.__name__ not in arguments.parts:
+            continue
+        if part is tune and not (arguments.tune or arguments.parts):
             continue
         began = time.perf_counter()
         try:

@@ -9,7 +9,7 @@ from torch import Tensor
 from robuq_core.errors import UserError
 from robuq_core.kernels.ops import Modulation, Prologue, Quantized, TernaryLayer
 from robuq_core.kernels.triton import attention as attention_kernels
-from robuq_core.kernels.triton import dense_linear, rotate_quantize, ternary_linear
+from robuq_core.kernels.triton import dense_linear, rotate_quantize, ternary_linear, tuning
 from robuq_core.kernels.triton.config import checked, is_interpreted
 
 MIN_CAPABILITY = (8, 0)
@@ -51,18 +51,21 @@ class TritonBackend:
 
     Raises:
         TritonUnavailableError: no GPU of compute capability 8.0 or later, outside of the interpreter.
+        TuningTableError: the GPU's table of launch shapes cannot be read.
     """
 
     def __init__(self, device: torch.device | str | None = None) -> None:
         if is_interpreted():
             self.device = torch.device("cpu" if device is None else device)
             self.architecture, self.name = _INTERPRETED_ARCHITECTURE, "triton-interpreted"
+            self._tuned: tuning.Table = {}
             return
         self.device = torch.device("cuda" if device is None else device)
         self.architecture = _architecture(self.device)
         self.name = f"triton-sm{self.architecture}"
         if self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
+        self._tuned = tuning.load_table(torch.cuda.get_device_name(self.device))
 
     def _checked(self, tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         return checked(tensor, name, shape, self.device, dtype)
@@ -90,7 +93,8 @@ class TritonBackend:
         codes = self._checked(x.codes, "codes", (rows, layer.in_features), torch.int8)
         scales = self._checked(x.scales, "scales", (rows,))
         lowrank = self._checked(x.lowrank, "lowrank", (rows, layer.rank))
-        config = ternary_linear.default_config(rows, layer.out_features, self.architecture)
+        key = tuning.ternary_linear_key(rows, layer.out_features, layer.in_features, layer.rank)
+        config = self._tuned.get(key) or ternary_linear.default_config(rows, layer.out_features, self.architecture)
         return ternary_linear.ternary_linear(Quantized(codes, scales, lowrank), layer, config)
 
     def attention(self, qkv: Tensor, num_heads: int, quantized: bool) -> Tensor:

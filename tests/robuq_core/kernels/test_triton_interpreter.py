@@ -36,6 +36,9 @@ else:
     from robuq_core.kernels.reference import ReferenceBackend, apply_prologue
     from robuq_core.kernels.triton import rotate_quantize as rotation
     from robuq_core.kernels.triton import ternary_linear as product
+    from robuq_core.kernels.triton import tuning
+    from robuq_core.kernels.triton.backend import TritonBackend
+    from robuq_core.kernels.triton.config import LaunchConfig
     from robuq_core.quant.activation import Grid, is_midrise
     from robuq_core.quant.hadamard import Rotation
     from robuq_core.quant.packing import pack_planar, unpack_planar
@@ -160,6 +163,23 @@ else:
         x = REFERENCE.rotate_quantize(tokens(40, 288), layer)
         results = [multiply(x, layer, rows=rows, expand=expand) for rows in (1, 40, 4096)]
         assert all(torch.equal(y, results[0]) for y in results)
+
+    def test_a_measured_launch_shape_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+        layer = pack_layer(make_linear(36, 40, bits=2, rank=3))
+        backend, used = TritonBackend(), []
+        x = backend.rotate_quantize(tokens(5, 36), layer)
+        launch = product.ternary_linear
+
+        def watched(x: Quantized, layer: TernaryLayer, config: LaunchConfig) -> torch.Tensor:
+            used.append(config)
+            return launch(x, layer, config)
+
+        monkeypatch.setattr(product, "ternary_linear", watched)
+        expected = backend.ternary_linear(x, layer)
+        measured = LaunchConfig({"ROWS": 32, "OUTPUTS": 64, "GROUP": 4}, 4, 2)
+        backend._tuned = {tuning.ternary_linear_key(5, 40, 36, 3): measured}
+        torch.testing.assert_close(backend.ternary_linear(x, layer), expected)
+        assert used == [product.default_config(5, 40, backend.architecture), measured]
 
     def test_no_rows_give_no_rows() -> None:
         layer = pack_layer(make_linear(36, 8, bits=2, rank=1))

@@ -6,6 +6,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -14,6 +15,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from robuq_core.kernels.triton.aot import SHARED_LIMIT, Compiled
 from robuq_core.kernels.triton.cases import Case, cases
+from robuq_core.kernels.triton.ternary_linear import _DECODE
+from robuq_core.quant.packing import pack_planar
 
 # Launch shapes of 8.6 and 8.9 differ from 8.0 in the pipeline alone; the full list everywhere would take minutes.
 EVERY_CASE = (80, 90)
@@ -42,3 +45,37 @@ def test_products_run_on_the_tensor_cores(compiled: list[tuple[Case, Compiled]])
             # Triton 3.6 multiplies int8 on sm_100 with mma.sync, later versions with tcgen05.
             expected = TENSOR_INSTRUCTIONS.get(result.architecture)
             assert kinds == expected if expected else kinds, case.name
+
+
+def _run_assembly(text: str, word: int) -> list[int]:
+    """The four results of the decoder's PTX on one 32-bit register."""
+    operations = {
+        "shr.u32": lambda a, b: a >> b,
+        "and.b32": lambda a, b: a & b,
+        "or.b32": lambda a, b: a | b,
+        "sub.u32": lambda a, b: (a - b) % 2**32,
+        "xor.b32": lambda a, b: a ^ b,
+    }
+    registers = {"$4": word}
+    for line in text.strip("{}\n").split("\n"):
+        name, *operands = line.rstrip(";").replace(",", " ").split()
+        if name == ".reg":
+            continue
+        target, *sources = operands
+        a, b = (registers[s] if s in registers else int(s, 0) for s in sources)
+        registers[target] = operations[name](a, b)
+    return [registers[f"${i}"] for i in range(4)]
+
+
+def test_the_decoders_assembly_gives_the_packed_codes() -> None:
+    """The interpreter cannot run it: every byte of valid codes goes through it here, four neighbours at a time."""
+    digits = torch.cartesian_prod(*[torch.tensor([-1, 0, 1])] * 4)  # a row a byte: the codes of its four planes
+    digits = torch.cat([digits, digits[:15]])  # 96 bytes
+    planes = digits.T.reshape(4, 3, 32).permute(1, 0, 2).reshape(1, -1).to(torch.int8)
+    packed = pack_planar(planes).flatten().tolist()
+    text = getattr(_DECODE, "value", _DECODE)
+    for first in range(0, len(packed), 4):
+        word = int.from_bytes(bytes(packed[first : first + 4]), "little")
+        results = [list(value.to_bytes(4, "little")) for value in _run_assembly(text, word)]
+        decoded = torch.tensor(results, dtype=torch.uint8).view(torch.int8)
+        assert torch.equal(decoded.T.long(), digits[first : first + 4])

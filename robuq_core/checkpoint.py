@@ -29,7 +29,7 @@ from robuq_core.files import replacing
 from robuq_core.kernels.ops import TernaryLayer
 from robuq_core.kernels.pack_layer import pack_layer
 from robuq_core.models.dit import FREQUENCY_SIZE, DiT
-from robuq_core.models.quant_linear import QuantLinear, is_adaln, layer_bits, quantizable_linears
+from robuq_core.models.quant_linear import QuantLinear, is_adaln, layer_bits, layer_rotation_block, quantizable_linears
 from robuq_core.quant.bits import average_bits
 from robuq_core.quant.packing import base3_size, pack_base3, planar_from_base3, unpack_planar
 
@@ -340,4 +340,5 @@ def _unpack_layer(
         lowrank_b=_float32(tensors.get(f"{name}.lowrank_b", torch.empty(0, into))),
         bits=layer_bits(name, header.quant),
         grid=header.quant.grid,
+        rotation_block=layer_rotation_block(name, header.quant),
     )

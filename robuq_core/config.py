@@ -16,6 +16,8 @@ from robuq_core.quant.ternary import WeightScale
 Flavour = Literal["official", "diffusers"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 SamplerName = Literal["ddpm", "ddim", "dpmsolver++"]
+ActivationRule = Literal["gaussian", "lloyd_max", "minmax"]
+RotatedLinears = Literal["all", "proj_fc2", "none"]
 SAMPLERS: tuple[SamplerName, ...] = ("ddpm", "ddim", "dpmsolver++")
 
 NUM_TRAIN_TIMESTEPS = 1000
@@ -77,15 +79,27 @@ class ModelConfig(StrictModel):
 
 
 class QuantConfig(StrictModel):
-    """How the linears of the blocks are quantised. ``bits`` overrides ``activation_bits`` by layer name."""
+    """How the linears of the blocks are quantised. ``bits`` overrides ``activation_bits`` by layer name.
+
+    The defaults are the method; the other values are the paper's ablations. ``activation``: the Gaussian-optimal uniform
+    step, Lloyd-Max levels for the same normal, or each token's own minimum and maximum. ``rotation``: which linears see
+    rotated inputs (adaLN counts to ``all``); ``rotation_block``: over blocks of this width instead of the whole.
+    ``weight_planes``: ternary matrices summed to one weight; one is the method, more serve untrained weights.
+    The packed runtime runs ``activation: gaussian`` alone; every other key it honours.
+    """
 
     activation_bits: int = Field(2, ge=1, le=8)
     adaln_bits: int = Field(4, ge=1, le=8)
     attention_bits: Literal[8] | None = 8
+    activation: ActivationRule = "gaussian"
     grid: Grid = "midrise"
     weight_scale: WeightScale = "conditional_mean"
+    weight_planes: int = Field(1, ge=1, le=3)
+    rotation: RotatedLinears = "all"
+    rotation_block: Literal[128] | None = None
     rank: int = Field(16, ge=0)
     adaln_rank: int = Field(0, ge=0)
+    lowrank_init: Literal["svd", "zero"] = "svd"
     seed: int = 0
     bits: dict[str, Annotated[int, Field(ge=1, le=8)]] = Field(default_factory=dict)
 

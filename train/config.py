@@ -53,6 +53,33 @@ class StageConfig(StrictModel):
     log_every: int = Field(default=50, ge=1)
 
 
+class SensitivityConfig(StrictModel):
+    """What each layer loses at each activation width, all others at ``quant.activation_bits``."""
+
+    bits: tuple[Annotated[int, Field(ge=1, le=8)], ...] = (1, 2, 3, 4)
+    samples: int = Field(default=256, ge=1, description="fixed (x_t, t, noise, class) that every width is measured on")
+    batch_size: int = Field(default=64, ge=1)
+    metric: Literal["teacher_mse", "diffusion_loss"] = "teacher_mse"
+    after: Literal["warmup", "teacher"] = Field(
+        default="warmup", description="measured on the warmed-up student, or on the teacher quantised untrained (PTQ)"
+    )
+
+
+class AllocateConfig(StrictModel):
+    """Which width each layer gets, eq. (6); ``average_bits`` null leaves ``quant.activation_bits`` everywhere."""
+
+    average_bits: float | None = Field(default=None, ge=1, le=8)
+    method: Literal["dynamic_programming", "greedy", "uniform"] = "dynamic_programming"
+
+
+class EvaluationConfig(StrictModel):
+    """How samples are drawn to be measured; steps, guidance and sampler are ``sampler``'s."""
+
+    samples: int = Field(default=2000, ge=2)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    batch_size: int = Field(default=64, ge=1)
+
+
 class TrainConfig(StrictModel):
     """A whole run: every stage reads the same file and writes below ``run_dir``."""
 
@@ -69,7 +96,11 @@ class TrainConfig(StrictModel):
     sampler: SamplerConfig = SamplerConfig()
     data: DataConfig
     teacher: StageConfig = StageConfig()
+    warmup: StageConfig = StageConfig(steps=1000, batch_size=32)
+    sensitivity: SensitivityConfig = SensitivityConfig()
+    allocate: AllocateConfig = AllocateConfig()
     qat: StageConfig = StageConfig(steps=350_000, batch_size=32)
+    evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> TrainConfig:

@@ -21,7 +21,8 @@ class TernaryLayer:
 
     ``planar``: ternary codes, 2 bits each (see :mod:`robuq_core.quant.packing`), uint8 ``[N, ceil(K / 128) * 32]``.
     ``alpha [N]``, ``bias [N]``, ``signs [K]``, ``lowrank_a [N, r]``, ``lowrank_b [r, K]``: float32, contiguous.
-    ``bits``, ``grid``: of its input's activation quantiser.
+    ``bits``, ``grid``: of its input's activation quantiser. ``rotation_block``: see
+    :func:`robuq_core.quant.hadamard.rotation_factors`.
     """
 
     planar: Tensor
@@ -32,6 +33,7 @@ class TernaryLayer:
     lowrank_b: Tensor
     bits: int
     grid: Grid
+    rotation_block: int | None = None
 
     @property
     def in_features(self) -> int:
@@ -53,7 +55,7 @@ class TernaryLayer:
     def to(self, device: torch.device) -> TernaryLayer:
         """The layer on ``device``; its tensors are shared where they lie there already."""
         planar, alpha, bias, signs, a, b = (tensor.to(device) for tensor in self._tensors())
-        return TernaryLayer(planar, alpha, bias, signs, a, b, self.bits, self.grid)
+        return TernaryLayer(planar, alpha, bias, signs, a, b, self.bits, self.grid, self.rotation_block)
 
     def _tensors(self) -> tuple[Tensor, ...]:
         return self.planar, self.alpha, self.bias, self.signs, self.lowrank_a, self.lowrank_b

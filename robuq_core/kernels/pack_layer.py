@@ -25,4 +25,5 @@ def pack_layer(linear: QuantLinear) -> TernaryLayer:
         lowrank_b=round_to_storage(linear.lowrank_b.detach().float()).contiguous(),
         bits=linear.bits,
         grid=linear.grid,
+        rotation_block=linear.rotation.block,
     )

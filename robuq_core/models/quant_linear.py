@@ -24,11 +24,19 @@ class QuantLinear(nn.Module):
     """
 
     def __init__(
-        self, linear: nn.Linear, *, bits: int, grid: Grid, weight_scale: WeightScale, rank: int, signs: Tensor
+        self,
+        linear: nn.Linear,
+        *,
+        bits: int,
+        grid: Grid,
+        weight_scale: WeightScale,
+        rank: int,
+        signs: Tensor,
+        rotation_block: int | None = None,
     ) -> None:
         super().__init__()
         self.bits, self.grid, self.weight_scale = bits, grid, weight_scale
-        self.rotation = Rotation(linear.in_features, signs)
+        self.rotation = Rotation(linear.in_features, signs, rotation_block)
         rotated = self.rotation(linear.weight.detach().float())
         a, b, residual = lowrank_split(rotated, rank)
         self.weight = nn.Parameter(residual)
@@ -68,6 +76,12 @@ def layer_bits(name: str, config: QuantConfig) -> int:
     return config.bits.get(name, config.adaln_bits if is_adaln(name) else config.activation_bits)
 
 
+def layer_rotation_block(name: str, config: QuantConfig) -> int | None:
+    """Width of the blocks in which a layer's input is rotated: ``None`` is the whole, 1 no rotation."""
+    rotated = config.rotation == "all" or (config.rotation == "proj_fc2" and name.endswith((".proj", ".fc2")))
+    return config.rotation_block if rotated else 1
+
+
 def quantize_model(model: DiT, config: QuantConfig) -> DiT:
     """Swap every block linear of ``model`` for a :class:`QuantLinear`, in place; returns it.
 
@@ -91,6 +105,7 @@ def quantize_model(model: DiT, config: QuantConfig) -> DiT:
             weight_scale=config.weight_scale,
             rank=config.adaln_rank if is_adaln(name) else config.rank,
             signs=random_signs(linear.in_features, generator),
+            rotation_block=layer_rotation_block(name, config),
         )
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, replacement.to(linear.weight.device))

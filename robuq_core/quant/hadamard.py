@@ -70,22 +70,41 @@ def _kron_factors(order: int) -> tuple[int, int]:
     return min(choices, key=lambda pair: pair[0] + pair[1])
 
 
+def rotation_factors(width: int, block: int | None = None) -> tuple[int, int, int]:
+    """``(copies, left, right)``: the rotation of ``width`` is ``I_copies (x) H_left (x) H_right``.
+
+    ``block``: width of each copy; ``None`` is the whole width, 1 no rotation at all.
+
+    Raises:
+        ValueError: no Hadamard matrix of that order, or ``block`` does not divide ``width``.
+    """
+    if block is None:
+        return 1, *_kron_factors(width)
+    if block < 1 or width % block:
+        raise ValueError(f"a rotation block must divide the width {width}, and {block} does not")
+    return width // block, *_kron_factors(block)
+
+
 class Rotation(nn.Module):
     """Randomised rotation ``x_H = (x . D) H / sqrt(n)``, eq. (1); orthonormal, so products are unchanged.
 
     Args:
         width: n, the size of the last dimension.
         signs: the stored +-1 vector D, ``[n]``; ``None`` means all ones.
+        block: rotate blocks of this width, each by itself; 1 only applies the signs. Default: the whole width.
+
+    Raises:
+        ValueError: as :func:`rotation_factors`.
     """
 
     signs: Tensor
     left: Tensor
     right: Tensor
 
-    def __init__(self, width: int, signs: Tensor | None = None) -> None:
+    def __init__(self, width: int, signs: Tensor | None = None, block: int | None = None) -> None:
         super().__init__()
-        left, right = _kron_factors(width)
-        self.width, self.left_order, self.right_order = width, left, right
+        _, left, right = rotation_factors(width, block)
+        self.width, self.block, self.left_order, self.right_order = width, block, left, right
         if signs is None:
             signs = torch.ones(width)
         self.register_buffer("signs", signs.to(torch.float32))
@@ -99,7 +118,7 @@ class Rotation(nn.Module):
         shape = x.shape
         left, right = self.left.to(x.dtype), self.right.to(x.dtype)
         x_MLR = (x * self.signs.to(x.dtype)).reshape(-1, self.left_order, self.right_order)
-        # (D x) (H_L (x) H_R), with x seen as an L x R matrix, is H_L^T X H_R.
+        # (D x) (H_L (x) H_R), with x seen as an L x R matrix, is H_L^T X H_R; a token has one such matrix a block.
         return (left.T @ (x_MLR @ right)).reshape(shape)
 
 

@@ -81,9 +81,9 @@ class ModelConfig(StrictModel):
 class QuantConfig(StrictModel):
     """How the linears of the blocks are quantised. ``bits`` overrides ``activation_bits`` by layer name.
 
-    The defaults are the method; the other values are the paper's ablations. ``activation``: the Gaussian-optimal uniform
-    step, Lloyd-Max levels for the same normal, or each token's own minimum and maximum. ``rotation``: which linears see
-    rotated inputs (adaLN counts to ``all``); ``rotation_block``: over blocks of this width instead of the whole.
+    The defaults are the method; the other values are the paper's ablations. ``activation``: the Gaussian-optimal
+    uniform step, Lloyd-Max levels for the same normal, or each token's own minimum and maximum. ``rotation``: which
+    linears see rotated inputs (adaLN counts to ``all``); ``rotation_block``: over blocks of this width, not the whole.
     ``weight_planes``: ternary matrices summed to one weight; one is the method, more serve untrained weights.
     The packed runtime runs ``activation: gaussian`` alone; every other key it honours.
     """

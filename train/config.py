@@ -25,7 +25,11 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class DataConfig(StrictModel):
     """Images and their augmentation: resize the short side to ``resize``, crop to the model's size."""
 
-    path: Path
+    path: Path = Field(description="class folders, a zip of them, an npz, or a folder of IDX files")
+    split: Literal["train", "test"] = Field(default="train", description="which part of a data set that has both")
+    fit: Literal["resize", "pad"] = Field(
+        default="resize", description="pad: an image no larger than the wanted size is centred on black, not enlarged"
+    )
     resize: int | None = Field(default=None, ge=2, description="short side before the crop; default: the crop's size")
     supersample: int = Field(
         default=1, ge=1, description="crop at this multiple of input_size and average down: shifts finer than a pixel"

@@ -34,7 +34,7 @@ def qat_path(config: TrainConfig) -> Path:
 
 def read_images(config: TrainConfig) -> ImageDataset:
     size = config.data.resize or config.model.input_size * config.data.supersample
-    dataset = load_dataset(config.data.path, size, config.model.num_classes)
+    dataset = load_dataset(config.data.path, size, config.model.num_classes, config.data.split, config.data.fit)
     return replace(dataset, supersample=config.data.supersample)
 
 

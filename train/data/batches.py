@@ -1,0 +1,73 @@
+"""Batches that are a pure function of the step.
+
+Nothing here holds random state: the batch of step ``s`` depends on the seed and ``s`` alone, so a resumed run
+sees what the unbroken one would have seen.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from train.config import DataConfig
+from train.data.images import ImageDataset, shrink, to_unit
+
+
+def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
+    """The generator of one step (and, by ``stream``, of one purpose within it)."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 16 + stream)
+
+
+class BatchSource:
+    """Augmented batches by step: epochs are permutations, and each batch is drawn from (seed, step) alone."""
+
+    def __init__(self, dataset: ImageDataset, config: DataConfig, crop: int, batch_size: int, seed: int) -> None:
+        self.dataset, self.config, self.crop = dataset, config, crop
+        self.batch_size, self.seed = batch_size, seed
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
+
+    def _sample_index(self, position: int) -> int:
+        epoch, offset = divmod(position, len(self.dataset))
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = torch.randperm(len(self.dataset), generator=step_generator(self.seed, epoch, stream=1))
+        return int(self._order[offset])
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
+        """Images float32 ``[B, 3, crop, crop]`` in [-1, 1] and labels int64 ``[B]`` of ``step``.
+
+        With ``world`` above one, ``B`` is the ``rank``-th of ``world`` equal slices of the very same batch.
+
+        Raises:
+            ValueError: the batch size is no multiple of ``world``.
+        """
+        size, first = self.batch_size, step * self.batch_size
+        if size % world:
+            raise ValueError(f"batch_size {size} is no multiple of the {world} processes that share it")
+        mine = slice(rank * size // world, (rank + 1) * size // world)
+        # Every draw is of the whole batch, whoever wants which part: the numbers do not depend on ``world``.
+        generator = step_generator(self.seed, step, stream=2)
+        index = torch.tensor([self._sample_index(first + i) for i in range(size)])
+        side = self.crop * self.dataset.supersample
+        margin = self.dataset.images.shape[-1] - side
+        offsets = torch.randint(0, margin + 1, (size, 2), generator=generator)
+        flips = torch.rand(size, generator=generator) < self.config.flip_probability
+        crops = []
+        for i, (top, left), flip in zip(
+            index[mine].tolist(), offsets[mine].tolist(), flips[mine].tolist(), strict=True
+        ):
+            crop = self.dataset.images[i, :, top : top + side, left : left + side]
+            crops.append(crop.flip(-1) if flip else crop)
+        images = shrink(to_unit(torch.stack(crops)), self.dataset.supersample)
+        return self._jitter(images, generator, mine), self.dataset.labels[index[mine]]
+
+    def _jitter(self, images: Tensor, generator: torch.Generator, mine: slice) -> Tensor:
+        amount = self.config.colour_jitter
+        if not amount:
+            return images
+        factors = 1 + amount * (2 * torch.rand(2, self.batch_size, 1, 1, 1, generator=generator) - 1)
+        brightness, contrast = factors[:, mine]
+        mean = images.mean(dim=(1, 2, 3), keepdim=True)
+        images = (images - mean) * contrast + mean
+        jittered: Tensor = (images + 1) * brightness - 1
+        return jittered.clamp(-1, 1)

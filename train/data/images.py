@@ -1,0 +1,86 @@
+"""Images at the size that a model wants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from rich.progress import track
+from torch import Tensor
+
+from train.data.errors import DataError
+from train.data.sources import Source, open_source
+from train.messages import one_line
+
+Fit = Literal["resize", "pad"]
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """``images`` uint8 ``[N, 3, S, S]``, short side resized and centre-cropped to S; ``labels`` int64 ``[N]``.
+
+    Crops are taken at ``supersample`` times the wanted size and averaged down.
+    """
+
+    images: Tensor
+    labels: Tensor
+    supersample: int = 1
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def load_dataset(path: Path, size: int, num_classes: int, split: str = "train", fit: Fit = "resize") -> ImageDataset:
+    """Read every image of ``path`` (see :func:`train.data.sources.open_source`) at ``size`` pixels into memory.
+
+    Raises:
+        DataError: no images, an unreadable one, or classes that do not match ``num_classes``.
+    """
+    source = open_source(path, num_classes, split)
+    images = [read_square(source, i, size, fit) for i in track(range(len(source)), "reading images")]
+    return ImageDataset(torch.from_numpy(np.stack(images)), torch.from_numpy(source.labels))
+
+
+def read_square(source: Source, index: int, size: int, fit: Fit = "resize") -> np.ndarray:
+    """Image ``index`` as uint8 ``[3, size, size]``: its middle square, resized; or a smaller one centred on black.
+
+    Raises:
+        DataError: it is unreadable.
+    """
+    try:
+        image = source.open(index).convert("RGB")
+    except Exception as error:  # a damaged file leads decoders to raise almost anything
+        raise DataError(
+            f"{source.name(index)}: not a readable image ({one_line(error)}); remove it or replace it"
+        ) from error
+    if fit == "pad" and max(image.size) <= size:
+        square = Image.new("RGB", (size, size))
+        square.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+    else:
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        square = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+
+
+def centre_images(dataset: ImageDataset, size: int) -> Tensor:
+    """Centre crops, float32 in [-1, 1], ``[N, 3, size, size]``."""
+    side = size * dataset.supersample
+    margin = (dataset.images.shape[-1] - side) // 2
+    crops = dataset.images[..., margin : margin + side, margin : margin + side]
+    return shrink(to_unit(crops), dataset.supersample)
+
+
+def shrink(images: Tensor, factor: int) -> Tensor:
+    """Means of ``factor x factor`` pixels."""
+    return F.avg_pool2d(images, factor) if factor > 1 else images
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """Bytes 0..255 as float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1

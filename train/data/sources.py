@@ -1,0 +1,134 @@
+"""Labelled images as they come: class folders, a zip of them, npz, Parquet or IDX, opened one image at a time.
+
+Nothing here knows the size that a model wants; :mod:`train.data.images` does.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from train.data.errors import DataError
+from train.data.idx import holds_idx, read_idx
+from train.messages import one_line
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set before it is read: ``labels`` int64 ``[N]``, and image ``i`` by ``open(i)``, called ``name(i)``.
+
+    Images are opened cheapest in rising order.
+    """
+
+    labels: np.ndarray
+    open: Callable[[int], Image.Image]
+    name: Callable[[int], str]
+    class_names: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """An image of a folder or zip: the sub-folder it lies in, its name in messages, and how to open it."""
+
+    class_name: str
+    name: str
+    open: Callable[[], Image.Image]
+
+
+def open_source(path: Path, num_classes: int, split: str = "train") -> Source:
+    """The images of ``path``, none read yet.
+
+    A folder or zip holds one sub-folder a class, numbered in sorted order; an npz holds ``arr_0`` (uint8
+    ``[N, H, W, 3]``) and ``arr_1`` (labels), or the same as ``images`` and ``labels``; a folder with IDX files holds
+    ``train-images-idx3-ubyte`` and ``train-labels-idx1-ubyte`` (``t10k-`` for ``split`` test), gzipped or not.
+
+    Raises:
+        DataError: no images, or classes that are not ``0 .. num_classes - 1``, each at least once.
+    """
+    if not path.exists():
+        raise DataError(f"data.path {path} does not exist")
+    if path.is_dir() and holds_idx(path):
+        source = _of_arrays(path, *read_idx(path, split))
+    elif path.is_file() and path.suffix == ".npz":
+        source = _of_arrays(path, *_read_npz(path))
+    else:
+        source = _of_entries(path)
+    found, low, high = len(np.unique(source.labels)), int(source.labels.min()), int(source.labels.max())
+    if low < 0 or high >= num_classes or found != num_classes:
+        raise DataError(f"data.path {path} has {found} classes (labels {low}..{high}) but model.num_classes is "
+                        f"{num_classes}")  # fmt: skip
+    return source
+
+
+def _of_arrays(path: Path, images: np.ndarray, labels: np.ndarray) -> Source:
+    """``images`` uint8 ``[N, H, W, 3]`` or, grey, ``[N, H, W]``."""
+    return Source(labels.astype(np.int64), lambda i: Image.fromarray(images[i]), lambda i: f"{path}[{i}]")
+
+
+def _of_entries(path: Path) -> Source:
+    found = _folder_entries(path) if path.is_dir() else _zip_entries(path)
+    # One order for a folder and its zip: the same seed then draws the same batches from either.
+    entries = sorted(found, key=lambda entry: (entry.class_name, entry.name))
+    if not entries:
+        raise DataError(f"data.path {path} holds no class folder with images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    names = tuple(sorted({entry.class_name for entry in entries}))
+    number = {name: i for i, name in enumerate(names)}
+    labels = np.array([number[entry.class_name] for entry in entries], dtype=np.int64)
+    return Source(labels, lambda i: entries[i].open(), lambda i: entries[i].name, names)
+
+
+def _is_image(path: Path) -> bool:
+    """``CLASS/NAME`` by its suffix; hidden ones are left out (macOS zips have a ``._photo.jpg`` beside every photo)."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(".") for part in path.parts[-2:])
+
+
+def _folder_entries(path: Path) -> Iterator[_Entry]:
+    for file in path.glob("*/*"):
+        if _is_image(file):
+            yield _Entry(file.parent.name, str(file), partial(Image.open, file))
+
+
+def _zip_entries(path: Path) -> Iterator[_Entry]:
+    try:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise DataError(f"data.path {path} is neither a folder, a zip nor an npz") from error
+    for name in archive.namelist():
+        member = Path(name)
+        if _is_image(member) and len(member.parts) > 1:
+            yield _Entry(member.parts[-2], f"{path}:{name}", partial(_open_member, archive, name))
+
+
+def _open_member(archive: zipfile.ZipFile, name: str) -> Image.Image:
+    return Image.open(io.BytesIO(archive.read(name)))
+
+
+def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            keys = ("images", "labels") if "images" in archive else ("arr_0", "arr_1")
+            images, labels = archive[keys[0]], archive[keys[1]]
+    except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"data.path {path}: expected arrays arr_0 and arr_1, or images and labels "
+                        f"({one_line(error)})") from error  # fmt: skip
+    images_fit = images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == 3
+    labels_fit = labels.dtype.kind in "iu" and labels.shape == images.shape[:1]
+    if not (images_fit and labels_fit):
+        raise DataError(f"data.path {path}: expected uint8 [N, H, W, 3] images and N whole labels, "
+                        f"not {images.dtype} {images.shape} and {labels.dtype} {labels.shape}")  # fmt: skip
+    if not images.size:
+        raise DataError(f"data.path {path} holds no image")
+    return images, labels

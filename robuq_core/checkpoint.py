@@ -134,8 +134,11 @@ def write_checkpoint(
     """Pack a fake-quantised ``model`` into ``path``, whole or not at all; returns the header written.
 
     Raises:
-        CheckpointError: as :func:`write_packed`, or the model is not quantised.
+        CheckpointError: as :func:`write_packed`, the model is not quantised, or its activation rule has no packed form.
     """
+    if quant.activation != "gaussian":
+        raise CheckpointError(f"quant.activation {quant.activation} has no packed form, only gaussian has: it is there "
+                              "to be compared in training; train with quant.activation gaussian")  # fmt: skip
     layers = {}
     for name, linear in quantizable_linears(model):
         if not isinstance(linear, QuantLinear):

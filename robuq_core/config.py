@@ -10,13 +10,13 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from robuq_core.quant.activation import Grid
+from robuq_core.quant.activation import ActivationRule, Grid
+from robuq_core.quant.lowrank import LowRankInit
 from robuq_core.quant.ternary import WeightScale
 
 Flavour = Literal["official", "diffusers"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 SamplerName = Literal["ddpm", "ddim", "dpmsolver++"]
-ActivationRule = Literal["gaussian", "lloyd_max", "minmax"]
 RotatedLinears = Literal["all", "proj_fc2", "none"]
 SAMPLERS: tuple[SamplerName, ...] = ("ddpm", "ddim", "dpmsolver++")
 
@@ -99,7 +99,7 @@ class QuantConfig(StrictModel):
     rotation_block: Literal[128] | None = None
     rank: int = Field(16, ge=0)
     adaln_rank: int = Field(0, ge=0)
-    lowrank_init: Literal["svd", "zero"] = "svd"
+    lowrank_init: LowRankInit = "svd"
     seed: int = 0
     bits: dict[str, Annotated[int, Field(ge=1, le=8)]] = Field(default_factory=dict)
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from robuq_core.config import QuantConfig
 from robuq_core.models.dit import Attention, DiT
-from robuq_core.quant.activation import Grid, fake_quantize_activation
+from robuq_core.quant.activation import ActivationRule, Grid, fake_quantize_activation
 from robuq_core.quant.hadamard import Rotation, random_signs
-from robuq_core.quant.lowrank import lowrank_split, round_to_storage
+from robuq_core.quant.lowrank import LowRankInit, lowrank_split, round_to_storage
 from robuq_core.quant.ternary import WeightScale, ternary_fake_quantize
 
 
@@ -33,12 +33,15 @@ class QuantLinear(nn.Module):
         rank: int,
         signs: Tensor,
         rotation_block: int | None = None,
+        activation: ActivationRule = "gaussian",
+        lowrank_init: LowRankInit = "svd",
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.bits, self.grid, self.weight_scale = bits, grid, weight_scale
+        self.bits, self.grid, self.weight_scale, self.activation = bits, grid, weight_scale, activation
         self.rotation = Rotation(linear.in_features, signs, rotation_block)
         rotated = self.rotation(linear.weight.detach().float())
-        a, b, residual = lowrank_split(rotated, rank)
+        a, b, residual = lowrank_split(rotated, rank, lowrank_init, generator)
         self.weight = nn.Parameter(residual)
         self.lowrank_a, self.lowrank_b = nn.Parameter(a), nn.Parameter(b)
         self.bias = nn.Parameter(linear.bias.detach().clone())
@@ -51,7 +54,7 @@ class QuantLinear(nn.Module):
         """``x [..., in] -> [..., out]``, same dtype."""
         rotated = self.rotation(x)
         y = F.linear(
-            fake_quantize_activation(rotated, self.bits, self.grid),
+            fake_quantize_activation(rotated, self.bits, self.grid, self.activation),
             ternary_fake_quantize(self.weight, self.weight_scale),
             self.bias,
         )
@@ -95,6 +98,8 @@ def quantize_model(model: DiT, config: QuantConfig) -> DiT:
     if unknown:
         raise ValueError(f"quant.bits names layers that the model lacks: {', '.join(unknown)}")
     generator = torch.Generator().manual_seed(config.seed)
+    # Apart from the signs, which thereby are the same whatever the branch starts from.
+    factor_generator = torch.Generator().manual_seed(config.seed + 1)
     for name, linear in linears.items():
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"{name} is quantised already")
@@ -106,6 +111,9 @@ def quantize_model(model: DiT, config: QuantConfig) -> DiT:
             rank=config.adaln_rank if is_adaln(name) else config.rank,
             signs=random_signs(linear.in_features, generator),
             rotation_block=layer_rotation_block(name, config),
+            activation=config.activation,
+            lowrank_init=config.lowrank_init,
+            generator=factor_generator,
         )
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, replacement.to(linear.weight.device))

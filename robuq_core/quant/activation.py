@@ -1,18 +1,21 @@
-"""Per-token Gaussian-step uniform activation quantiser, eq. (4), 1 to 8 bits.
+"""Per-token activation quantisers, 1 to 8 bits: the Gaussian-step uniform one, eq. (4), and what it is compared with.
 
 After the rotation every token is close to normal, so one step per bit width, optimal for N(0, 1), serves
-every layer and timestep: no calibration, no learned clip.
+every layer and timestep: no calibration, no learned clip. The others exist in training alone: Lloyd-Max levels for
+the same normal (better on it, but no integer product), and each token's own minimum and maximum.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from functools import lru_cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 Grid = Literal["midrise", "midtread"]
+ActivationRule = Literal["gaussian", "lloyd_max", "minmax"]
 
 MIN_BITS, MAX_BITS = 1, 8
 
@@ -28,6 +31,11 @@ GAUSSIAN_STEP = {
     8: 0.030762,
 }
 
+_NEWTON_STEPS = 30
+
+# A token of zeros has scale 0; the clamp only keeps its codes finite.
+_SMALLEST_SCALE = 1e-30
+
 # sigma of a normal from its mean absolute value.
 SIGMA_PER_MEAN_ABS = math.sqrt(math.pi / 2)
 
@@ -39,9 +47,23 @@ def is_midrise(bits: int, grid: Grid) -> bool:
     return bits == 1 or (grid == "midrise" and bits < MAX_BITS)
 
 
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
 def straight_through(x: Tensor, value: Tensor) -> Tensor:
-    """Exactly ``value``, with the identity as its gradient with respect to ``x`` (``x - x`` is an exact zero)."""
-    return value.detach() + (x - x.detach())
+    """Exactly ``value``, with the identity as its gradient with respect to ``x`` (same shape and dtype)."""
+    return _StraightThrough.apply(x, value)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def quantize_activation(x: Tensor, bits: int, grid: Grid = "midrise") -> tuple[Tensor, Tensor]:
@@ -66,18 +88,74 @@ def quantize_activation(x: Tensor, bits: int, grid: Grid = "midrise") -> tuple[T
 
 def _codes_and_scales(x: Tensor, bits: int, grid: Grid) -> tuple[Tensor, Tensor]:
     midrise = is_midrise(bits, grid)
-    step = x.abs().mean(dim=-1, keepdim=True) * (SIGMA_PER_MEAN_ABS * GAUSSIAN_STEP[bits])
-    # A token of zeros has scale 0; the clamp only keeps its codes finite.
-    inverse = 1.0 / step.clamp(min=1e-30)
+    step = x.abs().mean(dim=-1, keepdim=True).mul_(SIGMA_PER_MEAN_ABS * GAUSSIAN_STEP[bits])
+    # Below, in place: training on a CPU is bound by passes over memory like these.
+    codes = x * (1.0 / step.clamp(min=_SMALLEST_SCALE))
     if midrise:
         top = 2**bits - 1
-        codes = (torch.floor(x * inverse) * 2 + 1).clamp(-top, top)
-        return codes, step * 0.5
+        return codes.floor_().mul_(2).add_(1).clamp_(-top, top), step * 0.5
     half = 2 ** (bits - 1)
-    return torch.round(x * inverse).clamp(-half, half - 1), step
+    return codes.round_().clamp_(-half, half - 1), step
 
 
-def fake_quantize_activation(x: Tensor, bits: int, grid: Grid = "midrise") -> Tensor:
-    """``scale * codes`` of ``x`` ``[..., K]``, same dtype, with the identity as its gradient (also where clipped)."""
-    codes, scales = _codes_and_scales(x.detach().float(), bits, grid)
-    return straight_through(x, (codes * scales).to(x.dtype))
+def fake_quantize_activation(x: Tensor, bits: int, grid: Grid = "midrise", rule: ActivationRule = "gaussian") -> Tensor:
+    """The quantised value of ``x`` ``[..., K]``, same dtype, with the identity as its gradient (also where clipped).
+
+    ``gaussian``: ``scale * codes`` of :func:`quantize_activation`, on ``grid``. ``lloyd_max``: the nearest of
+    :func:`lloyd_max_levels` times the token's sigma. ``minmax``: ``2^bits`` even levels from its least to its greatest.
+
+    Raises:
+        ValueError: bits outside 1..8.
+    """
+    detached = x.detach().float()
+    if rule == "gaussian":
+        codes, scales = _codes_and_scales(detached, bits, grid)
+        value = codes.mul_(scales)
+    elif rule == "lloyd_max":
+        value = _nearest_level(detached, bits)
+    else:
+        value = _between_extremes(detached, bits)
+    return straight_through(x, value.to(x.dtype))
+
+
+def _nearest_level(x: Tensor, bits: int) -> Tensor:
+    levels = torch.tensor(lloyd_max_levels(bits), dtype=torch.float32, device=x.device)
+    sigma = x.abs().mean(dim=-1, keepdim=True).mul_(SIGMA_PER_MEAN_ABS)
+    index = torch.bucketize(x / sigma.clamp(min=_SMALLEST_SCALE), (levels[1:] + levels[:-1]) / 2)
+    return levels[index].mul_(sigma)
+
+
+def _between_extremes(x: Tensor, bits: int) -> Tensor:
+    is_midrise(bits, "midrise")  # the check of the width
+    low, high = torch.aminmax(x, dim=-1, keepdim=True)
+    step = (high - low) / (2**bits - 1)
+    return (x - low).div_(step.clamp(min=_SMALLEST_SCALE)).round_().mul_(step).add_(low)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@lru_cache(maxsize=8)
+def lloyd_max_levels(bits: int) -> tuple[float, ...]:
+    """The ``2^bits`` levels of least mean squared error on N(0, 1), ascending (Lloyd 1957, Max 1960).
+
+    Each level is the mean of its cell, whose borders lie half-way to its neighbours. Solved by Newton's method in
+    float64 on the positive half, from the density ``p^(1/3)`` that many levels tend to.
+
+    Raises:
+        ValueError: bits outside 1..8.
+    """
+    is_midrise(bits, "midrise")  # the check of the width
+    half = 2 ** (bits - 1)
+    quantiles = (torch.arange(half, dtype=torch.float64) + half + 0.5) / (2 * half)
+    levels = math.sqrt(3) * torch.special.ndtri(quantiles)
+    for _ in range(_NEWTON_STEPS):
+        slope = torch.func.jacfwd(_off_centre)(levels)
+        levels = levels - torch.linalg.solve(slope, _off_centre(levels))
+    return tuple((-levels.flip(0)).tolist() + levels.tolist())
+
+
+def _off_centre(levels: Tensor) -> Tensor:
+    """Positive ``levels`` minus the means of their cells under N(0, 1)."""
+    borders = torch.cat([levels.new_zeros(1), (levels[1:] + levels[:-1]) / 2])
+    density = torch.cat([torch.exp(-borders.square() / 2) / math.sqrt(2 * math.pi), levels.new_zeros(1)])
+    beyond = torch.cat([torch.special.ndtr(-borders), levels.new_zeros(1)])
+    return levels - (density[:-1] - density[1:]) / (beyond[:-1] - beyond[1:])

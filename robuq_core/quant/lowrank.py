@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from robuq_core.quant.activation import straight_through
 
+LowRankInit = Literal["svd", "zero"]
 
-def lowrank_split(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+
+def lowrank_split(
+    weight: Tensor, rank: int, init: LowRankInit = "svd", generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Split ``W_H`` into a rank-``rank`` product and the residual to be ternarised.
 
-    ``W_H ~ A B`` by truncated SVD with sqrt(S) split evenly between the factors; ``R = W_H - A B``.
+    ``svd``: ``W_H ~ A B`` by truncated SVD with sqrt(S) split evenly between the factors; ``R = W_H - A B``.
+    ``zero``: ``A = 0``, ``B`` normal with variance ``1 / in``, so that ``R = W_H`` and A learns from the first step
+    (as in LoRA, arXiv 2106.09685).
 
     Args:
         weight: ``[out, in]`` in the rotated basis.
         rank: 0 disables the branch; a rank of at least ``min(out, in)`` is refused.
+        generator: of the random ``B``, on the CPU; default: torch's own.
 
     Returns:
         ``A [out, rank]``, ``B [rank, in]``, ``R [out, in]``, all in the dtype of ``weight``.
@@ -27,6 +36,9 @@ def lowrank_split(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         return weight.new_zeros(weight.shape[0], 0), weight.new_zeros(0, weight.shape[1]), weight.clone()
     if not 0 < rank < min(weight.shape):
         raise ValueError(f"rank must be 0..{min(weight.shape) - 1} for a weight of {tuple(weight.shape)}, not {rank}")
+    if init == "zero":
+        b = torch.randn(rank, weight.shape[1], generator=generator) / weight.shape[1] ** 0.5
+        return weight.new_zeros(weight.shape[0], rank), b.to(weight), weight.clone()
     u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
     root = s[:rank].sqrt()
     a = (u[:, :rank] * root).to(weight.dtype)

@@ -22,6 +22,7 @@ from robuq_core.kernels.pack_layer import pack_layer
 from robuq_core.models.dit import DiT
 from robuq_core.models.presets import preset
 from robuq_core.models.quant_linear import QuantLinear, quantizable_linears
+from robuq_core.quant.activation import ActivationRule
 
 
 @pytest.fixture
@@ -168,3 +169,11 @@ def test_writing_is_whole_or_not_at_all(packed: Path) -> None:
         write_checkpoint(packed, DiT(ModelConfig(**TINY.model_dump())), **arguments)
     assert packed.read_bytes() == before
     assert [p.name for p in packed.parent.iterdir()] == [packed.name]
+
+
+@pytest.mark.parametrize("activation", ["lloyd_max", "minmax"])
+def test_a_rule_that_the_runtime_lacks_is_refused_by_name(tmp_path: Path, activation: ActivationRule) -> None:
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(CheckpointError, match=f"quant.activation {activation}"):
+        write_tiny(path, quant=QuantConfig(rank=0, activation=activation))
+    assert not path.exists()

@@ -1,11 +1,17 @@
+import copy
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from robuq_core.config import ModelConfig, QuantConfig
+from robuq_core.config import ModelConfig, QuantConfig, RotatedLinears
 from robuq_core.models.dit import DiT
 from robuq_core.models.quant_linear import QuantLinear, quantizable_linears, quantize_model
+from robuq_core.quant.activation import ActivationRule, fake_quantize_activation
 from robuq_core.quant.hadamard import random_signs
+from robuq_core.quant.lowrank import LowRankInit
+from robuq_core.quant.ternary import ternary_fake_quantize
 
 SMALL = ModelConfig(input_size=8, patch_size=4, in_channels=3, hidden_size=24, depth=2, num_heads=2, num_classes=5)
 
@@ -67,3 +73,56 @@ def test_unknown_layers_and_second_quantisation_are_refused() -> None:
     model = quantize_model(DiT(SMALL), QuantConfig(rank=0))
     with pytest.raises(ValueError, match="quantised already"):
         quantize_model(model, QuantConfig(rank=0))
+
+
+@pytest.mark.parametrize("activation", ["gaussian", "lloyd_max", "minmax"])
+@pytest.mark.parametrize("rotation", ["all", "proj_fc2", "none"])
+@pytest.mark.parametrize("lowrank_init", ["svd", "zero"])
+def test_every_ablation_learns_and_eight_bits_are_near(
+    activation: ActivationRule, rotation: RotatedLinears, lowrank_init: LowRankInit
+) -> None:
+    torch.manual_seed(0)
+    model = DiT(SMALL)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    config = QuantConfig(
+        activation_bits=8, adaln_bits=8, activation=activation, rotation=rotation, rank=4, lowrank_init=lowrank_init
+    )
+    student = quantize_model(copy.deepcopy(model), config)
+    # Without the ternary weights' own error: what is left is that of eight-bit activations.
+    for _, layer in quantizable_linears(student):
+        assert isinstance(layer, QuantLinear)
+        assert layer.activation == activation
+        layer.register_forward_hook(_with_whole_weight)
+    x, t, y = torch.randn(4, 3, 8, 8), torch.tensor([0, 300, 600, 999]), torch.tensor([0, 1, 2, 5])
+    expected, found = model(x, t, y), student(x, t, y)
+    assert float((found - expected).norm() / expected.norm()) < 0.06
+    found.square().sum().backward()
+    # A zero A passes no gradient to B, by design; all else learns from the first step.
+    assert all(
+        bool(p.grad.any())
+        for name, p in student.named_parameters()
+        if not name.endswith("lowrank_b") and p.grad is not None
+    )
+
+
+def _with_whole_weight(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    assert isinstance(layer, QuantLinear)
+    rotated = layer.rotation(inputs[0])
+    quantised = fake_quantize_activation(rotated, layer.bits, layer.grid, layer.activation)
+    missing = layer.weight - ternary_fake_quantize(layer.weight, layer.weight_scale)
+    return output + F.linear(quantised, missing)
+
+
+def test_ablations_of_the_rotation_name_their_linears() -> None:
+    model = quantize_model(DiT(SMALL), QuantConfig(rank=0, rotation="proj_fc2"))
+    rotated = {name for name, layer in quantizable_linears(model) if layer.rotation.block is None}
+    assert rotated == {f"blocks.{i}.{kind}" for i in range(2) for kind in ("attn.proj", "mlp.fc2")}
+
+
+def test_signs_do_not_depend_on_the_start_of_the_branch() -> None:
+    def signs(lowrank_init: LowRankInit) -> torch.Tensor:
+        model = quantize_model(DiT(SMALL), QuantConfig(rank=3, lowrank_init=lowrank_init))
+        return model.get_submodule("blocks.1.mlp.fc2").rotation.signs
+
+    assert torch.equal(signs("svd"), signs("zero"))

@@ -28,3 +28,14 @@ def test_storage_rounding_is_bf16_with_identity_gradient() -> None:
     assert torch.equal(rounded.detach(), factor.detach().bfloat16().float())
     rounded.sum().backward()
     assert torch.equal(factor.grad, torch.ones(5, 3))
+
+
+def test_zero_init_leaves_the_weight_whole_and_can_learn() -> None:
+    weight = torch.randn(20, 12)
+    a, b, residual = lowrank_split(weight, 4, "zero", torch.Generator().manual_seed(1))
+    assert (a.shape, b.shape) == ((20, 4), (4, 12))
+    assert torch.equal(residual, weight)
+    assert not a.any()
+    # The gradient of A is made of B x: it must not be zero too.
+    assert bool(b.any(dim=1).all())
+    assert torch.equal(b, lowrank_split(weight, 4, "zero", torch.Generator().manual_seed(1))[1])

@@ -1,0 +1,165 @@
+"""Which activation width each layer gets, eq. (6): exact integer programming under a MAC-weighted budget.
+
+Also the two that it is compared with: greedy by gain per MAC, and one width everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from typing import Any, Literal, get_args
+
+import numpy as np
+from rich.table import Table
+
+from robuq_core.errors import UserError
+from robuq_core.quant.bits import average_bits
+
+Method = Literal["dynamic_programming", "greedy", "uniform"]
+METHODS: tuple[Method, ...] = get_args(Method)
+
+# Losses by layer and width: what the model loses with that layer at that width.
+Losses = Mapping[str, Mapping[int, float]]
+
+LAYER_TYPES = ("proj", "qkv", "fc1", "fc2")
+
+# Mean width by layer type that the paper's search found for DiT-XL/2, by budget.
+PAPER_AVERAGES = {2: {"proj": 2.75, "qkv": 2.21, "fc1": 2.00, "fc2": 1.64},
+                  3: {"proj": 3.89, "qkv": 2.96, "fc1": 3.04, "fc2": 2.31}}  # fmt: skip
+
+
+class AllocationError(UserError):
+    """A budget that no choice of widths meets."""
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """``bits`` by layer; ``average_bits``: their MAC-weighted mean, at most ``budget_bits``.
+
+    ``predicted_loss``: the sum of the chosen entries of the sensitivity table.
+    """
+
+    method: Method
+    budget_bits: float
+    average_bits: float
+    predicted_loss: float
+    bits: dict[str, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def allocate(
+    losses: Losses, macs: Mapping[str, int], budget_bits: float, method: Method = "dynamic_programming"
+) -> Allocation:
+    """Choose one width a layer: ``min sum_l s_l(b_l)`` subject to ``sum_l MAC_l b_l <= budget_bits sum_l MAC_l``.
+
+    Args:
+        losses: s_l(b), any real numbers; every layer has at least one width.
+        macs: multiply-accumulates of each layer of ``losses``, positive.
+
+    Raises:
+        AllocationError: the smallest widths together are above the budget.
+    """
+    names = list(losses)
+    common = math.gcd(*(macs[name] for name in names))
+    costs = [macs[name] // common for name in names]
+    # The decimal that was written, not its binary neighbour: 2.1 must admit what averages to exactly 2.1.
+    budget = math.floor(Fraction(str(budget_bits)) * sum(costs))
+    options = [sorted(losses[name].items()) for name in names]
+    least = sum(cost * widths[0][0] for cost, widths in zip(costs, options, strict=True))
+    if least > budget:
+        raise AllocationError(f"allocate.average_bits {budget_bits} is below {least / sum(costs):.3g}, the average of "
+                              "the smallest widths in sensitivity.bits: raise it or measure smaller ones")  # fmt: skip
+    search = {"dynamic_programming": _dynamic_programming, "greedy": _greedy, "uniform": _uniform}[method]
+    bits = dict(zip(names, search(options, costs, budget), strict=True))
+    predicted = math.fsum(losses[name][width] for name, width in bits.items())
+    return Allocation(method, float(budget_bits), average_bits(bits, macs), predicted, bits)
+
+
+Options = Sequence[Sequence[tuple[int, float]]]
+
+
+def _dynamic_programming(options: Options, costs: Sequence[int], budget: int) -> list[int]:
+    """Layer by layer, the least loss for every total cost up to the budget; then the choices, read backwards."""
+    best = np.zeros(budget + 1)
+    choices = []
+    for widths, cost in zip(options, costs, strict=True):
+        candidates = np.full((len(widths), budget + 1), np.inf)
+        for i, (width, loss) in enumerate(widths):
+            spent = cost * width
+            if spent <= budget:
+                candidates[i, spent:] = best[: budget + 1 - spent] + loss
+        choices.append(candidates.argmin(axis=0))
+        best = candidates.min(axis=0)
+    found, left = [], budget
+    for widths, cost, choice in zip(reversed(options), reversed(costs), reversed(choices), strict=True):
+        width = widths[int(choice[left])][0]
+        found.append(width)
+        left -= cost * width
+    return found[::-1]
+
+
+def _greedy(options: Options, costs: Sequence[int], budget: int) -> list[int]:
+    """From the smallest widths, again and again the step up that gains most per unit of cost and still fits."""
+    chosen = [0] * len(options)
+    left = budget - sum(cost * widths[0][0] for cost, widths in zip(costs, options, strict=True))
+    while True:
+        best_rate, best_step = 0.0, None
+        for layer, (widths, cost) in enumerate(zip(options, costs, strict=True)):
+            width, loss = widths[chosen[layer]]
+            for i in range(chosen[layer] + 1, len(widths)):
+                extra = cost * (widths[i][0] - width)
+                rate = (loss - widths[i][1]) / extra
+                if extra <= left and rate > best_rate:
+                    best_rate, best_step = rate, (layer, i, extra)
+        if best_step is None:
+            return [widths[i][0] for widths, i in zip(options, chosen, strict=True)]
+        layer, chosen[layer], extra = best_step
+        left -= extra
+
+
+def _uniform(options: Options, costs: Sequence[int], budget: int) -> list[int]:
+    """The largest width that every layer has and that fits."""
+    common = set.intersection(*({width for width, _ in widths} for widths in options))
+    fitting = [width for width in common if width * sum(costs) <= budget]
+    if not fitting:
+        raise AllocationError(f"allocate.method uniform: no width that every layer was measured at fits "
+                              f"allocate.average_bits {budget / sum(costs):.3g}")  # fmt: skip
+    return [max(fitting)] * len(options)
+
+
+def layer_type(name: str) -> str:
+    """``qkv``, ``proj``, ``fc1`` or ``fc2``."""
+    return name.rpartition(".")[2]
+
+
+def averages_by_type(bits: Mapping[str, int]) -> dict[str, float]:
+    """Mean width of the layers of each type (over layers, as the paper counts)."""
+    groups: dict[str, list[int]] = {}
+    for name, width in bits.items():
+        groups.setdefault(layer_type(name), []).append(width)
+    return {kind: sum(group) / len(group) for kind, group in groups.items()}
+
+
+def type_table(allocations: Sequence[Allocation]) -> Table:
+    """Mean width by layer type, one row an allocation, with the paper's beside where it has the same budget."""
+    table = Table("method", *LAYER_TYPES, "average", "predicted loss", title="activation bits by layer type")
+    for each in allocations:
+        means = averages_by_type(each.bits)
+        table.add_row(each.method.replace("_", " "), *(f"{means.get(kind, math.nan):.2f}" for kind in LAYER_TYPES),
+                      f"{each.average_bits:.3f}", f"{each.predicted_loss:.4g}")  # fmt: skip
+    for budget, means in PAPER_AVERAGES.items():
+        if any(each.budget_bits == budget for each in allocations):
+            table.add_row(f"paper, DiT-XL/2, A{budget}", *(f"{means[kind]:.2f}" for kind in LAYER_TYPES), "", "")
+    return table
+
+
+def layer_table(allocations: Sequence[Allocation]) -> Table:
+    """The width of every layer, one column an allocation."""
+    table = Table("layer", *(each.method.replace("_", " ") for each in allocations), title="activation bits by layer")
+    for name in allocations[0].bits:
+        table.add_row(name, *(str(each.bits[name]) for each in allocations))
+    return table

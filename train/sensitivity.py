@@ -1,0 +1,187 @@
+"""What each layer loses at each activation width, all others at one reference width: the table that allocation reads.
+
+Measured on a fixed set of (x_t, t, noise, class): the rise of the prediction's mean squared error against the teacher,
+and of the plain diffusion loss. The paper measures after about 1,000 steps of training, not on the untrained model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import ValidationError
+from rich.progress import track
+from torch import Tensor
+
+from robuq_core.config import NUM_TRAIN_TIMESTEPS, DiffusionConfig, StrictModel
+from robuq_core.errors import UserError
+from robuq_core.files import replacing
+from robuq_core.models.dit import DiT
+from robuq_core.models.quant_linear import QuantLinear, is_adaln, quantizable_linears
+from train.data import BatchSource, step_generator
+from train.loss import add_noise, diffusion_loss
+
+Metric = Literal["teacher_mse", "diffusion_loss"]
+METRICS: tuple[Metric, ...] = ("teacher_mse", "diffusion_loss")
+
+_STREAM = 5  # of the fixed set's random numbers, apart from those of training
+
+
+class SensitivityError(UserError):
+    """A sensitivity table that cannot be read or measured."""
+
+
+class Sensitivity(StrictModel):
+    """``rise[metric][layer][bits]``: the metric with that layer at that width minus ``base[metric]``, where every
+    searched layer is at ``reference_bits``. ``samples``: size of the fixed set."""
+
+    reference_bits: int
+    samples: int
+    base: dict[Metric, float]
+    rise: dict[Metric, dict[str, dict[int, float]]]
+
+    def save(self, path: Path) -> None:
+        """Write the table as JSON, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(self.model_dump(mode="json"), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Sensitivity:
+        """Raises:
+        SensitivityError: the file is missing or not a sensitivity table.
+        """
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError as error:
+            raise SensitivityError(f"{path} does not exist: run the sensitivity stage first") from error
+        except (OSError, ValidationError) as error:
+            raise SensitivityError(f"{path}: not a sensitivity table; delete it and measure again") from error
+
+
+@dataclass(frozen=True)
+class FixedBatch:
+    """Points of the process: ``x0``, ``noise``, ``x_t`` float32 ``[B, C, H, W]``; ``timesteps``, ``classes`` ``[B]``."""
+
+    x0: Tensor
+    noise: Tensor
+    x_t: Tensor
+    timesteps: Tensor
+    classes: Tensor
+
+
+def fixed_batch(x0: Tensor, classes: Tensor, seed: int, index: int) -> FixedBatch:
+    """Points for images ``x0`` of ``classes``: timesteps and noise depend on ``(seed, index)`` alone.
+
+    Timesteps are spread evenly over the process, from a random start, so that few points cover it.
+    """
+    generator = step_generator(seed, index, stream=_STREAM)
+    noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+    start = torch.rand(1, generator=generator, dtype=torch.float64)
+    fractions = (torch.arange(len(x0), dtype=torch.float64) + start) / len(x0)
+    timesteps = (fractions * NUM_TRAIN_TIMESTEPS).long().clamp(max=NUM_TRAIN_TIMESTEPS - 1).to(x0.device)
+    return FixedBatch(x0, noise, add_noise(x0, noise, timesteps), timesteps, classes)
+
+
+def fixed_set(source: BatchSource, samples: int, seed: int, device: torch.device) -> list[FixedBatch]:
+    """The first ``samples`` images of ``source`` (its batches 0, 1, ...) as fixed points, the same in every call."""
+    batches: list[FixedBatch] = []
+    for index in range(-(-samples // source.batch_size)):
+        x0, classes = (each[: samples - index * source.batch_size].to(device) for each in source.batch(index))
+        batches.append(fixed_batch(x0, classes, seed, index))
+    return batches
+
+
+def searched_layers(model: DiT) -> dict[str, QuantLinear]:
+    """The layers whose widths are searched: qkv, proj, fc1 and fc2 of every block; adaLN and attention keep theirs.
+
+    Raises:
+        SensitivityError: the model is not quantised.
+    """
+    layers = {}
+    for name, module in quantizable_linears(model):
+        if is_adaln(name):
+            continue
+        if not isinstance(module, QuantLinear):
+            raise SensitivityError(f"{name} is not quantised: sensitivity is that of a quantised model")
+        layers[name] = module
+    return layers
+
+
+def measure_sensitivity(
+    student: DiT,
+    teacher: DiT,
+    batches: Sequence[FixedBatch],
+    diffusion: DiffusionConfig,
+    *,
+    bits: Sequence[int],
+    reference_bits: int,
+) -> Sensitivity:
+    """Measure every searched layer of ``student`` at every width of ``bits`` on ``batches``.
+
+    Both models are left as they were found, the student's widths included.
+
+    Raises:
+        SensitivityError: no batch, a student that is not quantised, or a metric that is not finite.
+    """
+    if not batches:
+        raise SensitivityError("sensitivity.samples: no sample to measure on")
+    layers = searched_layers(student)
+    with torch.inference_mode(), _evaluating(student), _evaluating(teacher), _widths(layers):
+        targets = [teacher(batch.x_t, batch.timesteps, batch.classes) for batch in batches]
+        for layer in layers.values():
+            layer.bits = reference_bits
+        base = _metrics(student, batches, targets, diffusion)
+        rise: dict[Metric, dict[str, dict[int, float]]] = {metric: {} for metric in METRICS}
+        for name, layer in track(layers.items(), "sensitivity"):
+            for width in bits:
+                layer.bits = width
+                found = base if width == reference_bits else _metrics(student, batches, targets, diffusion)
+                for metric in METRICS:
+                    rise[metric].setdefault(name, {})[width] = found[metric] - base[metric]
+            layer.bits = reference_bits
+    samples = sum(len(batch.x0) for batch in batches)
+    return Sensitivity(reference_bits=reference_bits, samples=samples, base=base, rise=rise)
+
+
+def _metrics(
+    student: DiT, batches: Sequence[FixedBatch], targets: Sequence[Tensor], diffusion: DiffusionConfig
+) -> dict[Metric, float]:
+    sums = torch.zeros(len(METRICS), dtype=torch.float64)
+    for batch, target in zip(batches, targets, strict=True):
+        output = student(batch.x_t, batch.timesteps, batch.classes)
+        channels = batch.x0.shape[1]
+        against_teacher = (output[:, :channels] - target[:, :channels]).square().mean()
+        loss = diffusion_loss(output, batch.x0, batch.x_t, batch.noise, batch.timesteps, diffusion)
+        sums += torch.stack([against_teacher, loss]).double().cpu() * len(batch.x0)
+    means = (sums / sum(len(batch.x0) for batch in batches)).tolist()
+    if not all(map(math.isfinite, means)):
+        raise SensitivityError("sensitivity: the model's output is not finite; train the stage before it again")
+    return dict(zip(METRICS, means, strict=True))
+
+
+@contextmanager
+def _evaluating(model: DiT) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _widths(layers: dict[str, QuantLinear]) -> Iterator[None]:
+    """Give every layer its width back."""
+    before = {name: layer.bits for name, layer in layers.items()}
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.bits = before[name]

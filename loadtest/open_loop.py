@@ -146,7 +146,7 @@ async def run_rate(host: str, rate: float, duration_s: float, seed: int, workloa
     arrivals = poisson_arrivals(rate, duration_s, seed)
     bodies = [workload.mixed() for _ in arrivals]
     answers: dict[int, bytes] = {}
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=256, keepalive_expiry=2)
     async with httpx.AsyncClient(base_url=host, timeout=None, limits=limits) as client:
         outcomes = await offer(http_sender(client, bodies, answers), arrivals)
     for number, answer in answers.items():

@@ -52,7 +52,9 @@ class Settings(BaseSettings):
     stall_timeout_s: float = Field(
         120.0, gt=0, description="A forward that takes longer turns /ready red; set it above your slowest full batch."
     )
-    decode_threads: int = Field(2, ge=1, le=64, description="Threads that decode and encode images.")
+    decode_threads: int = Field(
+        1, ge=1, le=64, description="Threads that decode and encode images; more only where they cannot keep up."
+    )
     max_body_bytes: int = Field(65536, ge=1024, description="Longest request body; beyond it clients get 413.")
     max_connections: int = Field(1000, ge=1, description="Most open connections; beyond it clients get 503.")
     api_keys_file: Path | None = Field(

@@ -36,6 +36,7 @@ class Comparison:
     summaries: dict[Kind, list[Summary]] = field(default_factory=dict)
     images: dict[tuple[float, int, int], bytes] = field(default_factory=dict)  # by load, round and request
     compared: int = 0
+    dropped: dict[Kind, int] = field(default_factory=dict)
 
 
 def _body(workload: Workload) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def measure_capacity(seconds: float) -> float:
 
 def compare(kinds: Sequence[Kind], scale: Scale) -> Comparison:
     """Each system at each load, with the same arrivals and bodies; in short rounds, so that all meet one machine."""
-    seconds, rounds = scale.of(25, 4), scale.count(3, 1)
+    seconds, rounds = scale.of(15, 4), scale.count(3, 1)
     comparison = Comparison(measure_capacity(scale.of(30, 6)), {kind: [] for kind in kinds})
     for share in LOADS:
         outcomes: dict[Kind, list[Outcome]] = {kind: [] for kind in kinds}
@@ -72,6 +73,7 @@ def compare(kinds: Sequence[Kind], scale: Scale) -> Comparison:
                 with running(kind) as server:
                     measured, answers = run(_offer(server.url, bodies, arrivals))
                 outcomes[kind] = appended(outcomes[kind], measured)
+                comparison.dropped[kind] = comparison.dropped.get(kind, 0) + len(bodies) - len(answers)
                 _check(comparison, kind, (share, turn), bodies, answers, workload)
         for kind in kinds:
             comparison.summaries[kind].append(summarise(outcomes[kind], rounds * seconds))
@@ -86,7 +88,8 @@ def appended(before: list[Outcome], measured: list[Outcome]) -> list[Outcome]:
 
 async def _offer(url: str, bodies: list[dict[str, Any]], arrivals: Any) -> tuple[list[Outcome], dict[int, bytes]]:
     answers: dict[int, bytes] = {}
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=512)
+    # Idle connections go before a server closes them (uvicorn: 5 s): a request sent just then would be lost.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=512, keepalive_expiry=2)
     async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as client:
         warm = http_sender(client, bodies[:8])
         await asyncio.gather(*(warm(i) for i in range(min(8, len(bodies)))))
@@ -101,8 +104,8 @@ def _check(
     answers: dict[int, bytes],
     workload: Workload,
 ) -> None:
-    """Every request is served, and whoever serves it draws the same image."""
-    require(len(answers) == len(bodies), f"{kind} served {len(answers)} of {len(bodies)} requests")
+    """We serve every request, and whoever serves one draws the same image. What others drop is a figure, not a fault."""
+    require(kind != "continuous" or len(answers) == len(bodies), f"served {len(answers)} of {len(bodies)} requests")
     for number, answer in answers.items():
         content = json.loads(answer)
         workload.check(bodies[number], content)
@@ -126,10 +129,12 @@ def figure(comparison: Comparison, other: Kind) -> Figure:
         "\n".join(lines),
         f"lower p99 at every load (capacity {comparison.capacity:.1f}/s)",
         min(ratios) > 1,
-        f"all served, {comparison.compared:,} images equal between systems",
+        f"we served all, {NAMES[other]} all but {comparison.dropped[other]}; {comparison.compared:,} images equal "
+        "between systems",
         {
             "capacity_per_s": comparison.capacity,
             "loads": LOADS,
+            "dropped": comparison.dropped,
             "p99_ratio": ratios,
             "throughput_ratio": [a.served / b.served for a, b in zip(ours, theirs, strict=True)],
             "ours": [as_json(summary) for summary in ours],

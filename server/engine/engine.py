@@ -56,7 +56,7 @@ class Engine:
         *,
         max_batch_rows: int,
         max_queue_images: int,
-        decode_threads: int = 2,
+        decode_threads: int = 1,
         stall_timeout_s: float = 120.0,
         target_step_s: float | None = None,
         priority_ageing_s: float = 5.0,

@@ -1,10 +1,10 @@
-"""``robuq-train``: teacher, qat, export and evaluate, each from one YAML file."""
+"""``robuq-train``: the stages of a run, together and each alone, from one YAML file."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,8 +18,9 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Train W1.58Ax diffusion transformers: teacher -> qat -> export -> evaluate. Every stage reads the same "
-    "YAML file, writes below its run_dir and, started again, goes on from the last saved state.",
+    help="Train W1.58Ax diffusion transformers: prepare -> teacher -> warmup -> sensitivity -> allocate -> qat -> "
+    "export -> evaluate. 'run' does them all. Every stage reads the same YAML file, writes below its run_dir and, "
+    "started again, goes on from where it was, or is left alone if it is done.",
 )
 
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="YAML file of the run (see configs/).")]
@@ -36,35 +37,110 @@ def _load(config: Path, overrides: list[str] | None) -> TrainConfig:
     return load_config(config, overrides or [])
 
 
+RedoOption = Annotated[bool, typer.Option("--redo", help="Throw away what this stage has made, and start it again.")]
+
+
+def _stage(name: str, config: Path, overrides: list[str] | None, redo: bool) -> None:
+    loaded = _load(config, overrides)
+    from train.parallel import processes
+    from train.stages import run_stage
+
+    with processes():
+        run_stage(name, loaded, typer.echo, redo)
+
+
 @app.command()
 @reported
-def teacher(config: ConfigOption, override: SetOption = None) -> None:
-    """Train the full-precision DiT that quantisation starts from."""
-    from train.stages import train_teacher
+def run(
+    config: ConfigOption,
+    override: SetOption = None,
+    redo: Annotated[
+        list[str] | None, typer.Option(help="Make this stage again, and all after it. Repeatable.", metavar="STAGE")
+    ] = None,
+) -> None:
+    """Run every stage, in order; those that are up to date are left alone."""
+    loaded = _load(config, override)
+    from train.parallel import processes
+    from train.stages import STAGES
+    from train.stages import run as run_stages
 
-    train_teacher(_load(config, override))
+    unknown = sorted(set(redo or ()) - {stage.name for stage in STAGES})
+    if unknown:
+        raise UserError(f"--redo {unknown[0]}: no such stage; one of {', '.join(stage.name for stage in STAGES)}")
+    with processes():
+        run_stages(loaded, typer.echo, redo or ())
 
 
 @app.command()
 @reported
-def qat(config: ConfigOption, override: SetOption = None) -> None:
+def prepare(
+    config: ConfigOption,
+    override: SetOption = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read all shards and compare their checksums.")] = False,
+) -> None:
+    """Turn the data set into shards, of pixels or of latents, that training maps into memory."""
+    loaded = _load(config, override)
+    from train.parallel import processes
+    from train.stages import run_prepare
+
+    with processes():
+        run_prepare(loaded, typer.echo, verify)
+
+
+@app.command()
+@reported
+def teacher(config: ConfigOption, override: SetOption = None, redo: RedoOption = False) -> None:
+    """Train the full-precision DiT that quantisation starts from, or take it from elsewhere."""
+    _stage("teacher", config, override, redo)
+
+
+@app.command()
+@reported
+def warmup(config: ConfigOption, override: SetOption = None, redo: RedoOption = False) -> None:
+    """Train the quantised teacher for a while at one uniform width, for sensitivities to be measured on."""
+    _stage("warmup", config, override, redo)
+
+
+@app.command()
+@reported
+def sensitivity(config: ConfigOption, override: SetOption = None, redo: RedoOption = False) -> None:
+    """Measure what each layer loses at each activation width."""
+    _stage("sensitivity", config, override, redo)
+
+
+@app.command()
+@reported
+def allocate(config: ConfigOption, override: SetOption = None, redo: RedoOption = False) -> None:
+    """Choose the width of each layer under allocate.average_bits, and print the table."""
+    _stage("allocate", config, override, redo)
+
+
+@app.command()
+@reported
+def qat(config: ConfigOption, override: SetOption = None, redo: RedoOption = False) -> None:
     """Quantise the teacher (ternary weights, low-bit activations) and train it on."""
-    from train.stages import train_qat
-
-    train_qat(_load(config, override))
+    _stage("qat", config, override, redo)
 
 
 @app.command()
 @reported
 def export(
     config: ConfigOption,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The packed .safetensors file to write.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="The packed file to write; default: RUN_DIR/model.safetensors."),
+    ] = None,
     override: SetOption = None,
+    redo: RedoOption = False,
 ) -> None:
     """Pack the trained student into one file that robuq and robuq-serve load."""
-    from train.stages import export as write
+    if out is None:
+        _stage("export", config, override, redo)
+        return
+    loaded = _load(config, override)
+    from train.stages import export_to
 
-    write(_load(config, override), out)
+    export_to(loaded, out)
     typer.echo(f"wrote {out} ({out.stat().st_size / 1e6:.2f} MB)")
 
 
@@ -72,28 +148,53 @@ def export(
 @reported
 def evaluate(
     config: ConfigOption,
-    checkpoint: Annotated[Path | None, typer.Option(help="A packed file; without it, the teacher is measured.")] = None,
-    classes: Annotated[int, typer.Option(min=1, help="How many classes to draw at random.")] = 200,
-    seed: Annotated[int, typer.Option(help="Seed of the classes and of the samples.")] = 0,
+    model: Annotated[
+        str | None, typer.Option(help="teacher, student or packed; default: the last that the run has made.")
+    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="A packed file from elsewhere, instead of --model.")] = None,
+    classes: Annotated[int, typer.Option(min=1, help="Agreement: how many classes to draw at random.")] = 200,
+    seed: Annotated[int, typer.Option(help="Agreement: seed of the classes and of the samples.")] = 0,
     sheet: Annotated[Path | None, typer.Option(help="Also write a contact sheet of the first 64 samples.")] = None,
+    inception: Annotated[
+        Path | None, typer.Option(help="Local Inception-v3 weights: adds FID, sFID, IS, precision and recall.")
+    ] = None,
+    npz: Annotated[Path | None, typer.Option(help="Also write the samples as npz files into this folder.")] = None,
+    agreement_only: Annotated[bool, typer.Option("--agreement-only", help="Leave out the distances.")] = False,
     override: SetOption = None,
 ) -> None:
-    """Share of samples whose nearest training photo is of the asked class, and the classifier's agreement.
+    """Measure samples: agreement with their class, and distances to the photos with intervals over seeds.
 
-    Features are EfficientNet-Lite0's. Prints JSON.
+    Prints JSON and keeps it in RUN_DIR/evaluation.json. Needs no download: FD-EffNet is on EfficientNet-Lite0 features.
     """
-    from robuq_core.pipeline import Sampler
-    from train.evaluate import evaluate as measure
-    from train.evaluate import plain_sampler
-    from train.stages import load_teacher, read_images
-
     loaded = _load(config, override)
-    if checkpoint is None:
-        sampler = plain_sampler(load_teacher(loaded), loaded, "teacher")
-    else:
-        sampler = Sampler.from_checkpoint(checkpoint)
-    result = measure(sampler, loaded, read_images(loaded), classes, seed, sheet)
-    typer.echo(json.dumps({"model": sampler.checkpoint_name, "seed": seed, **result.as_dict()}, indent=2))
+    from train.evaluation.models import known_model
+    from train.evaluation.run import evaluate_run
+
+    which = None if model is None else known_model(model)
+    options: dict[str, Any] = {"sheet": sheet, "inception": inception, "npz": npz, "agreement_only": agreement_only}
+    entry = evaluate_run(loaded, which, checkpoint=checkpoint, classes=classes, seed=seed, **options)
+    typer.echo(json.dumps(entry, indent=2))
+
+
+@app.command()
+@reported
+def ablate(
+    config: Annotated[Path, typer.Option("--config", "-c", help="YAML file of the study.")] = Path(
+        "configs/ablations.yaml"
+    ),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the study's runs.")] = Path("runs/ablations"),
+    report: Annotated[
+        Path | None, typer.Option(help="Folder for ablations.md, its pictures and figures; default: OUT.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Runs at once; default: one a core.")] = None,
+) -> None:
+    """Train and measure every row of an ablation study; what is done already is left alone. Then write the tables."""
+    from train.ablations.config import load_study
+    from train.ablations.report import write_report
+    from train.ablations.study import run_study
+
+    study = run_study(load_study(config), out, workers)
+    typer.echo(f"wrote {write_report(study, report or out)}")
 
 
 if __name__ == "__main__":

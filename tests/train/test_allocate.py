@@ -1,5 +1,6 @@
 import io
 import itertools
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -15,6 +16,7 @@ from train.allocate import (
     layer_table,
     type_table,
 )
+from train.allocation_plot import plot_allocations
 
 LOSS = st.floats(-1, 1, allow_nan=False)
 
@@ -94,3 +96,12 @@ def test_tables_show_every_layer_and_the_paper_beside() -> None:
     assert "2.75" in text
     assert all(name in text for name in losses)
     assert "dynamic programming" in text
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_the_plot_is_a_whole_picture(tmp_path: Path, suffix: str) -> None:
+    losses = {f"blocks.{i}.attn.{kind}": {1: 1.0, 2: 0.5, 3: 0.2} for i in range(3) for kind in PAPER_AVERAGES[2]}
+    path = tmp_path / f"bits.{suffix}"
+    plot_allocations([allocate(losses, dict.fromkeys(losses, 1), 2, method) for method in METHODS], path)
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG") if suffix == "png" else content.rstrip().endswith(b"</svg>")

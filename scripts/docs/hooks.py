@@ -1,0 +1,56 @@
+"""What MkDocs does not do by itself for ``docs/``: links into the repository, equations, the HTTP reference.
+
+The pages stay plain Markdown that also reads well in a repository browser; all this happens while the site is built.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+
+from equations import equation
+from http_reference import http_reference
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+# Of the repository's own pages only the change log belongs into the site; other files are put beside it as they are.
+CHANGELOG = "CHANGELOG.md"
+OUTSIDE = re.compile(r"(?<=\]\()\.\./([^)#\s]+)")
+MATH = re.compile(r"^```math\n(.*?)^```$", re.M | re.S)
+OPENAPI_MARK = "<!-- openapi -->"
+
+
+def _root(config: MkDocsConfig) -> Path:
+    return Path(config.config_file_path).parent
+
+
+def _source(target: str) -> str:
+    """Where a file of the repository lies in the site."""
+    return "changelog.md" if target == CHANGELOG else f"source/{target}"
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Put the files of the repository that pages link to into the site."""
+    root = _root(config)
+    wanted = {CHANGELOG}
+    for page in files.documentation_pages():
+        wanted.update(OUTSIDE.findall(page.content_string))
+    for target in sorted(wanted):
+        path = root / target
+        if not path.is_file():
+            raise PluginError(f"docs: a page links to ../{target}, which is not a file of the repository")
+        files.append(File.generated(config, _source(target), abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Point links at those files, set equations, and write the HTTP reference where its mark stands."""
+    here = posixpath.dirname(page.file.src_uri) or "."
+    markdown = OUTSIDE.sub(lambda found: posixpath.relpath(_source(found.group(1)), here), markdown)
+    markdown = MATH.sub(lambda found: equation(found.group(1)), markdown)
+    if OPENAPI_MARK in markdown:
+        markdown = markdown.replace(OPENAPI_MARK, http_reference())
+    return markdown

@@ -1,0 +1,204 @@
+"""The adapter to torch-fidelity: its own part on stand-ins, the rest where the library can be imported."""
+
+import importlib
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from train.evaluation import inception
+from train.evaluation.errors import EvaluationError
+from train.evaluation.frechet import Moments, RunningMoments, frechet_distance_of_moments
+from train.evaluation.inception import Inception, SpatialProbe, fid, inception_score, precision_and_recall, sfid
+
+
+def library_is_there() -> bool:
+    try:
+        importlib.import_module("torch_fidelity")
+    except (ImportError, RuntimeError):
+        return False
+    return True
+
+
+with_library = pytest.mark.skipif(not library_is_there(), reason="torch-fidelity or its torchvision is not installed")
+
+
+def moments(features: Tensor) -> Moments:
+    running = RunningMoments()
+    running.add(features)
+    return running.result()
+
+
+def normal(seed: int, count: int, width: int) -> Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+
+
+def test_spatial_features_are_the_first_channels_of_their_layer() -> None:
+    layer = nn.Conv2d(3, 9, 1)
+    network = nn.Sequential(nn.AvgPool2d(2), layer, nn.ReLU())
+    probe = SpatialProbe(layer)
+    images = torch.rand(5, 3, 8, 8)
+    network(images)
+    expected = layer(nn.functional.avg_pool2d(images, 2))[:, :7].flatten(1)
+    found = probe.take()
+    assert found.shape == (5, 7 * 4 * 4)
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(RuntimeError, match="has not passed"):
+        probe.take()
+
+
+def test_sfid_is_the_frechet_distance_of_spatial_features() -> None:
+    a, b = normal(0, 40, 6), normal(1, 50, 6) + 1
+    assert sfid(moments(a), moments(a)) == pytest.approx(0, abs=1e-9)
+    shift = torch.full((6,), 2.0)
+    assert sfid(moments(a), moments(a + shift)) == pytest.approx(24, rel=1e-5)
+    assert sfid(moments(a), moments(b)) > 4
+
+
+class StandInExtractor(nn.Module):
+    """The library's extractor as this project uses it, five layers deep; checks what it is handed."""
+
+    def __init__(self, name: str, features: list[str], feature_extractor_weights_path: Any) -> None:
+        super().__init__()
+        assert features == ["2048", "logits_unbiased"]
+        self.Mixed_6d = nn.Module()
+        self.Mixed_6d.branch1x1 = nn.Conv2d(3, 8, 1)
+        self.fc = nn.Linear(8, 12)
+        self.load_state_dict(torch.load(feature_extractor_weights_path, weights_only=True))
+        self.eval()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        assert images.dtype == torch.uint8
+        maps = torch.relu(self.Mixed_6d.branch1x1(images / 255))
+        pool = maps.mean(dim=(2, 3))
+        return pool, self.fc(pool)
+
+
+class StandInLibrary:
+    FeatureExtractorInceptionV3 = StandInExtractor
+
+
+@pytest.fixture
+def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Weights for the stand-in, which takes the library's place."""
+    monkeypatch.setattr(inception, "_library", lambda module: StandInLibrary)
+    extractor = StandInExtractor.__new__(StandInExtractor)
+    nn.Module.__init__(extractor)
+    extractor.Mixed_6d = nn.Module()
+    extractor.Mixed_6d.branch1x1 = nn.Conv2d(3, 8, 1)
+    extractor.fc = nn.Linear(8, 12)
+    path = tmp_path / "weights.pth"
+    torch.save(extractor.state_dict(), path)
+    return path
+
+
+def test_features_pass_through_the_interface_in_batches(weights: Path) -> None:
+    network = Inception(weights)
+    levels = torch.randint(0, 256, (70, 3, 4, 4), dtype=torch.uint8)
+    features = network(levels.float() / 127.5 - 1)
+    assert features.spatial is not None
+    assert (features.pool.shape, features.logits.shape, features.spatial.shape) == ((70, 8), (70, 12), (70, 7 * 16))
+    alone = network(levels[50:51].float() / 127.5 - 1)
+    torch.testing.assert_close(features.pool[50:51], alone.pool)
+    assert alone.spatial is not None
+    torch.testing.assert_close(features.spatial[50:51], alone.spatial)
+
+
+def test_the_identity_is_that_of_the_weights(weights: Path, tmp_path: Path) -> None:
+    state = torch.load(weights, weights_only=True)
+    other = tmp_path / "other.pth"
+    torch.save({name: tensor + 1 for name, tensor in state.items()}, other)
+    assert Inception(weights).identity == Inception(weights).identity != Inception(other).identity
+
+
+class Planted:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return exec, ("raise SystemExit('unpickled')",)
+
+
+def test_a_file_that_holds_code_is_refused_unopened(weights: Path) -> None:
+    with weights.open("wb") as stream:
+        pickle.dump(Planted(), stream)
+    with pytest.raises(EvaluationError, match="not a file of weights"):
+        Inception(weights)
+
+
+def test_weights_of_another_network_are_refused(weights: Path) -> None:
+    torch.save({"conv1.weight": torch.zeros(3)}, weights)
+    with pytest.raises(EvaluationError, match=r"not the weights of this Inception-v3.*--inception"):
+        Inception(weights)
+
+
+def test_a_missing_file_says_what_to_give(weights: Path) -> None:
+    with pytest.raises(EvaluationError, match=r"no such file; give .*weights-inception-2015-12-05"):
+        Inception(weights.parent / "absent.pth")
+
+
+def test_a_missing_library_names_the_extra_and_the_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    with pytest.raises(EvaluationError, match=r"--inception needs torch-fidelity.*pip install 'robuq\[fid\]'"):
+        Inception(tmp_path / "weights.pth")
+
+
+def test_too_few_samples_for_a_manifold_are_said() -> None:
+    with pytest.raises(EvaluationError, match=r"more than 3.*evaluation\.samples"):
+        precision_and_recall(torch.zeros(3, 2), torch.zeros(9, 2))
+
+
+@with_library
+def test_the_librarys_fid_is_the_frechet_distance() -> None:
+    a, b = normal(0, 400, 12), normal(1, 300, 12) * 1.5 + 0.5
+    assert fid(moments(a), moments(b)) == pytest.approx(frechet_distance_of_moments(moments(a), moments(b)), rel=1e-9)
+
+
+@with_library
+def test_the_score_of_even_certainty_is_the_number_of_classes() -> None:
+    certain = torch.eye(10).repeat(1000, 1) * 100
+    assert inception_score(certain) == pytest.approx(10, rel=0.01)
+    assert inception_score(torch.zeros(1000, 10)) == pytest.approx(1)
+
+
+@with_library
+def test_manifolds_of_hand_made_points() -> None:
+    line = torch.arange(8.0)[:, None]  # balls reach 2 (in the middle) or 3 (at the ends) to either side
+    assert precision_and_recall(line, line) == (1.0, 1.0)
+    far = line + 100
+    assert precision_and_recall(far, line) == (0.0, 0.0)
+    # Samples at 9.5, 9.6 .. lie within 3 of 7; their own balls are too small to reach any photo.
+    beside = torch.linspace(9.5, 9.9, 5)[:, None]
+    assert precision_and_recall(beside, line) == (1.0, 0.0)
+    half = torch.cat([beside, beside + 100])
+    assert precision_and_recall(half, line)[0] == 0.5
+
+
+@with_library
+@pytest.mark.slow
+def test_the_librarys_network_takes_weights_from_a_file(tmp_path: Path) -> None:
+    extractor = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
+    build, load = extractor.FeatureExtractorInceptionV3, nn.Module.load_state_dict
+    path = tmp_path / "weights.pth"
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:  # its constructor wants weights before there are any
+        patch.setattr(nn.Module, "load_state_dict", lambda *_: None)
+        torch.save({}, path)
+        random = build("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
+    assert nn.Module.load_state_dict is load
+    torch.save(random.state_dict(), path)
+    network = Inception(path)
+    images = torch.rand(3, 3, 40, 40) * 2 - 1
+    features = network(images)
+    assert features.spatial is not None
+    assert (features.pool.shape, features.logits.shape, features.spatial.shape) == ((3, 2048), (3, 1008), (3, 2023))
+    assert float(features.pool.std()) > 0
+    seen: list[Tensor] = []
+    network.network.get_submodule("Mixed_6d").register_forward_hook(lambda module, inputs, output: seen.append(output))
+    features = network(images)
+    assert features.spatial is not None
+    # The branch comes first in the block's output: the two definitions of the spatial features that are around agree.
+    torch.testing.assert_close(seen[0][:, :7].flatten(1).float(), features.spatial)

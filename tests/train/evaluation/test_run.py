@@ -1,0 +1,144 @@
+"""The command: every kind of model, one file of results, and what ends in one clear line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import Result
+from PIL import Image
+from stand_in import PixelNetwork
+from synthetic_run import CLASSES, make_config, write_config
+from tiny import write_tiny
+from typer.testing import CliRunner
+
+from train.cli import app
+from train.config import TrainConfig
+from train.evaluation import run as module
+from train.evaluation.models import load_sampler
+from train.evaluation.samples import draw
+from train.stages import export, train_qat, train_teacher
+
+SETS = {"evaluation": {"samples": 6, "seeds": [0, 1, 2], "batch_size": 4}}
+
+
+def measure(path: Path, *arguments: str) -> Result:
+    return CliRunner().invoke(app, ["evaluate", "-c", str(path), *arguments])
+
+
+@pytest.fixture
+def pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "EfficientNetLite0", PixelNetwork)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainConfig]:
+    """A run with a teacher, a student and a packed file."""
+    root = tmp_path_factory.mktemp("trained")
+    config = make_config(root, SETS)
+    train_teacher(config)
+    train_qat(config)
+    export(config, config.run_dir / "model.safetensors")
+    return root / "run.yaml", config
+
+
+@pytest.mark.usefixtures("pixels")
+def test_teacher_student_and_packed_file_go_through_one_interface(trained: tuple[Path, TrainConfig]) -> None:
+    path, config = trained
+    entries: dict[str, Any] = {}
+    for model in ("teacher", "student", "packed"):
+        result = measure(path, "--model", model)
+        assert result.exit_code == 0, result.output
+        entries[model] = json.loads(result.stdout[result.stdout.index("{") :])
+    kept = json.loads((config.run_dir / "evaluation.json").read_text())
+    assert kept["models"] == entries
+    assert len({entry["sha256"] for entry in entries.values()}) == 3
+    for entry in entries.values():
+        figures = entry["figures"]
+        assert set(figures) == {"fd_effnet", "nearest"}
+        low, high = figures["fd_effnet"]["interval"]
+        assert 0 <= low < figures["fd_effnet"]["mean"] < high
+        assert len(set(figures["fd_effnet"]["by_seed"])) == 3
+        assert entry["agreement"]["samples"] == CLASSES
+        assert entry["agreement"]["top1"] is None  # these are not ImageNet's classes
+        assert any("not FID" in caution for caution in entry["cautions"])
+        assert any("singular" in caution for caution in entry["cautions"])
+    ratios = kept["ratio_to_teacher"]
+    assert set(ratios) == {"student", "packed"}
+    by_seed = np.array(entries["packed"]["figures"]["fd_effnet"]["by_seed"])
+    base = np.array(entries["teacher"]["figures"]["fd_effnet"]["by_seed"])
+    assert ratios["packed"]["fd_effnet"]["by_seed"] == pytest.approx((by_seed / base).tolist())
+    # The packed file is the student: fp16 embedders and rounding apart, the same samples.
+    assert ratios["packed"]["fd_effnet"]["mean"] == pytest.approx(ratios["student"]["fd_effnet"]["mean"], rel=0.05)
+
+
+@pytest.mark.usefixtures("pixels")
+def test_no_ratio_to_a_teacher_that_was_measured_otherwise(trained: tuple[Path, TrainConfig]) -> None:
+    path, config = trained
+    assert measure(path, "--model", "teacher").exit_code == 0
+    assert measure(path, "--model", "packed", "--set", "evaluation.samples=5").exit_code == 0
+    assert "packed" not in json.loads((config.run_dir / "evaluation.json").read_text())["ratio_to_teacher"]
+
+
+@pytest.mark.usefixtures("pixels")
+def test_the_last_model_of_the_run_is_the_default(trained: tuple[Path, TrainConfig], tmp_path: Path) -> None:
+    path, config = trained
+    sheet, folder = tmp_path / "sheets" / "packed.png", tmp_path / "npz"
+    result = measure(path, "--sheet", str(sheet), "--npz", str(folder), "--seed", "1")
+    assert result.exit_code == 0, result.output
+    assert '"model": "packed"' in result.stdout
+    assert Image.open(sheet).size == (8 * (96 + 2) + 2, 96 + 4)
+    assert sorted(file.name for file in folder.iterdir()) == [f"packed-seed{seed}.npz" for seed in range(3)]
+    with np.load(folder / "packed-seed2.npz") as archive:
+        assert archive["arr_0"].shape == (6, config.model.input_size, config.model.input_size, 3)
+        assert np.bincount(archive["arr_1"], minlength=CLASSES).max() == 2
+
+
+@pytest.mark.usefixtures("pixels")
+def test_agreement_alone_draws_no_sets(trained: tuple[Path, TrainConfig], tmp_path: Path) -> None:
+    path, config = trained
+    packed = config.run_dir / "model.safetensors"
+    arguments = ["--checkpoint", str(packed), "--classes", "2", "--agreement-only", "--set", f"run_dir={tmp_path}"]
+    result = measure(path, *arguments)
+    assert result.exit_code == 0, result.output
+    entry = json.loads(result.stdout[result.stdout.index("{") :])
+    assert entry["model"] == "model"
+    assert entry["agreement"]["samples"] == 2
+    assert "figures" not in entry
+    assert not (tmp_path / "evaluation" / "samples").exists()
+
+
+def test_samples_of_the_teacher_depend_on_their_seed_alone(trained: tuple[Path, TrainConfig]) -> None:
+    sampler, _ = load_sampler(trained[1], "teacher")
+    samples = draw(sampler, [0, 1, 2, 3], seed=4)
+    assert samples.shape == (4, 3, 8, 8)
+    assert samples.min() >= -1
+    assert samples.max() <= 1
+    # Not bit for bit: the plain network's matrix products round by the size of the batch.
+    assert float((draw(sampler, [2], seed=6)[0] - samples[2]).abs().max()) <= 2 / 127.5
+    assert float((draw(sampler, [2], seed=7)[0] - samples[2]).abs().max()) > 2 / 127.5
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "tiny.safetensors")
+    result = measure(write_config(tmp_path), "--checkpoint", str(tmp_path / "tiny.safetensors"))
+    assert result.exit_code == 2
+    assert "16 px and 10 classes" in " ".join(result.stderr.split())
+    assert not (tmp_path / "run" / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "pupil"], "choose one of teacher, student, packed"),
+        (["--model", "packed"], "no such file"),
+        (["--model", "teacher"], "teacher.pt does not exist"),
+        (["--inception", "absent.pth"], "--inception"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_line(tmp_path: Path, arguments: list[str], said: str) -> None:
+    result = measure(write_config(tmp_path), *arguments)
+    assert result.exit_code == 2
+    assert said in " ".join(result.stderr.split())
+    assert len(result.stderr.splitlines()) <= 4

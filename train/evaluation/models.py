@@ -1,0 +1,81 @@
+"""One way to draw from whatever a run has made: teacher, fake-quantised student or packed file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from robuq_core.checkpoint import FORMAT_VERSION, Header
+from robuq_core.models.dit import DiT
+from robuq_core.pipeline import Sampler
+from train.config import TrainConfig
+from train.evaluation.errors import EvaluationError
+from train.evaluation.reference import sample_side
+from train.stages.models import load_student, load_teacher, packed_path, qat_path, resolved_quant, teacher_path
+from train.stages.records import file_digest
+
+Which = Literal["teacher", "student", "packed"]
+MODELS: tuple[Which, ...] = get_args(Which)
+
+
+def plain_sampler(model: DiT, config: TrainConfig, name: str) -> Sampler:
+    """A sampler that runs ``model`` itself (teacher or fake-quantised student), not a packed file; on a GPU if any."""
+    header = Header(
+        format_version=FORMAT_VERSION,
+        model=config.model,
+        quant=config.quant,
+        diffusion=config.diffusion,
+        sampler=config.sampler,
+        tensors={},
+    )
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Sampler(
+        model.eval().to(device), header, checkpoint_name=name, backend_name="torch", weight_bytes=size, device=device
+    )
+
+
+def known_model(name: str) -> Which:
+    """``name`` as one of :data:`MODELS`.
+
+    Raises:
+        EvaluationError: it is none of them.
+    """
+    for which in MODELS:
+        if which == name:
+            return which
+    raise EvaluationError(f"--model {name}: choose one of {', '.join(MODELS)}")
+
+
+def default_model(config: TrainConfig) -> Which:
+    """The last that the run has made."""
+    return next((which for which in reversed(MODELS) if model_path(config, which).exists()), "teacher")
+
+
+def model_path(config: TrainConfig, which: Which) -> Path:
+    return {"teacher": teacher_path, "student": qat_path, "packed": packed_path}[which](config)
+
+
+def load_sampler(config: TrainConfig, which: Which, checkpoint: Path | None = None) -> tuple[Sampler, str]:
+    """The sampler of ``which``, and the SHA-256 of the file it is from; ``checkpoint``: a packed file elsewhere.
+
+    Raises:
+        StateError, CheckpointError: the file is missing or damaged. EvaluationError: it is of another shape.
+    """
+    path = checkpoint or model_path(config, which)
+    if checkpoint is not None or which == "packed":
+        sampler = Sampler.from_checkpoint(path)
+    elif which == "student":
+        quantised = config.model_copy(update={"quant": resolved_quant(config)})
+        sampler = plain_sampler(load_student(config)[0], quantised, which)
+    else:
+        sampler = plain_sampler(load_teacher(config), config, which)
+    model, side = config.model, sample_side(config)
+    if (sampler.image_size, sampler.num_classes) != (side, model.num_classes):
+        raise EvaluationError(
+            f"{sampler.checkpoint_name} draws {sampler.image_size} px and {sampler.num_classes} classes, but the "
+            f"configuration has {side} px and {model.num_classes}: give the one it was trained with"
+        )
+    return sampler, file_digest(path)

@@ -1,0 +1,140 @@
+"""What the training photos look like to a feature network; kept in the run folder, as it takes long to find."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from robuq_core.files import replacing
+from train.config import TrainConfig
+from train.data import ImageDataset, centre_images
+from train.data.preparation import image_size, prepare, read_images
+from train.evaluation.agreement import Gallery, gallery_of
+from train.evaluation.errors import EvaluationError
+from train.evaluation.frechet import Moments, RunningMoments
+from train.evaluation.networks import FeatureNetwork, Features
+from train.messages import one_line
+
+MOST_PHOTOS = 50_000
+MOST_LATENT_PHOTOS = 10_000  # a run on latents keeps no pixels: its photos are decoded afresh, into memory
+GALLERY_PHOTOS = 10_000
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Of the training photos: moments of ``pool`` and, where the network has them, ``spatial`` features; a random part
+    of the photos themselves as ``gallery``. ``digest`` names data and network."""
+
+    digest: str
+    pool: Moments
+    spatial: Moments | None
+    gallery: Gallery
+
+
+def sample_side(config: TrainConfig) -> int:
+    """Side in pixels of what the configured model draws."""
+    return config.model.input_size if config.data.vae is None else image_size(config)
+
+
+def reference(config: TrainConfig, network: FeatureNetwork) -> Reference:
+    """The reference of the configured data: read from the run folder if it is there, else made and kept.
+
+    Of at most 50,000 photos (10,000 where the model works on latents), picked by a fixed seed.
+
+    Raises:
+        DataError: the data cannot be used. EvaluationError: the run folder cannot be written to.
+    """
+    index = prepare(config, note=lambda _: None)
+    made_of: dict[str, Any] = {
+        "data": index.digests,
+        "made_with": index.made_with,
+        "side": sample_side(config),
+        "supersample": config.data.supersample,
+        "network": network.identity,
+        "photos": min(index.count, MOST_PHOTOS if config.data.vae is None else MOST_LATENT_PHOTOS),
+        "gallery": GALLERY_PHOTOS,
+    }
+    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+    path = config.run_dir / "evaluation" / f"reference-{network.name}.npz"
+    found = read_reference(path, digest)
+    if found is None:
+        photos = read_images(config, made_of["photos"], seed=0)
+        found = measure_photos(photos, made_of["side"], network, digest)
+        write_reference(path, found)
+    return found
+
+
+def measure_photos(dataset: ImageDataset, side: int, network: FeatureNetwork, digest: str) -> Reference:
+    """Run ``network`` over the centre crops of ``dataset``; features of few of them are ever in memory."""
+    count = len(dataset)
+    kept = torch.zeros(count, dtype=torch.bool)
+    kept[torch.randperm(count, generator=torch.Generator().manual_seed(0))[:GALLERY_PHOTOS]] = True
+    pool, spatial = RunningMoments(), RunningMoments()
+    parts: list[Features] = []
+    for first in track(range(0, count, _BATCH), f"photos through {network.name}"):
+        rows = slice(first, min(first + _BATCH, count))
+        features = network(centre_images(dataset, side, rows))
+        pool.add(features.pool)
+        if features.spatial is not None:
+            spatial.add(features.spatial)
+        chosen = kept[rows]
+        parts.append(Features(features.pool[chosen], features.logits[chosen]))
+    together = Features(torch.cat([each.pool for each in parts]), torch.cat([each.logits for each in parts]))
+    has_spatial = spatial.count > 0
+    return Reference(
+        digest, pool.result(), spatial.result() if has_spatial else None, gallery_of(together, dataset.labels[kept])
+    )
+
+
+def write_reference(path: Path, found: Reference) -> None:
+    """Raises:
+    EvaluationError: it cannot be written.
+    """
+    arrays = {
+        "digest": np.array(found.digest),
+        "count": np.array(found.pool.count),
+        "mean": found.pool.mean.numpy(),
+        "covariance": found.pool.covariance.numpy(),
+        "features": found.gallery.features.numpy(),
+        "labels": found.gallery.labels.numpy(),
+        "top5": found.gallery.top5.numpy(),
+    }
+    if found.spatial is not None:
+        arrays |= {"spatial_mean": found.spatial.mean.numpy(), "spatial_covariance": found.spatial.covariance.numpy()}
+    try:
+        with replacing(path) as temporary, temporary.open("wb") as stream:
+            np.savez(stream, **arrays)  # type: ignore[arg-type]  # its stub knows no mapping of arrays
+    except OSError as error:
+        raise EvaluationError(
+            f"{path}: cannot be written ({one_line(error)}); free some space and run again"
+        ) from error
+
+
+def read_reference(path: Path, digest: str) -> Reference | None:
+    """What :func:`write_reference` wrote for ``digest``; none if it is of anything else, damaged or not there."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if str(archive["digest"]) != digest:
+                return None
+            arrays = {name: archive[name] for name in archive.files}
+        tensors: dict[str, Tensor] = {
+            name: torch.from_numpy(array) for name, array in arrays.items() if name not in ("digest", "count")
+        }
+        count = int(arrays["count"])
+        spatial = None
+        if "spatial_mean" in tensors:
+            spatial = Moments(count, tensors["spatial_mean"], tensors["spatial_covariance"])
+        gallery = Gallery(tensors["features"], tensors["labels"], tensors["top5"])
+        return Reference(digest, Moments(count, tensors["mean"], tensors["covariance"]), spatial, gallery)
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+        return None

@@ -1,0 +1,178 @@
+"""Everything that is measured of one model of a run, and the file that keeps it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from robuq_core.config import SamplerConfig
+from robuq_core.files import replacing
+from robuq_core.pipeline import Sampler
+from train.config import TrainConfig
+from train.evaluation.agreement import IMAGENET_CLASSES, agreement
+from train.evaluation.errors import EvaluationError
+from train.evaluation.figures import effnet_figures, inception_figures
+from train.evaluation.inception import Inception
+from train.evaluation.intervals import Estimate, ratio
+from train.evaluation.models import Which, default_model, load_sampler
+from train.evaluation.networks import EfficientNetLite0, FeatureNetwork
+from train.evaluation.reference import Reference, reference
+from train.evaluation.samples import SampleSet, draw, draw_to_disk, random_classes
+from train.evaluation.sheet import write_sheet
+from train.messages import one_line
+
+Measure = Callable[[SampleSet, FeatureNetwork, Reference], dict[str, float]]
+_TEACHER = "teacher"
+
+
+def evaluation_path(config: TrainConfig) -> Path:
+    return config.run_dir / "evaluation.json"
+
+
+def evaluate_run(
+    config: TrainConfig,
+    which: Which | None = None,
+    *,
+    checkpoint: Path | None = None,
+    classes: int = 200,
+    seed: int = 0,
+    sheet: Path | None = None,
+    inception: Path | None = None,
+    npz: Path | None = None,
+    agreement_only: bool = False,
+) -> dict[str, Any]:
+    """Measure one model, add it to ``run_dir/evaluation.json`` and return its entry.
+
+    Args:
+        which: the model of the run; none is the last that it has made. ``checkpoint``: a packed file instead.
+        classes, seed: agreement is that of one sample each of so many random classes.
+        sheet: also write a contact sheet of the first 64 of them there.
+        inception: weights of Inception-v3, for FID, sFID, Inception score, precision and recall.
+        npz: also write the samples of every seed into this folder, as ADM's evaluation reads them.
+        agreement_only: leave out the sets of ``evaluation.samples``, and so every distance.
+
+    Raises:
+        EvaluationError: a weight file or library is missing, or the model does not fit the configuration. StateError,
+            CheckpointError, DataError: the model or the data cannot be read.
+    """
+    chosen = which or default_model(config)
+    # Before anything is drawn: what is missing for the figures at the end is said at the beginning.
+    spectator = None if inception is None or agreement_only else Inception(inception)
+    sampler, digest = load_sampler(config, chosen, checkpoint)
+    network = EfficientNetLite0()
+    photos = reference(config, network)
+    settings = config.sampler if checkpoint is None else sampler.defaults
+    name = chosen if checkpoint is None else checkpoint.stem
+    entry: dict[str, Any] = {
+        "model": name,
+        "sha256": digest,
+        "sampler": settings.model_dump(mode="json"),
+        "agreement": {"seed": seed, **_agreement(config, sampler, settings, network, photos, classes, seed, sheet)},
+    }
+    if not agreement_only:
+        sets = [_samples(config, sampler, settings, name, digest, each) for each in config.evaluation.seeds]
+        if npz is not None:
+            for each, samples in zip(config.evaluation.seeds, sets, strict=True):
+                samples.write_npz(npz / f"{name}-seed{each}.npz")
+        entry |= {"samples": config.evaluation.samples, "seeds": list(config.evaluation.seeds)}
+        entry["photos"] = photos.pool.count
+        entry["figures"] = _over_seeds(effnet_figures, sets, network, photos)
+        if spectator is not None:
+            entry["figures"] |= _over_seeds(inception_figures, sets, spectator, reference(config, spectator))
+        entry["cautions"] = _cautions(config, photos, with_inception=spectator is not None)
+    _keep(evaluation_path(config), name, entry)
+    return entry
+
+
+def _agreement(
+    config: TrainConfig,
+    sampler: Sampler,
+    settings: SamplerConfig,
+    network: FeatureNetwork,
+    photos: Reference,
+    count: int,
+    seed: int,
+    sheet: Path | None,
+) -> dict[str, Any]:
+    classes = random_classes(count, config.model.num_classes, seed)
+    samples = draw(sampler, classes, seed, settings, config.evaluation.batch_size)
+    if sheet is not None:
+        write_sheet(samples, sheet)
+    fits = config.model.num_classes == IMAGENET_CLASSES
+    return agreement(network(samples), classes, photos.gallery, classifier=fits).as_dict()
+
+
+def _samples(
+    config: TrainConfig, sampler: Sampler, settings: SamplerConfig, name: str, digest: str, seed: int
+) -> SampleSet:
+    return draw_to_disk(
+        sampler,
+        config.run_dir / "evaluation" / "samples" / name / f"seed-{seed}",
+        count=config.evaluation.samples,
+        seed=seed,
+        batch_size=config.evaluation.batch_size,
+        identity=digest,
+        settings=settings,
+    )
+
+
+def _over_seeds(measure: Measure, sets: list[SampleSet], network: FeatureNetwork, photos: Reference) -> dict[str, Any]:
+    by_seed = [measure(samples, network, photos) for samples in sets]
+    return {name: Estimate(tuple(each[name] for each in by_seed)).as_dict() for name in by_seed[0]}
+
+
+def _cautions(config: TrainConfig, photos: Reference, with_inception: bool) -> list[str]:
+    """What a reader must know before comparing the figures with anyone's."""
+    cautions = [
+        "fd_effnet is a Fréchet distance on EfficientNet-Lite0 features; it is not FID and no FID compares to it"
+    ]
+    fewest = min(config.evaluation.samples, photos.pool.count)
+    features = len(photos.pool.mean)
+    if fewest <= features:
+        cautions.append(f"{fewest} samples or photos are no more than the {features} features: the covariance is "
+                        "singular and fd_effnet is biased upwards; compare at equal numbers only")  # fmt: skip
+    if with_inception and config.evaluation.samples < 50_000:
+        cautions.append("FID and sFID are usually given of 50,000 samples; of fewer they are higher")
+    if len(config.evaluation.seeds) < 2:
+        cautions.append("one seed: no interval")
+    return cautions
+
+
+def _keep(path: Path, name: str, entry: dict[str, Any]) -> None:
+    """Add ``entry`` to the models of ``path``, and every other's ratio to the teacher where they are comparable."""
+    models = read_entries(path)
+    models[name] = entry
+    ratios = {other: _ratios(found, models[_TEACHER]) for other, found in models.items() if _TEACHER in models}
+    content = {"models": models, "ratio_to_teacher": {other: found for other, found in ratios.items() if found}}
+    try:
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise EvaluationError(
+            f"{path}: cannot be written ({one_line(error)}); free some space and run again"
+        ) from error
+
+
+def read_entries(path: Path) -> dict[str, Any]:
+    """The entries of an earlier ``evaluation.json``, by model; none if it is missing or not one."""
+    try:
+        models = json.loads(path.read_text())["models"]
+        return dict(models)
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _ratios(entry: dict[str, Any], teacher: dict[str, Any]) -> dict[str, Any]:
+    """Distances over the teacher's, seed by seed; nothing if the two were measured differently."""
+    alike = all(entry.get(key) == teacher.get(key) for key in ("samples", "seeds", "sampler", "photos"))
+    if entry is teacher or not alike:
+        return {}
+    found = {}
+    for name in ("fd_effnet", "fid", "sfid"):
+        if name in entry.get("figures", {}) and name in teacher.get("figures", {}):
+            estimate = ratio(entry["figures"][name]["by_seed"], teacher["figures"][name]["by_seed"])
+            if estimate is not None:
+                found[name] = estimate.as_dict()
+    return found

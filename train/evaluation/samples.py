@@ -1,0 +1,172 @@
+"""Samples of a model on disk, drawn batch by batch and gone on with after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.progress import Progress
+from torch import Tensor
+
+from robuq_core.config import MAX_SEED, SamplerConfig, image_seed
+from robuq_core.files import replacing
+from robuq_core.pipeline import Sampler
+from train.evaluation.errors import EvaluationError
+from train.messages import one_line
+
+_BATCH = 32
+
+
+def random_classes(count: int, num_classes: int, seed: int) -> list[int]:
+    """``count`` different classes in random order, or all of them if there are fewer."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(num_classes, generator=generator)[:count].tolist()
+
+
+def balanced_classes(count: int, num_classes: int, seed: int) -> list[int]:
+    """``count`` classes in random order, each as often as any other but for one."""
+    generator = torch.Generator().manual_seed(seed)
+    rounds = -(-count // num_classes)
+    classes = torch.cat([torch.randperm(num_classes, generator=generator) for _ in range(rounds)])[:count]
+    return classes[torch.randperm(count, generator=generator)].tolist()
+
+
+def first_seed(seed: int) -> int:
+    """The seed of sample 0 of set ``seed``; sample i has the i-th after it. Neighbouring sets lie far apart."""
+    return int(np.random.SeedSequence(seed).generate_state(1)[0])
+
+
+def draw(
+    sampler: Sampler,
+    classes: Sequence[int],
+    seed: int,
+    settings: SamplerConfig | None = None,
+    batch_size: int = _BATCH,
+) -> Tensor:
+    """One sample a class, float32 in [-1, 1] ``[N, 3, S, S]``; sample i uses ``seed + i``."""
+    chosen = settings or sampler.defaults
+    parts = []
+    for first in range(0, len(classes), batch_size):
+        parts.append(_draw_batch(sampler, classes[first : first + batch_size], image_seed(seed, first), chosen))
+    return as_unit(np.concatenate(parts))
+
+
+def _draw_batch(sampler: Sampler, classes: Sequence[int], seed: int, settings: SamplerConfig) -> np.ndarray:
+    images: list[Image.Image] = sampler.generate(
+        classes,
+        seed,
+        steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        sampler=settings.sampler,
+    )
+    return np.stack([np.asarray(image) for image in images])
+
+
+def as_unit(images: np.ndarray) -> Tensor:
+    """uint8 ``[N, H, W, 3]`` as float32 ``[N, 3, H, W]`` in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float() / 127.5 - 1
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """``images`` uint8 ``[N, H, W, 3]``, mapped from disk; ``labels`` int64 ``[N]``."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, first: int, size: int) -> Tensor:
+        """Rows ``first ..`` as :func:`as_unit` gives them."""
+        return as_unit(self.images[first : first + size])
+
+    def write_npz(self, path: Path) -> None:
+        """The layout that ADM's evaluation reads: ``arr_0`` uint8 ``[N, H, W, 3]``, ``arr_1`` labels ``[N]``."""
+        with replacing(path) as temporary, temporary.open("wb") as stream:
+            np.savez(stream, self.images, self.labels)
+
+
+def draw_to_disk(
+    sampler: Sampler,
+    folder: Path,
+    *,
+    count: int,
+    seed: int,
+    batch_size: int,
+    identity: str,
+    settings: SamplerConfig,
+) -> SampleSet:
+    """``count`` samples of balanced classes in ``folder``: drawn, gone on with, or found there complete.
+
+    ``identity`` names the weights: samples of others, or drawn with other ``settings``, are replaced.
+
+    Raises:
+        EvaluationError: the folder cannot be written to.
+    """
+    side = sampler.image_size
+    described = {
+        "identity": identity,
+        "count": count,
+        "seed": seed,
+        "side": side,
+        "num_classes": sampler.num_classes,
+        "sampler": settings.model_dump(mode="json"),
+    }
+    labels = np.array(balanced_classes(count, sampler.num_classes, seed), dtype=np.int64)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        done = _samples_done(folder, described)
+        if done == 0:
+            (folder / "progress.json").unlink(missing_ok=True)
+        images = _open_images(folder / "images.npy", (count, side, side, 3), new=done == 0)
+        first = first_seed(seed)
+        with Progress() as progress:
+            task = progress.add_task(f"sampling {sampler.checkpoint_name}, seed {seed}", total=count, completed=done)
+            for start in range(done, count, batch_size):
+                classes = labels[start : start + batch_size].tolist()
+                images[start : start + len(classes)] = _draw_batch(
+                    sampler, classes, (first + start) % (MAX_SEED + 1), settings
+                )
+                images.flush()  # before the count that vouches for them
+                _note(folder, described, start + len(classes))
+                progress.update(task, completed=start + len(classes))
+    except OSError as error:
+        raise EvaluationError(f"{folder}: samples cannot be written ({one_line(error)}); free some space and run "
+                              "again: what is drawn is kept") from error  # fmt: skip
+    return SampleSet(np.lib.format.open_memmap(folder / "images.npy", "r"), labels)
+
+
+def _open_images(path: Path, shape: tuple[int, ...], new: bool) -> np.ndarray:
+    if not new:
+        return np.lib.format.open_memmap(path, "r+")
+    images = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+    # A mapping that meets a full disk kills the process: take the room now, where it is an error.
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as stream:
+            os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
+    return images
+
+
+def _samples_done(folder: Path, described: dict[str, Any]) -> int:
+    """How many samples an earlier call with the same settings has finished."""
+    try:
+        found = json.loads((folder / "progress.json").read_text())
+        done = int(found.pop("done"))
+        images = np.lib.format.open_memmap(folder / "images.npy", "r")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return 0
+    side = described["side"]
+    return done if found == described and images.shape == (described["count"], side, side, 3) else 0
+
+
+def _note(folder: Path, described: dict[str, Any], done: int) -> None:
+    with replacing(folder / "progress.json") as temporary:
+        temporary.write_text(json.dumps({**described, "done": done}))

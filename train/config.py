@@ -25,7 +25,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class DataConfig(StrictModel):
     """Images and their augmentation: resize the short side to ``resize``, crop to the model's size."""
 
-    path: Path = Field(description="class folders, a zip of them, an npz, or a folder of IDX files")
+    path: Path = Field(description="class folders, a zip of them, an npz, Parquet files, or a folder of IDX files")
     split: Literal["train", "test"] = Field(default="train", description="which part of a data set that has both")
     fit: Literal["resize", "pad"] = Field(
         default="resize", description="pad: an image no larger than the wanted size is centred on black, not enlarged"
@@ -36,6 +36,9 @@ class DataConfig(StrictModel):
     )
     flip_probability: float = Field(default=0.5, ge=0, le=1)
     colour_jitter: float = Field(default=0.0, ge=0, lt=1, description="brightness and contrast factors in 1 +- this")
+    vae: Path | None = Field(
+        default=None, description="folder of a diffusers AutoencoderKL: train on its latents instead of on pixels"
+    )
     class_names: Path | None = Field(default=None, description="text file, one name a line, in class order")
 
 
@@ -55,6 +58,39 @@ class StageConfig(StrictModel):
     distill_weight: float = Field(default=0.0, ge=0, description="qat only: weight of the MSE to the teacher's output")
     save_every: int = Field(default=1000, ge=1)
     log_every: int = Field(default=50, ge=1)
+    accumulate: int = Field(
+        default=1, ge=1, description="batch_size is worked through in this many parts, one after another: less memory"
+    )
+    activation_checkpointing: bool = Field(
+        default=False, description="keep only the input of each block and compute the block again in the backward pass"
+    )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        default="ddp", description="several processes (torchrun): each holds the whole model, or a shard of it (FSDP2)"
+    )
+
+    @model_validator(mode="after")
+    def _parts_are_even(self) -> StageConfig:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}")
+        return self
+
+
+class TeacherConfig(StageConfig):
+    """The full-precision model: trained, or taken as it is from elsewhere."""
+
+    pretrained: Path | None = Field(
+        default=None, description="DiT weights to take in place of training: the authors' .pt, or a diffusers folder"
+    )
+
+
+class QATConfig(StageConfig):
+    """The quantised model; it starts from the teacher unless told otherwise."""
+
+    steps: int = Field(default=350_000, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    warm_start: Literal["warmup"] | Path | None = Field(
+        default=None, description="start from this run's warmup.pt, or from the qat.pt of another run, say at 4 bits"
+    )
 
 
 class SensitivityConfig(StrictModel):
@@ -99,11 +135,11 @@ class TrainConfig(StrictModel):
     diffusion: DiffusionConfig = DiffusionConfig()
     sampler: SamplerConfig = SamplerConfig()
     data: DataConfig
-    teacher: StageConfig = StageConfig()
+    teacher: TeacherConfig = TeacherConfig()
     warmup: StageConfig = StageConfig(steps=1000, batch_size=32)
     sensitivity: SensitivityConfig = SensitivityConfig()
     allocate: AllocateConfig = AllocateConfig()
-    qat: StageConfig = StageConfig(steps=350_000, batch_size=32)
+    qat: QATConfig = QATConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
@@ -113,14 +149,25 @@ class TrainConfig(StrictModel):
             raise ValueError(
                 f"data.resize {self.data.resize} is below the crop, model.input_size x data.supersample = {crop}"
             )
-        if self.model.in_channels != 3:
-            raise ValueError(f"model.in_channels must be 3, not {self.model.in_channels}: training reads RGB images")
+        if self.data.vae is None and self.model.in_channels != 3:
+            raise ValueError(f"model.in_channels must be 3, not {self.model.in_channels}: training reads RGB images, "
+                             "unless data.vae makes latents of them")  # fmt: skip
         # Said before the teacher trains, not after: quantisation rotates the inputs of every block linear.
         for width in (self.model.hidden_size, self.model.hidden_size * self.model.mlp_ratio):
             try:
                 decompose_order(width)
             except ValueError as error:
                 raise ValueError(f"model.hidden_size {self.model.hidden_size} cannot be quantised: {error}") from error
+        return self
+
+    @model_validator(mode="after")
+    def _choices_agree(self) -> TrainConfig:
+        changed = [key for key in ("resize", "supersample", "colour_jitter")
+                   if getattr(self.data, key) != type(self.data).model_fields[key].default]  # fmt: skip
+        if self.data.vae is not None and changed:
+            raise ValueError(f"data.{changed[0]} is for pixels: with data.vae images are encoded once, as they are")
+        if self.allocate.average_bits is not None and self.quant.bits:
+            raise ValueError("quant.bits and allocate.average_bits both choose the widths of layers: leave one out")
         return self
 
 

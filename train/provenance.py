@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import re
 import subprocess
@@ -14,6 +13,9 @@ import torch
 
 from robuq_core import __version__
 from train.config import TrainConfig
+from train.data.digest import data_digest
+from train.data.preparation import data_folder, marks
+from train.data.shards import read_index
 
 _ABSOLUTE_PATH = re.compile(r"(?P<before>(?:-\w|[^/]*=)?)(?P<path>/.*)")
 
@@ -35,17 +37,12 @@ def git_commit() -> str:
         return "unknown"
 
 
-def data_digest(path: Path) -> str:
-    """SHA-256 of a data file; of the sorted names and sizes for a folder."""
-    digest = hashlib.sha256()
-    if path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
-            digest.update(f"{file.relative_to(path)}:{file.stat().st_size}\n".encode())
-    else:
-        with path.open("rb") as stream:
-            for block in iter(lambda: stream.read(1 << 20), b""):
-                digest.update(block)
-    return digest.hexdigest()
+def _digest_of_data(config: TrainConfig) -> str:
+    """SHA-256 of the data, as :func:`train.data.prepare` has noted it if nothing was touched since."""
+    index = read_index(data_folder(config))
+    if index is not None and index.fingerprint == marks(config):
+        return index.digests["data"]
+    return data_digest(config.data.path)
 
 
 def run_provenance(config: TrainConfig) -> dict[str, Any]:
@@ -53,12 +50,13 @@ def run_provenance(config: TrainConfig) -> dict[str, Any]:
     tree = config.model_dump(mode="json")
     tree["run_dir"] = _without_folder(tree["run_dir"])
     tree["data"]["path"] = config.data.path.name
-    if tree["data"]["class_names"] is not None:
-        tree["data"]["class_names"] = _without_folder(tree["data"]["class_names"])
+    for section, key in (("data", "class_names"), ("data", "vae"), ("teacher", "pretrained"), ("qat", "warm_start")):
+        if tree[section][key] is not None:
+            tree[section][key] = _without_folder(tree[section][key])
     return {
         "config": tree,
         "seed": config.seed,
-        "data": {"name": config.data.path.name, "sha256": data_digest(config.data.path)},
+        "data": {"name": config.data.path.name, "sha256": _digest_of_data(config)},
         "commit": git_commit(),
         "command": " ".join([_program(), *(_without_folder(argument) for argument in sys.argv[1:])]),
         "versions": {"robuq": __version__, "torch": str(torch.__version__), "python": platform.python_version()},

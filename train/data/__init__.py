@@ -1,18 +1,31 @@
 """Data of a run: where images come from, how they are kept, and how a step draws its batch."""
 
 from train.data.batches import BatchSource, step_generator
+from train.data.digest import data_digest
 from train.data.errors import DataError
 from train.data.images import ImageDataset, centre_images, load_dataset
+from train.data.latents import LatentDataset
+from train.data.preparation import Dataset, data_folder, open_dataset, prepare, read_images
+from train.data.shards import Index, ShardedTensor
 from train.data.sources import IMAGE_SUFFIXES, Source, open_source
 
 __all__ = [
     "IMAGE_SUFFIXES",
     "BatchSource",
     "DataError",
+    "Dataset",
     "ImageDataset",
+    "Index",
+    "LatentDataset",
+    "ShardedTensor",
     "Source",
     "centre_images",
+    "data_digest",
+    "data_folder",
     "load_dataset",
+    "open_dataset",
     "open_source",
+    "prepare",
+    "read_images",
     "step_generator",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from train.config import DataConfig
 from train.data.images import ImageDataset, shrink, to_unit
+from train.data.latents import LatentDataset
 
 
 def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
@@ -21,7 +22,9 @@ def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
 class BatchSource:
     """Augmented batches by step: epochs are permutations, and each batch is drawn from (seed, step) alone."""
 
-    def __init__(self, dataset: ImageDataset, config: DataConfig, crop: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, dataset: ImageDataset | LatentDataset, config: DataConfig, crop: int, batch_size: int, seed: int
+    ) -> None:
         self.dataset, self.config, self.crop = dataset, config, crop
         self.batch_size, self.seed = batch_size, seed
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
@@ -34,7 +37,7 @@ class BatchSource:
         return int(self._order[offset])
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
-        """Images float32 ``[B, 3, crop, crop]`` in [-1, 1] and labels int64 ``[B]`` of ``step``.
+        """Samples float32 ``[B, C, crop, crop]`` and labels int64 ``[B]`` of ``step``: pixels in [-1, 1], or latents.
 
         With ``world`` above one, ``B`` is the ``rank``-th of ``world`` equal slices of the very same batch.
 
@@ -48,18 +51,29 @@ class BatchSource:
         # Every draw is of the whole batch, whoever wants which part: the numbers do not depend on ``world``.
         generator = step_generator(self.seed, step, stream=2)
         index = torch.tensor([self._sample_index(first + i) for i in range(size)])
-        side = self.crop * self.dataset.supersample
-        margin = self.dataset.images.shape[-1] - side
-        offsets = torch.randint(0, margin + 1, (size, 2), generator=generator)
-        flips = torch.rand(size, generator=generator) < self.config.flip_probability
+        if isinstance(self.dataset, LatentDataset):
+            samples = self._latents(self.dataset, index, generator, mine)
+        else:
+            samples = self._crops(self.dataset, index, generator, mine)
+        return samples, self.dataset.labels[index[mine]]
+
+    def _latents(self, dataset: LatentDataset, index: Tensor, generator: torch.Generator, mine: slice) -> Tensor:
+        mirrored = torch.rand(len(index), generator=generator) < self.config.flip_probability
+        noise = torch.randn(len(index), dataset.channels, self.crop, self.crop, generator=generator)
+        return dataset.draw(index[mine], mirrored[mine], noise[mine])
+
+    def _crops(self, dataset: ImageDataset, index: Tensor, generator: torch.Generator, mine: slice) -> Tensor:
+        side = self.crop * dataset.supersample
+        margin = dataset.images.shape[-1] - side
+        offsets = torch.randint(0, margin + 1, (len(index), 2), generator=generator)
+        flips = torch.rand(len(index), generator=generator) < self.config.flip_probability
+        chosen = (each[mine].tolist() for each in (index, offsets, flips))
         crops = []
-        for i, (top, left), flip in zip(
-            index[mine].tolist(), offsets[mine].tolist(), flips[mine].tolist(), strict=True
-        ):
-            crop = self.dataset.images[i, :, top : top + side, left : left + side]
+        for i, (top, left), flip in zip(*chosen, strict=True):
+            crop = dataset.images[i][:, top : top + side, left : left + side]
             crops.append(crop.flip(-1) if flip else crop)
-        images = shrink(to_unit(torch.stack(crops)), self.dataset.supersample)
-        return self._jitter(images, generator, mine), self.dataset.labels[index[mine]]
+        images = shrink(to_unit(torch.stack(crops)), dataset.supersample)
+        return self._jitter(images, generator, mine)
 
     def _jitter(self, images: Tensor, generator: torch.Generator, mine: slice) -> Tensor:
         amount = self.config.colour_jitter

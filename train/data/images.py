@@ -14,6 +14,7 @@ from rich.progress import track
 from torch import Tensor
 
 from train.data.errors import DataError
+from train.data.shards import ShardedTensor
 from train.data.sources import Source, open_source
 from train.messages import one_line
 
@@ -27,7 +28,7 @@ class ImageDataset:
     Crops are taken at ``supersample`` times the wanted size and averaged down.
     """
 
-    images: Tensor
+    images: Tensor | ShardedTensor
     labels: Tensor
     supersample: int = 1
 
@@ -68,11 +69,11 @@ def read_square(source: Source, index: int, size: int, fit: Fit = "resize") -> n
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
 
 
-def centre_images(dataset: ImageDataset, size: int) -> Tensor:
-    """Centre crops, float32 in [-1, 1], ``[N, 3, size, size]``."""
+def centre_images(dataset: ImageDataset, size: int, rows: slice = slice(None)) -> Tensor:
+    """Centre crops, float32 in [-1, 1], ``[N, 3, size, size]`` of ``rows``; mind the memory that all of them need."""
     side = size * dataset.supersample
     margin = (dataset.images.shape[-1] - side) // 2
-    crops = dataset.images[..., margin : margin + side, margin : margin + side]
+    crops = dataset.images[rows][..., margin : margin + side, margin : margin + side]
     return shrink(to_unit(crops), dataset.supersample)
 
 

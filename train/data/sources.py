@@ -18,6 +18,7 @@ from PIL import Image
 
 from train.data.errors import DataError
 from train.data.idx import holds_idx, read_idx
+from train.data.parquet import ParquetImages, parquet_files
 from train.messages import one_line
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
@@ -53,7 +54,8 @@ def open_source(path: Path, num_classes: int, split: str = "train") -> Source:
 
     A folder or zip holds one sub-folder a class, numbered in sorted order; an npz holds ``arr_0`` (uint8
     ``[N, H, W, 3]``) and ``arr_1`` (labels), or the same as ``images`` and ``labels``; a folder with IDX files holds
-    ``train-images-idx3-ubyte`` and ``train-labels-idx1-ubyte`` (``t10k-`` for ``split`` test), gzipped or not.
+    ``train-images-idx3-ubyte`` and ``train-labels-idx1-ubyte`` (``t10k-`` for ``split`` test), gzipped or not; Parquet
+    files hold a column of encoded images and an integer column ``label``.
 
     Raises:
         DataError: no images, or classes that are not ``0 .. num_classes - 1``, each at least once.
@@ -64,13 +66,22 @@ def open_source(path: Path, num_classes: int, split: str = "train") -> Source:
         source = _of_arrays(path, *read_idx(path, split))
     elif path.is_file() and path.suffix == ".npz":
         source = _of_arrays(path, *_read_npz(path))
+    elif files := parquet_files(path, split):
+        rows = ParquetImages(files)
+        source = Source(rows.labels, rows.open, rows.name, rows.class_names)
     else:
         source = _of_entries(path)
-    found, low, high = len(np.unique(source.labels)), int(source.labels.min()), int(source.labels.max())
-    if low < 0 or high >= num_classes or found != num_classes:
-        raise DataError(f"data.path {path} has {found} classes (labels {low}..{high}) but model.num_classes is "
-                        f"{num_classes}")  # fmt: skip
+    classes = np.unique(source.labels)
+    if classes[0] < 0 or classes[-1] >= num_classes or len(classes) != num_classes:
+        raise wrong_classes(path, source.labels, num_classes)
     return source
+
+
+def wrong_classes(path: Path, labels: np.ndarray, num_classes: int) -> DataError:
+    """The complaint about labels that are not ``0 .. num_classes - 1``."""
+    found = len(np.unique(labels))
+    return DataError(f"data.path {path} has {found} classes (labels {labels.min()}..{labels.max()}) but "
+                     f"model.num_classes is {num_classes}; change one of them")  # fmt: skip
 
 
 def _of_arrays(path: Path, images: np.ndarray, labels: np.ndarray) -> Source:
@@ -105,7 +116,7 @@ def _zip_entries(path: Path) -> Iterator[_Entry]:
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
-        raise DataError(f"data.path {path} is neither a folder, a zip nor an npz") from error
+        raise DataError(f"data.path {path} is neither a folder, a zip, an npz nor a Parquet file") from error
     for name in archive.namelist():
         member = Path(name)
         if _is_image(member) and len(member.parts) > 1:

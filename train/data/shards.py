@@ -1,0 +1,242 @@
+"""Prepared samples on disk: ``.npy`` shards and an index, written once and read through the page cache.
+
+A shard is whole or absent, and the index is written last. Until then ``progress.json`` lists the shards that are
+done, so that a run that was killed, or that met a full disk, goes on with the next one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from robuq_core.config import StrictModel
+from robuq_core.files import replacing
+from train.data.errors import DataError
+from train.messages import one_line
+
+SHARD_BYTES = 64 << 20
+_REMEDY = "delete that folder and run again"
+
+
+class Shard(StrictModel):
+    """A file of ``count`` samples, with the SHA-256 of its bytes."""
+
+    file: str
+    count: int
+    bytes: int
+    sha256: str
+
+
+class Index(StrictModel):
+    """What a folder of shards holds. ``made_with`` are the settings and ``digests`` the files it was made from.
+
+    ``kind``: images uint8 ``[3, S, S]``, or latents float16 ``[mirrors, 2 C, S, S]``, means and then deviations.
+    """
+
+    format: int = 1
+    kind: str
+    made_with: dict[str, Any]
+    digests: dict[str, str]
+    fingerprint: str
+    count: int
+    classes: int
+    class_names: tuple[str, ...] | None
+    shape: tuple[int, ...]
+    dtype: str
+    scaling_factor: float = 1.0
+    labels: Shard | None = None
+    shards: tuple[Shard, ...] = ()
+
+    @property
+    def sample_bytes(self) -> int:
+        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+
+
+class ShardedTensor:
+    """Rows ``[N, ...]`` of many memory-mapped files as if of one tensor; what is read is all that is in memory."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        # Copy on write: torch wants arrays that it may write to, and the files stay as they are.
+        self._maps = [np.load(path, mmap_mode="c", allow_pickle=False) for path in paths]
+        self._starts = [0, *accumulate(len(each) for each in self._maps)]
+        self.shape = torch.Size((self._starts[-1], *self._maps[0].shape[1:]))
+        self.dtype = torch.from_numpy(self._maps[0][:0]).dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Tensor:
+        """One row ``[...]``, or several ``[n, ...]``, copied."""
+        if isinstance(index, slice):
+            return self._rows(range(*index.indices(len(self))))
+        if isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0):
+            return self._row(int(index))
+        if isinstance(index, Tensor) and index.dtype == torch.bool:
+            index = index.nonzero().flatten()
+        return self._rows(index.tolist() if isinstance(index, Tensor) else index)
+
+    def _rows(self, indices: Sequence[int]) -> Tensor:
+        if not len(indices):
+            return torch.empty((0, *self.shape[1:]), dtype=self.dtype)
+        return torch.stack([self._row(i) for i in indices])
+
+    def _row(self, index: int) -> Tensor:
+        index = index + len(self) if index < 0 else index
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        shard = bisect_right(self._starts, index) - 1
+        return torch.from_numpy(np.array(self._maps[shard][index - self._starts[shard]]))
+
+
+def read_index(folder: Path) -> Index | None:
+    """The index of ``folder``; none if nothing was finished there.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    path = folder / "index.json"
+    try:
+        return Index.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a readable index ({one_line(error)}); {_REMEDY}") from error
+
+
+def open_shards(folder: Path, index: Index) -> tuple[ShardedTensor, Tensor]:
+    """The samples, memory-mapped, and their labels int64 ``[N]``.
+
+    Raises:
+        DataError: a file is missing or not of its size.
+    """
+    assert index.labels is not None
+    for shard in (index.labels, *index.shards):
+        path = folder / shard.file
+        if not path.is_file() or path.stat().st_size != shard.bytes:
+            raise DataError(f"{path}: missing or not the {shard.bytes} bytes that index.json lists; {_REMEDY}")
+    try:
+        labels = torch.from_numpy(np.load(folder / index.labels.file, allow_pickle=False))
+        return ShardedTensor([folder / shard.file for shard in index.shards]), labels
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: damaged ({one_line(error)}); {_REMEDY}") from error
+
+
+def verify_shards(folder: Path, index: Index) -> None:
+    """Read every file and compare its SHA-256.
+
+    Raises:
+        DataError: one is missing or damaged.
+    """
+    assert index.labels is not None
+    for shard in (index.labels, *index.shards):
+        path = folder / shard.file
+        if not path.is_file() or _sha256(path) != shard.sha256:
+            raise DataError(f"{path}: missing or damaged (its SHA-256 is not the one in index.json); {_REMEDY}")
+
+
+def write_shards(
+    folder: Path, index: Index, labels: np.ndarray, make: Callable[[range], np.ndarray], note: Callable[[str], None]
+) -> Index:
+    """Write ``make(range)`` of all of ``index.count`` samples, shard by shard; returns the finished index.
+
+    What an earlier call with the same ``made_with`` and ``digests`` has finished is kept; anything else is removed.
+
+    Raises:
+        DataError: the disk is too small or full; ``make``'s own.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    done = _unfinished(folder, index)
+    if done:
+        note(f"prepare: goes on after {sum(shard.count for shard in done)} of {index.count} samples")
+    else:
+        _clear(folder)
+    per_shard = max(1, SHARD_BYTES // index.sample_bytes)
+    first = sum(shard.count for shard in done)
+    needed, free = (index.count - first) * index.sample_bytes, shutil.disk_usage(folder).free
+    if needed > free:
+        raise DataError(f"run_dir: the prepared data need {needed / 1e9:.1f} GB more, but {folder} has "
+                        f"{free / 1e9:.1f} GB free; free some space or choose another run_dir")  # fmt: skip
+    with Progress() as progress:
+        task = progress.add_task("preparing", total=index.count, completed=first)
+        for start in range(first, index.count, per_shard):
+            rows = range(start, min(start + per_shard, index.count))
+            samples = make(rows)
+            if samples.shape[1:] != index.shape or samples.dtype != index.dtype:
+                raise ValueError(f"samples {samples.dtype} {samples.shape[1:]}, not {index.dtype} {index.shape}")
+            done.append(_save(folder / f"{len(done):05d}.npy", samples))
+            _write_json(folder / "progress.json", index.model_copy(update={"shards": tuple(done)}))
+            progress.update(task, completed=rows.stop)
+    finished = index.model_copy(update={"shards": tuple(done), "labels": _save(folder / "labels.npy", labels)})
+    _write_json(folder / "index.json", finished)
+    (folder / "progress.json").unlink(missing_ok=True)
+    return finished
+
+
+def update_index(folder: Path, index: Index) -> None:
+    """Note that the very same data now lie under other times."""
+    _write_json(folder / "index.json", index)
+
+
+def _unfinished(folder: Path, index: Index) -> list[Shard]:
+    """The shards that an unfinished call for the same data and settings has left whole."""
+    try:
+        progress = Index.model_validate_json((folder / "progress.json").read_bytes())
+    except (OSError, ValueError):
+        return []
+    if any(getattr(progress, key) != getattr(index, key) for key in ("made_with", "digests", "count", "shape", "kind")):
+        return []
+    whole = []
+    for shard in progress.shards:
+        path = folder / shard.file
+        if not path.is_file() or path.stat().st_size != shard.bytes:
+            break
+        whole.append(shard)
+    return whole
+
+
+def _clear(folder: Path) -> None:
+    """Remove the index first: a folder that is half emptied must not pass for a whole one."""
+    for name in ("index.json", "progress.json", "labels.npy"):
+        (folder / name).unlink(missing_ok=True)
+    for file in (*folder.glob("[0-9]*.npy"), *folder.glob(".*.npy.*"), *folder.glob(".*.json.*")):
+        file.unlink(missing_ok=True)
+
+
+def _save(path: Path, array: np.ndarray) -> Shard:
+    try:
+        with replacing(path) as temporary:
+            with temporary.open("wb") as stream:
+                np.save(stream, array, allow_pickle=False)
+            shard = Shard(file=path.name, count=len(array), bytes=temporary.stat().st_size, sha256=_sha256(temporary))
+    except OSError as error:
+        raise _no_room(path, error) from error
+    return shard
+
+
+def _write_json(path: Path, index: Index) -> None:
+    try:
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(index.model_dump(mode="json"), indent=1) + "\n")
+    except OSError as error:
+        raise _no_room(path, error) from error
+
+
+def _no_room(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path}: cannot be written ({one_line(error)}); free some space and run again: what is finished "
+                     "is kept")  # fmt: skip
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -5,6 +5,7 @@ The pages stay plain Markdown that also reads well in a repository browser; all 
 
 from __future__ import annotations
 
+import html
 import posixpath
 import re
 from pathlib import Path
@@ -20,6 +21,7 @@ from mkdocs.structure.pages import Page
 CHANGELOG = "CHANGELOG.md"
 OUTSIDE = re.compile(r"(?<=\]\()\.\./([^)#\s]+)")
 MATH = re.compile(r"^```math\n(.*?)^```$", re.M | re.S)
+DRAWING = re.compile(r"^!\[([^\]]*)\]\(([^)\s]+\.svg)\)$", re.M)
 OPENAPI_MARK = "<!-- openapi -->"
 
 
@@ -46,11 +48,23 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def _drawing(folder: Path, text: str, path: str) -> str:
+    """A drawing whose lines have the colour of the text is set inline, so that it follows the reader's choice."""
+    drawing = (folder / path).read_text()
+    if "currentColor" not in drawing:
+        return f"![{text}]({path})"
+    drawing = re.sub(r"<style>.*?</style>|<!--.*?-->", "", drawing, flags=re.S)
+    drawing = drawing.replace("<svg ", f'<svg aria-label="{html.escape(text)}" ', 1)
+    return f'<figure class="drawing">{" ".join(drawing.split())}</figure>'
+
+
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Point links at those files, set equations, and write the HTTP reference where its mark stands."""
+    """Point links at those files, set equations and drawings, and write the HTTP reference where its mark stands."""
     here = posixpath.dirname(page.file.src_uri) or "."
     markdown = OUTSIDE.sub(lambda found: posixpath.relpath(_source(found.group(1)), here), markdown)
     markdown = MATH.sub(lambda found: equation(found.group(1)), markdown)
+    folder = Path(config.docs_dir) / here
+    markdown = DRAWING.sub(lambda found: _drawing(folder, found.group(1), found.group(2)), markdown)
     if OPENAPI_MARK in markdown:
         markdown = markdown.replace(OPENAPI_MARK, http_reference())
     return markdown

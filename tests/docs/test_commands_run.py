@@ -1,0 +1,210 @@
+"""The commands of the documentation do what they say: each is run here, or it is named below why not.
+
+A page's commands run in order, in a folder that holds small files of the names that the page uses. What each of them
+promises to write is there afterwards. ``localhost:8000`` is a server of the bundled checkpoint on a free port.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import yaml
+from doc_commands import ALL, PAGES, PYTHON, ROOT, Block, Command
+from loaded_server import fake_server
+from PIL import Image
+from test_commands_parse import console_script
+from tiny import write_tiny
+from typer.testing import CliRunner
+
+from robuq_core.pipeline import Sampler
+
+# What is run here, by page and the beginning of the command.
+RUN = {
+    "README.md": ("curl localhost",),
+    "docs/quickstart.md": ("curl", "robuq sample", "robuq inspect"),
+    "docs/serve-your-checkpoint.md": ("curl", "robuq sample", "robuq inspect mine", "robuq-serve"),
+    "docs/train-your-own.md": ("robuq-train",),
+    "docs/performance.md": ("robuq compare",),
+}
+
+# What another test runs: the page and the command as a regular expression, and the test's file and name.
+CLI, GUIDE, HERE = "tests/robuq_core/test_cli.py", "tests/server/test_serving_guide.py", "tests/docs"
+ELSEWHERE = {
+    r"docs/serving.md (robuq-serve keys|curl) .*": f"{GUIDE}::test_examples_in_the_shell_run",
+    r"\S+ robuq-serve keys create \w+( --scope read)?": f"{GUIDE}::test_examples_in_the_shell_run",
+    r"docs/monitoring.md curl .*/(health|ready)": "tests/server/test_operations_api.py::test_",
+    r"\S+ robuq-serve( --checkpoint \S+)?( --port \d+)?": f"{HERE}/test_wheel.py::test_it_serves",
+    r"\S+ robuq sample .*": f"{CLI}::test_sample_writes_one_picture_a_class",
+    r"\S+ robuq inspect( \S+)?": f"{CLI}::test_inspect_prints_what_the_file_holds",
+    r"\S+ robuq bench random-checkpoint .*": f"{CLI}::test_a_preset_becomes_a_file_with_random_weights",
+    r"\S+ robuq bench.*": f"{CLI}::test_bench_prints_a_table_and_writes_json",
+    r"\S+ robuq-train (teacher|evaluate)( -c configs/X.yaml)?": f"{HERE}/test_commands_run.py::test_the_commands",
+    r"\S+ locust .*": "tests/loadtest/test_locustfile.py::test_a_good_server_passes",
+    r"\S+ python -m loadtest.open_loop": "tests/loadtest/test_open_loop.py::test_the_command_measures_a_server",
+    r"\S+ python -m bench.serving.*": "tests/bench/test_bench_serving.py::test_the_command_measures",
+    r"\S+ python scripts/gpu_check.py .*": "tests/scripts/test_gpu_check.py::test_",
+    r"\S+ docker compose -f deploy/compose.yaml .*": "tests/server/deploy/test_compose.py::test_the_server_is_built",
+    r"\S+ docker (build|run|stop) .*": "tests/server/test_dockerfile.py::test_what_is_copied_exists",
+}
+
+# What no test runs, and why. Each still has to parse.
+STATED = {
+    r"\S+ make (serve|test)": "installs from the network what the tests run in; `make test` is the CI step itself",
+    r"\S+ make loadtest": "runs the two load tests, which have tests of their own, for some minutes",
+    r"\S+ pip install .*": "installs from the network; the names of extras are checked",
+    r"\S+ python scripts/triton_report.py": "compiles every kernel for six architectures, which takes minutes",
+}
+
+STAGE = {"steps": 4, "batch_size": 4, "lr": 1e-2, "save_every": 2}
+TINY_RUN = {
+    "run_dir": "runs/tiny",
+    "model": {"input_size": 8, "patch_size": 4, "in_channels": 3, "hidden_size": 24, "depth": 1, "num_heads": 2,
+              "num_classes": 4, "learn_sigma": False},
+    "quant": {"rank": 2},
+    "diffusion": {"prediction_type": "sample", "clip_sample": True},
+    "sampler": {"steps": 3},
+    "data": {"path": "photos", "resize": 10},
+    "teacher": STAGE,
+    "qat": STAGE,
+}  # fmt: skip
+
+
+def runs_here(command: Command) -> bool:
+    beginnings = RUN.get(command.page, ())
+    return not command.inline and command.text.startswith(tuple(beginnings))
+
+
+def rule(command: Command) -> str | None:
+    return next(
+        (key for key in (*ELSEWHERE, *STATED) if re.fullmatch(key, f"{command.page} {command.text}", re.S)), None
+    )
+
+
+@pytest.mark.parametrize("command", [c for c in ALL if not runs_here(c)], ids=str)
+def test_what_is_not_run_here_is_accounted_for(command: Command) -> None:
+    assert rule(command) is not None, (
+        f"run it in RUN, or name in ELSEWHERE or STATED what runs it or why not: {command}"
+    )
+
+
+@pytest.mark.parametrize("key", [*ELSEWHERE, *STATED])
+def test_no_account_is_stale(key: str) -> None:
+    assert any(rule(command) == key for command in ALL if not runs_here(command))
+    if key in ELSEWHERE:
+        path, _, name = ELSEWHERE[key].partition("::")
+        assert (ROOT / path).exists(), path
+        assert not name or f"def {name}" in (ROOT / path).read_text(), name
+
+
+class Sandbox:
+    """A folder with small files of the names that pages use, and a server of the bundled checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.stack = ExitStack()
+        self._address = ""
+        write_tiny(folder / "mine.safetensors")
+        photos = folder / "photos"
+        random = np.random.default_rng(0)
+        for c in range(4):
+            (photos / f"class_{c}").mkdir(parents=True)
+            pixels = random.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(photos / f"class_{c}" / "0.png")
+        shutil.make_archive(str(photos), "zip", photos)
+        (folder / "configs").mkdir()
+        (folder / "configs" / "imagenet-1-per-class.yaml").write_text(yaml.safe_dump(TINY_RUN))
+
+    @property
+    def address(self) -> str:
+        if not self._address:
+            url, _ = self.stack.enter_context(fake_server(Sampler.from_checkpoint()))  # type: ignore[arg-type]
+            self._address = url.removeprefix("http://")
+        return self._address
+
+    def run(self, command: Command) -> None:
+        """Run it; fail unless it ends with 0 and has written the file or folder that it names."""
+        program, *words = command.words
+        if program == "curl":
+            words = [word.replace("localhost:8000", self.address) for word in words]
+            subprocess.run(["curl", "-sS", "--fail", *words], cwd=self.folder, capture_output=True, check=True)
+        elif program == "robuq-serve" and "keys" not in words:
+            self.serve(words)
+        else:
+            result = CliRunner().invoke(console_script(program), words)
+            assert result.exit_code == 0, f"{command}\n{result.output}\n{result.exception!r}"
+        for option, value in pairwise(words):
+            if option in ("-o", "--out"):
+                assert (self.folder / value).exists(), f"{command}: no {value}"
+
+    def serve(self, words: list[str]) -> None:
+        """A server of its own starts, warms up, and drains when told to."""
+        words = ["127.0.0.1" if word == "0.0.0.0" else word for word in words]
+        if "--port" in words:
+            words[words.index("--port") + 1] = "0"
+        process = subprocess.Popen(
+            [sys.executable, "-c", "from server.cli import app; app()", *words],
+            cwd=self.folder,
+            env={**os.environ, "ROBUQ_PORT": "0", "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert process.stdout is not None
+            told = re.search(r"http://[\w.:]+", process.stdout.readline())
+            assert told
+            assert httpx.get(f"{told.group()}/health", timeout=60).status_code == 200
+        finally:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
+    monkeypatch.chdir(tmp_path)
+    made = Sandbox(tmp_path)
+    with made.stack:
+        yield made
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
+@pytest.mark.parametrize("page", RUN)
+def test_the_commands_of_a_page(page: str, sandbox: Sandbox) -> None:
+    chosen = [command for command in ALL if command.page == page and runs_here(command)]
+    assert chosen
+    for beginning in RUN[page]:
+        assert any(command.text.startswith(beginning) for command in chosen), beginning
+    for command in chosen:
+        sandbox.run(command)
+
+
+# Pages whose Python is run by a test of their own.
+PYTHON_ELSEWHERE = {"docs/serving.md": "tests/server/test_serving_guide.py::test_examples_in_python_run"}
+
+
+@pytest.mark.parametrize("block", [b for b in PYTHON if b.page not in PYTHON_ELSEWHERE], ids=str)
+def test_python_runs(block: Block, sandbox: Sandbox) -> None:
+    exec(compile(block.text, str(block), "exec"), {"__name__": "example"})
+
+
+def test_python_elsewhere_is_there() -> None:
+    for page, where in PYTHON_ELSEWHERE.items():
+        assert any(block.page == page for block in PYTHON)
+        path, _, name = where.partition("::")
+        assert f"def {name}" in (ROOT / path).read_text()
+
+
+def test_pages_are_found() -> None:
+    assert len(PAGES) > 15
+    assert len(ALL) > 60

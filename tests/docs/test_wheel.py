@@ -1,0 +1,123 @@
+"""The release: sdist and wheel are built from what git tracks, hold what they must, and serve when installed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import site
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import httpx
+import pytest
+from doc_commands import ROOT
+
+import robuq_core
+
+pytestmark = pytest.mark.slow
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`python -m build` in a copy of the tracked files: the sdist, and the wheel out of the sdist."""
+    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
+    tracked = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT)
+    for name in filter(None, tracked.split("\0")):
+        if (ROOT / name).is_file():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, tree / name)
+    # The build's requirements are here already: nothing is fetched.
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, cwd=tree)
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(dist: Path) -> Path:
+    (path,) = dist.glob("*.whl")
+    return path
+
+
+def test_the_sdist_holds_what_is_needed_to_build(dist: Path) -> None:
+    (path,) = dist.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    native = {p.relative_to(ROOT).as_posix() for p in (ROOT / "robuq_core/kernels/native").glob("*.[ch]")}
+    assert native
+    assert native | {"pyproject.toml", "setup.py", "README.md", "LICENSE", "THIRD_PARTY.md", "CHANGELOG.md"} <= names
+    assert not any(name.endswith((".zip", ".jpg", ".jpeg", ".so")) for name in names)
+
+
+def test_the_wheel_holds_what_is_needed_to_serve(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    for folder, pattern in (
+        ("robuq_core/assets", "*.safetensors"),
+        ("robuq_core/kernels/triton/tuned", "*"),
+        ("server/web", "*"),
+    ):
+        files = {p.relative_to(ROOT).as_posix() for p in (ROOT / folder).glob(pattern) if p.is_file()}
+        assert files
+        assert files <= names
+    assert "robuq_core/py.typed" in names
+    assert any(re.fullmatch(r"robuq_core/kernels/_native\..*(so|pyd)", name) for name in names)
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    packages = {name.split("/")[0] for name in names}
+    assert {p for p in packages if not p.endswith(".dist-info")} == {"robuq_core", "server", "train"}
+    assert not any(name.endswith((".zip", ".jpg", ".jpeg", ".pt")) for name in names)
+
+
+def test_the_version_is_the_package_s(wheel: Path, dist: Path) -> None:
+    assert all(path.name.startswith(f"robuq-{robuq_core.__version__}") for path in dist.iterdir())
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith("METADATA"))
+        metadata = archive.read(name).decode()
+    assert f"\nVersion: {robuq_core.__version__}\n" in metadata
+    assert "\nLicense-Expression: Apache-2.0\n" in metadata
+
+
+def test_it_serves_from_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
+    """The wheel alone in an environment of its own, with the dependencies that are here put beside it."""
+    environment = tmp_path / "environment"
+    venv.create(environment, with_pip=False)
+    python = environment / "bin" / "python"
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=tmp_path)
+    (packages,) = (environment / "lib").glob("python*/site-packages")
+    # Paths in a .pth file are not searched for .pth files: the editable installation beside does not come along.
+    (packages / "beside.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    where = run(python, "-c", "import robuq_core, server, train; print(robuq_core.__file__)", cwd=tmp_path)
+    assert Path(where.strip()).is_relative_to(environment)
+    assert "average activation bits" in run(environment / "bin" / "robuq", "inspect", cwd=tmp_path)
+    process = subprocess.Popen(
+        [environment / "bin" / "robuq-serve", "--port", "0"],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        told = re.search(r"http://[\w.:]+", process.stdout.readline())
+        assert told
+        with httpx.Client(base_url=told.group(), timeout=60, transport=httpx.HTTPTransport(retries=5)) as client:
+            while client.get("/ready").status_code != 200:
+                assert process.poll() is None
+            answer = client.post("/generate", json={"class_id": 207, "seed": 0}, headers={"Accept": "image/png"})
+            assert answer.status_code == 200
+            assert answer.content.startswith(b"\x89PNG")
+            assert client.get("/info").json()["backend"] != "reference"
+            assert "RobuQ" in client.get("/").text
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0

@@ -8,19 +8,21 @@ Knows neither HTTP (``server``) nor training (``train``).
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from robuq_core.diffusers_pipeline import RobuQPipeline
     from robuq_core.pipeline import RowSpec, Sampler
 
 __version__ = "0.1.0"
-__all__ = ["RowSpec", "Sampler", "__version__"]
+__all__ = ["RobuQPipeline", "RowSpec", "Sampler", "__version__"]
+
+_HOMES = {"RobuQPipeline": "diffusers_pipeline", "RowSpec": "pipeline", "Sampler": "pipeline"}
 
 
 def __getattr__(name: str) -> Any:
     # Imported on first use: a console script's --help should not wait for torch.
-    if name in ("RowSpec", "Sampler"):
-        from robuq_core import pipeline
-
-        return getattr(pipeline, name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"robuq_core.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

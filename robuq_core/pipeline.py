@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import secrets
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Protocol
 
@@ -19,20 +19,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from robuq_core.checkpoint import CheckpointError, Header, read_checkpoint
+from robuq_core.checkpoint import CheckpointError, Header, read_checkpoint, read_header
+from robuq_core.classes import ClassNames
 from robuq_core.config import MAX_SEED, NUM_TRAIN_TIMESTEPS, PredictionType, SamplerName, image_seed
+from robuq_core.decode import Decoder, PixelDecoder, load_decoder, to_pixels
 from robuq_core.diffusion.guidance import guide
 from robuq_core.diffusion.samplers import Coefficients, StepTable, step_coefficients, step_table
+from robuq_core.hub import DECODER_FOLDER, bundled_checkpoint, resolve_checkpoint
 from robuq_core.kernels.select import select_backend
 from robuq_core.models.packed_dit import PackedDiT
 
 ALL_TIMESTEPS = (0, NUM_TRAIN_TIMESTEPS - 1)
-BUNDLED_CHECKPOINT = "imagenet-1-per-class-w1.58a2.safetensors"
+NO_DECODER = (
+    "it draws latents: give decoder (--decoder, ROBUQ_DECODER), a diffusers folder of the autoencoder that it was "
+    "trained with, or put that folder beside the checkpoint as vae"
+)
 
-
-def bundled_checkpoint() -> Path:
-    """Path of the checkpoint that comes with the package."""
-    return Path(str(resources.files("robuq_core") / "assets" / BUNDLED_CHECKPOINT))
+__all__ = ["ALL_TIMESTEPS", "Denoiser", "Row", "RowSpec", "Sampler", "Timings", "bundled_checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,14 @@ class Row:
         self.steps_done += 1
 
 
+@dataclass(frozen=True)
+class Timings:
+    """Seconds that :meth:`Sampler.generate` took: for all steps, and apart from that for decoding the pictures."""
+
+    sampling_s: float
+    decode_s: float
+
+
 class Denoiser(Protocol):
     """What a sampler needs of a network, packed or plain: one forward. ``x`` on its device, the rest on the CPU."""
 
@@ -118,6 +129,12 @@ class Sampler:
 
     Args:
         device: where ``model`` takes its input and rows lie.
+        decoder: of a ``header`` that says ``latent``; pixels need none.
+
+    ``image_size`` is the side of a picture in pixels; ``timings`` of the latest :meth:`generate`.
+
+    Raises:
+        CheckpointError: a latent model without a decoder, or with one for other latents.
     """
 
     def __init__(
@@ -129,46 +146,70 @@ class Sampler:
         backend_name: str,
         weight_bytes: int,
         device: torch.device | str = "cpu",
+        decoder: Decoder | None = None,
     ) -> None:
-        if header.decoder != "pixels":
-            raise CheckpointError(f"{checkpoint_name}: a latent model needs a decoder that this version does not have; "
-                                  "use a pixel-space checkpoint")  # fmt: skip
         self.model, self.header, self.device = model, header, torch.device(device)
         self.checkpoint_name, self.backend_name, self.weight_bytes = checkpoint_name, backend_name, weight_bytes
+        self.decoder = self._fitting(decoder)
         self.defaults = header.sampler
         self.class_names = header.class_names
         self.num_classes = header.model.num_classes
-        self.image_size = header.model.input_size
+        self.image_size = self.decoder.image_size(header.model.input_size)
         self.average_activation_bits = header.average_activation_bits
+        self.timings: Timings | None = None
+        self._classes = ClassNames(header.class_names, header.model.num_classes)
         self._backend_choice = "auto"
         self._shape = (header.model.in_channels, header.model.input_size, header.model.input_size)
+
+    def _fitting(self, decoder: Decoder | None) -> Decoder:
+        if self.header.decoder == "pixels":
+            return PixelDecoder(self.device)
+        if decoder is None:
+            raise CheckpointError(f"{self.checkpoint_name}: {NO_DECODER}")
+        channels = self.header.model.in_channels
+        if decoder.channels != channels:
+            raise CheckpointError(f"{self.checkpoint_name}: draws latents of {channels} channels, but the decoder "
+                                  f"{decoder.name} takes {decoder.channels}; "
+                                  "give the one that the model was trained with")  # fmt: skip
+        return decoder
 
     @classmethod
     def from_checkpoint(
         cls,
         path: Path | str | None = None,
         *,
+        decoder: Path | str | Decoder | None = None,
         backend: str = "auto",
         threads: int | None = None,
         device: torch.device | str | None = None,
     ) -> Sampler:
-        """Load a packed file; ``None`` is the bundled one.
+        """Load a packed checkpoint; ``None`` is the bundled one.
 
         Args:
+            path: a file, a folder that holds one, or an id of the hub, as
+                :func:`robuq_core.hub.resolve_checkpoint` takes them.
+            decoder: of a model that draws latents: a folder, as :func:`robuq_core.decode.load_decoder` takes it, or
+                what that gave. ``None`` takes the folder ``vae`` beside the file. A model that draws pixels needs
+                none, and does not read it.
             backend, threads, device: as :func:`robuq_core.kernels.select.select_backend` takes them.
 
         Raises:
-            CheckpointError: the file cannot be used. ValueError: unknown backend, or it does not run on ``device``.
+            CheckpointError, DecoderError: what to load cannot be used, or a latent model has no decoder.
+            ValueError: unknown backend, or it does not run on ``device``.
         """
-        chosen = bundled_checkpoint() if path is None else Path(path)
+        chosen = resolve_checkpoint(path)
         ops = select_backend(backend, threads, device)
+        # The decoder first: a missing one is told before the weights are read.
+        loaded = _decoder_for(chosen, decoder, ops.device)
         checkpoint = read_checkpoint(chosen)
         attention_is_quantized = checkpoint.header.quant.attention_bits is not None
         model = PackedDiT(checkpoint.header.model, checkpoint.dense, checkpoint.layers, ops, attention_is_quantized)
-        return cls._of_packed(model, checkpoint.header, chosen.stem, backend)
+        return cls._of_packed(model, checkpoint.header, chosen.stem, backend, loaded)
 
     @classmethod
-    def _of_packed(cls, model: PackedDiT, header: Header, name: str, backend_choice: str) -> Sampler:
+    def _of_packed(
+        cls, model: PackedDiT, header: Header, name: str, backend_choice: str, decoder: Decoder | None
+    ) -> Sampler:
         sampler = cls(
             model,
             header,
@@ -176,12 +217,14 @@ class Sampler:
             backend_name=model.backend.name,
             weight_bytes=model.weight_bytes,
             device=model.device,
+            decoder=decoder,
         )
         sampler._backend_choice = backend_choice
         return sampler
 
     def replica(self, *, threads: int | None = None, device: torch.device | str | None = None) -> Sampler:
-        """A sampler for another thread or device: a backend of its own; on the same device, the same weights.
+        """A sampler for another thread or device: a backend of its own; on the same device, the same weights and the
+        same decoder.
 
         Args:
             threads: of the native CPU backend; ``None`` takes torch's number.
@@ -193,14 +236,15 @@ class Sampler:
         if not isinstance(self.model, PackedDiT):
             raise ValueError(f"{self.checkpoint_name}: only a sampler of a packed checkpoint can be replicated")
         ops = select_backend(self._backend_choice, threads, self.device if device is None else device)
-        return self._of_packed(self.model.replica(ops), self.header, self.checkpoint_name, self._backend_choice)
+        return self._of_packed(self.model.replica(ops), self.header, self.checkpoint_name, self._backend_choice,
+                               self.decoder.replica(ops.device))  # fmt: skip
 
     def warm_up_rows(self, max_rows: int) -> tuple[int, ...]:
         """Sizes, in rows of the model, that a forward should have seen before its first request, ascending."""
         return self.model.warm_up_rows(max_rows) if isinstance(self.model, PackedDiT) else (max_rows,)
 
-    def start(self, spec: RowSpec) -> Row:
-        """A new row at its first step: pure noise from its seed.
+    def start(self, spec: RowSpec, noise: Tensor | None = None) -> Row:
+        """A new row at its first step: pure noise from its seed, or ``noise [C, H, W]`` instead.
 
         Raises:
             ValueError: class, seed, steps or guidance interval out of range.
@@ -213,7 +257,10 @@ class Sampler:
         if not 0 <= low <= high < NUM_TRAIN_TIMESTEPS:
             raise ValueError(f"guidance_interval must be two timesteps of 0..{NUM_TRAIN_TIMESTEPS - 1}, ascending, "
                              f"not {low}, {high}")  # fmt: skip
-        return Row(spec, self._shape, self.header.diffusion.prediction_type, self.device)
+        row = Row(spec, self._shape, self.header.diffusion.prediction_type, self.device)
+        if noise is not None:
+            row.x = noise.to(self.device, torch.float32).reshape(self._shape)
+        return row
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Row]) -> None:
@@ -268,8 +315,8 @@ class Sampler:
         following[noisy] += std * torch.stack([rows[i].noise() for i in noisy]).to(self.device)
 
     def decode(self, row: Row) -> np.ndarray:
-        """Pixels of a row, uint8 ``[H, W, 3]``: ``127.5 x + 128``, cut to 0..255."""
-        return self._pixels(row.x)
+        """Pixels of a row, uint8 ``[H, W, 3]``: ``127.5 x + 128``, cut to 0..255, of what the decoder gives."""
+        return to_pixels(self.decoder.decode(row.x))
 
     def estimate(self, row: Row) -> Tensor:
         """The clean picture that the network saw behind the noise at the row's latest step, for
@@ -278,16 +325,11 @@ class Sampler:
 
     def decode_estimate(self, estimate: Tensor) -> np.ndarray:
         """Pixels of what :meth:`estimate` gave, uint8 ``[H, W, 3]``."""
-        return self._pixels(estimate)
-
-    @staticmethod
-    def _pixels(x: Tensor) -> np.ndarray:
-        pixels = (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
-        return pixels.permute(1, 2, 0).contiguous().cpu().numpy()
+        return to_pixels(self.decoder.decode(estimate))
 
     def generate(
         self,
-        class_ids: Sequence[int],
+        class_ids: Sequence[int | str],
         seed: int | None = None,
         *,
         steps: int | None = None,
@@ -296,12 +338,13 @@ class Sampler:
         guidance_interval: tuple[int, int] = ALL_TIMESTEPS,
         on_step: Callable[[], None] | None = None,
     ) -> list[Image.Image]:
-        """One image a class; image i uses ``seed + i``. What is ``None`` takes the checkpoint's default.
+        """One image a class, given by its id or its name; image i uses ``seed + i``. What is ``None`` takes the
+        checkpoint's default.
 
-        ``on_step`` is called after each step, for a progress bar.
+        ``on_step`` is called after each step, for a progress bar. How long it took is in :attr:`timings`.
 
         Raises:
-            ValueError: class, seed, steps or guidance interval out of range.
+            ValueError: class, seed, steps or guidance interval out of range, or a name that is no class's.
         """
         first = secrets.randbelow(MAX_SEED + 1) if seed is None else seed
         defaults = self.defaults
@@ -316,10 +359,40 @@ class Sampler:
                     guidance_interval,
                 )
             )
-            for i, class_id in enumerate(class_ids)
+            for i, class_id in enumerate(map(self.class_id, class_ids))
         ]
-        while not all(row.done for row in rows):
-            self.step([row for row in rows if not row.done])
+        began = time.perf_counter()
+        self.finish(rows, on_step)
+        sampled = time.perf_counter()
+        images = [Image.fromarray(self.decode(row)) for row in rows]
+        self.timings = Timings(sampled - began, time.perf_counter() - sampled)
+        return images
+
+    def class_id(self, class_id: int | str) -> int:
+        """The id of a class by its name, or by itself.
+
+        Raises:
+            ValueError: a name that no class has, or several have.
+        """
+        return self._classes.resolve(class_id)
+
+    def finish(self, rows: Sequence[Row], on_step: Callable[[], None] | None = None) -> None:
+        """Step ``rows`` together until all are done; ``on_step`` is called after each step."""
+        while running := [row for row in rows if not row.done]:
+            self.step(running)
             if on_step is not None:
                 on_step()
-        return [Image.fromarray(self.decode(row)) for row in rows]
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # so that what is timed has happened
+
+
+def _decoder_for(path: Path, decoder: Path | str | Decoder | None, device: torch.device) -> Decoder | None:
+    """What the checkpoint at ``path`` decodes with, on ``device``; None where it draws pixels."""
+    if read_header(path).decoder == "pixels":
+        return None
+    if decoder is None:
+        beside = path.parent / DECODER_FOLDER
+        if not beside.is_dir():
+            raise CheckpointError(f"{path}: {NO_DECODER}")
+        decoder = beside
+    return load_decoder(decoder, device=device) if isinstance(decoder, (str, Path)) else decoder.replica(device)

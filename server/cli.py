@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from robuq_core.cli_support import reported
 from robuq_core.errors import UserError
-from server import keys_cli
+from server import capacity_cli, keys_cli
 from server.keys import read_keys
 from server.settings import LogFormat, LogLevel, Settings
 
@@ -24,6 +24,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 app.add_typer(keys_cli.app, name="keys")
+app.command("capacity")(capacity_cli.capacity)
 
 _HELP = """Serve images of a packed checkpoint over HTTP.
 
@@ -79,6 +80,7 @@ def load_settings(given: dict[str, Any]) -> Settings:
 def main(
     context: typer.Context,
     checkpoint: Annotated[Path | None, _option("checkpoint")] = None,
+    decoder: Annotated[Path | None, _option("decoder")] = None,
     backend: Annotated[str | None, _option("backend")] = None,
     threads: Annotated[int | None, _option("threads")] = None,
     host: Annotated[str | None, _option("host")] = None,
@@ -110,7 +112,7 @@ def main(
 
     # Imported here: --help and a wrong option need no torch.
     from server.lifecycle import bind, serve
-    from server.loading import load_samplers
+    from server.loading import load_samplers, located
     from server.logging import configure_logging
 
     configure_logging(settings.log_level, settings.log_format)
@@ -120,6 +122,7 @@ def main(
         logger.warning("open to whoever reaches this port: listening on %s without --api-keys-file", settings.host)
     with bind(settings.host, settings.port) as sock:
         try:
+            settings = located(settings)
             samplers = load_samplers(settings.checkpoint, settings)
         except ValueError as error:
             raise UserError(str(error)) from error

@@ -21,7 +21,16 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="ROBUQ_", env_ignore_empty=True, extra="ignore", frozen=True)
 
-    checkpoint: Path | None = Field(None, description="Packed checkpoint to serve; the bundled one if not given.")
+    checkpoint: Path | None = Field(
+        None,
+        description="Packed checkpoint to serve: a file, a folder that holds one, or an id of the Hugging Face hub; "
+        "the bundled one if not given.",
+    )
+    decoder: Path | None = Field(
+        None,
+        description="Diffusers folder of the autoencoder that turns latents into pixels; the folder vae beside the "
+        "checkpoint if not given. Checkpoints that draw pixels need none.",
+    )
     backend: str = Field(
         "auto", description="Kernels to run: cpu, triton or reference; auto picks the fastest that works here."
     )

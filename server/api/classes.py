@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
+from robuq_core.classes import ClassNames, normalise
 from server.api.errors import ApiError, invalid
 
 # Least share of common trigrams (Dice coefficient) that counts as a slip of the pen.
 FUZZY_CUTOFF = 0.4
 MAX_HINTS = 5
-
-
-def _normalise(name: str) -> str:
-    return " ".join(name.replace("_", " ").casefold().split())
 
 
 def _trigrams(text: str) -> set[str]:
@@ -25,16 +22,11 @@ class ClassIndex:
     """Finds a class by its whole name or by one of its comma-separated synonyms."""
 
     def __init__(self, class_names: Sequence[str], num_classes: int) -> None:
-        self.names = tuple(class_names)
+        found = ClassNames(class_names, num_classes)
+        self.names = found.names
         self.num_classes = num_classes
-        self._whole: defaultdict[str, list[int]] = defaultdict(list)
-        self._synonyms: defaultdict[str, list[int]] = defaultdict(list)
-        for class_id, name in enumerate(self.names):
-            if not name.strip():
-                continue
-            self._whole[_normalise(name)].append(class_id)
-            for synonym in {_normalise(part) for part in name.split(",")}:
-                self._synonyms[synonym].append(class_id)
+        self._found = found
+        self._whole, self._synonyms = found.whole, found.synonyms
         self._trigrams = {synonym: _trigrams(synonym) for synonym in self._synonyms}
         self._by_trigram: defaultdict[str, list[str]] = defaultdict(list)
         for synonym, trigrams in self._trigrams.items():
@@ -47,7 +39,7 @@ class ClassIndex:
 
     def has_name(self, name: str) -> bool:
         """Whether that is a whole name or a synonym."""
-        return _normalise(name) in self._synonyms
+        return normalise(name) in self._synonyms
 
     def search(self, query: str, limit: int) -> list[int]:
         """Class ids that ``query`` may mean, the best first; all of them in order if it is blank.
@@ -55,7 +47,7 @@ class ClassIndex:
         Rank: the id itself, a whole name, a name's beginning, a word's beginning, any part; the shorter name first on
         a tie. If no name holds it, those that share most of its letter triples.
         """
-        wanted = _normalise(query)
+        wanted = normalise(query)
         if not wanted:
             return list(range(min(limit, self.num_classes)))
         found: dict[int, None] = {}
@@ -78,10 +70,9 @@ class ClassIndex:
 
     def by_name(self, name: str, field: str, instead: str) -> int:
         """The class of that whole name or synonym; else the 422 for ``field``, with what to do ``instead``."""
-        wanted = _normalise(name)
-        found = self._whole.get(wanted) or self._synonyms.get(wanted)
+        found = self._found.ids(name)
         if not found:
-            raise self._unknown(wanted, field)
+            raise self._unknown(normalise(name), field)
         if len(found) > 1:
             raise invalid(field, f"{field} fits several classes; {instead}: {', '.join(map(str, found))}")
         return found[0]

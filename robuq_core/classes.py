@@ -1,0 +1,59 @@
+"""Class names to class ids, the way people type them: whole names and comma-separated synonyms."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+
+def normalise(name: str) -> str:
+    """What two spellings of a name have in common: no case, no underscores, single spaces."""
+    return " ".join(name.replace("_", " ").casefold().split())
+
+
+def synonyms_of(name: str) -> list[str]:
+    """The names that ``name`` lists with commas, as they are written; none where it is blank."""
+    return [part.strip() for part in name.split(",") if part.strip()]
+
+
+class ClassNames:
+    """Finds a class by its whole name or by one of its synonyms.
+
+    ``whole`` and ``synonyms``: normalised names to the ids of the classes that have them.
+    """
+
+    def __init__(self, names: Sequence[str], num_classes: int) -> None:
+        self.names = tuple(names)
+        self.num_classes = num_classes
+        self.whole: defaultdict[str, list[int]] = defaultdict(list)
+        self.synonyms: defaultdict[str, list[int]] = defaultdict(list)
+        for class_id, name in enumerate(self.names):
+            if not name.strip():
+                continue
+            self.whole[normalise(name)].append(class_id)
+            for synonym in {normalise(part) for part in name.split(",")}:
+                self.synonyms[synonym].append(class_id)
+
+    def ids(self, name: str) -> list[int]:
+        """Every class that ``name`` may mean: a whole name wins over a synonym."""
+        wanted = normalise(name)
+        return list(self.whole.get(wanted) or self.synonyms.get(wanted) or ())
+
+    def resolve(self, class_id: int | str) -> int:
+        """The id that an id or a name stands for; an id is not looked up.
+
+        Raises:
+            ValueError: no class has that name, or several have.
+        """
+        if not isinstance(class_id, str):
+            return int(class_id)
+        if not self.whole:
+            raise ValueError(f"{class_id!r}: this checkpoint has no class names; give the class id, "
+                             f"0..{self.num_classes - 1}")  # fmt: skip
+        found = self.ids(class_id)
+        if not found:
+            raise ValueError(f"{class_id!r} is not a class of this checkpoint; give one of its class names, "
+                             f"or the class id, 0..{self.num_classes - 1}")  # fmt: skip
+        if len(found) > 1:
+            raise ValueError(f"{class_id!r} fits several classes; give one of the ids {', '.join(map(str, found))}")
+        return found[0]

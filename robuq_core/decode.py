@@ -1,0 +1,239 @@
+"""From what a network draws to pixels: as it is, or through the decoder half of an autoencoder in a diffusers folder.
+
+One picture at a time: a picture then depends on its own latent alone, and the memory is that of one picture however
+many are drawn. Knows nothing of sampling.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import pickle
+import threading
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from robuq_core.errors import UserError
+
+# The autoencoders that a folder may hold: SD-VAE's class, and TAESD's, which is a fraction of the work.
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
+
+_FOLDER = "a diffusers folder of an AutoencoderKL (SD-VAE) or an AutoencoderTiny (TAESD)"
+# Not needed to decode.
+_ENCODER_PARTS = ("encoder", "quant_conv")
+
+
+class DecoderError(UserError):
+    """A decoder that cannot be used; the message names the folder or the setting, and the fix."""
+
+
+class Decoder(Protocol):
+    """Turns what a network drew into a picture; may be called from several threads.
+
+    ``channels``: of the samples that it takes; ``device``: where it takes them.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+
+    def image_size(self, sample_size: int) -> int:
+        """Side in pixels of the picture of a sample with sides of ``sample_size``."""
+
+    def decode(self, sample: Tensor) -> Tensor:
+        """``[C, H, W]`` to a picture, float32 ``[3, H', W']``, -1 black to 1 white; values may lie beyond."""
+
+    def replica(self, device: torch.device | str) -> Decoder:
+        """One for ``device``; itself where it runs there already."""
+
+
+class PixelDecoder:
+    """The identity: the network draws pixels."""
+
+    name = "pixels"
+    channels = 3
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+
+    def image_size(self, sample_size: int) -> int:
+        return sample_size
+
+    def decode(self, sample: Tensor) -> Tensor:
+        return sample
+
+    def replica(self, device: torch.device | str) -> PixelDecoder:
+        return PixelDecoder(device)
+
+
+class LatentDecoder:
+    """The decoder half of an autoencoder: ``decode(z / scaling_factor + shift_factor)`` by its own configuration.
+
+    Args:
+        autoencoder: an ``AutoencoderKL`` or ``AutoencoderTiny`` of diffusers; it loses its encoder.
+        tile_above: pictures with longer sides, in pixels, are decoded in overlapping tiles of half that, blended into
+            each other. That bounds the memory, but what spans the picture (an AutoencoderKL's normalisation and
+            attention) then sees a tile alone, so that colours may differ a little from tile to tile.
+
+    Raises:
+        DecoderError: its pictures are not RGB, or it normalises latents in a way that no DiT here was trained with.
+    """
+
+    def __init__(self, autoencoder: Any, name: str, *, tile_above: int = 1024) -> None:
+        config = autoencoder.config
+        if config.out_channels != 3:
+            raise DecoderError(f"{name}: config field out_channels is {config.out_channels}, not 3; use an RGB decoder")
+        if config.get("latents_mean") is not None or config.get("latents_std") is not None:
+            raise DecoderError(f"{name}: config fields latents_mean and latents_std are not supported; "
+                               "use an autoencoder with a scaling_factor alone, such as SD-VAE")  # fmt: skip
+        self.name = name
+        self.channels: int = config.latent_channels
+        self.autoencoder = _decoder_half(autoencoder)
+        self._scale = float(config.scaling_factor)
+        self._shift = float(config.get("shift_factor") or 0.0)
+        self._factor = _upsampling(config)
+        self._tile_above = tile_above
+        self._lock = threading.Lock()
+        self._set_tile(tile_above // 2)
+
+    def _set_tile(self, pixels: int) -> None:
+        # AutoencoderTiny takes its factor from the number of colours; eight by chance, right for TAESD alone.
+        self.autoencoder.spatial_scale_factor = self._factor
+        self.autoencoder.tile_sample_min_size = pixels
+        self.autoencoder.tile_latent_min_size = pixels // self._factor
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.autoencoder.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        dtype = self.autoencoder.dtype
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.autoencoder.parameters())
+
+    def image_size(self, sample_size: int) -> int:
+        return sample_size * self._factor
+
+    @torch.inference_mode()
+    def decode(self, sample: Tensor) -> Tensor:
+        latent = sample.to(self.device, torch.float32) / self._scale + self._shift
+        side = self._factor * max(latent.shape[-2:])
+        # One at a time, whichever thread asks: torch's own threads share the work of one picture.
+        with self._lock:
+            self.autoencoder.use_tiling = side > self._tile_above
+            (pictures,) = self.autoencoder.decode(latent[None].to(self.dtype), return_dict=False)
+        return torch.as_tensor(pictures[0]).float()
+
+    def replica(self, device: torch.device | str) -> LatentDecoder:
+        wanted = torch.device(device)
+        # "cuda" is whichever GPU is current; its tensors name one.
+        if wanted == self.device or (wanted.type == self.device.type and wanted.index is None):
+            return self
+        return self._moved(wanted, self.dtype)
+
+    def cast(self, dtype: torch.dtype) -> LatentDecoder:
+        """One that computes in ``dtype``; itself where it does already."""
+        return self if dtype == self.dtype else self._moved(self.device, dtype)
+
+    def _moved(self, device: torch.device, dtype: torch.dtype) -> LatentDecoder:
+        autoencoder = copy.deepcopy(self.autoencoder).to(device, dtype)
+        return LatentDecoder(autoencoder, self.name, tile_above=self._tile_above)
+
+
+def load_decoder(
+    path: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    tile_above: int = 1024,
+) -> LatentDecoder:
+    """The decoder of an autoencoder in a local diffusers folder, or in ``vae/`` of a local pipeline folder.
+
+    Nothing is downloaded; a pickled ``.bin`` file is read as plain tensors.
+
+    Args:
+        device: where it runs. dtype: what it computes in; half precision is for GPUs.
+        tile_above: as :class:`LatentDecoder` takes it.
+
+    Raises:
+        DecoderError: no such folder, another kind of model, missing or damaged weights, or no diffusers library.
+    """
+    folder = _autoencoder_folder(Path(path))
+    kind = _class_name(folder)
+    library = _diffusers()
+    try:
+        autoencoder, loading = getattr(library, kind).from_pretrained(
+            folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, EOFError, SafetensorError,
+            pickle.UnpicklingError) as error:  # fmt: skip
+        raise DecoderError(f"{folder}: weights that cannot be read ({_first_line(error)}); copy it again") from error
+    absent = [name for name in loading["missing_keys"] if name.partition(".")[0] not in _ENCODER_PARTS]
+    if absent:
+        # The library fills them with random numbers.
+        raise DecoderError(f"{folder}: the weights lack {absent[0]} and {len(absent) - 1} more; copy the folder again")
+    return LatentDecoder(autoencoder.to(device), folder.name, tile_above=tile_above)
+
+
+def to_pixels(picture: Tensor) -> np.ndarray:
+    """A picture ``[3, H, W]`` as uint8 ``[H, W, 3]``: ``127.5 x + 128``, cut to 0..255."""
+    pixels = (picture * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+    return pixels.permute(1, 2, 0).contiguous().cpu().numpy()
+
+
+def _autoencoder_folder(path: Path) -> Path:
+    for folder in (path, path / "vae"):
+        if (folder / "config.json").is_file():
+            return folder
+    raise DecoderError(f"{path}: no config.json in it; give {_FOLDER}")
+
+
+def _class_name(folder: Path) -> str:
+    try:
+        kind = json.loads((folder / "config.json").read_bytes())["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DecoderError(f"{folder}/config.json: field _class_name cannot be read; give {_FOLDER}") from error
+    if kind not in AUTOENCODERS:
+        raise DecoderError(f"{folder}/config.json: field _class_name is {kind!r}; give {_FOLDER}")
+    return str(kind)
+
+
+def _diffusers() -> Any:
+    try:
+        return importlib.import_module("diffusers")
+    except ImportError as error:
+        raise DecoderError("a latent decoder needs the extra robuq[vae]: pip install 'robuq[vae]'") from error
+
+
+def _decoder_half(autoencoder: Any) -> Any:
+    for part in _ENCODER_PARTS:
+        if hasattr(autoencoder, part):
+            setattr(autoencoder, part, None)
+    return autoencoder.eval().requires_grad_(False)
+
+
+def _upsampling(config: Any) -> int:
+    """Pixels a latent cell, along a side."""
+    if config.get("decoder_block_out_channels") is not None:
+        return int(config.upsampling_scaling_factor ** (len(config.decoder_block_out_channels) - 1))
+    return int(2 ** (len(config.block_out_channels) - 1))
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

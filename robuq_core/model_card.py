@@ -1,0 +1,162 @@
+"""The README.md of a checkpoint on the Hugging Face hub, written from the checkpoint's own header."""
+
+from __future__ import annotations
+
+import json
+from itertools import groupby
+from typing import Any
+
+from robuq_core.checkpoint import Header
+from robuq_core.hub import DECODER_FOLDER, LIBRARY_NAME
+from robuq_core.inspect import Report
+
+_TAGS = (
+    "image-generation",
+    "class-conditional",
+    "diffusion",
+    "diffusion-transformer",
+    "quantized",
+    "ternary",
+    "1.58-bit",
+    "arxiv:2509.23582",
+)
+_LAYERS = ("qkv", "proj", "fc1", "fc2", "adaLN")
+# Whole configurations: too long for a card, and in config.json.
+_LONG_KEYS = ("config", "class_names")
+
+
+def model_card(report: Report, name: str, licence: str) -> str:
+    """The card of the checkpoint file ``name`` in markdown, front matter first.
+
+    Args:
+        licence: of the weights, by the hub's identifier.
+    """
+    title = name.removesuffix(".safetensors")
+    parts = [
+        _front_matter(licence),
+        _introduction(report, title),
+        _facts(report, name),
+        _bit_table(report.header),
+        _usage(report.header, name),
+        _provenance(report.header, licence),
+    ]
+    return "\n".join(parts)
+
+
+def _front_matter(licence: str) -> str:
+    tree: dict[str, Any] = {
+        "license": licence,
+        "library_name": LIBRARY_NAME,
+        "pipeline_tag": "unconditional-image-generation",
+        "tags": list(_TAGS),
+    }
+    # A JSON value is a YAML value.
+    return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in tree.items()), "---", ""])
+
+
+def _introduction(report: Report, title: str) -> str:
+    header = report.header
+    side, kind = header.model.input_size, "pixels" if header.decoder == "pixels" else "latent cells"
+    bits, megabytes = f"{header.average_activation_bits:.2f}", f"{report.file_bytes / 1e6:.2f} MB"
+    return f"""# {title}
+
+A class-conditional diffusion transformer with **ternary weights and {bits}-bit activations** (MAC-weighted average),
+packed for the RobuQ runtime: {header.model.num_classes} classes, samples of {side}x{side} {kind}, {megabytes},
+{report.compression:.1f} times smaller than the same network in FP32. After the method of
+[RobuQ, arXiv 2509.23582](https://arxiv.org/abs/2509.23582).
+"""
+
+
+def _facts(report: Report, name: str) -> str:
+    header = report.header
+    model, quant, sampler = header.model, header.quant, header.sampler
+    rows = [
+        ("network", f"DiT: {model.depth} blocks of width {model.hidden_size}, {model.num_heads} heads, "
+                    f"{model.num_tokens} tokens, patches of {model.patch_size}"),
+        ("draws", "pixels" if header.decoder == "pixels" else
+                  f"latents of {model.in_channels} channels; needs the autoencoder it was trained with"),
+        ("weights of the blocks", f"{quant.weight_planes} x ternary, scales by {quant.weight_scale}, "
+                                  f"low-rank branch of rank {quant.rank}"),
+        ("activations", f"{header.average_activation_bits:.2f} bits on average, {quant.adaln_bits} for adaLN, "
+                        f"attention products {'full precision' if quant.attention_bits is None else '8'} bits"),
+        ("predicts", header.diffusion.prediction_type),
+        ("default", f"{sampler.sampler}, {sampler.steps} steps, guidance {sampler.guidance_scale:g}"),
+        ("file", f"`{name}`, {report.file_bytes:,} bytes; FP32 {report.fp32_bytes:,}"),
+    ]  # fmt: skip
+    sizes = sorted(report.bytes_by_part.items(), key=lambda item: -item[1])
+    lines = ["| | |", "|---|---|", *(f"| {left} | {right} |" for left, right in rows), ""]
+    lines += ["| Part of the file | Bytes | Share |", "|---|---|---|"]
+    lines += [f"| {part} | {size:,} | {size / report.file_bytes:.1%} |" for part, size in sizes]
+    return "\n".join([*lines, ""])
+
+
+def _bit_table(header: Header) -> str:
+    widths = list(header.bits.values())
+    blocks = [tuple(widths[5 * i : 5 * i + 5]) for i in range(header.model.depth)]
+    lines = ["## Activation bits", "", f"| Block | {' | '.join(_LAYERS)} |", "|---" * (len(_LAYERS) + 1) + "|"]
+    first = 0
+    for bits, group in groupby(blocks):
+        last = first + len(list(group)) - 1
+        label = str(first) if first == last else f"{first}-{last}"
+        lines.append(f"| {label} | {' | '.join(map(str, bits))} |")
+        first = last + 1
+    return "\n".join([*lines, ""])
+
+
+def _usage(header: Header, name: str) -> str:
+    latent = header.decoder == "latent"
+    decoder = f', decoder="{DECODER_FOLDER}"' if latent else ""
+    option = f" --decoder {DECODER_FOLDER}" if latent else ""
+    note = (
+        f"The network draws latents. `{DECODER_FOLDER}` stands for a diffusers folder of the autoencoder that it was\n"
+        "trained with; put beside the checkpoint under that name, it is found without being named.\n\n"
+        if latent
+        else ""
+    )
+    environment = f" -e ROBUQ_DECODER=/model/{DECODER_FOLDER}" if latent else ""
+    return f"""## Use
+
+{note}```python
+from robuq_core import Sampler
+
+image = Sampler.from_checkpoint("{name}"{decoder}).generate(class_ids=[0], seed=0)[0]  # a PIL image
+```
+
+```python
+import torch
+from robuq_core import RobuQPipeline as DiTPipeline  # a script written for diffusers changes this line
+
+pipe = DiTPipeline.from_pretrained("{name}"{decoder})
+image = pipe(class_labels=[0], num_inference_steps=25, generator=torch.manual_seed(0)).images[0]
+```
+
+```sh
+robuq sample 0 --checkpoint {name}{option}
+robuq-serve --checkpoint {name}{option}
+docker run -p 8000:8000 -v "$PWD:/model:ro" -e ROBUQ_CHECKPOINT=/model/{name}{environment} robuq-serve
+```
+
+`--checkpoint`, `from_checkpoint` and `from_pretrained` take this repository's id in place of the file.
+"""
+
+
+def _provenance(header: Header, licence: str) -> str:
+    tree = json.dumps(_shortened(header.provenance), indent=2, default=str)
+    return f"""## Provenance
+
+What the checkpoint says of its own making; `config.json` and `robuq inspect --json` have all of it.
+
+```json
+{tree}
+```
+
+## Licence
+
+Weights: `{licence}`. The runtime is Apache-2.0.
+"""
+
+
+def _shortened(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _shortened(value) for key, value in tree.items() if key not in _LONG_KEYS}
+    return [_shortened(value) for value in tree] if isinstance(tree, list) else tree

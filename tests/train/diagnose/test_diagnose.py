@@ -1,0 +1,158 @@
+"""The command on a run: each kind of model, the report as a page of its own, and bad input."""
+
+import json
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from synthetic_run import make_config, write_config
+from tiny import write_tiny
+from typer.testing import CliRunner
+
+from robuq_core.quant.hadamard import Rotation
+from train.cli import app
+from train.config import TrainConfig
+from train.diagnose import watch as module
+from train.diagnose.capture import LayerInput
+from train.diagnose.run import diagnose_run
+from train.diagnose.watch import LayerWatch
+from train.stages import export, train_qat, train_teacher
+
+LAYERS = ["adaLN_modulation.1", "attn.proj", "attn.qkv", "mlp.fc1", "mlp.fc2"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    root = tmp_path_factory.mktemp("trained")
+    config = make_config(root, {"sensitivity": {"samples": 6, "batch_size": 4}})
+    train_teacher(config)
+    train_qat(config)
+    export(config, config.run_dir / "model.safetensors")
+    return config
+
+
+class Page(HTMLParser):
+    """Checks that elements nest, and keeps what a reader meets."""
+
+    VOID = frozenset({"meta", "path", "use", "br", "link", "rect", "circle", "line"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.identifiers: list[str] = []
+        self.links: list[str] = []
+        self.pictures = 0
+        self.words = ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        named = dict(attrs)
+        self.pictures += tag == "svg"
+        self.links += [named["href"] or ""] if tag == "a" else []
+        self.identifiers += [named["id"] or ""] if "id" in named else []
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+@pytest.mark.parametrize("which", ["teacher", "student", "packed"])
+def test_every_kind_of_model_gets_a_report(trained: TrainConfig, which: str) -> None:
+    config = Path(trained.run_dir).parent / "run.yaml"
+    result = CliRunner().invoke(app, ["diagnose", "-c", str(config), "--model", which])
+    assert result.exit_code == 0, result.output
+    report = trained.run_dir / "diagnosis" / f"{which}.html"
+    assert str(report) in result.stdout.replace("\n", "")
+    found = json.loads(report.with_suffix(".json").read_text())
+    assert sorted(layer["name"] for layer in found["layers"]) == [f"blocks.0.{name}" for name in LAYERS]
+    assert "6 noised training images" in found["source"]
+    for layer in found["layers"]:
+        assert layer["before"]["tokens"] == layer["after"]["tokens"] == (6 if "adaLN" in layer["name"] else 24)
+        for side in ("before", "after"):
+            errors = [layer[side]["error"][str(bits)] for bits in range(1, 8)]
+            assert all(0 < b < a < 1 for a, b in pairwise(errors))
+    page = Page(report.read_text())
+    assert page.pictures == len(LAYERS)
+    assert {link.removeprefix("#") for link in page.links} <= set(page.identifiers)
+    sections = [name for name in page.identifiers if name.startswith("layer-")]
+    assert len(sections) == len(set(sections)) == len(LAYERS)
+
+
+def test_the_report_needs_nothing_from_outside(trained: TrainConfig) -> None:
+    text = diagnose_run(trained, "student").read_text()
+    assert "<script" not in text
+    outside = re.findall(r'(?:href|src)="(?!#)([^"]*)"|url\((?!#)([^)]*)\)|@import', text)
+    assert outside == []
+    assert "prefers-color-scheme: dark" in text
+    assert not re.search(r"#0[1-4]0[1-4]0[1-4]", text)  # every stand-in colour is the page's own by now
+
+
+def test_models_of_one_run_differ(trained: TrainConfig) -> None:
+    reports = {which: json.loads(diagnose_run(trained, which).with_suffix(".json").read_text()) for which in
+               ("teacher", "student")}  # fmt: skip
+    again = json.loads(diagnose_run(trained, "student").with_suffix(".json").read_text())
+    assert again == reports["student"]  # the inputs and the tokens picked are fixed
+    assert again["layers"][0]["before"] != reports["teacher"]["layers"][0]["before"]
+
+
+def test_without_photos_the_model_draws_its_own_inputs(trained: TrainConfig, tmp_path: Path) -> None:
+    away = trained.data.model_copy(update={"path": tmp_path / "absent"})
+    config = trained.model_copy(update={"data": away})
+    packed = config.run_dir / "model.safetensors"
+    elsewhere = config.model_copy(update={"run_dir": tmp_path / "run"})
+    report = diagnose_run(elsewhere, checkpoint=packed)
+    assert report == tmp_path / "run" / "diagnosis" / "model.html"
+    found = json.loads(report.with_suffix(".json").read_text())
+    assert "4 images drawn by the model itself, at all 3 steps of ddim" in found["source"]
+    by_name = {layer["name"]: layer for layer in found["layers"]}
+    assert by_name["blocks.0.mlp.fc2"]["before"]["tokens"] > 0
+    assert diagnose_run(config, "student").exists()
+
+
+def test_no_more_than_some_tokens_of_a_forward_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TOKENS_A_FORWARD", 10)
+    inputs = {name: LayerInput(32, Rotation(32), 2, "midrise", "gaussian") for name in ("a", "b")}
+
+    def watched(seed: int) -> LayerWatch:
+        watch = LayerWatch(inputs, seed)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            tokens = torch.randn(40, 32, generator=generator)
+            watch("a", tokens)
+            watch("b", tokens)
+        return watch
+
+    first, again, other = (watched(seed).result("m", "s") for seed in (0, 0, 1))
+    assert first.layers[0].before.tokens == 30
+    assert first == again
+    assert first.layers[0].before != other.layers[0].before
+    assert first.layers[0].before != first.layers[1].before  # each layer picks tokens of its own
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "tiny.safetensors")
+    config = write_config(tmp_path)
+    result = CliRunner().invoke(
+        app, ["diagnose", "-c", str(config), "--checkpoint", str(tmp_path / "tiny.safetensors")]
+    )
+    assert result.exit_code == 2
+    assert "not of the configured model" in " ".join(result.stderr.split())
+    assert not (tmp_path / "run" / "diagnosis").exists()
+
+
+def test_a_missing_state_is_said(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["diagnose", "-c", str(write_config(tmp_path)), "--model", "student"])
+    assert result.exit_code == 2
+    assert "qat.pt does not exist" in " ".join(result.stderr.split())

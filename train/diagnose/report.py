@@ -1,0 +1,182 @@
+"""A diagnosis as one HTML file: no script, nothing from outside, light or dark as the reader's system is."""
+
+from __future__ import annotations
+
+import html
+import statistics
+from collections.abc import Iterable, Sequence
+
+from train.diagnose.plots import layer_plot
+from train.diagnose.shape import BITS, Shape, normal_error
+from train.diagnose.watch import Diagnosis, LayerDiagnosis
+
+_CSS = """
+:root { color-scheme: light dark; --ground: #fff; --ink: #1b1f24; --faint: #59636e; --grid: #d0d7de; --link: #0757ba;
+  --before: #b35900; --after: #0a6dc2; }
+@media (prefers-color-scheme: dark) { :root { --ground: #14181d; --ink: #e6e9ed; --faint: #a3acb7; --grid: #3a424c;
+  --link: #7fb8ff; --before: #f0a04b; --after: #66b2ff; } }
+body { background: var(--ground); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; margin: 0 auto;
+  max-width: 72rem; padding: 1rem; }
+a { color: var(--link); } a:focus-visible, [tabindex]:focus-visible { outline: 3px solid var(--link); }
+h1 { margin-bottom: .2em; } h2 { margin-top: 2em; } .faint { color: var(--faint); }
+.before { color: var(--before); } .after { color: var(--after); font-weight: 600; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid var(--grid); white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } caption { text-align: left; padding-bottom: .4rem; }
+section { border-top: 1px solid var(--grid); margin-top: 2rem; content-visibility: auto;
+  contain-intrinsic-size: 30rem; }
+svg { width: 100%; min-width: 44rem; height: auto; } svg text { font-family: system-ui, sans-serif !important; }
+.skip { position: absolute; left: -99rem; } .skip:focus { left: 1rem; background: var(--ground); padding: .5rem; }
+@media print { section { break-inside: avoid; content-visibility: visible; } }
+"""
+
+
+def html_report(found: Diagnosis) -> str:
+    """The whole page."""
+    layers = found.layers
+    title = f"Activations of {html.escape(found.model)}"
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{_CSS}</style></head>
+<body>
+<a class="skip" href="#layers">Skip to the layers</a>
+<h1>{title}</h1>
+<p class="faint">Inputs of {len(layers)} layers on {html.escape(found.source)}; {_thousands(layers[0].before.tokens)} to
+{_thousands(max(layer.before.tokens for layer in layers))} tokens a layer. Quantiser: {html.escape(found.rule)},
+{html.escape(found.grid)}.</p>
+<main>
+<h2>In short</h2>
+{_verdict(layers, found)}
+{_by_type(layers)}
+<h2>How to read it</h2>
+{_legend(found)}
+<h2 id="layers">Layers</h2>
+{_overview(layers)}
+{"".join(_section(layer, found) for layer in layers)}
+</main>
+</body>
+</html>
+"""
+
+
+def _verdict(layers: Sequence[LayerDiagnosis], found: Diagnosis) -> str:
+    def middle(values: Iterable[float]) -> float:
+        return statistics.median(values)
+
+    nearer = sum(layer.after.ks < layer.before.ks for layer in layers)
+    better = sum(layer.after.error[layer.bits] < layer.before.error[layer.bits] for layer in layers)
+    worst = max(layers, key=lambda layer: layer.after.ks)
+    kurtosis = [middle(getattr(layer, side).kurtosis for layer in layers) for side in ("before", "after")]
+    distance = [middle(getattr(layer, side).ks for layer in layers) for side in ("before", "after")]
+    return f"""<ul>
+<li>Median excess kurtosis: {_change(kurtosis[0], kurtosis[1], 2)} (a normal has 0); median distance to the
+normal: {_change(distance[0], distance[1], 3)}.</li>
+<li>Rotation brings {nearer} of {len(layers)} layers nearer to the normal, and lowers the quantisation error at the
+layer's own width in {better}.</li>
+<li>Furthest from the normal after rotation: <a href="#{_anchor(worst)}">{html.escape(worst.name)}</a>
+({worst.after.ks:.3f}).</li>
+</ul>"""
+
+
+def _by_type(layers: Sequence[LayerDiagnosis]) -> str:
+    kinds: dict[str, list[LayerDiagnosis]] = {}
+    for layer in layers:
+        kinds.setdefault(layer.name.split(".", 2)[2].removeprefix("attn.").removeprefix("mlp."), []).append(layer)
+    rows = []
+    for kind, members in kinds.items():
+        cells = [
+            _change(statistics.fmean(of(layer, "before") for layer in members),
+                    statistics.fmean(of(layer, "after") for layer in members), digits)
+            for of, digits in _COLUMNS
+        ]  # fmt: skip
+        rows.append(_row(html.escape(kind), str(len(members)), *cells))
+    return _table("Means by kind of layer", ["kind", "layers", *_HEADINGS], rows)
+
+
+def _kurtosis(layer: LayerDiagnosis, side: str) -> float:
+    return _shape(layer, side).kurtosis
+
+
+def _skew(layer: LayerDiagnosis, side: str) -> float:
+    return _shape(layer, side).skew
+
+
+def _ks(layer: LayerDiagnosis, side: str) -> float:
+    return _shape(layer, side).ks
+
+
+def _own_error(layer: LayerDiagnosis, side: str) -> float:
+    return _shape(layer, side).error[layer.bits]
+
+
+def _shape(layer: LayerDiagnosis, side: str) -> Shape:
+    return layer.before if side == "before" else layer.after
+
+
+_COLUMNS = ((_kurtosis, 2), (_skew, 2), (_ks, 3), (_own_error, 4))
+_HEADINGS = ["excess kurtosis", "skew", "distance to the normal", "error at its bits"]
+
+
+def _legend(found: Diagnosis) -> str:
+    expected = ", ".join(f"{bits}: {normal_error(bits, found.grid, found.rule):.5f}" for bits in BITS)
+    return f"""<p>Each figure reads <span class="before">before</span> → <span class="after">after</span> the layer's
+rotation. Kurtosis and skew are those of single tokens, averaged. The distance is Kolmogorov and Smirnov's, of
+<i>x</i>/sigma to the standard normal, with the sigma that the quantiser takes from each token,
+sqrt(π/2)·mean|<i>x</i>|: its fixed steps are the best ones for that normal. The error is |<i>x</i> − Q(<i>x</i>)|²/|<i>x</i>|², averaged over
+tokens. In the pictures the dashed line is the normal. Of a normal, the error by bits is {expected}.</p>"""
+
+
+def _overview(layers: Sequence[LayerDiagnosis]) -> str:
+    rows = []
+    for layer in layers:
+        cells = [_change(of(layer, "before"), of(layer, "after"), digits) for of, digits in _COLUMNS]
+        link = f'<a href="#{_anchor(layer)}">{html.escape(layer.name)}</a>'
+        rows.append(_row(link, str(layer.width), str(layer.bits), _rotation(layer), *cells))
+    return _table("All layers", ["layer", "width", "bits", "rotation", *_HEADINGS], rows)
+
+
+def _section(layer: LayerDiagnosis, found: Diagnosis) -> str:
+    errors = [_row("before", *(f"{layer.before.error[bits]:.5f}" for bits in BITS)),
+              _row("after", *(f"{layer.after.error[bits]:.5f}" for bits in BITS))]  # fmt: skip
+    plot = layer_plot(layer, found.rule, found.grid)
+    return f"""<section id="{_anchor(layer)}">
+<h3>{html.escape(layer.name)}</h3>
+<p>Excess kurtosis {_change(layer.before.kurtosis, layer.after.kurtosis, 2)}, skew
+{_change(layer.before.skew, layer.after.skew, 2)}, distance to the normal {_change(layer.before.ks, layer.after.ks, 3)};
+{layer.width} values a token, {_thousands(layer.before.tokens)} tokens, rotation {_rotation(layer)},
+{layer.bits} bits. <a href="#layers">All layers</a></p>
+<div class="scroll" tabindex="0" role="region" aria-label="Pictures of {html.escape(layer.name)}">{plot}</div>
+{_table("Quantisation error by bits", ["", *map(str, BITS)], errors)}
+</section>
+"""
+
+
+def _table(caption: str, headings: Sequence[str], rows: Sequence[str]) -> str:
+    head = "".join(f'<th scope="col">{heading}</th>' for heading in headings)
+    return f"""<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table>
+<caption>{caption}</caption>
+<thead><tr>{head}</tr></thead>
+<tbody>{"".join(rows)}</tbody></table></div>"""
+
+
+def _row(first: str, *cells: str) -> str:
+    return f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>\n'
+
+
+def _change(before: float, after: float, digits: int) -> str:
+    # Nought point nothing has no sign.
+    first, second = (f"{round(each, digits) + 0.0:.{digits}f}" for each in (before, after))
+    return f'<span class="before">{first}</span> → <span class="after">{second}</span>'
+
+
+def _rotation(layer: LayerDiagnosis) -> str:
+    return {None: "whole", 1: "none"}.get(layer.rotation_block, f"blocks of {layer.rotation_block}")
+
+
+def _anchor(layer: LayerDiagnosis) -> str:
+    return "layer-" + layer.name.replace(".", "-")
+
+
+def _thousands(count: int) -> str:
+    return f"{count:,}"

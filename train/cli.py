@@ -178,6 +178,28 @@ def evaluate(
 
 @app.command()
 @reported
+def diagnose(
+    config: ConfigOption,
+    model: Annotated[
+        str | None, typer.Option(help="teacher, student or packed; default: the last that the run has made.")
+    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="A packed file from elsewhere, instead of --model.")] = None,
+    override: SetOption = None,
+) -> None:
+    """Report how near to normal each layer's input is, before and after rotation, and what quantising it costs.
+
+    Writes RUN_DIR/diagnosis/MODEL.html and MODEL.json.
+    """
+    loaded = _load(config, override)
+    from train.diagnose.run import diagnose_run
+    from train.evaluation.models import known_model
+
+    which = None if model is None else known_model(model)
+    typer.echo(f"wrote {diagnose_run(loaded, which, checkpoint)}")
+
+
+@app.command()
+@reported
 def ablate(
     config: Annotated[Path, typer.Option("--config", "-c", help="YAML file of the study.")] = Path(
         "configs/ablations.yaml"

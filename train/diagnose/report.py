@@ -123,8 +123,10 @@ def _legend(found: Diagnosis) -> str:
     return f"""<p>Each figure reads <span class="before">before</span> → <span class="after">after</span> the layer's
 rotation. Kurtosis and skew are those of single tokens, averaged. The distance is Kolmogorov and Smirnov's, of
 <i>x</i>/sigma to the standard normal, with the sigma that the quantiser takes from each token,
-sqrt(π/2)·mean|<i>x</i>|: its fixed steps are the best ones for that normal. The error is |<i>x</i> − Q(<i>x</i>)|²/|<i>x</i>|², averaged over
-tokens. In the pictures the dashed line is the normal. Of a normal, the error by bits is {expected}.</p>"""
+sqrt(π/2)·mean|<i>x</i>|: its fixed steps are the best ones for that normal. The error is
+|<i>x</i> − Q(<i>x</i>)|²/|<i>x</i>|², averaged over
+tokens. In the pictures the dashed line is the normal. Of a normal, the error by bits is
+{expected}.</p>"""
 
 
 def _overview(layers: Sequence[LayerDiagnosis]) -> str:

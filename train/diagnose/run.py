@@ -12,6 +12,7 @@ import torch
 from rich.progress import track
 
 from robuq_core.checkpoint import read_checkpoint
+from robuq_core.decode import load_decoder
 from robuq_core.files import replacing
 from robuq_core.models.dit import DiT
 from robuq_core.pipeline import Denoiser, Sampler
@@ -76,15 +77,15 @@ def diagnose_packed(config: TrainConfig, path: Path, name: str) -> Diagnosis:
         raise EvaluationError(f"{path}: not of the configured model; give the configuration it was trained with")
     model, backend, inputs = observed_packed(checkpoint)
     backend.observe = watch = LayerWatch(inputs, config.seed)
-    source = _run(
-        config,
-        model,
-        backend.device,
-        lambda: Sampler(
-            model, header, checkpoint_name=name, backend_name=backend.name, weight_bytes=model.weight_bytes
-        ),
-    )
-    return watch.result(name, source)
+
+    def sampler() -> Sampler:
+        decoder = None if config.data.vae is None else load_decoder(config.data.vae)
+        size = model.weight_bytes
+        return Sampler(
+            model, header, checkpoint_name=name, backend_name=backend.name, weight_bytes=size, decoder=decoder
+        )
+
+    return watch.result(name, _run(config, model, backend.device, sampler))
 
 
 def _run(config: TrainConfig, model: Denoiser, device: torch.device, sampler: Callable[[], Sampler]) -> str:

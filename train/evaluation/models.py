@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 
 from robuq_core.checkpoint import FORMAT_VERSION, Header
+from robuq_core.decode import load_decoder
 from robuq_core.models.dit import DiT
 from robuq_core.pipeline import Sampler
 from train.config import TrainConfig
@@ -22,18 +23,25 @@ MODELS: tuple[Which, ...] = get_args(Which)
 
 def plain_sampler(model: DiT, config: TrainConfig, name: str) -> Sampler:
     """A sampler that runs ``model`` itself (teacher or fake-quantised student), not a packed file; on a GPU if any."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    decoder = None if config.data.vae is None else load_decoder(config.data.vae, device=device)
     header = Header(
         format_version=FORMAT_VERSION,
         model=config.model,
         quant=config.quant,
         diffusion=config.diffusion,
         sampler=config.sampler,
+        decoder="pixels" if decoder is None else "latent",
         tensors={},
     )
-    size = sum(parameter.nbytes for parameter in model.parameters())
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Sampler(
-        model.eval().to(device), header, checkpoint_name=name, backend_name="torch", weight_bytes=size, device=device
+        model.eval().to(device),
+        header,
+        checkpoint_name=name,
+        backend_name="torch",
+        weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
+        device=device,
+        decoder=decoder,
     )
 
 
@@ -66,7 +74,7 @@ def load_sampler(config: TrainConfig, which: Which, checkpoint: Path | None = No
     """
     path = checkpoint or model_path(config, which)
     if checkpoint is not None or which == "packed":
-        sampler = Sampler.from_checkpoint(path)
+        sampler = Sampler.from_checkpoint(path, decoder=config.data.vae)
     elif which == "student":
         quantised = config.model_copy(update={"quant": resolved_quant(config)})
         sampler = plain_sampler(load_student(config)[0], quantised, which)

@@ -24,7 +24,6 @@ from train.evaluation.frechet import Moments, RunningMoments
 from train.evaluation.networks import FeatureNetwork, Features
 from train.messages import one_line
 
-MOST_PHOTOS = 50_000
 MOST_LATENT_PHOTOS = 10_000  # a run on latents keeps no pixels: its photos are decoded afresh, into memory
 GALLERY_PHOTOS = 10_000
 _BATCH = 64
@@ -49,7 +48,7 @@ def sample_side(config: TrainConfig) -> int:
 def reference(config: TrainConfig, network: FeatureNetwork) -> Reference:
     """The reference of the configured data: read from the run folder if it is there, else made and kept.
 
-    Of at most 50,000 photos (10,000 where the model works on latents), picked by a fixed seed.
+    Of at most ``evaluation.photos`` (10,000 where the model works on latents), picked by a fixed seed.
 
     Raises:
         DataError: the data cannot be used. EvaluationError: the run folder cannot be written to.
@@ -61,7 +60,7 @@ def reference(config: TrainConfig, network: FeatureNetwork) -> Reference:
         "side": sample_side(config),
         "supersample": config.data.supersample,
         "network": network.identity,
-        "photos": min(index.count, MOST_PHOTOS if config.data.vae is None else MOST_LATENT_PHOTOS),
+        "photos": min(index.count, config.evaluation.photos, MOST_LATENT_PHOTOS if config.data.vae else index.count),
         "gallery": GALLERY_PHOTOS,
     }
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()

@@ -67,31 +67,39 @@ def reference(config: TrainConfig, network: FeatureNetwork) -> Reference:
     path = config.run_dir / "evaluation" / f"reference-{network.name}.npz"
     found = read_reference(path, digest)
     if found is None:
-        photos = read_images(config, made_of["photos"], seed=0)
-        found = measure_photos(photos, made_of["side"], network, digest)
+        # Prepared pixels are mapped: taken batch by batch, they are never in memory together.
+        photos = read_images(config, made_of["photos"] if config.data.vae else None, seed=0)
+        found = measure_photos(photos, made_of["photos"], made_of["side"], network, digest)
         write_reference(path, found)
     return found
 
 
-def measure_photos(dataset: ImageDataset, side: int, network: FeatureNetwork, digest: str) -> Reference:
-    """Run ``network`` over the centre crops of ``dataset``; features of few of them are ever in memory."""
-    count = len(dataset)
-    kept = torch.zeros(count, dtype=torch.bool)
-    kept[torch.randperm(count, generator=torch.Generator().manual_seed(0))[:GALLERY_PHOTOS]] = True
+def measure_photos(dataset: ImageDataset, count: int, side: int, network: FeatureNetwork, digest: str) -> Reference:
+    """Run ``network`` over the centre crops of ``count`` photos of ``dataset``, picked by a fixed seed.
+
+    Features of no more than the gallery are ever in memory.
+    """
+    picked = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:count]
+    in_gallery = torch.zeros(len(dataset), dtype=torch.bool)
+    in_gallery[picked[:GALLERY_PHOTOS]] = True
+    picked = picked.sort().values  # in the order in which they lie on disk
     pool, spatial = RunningMoments(), RunningMoments()
     parts: list[Features] = []
-    for first in track(range(0, count, _BATCH), f"photos through {network.name}"):
-        rows = slice(first, min(first + _BATCH, count))
-        features = network(centre_images(dataset, side, rows))
+    for rows in track(picked.split(_BATCH), f"photos through {network.name}"):
+        photos = ImageDataset(dataset.images[rows], dataset.labels[rows], dataset.supersample)
+        features = network(centre_images(photos, side))
         pool.add(features.pool)
         if features.spatial is not None:
             spatial.add(features.spatial)
-        chosen = kept[rows]
+        chosen = in_gallery[rows]
         parts.append(Features(features.pool[chosen], features.logits[chosen]))
     together = Features(torch.cat([each.pool for each in parts]), torch.cat([each.logits for each in parts]))
     has_spatial = spatial.count > 0
     return Reference(
-        digest, pool.result(), spatial.result() if has_spatial else None, gallery_of(together, dataset.labels[kept])
+        digest,
+        pool.result(),
+        spatial.result() if has_spatial else None,
+        gallery_of(together, dataset.labels[in_gallery]),
     )
 
 

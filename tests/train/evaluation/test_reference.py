@@ -56,8 +56,8 @@ def test_a_large_gallery_is_a_random_part(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(module, "GALLERY_PHOTOS", 50)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (200, 3, 8, 8), dtype=torch.uint8, generator=generator)
-    found = measure_photos(ImageDataset(images, torch.arange(200)), 8, PixelNetwork(), "d")
-    assert found.pool.count == 200
+    found = measure_photos(ImageDataset(images, torch.arange(200)), 120, 8, PixelNetwork(), "d")
+    assert found.pool.count == 120
     assert len(found.gallery.labels) == len(set(found.gallery.labels.tolist())) == 50
     assert found.gallery.labels.max() > 150  # not the first ones
     expected = PixelNetwork()(images[found.gallery.labels].float() / 127.5 - 1).pool
@@ -67,7 +67,7 @@ def test_a_large_gallery_is_a_random_part(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_damaged_file_is_not_read(tmp_path: Path) -> None:
     images = torch.randint(0, 256, (9, 3, 8, 8), dtype=torch.uint8)
     path = tmp_path / "reference.npz"
-    write_reference(path, measure_photos(ImageDataset(images, torch.arange(9)), 8, PixelNetwork(), "d"))
+    write_reference(path, measure_photos(ImageDataset(images, torch.arange(9)), 9, 8, PixelNetwork(), "d"))
     assert read_reference(path, "d") is not None
     assert read_reference(path, "e") is None
     path.write_bytes(path.read_bytes()[:-50])

@@ -115,8 +115,9 @@ class AllocateConfig(StrictModel):
 class EvaluationConfig(StrictModel):
     """How samples are drawn to be measured; steps, guidance and sampler are ``sampler``'s."""
 
-    samples: int = Field(default=2000, ge=2)
-    seeds: tuple[int, ...] = (0, 1, 2)
+    samples: int = Field(default=2000, ge=2, description="drawn for each seed")
+    photos: int = Field(default=50_000, ge=2, description="photos of the data that they are compared with, at most")
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 1, 2), min_length=1)
     batch_size: int = Field(default=64, ge=1)
 
 

@@ -57,7 +57,10 @@ def settings(root: Path) -> dict[str, Any]:
         "sampler": {"steps": 3},
         "data": {"path": str(photos), "resize": 10, "colour_jitter": 0.2},
         "teacher": {**stage, "lr_schedule": "cosine"},
+        "warmup": {**stage, "steps": 3},
+        "sensitivity": {"samples": 8, "batch_size": 4},
         "qat": dict(stage),
+        "evaluation": {"samples": 4, "seeds": [0], "batch_size": 4},
     }
 
 

@@ -22,7 +22,7 @@ from train.stages.models import (
     teacher_path,
     warmup_path,
 )
-from train.stages.run import export_to, planned, run, run_prepare, run_stage
+from train.stages.run import export_to, run, run_prepare, run_stage
 from train.stages.steps import STAGES, Stage, export
 
 __all__ = [
@@ -37,7 +37,6 @@ __all__ = [
     "load_teacher",
     "load_warmup",
     "packed_path",
-    "planned",
     "qat_path",
     "read_class_names",
     "read_images",

@@ -33,7 +33,7 @@ from train.stages.records import (
     told,
     write_record,
 )
-from train.stages.steps import BY_NAME, STAGES, Note, Stage, export
+from train.stages.steps import BY_NAME, STAGES, Note, Stage, export, is_packable
 from train.state import StateError, load_state
 
 # Keys of a training stage that do not change its numbers beyond rounding, or whose file's content is compared instead.
@@ -42,16 +42,17 @@ _IDLE = {"save_every", "log_every", "accumulate", "activation_checkpointing", "p
 Changed = dict[str, tuple[Any, Any]]
 
 
-def planned(config: TrainConfig) -> tuple[Stage, ...]:
-    """The stages that ``config`` calls for, in order; the search for bits is one switch, ``allocate.average_bits``."""
+def reason_to_skip(stage: Stage, config: TrainConfig) -> str | None:
+    """Why ``config`` does not call for ``stage``, if it does not; the search for bits is one switch."""
     searched = config.allocate.average_bits is not None
-    wanted = {
-        "teacher": True,
-        "warmup": (searched and config.sensitivity.after == "warmup") or config.qat.warm_start == "warmup",
-        "sensitivity": searched,
-        "allocate": searched,
-    }
-    return tuple(stage for stage in STAGES if wanted.get(stage.name, True))
+    warm = (searched and config.sensitivity.after == "warmup") or config.qat.warm_start == "warmup"
+    if stage.name in ("sensitivity", "allocate") and not searched:
+        return "allocate.average_bits is null: every layer has quant.activation_bits"
+    if stage.name == "warmup" and not warm:
+        return "nothing starts from it"
+    if stage.name == "export" and not is_packable(config):
+        return f"the packed runtime does not know quant.activation {config.quant.activation}"
+    return None
 
 
 def run(config: TrainConfig, note: Note = print, redo: Collection[str] = ()) -> None:
@@ -68,10 +69,11 @@ def run(config: TrainConfig, note: Note = print, redo: Collection[str] = ()) -> 
     again = False
     for stage in STAGES:
         again = again or stage.name in redo
-        if stage in planned(config):
+        reason = reason_to_skip(stage, config)
+        if reason is None:
             execute(stage, config, note, redo=again)
         else:
-            on_first(partial(note, f"{stage.name}: not called for (allocate.average_bits is null)"))
+            on_first(partial(note, f"{stage.name}: left out, as {reason}"))
 
 
 def run_prepare(config: TrainConfig, note: Note = print, verify: bool = False) -> None:

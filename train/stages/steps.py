@@ -188,6 +188,7 @@ def allocate_now(config: TrainConfig, note: Note) -> None:
     from rich.console import Console
 
     from train.allocate import METHODS, AllocationError, allocate, layer_table, type_table
+    from train.allocation_plot import plot_allocations
     from train.sensitivity import Sensitivity
 
     budget = config.allocate.average_bits
@@ -206,6 +207,7 @@ def allocate_now(config: TrainConfig, note: Note) -> None:
     others = {each.method: each.as_dict() for each in compared[1:]}
     with replacing(bits_path(config)) as temporary:
         temporary.write_text(json.dumps({**chosen.as_dict(), "compared": others}, indent=1) + "\n")
+    plot_allocations(compared, bits_path(config).with_suffix(".png"))
     console = Console()
     console.print(layer_table(compared))
     console.print(type_table(compared))
@@ -239,6 +241,24 @@ def export_now(config: TrainConfig, note: Note) -> None:
     path = packed_path(config)
     export(config, path)
     note(f"export: wrote {path} ({path.stat().st_size / 1e6:.2f} MB)")
+
+
+def evaluate_now(config: TrainConfig, note: Note) -> None:
+    from train.evaluation.run import evaluate_run
+
+    for which in ("teacher", "packed" if is_packable(config) else "student"):
+        entry = evaluate_run(config, which)
+        figures = {name: f"{each['mean']:.4g}" for name, each in entry["figures"].items()}
+        note(f"evaluate: {which}: {', '.join(f'{name} {value}' for name, value in figures.items())}")
+
+
+def is_packable(config: TrainConfig) -> bool:
+    """Whether the packed runtime knows the configured quantiser; the others are for study alone."""
+    return config.quant.activation == "gaussian"
+
+
+def _evaluate_reads(config: TrainConfig) -> list[Path]:
+    return [teacher_path(config), packed_path(config) if is_packable(config) else qat_path(config)]
 
 
 def _teacher_settings(config: TrainConfig) -> tuple[str, ...]:
@@ -310,6 +330,13 @@ STAGES = (
         work=export_now,
         on_data=lambda config: False,
         resolve=resolved,
+    ),
+    Stage(
+        "evaluate",
+        "evaluation.json",
+        reads=_evaluate_reads,
+        settings=lambda config: ("model", "diffusion", "sampler", "evaluation"),
+        work=evaluate_now,
     ),
 )  # fmt: skip
 BY_NAME = {stage.name: stage for stage in STAGES}

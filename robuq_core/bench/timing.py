@@ -18,6 +18,9 @@ BASELINE = "fp32"
 MIN_ROUNDS = 3
 # One sample of a short call is a loop of at least this long.
 MIN_SAMPLE_S = 2e-3
+# A turn begins with an untimed call, so that none pays for waking threads and for what the side before left in the
+# caches; calls longer than this do not notice.
+WARMED_BELOW_S = 0.5
 # A peer that takes longer than this many times FP32, and longer than a second, is not waited for.
 GIVE_UP_RATIO, GIVE_UP_S = 10.0, 1.0
 
@@ -119,13 +122,16 @@ def _interleave(ready: Sequence[tuple[Side, float, float]], timer: Timer) -> lis
     if not ready:
         return []
     calls = [max(1, math.ceil(MIN_SAMPLE_S / max(warm, 1e-7))) for _, _, warm in ready]
-    round_s = sum(warm * n for (_, _, warm), n in zip(ready, calls, strict=True))
+    warmed = [warm < WARMED_BELOW_S for _, _, warm in ready]
+    round_s = sum(warm * (n + again) for (_, _, warm), n, again in zip(ready, calls, warmed, strict=True))
     rounds = max(MIN_ROUNDS, min(timer.rounds, int(timer.budget_s / max(round_s, 1e-9))))
     samples: list[list[float]] = [[] for _ in ready]
     for first in range(rounds):
         # Each round starts with another side, so that none always follows the same neighbour.
         for position in range(len(ready)):
             i = (first + position) % len(ready)
+            if warmed[i]:
+                ready[i][0].run()
             samples[i].append(timer.seconds(ready[i][0].run, calls[i]))
     baseline = next((samples[i] for i, (side, _, _) in enumerate(ready) if side.name == BASELINE), None)
     return [_summary(side, error, mine, baseline) for (side, error, _), mine in zip(ready, samples, strict=True)]

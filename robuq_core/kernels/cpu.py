@@ -21,14 +21,14 @@ from torch import Tensor
 from robuq_core.errors import UserError
 from robuq_core.kernels.ops import Modulation, Prologue, Quantized, TernaryLayer
 from robuq_core.quant.activation import GAUSSIAN_STEP, SIGMA_PER_MEAN_ABS, is_midrise
-from robuq_core.quant.hadamard import decompose_order, hadamard_matrix
+from robuq_core.quant.hadamard import decompose_order, hadamard_matrix, rotation_factors
 from robuq_core.quant.packing import planar_width
 
 Isa = Literal["amx", "avx512vnni", "avx2", "plain"]  # fastest first
 ISA_VARIABLE = "ROBUQ_CPU_ISA"
 
 # The native side's enumerations (native/robuq.h) and the number of its interface (native/module.c).
-_INTERFACE = 5
+_INTERFACE = 6
 _ISA_CODE: Mapping[Isa, int] = {"plain": 0, "avx2": 1, "avx512vnni": 2, "amx": 3}
 _MODULATE = 1
 
@@ -52,7 +52,7 @@ class _LayerStruct(ctypes.Structure):
 
     _fields_ = (
         *((name, _POINTER) for name in ("planar", "alpha", "bias", "signs", "lowrank_a", "lowrank_b", "base_matrix")),
-        *((name, _SIZE) for name in ("width", "channels", "rank", "base", "max_code")),
+        *((name, _SIZE) for name in ("width", "channels", "rank", "base", "block", "max_code")),
         ("step_factor", _FLOAT),
         *((name, ctypes.c_int32) for name in ("midrise", "lowest", "highest")),
     )
@@ -127,8 +127,8 @@ def choose_isa(library: ctypes.CDLL, isa: str | None = None) -> Isa:
 
 
 @lru_cache(maxsize=16)
-def _base_matrix(width: int) -> Tensor:
-    base, _ = decompose_order(width)
+def _base_matrix(order: int) -> Tensor:
+    base, _ = decompose_order(order)
     return hadamard_matrix(base).float().contiguous()
 
 
@@ -155,7 +155,9 @@ class _NativeLayer:
         inputs, outputs, rank, bits = layer.in_features, layer.out_features, layer.rank, layer.bits
         midrise = is_midrise(bits, layer.grid)
         top = 2**bits - 1 if midrise else 2 ** (bits - 1) - 1
-        base = _base_matrix(inputs)
+        copies, _, _ = rotation_factors(inputs, layer.rotation_block)
+        block = inputs // copies
+        base = _base_matrix(block)
         self._tensors = (
             _check(layer.planar, "planar", (outputs, planar_width(inputs)), torch.uint8),
             _check(layer.alpha, "alpha", (outputs,)),
@@ -167,7 +169,7 @@ class _NativeLayer:
         )
         self._struct = _LayerStruct(
             *(tensor.data_ptr() for tensor in self._tensors),
-            *(inputs, outputs, rank, base.shape[0], min(2**bits - 1, 128)),
+            *(inputs, outputs, rank, base.shape[0], block, min(2**bits - 1, 128)),
             *(SIGMA_PER_MEAN_ABS * GAUSSIAN_STEP[bits], midrise, -top if midrise else -top - 1, top),
         )
         self.address = ctypes.addressof(self._struct)

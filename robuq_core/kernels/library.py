@@ -6,7 +6,7 @@ Eager code calls a backend directly and pays nothing for this. To trace a networ
     compiled = torch.compile(network.denoise, fullgraph=True)
 
 A packed layer enters an operator as its six tensors in the order of :class:`~robuq_core.kernels.ops.TernaryLayer`, its
-bits and its grid; a backend as the key under which it is registered.
+bits, its grid and its rotation block (0 for the whole width); a backend as the key under which it is registered.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ class TraceableBackend:
             kind, modulation, eps = "modulation", [prologue.shift, prologue.scale], prologue.eps
         else:
             kind, modulation, eps = prologue or "", [], 0.0
-        return Quantized(*rotate_quantize(x, _tensors(layer), layer.bits, layer.grid, kind, modulation, eps, self._key))
+        block = layer.rotation_block or 0
+        return Quantized(
+            *rotate_quantize(x, _tensors(layer), layer.bits, layer.grid, block, kind, modulation, eps, self._key)
+        )
 
     def ternary_linear(self, x: Quantized, layer: TernaryLayer) -> Tensor:
         return ternary_linear([x.codes, x.scales, x.lowrank], _tensors(layer), layer.bits, layer.grid, self._key)  # type: ignore[no-any-return]
@@ -57,9 +60,9 @@ def _tensors(layer: TernaryLayer) -> list[Tensor]:
     return [layer.planar, layer.alpha, layer.bias, layer.signs, layer.lowrank_a, layer.lowrank_b]
 
 
-def _layer(tensors: Sequence[Tensor], bits: int, grid: str) -> TernaryLayer:
+def _layer(tensors: Sequence[Tensor], bits: int, grid: str, block: int = 0) -> TernaryLayer:
     planar, alpha, bias, signs, lowrank_a, lowrank_b = tensors
-    return TernaryLayer(planar, alpha, bias, signs, lowrank_a, lowrank_b, bits, cast(Grid, grid))
+    return TernaryLayer(planar, alpha, bias, signs, lowrank_a, lowrank_b, bits, cast(Grid, grid), block or None)
 
 
 @torch.library.custom_op("robuq::rotate_quantize", mutates_args=())
@@ -68,6 +71,7 @@ def rotate_quantize(
     layer: Sequence[Tensor],
     bits: int,
     grid: str,
+    rotation_block: int,
     prologue: str,
     modulation: Sequence[Tensor],
     eps: float,
@@ -81,7 +85,7 @@ def rotate_quantize(
     if prologue == "modulation":
         shift, scale = modulation
         chosen = Modulation(shift, scale, eps)
-    result = _BACKENDS[backend].rotate_quantize(x, _layer(layer, bits, grid), chosen)
+    result = _BACKENDS[backend].rotate_quantize(x, _layer(layer, bits, grid, rotation_block), chosen)
     return result.codes, result.scales, result.lowrank
 
 

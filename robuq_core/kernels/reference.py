@@ -37,9 +37,9 @@ def apply_prologue(x: Tensor, prologue: Prologue) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def _rotation(width: int, device: torch.device) -> Rotation:
+def _rotation(width: int, block: int | None, device: torch.device) -> Rotation:
     """The rotation without its signs."""
-    return Rotation(width).to(device)
+    return Rotation(width, block=block).to(device)
 
 
 class ReferenceBackend:
@@ -52,7 +52,8 @@ class ReferenceBackend:
 
     @torch.no_grad()
     def rotate_quantize(self, x: Tensor, layer: TernaryLayer, prologue: Prologue = None) -> Quantized:
-        rotated = _rotation(layer.in_features, x.device)(apply_prologue(x, prologue) * layer.signs)
+        rotate = _rotation(layer.in_features, layer.rotation_block, x.device)
+        rotated = rotate(apply_prologue(x, prologue) * layer.signs)
         codes, scales = quantize_activation(rotated, layer.bits, layer.grid)
         return Quantized(codes, scales.squeeze(-1), F.linear(rotated, layer.lowrank_b))
 

@@ -1,4 +1,4 @@
-/* x H for H = H_base (x) Sylvester(2^k), without the factor 1 / sqrt(width): a row as a matrix [base, 2^k]. */
+/* x H for H = H_base (x) Sylvester(2^k), without the factor 1 / sqrt(block): a block as a matrix [base, 2^k]. */
 
 /* Sylvester's matrix of order 32 on four vectors. */
 INLINE void sylvester32(v8 x[4]) {
@@ -145,16 +145,21 @@ FN void hadamard_narrow(float *x, const float *h, int64_t base, int64_t power) {
     }
 }
 
-FN void hadamard_row(const struct layer *layer, float *x) {
-    const int64_t base = layer->base, power = layer->width / base;
+FN void hadamard_block(const struct layer *layer, float *x) {
+    const int64_t base = layer->base, power = layer->block / base;
     if (power < LANES) {
         hadamard_narrow(x, layer->base_matrix, base, power);
         return;
     }
-    sylvester_rows(x, layer->width, power);
+    sylvester_rows(x, layer->block, power);
     for (int64_t p = 0; p < power && base > 1; p += LANES) {
         if (base == 36) paley36(x + p, power);
         else if (base == 12) paley12(x + p, power);
         else base_column(x + p, layer->base_matrix, base, power);
     }
+}
+
+FN void hadamard_row(const struct layer *layer, float *x) {
+    if (layer->block == 1) return;
+    for (int64_t k = 0; k < layer->width; k += layer->block) hadamard_block(layer, x + k);
 }

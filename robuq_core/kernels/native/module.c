@@ -14,7 +14,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 /* One more whenever an argument list changes: cpu.py refuses a library built from other source than its own. */
-EXPORT int robuq_interface(void) { return 5; }
+EXPORT int robuq_interface(void) { return 6; }
 
 EXPORT int robuq_supports(int isa) { return isa_supported(isa); }
 
@@ -71,7 +71,7 @@ static int rotate_quantize(const struct backend *backend, const struct layer *la
         .layer = layer, .x = x, .rows = rows, .prologue = (int)prologue->kind, .shift = prologue->shift,
         .shift_stride = prologue->shift_stride, .scale = prologue->scale, .scale_stride = prologue->scale_stride,
         .rows_per_image = prologue->rows_per_image, .eps = prologue->eps,
-        .normalisation = (float)(1.0 / sqrt((double)layer->width)),
+        .normalisation = (float)(1.0 / sqrt((double)layer->block)),
         .lowest = layer->midrise ? -half_range : (float)layer->lowest,
         .highest = layer->midrise ? nextafterf(half_range, 0) : (float)layer->highest,
         .block_rows = min64(ROTATE_ROWS, ceil_div(rows, backend->threads)),

@@ -47,8 +47,9 @@ struct layer {
     const float *signs;         /* [width] */
     const float *lowrank_a;     /* [channels, rank] */
     const float *lowrank_b;     /* [rank, width] */
-    const float *base_matrix;   /* +-1, [base, base]; width = base * 2^k */
+    const float *base_matrix;   /* +-1, [base, base]; block = base * 2^k */
     int64_t width, channels, rank, base;
+    int64_t block;              /* each run of so many inputs is rotated by itself; 1: none is */
     int64_t max_code;           /* largest magnitude of a code of its input */
     float step_factor;          /* quantiser step = step_factor * mean|x| */
     int32_t midrise;            /* the grid: codes 2 floor + 1, or rounded ones */
@@ -64,7 +65,7 @@ struct rotate_job {
     int64_t shift_stride, scale_stride;
     int64_t rows_per_image;
     float eps;
-    float normalisation;        /* 1 / sqrt(width) */
+    float normalisation;        /* 1 / sqrt(block) */
     float lowest, highest;      /* of x / step, before it is floored (mid-rise) or rounded */
     int64_t block_rows;         /* of a task */
     int8_t *codes;              /* out [rows, width] */

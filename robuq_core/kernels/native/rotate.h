@@ -1,7 +1,7 @@
 /* rotate_quantize, fused: prologue, sign flip, Hadamard transform, low-rank product, codes and scale, eq. (1), (4).
  *
- * A width of base * 2^k is seen as a matrix [base, 2^k]: H_base (x) Sylvester(2^k) is butterflies along its rows, then
- * the base matrix down its columns. Rows are padded with zeros to whole vectors. */
+ * A block of base * 2^k (the whole width, unless the layer says less) is seen as a matrix [base, 2^k]: H_base (x)
+ * Sylvester(2^k) is butterflies along its rows, then the base matrix down its columns. Rows are padded with zeros to whole vectors. */
 
 /* x / (1 + 2^-u): SiLU, u = x / ln 2, or the tanh form of GELU, x (1 + tanh z) / 2 with u = 2 z / ln 2. */
 INLINE v8 activate(v8 x, const int prologue) {
@@ -46,7 +46,7 @@ INLINE v8 prologue_vector(const struct rotate_job *job, const float *x, const st
     return y * (load_part(job->layer->signs + k, left) * splat(job->normalisation));
 }
 
-/* Prologue, sign flip and 1 / sqrt(width) of row `row`, into the padded `out`. */
+/* Prologue, sign flip and 1 / sqrt(block) of row `row`, into the padded `out`. */
 INLINE void prologue_row_of(const struct rotate_job *job, int64_t row, float *out, const int prologue) {
     const int64_t width = job->layer->width;
     const float *x = job->x + row * width;

@@ -43,17 +43,18 @@ class Case:
 
 def cases(architecture: int) -> Iterator[Case]:
     """Every kernel in the launch shapes that untuned DiT-XL/2 meets on ``architecture``."""
-    for width, kind, name in (
-        (1152, rotate_quantize.MODULATE, "LayerNorm, 1152"),
-        (1152, rotate_quantize.NO_PROLOGUE, "1152"),
-        (1152, rotate_quantize.SILU, "SiLU, 1152"),
-        (4608, rotate_quantize.GELU, "GELU, 4608"),
+    for width, kind, block, name in (
+        (1152, rotate_quantize.MODULATE, None, "LayerNorm, 1152"),
+        (1152, rotate_quantize.MODULATE, 128, "LayerNorm, 1152 in blocks of 128"),
+        (1152, rotate_quantize.NO_PROLOGUE, None, "1152"),
+        (1152, rotate_quantize.SILU, None, "SiLU, 1152"),
+        (4608, rotate_quantize.GELU, None, "GELU, 4608"),
     ):
         yield Case(
             f"rotate_quantize, {name}",
             rotate_quantize.rotate_quantize_kernel,
             _ROTATE_TYPES,
-            rotate_quantize.constants(width, RANK, kind, BITS, True),
+            rotate_quantize.constants(width, RANK, kind, BITS, True, block),
             rotate_quantize.default_config(width),
         )
     for rows, width, outputs, packed in (

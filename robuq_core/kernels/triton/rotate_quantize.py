@@ -1,9 +1,10 @@
 """Prologue, rotation, per-token quantisation and low-rank projection in one pass over the tokens, eq. (1), (2), (4).
 
 A token of K = L R values is seen as an L x R matrix, value k = l R + r; a tile holds several tokens side by side, [L,
-tokens R]. Its rotation by ``H_L (x) H_R`` is ``H_L^T X (I (x) H_R)``: two small products on the tensor cores. The
-matrices' entries are +-1 and 0, exact in fp16; the activation is scaled to fp16's range by token and split into a high
-and a low fp16 part, 22 bits together, so that codes differ from the reference's only on the edges of cells.
+tokens R]. Its rotation by ``H_L (x) H_R`` is ``H_L^T X (I (x) H_R)``: two small products on the tensor cores. For a
+rotation by blocks, the same matrices have zeros between the blocks: ``I (x) H`` on either side. The matrices' entries
+are +-1 and 0, exact in fp16; the activation is scaled to fp16's range by token and split into a high and a low fp16
+part, 22 bits together, so that codes differ from the reference's only on the edges of cells.
 
 L is split into ``main`` and ``tail`` rows (72 = 64 + 8) since tiles are powers of two. The tile size depends on K
 alone, never on the number of tokens: every sum over a token has one order.
@@ -69,11 +70,31 @@ def default_config(width: int) -> LaunchConfig:
     return LaunchConfig({"TOKENS": tokens}, num_warps, 1)
 
 
+def block_orders(width: int, block: int | None) -> tuple[int, int]:
+    """Orders of the two Hadamard matrices of a token's rows and columns: ``H_left (x) H_right`` rotates one block.
+
+    Raises:
+        ValueError: the block is neither the whole width nor a power of two that divides it.
+    """
+    shape = token_shape(width)
+    if block is None or block == width:
+        return shape.rows, shape.columns
+    right = min(block, shape.columns)
+    if block < 1 or width % block or block & (block - 1):
+        raise ValueError(f"a rotation block must be a power of two that divides the width {width}, not {block}")
+    return block // right, right
+
+
+def _diagonal_blocks(size: int, order: int) -> Tensor:
+    """``I (x) H_order``, float32 ``[size, size]``."""
+    return torch.kron(torch.eye(size // order), hadamard_matrix(order).float())
+
+
 @lru_cache(maxsize=64)
-def left_matrix(width: int, device: torch.device) -> Tensor:
+def left_matrix(width: int, block: int | None, device: torch.device) -> Tensor:
     """H_L transposed, fp16 ``[main_tile + tail_tile, same]``, zero where rows are padding."""
     shape = token_shape(width)
-    matrix = hadamard_matrix(shape.rows).T
+    matrix = _diagonal_blocks(shape.rows, block_orders(width, block)[0]).T
     size = shape.main_tile + shape.tail_tile
     kept = torch.cat([torch.arange(shape.main), shape.main_tile + torch.arange(shape.tail)])
     padded = torch.zeros(size, size, dtype=torch.float16)
@@ -82,9 +103,9 @@ def left_matrix(width: int, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def right_matrix(width: int, tokens: int, device: torch.device) -> Tensor:
+def right_matrix(width: int, block: int | None, tokens: int, device: torch.device) -> Tensor:
     """``I_tokens (x) H_R``, fp16, square."""
-    matrix = torch.kron(torch.eye(tokens), hadamard_matrix(token_shape(width).columns).float())
+    matrix = _diagonal_blocks(tokens * token_shape(width).columns, block_orders(width, block)[1])
     return matrix.half().to(device)
 
 
@@ -171,6 +192,7 @@ def rotate_quantize_kernel(  # type: ignore[no-untyped-def]
     tokens_per_image,
     eps,
     K: tl.constexpr,
+    BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
@@ -235,7 +257,7 @@ def rotate_quantize_kernel(  # type: ignore[no-untyped-def]
     largest = tl.maximum(_max_by_token(largest, column, COLUMNS), 1e-30)
     finite = largest < float("inf")
     grow = tl.div_rn(16384.0 / COLUMNS, largest)[None, :]
-    shrink = tl.where(finite, largest * (COLUMNS / 16384.0 / (K**0.5)), float("nan"))[None, :]
+    shrink = tl.where(finite, largest * (COLUMNS / 16384.0 / (BLOCK**0.5)), float("nan"))[None, :]
     x = tl.where(finite[None, :], x, 0.0)
     right = tl.load(right_ptr + column[:, None] * WIDTH + column[None, :])
     x = _mix_columns(x * grow * tl.load(signs_ptr + k, mask=real, other=0.0), right)
@@ -274,11 +296,14 @@ def rotate_quantize_kernel(  # type: ignore[no-untyped-def]
         tl.store(lowrank_ptr + own[None, :] * RANK + rank[:, None], projected, mask=inside)
 
 
-def constants(width: int, rank: int, kind: int, bits: int, midrise: bool) -> dict[str, int | float | bool]:
+def constants(
+    width: int, rank: int, kind: int, bits: int, midrise: bool, block: int | None = None
+) -> dict[str, int | float | bool]:
     """The kernel's compile-time arguments for a layer, but for the launch shape."""
     shape = token_shape(width)
     return {
         "K": width,
+        "BLOCK": width if block is None else block,
         "COLUMNS": shape.columns,
         "MAIN": shape.main,
         "TAIL": shape.tail,
@@ -312,14 +337,15 @@ def rotate_quantize(x: Tensor, layer: TernaryLayer, prologue: Prologue, config: 
     elif prologue is not None:
         kind = GELU if prologue == "gelu" else SILU
     if rows:
-        midrise = is_midrise(layer.bits, layer.grid)
-        grid = (triton.cdiv(rows, config.blocks["TOKENS"]),)
+        midrise, block = is_midrise(layer.bits, layer.grid), layer.rotation_block
+        tokens = config.blocks["TOKENS"]
+        grid = (triton.cdiv(rows, tokens),)
         with on_device_of(x):
             rotate_quantize_kernel[grid](
                 *(x, shift, scale, layer.signs),
-                *(left_matrix(width, x.device), right_matrix(width, config.blocks["TOKENS"], x.device)),
+                *(left_matrix(width, block, x.device), right_matrix(width, block, tokens, x.device)),
                 *(layer.lowrank_b, codes, scales, lowrank, rows, per_image, eps),
-                **constants(width, rank, kind, layer.bits, midrise),
+                **constants(width, rank, kind, layer.bits, midrise, block),
                 **config.options(),
             )
     return Quantized(codes, scales, lowrank)

@@ -74,7 +74,18 @@ def test_short_calls_are_timed_in_loops() -> None:
     clock = Clock()
     (timing,), _ = time_sides([clock.side("robuq", 1e-5)], clock.timer(rounds=3))
     assert timing.median_s == pytest.approx(1e-5)
-    assert len(clock.order) == 2 + 3 * 200
+    assert len(clock.order) == 2 + 3 * (200 + 1)
+
+
+def test_a_turn_begins_warm() -> None:
+    """What a side pays after another one has run is not its own time."""
+    clock = Clock()
+
+    def seconds_of(name: str) -> Callable[[int], float]:
+        return lambda _: 0.1 if clock.order[-1:] == [name] else 0.4
+
+    timings, _ = time_sides([clock.side(name, seconds_of(name)) for name in ("fp32", "robuq")], clock.timer())
+    assert {timing.median_s for timing in timings} == {pytest.approx(0.1)}
 
 
 @given(st.integers(3, 50), st.floats(0, 1000))

@@ -60,7 +60,7 @@ def assert_codes_agree(x: torch.Tensor, layer: TernaryLayer, prologue: Prologue,
     torch.testing.assert_close(actual.lowrank, expected.lowrank, rtol=1e-4, atol=1e-4)
     differ = actual.codes != expected.codes
     if differ.any():
-        rotated = Rotation(layer.in_features, layer.signs)(apply_prologue(x, prologue))
+        rotated = Rotation(layer.in_features, layer.signs, layer.rotation_block)(apply_prologue(x, prologue))
         midrise = layer.bits == 1 or (layer.grid == "midrise" and layer.bits < 8)
         position = rotated / (expected.scales[:, None] * (2 if midrise else 1)) + (0 if midrise else 0.5)
         assert ((position - position.round()).abs()[differ] < 1e-3).all()
@@ -75,6 +75,15 @@ def test_rotate_quantize(backend: CpuBackend, bits: int, grid: Grid) -> None:
             layer, x = pack_layer(make_linear(width, 7, bits=bits, grid=grid, rank=rank)), tokens(rows, width)
             for prologue in prologues(3 if rows % 3 == 0 else 1, width):
                 assert_codes_agree(x, layer, prologue, backend.rotate_quantize(x, layer, prologue))
+
+
+@pytest.mark.parametrize(
+    ("width", "block"), [(128, 1), (36, 1), (256, 128), (1152, 128), (4608, 128), (144, 36), (96, 4)]
+)
+def test_rotation_by_blocks(backend: CpuBackend, width: int, block: int) -> None:
+    layer, x = pack_layer(make_linear(width, 7, bits=3, rank=2, rotation_block=block)), tokens(5, width)
+    for prologue in prologues(1, width):
+        assert_codes_agree(x, layer, prologue, backend.rotate_quantize(x, layer, prologue))
 
 
 def bare_layer(weight: torch.Tensor, bits: int) -> TernaryLayer:

@@ -37,8 +37,9 @@ def test_operators_pass_opcheck(backend: str, rank: int) -> None:
     parts = [layer.planar, layer.alpha, layer.bias, layer.signs, layer.lowrank_a, layer.lowrank_b]
     x, image = tokens(6, 48), tokens(2, 48, seed=1)
     for prologue, modulation in (("", []), ("gelu", []), ("silu", []), ("modulation", [image, image + 1])):
-        arguments = (x, parts, 2, "midrise", prologue, modulation, 1e-6, key)
-        torch.library.opcheck(library.rotate_quantize, arguments)
+        for block in (0, 16):
+            arguments = (x, parts, 2, "midrise", block, prologue, modulation, 1e-6, key)
+            torch.library.opcheck(library.rotate_quantize, arguments)
     quantized = wrapper.rotate_quantize(x, layer)
     codes = [quantized.codes, quantized.scales, quantized.lowrank]
     torch.library.opcheck(library.ternary_linear, (codes, parts, 2, "midrise", key))
@@ -47,11 +48,12 @@ def test_operators_pass_opcheck(backend: str, rank: int) -> None:
 
 
 @pytest.mark.parametrize("prologue", [None, "gelu", "silu", "modulation"])
-def test_wrapped_ops_are_the_backends_own(prologue: str | None) -> None:
+@pytest.mark.parametrize("block", [None, 4])
+def test_wrapped_ops_are_the_backends_own(prologue: str | None, block: int | None) -> None:
     backend = select_backend("cpu", 1)
     wrapped = TraceableBackend(backend)
     assert (wrapped.name, wrapped.device) == (backend.name, backend.device)
-    layer, x = pack_layer(make_linear(36, 12, bits=3, grid="midtread", rank=2)), tokens(4, 36)
+    layer, x = pack_layer(make_linear(36, 12, bits=3, grid="midtread", rank=2, rotation_block=block)), tokens(4, 36)
     chosen: Prologue = Modulation(x[:2], x[2:], 1e-5) if prologue == "modulation" else prologue  # type: ignore[assignment]
     mine, theirs = wrapped.rotate_quantize(x, layer, chosen), backend.rotate_quantize(x, layer, chosen)
     for part in ("codes", "scales", "lowrank"):

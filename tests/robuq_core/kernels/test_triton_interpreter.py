@@ -72,7 +72,7 @@ else:
         assert float(differ.float().mean()) < 1e-2
         if differ.any():
             midrise = is_midrise(layer.bits, layer.grid)
-            rotated = Rotation(layer.in_features, layer.signs)(apply_prologue(x, prologue))
+            rotated = Rotation(layer.in_features, layer.signs, layer.rotation_block)(apply_prologue(x, prologue))
             position = rotated / (expected.scales[:, None] * (2 if midrise else 1)) + (0 if midrise else 0.5)
             assert ((position - position.round()).abs()[differ] < 1e-3).all()
             assert ((actual.codes.int() - expected.codes.int()).abs()[differ] == (2 if midrise else 1)).all()
@@ -92,6 +92,19 @@ else:
         layer, x = pack_layer(make_linear(width, 33, bits=3, rank=16)), tokens(3, width)
         for prologue in prologues(1, width):
             assert_codes_agree(x, layer, prologue, rotate(x, layer, prologue))
+
+    @pytest.mark.parametrize(
+        ("width", "block"), [(36, 1), (128, 128), (384, 128), (1152, 128), (1152, 1), (16384, 128)]
+    )
+    def test_rotation_by_blocks(width: int, block: int) -> None:
+        layer, x = pack_layer(make_linear(width, 5, bits=3, rank=2, rotation_block=block)), tokens(3, width)
+        for prologue in (None, "gelu"):
+            assert_codes_agree(x, layer, prologue, rotate(x, layer, prologue))
+
+    def test_a_rotation_block_that_the_kernel_cannot_split_is_named() -> None:
+        layer = pack_layer(make_linear(144, 5, bits=3, rotation_block=36))
+        with pytest.raises(ValueError, match="power of two that divides the width 144, not 36"):
+            rotate(tokens(1, 144), layer, None)
 
     @pytest.mark.parametrize("bits", range(1, 9))
     @pytest.mark.parametrize("expand", [False, True])

@@ -31,6 +31,22 @@ def test_rotation_is_the_product_with_the_matrix(width: int) -> None:
     torch.testing.assert_close(Rotation(width, signs)(x).double(), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("width", "block"), [(384, 128), (1152, 128), (72, 36), (12, 4), (7, 1)])
+def test_blocks_are_rotated_each_by_itself(width: int, block: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    signs = random_signs(width, generator)
+    x = torch.randn(3, width, generator=generator)
+    matrix = torch.kron(torch.eye(width // block, dtype=torch.float64), hadamard_matrix(block)) / block**0.5
+    expected = (x * signs).double() @ matrix
+    torch.testing.assert_close(Rotation(width, signs, block)(x).double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("block", [0, -1, 5, 128])
+def test_a_block_that_does_not_divide_the_width_is_refused(block: int) -> None:
+    with pytest.raises(ValueError, match=f"divide the width 72, and {block} does not"):
+        Rotation(72, block=block)
+
+
 @given(width=st.sampled_from([12, 20, 28, 36, 40, 96, 128]), rows=st.integers(1, 5), seed=st.integers(0, 2**16))
 def test_rotating_both_sides_leaves_a_layer_unchanged(width: int, rows: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -54,3 +55,9 @@ def write_latent(path: Path) -> Path:
     """A packed model of latents."""
     write_tiny(path, LATENT)
     return path
+
+
+def examples(page: str, language: str) -> list[str]:
+    """The blocks of code of a page of docs/, in order."""
+    text = (Path(__file__).parents[1] / "docs" / page).read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)

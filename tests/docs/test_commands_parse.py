@@ -265,7 +265,7 @@ def test_it_parses(command: Command) -> None:
     [
         "robuq sample 207 --colour red",
         "robuq paint 207",
-        "robuq sample x",
+        "robuq sample 1 --seed x",
         "robuq-serve --port many",
         "robuq-serve --prot 1",
         "robuq-train teacher",

@@ -44,6 +44,10 @@ CLI, GUIDE, HERE = "tests/robuq_core/test_cli.py", "tests/server/test_serving_gu
 ELSEWHERE = {
     r"docs/serving.md (robuq-serve keys|curl) .*": f"{GUIDE}::test_examples_in_the_shell_run",
     r"\S+ robuq-serve keys create \w+( --scope read)?": f"{GUIDE}::test_examples_in_the_shell_run",
+    r"docs/decoding.md robuq.*": "tests/robuq_core/test_decode.py::test_the_examples_of_the_guide",
+    r"docs/hub.md robuq export-hub .*": "tests/robuq_core/test_hub.py::test_the_examples_of_the_guide",
+    r"docs/evaluation.md robuq-train evaluate .*": "tests/train/evaluation/test_run.py::test_teacher_student",
+    r"docs/evaluation.md robuq-train diagnose .*": "tests/train/diagnose/test_diagnose.py::test_the_report_is_a_page",
     r"docs/monitoring.md curl .*/(health|ready)": "tests/server/test_operations_api.py::test_",
     r"\S+ robuq-serve( --checkpoint \S+)?( --port \d+)?": f"{HERE}/test_wheel.py::test_it_serves",
     r"\S+ robuq sample .*": f"{CLI}::test_sample_writes_one_picture_a_class",
@@ -78,6 +82,7 @@ TINY_RUN = {
     "data": {"path": "photos", "resize": 10},
     "teacher": STAGE,
     "qat": STAGE,
+    "evaluation": {"samples": 4, "seeds": [0], "batch_size": 4},
 }  # fmt: skip
 
 
@@ -190,7 +195,11 @@ def test_the_commands_of_a_page(page: str, sandbox: Sandbox) -> None:
 
 
 # Pages whose Python is run by a test of their own.
-PYTHON_ELSEWHERE = {"docs/serving.md": "tests/server/test_serving_guide.py::test_examples_in_python_run"}
+PYTHON_ELSEWHERE = {
+    "docs/serving.md": "tests/server/test_serving_guide.py::test_examples_in_python_run",
+    "docs/decoding.md": "tests/robuq_core/test_decode.py::test_the_examples_of_the_guide",
+    "docs/hub.md": "tests/robuq_core/test_hub.py::test_the_examples_of_the_guide",
+}
 
 
 @pytest.mark.parametrize("block", [b for b in PYTHON if b.page not in PYTHON_ELSEWHERE], ids=str)

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from tiny import tiny_model, write_tiny
 
 from robuq_core.config import SAMPLERS
-from robuq_core.errors import UserError
 from robuq_core.models.packed_dit import PackedDiT
 from robuq_core.pipeline import Row, RowSpec, Sampler
 
@@ -166,13 +165,29 @@ def _run_out_of_memory(*_: object) -> None:
     raise MemoryError
 
 
-def test_latent_models_are_refused_until_they_can_be_decoded(tmp_path: Path) -> None:
-    from robuq_core.config import ModelConfig
+def test_classes_by_name_are_those_by_id(sampler: Sampler) -> None:
+    by_name = sampler.generate(["class 3", "CLASS_7"], seed=1, steps=2)
+    assert by_name == sampler.generate([3, 7], seed=1, steps=2)
+    with pytest.raises(ValueError, match=r"'class 10' is not a class of this checkpoint; .* 0\.\.9"):
+        sampler.generate(["class 10"])
 
-    latent = tmp_path / "latent.safetensors"
-    write_tiny(latent, ModelConfig(input_size=8, patch_size=4, hidden_size=48, depth=1, num_heads=4, num_classes=3))
-    with pytest.raises(UserError, match="latent model needs a decoder"):
-        Sampler.from_checkpoint(latent)
+
+def test_what_a_drawing_took_is_told(sampler: Sampler) -> None:
+    fresh = sampler.replica()
+    assert fresh.timings is None
+    fresh.generate([1], seed=0, steps=1)
+    assert fresh.timings is not None
+    assert fresh.timings.sampling_s > fresh.timings.decode_s > 0
+
+
+def test_a_row_may_start_from_noise_of_its_own(sampler: Sampler) -> None:
+    spec = RowSpec(1, 5, 3, 1.5, "ddpm")
+    expected = _draw_alone(sampler, spec)
+    same = sampler.start(spec, torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(5)))
+    other = sampler.start(spec, torch.zeros(3, 16, 16))
+    sampler.finish([same, other])
+    assert torch.equal(same.x, expected.x)
+    assert not torch.equal(other.x, expected.x)
 
 
 def test_weights_stay_packed_in_memory(sampler: Sampler) -> None:

@@ -1,0 +1,339 @@
+"""Files, folders and ids of the hub to one packed file; the folder that is uploaded, and its card."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from autoencoders import examples, save_autoencoder_tiny, write_latent
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from tiny import TINY, write_tiny
+from typer.testing import CliRunner
+
+from robuq_core import cli as robuq
+from robuq_core.checkpoint import CheckpointError, read_header
+from robuq_core.config import QuantConfig
+from robuq_core.export_hub import ExportError, export_hub
+from robuq_core.hub import bundled_checkpoint, resolve_checkpoint
+from robuq_core.pipeline import Sampler
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REPO = "someone/tiny"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("hub") / "tiny.safetensors"
+    write_tiny(path, quant=QuantConfig(rank=4, bits={"blocks.1.mlp.fc1": 3}))
+    return path
+
+
+@pytest.fixture
+def cache(checkpoint: Path, tmp_path: Path) -> Path:
+    """The hub library's cache after a download of an export, as it lies on the disk."""
+    repository = tmp_path / "cache" / "models--someone--tiny"
+    export_hub(checkpoint, repository / "snapshots" / COMMIT, licence="mit")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    return tmp_path / "cache"
+
+
+def offline(cache: Path, source: str = REPO, **options: str) -> Path:
+    return resolve_checkpoint(source, cache_dir=cache, local_files_only=True, **options)  # type: ignore[arg-type]
+
+
+# Local.
+
+
+def test_what_exists_here_is_never_looked_for_elsewhere(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    (tmp_path / "someone").mkdir()
+    shutil.copy(checkpoint, tmp_path / "someone" / "tiny")
+    monkeypatch.chdir(tmp_path)
+    assert resolve_checkpoint("someone/tiny") == Path("someone/tiny")
+    assert resolve_checkpoint(checkpoint) == checkpoint
+    assert resolve_checkpoint(str(checkpoint)) == checkpoint
+    assert resolve_checkpoint(None) == bundled_checkpoint()
+    # A file that is missing is told by whoever reads it, not looked for on the hub.
+    assert resolve_checkpoint("runs/absent.safetensors") == Path("runs/absent.safetensors")
+
+
+def test_a_folder_with_one_packed_file_among_others(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copy(checkpoint, tmp_path / "model.safetensors")
+    save_file(load_file(checkpoint), tmp_path / "foreign.safetensors")
+    (tmp_path / "notes.txt").write_text("none of yours")
+    assert resolve_checkpoint(tmp_path) == tmp_path / "model.safetensors"
+    assert Sampler.from_checkpoint(tmp_path, backend="reference").checkpoint_name == "model"
+
+
+def test_folders_that_hold_no_single_packed_file(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no packed"):
+        resolve_checkpoint(tmp_path)
+    (tmp_path / "short.safetensors").write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        resolve_checkpoint(tmp_path)
+    for name in ("a", "b"):
+        shutil.copy(checkpoint, tmp_path / f"{name}.safetensors")
+    with pytest.raises(CheckpointError, match=r"several packed checkpoints \(a\.safetensors, b\.safetensors\)"):
+        resolve_checkpoint(tmp_path)
+
+
+# From the hub.
+
+
+def test_an_id_is_read_from_the_librarys_cache(cache: Path) -> None:
+    path = offline(cache)
+    assert path == cache / "models--someone--tiny" / "snapshots" / COMMIT / "tiny.safetensors"
+    assert offline(cache, f"{REPO}@main") == offline(cache, revision=COMMIT) == path
+    assert read_header(path).model == TINY
+
+
+def test_only_what_is_needed_is_downloaded(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, object]] = []
+    snapshot = tmp_path / COMMIT
+
+    def download(repo: str, **options: object) -> str:
+        asked.append({"repo": repo, **options})
+        export_hub(checkpoint, snapshot, licence="mit")
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve_checkpoint(f"{REPO}@v1", token="secret") == snapshot / "tiny.safetensors"
+    first, second = asked
+    assert (first["repo"], first["revision"], first["token"]) == (REPO, "v1", "secret")
+    assert first["allow_patterns"] == ["config.json"]
+    # The rest comes from the commit that the first answer was of.
+    assert second["revision"] == COMMIT
+    assert second["allow_patterns"] == ["config.json", "tiny.safetensors", "vae/*"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"_class_name": "DiTTransformer2DModel"},
+        {"library_name": "diffusers", "checkpoint": "tiny.safetensors"},
+        {"library_name": "robuq"},
+        {"library_name": "robuq", "checkpoint": "../../secret.safetensors"},
+        {"library_name": "robuq", "checkpoint": "tiny.bin"},
+        {"library_name": "robuq", "checkpoint": 7},
+        [],
+    ],
+)
+def test_other_repositories_are_refused_before_their_weights_are_fetched(cache: Path, config: object) -> None:
+    (cache / "models--someone--tiny" / "snapshots" / COMMIT / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="someone/tiny: not a RobuQ checkpoint"):
+        offline(cache)
+
+
+def test_a_repository_without_its_checkpoint(cache: Path) -> None:
+    (cache / "models--someone--tiny" / "snapshots" / COMMIT / "tiny.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"names tiny\.safetensors, which is not in the repository"):
+        offline(cache)
+
+
+def test_offline_and_not_in_the_cache_is_one_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"someone/tiny@v2: .* the hub cannot be reached nor is it in the cache"):
+        offline(tmp_path, f"{REPO}@v2")
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        ("GatedRepoError", "approved accounts"),
+        ("RepositoryNotFoundError", "no such repository on the hub"),
+        ("RevisionNotFoundError", "no such revision"),
+        ("HfHubHTTPError", r"cannot be reached .* \(HfHubHTTPError\)"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_error(monkeypatch: pytest.MonkeyPatch, failure: str, message: str) -> None:
+    kind = getattr(huggingface_hub.errors, failure)
+    error = kind.__new__(kind)  # they are made from a whole HTTP response
+
+    def refuse(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(CheckpointError, match=message):
+        resolve_checkpoint(REPO)
+
+
+def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(CheckpointError, match=r"someone/tiny: no such file .* pip install 'robuq\[hub\]'"):
+        resolve_checkpoint(REPO)
+
+
+# The folder to upload.
+
+
+def test_the_folder_holds_card_configuration_and_the_same_file(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "export"
+    assert export_hub(checkpoint, folder, licence="cc-by-nc-4.0") == folder / "README.md"
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "tiny.safetensors"]
+    assert (folder / "tiny.safetensors").read_bytes() == checkpoint.read_bytes()
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["library_name"], config["checkpoint"]) == ("robuq", "tiny.safetensors")
+    assert config["quant"]["bits"] == {"blocks.1.mlp.fc1": 3}
+    assert [path.name for path in folder.parent.iterdir()] == ["export"]
+
+
+def test_the_card_is_one_that_the_hub_reads(checkpoint: Path, tmp_path: Path) -> None:
+    card = ModelCard.load(export_hub(checkpoint, tmp_path / "export", licence="mit"))
+    assert (card.data.license, card.data.library_name) == ("mit", "robuq")
+    assert card.data.pipeline_tag == "unconditional-image-generation"
+    assert "ternary" in card.data.tags
+    header = read_header(checkpoint)
+    for expected in (
+        "# tiny",
+        f"{header.average_activation_bits:.2f}-bit activations",
+        f"{checkpoint.stat().st_size:,} bytes",
+        "| 0 | 2 | 2 | 2 | 2 | 4 |",
+        "| 1 | 2 | 2 | 3 | 2 | 4 |",
+        'Sampler.from_checkpoint("tiny.safetensors")',
+        "robuq-serve --checkpoint tiny.safetensors",
+        "docker run",
+        '"seed": 0',
+        "Weights: `mit`",
+    ):
+        assert expected in card.text, expected
+    assert "vae" not in card.text
+
+
+def test_blocks_of_the_same_widths_share_a_line(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "tiny.safetensors")
+    card = export_hub(tmp_path / "tiny.safetensors", tmp_path / "export", licence="mit").read_text()
+    assert "| 0-1 | 2 | 2 | 2 | 2 | 4 |" in card
+
+
+def test_the_card_of_latents_names_the_decoder(tmp_path: Path) -> None:
+    write_latent(tmp_path / "latent.safetensors")
+    card = export_hub(tmp_path / "latent.safetensors", tmp_path / "export", licence="mit").read_text()
+    for expected in ('decoder="vae"', "--decoder vae", "ROBUQ_DECODER=/model/vae", "latents of 4 channels"):
+        assert expected in card
+    # As the card says: beside the file, under that name.
+    save_autoencoder_tiny(tmp_path / "export" / "vae")
+    assert Sampler.from_checkpoint(tmp_path / "export", backend="reference").decoder.name == "vae"
+
+
+def test_the_python_of_the_card_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny(tmp_path / "tiny.safetensors")
+    export_hub(tmp_path / "tiny.safetensors", tmp_path / "export", licence="mit")
+    monkeypatch.chdir(tmp_path / "export")
+    blocks = (tmp_path / "export" / "README.md").read_text().split("```python\n")[1:]
+    assert len(blocks) == 2
+    for block in blocks:
+        names: dict[str, object] = {}
+        exec(block.split("```")[0].replace("num_inference_steps=25", "num_inference_steps=2"), names)
+        assert names["image"].size == (16, 16)  # type: ignore[attr-defined]
+
+
+def test_a_former_export_is_replaced_and_keeps_what_others_put_there(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    write_tiny(tmp_path / "older.safetensors")
+    export_hub(tmp_path / "older.safetensors", folder, licence="mit")
+    (folder / "samples.png").write_bytes(b"mine")
+    export_hub(checkpoint, folder, licence="mit")
+    assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "tiny.safetensors", "samples.png"}
+
+
+def test_a_folder_with_other_things_is_left_alone(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"library_name": "diffusers", "checkpoint": "x.safetensors"}')
+    with pytest.raises(ExportError, match="not empty, and not a former export"):
+        export_hub(checkpoint, tmp_path, licence="mit")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    export_hub(checkpoint, tmp_path, licence="mit", force=True)
+    assert (tmp_path / "README.md").exists()
+
+
+def test_an_empty_clone_of_a_repository_may_be_written(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".gitattributes").write_text("*.safetensors filter=lfs")
+    export_hub(checkpoint, tmp_path, licence="mit")
+    assert (tmp_path / ".git").is_dir()
+
+
+def damaged(checkpoint: Path, folder: Path) -> Path:
+    whole = checkpoint.read_bytes()
+    (folder / "damaged.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    return folder / "damaged.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("source", "licence", "error", "message"),
+    [
+        (lambda checkpoint, folder: checkpoint, None, ExportError, "give --license"),
+        (lambda checkpoint, folder: checkpoint, "All rights reserved", ExportError, "no identifier"),
+        (lambda checkpoint, folder: checkpoint, "", ExportError, "no identifier"),
+        (damaged, "mit", CheckpointError, "damaged"),
+    ],
+)
+def test_what_cannot_be_exported_leaves_nothing_behind(
+    checkpoint: Path,
+    tmp_path: Path,
+    source: Callable[[Path, Path], Path],
+    licence: str | None,
+    error: type[Exception],
+    message: str,
+) -> None:
+    path = source(checkpoint, tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(error, match=message):
+        export_hub(path, tmp_path / "export", licence=licence)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_failure_on_the_way_leaves_nothing_behind(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> str:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("robuq_core.export_hub.model_card", full)
+    with pytest.raises(OSError, match="no space"):
+        export_hub(checkpoint, tmp_path / "export", licence="mit")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command(checkpoint: Path, tmp_path: Path) -> None:
+    def run(*words: object) -> tuple[int, str, str]:
+        result = CliRunner().invoke(robuq.app, [str(word) for word in words], env={"COLUMNS": "200"})
+        return result.exit_code, result.stdout, result.stderr
+
+    folder = tmp_path / "export"
+    code, printed, hint = run("export-hub", checkpoint, folder, "--license", "apache-2.0")
+    assert (code, printed.strip()) == (0, str(folder / "README.md"))
+    assert "hf upload" in hint
+    assert run("inspect", folder)[0] == 0
+    for words, told in (
+        ((checkpoint, tmp_path / "other"), "give --license"),
+        ((checkpoint, tmp_path, "--license", "mit"), "not empty"),
+        ((tmp_path / "none.safetensors", tmp_path / "other", "--license", "mit"), "no such file"),
+    ):
+        code, _, errors = run("export-hub", *words)
+        assert (code, len(errors.splitlines()), told in errors) == (2, 1, True), errors
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_examples_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_tiny(Path("mine.safetensors"))
+    shell, python = examples("hub.md", "sh"), examples("hub.md", "python")
+    assert (len(shell), len(python)) == (1, 1)
+    program, *words = shlex.split(shell[0])
+    assert program == "robuq"
+    assert CliRunner().invoke(robuq.app, words).exit_code == 0
+    names: dict[str, object] = {}
+    exec(python[0], names)
+    assert isinstance(names["sampler"], Sampler)
+    assert names["sampler"].checkpoint_name == "mine"

@@ -1,30 +1,22 @@
-"""The resumable state of a stage: weights, their moving average, optimiser and step, in one file.
-
-Written whole or not at all, and loaded with ``weights_only``: nothing in it can run code.
-"""
+"""The resumable state of a stage: weights, their moving average, optimiser and step."""
 
 from __future__ import annotations
 
 import fcntl
-import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from robuq_core.errors import UserError
-from robuq_core.files import replacing
 from train.messages import one_line
+from train.parallel import local, on_first
+from train.state_file import StateError, read_state_file, save_state
+from train.state_shards import is_pointer, read_whole
 
-_KEYS = {"step", "model", "ema", "optimiser", "history"}
-_REMEDY = "delete it to start the stage again"
-
-
-class StateError(UserError):
-    """A training state that cannot be used; the message names the file and the fix."""
+__all__ = ["EMA", "StateError", "check_settings", "exclusive", "load_ema", "load_state", "save_state"]
 
 
 class EMA:
@@ -37,8 +29,8 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        shadow = list(self.shadow.values())
-        torch._foreach_lerp_(shadow, [p.detach() for p in model.parameters()], 1 - decay)
+        shadow = [local(value) for value in self.shadow.values()]
+        torch._foreach_lerp_(shadow, [local(p.detach()) for p in model.parameters()], 1 - decay)
 
     def restore(self, shadow: dict[str, Tensor]) -> None:
         """Go on from a saved average.
@@ -58,13 +50,20 @@ def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Keep the state at ``path`` to this process: two runs of one stage would overwrite each other's steps.
+    """Keep the state at ``path`` to this run: two runs of one stage would overwrite each other's steps.
 
     Also removes what a run that was killed while it saved has left beside it.
 
     Raises:
         StateError: another process holds it, or its folder cannot be made.
     """
+    with ExitStack() as stack:
+        on_first(lambda: stack.enter_context(locked(path)))
+        yield
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_suffix(".lock").open("w")
@@ -82,40 +81,14 @@ def exclusive(path: Path) -> Iterator[None]:
         yield
 
 
-def save_state(path: Path, **state: Any) -> None:
-    """Write ``state``; a state that was there before stays until the new one is whole.
-
-    Raises:
-        StateError: it cannot be written (a full disk, a read-only folder).
-    """
-    try:
-        with replacing(path) as temporary:
-            torch.save(state, temporary)
-    except (OSError, RuntimeError) as error:
-        raise StateError(f"{path}: cannot write the training state ({one_line(error)}); the one before is intact: "
-                         "free some space and run again") from error  # fmt: skip
-
-
 def load_state(path: Path) -> dict[str, Any]:
-    """Read what :func:`save_state` wrote.
+    """Read a state, whole: ``step``, ``model``, ``ema``, ``optimiser`` and ``history``, in one file or in shards.
 
     Raises:
         StateError: the file is missing, damaged or of another kind.
     """
-    if not path.exists():
-        raise StateError(f"{path} does not exist: run the stage that writes it first")
-    try:
-        # torch.load does not compare the checksums that torch.save wrote.
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        state = torch.load(path, map_location="cpu", weights_only=True) if damaged is None else None
-    except Exception as error:  # a damaged file leads the unpickler to raise almost anything
-        raise StateError(f"{path}: not a whole training state ({one_line(error)}); {_REMEDY}") from error
-    if damaged is not None:
-        raise StateError(f"{path}: damaged (checksum of {damaged}); {_REMEDY}")
-    if not isinstance(state, dict) or not set(state) >= _KEYS:
-        raise StateError(f"{path}: not a training state of this project; {_REMEDY}")
-    return state
+    state = read_state_file(path)
+    return read_whole(path, state) if is_pointer(state) else state
 
 
 def check_settings(path: Path, state: dict[str, Any], settings: Mapping[str, Any]) -> None:

@@ -1,0 +1,55 @@
+"""What a stage logs of its training: lines of JSON beside its state, and the same curves for TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from robuq_core.files import replacing
+
+_FLUSH_SECONDS = 10
+
+
+class TrainingLog:
+    """The records of the stage whose state is at ``path``: ``STAGE.log.jsonl`` and ``tensorboard/STAGE``.
+
+    Records of steps after ``step``, the saved one, are dropped: a killed run logged them and this one takes those
+    steps again.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        self._path = path.with_suffix(".log.jsonl")
+        self._forget_after(step)
+        folder = path.parent / "tensorboard" / path.stem
+        self._curves = SummaryWriter(str(folder), purge_step=step + 1, flush_secs=_FLUSH_SECONDS)
+
+    def write(self, step: int, **values: float) -> None:
+        """Add ``values`` of ``step``, rounded to six significant digits."""
+        rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **rounded}) + "\n")
+        for name, value in values.items():
+            self._curves.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._curves.close()
+
+    def _forget_after(self, step: int) -> None:
+        if not self._path.exists():
+            return
+        lines = self._path.read_text().splitlines()
+        kept = [line for line in lines if _logged_step(line) <= step]
+        if kept != lines:
+            with replacing(self._path) as temporary:
+                temporary.write_text("".join(f"{line}\n" for line in kept))
+
+
+def _logged_step(line: str) -> float:
+    """The step of a record; infinite for a line that a kill cut short."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

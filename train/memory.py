@@ -1,0 +1,215 @@
+"""How much memory a training step takes, counted without a GPU and without the data.
+
+The step that :class:`train.trainer.Trainer` takes is run on fake tensors, which have shapes and no contents, while
+every allocation and release is counted. What stays from step to step is added up from the parameters. Not counted:
+workspaces inside kernels, the allocator's rounding and the CUDA context; leave a tenth of the card for those.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from robuq_core.config import QuantConfig
+from robuq_core.diffusion.schedule import alphas_cumprod
+from robuq_core.models.dit import DiT
+from robuq_core.models.quant_linear import quantize_model
+from train.config import StageConfig, TrainConfig
+from train.parallel import checkpoint_blocks
+from train.trainer import NoisyBatch, batch_loss, check_shares
+
+FP32 = 4
+# Blocks whose weights FSDP holds whole at once: the one that computes and the next, which is being gathered.
+_GATHERED_BLOCKS = 2
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make, from ``now`` = 0 on, and their ``peak``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # What an operation is given was there before, or has been counted when it was made.
+        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in before:
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage._cdata, storage.nbytes()
+        if address in self._seen:
+            return
+        self._seen.add(address)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._release, address, size)
+
+    def _release(self, address: int, size: int) -> None:
+        self._seen.discard(address)
+        self.now -= size
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes that one process holds at the peak of a training step, by what they are for.
+
+    The peak is that of a step whose gradients are all there, as in every step of DDP and of accumulation; a lone
+    process that does not accumulate stays below, because its gradients come while its activations go.
+    """
+
+    weights: int
+    lowrank: int
+    constants: int
+    gradients: int
+    moments: int
+    average: int
+    teacher: int
+    gathered: int
+    kept: int
+    temporaries: int
+
+    @property
+    def total(self) -> int:
+        return sum(size for _, size in self.rows())
+
+    def rows(self) -> Iterator[tuple[str, int]]:
+        """``(component, bytes)``, all that add up to the total."""
+        yield "latent weights, embedders, head (FP32)", self.weights
+        yield "low-rank factors (FP32)", self.lowrank
+        yield "rotations, positions", self.constants
+        yield "gradients (FP32)", self.gradients
+        yield "AdamW's two moments (FP32)", self.moments
+        yield "moving average (FP32)", self.average
+        yield "teacher (FP32)", self.teacher
+        yield "weights gathered by FSDP", self.gathered
+        yield "kept for the backward pass", self.kept
+        yield "temporaries at the peak", self.temporaries
+
+
+def step_memory(
+    config: TrainConfig,
+    stage: StageConfig,
+    quant: QuantConfig | None,
+    *,
+    world: int = 1,
+    bf16: bool = True,
+    device: str = "cpu",
+) -> StepMemory:
+    """Count the memory of a step of ``stage`` in one of ``world`` processes.
+
+    Args:
+        quant: how the model is quantised; ``None`` for the teacher's own training.
+        bf16: whether products run in bf16 (autocast).
+        device: whose rules of autocast to apply, ``cpu`` or ``cuda``.
+
+    Raises:
+        ConfigError: the batch does not divide between the processes.
+    """
+    check_shares(stage, "batch_size", world)
+    rows = stage.batch_size // (world * stage.accumulate)
+    model = _shapes(config, quant)
+    teacher = _shapes(config, None) if quant is not None and stage.distill_weight else None
+    sharded = world if stage.parallel == "fsdp" else 1
+    parameters, block = _bytes(model), _bytes(model.blocks[0])
+    lowrank = sum(p.numel() for name, p in model.named_parameters() if ".lowrank_" in name) * FP32
+    root = parameters - block * len(model.blocks)
+    kept, peak = _count_step(config, stage, model, teacher, rows, bf16, device)
+    return StepMemory(
+        weights=(parameters - lowrank) // sharded,
+        lowrank=lowrank // sharded,
+        constants=sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
+        gradients=parameters // sharded,
+        moments=2 * parameters // sharded,
+        average=parameters // sharded,
+        teacher=_bytes(teacher) // sharded if teacher is not None else 0,
+        # The blocks, the gradient of one before it is shared out, and the root, which stays whole.
+        gathered=(_GATHERED_BLOCKS + 1) * block + root if sharded > 1 else 0,
+        kept=kept,
+        temporaries=peak - kept,
+    )
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters()) * FP32
+
+
+def _shapes(config: TrainConfig, quant: QuantConfig | None) -> DiT:
+    """The model without its numbers: one block is made, and the others are copies of its shapes."""
+    model = DiT(config.model.model_copy(update={"depth": 1}))
+    if quant is not None:
+        quantize_model(model, quant.model_copy(update={"bits": {}, "lowrank_init": "zero"}))
+    model.to("meta")
+    model.blocks = nn.ModuleList(copy.deepcopy(model.blocks[0]) for _ in range(config.model.depth))
+    return model
+
+
+def _count_step(
+    config: TrainConfig, stage: StageConfig, model: DiT, teacher: DiT | None, rows: int, bf16: bool, device: str
+) -> tuple[int, int]:
+    """Bytes kept for the backward pass, and the most at any time; weights and gradients' places left out."""
+    alphas_cumprod()  # its cache must hold numbers, not shapes
+    size = (rows, config.model.in_channels, config.model.input_size, config.model.input_size)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for each in (model, teacher):
+            if each is not None:
+                _make_fake(each, device)
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        if stage.activation_checkpointing:
+            checkpoint_blocks(model)
+        images, noise = torch.empty(size, device=device), torch.empty(size, device=device)
+        timesteps, classes = (torch.empty(rows, dtype=torch.long, device=device) for _ in range(2))
+        batch = NoisyBatch(images, noise, timesteps, classes)
+        with LiveBytes() as live:
+            context = torch.autocast(device, dtype=torch.bfloat16, enabled=bf16)
+            loss = batch_loss(model, batch, config.diffusion, context, teacher, stage.distill_weight)
+            kept = live.now
+            loss.backward()  # type: ignore[no-untyped-call]
+    return kept, live.peak
+
+
+def _make_fake(model: nn.Module, device: str) -> None:
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, device=device))
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def memory_table(config: TrainConfig, stage: StageConfig, quant: QuantConfig | None, world: int, bf16: bool) -> str:
+    """The memory of one process in GB (1e9 bytes), with and without activation checkpointing, as text."""
+    columns = [
+        step_memory(config, stage.model_copy(update={"activation_checkpointing": again}), quant, world=world, bf16=bf16)
+        for again in (False, True)
+    ]
+    lines = [f"{'GB of one process at the peak of a step':<44}{'kept':>12}{'recomputed':>12}"]
+    names = [name for name, _ in columns[0].rows()]
+    for i, name in enumerate(names):
+        lines.append(f"{name:<44}" + "".join(f"{list(column.rows())[i][1] / 1e9:>12.2f}" for column in columns))
+    lines.append(f"{'total':<44}" + "".join(f"{column.total / 1e9:>12.2f}" for column in columns))
+    configured = "recomputed" if stage.activation_checkpointing else "kept"
+    lines += [
+        f"As configured (activation_checkpointing), activations are {configured}. Counted, not measured on a GPU:",
+        "leave a tenth of the card for the CUDA context, workspaces and fragmentation.",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,233 @@
+"""Training by several processes: how they find each other, agree, and share a model.
+
+``torchrun`` starts them and tells each its rank; with one process everything here does nothing. Knows no file and no
+stage: what is saved is :mod:`train.state`'s and :mod:`train.state_shards`' business.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from functools import partial
+from typing import Any, Literal, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from robuq_core.errors import UserError
+from robuq_core.models.dit import DiT
+from train.messages import one_line
+
+Parallel = Literal["ddp", "fsdp"]
+T = TypeVar("T")
+
+# How long the others wait while the first process does what one can do alone: measure, evaluate, save.
+_PATIENCE = timedelta(days=30)
+_patient: dist.ProcessGroup | None = None
+
+# Recompilations that one function is allowed: blocks that differ in their bits share their code.
+_RECOMPILATIONS = 256
+
+
+class LostProcess(UserError):
+    """Another process of the run has ended, and this one cannot go on without it."""
+
+
+def rank() -> int:
+    """Number of this process, 0 if it is alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def training_device() -> torch.device:
+    """The GPU of this process, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if dist.is_initialized() else torch.device("cuda")
+
+
+@contextmanager
+def processes() -> Iterator[None]:
+    """Join the processes that ``torchrun`` started beside this one, and part from them at the end.
+
+    Does nothing in a lone process, and inside another such block.
+
+    Raises:
+        LostProcess: one of the others has ended.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    global _patient
+    _patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    try:
+        yield
+    except BaseException as error:
+        # torchrun ends all processes as soon as one has ended: not before each has said why.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if _is_lost_connection(error):
+            raise LostProcess(
+                f"process {rank()} of {world_size()} lost another one ({one_line(error, 120)}); see what ended that "
+                "one, and run again: training goes on from the last saved state"
+            ) from error
+        dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    """Gloo says so in a plain ``RuntimeError`` that names its source file; NCCL and the store in their own kinds."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def stop_all(error: UserError) -> NoReturn:
+    """Raise ``error``, which every process knows of; those after the first end without repeating it."""
+    if rank():
+        raise SystemExit(2) from error
+    raise error
+
+
+def on_first(action: Callable[[], object]) -> None:
+    """Run ``action`` in the first process while the others wait, for as long as it takes.
+
+    Raises:
+        UserError: the action's, in the first process; the others end.
+    """
+    failure: UserError | None = None
+    if rank() == 0:
+        try:
+            action()
+        except UserError as error:
+            failure = error
+    if world_size() > 1:
+        failed = torch.tensor([failure is not None])
+        dist.broadcast(failed, 0, group=_patient)
+        if failed and failure is None:
+            failure = UserError("the first process says what went wrong")
+    if failure is not None:
+        stop_all(failure)
+
+
+def from_first(action: Callable[[], T]) -> T:
+    """What ``action`` gives in the first process, in all of them.
+
+    Raises:
+        UserError: as :func:`on_first`.
+    """
+    found: list[Any] = [None]
+
+    def keep() -> None:
+        found[0] = action()
+
+    on_first(keep)
+    if world_size() > 1:
+        dist.broadcast_object_list(found, 0)
+    result: T = found[0]
+    return result
+
+
+def agree(loss: Tensor, asked_to_stop: signal.Signals | None) -> tuple[float, signal.Signals | None]:
+    """The mean loss of all processes, and the signal that any of them has got.
+
+    All of them thus stop after the same step, and none goes on with a loss that is not finite in one.
+    """
+    if world_size() == 1:
+        return loss.item(), asked_to_stop
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    asked = [float(asked_to_stop == number) for number in numbers]
+    message = torch.tensor([0.0, *asked], dtype=torch.float64, device=loss.device)
+    message[0] = loss
+    dist.all_reduce(message)
+    total, *votes = message.tolist()
+    return total / world_size(), next((n for n, vote in zip(numbers, votes, strict=True) if vote), None)
+
+
+def same_everywhere(number: int) -> bool:
+    """Whether all processes hold the same ``number``."""
+    if world_size() == 1:
+        return True
+    ends = torch.tensor([number, -number])
+    dist.all_reduce(ends, dist.ReduceOp.MAX)
+    return bool(ends[0] == -ends[1])
+
+
+def checkpoint_blocks(model: DiT) -> None:
+    """Let each block of ``model`` keep its input alone and compute the rest again in the backward pass."""
+    for block in model.blocks:
+        # Nothing in a block is random. The names of parameters and modules stay what they are.
+        again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        block.forward = again  # type: ignore[assignment]
+
+
+def spread(model: DiT, how: Parallel, compiled: bool, device: torch.device) -> Callable[..., Tensor]:
+    """Share ``model``, already on ``device``, between the processes; returns what to call in its place.
+
+    ``ddp``: every process holds all of it, and gradients are averaged as they come. ``fsdp``: each holds a slice of
+    every matrix, gathered block by block when needed; the parameters of ``model`` become DTensors.
+    """
+    if world_size() == 1:
+        return torch.compile(model) if compiled else model
+    if compiled:
+        # Block by block: gathering and averaging then run beside the compiled code of other blocks.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILATIONS)
+        for block in model.blocks:
+            block.forward = torch.compile(block.forward)  # type: ignore[assignment]
+    empty = {p for p in model.parameters() if not p.numel()}
+    if how == "fsdp":
+        # What each process computed to begin with may differ in its last bit between kinds of processors.
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor.detach(), 0)
+        mesh = init_device_mesh(device.type, (world_size(),))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh, ignored_params=empty)
+        fully_shard(model, mesh=mesh, ignored_params=empty)
+        return model
+    if not any(p.requires_grad for p in model.parameters()):
+        return model
+    for parameter in empty:  # a low-rank branch of rank 0 has no gradient to wait for
+        parameter.requires_grad_(False)
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def without_averaging(forward: Callable[..., Tensor]) -> AbstractContextManager[Any]:
+    """Leave the gradients of a part of a batch in the process, to be averaged with those of the last part."""
+    return forward.no_sync() if isinstance(forward, DistributedDataParallel) else nullcontext()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of ``tensor`` that this process holds: all of it, unless it is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """``tensor``, the same in every process, cut as ``like`` is; unchanged if that is whole."""
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def clip_gradients(model: nn.Module, limit: float) -> float:
+    """Scale the gradients of ``model`` to a Euclidean norm of at most ``limit``; returns the norm before."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

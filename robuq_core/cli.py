@@ -22,7 +22,13 @@ app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 
 CheckpointOption = Annotated[
-    Path | None, typer.Option("--checkpoint", "-c", help="Packed .safetensors file; default: the bundled one.")
+    Path | None,
+    typer.Option(
+        "--checkpoint", "-c", help="Packed file, a folder that holds one, or a hub id; default: the bundled one."
+    ),
+]
+DecoderOption = Annotated[
+    Path | None, typer.Option(help="Diffusers folder of a latent model's autoencoder; default: vae beside the file.")
 ]
 BackendOption = Annotated[
     str, typer.Option(help="Kernel backend: auto, cpu (native), triton (NVIDIA GPU) or reference (torch).")
@@ -40,7 +46,7 @@ ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; def
 @app.command()
 @reported
 def sample(
-    class_ids: Annotated[list[int], typer.Argument(help="One image a class id, e.g. 207 360.")],
+    class_ids: Annotated[list[str], typer.Argument(help="One image a class, by id or name, e.g. 207 goldfish.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNG files.")] = Path("samples"),
     seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="Image i uses seed + i.")] = None,
     steps: StepsOption = None,
@@ -48,6 +54,7 @@ def sample(
     sampler: SamplerOption = None,
     guidance_interval: IntervalOption = (0, NUM_TRAIN_TIMESTEPS - 1),
     checkpoint: CheckpointOption = None,
+    decoder: DecoderOption = None,
     backend: BackendOption = "auto",
     threads: ThreadsOption = None,
     device: DeviceOption = None,
@@ -57,11 +64,12 @@ def sample(
 
     from robuq_core.pipeline import Sampler
 
-    loaded = Sampler.from_checkpoint(checkpoint, backend=backend, threads=threads, device=device)
+    loaded = Sampler.from_checkpoint(checkpoint, decoder=decoder, backend=backend, threads=threads, device=device)
+    classes = [loaded.class_id(int(name) if name.lstrip("-").isdigit() else name) for name in class_ids]
     with Progress() as progress:
         task = progress.add_task("sampling", total=steps or loaded.defaults.steps)
         images = loaded.generate(
-            class_ids,
+            classes,
             seed,
             steps=steps,
             guidance_scale=guidance_scale,
@@ -70,10 +78,15 @@ def sample(
             on_step=lambda: progress.advance(task),
         )
     out.mkdir(parents=True, exist_ok=True)
-    for i, (class_id, image) in enumerate(zip(class_ids, images, strict=True)):
+    for i, (class_id, image) in enumerate(zip(classes, images, strict=True)):
         path = out / f"{i:04d}_class{class_id}.png"
         image.save(path)
         typer.echo(path)
+    if loaded.timings is not None:
+        spent = loaded.timings
+        typer.echo(
+            f"{len(images)} images: {spent.sampling_s:.3f} s of steps, {spent.decode_s:.3f} s of decoding", err=True
+        )
 
 
 @app.command()
@@ -85,6 +98,7 @@ def compare(
     guidance_scale: ScaleOption = None,
     sampler: SamplerOption = None,
     checkpoint: CheckpointOption = None,
+    decoder: DecoderOption = None,
     backend: BackendOption = "auto",
     threads: ThreadsOption = None,
     device: DeviceOption = None,
@@ -93,7 +107,7 @@ def compare(
     from robuq_core.compare import compare_guidance_interval
     from robuq_core.pipeline import Sampler
 
-    loaded = Sampler.from_checkpoint(checkpoint, backend=backend, threads=threads, device=device)
+    loaded = Sampler.from_checkpoint(checkpoint, decoder=decoder, backend=backend, threads=threads, device=device)
     classes = [i % loaded.num_classes for i in range(images)]
     result = compare_guidance_interval(loaded, classes, guidance_interval, steps=steps, guidance_scale=guidance_scale,
                                        sampler_name=sampler)  # fmt: skip
@@ -106,17 +120,19 @@ def compare(
 @app.command("inspect")
 @reported
 def inspect_command(
-    checkpoint: Annotated[Path | None, typer.Argument(help="Packed file; default: the bundled one.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="Packed file, a folder that holds one, or a hub id; default: the bundled one.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole header as JSON.")] = False,
 ) -> None:
     """Print the shape, the bit table, the average activation bits and the size by part of a packed file."""
     from rich.console import Console
     from rich.table import Table
 
+    from robuq_core.hub import resolve_checkpoint
     from robuq_core.inspect import inspect_checkpoint
-    from robuq_core.pipeline import bundled_checkpoint
 
-    path = checkpoint or bundled_checkpoint()
+    path = resolve_checkpoint(checkpoint)
     report = inspect_checkpoint(path)
     header = report.header
     if as_json:
@@ -139,6 +155,28 @@ def inspect_command(
     console.print(sizes)
     console.print(f"{report.compression:.1f} times smaller than FP32 ({report.fp32_bytes:,} bytes)")
     console.print(f"[bold]provenance[/bold]: {json.dumps(header.provenance, default=str)}")
+
+
+@app.command("export-hub")
+@reported
+def export_hub_command(
+    checkpoint: Annotated[Path, typer.Argument(help="Packed file, or a folder that holds one.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write; new, empty, or a former export.")],
+    licence: Annotated[
+        str | None,
+        typer.Option(
+            "--license", help="Of the weights, such as cc-by-nc-4.0 (the hub's identifiers); default: the file's."
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write into a folder with other things in it too.")] = False,
+) -> None:
+    """Write a folder to upload to the Hugging Face hub: model card, config.json and the verified file."""
+    from robuq_core.export_hub import export_hub
+    from robuq_core.hub import resolve_checkpoint
+
+    card = export_hub(resolve_checkpoint(checkpoint), folder, licence=licence, force=force)
+    typer.echo(card)
+    typer.echo(f"upload it with: hf upload OWNER/NAME {folder}", err=True)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_scripts_list_their_commands() -> None:
     for app, commands in (
-        (robuq.app, ("sample", "compare", "inspect", "bench")),
+        (robuq.app, ("sample", "compare", "inspect", "export-hub", "bench")),
         (robuq_train.app, ("teacher", "qat", "export", "evaluate")),
     ):
         page = run(app, "--help")
@@ -65,10 +65,12 @@ def test_the_scripts_list_their_commands() -> None:
                 "--sampler",
                 "--guidance-interval",
                 "--checkpoint",
+                "--decoder",
                 "--backend",
                 "--device",
             ),
         ),
+        (robuq.app, "export-hub", ("CHECKPOINT", "FOLDER", "--license", "--force")),
         (robuq.app, "compare", ("--guidance-interval", "--guidance-scale", "--images")),
         (robuq.app, "inspect", ("CHECKPOINT", "--json")),
         (
@@ -173,6 +175,7 @@ def test_a_preset_becomes_a_file_with_random_weights(tmp_path: Path, monkeypatch
     ("arguments", "expected"),
     [
         (("99",), "class_id must be 0..9, not 99"),
+        (("shark",), "'shark' is not a class of this checkpoint"),
         (("1", "--backend", "cuda"), "unknown backend 'cuda': choose one of"),
         (("1", "--guidance-interval", "500", "400"), "guidance_interval must be two timesteps"),
         (("1", "-c", "absent.safetensors"), "absent.safetensors: no such file"),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import math
 import re
+from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullLocator
 
 from robuq_core.quant.activation import ActivationRule, Grid
 from train.diagnose.shape import BITS, normal_error
@@ -17,7 +19,7 @@ from train.diagnose.watch import LayerDiagnosis
 # Stand-ins that matplotlib takes; the page's style sheet says what they are.
 _INK, _GRID, _BEFORE, _AFTER = "#010101", "#020202", "#030303", "#040404"
 _NAMES = {_INK: "ink", _GRID: "grid", _BEFORE: "before", _AFTER: "after"}
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "robuq",
     "font.family": "sans-serif",
@@ -40,11 +42,14 @@ _SHOWN_QUANTILES = 8.0
 def layer_plot(layer: LayerDiagnosis, rule: ActivationRule, grid: Grid) -> str:
     """Histogram, Q-Q plot and error by bits of ``layer``, side by side: one ``<svg>`` element."""
     with matplotlib.rc_context(_STYLE):
-        figure, (histogram, quantiles, errors) = plt.subplots(1, 3, figsize=(11, 3.1), layout="constrained")
+        figure, (histogram, quantiles, errors) = plt.subplots(1, 3, figsize=(11, 3.3))
+        figure.subplots_adjust(left=0.06, right=0.99, bottom=0.16, top=0.91, wspace=0.24)
         try:
             _histogram(histogram, layer)
             _quantiles(quantiles, layer)
             _errors(errors, layer, rule, grid)
+            for axes in (histogram, errors):
+                axes.yaxis.set_minor_locator(NullLocator())
             stream = io.StringIO()
             figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
         finally:

@@ -32,7 +32,17 @@ _DRAWN = 8  # images that are drawn to see activations where there are no photos
 
 
 def diagnose_run(config: TrainConfig, which: Which | None = None, checkpoint: Path | None = None) -> Path:
-    """Diagnose one model; writes ``run_dir/diagnosis/MODEL.html`` and ``.json``, and returns the first.
+    """Write what :func:`diagnosis_of` finds as ``MODEL.html`` and ``MODEL.json`` in ``run_dir/diagnosis``; returns the
+    path of the first.
+
+    Raises:
+        EvaluationError: they cannot be written.
+    """
+    return write_diagnosis(config.run_dir / "diagnosis", diagnosis_of(config, which, checkpoint))
+
+
+def diagnosis_of(config: TrainConfig, which: Which | None = None, checkpoint: Path | None = None) -> Diagnosis:
+    """Run one model and look at what its layers are given.
 
     The inputs are the fixed set of ``sensitivity``: noised photos at all timesteps. Where ``data.path`` does not exist,
     they are the states that the model meets as it draws images of its own.
@@ -41,17 +51,14 @@ def diagnose_run(config: TrainConfig, which: Which | None = None, checkpoint: Pa
         which: the model of the run; none is the last that it has made. ``checkpoint``: a packed file instead.
 
     Raises:
-        StateError, CheckpointError, DataError: the model or the data cannot be read. EvaluationError: nothing to see,
-            or the report cannot be written.
+        StateError, CheckpointError, DataError: the model or the data cannot be read. EvaluationError: nothing to see.
     """
     chosen = which or default_model(config)
     name = chosen if checkpoint is None else checkpoint.stem
     if checkpoint is not None or chosen == "packed":
-        found = diagnose_packed(config, checkpoint or model_path(config, "packed"), name)
-    else:
-        model = load_teacher(config) if chosen == "teacher" else load_student(config)[0]
-        found = diagnose_model(config, model, name)
-    return write_diagnosis(config.run_dir / "diagnosis", found)
+        return diagnose_packed(config, checkpoint or model_path(config, "packed"), name)
+    model = load_teacher(config) if chosen == "teacher" else load_student(config)[0]
+    return diagnose_model(config, model, name)
 
 
 def diagnose_model(config: TrainConfig, model: DiT, name: str) -> Diagnosis:

@@ -17,8 +17,10 @@ def student_t(degrees: int) -> float:
     """The 97.5% point of Student's t with ``degrees`` of freedom, 1 or more."""
     if degrees <= len(_T):
         return _T[degrees - 1]
-    first = (_Z**3 + _Z) / (4 * degrees)
-    return _Z + first + (5 * _Z**5 + 16 * _Z**3 + 3 * _Z) / (96 * degrees**2)
+    first = (_Z**3 + _Z) / 4
+    second = (5 * _Z**5 + 16 * _Z**3 + 3 * _Z) / 96
+    third = (3 * _Z**7 + 19 * _Z**5 + 17 * _Z**3 - 15 * _Z) / 384
+    return _Z + first / degrees + second / degrees**2 + third / degrees**3
 
 
 @dataclass(frozen=True)

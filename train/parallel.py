@@ -193,7 +193,8 @@ def spread(model: DiT, how: Parallel, compiled: bool, device: torch.device) -> C
     if how == "fsdp":
         # What each process computed to begin with may differ in its last bit between kinds of processors.
         for tensor in (*model.parameters(), *model.buffers()):
-            dist.broadcast(tensor.detach(), 0)
+            tensor.data = tensor.data.contiguous()  # the factors that come of an SVD are not
+            dist.broadcast(tensor.data, 0)
         mesh = init_device_mesh(device.type, (world_size(),))
         for block in model.blocks:
             fully_shard(block, mesh=mesh, ignored_params=empty)

@@ -8,6 +8,7 @@ is written under a temporary name and renamed, and becomes the state when the fi
 from __future__ import annotations
 
 import shutil
+import warnings
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -146,8 +147,11 @@ def read_shards_into(
 
 
 def _read(folder: Path, tensors: dict[str, Tensor], alone: bool = False) -> None:
+    alone = alone or world_size() == 1
     try:
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone or world_size() == 1)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
     except dcp.CheckpointException as error:
         causes = [str(failure[0]) for failure in error.failures.values()]
         raise RuntimeError(causes[0] if causes else one_line(error)) from error

@@ -17,10 +17,11 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-# Of the repository's own pages only the change log belongs into the site; other files are put beside it as they are.
-CHANGELOG = "CHANGELOG.md"
+# Pages at the root of the repository that belong into the site; other files that pages link to are put beside them.
+ROOT_PAGES = {"CHANGELOG.md": "changelog.md", "THIRD_PARTY.md": "licences.md"}
+ROOT_LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#|\.\./)(?=[^)\s]+\))")
 OUTSIDE = re.compile(r"(?<=\]\()\.\./([^)#\s]+)")
-MATH = re.compile(r"^```math\n(.*?)^```$", re.M | re.S)
+MATH = re.compile(r"^```math\n(.*?)^```$|^\$\$(.+?)\$\$$", re.M | re.S)
 DRAWING = re.compile(r"^!\[([^\]]*)\]\(([^)\s]+\.svg)\)$", re.M)
 OPENAPI_MARK = "<!-- openapi -->"
 
@@ -31,16 +32,18 @@ def _root(config: MkDocsConfig) -> Path:
 
 def _source(target: str) -> str:
     """Where a file of the repository lies in the site."""
-    return "changelog.md" if target == CHANGELOG else f"source/{target}"
+    return ROOT_PAGES.get(target, f"source/{target}")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Put the files of the repository that pages link to into the site."""
     root = _root(config)
-    wanted = {CHANGELOG}
-    for page in files.documentation_pages():
-        wanted.update(OUTSIDE.findall(page.content_string))
-    for target in sorted(wanted):
+    for name, page in ROOT_PAGES.items():
+        # Seen from docs/, where they now lie, their links lead out of it.
+        text = ROOT_LINK.sub("../", (root / name).read_text())
+        files.append(File.generated(config, page, content=text))
+    wanted = {target for page in files.documentation_pages() for target in OUTSIDE.findall(page.content_string)}
+    for target in sorted(wanted - set(ROOT_PAGES)):
         path = root / target
         if not path.is_file():
             raise PluginError(f"docs: a page links to ../{target}, which is not a file of the repository")
@@ -62,7 +65,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Point links at those files, set equations and drawings, and write the HTTP reference where its mark stands."""
     here = posixpath.dirname(page.file.src_uri) or "."
     markdown = OUTSIDE.sub(lambda found: posixpath.relpath(_source(found.group(1)), here), markdown)
-    markdown = MATH.sub(lambda found: equation(found.group(1)), markdown)
+    markdown = MATH.sub(lambda found: equation(found.group(1) or found.group(2)), markdown)
     folder = Path(config.docs_dir) / here
     markdown = DRAWING.sub(lambda found: _drawing(folder, found.group(1), found.group(2)), markdown)
     if OPENAPI_MARK in markdown:

@@ -35,7 +35,8 @@ RUN = {
     "README.md": ("curl localhost",),
     "docs/quickstart.md": ("curl", "robuq sample", "robuq inspect"),
     "docs/serve-your-checkpoint.md": ("curl", "robuq sample", "robuq inspect mine", "robuq-serve"),
-    "docs/train-your-own.md": ("robuq-train",),
+    "docs/train-your-own.md": ("robuq-train", "robuq sample"),
+    "docs/training.md": ("robuq-train run -c", "robuq-train qat -c"),
     "docs/performance.md": ("robuq compare",),
 }
 
@@ -54,7 +55,12 @@ ELSEWHERE = {
     r"\S+ robuq inspect( \S+)?": f"{CLI}::test_inspect_prints_what_the_file_holds",
     r"\S+ robuq bench random-checkpoint .*": f"{CLI}::test_a_preset_becomes_a_file_with_random_weights",
     r"\S+ robuq bench.*": f"{CLI}::test_bench_prints_a_table_and_writes_json",
-    r"\S+ robuq-train (teacher|evaluate)( -c configs/X.yaml)?": f"{HERE}/test_commands_run.py::test_the_commands",
+    r"\S+ robuq-train (run|teacher|qat|evaluate)( .*)?": f"{HERE}/test_commands_run.py::test_the_commands",
+    r"\S+ robuq-train (diagnose|ablate|memory)( .*)?": "tests/train/",
+    r"\S+ robuq-serve capacity .*": "tests/server/",
+    r"\S+ torchrun .*": "tests/train/test_parallel.py::test_",
+    r"docs/cluster.md kubectl apply -k deploy/.*": "tests/server/deploy/test_kubernetes.py::test_",
+    r"docs/cluster.md serve (run|deploy) .*": "tests/server/",
     r"\S+ locust .*": "tests/loadtest/test_locustfile.py::test_a_good_server_passes",
     r"\S+ python -m loadtest.open_loop": "tests/loadtest/test_open_loop.py::test_the_command_measures_a_server",
     r"\S+ python -m bench.serving.*": "tests/bench/test_bench_serving.py::test_the_command_measures",
@@ -67,13 +73,15 @@ ELSEWHERE = {
 STATED = {
     r"\S+ make (serve|test)": "installs from the network what the tests run in; `make test` is the CI step itself",
     r"\S+ make loadtest": "runs the two load tests, which have tests of their own, for some minutes",
+    r"docs/cluster.md (docker push|kubectl get) .*": "talks to a registry, or to a cluster",
+    r"\S+ tensorboard .*": "somebody else's program, which does not end",
     r"\S+ pip install .*": "installs from the network; the names of extras are checked",
     r"\S+ python scripts/triton_report.py": "compiles every kernel for six architectures, which takes minutes",
 }
 
 STAGE = {"steps": 4, "batch_size": 4, "lr": 1e-2, "save_every": 2}
 TINY_RUN = {
-    "run_dir": "runs/tiny",
+    "run_dir": "runs/fashion-mnist",
     "model": {"input_size": 8, "patch_size": 4, "in_channels": 3, "hidden_size": 24, "depth": 1, "num_heads": 2,
               "num_classes": 4, "learn_sigma": False},
     "quant": {"rank": 2},
@@ -81,7 +89,10 @@ TINY_RUN = {
     "sampler": {"steps": 3},
     "data": {"path": "photos", "resize": 10},
     "teacher": STAGE,
+    "warmup": STAGE,
     "qat": STAGE,
+    "sensitivity": {"bits": [1, 2], "samples": 4, "batch_size": 4},
+    "allocate": {"average_bits": 2},
     "evaluation": {"samples": 4, "seeds": [0], "batch_size": 4},
 }  # fmt: skip
 
@@ -129,7 +140,7 @@ class Sandbox:
             Image.fromarray(pixels).save(photos / f"class_{c}" / "0.png")
         shutil.make_archive(str(photos), "zip", photos)
         (folder / "configs").mkdir()
-        (folder / "configs" / "imagenet-1-per-class.yaml").write_text(yaml.safe_dump(TINY_RUN))
+        (folder / "configs" / "fashion-mnist.yaml").write_text(yaml.safe_dump(TINY_RUN))
 
     @property
     def address(self) -> str:

@@ -27,13 +27,14 @@ from robuq_core.config import DiffusionConfig, ModelConfig, QuantConfig, Sampler
 from robuq_core.errors import UserError
 from robuq_core.files import replacing
 from robuq_core.kernels.ops import TernaryLayer
-from robuq_core.kernels.pack_layer import pack_layer
+from robuq_core.kernels.pack_layer import layer_of_planes, pack_layer
 from robuq_core.models.dit import FREQUENCY_SIZE, DiT
 from robuq_core.models.quant_linear import QuantLinear, is_adaln, layer_bits, layer_rotation_block, quantizable_linears
 from robuq_core.quant.bits import average_bits
 from robuq_core.quant.packing import base3_size, pack_base3, planar_from_base3, unpack_planar
 
-FORMAT_VERSION = 1
+# 2: weights of several planes; what else is quantised, and how.
+FORMAT_VERSION = 2
 _METADATA_KEY = "robuq"
 _READERS = 4
 
@@ -134,11 +135,8 @@ def write_checkpoint(
     """Pack a fake-quantised ``model`` into ``path``, whole or not at all; returns the header written.
 
     Raises:
-        CheckpointError: as :func:`write_packed`, the model is not quantised, or its activation rule has no packed form.
+        CheckpointError: as :func:`write_packed`, or the model is not quantised.
     """
-    if quant.activation != "gaussian":
-        raise CheckpointError(f"quant.activation {quant.activation} has no packed form, only gaussian has: it is there "
-                              "to be compared in training; train with quant.activation gaussian")  # fmt: skip
     layers = {}
     for name, linear in quantizable_linears(model):
         if not isinstance(linear, QuantLinear):
@@ -164,8 +162,12 @@ def write_packed(
     """Write what :func:`read_checkpoint` gives back: ``dense`` tensors and packed ``layers`` by DiT name.
 
     Raises:
-        CheckpointError: a tensor holds values that its storage type cannot, or names and classes differ in number.
+        CheckpointError: a tensor holds values that its storage type cannot, names and classes differ in number, or
+            ``quant`` is an ablation that the runtime does not run.
     """
+    if quant.activation != "gaussian":
+        raise CheckpointError(f"quant.activation {quant.activation} has no packed form, only gaussian has: it is there "
+                              "to be compared in training; train with quant.activation gaussian")  # fmt: skip
     if class_names and len(class_names) != model.num_classes:
         raise CheckpointError(f"{len(class_names)} class names for {model.num_classes} classes")
     tensors: dict[str, Tensor] = {}
@@ -196,9 +198,10 @@ def write_packed(
 
 
 def _stored_parts(layer: TernaryLayer) -> dict[str, Tensor]:
+    planes = (layer, *layer.finer)
     parts = {
-        "trits": pack_base3(unpack_planar(layer.planar, layer.in_features)),
-        "alpha": layer.alpha.half(),
+        "trits": pack_base3(torch.cat([unpack_planar(plane.planar, plane.in_features) for plane in planes])),
+        "alpha": torch.cat([plane.alpha for plane in planes]).half(),
         "bias": layer.bias,
         "signs": _pack_signs(layer.signs),
     }
@@ -264,6 +267,9 @@ def _parse_header(path: Path, text: str) -> Header:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise CheckpointError(f"{path}: header field {where}: {first['msg']}; export the file again") from error
+    if header.quant.activation != "gaussian":
+        raise CheckpointError(f"{path}: header field quant.activation: this runtime has no {header.quant.activation} "
+                              "quantiser; export a model of quant.activation gaussian")  # fmt: skip
     for name, shape in _expected_shapes(header).items():
         entry = header.tensors.get(name)
         if entry is not None and entry.shape != shape:
@@ -275,8 +281,9 @@ def _expected_shapes(header: Header) -> dict[str, tuple[int, ...]]:
     shapes = dense_shapes(header.model)
     for name, (out, into) in layer_shapes(header.model).items():
         rank = header.quant.adaln_rank if is_adaln(name) else header.quant.rank
-        shapes[f"{name}.trits"] = (base3_size(out * into),)
-        shapes[f"{name}.alpha"] = shapes[f"{name}.bias"] = (out,)
+        rows = header.quant.weight_planes * out
+        shapes[f"{name}.trits"] = (base3_size(rows * into),)
+        shapes[f"{name}.alpha"], shapes[f"{name}.bias"] = (rows,), (out,)
         shapes[f"{name}.signs"] = (-(-into // 8),)
         if rank:
             shapes[f"{name}.lowrank_a"], shapes[f"{name}.lowrank_b"] = (out, rank), (rank, into)
@@ -329,14 +336,15 @@ def _read_block(path: Path, header: Header, index: int) -> dict[str, TernaryLaye
 def _unpack_layer(
     path: Path, name: str, shape: tuple[int, int], tensors: dict[str, Tensor], header: Header
 ) -> TernaryLayer:
+    out, into = shape
+    rows = header.quant.weight_planes * out
     try:
-        planar = planar_from_base3(tensors[f"{name}.trits"], shape)
+        planar = planar_from_base3(tensors[f"{name}.trits"], (rows, into))
     except ValueError as error:
         raise CheckpointError(f"{path}: {name}.trits: {error}; export the file again") from error
-    out, into = shape
-    return TernaryLayer(
-        planar=planar,
-        alpha=_float32(tensors[f"{name}.alpha"]),
+    return layer_of_planes(
+        planar.split(out),
+        _float32(tensors[f"{name}.alpha"]).split(out),
         bias=_float32(tensors[f"{name}.bias"]),
         signs=_unpack_signs(tensors[f"{name}.signs"], into),
         lowrank_a=_float32(tensors.get(f"{name}.lowrank_a", torch.empty(out, 0))),

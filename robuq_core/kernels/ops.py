@@ -22,7 +22,8 @@ class TernaryLayer:
     ``planar``: ternary codes, 2 bits each (see :mod:`robuq_core.quant.packing`), uint8 ``[N, ceil(K / 128) * 32]``.
     ``alpha [N]``, ``bias [N]``, ``signs [K]``, ``lowrank_a [N, r]``, ``lowrank_b [r, K]``: float32, contiguous.
     ``bits``, ``grid``: of its input's activation quantiser. ``rotation_block``: see
-    :func:`robuq_core.quant.hadamard.rotation_factors`.
+    :func:`robuq_core.quant.hadamard.rotation_factors`. ``finer``: layers of rank 0 without bias whose outputs for the
+    same codes are added: further planes of the weight (:func:`robuq_core.quant.ternary.ternary_planes`).
     """
 
     planar: Tensor
@@ -34,6 +35,7 @@ class TernaryLayer:
     bits: int
     grid: Grid
     rotation_block: int | None = None
+    finer: tuple[TernaryLayer, ...] = ()
 
     @property
     def in_features(self) -> int:
@@ -50,12 +52,13 @@ class TernaryLayer:
     @property
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
-        return sum(tensor.nbytes for tensor in self._tensors())
+        return sum(tensor.nbytes for tensor in self._tensors()) + sum(plane.nbytes for plane in self.finer)
 
     def to(self, device: torch.device) -> TernaryLayer:
         """The layer on ``device``; its tensors are shared where they lie there already."""
         planar, alpha, bias, signs, a, b = (tensor.to(device) for tensor in self._tensors())
-        return TernaryLayer(planar, alpha, bias, signs, a, b, self.bits, self.grid, self.rotation_block)
+        finer = tuple(plane.to(device) for plane in self.finer)
+        return TernaryLayer(planar, alpha, bias, signs, a, b, self.bits, self.grid, self.rotation_block, finer)
 
     def _tensors(self) -> tuple[Tensor, ...]:
         return self.planar, self.alpha, self.bias, self.signs, self.lowrank_a, self.lowrank_b
@@ -137,7 +140,17 @@ class WholeLayer(Protocol):
 
 
 def whole_layer(backend: Backend) -> WholeLayer:
-    """How ``backend`` runs a whole layer: in one call where it can, else in two."""
-    if isinstance(backend, FusedBackend):
-        return backend.ternary
-    return lambda x, layer, prologue=None: backend.ternary_linear(backend.rotate_quantize(x, layer, prologue), layer)
+    """How ``backend`` runs a whole layer: in one call where it can, else in two; further planes take one more each."""
+    fused = backend.ternary if isinstance(backend, FusedBackend) else None
+
+    def run(x: Tensor, layer: TernaryLayer, prologue: Prologue = None) -> Tensor:
+        if fused is not None and not layer.finer:
+            return fused(x, layer, prologue)
+        quantized = backend.rotate_quantize(x, layer, prologue)
+        y = backend.ternary_linear(quantized, layer)
+        bare = Quantized(quantized.codes, quantized.scales, quantized.lowrank.new_empty(x.shape[0], 0))
+        for plane in layer.finer:
+            y = y.add_(backend.ternary_linear(bare, plane))
+        return y
+
+    return run

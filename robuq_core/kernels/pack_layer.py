@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from robuq_core.kernels.ops import TernaryLayer
 from robuq_core.models.quant_linear import QuantLinear
+from robuq_core.quant.activation import Grid
 from robuq_core.quant.lowrank import round_to_storage
 from robuq_core.quant.packing import pack_planar
-from robuq_core.quant.ternary import ternarize
+from robuq_core.quant.ternary import ternary_planes
 
 
 @torch.no_grad()
 def pack_layer(linear: QuantLinear) -> TernaryLayer:
     """``linear`` as a :class:`TernaryLayer` on the same device, holding the very numbers of its forward:
     ``alpha`` as fp16 keeps it, the low-rank factors as bf16 keeps them, all in float32."""
-    codes, alpha = ternarize(linear.weight.detach().float(), linear.weight_scale)
-    return TernaryLayer(
-        planar=pack_planar(codes),
-        alpha=alpha,
+    codes, alpha = ternary_planes(linear.weight.detach().float(), linear.weight_planes, linear.weight_scale)
+    return layer_of_planes(
+        [pack_planar(plane) for plane in codes],
+        list(alpha),
         bias=linear.bias.detach().float().clone(),
         signs=linear.rotation.get_buffer("signs").detach().clone(),
         lowrank_a=round_to_storage(linear.lowrank_a.detach().float()).contiguous(),
@@ -27,3 +31,38 @@ def pack_layer(linear: QuantLinear) -> TernaryLayer:
         grid=linear.grid,
         rotation_block=linear.rotation.block,
     )
+
+
+def layer_of_planes(
+    planars: Sequence[Tensor],
+    alphas: Sequence[Tensor],
+    *,
+    bias: Tensor,
+    signs: Tensor,
+    lowrank_a: Tensor,
+    lowrank_b: Tensor,
+    bits: int,
+    grid: Grid,
+    rotation_block: int | None,
+) -> TernaryLayer:
+    """The layer whose weight is ``sum_p alphas[p] planars[p]``, the coarsest plane first.
+
+    The first plane carries bias and low-rank branch; the others share its signs, though nothing rotates for them again.
+    """
+
+    def plane(i: int, finer: tuple[TernaryLayer, ...] = ()) -> TernaryLayer:
+        first = i == 0
+        return TernaryLayer(
+            planar=planars[i],
+            alpha=alphas[i].contiguous(),
+            bias=bias if first else torch.zeros_like(bias),
+            signs=signs,
+            lowrank_a=lowrank_a if first else lowrank_a.new_empty(len(bias), 0),
+            lowrank_b=lowrank_b if first else lowrank_b.new_empty(0, len(signs)),
+            bits=bits,
+            grid=grid,
+            rotation_block=rotation_block,
+            finer=finer,
+        )
+
+    return plane(0, tuple(plane(i) for i in range(1, len(planars))))

@@ -129,7 +129,7 @@ class PackedDiT:
         self, x_BLD: Tensor, gate_BD: Tensor, inputs: Tensor, layer: TernaryLayer, prologue: Prologue = None
     ) -> None:
         """``x_BLD += gate * layer(inputs)`` in place."""
-        if self._fused is not None and x_BLD.is_contiguous():
+        if self._fused is not None and x_BLD.is_contiguous() and not layer.finer:
             self._fused.add_ternary(x_BLD.flatten(0, 1), gate_BD, inputs, layer, prologue)
         else:
             x_BLD.add_(self._ternary(inputs, layer, prologue).reshape(x_BLD.shape).mul_(gate_BD[:, None]))

@@ -36,9 +36,11 @@ class QuantLinear(nn.Module):
         activation: ActivationRule = "gaussian",
         lowrank_init: LowRankInit = "svd",
         generator: torch.Generator | None = None,
+        weight_planes: int = 1,
     ) -> None:
         super().__init__()
         self.bits, self.grid, self.weight_scale, self.activation = bits, grid, weight_scale, activation
+        self.weight_planes = weight_planes
         self.rotation = Rotation(linear.in_features, signs, rotation_block)
         rotated = self.rotation(linear.weight.detach().float())
         a, b, residual = lowrank_split(rotated, rank, lowrank_init, generator)
@@ -55,7 +57,7 @@ class QuantLinear(nn.Module):
         rotated = self.rotation(x)
         y = F.linear(
             fake_quantize_activation(rotated, self.bits, self.grid, self.activation),
-            ternary_fake_quantize(self.weight, self.weight_scale),
+            ternary_fake_quantize(self.weight, self.weight_scale, self.weight_planes),
             self.bias,
         )
         if self.rank:
@@ -85,6 +87,32 @@ def layer_rotation_block(name: str, config: QuantConfig) -> int | None:
     return config.rotation_block if rotated else 1
 
 
+class LinearQuantizer:
+    """Makes the :class:`QuantLinear` of one linear after the other, in the order of the network: signs are drawn so."""
+
+    def __init__(self, config: QuantConfig) -> None:
+        self._config = config
+        self._signs = torch.Generator().manual_seed(config.seed)
+        # Apart from the signs, which thereby are the same whatever the branch starts from.
+        self._factors = torch.Generator().manual_seed(config.seed + 1)
+
+    def __call__(self, name: str, linear: nn.Linear) -> QuantLinear:
+        config = self._config
+        return QuantLinear(
+            linear,
+            bits=layer_bits(name, config),
+            grid=config.grid,
+            weight_scale=config.weight_scale,
+            rank=config.adaln_rank if is_adaln(name) else config.rank,
+            signs=random_signs(linear.in_features, self._signs),
+            rotation_block=layer_rotation_block(name, config),
+            activation=config.activation,
+            lowrank_init=config.lowrank_init,
+            generator=self._factors,
+            weight_planes=config.weight_planes,
+        )
+
+
 def quantize_model(model: DiT, config: QuantConfig) -> DiT:
     """Swap every block linear of ``model`` for a :class:`QuantLinear`, in place; returns it.
 
@@ -97,26 +125,12 @@ def quantize_model(model: DiT, config: QuantConfig) -> DiT:
     unknown = sorted(set(config.bits) - set(linears))
     if unknown:
         raise ValueError(f"quant.bits names layers that the model lacks: {', '.join(unknown)}")
-    generator = torch.Generator().manual_seed(config.seed)
-    # Apart from the signs, which thereby are the same whatever the branch starts from.
-    factor_generator = torch.Generator().manual_seed(config.seed + 1)
+    quantize = LinearQuantizer(config)
     for name, linear in linears.items():
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"{name} is quantised already")
-        replacement = QuantLinear(
-            linear,
-            bits=layer_bits(name, config),
-            grid=config.grid,
-            weight_scale=config.weight_scale,
-            rank=config.adaln_rank if is_adaln(name) else config.rank,
-            signs=random_signs(linear.in_features, generator),
-            rotation_block=layer_rotation_block(name, config),
-            activation=config.activation,
-            lowrank_init=config.lowrank_init,
-            generator=factor_generator,
-        )
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, replacement.to(linear.weight.device))
+        setattr(model.get_submodule(parent), child, quantize(name, linear).to(linear.weight.device))
     for module in model.modules():
         if isinstance(module, Attention):
             module.quantized = config.attention_bits is not None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from robuq_core.quant.activation import straight_through
+from robuq_core.quant.truncated_svd import truncated_svd
 
 LowRankInit = Literal["svd", "zero"]
 
@@ -39,10 +40,10 @@ def lowrank_split(
     if init == "zero":
         b = torch.randn(rank, weight.shape[1], generator=generator) / weight.shape[1] ** 0.5
         return weight.new_zeros(weight.shape[0], rank), b.to(weight), weight.clone()
-    u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
-    root = s[:rank].sqrt()
-    a = (u[:, :rank] * root).to(weight.dtype)
-    b = (root[:, None] * vh[:rank]).to(weight.dtype)
+    u, s, vh = truncated_svd(weight.double(), rank)
+    root = s.sqrt()
+    a = (u * root).to(weight.dtype)
+    b = (root[:, None] * vh).to(weight.dtype)
     return a, b, weight - a @ b
 
 

@@ -1,4 +1,4 @@
-"""Per-output-channel ternary weights, eq. (3), and their straight-through gradient."""
+"""Per-output-channel ternary weights, eq. (3), sums of several such planes, and their straight-through gradient."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 WeightScale = Literal["conditional_mean", "absmean"]
+
+# Step of the best uniform quantiser of N(0, 1) with 9 and 27 levels, 0 among them: where the fit of a row starts.
+_GAUSSIAN_STEP = {2: 0.535, 3: 0.22}
+_REFITS = 4
 
 
 def ternarize(weight: Tensor, scale: WeightScale = "conditional_mean") -> tuple[Tensor, Tensor]:
@@ -30,14 +34,58 @@ def ternarize(weight: Tensor, scale: WeightScale = "conditional_mean") -> tuple[
         alpha = mean.squeeze(1)
     else:
         raise ValueError(f"weight_scale must be conditional_mean or absmean, not {scale!r}")
-    return codes.to(torch.int8), alpha.to(torch.float16).to(torch.float32)
+    return codes.to(torch.int8), _stored(alpha)
+
+
+def ternary_planes(weight: Tensor, planes: int = 1, scale: WeightScale = "conditional_mean") -> tuple[Tensor, Tensor]:
+    """``weight [out, in] ~ sum_p alpha_p T_p`` with ``planes`` ternary matrices, the coarsest first.
+
+    One plane is :func:`ternarize`. P planes hold the ``3^P`` integers k of a uniform grid in balanced ternary,
+    ``k = sum_p 3^(P-1-p) T_p``; each row's step is fitted by alternating ``k = round(R / step)`` with the least-squares
+    ``step = <R, k> / <k, k>``. Then ``scale`` has no say.
+
+    Returns:
+        codes int8 ``[planes, out, in]``; alpha float32 ``[planes, out]``, each rounded to fp16.
+
+    Raises:
+        ValueError: planes outside 1..3, or an unknown scale rule.
+    """
+    if planes == 1:
+        codes, alpha = ternarize(weight, scale)
+        return codes[None], alpha[None]
+    if planes not in _GAUSSIAN_STEP:
+        raise ValueError(f"weight_planes must be 1..3, not {planes}")
+    top = (3**planes - 1) // 2
+    step = weight.square().mean(dim=1, keepdim=True).sqrt() * _GAUSSIAN_STEP[planes]
+    for _ in range(_REFITS):
+        levels = _levels(weight, step, top)
+        step = (weight * levels).sum(dim=1, keepdim=True) / levels.square().sum(dim=1, keepdim=True).clamp(min=1)
+    rest = _levels(weight, step, top).to(torch.int8)
+    digits = []
+    for _ in range(planes):
+        digits.append(torch.remainder(rest + 1, 3) - 1)
+        rest = (rest - digits[-1]) // 3
+    powers = torch.tensor([3.0**p for p in reversed(range(planes))], device=weight.device)
+    return torch.stack(digits[::-1]), _stored(powers[:, None] * step.squeeze(1))
+
+
+def _levels(weight: Tensor, step: Tensor, top: int) -> Tensor:
+    # A row of zeros has step 0; the clamp only keeps its levels finite.
+    return torch.round(weight / step.clamp(min=1e-30)).clamp(-top, top)
+
+
+def _stored(alpha: Tensor) -> Tensor:
+    return alpha.to(torch.float16).to(torch.float32)
 
 
 class _TernarySTE(torch.autograd.Function):
     @staticmethod
-    def forward(weight: Tensor, scale: WeightScale) -> Tensor:
-        codes, alpha = ternarize(weight.float(), scale)
-        return (codes * alpha[:, None]).to(weight.dtype)
+    def forward(weight: Tensor, scale: WeightScale, planes: int) -> Tensor:
+        codes, alpha = ternary_planes(weight.float(), planes, scale)
+        total = codes[0] * alpha[0][:, None]
+        for p in range(1, planes):
+            total += codes[p] * alpha[p][:, None]
+        return total.to(weight.dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -45,13 +93,13 @@ class _TernarySTE(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        return grad.clamp(-1, 1), None
+        return grad.clamp(-1, 1), None, None
 
 
-def ternary_fake_quantize(weight: Tensor, scale: WeightScale = "conditional_mean") -> Tensor:
-    """``alpha_c T_c`` of ``weight`` ``[out, in]``, same dtype.
+def ternary_fake_quantize(weight: Tensor, scale: WeightScale = "conditional_mean", planes: int = 1) -> Tensor:
+    """``sum_p alpha_pc T_pc`` of ``weight`` ``[out, in]``, same dtype.
 
     The gradient passes straight through to ``weight``, clamped to [-1, 1] by element; none flows through
     the threshold or the scale.
     """
-    return _TernarySTE.apply(weight, scale)  # type: ignore[no-any-return, no-untyped-call]
+    return _TernarySTE.apply(weight, scale, planes)  # type: ignore[no-any-return, no-untyped-call]

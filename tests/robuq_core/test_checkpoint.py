@@ -22,6 +22,7 @@ from robuq_core.kernels.pack_layer import pack_layer
 from robuq_core.models.dit import DiT
 from robuq_core.models.presets import preset
 from robuq_core.models.quant_linear import QuantLinear, quantizable_linears
+from robuq_core.pipeline import bundled_checkpoint
 from robuq_core.quant.activation import ActivationRule
 
 
@@ -43,7 +44,9 @@ def _edit_header(path: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("quant", [QuantConfig(rank=4), QuantConfig(rank=0, adaln_rank=3, grid="midtread"),
-                                   QuantConfig(rank=2, bits={"blocks.1.attn.proj": 3})])  # fmt: skip
+                                   QuantConfig(rank=2, bits={"blocks.1.attn.proj": 3}),
+                                   QuantConfig(rank=3, weight_planes=2),
+                                   QuantConfig(rank=0, weight_planes=3)])  # fmt: skip
 def test_layers_come_back_exactly(tmp_path: Path, quant: QuantConfig) -> None:
     path = tmp_path / "model.safetensors"
     model = write_tiny(path, quant=quant)
@@ -53,6 +56,10 @@ def test_layers_come_back_exactly(tmp_path: Path, quant: QuantConfig) -> None:
         expected, layer = pack_layer(linear), checkpoint.layers[name]
         for part in ("planar", "alpha", "bias", "signs", "lowrank_a", "lowrank_b"):
             assert torch.equal(getattr(layer, part), getattr(expected, part)), f"{name}.{part}"
+        assert len(layer.finer) == len(expected.finer) == quant.weight_planes - 1
+        for plane, wanted in zip(layer.finer, expected.finer, strict=True):
+            assert torch.equal(plane.planar, wanted.planar)
+            assert torch.equal(plane.alpha, wanted.alpha)
         assert (layer.bits, layer.grid) == (expected.bits, expected.grid)
     for name, tensor in checkpoint.dense.items():
         assert torch.equal(tensor, model.get_parameter(name).detach().half().float()), name
@@ -71,6 +78,20 @@ def test_average_bits_follow_the_macs(tmp_path: Path) -> None:
     path = tmp_path / "mixed.safetensors"
     write_tiny(path, quant=QuantConfig(rank=0, bits={"blocks.0.mlp.fc1": 4, "blocks.1.attn.proj": 1}))
     assert read_header(path).average_activation_bits == pytest.approx((24 * 2 + 4 * 2 - 1) / 24)
+
+
+def test_files_of_the_first_version_are_read(packed: Path) -> None:
+    quant = {"activation_bits": 2, "adaln_bits": 4, "attention_bits": 8, "grid": "midrise", "rank": 4, "seed": 0}
+    _edit_header(packed, format_version=1, quant=quant)
+    header = read_checkpoint(packed).header
+    assert header.quant == QuantConfig(rank=4)
+    assert read_header(bundled_checkpoint()).quant.weight_planes == 1
+
+
+def test_ablations_that_the_runtime_lacks_are_not_written(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"quant\.activation minmax has no packed form"):
+        write_tiny(tmp_path / "model.safetensors", quant=QuantConfig(rank=4, activation="minmax"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_dit_xl_shapes_are_the_published_ones() -> None:
@@ -140,10 +161,12 @@ def test_foreign_files_are_named_as_such(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "format_version 2 is newer"),
+        ({"format_version": 3}, "format_version 3 is newer"),
         ({"format_version": "one"}, "format_version"),
         ({"colour": "blue"}, "header field colour"),
         ({"quant": {"activation_bits": 11}}, r"quant\.activation_bits"),
+        ({"quant": {"activation": "minmax"}}, r"quant\.activation: this runtime has no minmax"),
+        ({"quant": {"rank": 4, "weight_planes": 2}}, "but the model needs"),
         ({"model": {"hidden_size": 47}}, "hidden_size"),
         ({"model": TINY.model_copy(update={"depth": 3}).model_dump()}, "tensors do not match the model"),
         ({"model": TINY.model_copy(update={"hidden_size": 96}).model_dump()}, "but the model needs"),

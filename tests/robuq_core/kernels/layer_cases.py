@@ -12,7 +12,16 @@ from robuq_core.quant.hadamard import random_signs
 WIDTHS = (4, 12, 20, 28, 36, 72, 96, 256, 288)
 
 
-def make_linear(width: int, outputs: int, *, bits: int, grid: Grid = "midrise", rank: int = 0) -> QuantLinear:
+def make_linear(
+    width: int,
+    outputs: int,
+    *,
+    bits: int,
+    grid: Grid = "midrise",
+    rank: int = 0,
+    planes: int = 1,
+    rotation_block: int | None = None,
+) -> QuantLinear:
     """A fake-quantised linear with random weights, bias and signs, the same on every call."""
     generator = torch.Generator().manual_seed(width * 1000 + outputs)
     linear = nn.Linear(width, outputs)
@@ -20,7 +29,16 @@ def make_linear(width: int, outputs: int, *, bits: int, grid: Grid = "midrise", 
         linear.weight.copy_(torch.randn(outputs, width, generator=generator) / width**0.5)
         linear.bias.copy_(torch.randn(outputs, generator=generator))
     signs = random_signs(width, generator)
-    return QuantLinear(linear, bits=bits, grid=grid, weight_scale="conditional_mean", rank=rank, signs=signs)
+    return QuantLinear(
+        linear,
+        bits=bits,
+        grid=grid,
+        weight_scale="conditional_mean",
+        rank=rank,
+        signs=signs,
+        rotation_block=rotation_block,
+        weight_planes=planes,
+    )
 
 
 def tokens(rows: int, width: int, seed: int = 0) -> torch.Tensor:

@@ -16,13 +16,16 @@ BACKENDS = ["reference", "cpu"]
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("flavour", ["official", "diffusers"])
-@pytest.mark.parametrize(("bits", "grid"), [(2, "midrise"), (3, "midtread"), (8, "midrise")])
+@pytest.mark.parametrize(
+    ("bits", "grid", "planes"),
+    [(2, "midrise", 1), (3, "midtread", 1), (8, "midrise", 1), (5, "midrise", 2), (8, "midrise", 3)],
+)
 def test_packed_forward_is_the_training_forward(
-    tmp_path: Path, backend: str, flavour: str, bits: int, grid: str
+    tmp_path: Path, backend: str, flavour: str, bits: int, grid: str, planes: int
 ) -> None:
     path = tmp_path / "model.safetensors"
     config = TINY.model_copy(update={"flavour": flavour})
-    quant = QuantConfig(activation_bits=bits, grid=grid, rank=4)
+    quant = QuantConfig(activation_bits=bits, grid=grid, rank=4, weight_planes=planes)
     model = write_tiny(path, config, quant)
     with torch.no_grad():  # the file keeps embedders and final layer in fp16
         for name, parameter in model.named_parameters():

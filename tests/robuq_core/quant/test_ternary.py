@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robuq_core.quant.ternary import ternarize, ternary_fake_quantize
+from robuq_core.quant.ternary import ternarize, ternary_fake_quantize, ternary_planes
 
 
 @given(rows=st.integers(1, 6), columns=st.integers(1, 40), seed=st.integers(0, 2**16))
@@ -53,3 +53,58 @@ def test_gradient_passes_straight_through_clamped() -> None:
     ternary_fake_quantize(weight).backward(upstream)
     assert weight.grad is not None
     assert torch.equal(weight.grad, upstream.clamp(-1, 1))
+
+
+@given(rows=st.integers(1, 5), columns=st.integers(1, 40), planes=st.sampled_from([2, 3]), seed=st.integers(0, 2**16))
+def test_planes_are_a_uniform_grid_in_balanced_ternary(rows: int, columns: int, planes: int, seed: int) -> None:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    codes, alpha = ternary_planes(weight, planes)
+    assert codes.dtype is torch.int8
+    assert codes.shape == (planes, rows, columns)
+    assert set(codes.unique().tolist()) <= {-1, 0, 1}
+    assert torch.equal(alpha.half().float(), alpha)
+    powers = 3.0 ** torch.arange(planes - 1, -1, -1)
+    torch.testing.assert_close(alpha, powers[:, None] * alpha[-1], rtol=2e-3, atol=0)
+    # Each weight has its nearest level, but for what fp16 takes off the scales.
+    step, levels = alpha[-1].double(), (codes.double() * powers[:, None, None]).sum(0)
+    distance = (weight / step[:, None] - levels).abs()
+    assert bool(((distance <= 0.5 + 0.01) | (levels.abs() == (3**planes - 1) // 2)).all())
+
+
+@pytest.mark.parametrize(("planes", "mse"), [(1, 0.2127), (2, 0.0308), (3, 0.0047)])
+def test_error_of_planes_on_normal_weights(planes: int, mse: float) -> None:
+    weight = torch.randn(64, 8192, generator=torch.Generator().manual_seed(0))
+    for scale in (1.0, 0.02):
+        quantized = ternary_fake_quantize(weight * scale, planes=planes) / scale
+        assert float((weight - quantized).square().mean()) == pytest.approx(mse, rel=0.02)
+
+
+@pytest.mark.parametrize("planes", [2, 3])
+def test_planes_of_zero_rows_are_zero(planes: int) -> None:
+    codes, alpha = ternary_planes(torch.zeros(3, 8), planes)
+    assert not codes.any()
+    assert not alpha.any()
+
+
+def test_a_fit_never_loses_to_where_it_starts() -> None:
+    """Heavy tails are where the step of a normal row is far off."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(16, 512, generator=generator) * torch.rand(16, 512, generator=generator).pow(4).mul(9).add(0.1)
+    for planes in (2, 3):
+        top, step = (3**planes - 1) // 2, weight.square().mean(1, keepdim=True).sqrt() * {2: 0.534, 3: 0.217}[planes]
+        fixed = (weight / step).round().clamp(-top, top) * step
+        fitted = ternary_fake_quantize(weight, planes=planes)
+        assert float((weight - fitted).square().mean()) < float((weight - fixed).square().mean())
+
+
+def test_other_numbers_of_planes_are_refused() -> None:
+    for planes in (0, 4):
+        with pytest.raises(ValueError, match=r"weight_planes must be 1\.\.3"):
+            ternary_planes(torch.ones(1, 2), planes)
+
+
+def test_gradient_through_planes_is_the_same() -> None:
+    weight = torch.randn(2, 3, requires_grad=True)
+    ternary_fake_quantize(weight, planes=3).backward(torch.full((2, 3), 2.0))
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, torch.ones(2, 3))

@@ -1,0 +1,314 @@
+"""Full-precision DiT weights of other code bases, in and out.
+
+Read: the DiT authors' ``.pt`` (a flat state dict, or ``{model, ema, opt, args}``), the same as safetensors, a diffusers
+pipeline folder or its ``transformer`` folder, and ``teacher.pt`` of this project's training. Written: the first and the
+third. The same tensors come back, bit for bit; ``flavour`` says whose numerics they run with.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from robuq_core.config import DiffusionConfig, ModelConfig
+from robuq_core.files import replacing
+from robuq_core.models.adapters_diffusers import read_pipeline, write_pipeline
+from robuq_core.models.adapters_files import (
+    TensorTable,
+    WeightsError,
+    folder_tensors,
+    load_pickle,
+    safetensors_of,
+    tensors_of,
+)
+from robuq_core.models.adapters_keys import PATCH_WEIGHT, POSITIONS, Layout, foreign_keys
+from robuq_core.models.dit import DiT, position_table
+from robuq_core.models.presets import PRESETS
+
+# Keys that only repeat what the configuration says.
+_REPEATED = {"official": {POSITIONS}, "diffusers": {POSITIONS, "pos_embed.pos_embed"}, "robuq": set()}
+_HEAD_WIDTHS = (64, 72)
+_POSITION_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Full-precision weights in a file, checked for names and shapes; a tensor is read when asked for.
+
+    ``positions``: the table that the file holds, ``[1, L, D]``, or None. ``diffusion`` and ``class_names``: as far as
+    the file tells.
+    """
+
+    path: Path
+    layout: Layout
+    config: ModelConfig
+    table: TensorTable
+    positions: Tensor | None = None
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    class_names: tuple[str, ...] = ()
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all parameters under this project's names."""
+        return parameter_shapes(self.config)
+
+    def tensor(self, name: str) -> Tensor:
+        """Parameter ``name``, float32, where possible mapped from the file: not to be written to.
+
+        Raises:
+            WeightsError: copies of it in the file differ, or it is no floating-point tensor.
+        """
+        keys = foreign_keys(name, self.layout, self.config.depth)
+        first = self.table[keys.names[0]].read()
+        if not first.is_floating_point():
+            raise WeightsError(f"{self.path}: {keys.names[0]} is {first.dtype}, not floating point")
+        if keys.how == "parts":
+            return torch.cat([self.table[key].read() for key in keys.names]).float()
+        for key in keys.names[1:]:
+            if not torch.equal(self.table[key].read(), first):
+                raise WeightsError(f"{self.path}: {key} differs from {keys.names[0]}, and this network has one such "
+                                   "embedder for all blocks; use weights whose embedders are equal")  # fmt: skip
+        return first.float().reshape(self.shapes[name])
+
+    def model(self, *, mapped: bool = False) -> DiT:
+        """The network with these weights; ``mapped``: to run only, sharing memory with the file where possible.
+
+        Raises:
+            WeightsError: as :meth:`tensor`.
+        """
+        with torch.device("meta"):
+            model = DiT(self.config)
+        tensors = {name: self.tensor(name) if mapped else self.tensor(name).clone() for name in self.shapes}
+        model.load_state_dict(tensors, assign=True)
+        model.pos_embed = position_table(self.config)[None] if self.positions is None else self.positions.clone()
+        return model
+
+
+def read_weights(path: Path | str, num_heads: int | None = None) -> Weights:
+    """Find out what ``path`` holds; see the module for what is understood.
+
+    Args:
+        num_heads: attention heads, for an official file of a width that leaves them open.
+
+    Raises:
+        WeightsError: nothing usable; the message names the file, the key and the fix.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_diffusers(path, num_heads)
+    if path.suffix == ".safetensors" and path.is_file():
+        table, metadata = safetensors_of(path)
+        if "robuq" in metadata:
+            raise WeightsError(
+                f"{path}: a packed checkpoint, whose full-precision weights are gone; give what it was made from"
+            )
+        return _read_official(path, table, None, num_heads)
+    tree = load_pickle(path)
+    if isinstance(tree, dict) and {"ema", "optimiser", "history"} <= set(tree):
+        return _read_trained(path, tree)
+    arguments = None
+    if isinstance(tree, dict):
+        arguments = tree.get("args")
+        tree = next((tree[key] for key in ("ema", "model") if isinstance(tree.get(key), dict)), tree)
+    return _read_official(path, tensors_of(path, tree), arguments, num_heads)
+
+
+def load_dit(path: Path | str, num_heads: int | None = None) -> tuple[ModelConfig, DiT]:
+    """The network in ``path`` and its shape, parameters float32. Arguments and errors: as :func:`read_weights`."""
+    weights = read_weights(path, num_heads)
+    return weights.config, weights.model()
+
+
+def save_official(model: DiT, path: Path) -> None:
+    """Write a full-precision ``model`` as the DiT authors' flat ``.pt``, positions included.
+
+    Raises:
+        WeightsError: the model is quantised.
+    """
+    tensors = {POSITIONS: model.pos_embed.detach(), **_foreign_tensors(model, "official")}
+    with replacing(path) as temporary:
+        torch.save(tensors, temporary)
+
+
+def save_diffusers(
+    model: DiT,
+    folder: Path,
+    *,
+    diffusion: DiffusionConfig | None = None,
+    class_names: tuple[str, ...] = (),
+    vae: Path | None = None,
+) -> None:
+    """Write a full-precision ``model`` as a folder that diffusers' ``DiTPipeline`` loads, whole or not at all.
+
+    diffusers runs any weights with its own numerics: those of ``flavour="diffusers"``.
+
+    Args:
+        vae: a folder of diffusers' ``AutoencoderKL`` to copy in; without one the pipeline must be given its own.
+
+    Raises:
+        WeightsError: the model is quantised or has a shape that diffusers cannot express, or ``folder`` is taken.
+    """
+    tensors = _foreign_tensors(model, "diffusers")
+    write_pipeline(folder, model.config, tensors, diffusion or DiffusionConfig(), class_names, vae)
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of all parameters of a full-precision DiT, by name."""
+    with torch.device("meta"):
+        skeleton = DiT(config)
+    return {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+
+
+def _foreign_tensors(model: DiT, layout: Layout) -> dict[str, Tensor]:
+    """The parameters of ``model`` by their names in ``layout``, each in memory of its own where it has copies."""
+    config = model.config
+    parameters = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
+    if parameters.keys() != parameter_shapes(config).keys():
+        raise WeightsError("a quantised model has no full-precision weights to write: give the model it was made from")
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        keys = foreign_keys(name, layout, config.depth)
+        shaped = parameter.reshape(_foreign_shape(name, tuple(parameter.shape), config))
+        if keys.how == "parts":
+            tensors |= zip(keys.names, (part.clone() for part in shaped.chunk(len(keys.names))), strict=True)
+        else:
+            tensors |= {key: shaped if i == 0 else shaped.clone() for i, key in enumerate(keys.names)}
+    return tensors
+
+
+def _foreign_shape(name: str, shape: tuple[int, ...], config: ModelConfig) -> tuple[int, ...]:
+    patch = config.patch_size
+    return (shape[0], config.in_channels, patch, patch) if name == PATCH_WEIGHT else shape
+
+
+def _checked(weights: Weights) -> Weights:
+    """``weights``, if its file has every tensor that its configuration asks for, in that shape, and no other."""
+    config, layout, table = weights.config, weights.layout, weights.table
+    needed: dict[str, tuple[int, ...]] = {}
+    for name, shape in weights.shapes.items():
+        keys = foreign_keys(name, layout, config.depth)
+        stored = shape if layout == "robuq" else _foreign_shape(name, shape, config)
+        if keys.how == "parts":
+            stored = (shape[0] // len(keys.names), *shape[1:])
+        needed |= dict.fromkeys(keys.names, stored)
+    missing, unknown = sorted(needed.keys() - table.keys()), sorted(table.keys() - needed.keys() - _REPEATED[layout])
+    if missing or unknown:
+        lists = [
+            f"{len(keys)} {what} ({', '.join(keys[:3])})"
+            for what, keys in (("missing", missing), ("unknown", unknown))
+            if keys
+        ]
+        raise WeightsError(f"{weights.path}: not the tensors of a class-conditional DiT: {'; '.join(lists)}")
+    for key, shape in needed.items():
+        if table[key].shape != shape:
+            raise WeightsError(f"{weights.path}: {key} is {table[key].shape}, but the other tensors and the "
+                               f"configuration ask for {shape}")  # fmt: skip
+    return weights
+
+
+def _config(path: Path, **values: Any) -> ModelConfig:
+    try:
+        return ModelConfig(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "shape"
+        raise WeightsError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}") from error
+
+
+def _depth(table: Mapping[str, object], prefix: str) -> int:
+    return len({found[1] for key in table if (found := re.match(rf"{prefix}\.(\d+)\.", key))})
+
+
+def _read_official(path: Path, table: TensorTable, arguments: object, num_heads: int | None) -> Weights:
+    if "pos_embed.proj.weight" in table:
+        raise WeightsError(f"{path}: tensors of diffusers; give the folder that holds this file and its config.json")
+    try:
+        width, channels, patch, _ = table["x_embedder.proj.weight"].shape
+        _, tokens, _ = table[POSITIONS].shape
+        classes = table["y_embedder.embedding_table.weight"].shape[0] - 1
+        outputs, hidden = table["final_layer.linear.weight"].shape[0], table["blocks.0.mlp.fc1.weight"].shape[0]
+    except (KeyError, ValueError) as error:
+        raise WeightsError(f"{path}: not the tensors of a class-conditional DiT: {error}") from error
+    positions = table[POSITIONS].read().float()
+    config = _config(
+        path,
+        input_size=isqrt(tokens) * patch,
+        patch_size=patch,
+        in_channels=channels,
+        hidden_size=width,
+        depth=_depth(table, "blocks"),
+        num_heads=num_heads or _official_heads(path, width, arguments),
+        mlp_ratio=hidden // width,
+        num_classes=classes,
+        learn_sigma=outputs != channels * patch**2,
+        position_scale=_position_scale(positions),
+    )
+    weights = _checked(Weights(path, "official", config, table, positions))
+    expected = position_table(config)
+    if positions.shape[1:] != expected.shape or not torch.allclose(positions[0], expected, atol=_POSITION_TOLERANCE):
+        raise WeightsError(f"{path}: {POSITIONS} is not DiT's sin-cos table; learned positions are not supported")
+    return weights
+
+
+def _official_heads(path: Path, width: int, arguments: object) -> int:
+    """No tensor tells: the published sizes do, or the one of DiT's head widths that divides ``width``."""
+    named = PRESETS.get(str(getattr(arguments, "model", "")))
+    if named is not None and named.hidden_size == width:
+        return named.num_heads
+    published = {shape.hidden_size: shape.num_heads for shape in PRESETS.values()}
+    fits = [width // head for head in _HEAD_WIDTHS if width % head == 0]
+    if width not in published and len(fits) != 1:
+        raise WeightsError(f"{path}: the tensors leave open how many attention heads a width of {width} has; "
+                           "say it with num_heads (--heads)")  # fmt: skip
+    return published.get(width) or fits[0]
+
+
+def _position_scale(positions: Tensor) -> float:
+    """The distance of neighbours in a sin-cos table ``[1, L, D]``, from its lowest frequency; 1 where it is none."""
+    quarter = positions.shape[2] // 4
+    if positions.shape[1] < 2 or quarter < 1:
+        return 1.0
+    sine, cosine = positions[0, 1, [quarter - 1, 2 * quarter - 1]].double()
+    scale = float(torch.atan2(sine, cosine)) * 10000.0 ** ((quarter - 1) / quarter)
+    return float(f"{scale:.5g}") if scale > 0 else 1.0
+
+
+def _read_diffusers(folder: Path, num_heads: int | None) -> Weights:
+    pipeline = read_pipeline(folder)
+    table = folder_tensors(pipeline.transformer)
+    if num_heads not in (None, pipeline.shape["num_heads"]):
+        raise WeightsError(
+            f"{folder}: config.json says {pipeline.shape['num_heads']} heads, not {num_heads}; leave num_heads out"
+        )
+    if pipeline.shape["depth"] != (depth := _depth(table, "transformer_blocks")):
+        raise WeightsError(f"{folder}: config.json says {pipeline.shape['depth']} layers, the weights have {depth}")
+    hidden = table.get("transformer_blocks.0.ff.net.0.proj.weight")
+    width = pipeline.shape["hidden_size"]
+    ratio = hidden.shape[0] // width if hidden is not None else 4
+    config = _config(folder, **pipeline.shape, mlp_ratio=ratio, flavour="diffusers")
+    return _checked(Weights(folder, "diffusers", config, table, None, pipeline.diffusion, pipeline.class_names))
+
+
+def _read_trained(path: Path, tree: dict[str, Any]) -> Weights:
+    """A training state of this project: its averaged weights, and the configuration of its latest run."""
+    try:
+        settings = tree["history"][-1]["config"]
+        config = ModelConfig.model_validate(settings["model"])
+        diffusion = DiffusionConfig.model_validate(settings["diffusion"])
+    except (KeyError, IndexError, TypeError, ValidationError) as error:
+        raise WeightsError(f"{path}: a training state that does not say which model it trained; "
+                           "train on with this version") from error  # fmt: skip
+    table = tensors_of(path, tree["ema"])
+    if any(".lowrank_" in key for key in table):
+        raise WeightsError(f"{path}: a quantised student, whose full-precision weights are gone; pack it with "
+                           "robuq-train export, or give teacher.pt")  # fmt: skip
+    return _checked(Weights(path, "robuq", config, table, None, diffusion))

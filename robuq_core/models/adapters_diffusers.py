@@ -1,0 +1,216 @@
+"""The JSON of a diffusers DiT pipeline folder, read and written: what is not a tensor.
+
+diffusers itself is not needed. Its numerics differ from the DiT authors' in three places, which ``flavour`` carries:
+time frequencies of k/127, an epsilon of 1e-5 in the second norm, and guidance on all channels.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from robuq_core.config import NUM_TRAIN_TIMESTEPS, DiffusionConfig, ModelConfig, PredictionType
+from robuq_core.models.adapters_files import WEIGHTS_NAME, WeightsError, read_json
+
+Section = TypeVar("Section", bound=BaseModel)
+
+_BETA_START, _BETA_END = 1e-4, 0.02
+
+
+class _Transformer(BaseModel):
+    """The keys of ``transformer/config.json`` that decide what is computed; the defaults are diffusers' own."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    class_name: Literal["DiTTransformer2DModel", "Transformer2DModel"] = Field(alias="_class_name")
+    num_attention_heads: int = Field(16, ge=1)
+    attention_head_dim: int = Field(72, ge=1)
+    in_channels: int = 4
+    out_channels: int | None = None
+    num_layers: int = 28
+    sample_size: int = 32
+    patch_size: int = 2
+    num_embeds_ada_norm: int = 1000
+    activation_fn: Literal["gelu-approximate"] = "gelu-approximate"
+    norm_type: Literal["ada_norm_zero"] = "ada_norm_zero"
+    attention_bias: Literal[True] = True
+    norm_elementwise_affine: Literal[False] = False
+    norm_eps: float = Field(1e-5, ge=0.999e-5, le=1.001e-5)
+
+
+class _Scheduler(BaseModel):
+    """The keys of ``scheduler/scheduler_config.json`` that say which process the network was trained on."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    num_train_timesteps: Literal[1000] = NUM_TRAIN_TIMESTEPS
+    beta_start: float = Field(_BETA_START, ge=0.999 * _BETA_START, le=1.001 * _BETA_START)
+    beta_end: float = Field(_BETA_END, ge=0.999 * _BETA_END, le=1.001 * _BETA_END)
+    beta_schedule: Literal["linear"] = "linear"
+    prediction_type: PredictionType = "epsilon"
+    clip_sample: bool = False
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What a folder says: where the weights lie, the values of :class:`ModelConfig` that JSON knows, the process."""
+
+    transformer: Path
+    shape: dict[str, Any]
+    diffusion: DiffusionConfig
+    class_names: tuple[str, ...]
+
+
+def read_pipeline(folder: Path) -> Pipeline:
+    """Read a pipeline folder, or its ``transformer`` folder alone.
+
+    Raises:
+        WeightsError: no such model, or one that this network cannot be; the message names file and key.
+    """
+    transformer = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    path = transformer / "config.json"
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file; give a diffusers pipeline folder or its transformer folder")
+    config = _validated(_Transformer, path)
+    channels = config.in_channels
+    outputs = channels if config.out_channels is None else config.out_channels
+    if outputs not in (channels, 2 * channels):
+        raise WeightsError(f"{path}: out_channels {outputs} is neither in_channels {channels} nor twice that")
+    shape = {
+        "input_size": config.sample_size,
+        "patch_size": config.patch_size,
+        "in_channels": channels,
+        "hidden_size": config.num_attention_heads * config.attention_head_dim,
+        "depth": config.num_layers,
+        "num_heads": config.num_attention_heads,
+        "num_classes": config.num_embeds_ada_norm,
+        "learn_sigma": outputs == 2 * channels,
+    }
+    return Pipeline(transformer, shape, _diffusion(folder), _class_names(folder, config.num_embeds_ada_norm))
+
+
+def _validated(kind: type[Section], path: Path) -> Section:
+    try:
+        return kind.model_validate(read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise WeightsError(f"{path}: {'.'.join(map(str, first['loc']))} {first['input']!r} is not supported: "
+                           f"{first['msg']}") from error  # fmt: skip
+
+
+def _diffusion(folder: Path) -> DiffusionConfig:
+    path = folder / "scheduler" / "scheduler_config.json"
+    if not path.is_file():
+        return DiffusionConfig()
+    scheduler = _validated(_Scheduler, path)
+    return DiffusionConfig(prediction_type=scheduler.prediction_type, clip_sample=scheduler.clip_sample)
+
+
+def _class_names(folder: Path, classes: int) -> tuple[str, ...]:
+    """The names of ``model_index.json``, if there is one for every class."""
+    path = folder / "model_index.json"
+    names = read_json(path).get("id2label") if path.is_file() else None
+    if not isinstance(names, dict) or set(names) != {str(i) for i in range(classes)}:
+        return ()
+    return tuple(str(names[str(i)]) for i in range(classes))
+
+
+def write_pipeline(
+    folder: Path,
+    model: ModelConfig,
+    tensors: dict[str, Tensor],
+    diffusion: DiffusionConfig,
+    class_names: tuple[str, ...],
+    vae: Path | None,
+) -> None:
+    """Write a pipeline folder whose transformer has ``tensors``; see :func:`robuq_core.models.adapters.save_diffusers`.
+
+    Raises:
+        WeightsError: a shape that diffusers cannot express, a taken folder, or a ``vae`` without a configuration.
+    """
+    if model.position_scale != 1 or model.mlp_ratio != 4:
+        raise WeightsError("diffusers' DiT has a position_scale of 1 and an mlp_ratio of 4, not "
+                           f"{model.position_scale:g} and {model.mlp_ratio}; write the official format")  # fmt: skip
+    vae_class = None if vae is None else read_json(vae / "config.json").get("_class_name")
+    index: dict[str, Any] = {
+        "_class_name": "DiTPipeline",
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "transformer": ["diffusers", "DiTTransformer2DModel"],
+        "vae": [None, None] if vae is None else ["diffusers", vae_class],
+    }
+    if class_names:
+        index["id2label"] = {str(i): name for i, name in enumerate(class_names)}
+    with new_folder(folder) as root:
+        _write_json(root / "model_index.json", index)
+        _write_json(root / "scheduler" / "scheduler_config.json", _scheduler_config(diffusion))
+        _write_json(root / "transformer" / "config.json", _transformer_config(model))
+        save_file(tensors, root / "transformer" / f"{WEIGHTS_NAME}.safetensors", metadata={"format": "pt"})
+        if vae is not None:
+            shutil.copytree(vae, root / "vae")
+
+
+def _transformer_config(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "_class_name": "DiTTransformer2DModel",
+        "num_attention_heads": model.num_heads,
+        "attention_head_dim": model.hidden_size // model.num_heads,
+        "in_channels": model.in_channels,
+        "out_channels": model.out_channels,
+        "num_layers": model.depth,
+        "sample_size": model.input_size,
+        "patch_size": model.patch_size,
+        "num_embeds_ada_norm": model.num_classes,
+        "activation_fn": "gelu-approximate",
+        "norm_type": "ada_norm_zero",
+        "attention_bias": True,
+        "norm_elementwise_affine": False,
+        "norm_eps": 1e-5,
+    }
+
+
+def _scheduler_config(diffusion: DiffusionConfig) -> dict[str, Any]:
+    return {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": NUM_TRAIN_TIMESTEPS,
+        "beta_start": _BETA_START,
+        "beta_end": _BETA_END,
+        "beta_schedule": "linear",
+        "clip_sample": diffusion.clip_sample,
+        "prediction_type": diffusion.prediction_type,
+        "set_alpha_to_one": True,
+        "steps_offset": 0,
+    }
+
+
+def _write_json(path: Path, tree: dict[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside ``path``; renamed to it if the block ends well, removed if it does not.
+
+    Raises:
+        WeightsError: ``path`` exists and is not an empty folder.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise WeightsError(f"{path}: exists already; choose another folder, or remove it first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,214 @@
+"""Parity with diffusers' own DiT, and folders that it and this project read alike."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from torch import Tensor
+
+from robuq_core.checkpoint import Header
+from robuq_core.config import DiffusionConfig, ModelConfig, QuantConfig, SamplerConfig, SamplerName
+from robuq_core.models.adapters import load_dit, read_weights, save_diffusers
+from robuq_core.models.adapters_files import WeightsError
+from robuq_core.models.dit import DiT
+from robuq_core.pipeline import RowSpec, Sampler
+
+CONFIG = ModelConfig(
+    input_size=8, patch_size=2, in_channels=4, hidden_size=48, depth=3, num_heads=4, num_classes=10, flavour="diffusers"
+)
+
+
+def _theirs(seed: int = 0) -> DiTTransformer2DModel:
+    torch.manual_seed(seed)
+    model = DiTTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=3, sample_size=8,
+        num_embeds_ada_norm=10,
+    )  # fmt: skip
+    blocks = model.transformer_blocks
+    for block in blocks[1:]:
+        block.norm1.emb.load_state_dict(blocks[0].norm1.emb.state_dict())
+    return model.eval()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    _theirs().save_pretrained(tmp_path / "transformer")
+    return tmp_path
+
+
+def _inputs() -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(5, 4, 8, 8), torch.tensor([0, 1, 250, 998, 999]), torch.tensor([0, 3, 9, 10, 4])
+
+
+@torch.no_grad()
+def test_the_forward_is_diffusers(folder: Path) -> None:
+    config, model = load_dit(folder / "transformer")
+    assert config == CONFIG
+    x, timesteps, classes = _inputs()
+    expected = _theirs()(x, timestep=timesteps, class_labels=classes).sample
+    assert torch.allclose(model(x, timesteps, classes), expected, atol=1e-4)
+    # The flavour is what makes it so: the same weights with the authors' numerics are another network.
+    official = DiT(config.model_copy(update={"flavour": "official"}))
+    official.load_state_dict(model.state_dict())
+    assert not torch.allclose(official(x, timesteps, classes), expected, atol=1e-2)
+
+
+class _Plain:
+    def __init__(self, model: DiT) -> None:
+        self.forward = model
+
+
+def _sampler(model: DiT, config: ModelConfig) -> Sampler:
+    header = Header(
+        format_version=1, model=config, quant=QuantConfig(), diffusion=DiffusionConfig(), sampler=SamplerConfig(),
+        decoder="pixels", tensors={},
+    )  # fmt: skip
+    return Sampler(_Plain(model), header, checkpoint_name="plain", backend_name="torch", weight_bytes=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("step", [0, 1, 2, 3])
+def test_a_ddim_step_is_diffusers(folder: Path, guidance: float, step: int) -> None:
+    config, model = load_dit(folder)
+    sampler = _sampler(model, config)
+    name: SamplerName = "ddim"
+    row = sampler.start(RowSpec(class_id=3, seed=5, steps=4, guidance_scale=guidance, sampler=name))
+    row.steps_done = step
+    x, timestep = row.x.clone(), torch.tensor([row.timestep])
+
+    transformer, scheduler = _theirs(), DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False)
+    # Four steps from 999 to 0 are 333 apart, which is the stride that diffusers takes in three.
+    scheduler.set_timesteps(3)
+    cond = transformer(x[None], timestep=timestep, class_labels=torch.tensor([3])).sample[:, :4]
+    uncond = transformer(x[None], timestep=timestep, class_labels=torch.tensor([10])).sample[:, :4]
+    expected = scheduler.step(uncond + guidance * (cond - uncond), row.timestep, x[None])
+
+    sampler.step([row])
+    scale = expected.pred_original_sample.abs().max()
+    assert torch.allclose(row.x, expected.prev_sample[0], atol=1e-4 * float(scale.clamp(min=1)))
+    assert torch.allclose(row.previous_x0, expected.pred_original_sample[0], atol=1e-4 * float(scale.clamp(min=1)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("flavour", "guided"), [("official", 3), ("diffusers", 4)])
+def test_guidance_touches_the_channels_of_the_flavour(folder: Path, flavour: str, guided: int) -> None:
+    config, model = load_dit(folder)
+    model = DiT(config.model_copy(update={"flavour": flavour}))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    sampler = _sampler(model, model.config)
+    row = sampler.start(RowSpec(class_id=3, seed=0, steps=4, guidance_scale=4.0, sampler="ddim"))
+    cond, uncond = (model(row.x[None], torch.tensor([999]), torch.tensor([label]))[0] for label in (3, 10))
+    _, output = sampler._guided_output([row])
+    expected = torch.cat([(uncond + 4 * (cond - uncond))[:guided], cond[guided:]])
+    assert torch.allclose(output[0], expected, atol=1e-4)
+    assert float((cond - uncond).abs().amin(dim=(1, 2)).max()) > 0
+
+
+def _rewrite(path: Path, **changes: object) -> None:
+    tree = json.loads(path.read_text())
+    tree.update(changes)
+    path.write_text(json.dumps(tree))
+
+
+@pytest.mark.parametrize("options", [{}, {"safe_serialization": False}, {"max_shard_size": "100KB"},
+                                     {"max_shard_size": "100KB", "safe_serialization": False}])  # fmt: skip
+def test_every_form_that_diffusers_saves_is_read(tmp_path: Path, options: dict[str, object]) -> None:
+    theirs = _theirs()
+    theirs.save_pretrained(tmp_path, **options)
+    if "max_shard_size" in options:
+        assert len(list(tmp_path.glob("*-of-*"))) > 1
+    _rewrite(tmp_path / "config.json", _class_name="Transformer2DModel", attention_type="default")
+    _, model = load_dit(tmp_path)
+    block, state = model.blocks[2], theirs.state_dict()
+    query, _, value = block.attn.qkv.weight.chunk(3)
+    assert torch.equal(query, state["transformer_blocks.2.attn1.to_q.weight"])
+    assert torch.equal(value, state["transformer_blocks.2.attn1.to_v.weight"])
+
+
+def test_diffusers_runs_what_was_written(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = DiT(CONFIG).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    vae = AutoencoderKL(block_out_channels=(32,), latent_channels=4, norm_num_groups=32)
+    vae.save_pretrained(tmp_path / "vae")
+    names = tuple(f"name {i}" for i in range(10))
+    save_diffusers(model, tmp_path / "out", class_names=names, vae=tmp_path / "vae")
+    pipeline = DiTPipeline.from_pretrained(tmp_path / "out")
+    assert pipeline.get_label_ids(["name 7"]) == [7]
+    assert not pipeline.scheduler.config.clip_sample
+    x, timesteps, classes = _inputs()
+    with torch.no_grad():
+        result = pipeline.transformer.eval()(x, timestep=timesteps, class_labels=classes).sample
+        assert torch.allclose(result, model(x, timesteps, classes), atol=1e-4)
+    images = pipeline([3], num_inference_steps=2, guidance_scale=1.0, output_type="np").images
+    assert images.shape[0] == 1
+    weights = read_weights(tmp_path / "out")
+    assert weights.class_names == names
+    with pytest.raises(WeightsError, match="exists already"):
+        save_diffusers(model, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "vae"]
+
+
+def test_a_folder_without_a_decoder_takes_one(tmp_path: Path) -> None:
+    save_diffusers(DiT(CONFIG), tmp_path / "out")
+    pipeline = DiTPipeline.from_pretrained(tmp_path / "out", vae=AutoencoderKL(block_out_channels=(32,)))
+    assert pipeline.transformer.config.num_layers == 3
+
+
+def test_unequal_embedders_are_refused(tmp_path: Path) -> None:
+    theirs = _theirs()
+    with torch.no_grad():
+        theirs.transformer_blocks[2].norm1.emb.timestep_embedder.linear_1.bias[5] += 1
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match=r"blocks\.2\.norm1\.emb\.timestep_embedder\.linear_1\.bias differs"):
+        load_dit(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"_class_name": "UNet2DModel"}, "_class_name 'UNet2DModel' is not supported"),
+        ({"norm_type": "ada_norm_single"}, "norm_type"),
+        ({"norm_eps": 1e-6}, "norm_eps"),
+        ({"out_channels": 5}, "out_channels 5"),
+        ({"num_layers": 10**9}, "1000000000 layers, the weights have 3"),
+        ({"sample_size": 7}, "multiple of patch_size"),
+        ({"num_embeds_ada_norm": 11}, r"embedding_table\.weight is \(11, 48\)"),
+    ],
+)
+def test_other_models_are_named(folder: Path, changes: dict[str, object], message: str) -> None:
+    _rewrite(folder / "transformer" / "config.json", **changes)
+    with pytest.raises(WeightsError, match=message):
+        load_dit(folder)
+
+
+def test_other_processes_are_named(folder: Path) -> None:
+    DDIMScheduler(beta_schedule="scaled_linear").save_pretrained(folder / "scheduler")
+    with pytest.raises(WeightsError, match="beta_schedule 'scaled_linear' is not supported"):
+        load_dit(folder)
+    DDIMScheduler(prediction_type="v_prediction", clip_sample=True, beta_end=0.02).save_pretrained(folder / "scheduler")
+    assert read_weights(folder).diffusion == DiffusionConfig(prediction_type="v_prediction", clip_sample=True)
+
+
+def test_incomplete_folders_are_named(folder: Path) -> None:
+    with pytest.raises(WeightsError, match="4 heads, not 3"):
+        load_dit(folder, num_heads=3)
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(WeightsError, match="tensors of diffusers"):
+        load_dit(weights)
+    weights.rename(weights.with_suffix(".fp16.safetensors"))
+    with pytest.raises(WeightsError, match="rename the variant"):
+        load_dit(folder)
+    index = folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}}))
+    with pytest.raises(WeightsError, match=r"elsewhere\.safetensors: missing"):
+        load_dit(folder)
+    (folder / "transformer" / "config.json").unlink()
+    with pytest.raises(WeightsError, match="give a diffusers pipeline folder"):
+        load_dit(folder)

@@ -10,7 +10,8 @@ import typer
 
 from robuq_core.bench.cli import app as bench_app
 from robuq_core.cli_support import reported
-from robuq_core.config import MAX_SEED, NUM_TRAIN_TIMESTEPS, SamplerName
+from robuq_core.config import MAX_SEED, NUM_TRAIN_TIMESTEPS, Flavour, SamplerConfig, SamplerName
+from robuq_core.errors import UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -155,6 +156,57 @@ def inspect_command(
     console.print(sizes)
     console.print(f"{report.compression:.1f} times smaller than FP32 ({report.fp32_bytes:,} bytes)")
     console.print(f"[bold]provenance[/bold]: {json.dumps(header.provenance, default=str)}")
+
+
+@app.command()
+@reported
+def convert(
+    source: Annotated[Path, typer.Argument(help="Official DiT .pt, diffusers folder, or teacher.pt of robuq-train.")],
+    target: Annotated[Path, typer.Argument(help="x.pt: official; x.safetensors: packed, with --ptq; else: diffusers.")],
+    ptq: Annotated[bool, typer.Option("--ptq", help="Quantise without training: to try the runtime.")] = False,
+    weight_planes: Annotated[
+        int, typer.Option(min=1, max=3, help="Ternary matrices summed to a weight: 1.58, 3.2 or 4.8 bits.")
+    ] = 3,
+    activation_bits: Annotated[int, typer.Option(min=1, max=8)] = 8,
+    rank: Annotated[int, typer.Option(min=0, help="Of the low-rank branch, by SVD.")] = 16,
+    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads, where the file leaves them open.")] = None,
+    flavour: Annotated[
+        Flavour | None, typer.Option(help="Numerics of the packed model; default: the source's.")
+    ] = None,
+    steps: StepsOption = None,
+    guidance_scale: ScaleOption = None,
+    sampler: SamplerOption = None,
+    class_names: Annotated[Path | None, typer.Option(help="Text file for --ptq, one name a line.")] = None,
+    vae: Annotated[Path | None, typer.Option(help="AutoencoderKL folder to copy into a diffusers folder.")] = None,
+) -> None:
+    """Take DiT weights from one form to another; full precision is kept bit for bit, unless --ptq packs it."""
+    from robuq_core import convert as conversion
+
+    if ptq != (target.suffix == conversion.PACKED_SUFFIX):
+        raise UserError(f"{target}: a packed file ends in {conversion.PACKED_SUFFIX} and is made with --ptq, "
+                        "and only with it")  # fmt: skip
+    if not ptq:
+        conversion.convert_full_precision(source, target, num_heads=heads, vae=vae)
+        typer.echo(f"wrote {target}")
+        return
+    from rich.progress import Progress
+
+    names = () if class_names is None else tuple(class_names.read_text(encoding="utf-8").splitlines())
+    chosen = {"steps": steps, "guidance_scale": guidance_scale, "sampler": sampler}
+    with Progress(transient=True) as progress:
+        task = progress.add_task("quantising", total=None)
+        result = conversion.pack_untrained(
+            source,
+            target,
+            conversion.untrained_quant(weight_planes, activation_bits, rank),
+            sampler=SamplerConfig.model_validate({key: value for key, value in chosen.items() if value is not None}),
+            class_names=names,
+            num_heads=heads,
+            flavour=flavour,
+            on_layer=lambda name: progress.update(task, description=name, advance=1),
+        )
+    typer.echo(f"wrote {target} ({target.stat().st_size / 1e6:.2f} MB)")
+    typer.secho(f"warning: {result.warning}", err=True, fg=typer.colors.YELLOW)
 
 
 @app.command("export-hub")

@@ -1,7 +1,7 @@
 """Latents of a local SD-VAE folder: what a latent diffusion transformer trains on instead of pixels.
 
 Kept are the mean and the deviation of the encoder's normal, for each image and for its mirror image. A step draws
-``z = (mean + deviation * noise) * scaling_factor`` from them, which is what encoding afresh each time would give.
+``z = (mean + deviation * noise - shift_factor) * scaling_factor`` from them, as encoding afresh each time would.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class LatentDataset:
     moments: Tensor | ShardedTensor
     labels: Tensor
     scaling_factor: float
+    shift_factor: float = 0.0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -42,12 +43,12 @@ class LatentDataset:
         """Latents float32 ``[n, C, S, S]`` of ``index`` int64 ``[n]``, with ``noise`` of their own shape."""
         rows = [self.moments[i][int(flip)] for i, flip in zip(index.tolist(), mirrored.tolist(), strict=True)]
         mean, deviation = torch.stack(rows).float().chunk(2, dim=1)
-        latents: Tensor = (mean + deviation * noise) * self.scaling_factor
+        latents: Tensor = (mean + deviation * noise - self.shift_factor) * self.scaling_factor
         return latents
 
     def means(self, rows: slice) -> Tensor:
         """The unmirrored means, scaled, float32 ``[n, C, S, S]``."""
-        return self.moments[rows][:, 0, : self.channels].float() * self.scaling_factor
+        return (self.moments[rows][:, 0, : self.channels].float() - self.shift_factor) * self.scaling_factor
 
 
 class LatentEncoder:
@@ -80,6 +81,11 @@ class LatentEncoder:
         """What latents are multiplied by, so that their deviation is about one; of the folder's own config."""
         return float(self.vae.config.scaling_factor)
 
+    @property
+    def shift_factor(self) -> float:
+        """What is taken from latents before; SD-VAE has none."""
+        return float(self.vae.config.get("shift_factor") or 0.0)
+
     @torch.inference_mode()
     def moments(self, images: np.ndarray, mirrors: int) -> np.ndarray:
         """Float16 ``[n, mirrors, 2 C, S, S]`` of uint8 images ``[n, 3, H, W]``; the second mirror is flipped."""
@@ -109,6 +115,4 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"data.vae {folder}: not the folder of an AutoencoderKL ({one_line(error)}); give one with "
                         "config.json and its weights") from error  # fmt: skip
-    if settings.get("shift_factor") is not None:
-        raise DataError(f"data.vae {folder}: shifts its latents (shift_factor), which DiT's SD-VAE does not; give that")
     return settings

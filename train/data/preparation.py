@@ -76,7 +76,7 @@ def open_dataset(config: TrainConfig, index: Index) -> Dataset:
     """
     samples, labels = open_shards(data_folder(config), index)
     if index.kind == "latents":
-        return LatentDataset(samples, labels, index.scaling_factor)
+        return LatentDataset(samples, labels, index.scaling_factor, index.shift_factor)
     return ImageDataset(samples, labels, config.data.supersample)
 
 
@@ -178,7 +178,7 @@ def _make(config: TrainConfig, source: Source, note: Note) -> None:
                             f"is {channels}; change the latter")  # fmt: skip
         index = index.model_copy(update={
             "kind": "latents", "shape": (mirrors, 2 * channels, side, side), "dtype": "float16",
-            "scaling_factor": encoder.scaling_factor,
+            "scaling_factor": encoder.scaling_factor, "shift_factor": encoder.shift_factor,
         })  # fmt: skip
 
         def make(rows: range) -> np.ndarray:

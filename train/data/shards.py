@@ -55,6 +55,7 @@ class Index(StrictModel):
     shape: tuple[int, ...]
     dtype: str
     scaling_factor: float = 1.0
+    shift_factor: float = 0.0
     labels: Shard | None = None
     shards: tuple[Shard, ...] = ()
 

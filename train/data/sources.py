@@ -6,6 +6,7 @@ Nothing here knows the size that a model wants; :mod:`train.data.images` does.
 from __future__ import annotations
 
 import io
+import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -117,14 +118,17 @@ def _zip_entries(path: Path) -> Iterator[_Entry]:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
         raise DataError(f"data.path {path} is neither a folder, a zip, an npz nor a Parquet file") from error
+    lock = threading.Lock()
     for name in archive.namelist():
         member = Path(name)
         if _is_image(member) and len(member.parts) > 1:
-            yield _Entry(member.parts[-2], f"{path}:{name}", partial(_open_member, archive, name))
+            yield _Entry(member.parts[-2], f"{path}:{name}", partial(_open_member, archive, name, lock))
 
 
-def _open_member(archive: zipfile.ZipFile, name: str) -> Image.Image:
-    return Image.open(io.BytesIO(archive.read(name)))
+def _open_member(archive: zipfile.ZipFile, name: str, lock: threading.Lock) -> Image.Image:
+    with lock:  # an archive counts its open members, and not safely for threads
+        content = archive.read(name)
+    return Image.open(io.BytesIO(content))
 
 
 def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:

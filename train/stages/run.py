@@ -6,7 +6,9 @@ again; a long one, that trains, is gone on with where only its schedule changed,
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,8 @@ from train.stages.records import (
     write_record,
 )
 from train.stages.steps import BY_NAME, STAGES, Note, Stage, export, is_packable
-from train.state import StateError, load_state
+from train.state import StateError, load_state, locked
+from train.state_shards import shards_folder
 
 # Keys of a training stage that do not change its numbers beyond rounding, or whose file's content is compared instead.
 _IDLE = {"save_every", "log_every", "accumulate", "activation_checkpointing", "parallel", "pretrained", "warm_start"}
@@ -200,10 +203,13 @@ def _adopted(stage: Stage, config: TrainConfig, inputs: Mapping[str, Any], note:
 
 
 def _forget(stage: Stage, config: TrainConfig) -> None:
-    for path in (stage.output(config), record_path(config.run_dir, stage.name)):
-        path.unlink(missing_ok=True)
-    if stage.trains:
-        stage.output(config).with_suffix(".log.jsonl").unlink(missing_ok=True)
+    """Remove what ``stage`` has made, unless another process is at it."""
+    path = stage.output(config)
+    with locked(path) if stage.trains else nullcontext():
+        for file in (path, record_path(config.run_dir, stage.name), path.with_suffix(".log.jsonl")):
+            file.unlink(missing_ok=True)
+        for folder in (shards_folder(path), config.run_dir / "tensorboard" / stage.name):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_lineage(stage: Stage, config: TrainConfig) -> None:

@@ -128,9 +128,9 @@ def _take_over(config: TrainConfig, path: Path, note: Note) -> None:
     if different:
         raise ConfigError(f"teacher.pretrained {path}: {'; '.join(different)}; write into the configuration what the "
                           "weights are")  # fmt: skip
-    tensors = model.state_dict()
+    averaged = {name: value.detach() for name, value in model.named_parameters()}
     history = [{"from_step": 0, "pretrained": path.name, **run_provenance(config)}]
-    save_state(teacher_path(config), step=0, model=tensors, ema=dict(model.named_parameters()), optimiser={},
+    save_state(teacher_path(config), step=0, model=model.state_dict(), ema=averaged, optimiser={},
                history=history)  # fmt: skip
     note(f"teacher: taken from {path}")
 
@@ -173,7 +173,7 @@ def sensitivity_now(config: TrainConfig, note: Note) -> None:
         student = load_warmup(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = config.sensitivity
-    # Neither crops nor flips: the points are those of the data set itself.
+    # The points are to be those of the data, not of their augmentation.
     still = config.data.model_copy(update={"flip_probability": 0.0, "colour_jitter": 0.0})
     dataset = open_dataset(config, prepare(config, note))
     source = BatchSource(dataset, still, config.model.input_size, settings.batch_size, config.seed)

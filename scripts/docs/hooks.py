@@ -23,6 +23,8 @@ ROOT_LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#|\.\./)(?=[^)\s]+\))")
 OUTSIDE = re.compile(r"(?<=\]\()\.\./([^)#\s]+)")
 MATH = re.compile(r"^```math\n(.*?)^```$|^\$\$(.+?)\$\$$", re.M | re.S)
 DRAWING = re.compile(r"^!\[([^\]]*)\]\(([^)\s]+\.svg)\)$", re.M)
+# How docstrings name other things; the reference shows their names.
+ROLE = re.compile(r":(?:class|func|meth|mod|attr):<code>~?([^<]*)</code>")
 OPENAPI_MARK = "<!-- openapi -->"
 
 
@@ -71,3 +73,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if OPENAPI_MARK in markdown:
         markdown = markdown.replace(OPENAPI_MARK, http_reference())
     return markdown
+
+
+def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Take the roles off the names in docstrings."""
+    return ROLE.sub(r"<code>\1</code>", content)

@@ -68,13 +68,13 @@ def test_greedy_is_caught_by_a_first_step_that_leaves_no_room() -> None:
 
 
 def test_a_model_as_large_as_the_paper_s_is_solved_exactly() -> None:
-    # Loss falls fourfold a bit, weighed by type: proj costs least, so it gets most.
+    # Loss halves with every bit, weighed by type: what loses most for its cost gets most.
     weights, costs = {"qkv": 2.0, "proj": 1.0, "fc1": 1.5, "fc2": 1.0}, {"qkv": 3, "proj": 1, "fc1": 4, "fc2": 4}
     names = [f"blocks.{i}.{kind}" for i in range(28) for kind in weights]
-    losses = {name: {b: weights[name.rpartition(".")[2]] * 4.0**-b for b in (1, 2, 3, 4)} for name in names}
+    losses = {name: {b: weights[name.rpartition(".")[2]] * 2.0**-b for b in (1, 2, 3, 4)} for name in names}
     macs = {name: costs[name.rpartition(".")[2]] * 339_738_624 for name in names}
     found = allocate(losses, macs, 2)
-    assert found.average_bits == 2
+    assert 1.99 < found.average_bits <= 2
     means = averages_by_type(found.bits)
     assert means["proj"] > means["qkv"] > means["fc1"] > means["fc2"]
     assert found.predicted_loss < allocate(losses, macs, 2, "uniform").predicted_loss

@@ -25,7 +25,7 @@ def _pair() -> tuple[DiT, DiT]:
     torch.manual_seed(0)
     teacher = DiT(TINY)
     for parameter in teacher.parameters():
-        torch.nn.init.normal_(parameter, std=0.15)
+        torch.nn.init.normal_(parameter, std=0.06)
     return quantize_model(copy.deepcopy(teacher), QuantConfig(activation_bits=3, rank=4)), teacher.eval()
 
 
@@ -50,9 +50,7 @@ def test_only_the_main_linears_are_measured_at_every_width(measured: Sensitivity
 
 
 def test_more_bits_lose_less_and_the_reference_nothing(measured: Sensitivity) -> None:
-    for row in measured.rise["teacher_mse"].values():
-        assert row[2] == 0
-        assert row[1] > 0
+    assert all(row[2] == 0 for table in measured.rise.values() for row in table.values())
     totals = {b: sum(row[b] for row in measured.rise["teacher_mse"].values()) for b in BITS}
     assert totals[1] > totals[2] > totals[4]
 

@@ -15,8 +15,8 @@
 # It writes nothing: --read-only works. SIGTERM drains for up to 25 s, so stop it with `docker stop --time 30`, or set
 # ROBUQ_DRAIN_TIMEOUT_S below the 10 s that docker allows by default.
 #
-# pip's default torch for Linux is the CUDA build, which runs on a CPU too but weighs several GB. For a small image,
-# name the index of CPU builds that PyTorch's "Get Started" page gives:
+# pip's default torch for Linux is the CUDA build, which runs on a CPU too but weighs several GB. For an image of about
+# 1 GB, name the index of CPU builds that PyTorch's "Get Started" page gives:
 #
 #   docker build -t robuq-serve --build-arg TORCH_INDEX_URL=... .
 #
@@ -26,7 +26,8 @@
 #   docker build -t robuq-serve:cuda --build-arg BASE_IMAGE=python:3.12 .
 #   docker run --gpus all -p 8000:8000 --tmpfs /tmp:exec robuq-serve:cuda
 #
-# BASE_IMAGE may be any Debian or Ubuntu image that has Python 3.11 or later as `python`.
+# BASE_IMAGE may be any Debian or Ubuntu image that has Python 3.11 or later as `python`. docs/containers.md has sizes
+# and what is in which layer.
 ARG BASE_IMAGE=python:3.12-slim
 
 FROM ${BASE_IMAGE} AS builder
@@ -38,22 +39,31 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/robuq
 ENV PATH=/opt/robuq/bin:$PATH
 WORKDIR /src
-# torch first and alone: it is nearly all of the image and changes least. Its dependencies come below.
+# What changes least comes first. torch alone: it is nearly all of the image.
 ARG TORCH_INDEX_URL=
 COPY constraints.txt ./
 RUN pip install --no-deps ${TORCH_INDEX_URL:+--index-url "${TORCH_INDEX_URL}"} --constraint constraints.txt torch
-COPY pyproject.toml setup.py README.md LICENSE ./
+# Then whatever else pyproject.toml asks for. Beside a torch without CUDA nobody uses triton, a gigabyte.
+COPY pyproject.toml ./
+RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > /tmp/requirements.txt \
+    && pip install --constraint constraints.txt --requirement /tmp/requirements.txt \
+    && if python -c "import sys, torch; sys.exit(torch.version.cuda is not None)"; then pip uninstall --yes triton; fi
+# The project itself lies apart, so that a change of it is a layer of a few MB.
+COPY setup.py README.md LICENSE ./
 COPY robuq_core robuq_core
 COPY server server
 COPY train train
-RUN pip install --constraint constraints.txt .
+RUN pip install --no-deps --target /opt/app .
+ENV PYTHONPATH=/opt/app
 # Fail here rather than fall back to the slow reference kernels in production.
 WORKDIR /
 RUN python -c "from robuq_core.kernels.cpu import load_library; load_library()"
 
 FROM ${BASE_IMAGE} AS runtime
 COPY --from=builder /opt/robuq /opt/robuq
-ENV PATH=/opt/robuq/bin:$PATH \
+COPY --from=builder /opt/app /opt/app
+ENV PATH=/opt/app/bin:/opt/robuq/bin:$PATH \
+    PYTHONPATH=/opt/app \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     HOME=/tmp \

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+import tomllib
 import urllib.error
 from fnmatch import fnmatch
 from pathlib import Path
@@ -69,8 +72,36 @@ def test_two_stages_from_one_overridable_base() -> None:
 
 def test_no_compiler_and_no_sources_in_the_final_stage() -> None:
     assert values("RUN") == []
-    assert values("COPY") == ["--from=builder /opt/robuq /opt/robuq"]
+    assert values("COPY") == [f"--from=builder {folder} {folder}" for folder in ("/opt/robuq", "/opt/app")]
     assert any("gcc" in command for command in values("RUN", stage=1))
+
+
+def test_what_changes_often_comes_last() -> None:
+    """A change of the source must not download torch again, nor be a layer that holds it."""
+    builder = [f"{i.name} {i.value}" for i in INSTRUCTIONS if i.stage == 1]
+    marks = (
+        "RUN apt-get",
+        "RUN pip install --no-deps ${TORCH_INDEX_URL",
+        "COPY pyproject.toml",
+        "RUN python -c",
+        "COPY robuq_core",
+    )
+    places = [next(k for k, line in enumerate(builder) if line.startswith(mark)) for mark in marks]
+    assert places == sorted(places)
+    (install,) = [line for line in builder if "--target" in line]
+    assert install == "RUN pip install --no-deps --target /opt/app ."
+    assert builder.index(install) > places[-1]
+
+
+def test_the_requirements_are_those_of_the_project() -> None:
+    (step,) = [value for value in values("RUN", stage=1) if "tomllib" in value]
+    program = re.search(r'python -c "([^"]+)"', step)
+    assert program is not None
+    result = subprocess.run([sys.executable, "-c", program[1]], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert result.stdout.splitlines() == project["dependencies"]
+    assert any(line.startswith("torch") for line in project["dependencies"])
 
 
 def test_the_final_user_is_not_root() -> None:

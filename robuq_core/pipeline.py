@@ -6,7 +6,6 @@ the forward and of the update keeps one order of float operations per row.
 
 from __future__ import annotations
 
-import copy
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -21,90 +20,21 @@ from torch import Tensor
 
 from robuq_core.checkpoint import CheckpointError, Header, read_checkpoint, read_header
 from robuq_core.classes import ClassNames
-from robuq_core.config import MAX_SEED, NUM_TRAIN_TIMESTEPS, PredictionType, SamplerName, image_seed
+from robuq_core.config import MAX_SEED, NUM_TRAIN_TIMESTEPS, SamplerName, image_seed
 from robuq_core.decode import Decoder, PixelDecoder, load_decoder, to_pixels
 from robuq_core.diffusion.guidance import guide
-from robuq_core.diffusion.samplers import Coefficients, StepTable, step_coefficients, step_table
+from robuq_core.diffusion.samplers import Coefficients
 from robuq_core.hub import DECODER_FOLDER, bundled_checkpoint, resolve_checkpoint
 from robuq_core.kernels.select import select_backend
 from robuq_core.models.packed_dit import PackedDiT
+from robuq_core.rows import ALL_TIMESTEPS, LatestBatch, Row, RowSpec
 
-ALL_TIMESTEPS = (0, NUM_TRAIN_TIMESTEPS - 1)
 NO_DECODER = (
     "it draws latents: give decoder (--decoder, ROBUQ_DECODER), a diffusers folder of the autoencoder that it was "
     "trained with, or put that folder beside the checkpoint as vae"
 )
 
 __all__ = ["ALL_TIMESTEPS", "Denoiser", "Row", "RowSpec", "Sampler", "Timings", "bundled_checkpoint"]
-
-
-@dataclass(frozen=True)
-class RowSpec:
-    """One image to draw. Seed 0..2**32-1; steps 1..1000; guidance 1 means none (and costs half).
-
-    ``guidance_interval``: the timesteps, first and last included, at which guidance acts (arXiv 2404.07724); outside of
-    them the row costs half.
-    """
-
-    class_id: int
-    seed: int
-    steps: int
-    guidance_scale: float
-    sampler: SamplerName
-    guidance_interval: tuple[int, int] = ALL_TIMESTEPS
-
-
-class Row:
-    """An image on its way from noise: ``x`` and ``previous_x0`` are float32 ``[C, H, W]``."""
-
-    def __init__(
-        self, spec: RowSpec, shape: tuple[int, int, int], prediction_type: PredictionType, device: torch.device
-    ) -> None:
-        self.spec = spec
-        self.table: StepTable = step_table(spec.sampler, spec.steps)
-        self.coefficients = step_coefficients(spec.sampler, spec.steps, prediction_type)
-        # Always the CPU's generator: what a seed draws does not depend on the device.
-        self._generator = torch.Generator().manual_seed(spec.seed)
-        self._noise: Tensor | None = None
-        self.x = torch.randn(shape, generator=self._generator).to(device)
-        self.previous_x0 = torch.zeros(shape, device=device)
-        self.steps_done = 0
-
-    @property
-    def done(self) -> bool:
-        return self.steps_done == len(self.table)
-
-    @property
-    def timestep(self) -> int:
-        """The original index 0..999 of the next step."""
-        return self.table.timesteps[self.steps_done]
-
-    @property
-    def guided(self) -> bool:
-        """The next step needs the unconditional output too."""
-        low, high = self.spec.guidance_interval
-        return self.spec.guidance_scale != 1 and low <= self.timestep <= high
-
-    @property
-    def needs_noise(self) -> bool:
-        return self.table.stochastic and self.steps_done < len(self.table) - 1
-
-    def noise(self) -> Tensor:
-        """The next step's noise, on the CPU; the same until the row advances, so a step that failed can be repeated."""
-        if self._noise is None:
-            self._noise = torch.randn(self.x.shape, generator=self._generator)
-        return self._noise
-
-    def twin(self) -> Row:
-        """A row in the same state whose next step draws the same noise."""
-        if self.needs_noise:
-            self.noise()
-        return copy.copy(self)
-
-    def advance(self, x: Tensor, x0: Tensor) -> None:
-        """Take over the result of a step."""
-        self.x, self.previous_x0, self._noise = x, x0, None
-        self.steps_done += 1
 
 
 @dataclass(frozen=True)
@@ -160,6 +90,7 @@ class Sampler:
         self._classes = ClassNames(header.class_names, header.model.num_classes)
         self._backend_choice = "auto"
         self._shape = (header.model.in_channels, header.model.input_size, header.model.input_size)
+        self._x, self._x0 = LatestBatch(), LatestBatch()
 
     def _fitting(self, decoder: Decoder | None) -> Decoder:
         if self.header.decoder == "pixels":
@@ -270,35 +201,43 @@ class Sampler:
         """
         columns = torch.stack([row.coefficients[row.steps_done] for row in rows]).to(self.device)
         c = Coefficients(*columns[..., None, None, None].unbind(1))
-        x, output = self._guided_output(rows)
+        x = self._x.of([row.x for row in rows])
+        output = self._guided_output(rows, x)
         channels = self._shape[0]
         # Products and sums stay apart: a fused multiply-add would round by where an element lies in the tensor.
-        x0 = c.x0_on_xt * x + c.x0_on_output * output[:, :channels]
+        x0 = (c.x0_on_xt * x).add_(c.x0_on_output * output[:, :channels])
         if self.header.diffusion.clip_sample:
             x0.clamp_(-1, 1)
-        following = c.on_xt * x + c.on_x0 * x0
+        following = (c.on_xt * x).add_(c.on_x0 * x0)
         self._add_previous(rows, following, c)
         self._add_noise(rows, following, output[:, channels:], c)
-        for row, row_x, row_x0 in zip(rows, following.unbind(), x0.unbind(), strict=True):
+        for row, row_x, row_x0 in zip(rows, self._x.parts(following), self._x0.parts(x0), strict=True):
             row.advance(row_x, row_x0)
 
-    def _guided_output(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-        """``x_t`` of the rows ``[B, C, H, W]`` and the network's output after guidance."""
+    def _guided_output(self, rows: Sequence[Row], x: Tensor) -> Tensor:
+        """The network's output for ``x [B, C, H, W]``, the rows' ``x_t``, after guidance."""
         guided = [i for i, row in enumerate(rows) if row.guided]
-        twice = [*rows, *(rows[i] for i in guided)]
-        x = torch.stack([row.x for row in twice])
-        timesteps = torch.tensor([row.timestep for row in twice])
-        classes = torch.tensor([row.spec.class_id for row in rows] + [self.header.model.null_class] * len(guided))
-        output = self.model.forward(x, timesteps, classes)
-        x, cond, uncond = x[: len(rows)], output[: len(rows)], output[len(rows) :]
+        timesteps = [row.timestep for row in rows]
+        classes = [row.spec.class_id for row in rows] + [self.header.model.null_class] * len(guided)
         if guided:
-            scale = torch.tensor([rows[i].spec.guidance_scale for i in guided], device=self.device)
-            cond[guided] = guide(cond[guided], uncond, scale, self._shape[0], self.header.model.flavour)
-        return x, cond
+            timesteps += [timesteps[i] for i in guided]
+            x = torch.cat([x, x if len(guided) == len(rows) else x[guided]])
+        output = self.model.forward(x, torch.tensor(timesteps), torch.tensor(classes))
+        if not guided:
+            return output
+        cond, uncond = output[: len(rows)], output[len(rows) :]
+        scale = torch.tensor([rows[i].spec.guidance_scale for i in guided], device=self.device)
+        flavour = self.header.model.flavour
+        if len(guided) == len(rows):
+            return guide(cond, uncond, scale, self._shape[0], flavour)
+        cond[guided] = guide(cond[guided], uncond, scale, self._shape[0], flavour)
+        return cond
 
     def _add_previous(self, rows: Sequence[Row], following: Tensor, c: Coefficients) -> None:
         multistep = [i for i, row in enumerate(rows) if row.table.multistep]
-        if multistep:
+        if len(multistep) == len(rows):
+            following.add_(c.on_previous_x0 * self._x0.of([row.previous_x0 for row in rows]))
+        elif multistep:
             previous = torch.stack([rows[i].previous_x0 for i in multistep])
             following[multistep] += c.on_previous_x0[multistep] * previous
 
@@ -310,8 +249,10 @@ class Sampler:
         if self.header.model.learn_sigma:
             fraction = (variance[noisy] + 1) / 2
             log_variance = fraction * c.log_beta[noisy] + (1 - fraction) * c.log_posterior[noisy]
+            std = 0.5 * log_variance
             # Row by row: torch's vector and scalar exponentials differ, and the tensor's size decides where each runs.
-            std = torch.stack([torch.exp(row) for row in 0.5 * log_variance])
+            for row in std.unbind():
+                row.exp_()
         following[noisy] += std * torch.stack([rows[i].noise() for i in noisy]).to(self.device)
 
     def decode(self, row: Row) -> np.ndarray:

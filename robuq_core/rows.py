@@ -1,0 +1,103 @@
+"""The images under way: what one is to be, how far it has come, and the tensor of those that go on together."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from operator import is_
+
+import torch
+from torch import Tensor
+
+from robuq_core.config import NUM_TRAIN_TIMESTEPS, PredictionType, SamplerName
+from robuq_core.diffusion.samplers import StepTable, step_coefficients, step_table
+
+ALL_TIMESTEPS = (0, NUM_TRAIN_TIMESTEPS - 1)
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """One image to draw. Seed 0..2**32-1; steps 1..1000; guidance 1 means none (and costs half).
+
+    ``guidance_interval``: the timesteps, first and last included, at which guidance acts (arXiv 2404.07724); outside of
+    them the row costs half.
+    """
+
+    class_id: int
+    seed: int
+    steps: int
+    guidance_scale: float
+    sampler: SamplerName
+    guidance_interval: tuple[int, int] = ALL_TIMESTEPS
+
+
+class Row:
+    """An image on its way from noise: ``x`` and ``previous_x0`` are float32 ``[C, H, W]``."""
+
+    def __init__(
+        self, spec: RowSpec, shape: tuple[int, int, int], prediction_type: PredictionType, device: torch.device
+    ) -> None:
+        self.spec = spec
+        self.table: StepTable = step_table(spec.sampler, spec.steps)
+        self.coefficients = step_coefficients(spec.sampler, spec.steps, prediction_type)
+        # Always the CPU's generator: what a seed draws does not depend on the device.
+        self._generator = torch.Generator().manual_seed(spec.seed)
+        self._noise: Tensor | None = None
+        self.x = torch.randn(shape, generator=self._generator).to(device)
+        self.previous_x0 = torch.zeros(shape, device=device)
+        self.steps_done = 0
+
+    @property
+    def done(self) -> bool:
+        return self.steps_done == len(self.table)
+
+    @property
+    def timestep(self) -> int:
+        """The original index 0..999 of the next step."""
+        return self.table.timesteps[self.steps_done]
+
+    @property
+    def guided(self) -> bool:
+        """The next step needs the unconditional output too."""
+        low, high = self.spec.guidance_interval
+        return self.spec.guidance_scale != 1 and low <= self.timestep <= high
+
+    @property
+    def needs_noise(self) -> bool:
+        return self.table.stochastic and self.steps_done < len(self.table) - 1
+
+    def noise(self) -> Tensor:
+        """The next step's noise, on the CPU; the same until the row advances, so a step that failed can be repeated."""
+        if self._noise is None:
+            self._noise = torch.randn(self.x.shape, generator=self._generator)
+        return self._noise
+
+    def twin(self) -> Row:
+        """A row in the same state whose next step draws the same noise."""
+        if self.needs_noise:
+            self.noise()
+        return copy.copy(self)
+
+    def advance(self, x: Tensor, x0: Tensor) -> None:
+        """Take over the result of a step."""
+        self.x, self.previous_x0, self._noise = x, x0, None
+        self.steps_done += 1
+
+
+class LatestBatch:
+    """The tensor of the latest step: rows that come again in the same order need not be copied together."""
+
+    def __init__(self) -> None:
+        self._whole: Tensor | None = None
+        self._parts: tuple[Tensor, ...] = ()
+
+    def parts(self, whole: Tensor) -> tuple[Tensor, ...]:
+        """``whole [B, ...]`` as one view a row."""
+        self._whole, self._parts = whole, whole.unbind()
+        return self._parts
+
+    def of(self, rows: list[Tensor]) -> Tensor:
+        """``rows`` as one tensor: the latest one where they are its parts. Not to be written to."""
+        if self._whole is not None and len(rows) == len(self._parts) and all(map(is_, rows, self._parts)):
+            return self._whole
+        return torch.stack(rows)

@@ -343,8 +343,8 @@ def _unpack_layer(
     except ValueError as error:
         raise CheckpointError(f"{path}: {name}.trits: {error}; export the file again") from error
     return layer_of_planes(
-        planar.split(out),
-        _float32(tensors[f"{name}.alpha"]).split(out),
+        torch.split(planar, out),
+        torch.split(_float32(tensors[f"{name}.alpha"]), out),
         bias=_float32(tensors[f"{name}.bias"]),
         signs=_unpack_signs(tensors[f"{name}.signs"], into),
         lowrank_a=_float32(tensors.get(f"{name}.lowrank_a", torch.empty(out, 0))),

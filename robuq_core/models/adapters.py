@@ -115,6 +115,10 @@ def read_weights(path: Path | str, num_heads: int | None = None) -> Weights:
     tree = load_pickle(path)
     if isinstance(tree, dict) and {"ema", "optimiser", "history"} <= set(tree):
         return _read_trained(path, tree)
+    if isinstance(tree, dict) and {"shards", "history"} <= set(tree):
+        raise WeightsError(
+            f"{path}: a training state in shards; go on with the stage in one process, which saves whole"
+        )
     arguments = None
     if isinstance(tree, dict):
         arguments = tree.get("args")

@@ -53,7 +53,7 @@ class _Scheduler(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    num_train_timesteps: Literal[1000] = NUM_TRAIN_TIMESTEPS
+    num_train_timesteps: Literal[1000] = 1000
     beta_start: float = Field(_BETA_START, ge=0.999 * _BETA_START, le=1.001 * _BETA_START)
     beta_end: float = Field(_BETA_END, ge=0.999 * _BETA_END, le=1.001 * _BETA_END)
     beta_schedule: Literal["linear"] = "linear"

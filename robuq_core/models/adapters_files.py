@@ -87,7 +87,7 @@ def safetensors_of(path: Path) -> tuple[TensorTable, dict[str, str]]:
         WeightsError: missing or damaged file.
     """
     try:
-        file = safe_open(path, "pt")
+        file: Any = safe_open(path, "pt")
         table = {}
         for name in sorted(file.keys()):
             table[name] = Stored(tuple(file.get_slice(name).get_shape()), partial(file.get_tensor, name))

@@ -132,8 +132,6 @@ def _between_extremes(x: Tensor, bits: int) -> Tensor:
     return (x - low).div_(step.clamp(min=_SMALLEST_SCALE)).round_().mul_(step).add_(low)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@lru_cache(maxsize=8)
 def lloyd_max_levels(bits: int) -> tuple[float, ...]:
     """The ``2^bits`` levels of least mean squared error on N(0, 1), ascending (Lloyd 1957, Max 1960).
 
@@ -143,6 +141,16 @@ def lloyd_max_levels(bits: int) -> tuple[float, ...]:
     Raises:
         ValueError: bits outside 1..8.
     """
+    return _solved_levels(bits)
+
+
+# torch.compile calls it instead of tracing it. torch.compiler.assume_constant_result sets the same mark, but imports
+# all of torch._dynamo, which takes seconds, on every start of a server too.
+lloyd_max_levels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=8)
+def _solved_levels(bits: int) -> tuple[float, ...]:
     is_midrise(bits, "midrise")  # the check of the width
     half = 2 ** (bits - 1)
     quantiles = (torch.arange(half, dtype=torch.float64) + half + 0.5) / (2 * half)

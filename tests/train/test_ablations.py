@@ -82,12 +82,12 @@ def test_what_is_done_is_left_alone_and_what_is_lost_comes_back_the_same(
 
 def test_the_report_keeps_what_was_written_by_hand(finished: Study, tmp_path: Path) -> None:
     page = tmp_path / "ablations.md"
-    page.write_text(f"# Mine\n\nAbove.\n\n{BEGIN}\nold\n{END}\n\nBelow.\n")
+    page.write_text(f"# Mine\n\nAbove.\n\n{BEGIN}\nOutdated.\n{END}\n\nBelow.\n")
     write_report(finished, tmp_path)
     text = page.read_text()
     assert text.startswith("# Mine\n\nAbove.\n")
     assert text.endswith("\nBelow.\n")
-    assert "old" not in text
+    assert "Outdated" not in text
     for name in ("baseline", "RobustQuantizer", "AMPN", "no rotation", "dynamic programming", "FD-FashionNet"):
         assert name in text
     found = json.loads((tmp_path / "ablations.json").read_text())

@@ -16,7 +16,8 @@ from train.ablations.runs import strip_path
 from train.ablations.statistics import mean_interval
 from train.ablations.study import Study
 
-_DPI = 100
+_DPI, _ZOOM, _GAP = 100, 1.5, 2
+_LABEL_INCHES = 4.0
 
 
 def plot_ladder(study: Study, path: Path) -> None:
@@ -58,15 +59,16 @@ def plot_samples(study: Study, path: Path) -> None:
     if not strips:
         return
     images = [np.asarray(Image.open(strip)) for _, strip in strips]
-    height, width_px = images[0].shape
-    figure = Figure(
-        figsize=(2.6 + width_px / _DPI * 1.5, len(strips) * height * 1.5 / _DPI + 0.2), layout="constrained"
-    )
-    for i, ((name, _), image) in enumerate(zip(strips, images, strict=True)):
-        axes = figure.add_subplot(len(strips), 1, i + 1)
-        axes.imshow(image, cmap="gray", vmin=0, vmax=255, aspect="equal")
-        axes.set_xticks([])
-        axes.set_yticks([height / 2], [name])
-        axes.tick_params(length=0)
+    height, width = images[0].shape
+    gap = np.full((_GAP, width), 255, dtype=np.uint8)
+    sheet = np.concatenate([part for image in images for part in (image, gap)])
+    figure = Figure(figsize=(_LABEL_INCHES + width * _ZOOM / _DPI, len(sheet) * _ZOOM / _DPI))
+    label = _LABEL_INCHES / figure.get_figwidth()
+    axes = figure.add_axes((label, 0, 1 - label, 1))
+    axes.imshow(sheet, cmap="gray", vmin=0, vmax=255, aspect="auto", interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([i * (height + _GAP) + height / 2 for i in range(len(strips))], [name for name, _ in strips])
+    axes.tick_params(length=0)
+    axes.set_frame_on(False)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=_DPI, metadata={"Software": None})

@@ -14,7 +14,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHELL = {"sh", "shell", "bash", "console"}
 # Code within a sentence is a command if it begins like one and goes on.
 PROGRAMS = (
-    r"(?:robuq|robuq-train|robuq-serve|make|docker|kubectl|curl|locust|torchrun|python|pip|pytest|mkdocs|serve|ray)"
+    r"(?:robuq|robuq-train|robuq-serve|make|docker|kubectl|curl|locust|torchrun|python|pip|pytest|mkdocs|serve|ray"
+    r"|tensorboard)"
 )
 INLINE = re.compile(rf"(?<!`)`({PROGRAMS} [^`\n]+)`(?!`)")
 INDENTED = re.compile(rf"^ {{4,}}((?:[A-Z_]+=\S+ )*{PROGRAMS} .+)$", re.M)
@@ -82,6 +83,8 @@ def cut(text: str) -> Iterator[tuple[str, ...]]:
 def simple(page: str, line: int, text: str, inline: bool = False) -> Iterator[Command]:
     for words in cut(text):
         while words and re.fullmatch(r"[A-Z_][A-Z0-9_]*=.*", words[0], re.S):
+            words = words[1:]
+        if words[:2] == ("robuq-serve", "robuq-serve"):  # the end of a docker command: the image, and what runs in it
             words = words[1:]
         if words:
             yield Command(page, line, words, inline)

@@ -36,7 +36,6 @@ RUN = {
     "docs/quickstart.md": ("curl", "robuq sample", "robuq inspect"),
     "docs/serve-your-checkpoint.md": ("curl", "robuq sample", "robuq inspect mine", "robuq-serve"),
     "docs/train-your-own.md": ("robuq-train", "robuq sample"),
-    "docs/training.md": ("robuq-train run -c", "robuq-train qat -c"),
     "docs/performance.md": ("robuq compare",),
 }
 
@@ -45,6 +44,7 @@ CLI, GUIDE, HERE = "tests/robuq_core/test_cli.py", "tests/server/test_serving_gu
 ELSEWHERE = {
     r"docs/serving.md (robuq-serve keys|curl) .*": f"{GUIDE}::test_examples_in_the_shell_run",
     r"\S+ robuq-serve keys create \w+( --scope read)?": f"{GUIDE}::test_examples_in_the_shell_run",
+    r"docs/weights.md robuq (convert|sample) .*": "tests/robuq_core/test_convert.py::test_the_examples_of_the_guide",
     r"docs/decoding.md robuq.*": "tests/robuq_core/test_decode.py::test_the_examples_of_the_guide",
     r"docs/hub.md robuq export-hub .*": "tests/robuq_core/test_hub.py::test_the_examples_of_the_guide",
     r"docs/evaluation.md robuq-train evaluate .*": "tests/train/evaluation/test_run.py::test_teacher_student",
@@ -55,12 +55,14 @@ ELSEWHERE = {
     r"\S+ robuq inspect( \S+)?": f"{CLI}::test_inspect_prints_what_the_file_holds",
     r"\S+ robuq bench random-checkpoint .*": f"{CLI}::test_a_preset_becomes_a_file_with_random_weights",
     r"\S+ robuq bench.*": f"{CLI}::test_bench_prints_a_table_and_writes_json",
-    r"\S+ robuq-train (run|teacher|qat|evaluate)( .*)?": f"{HERE}/test_commands_run.py::test_the_commands",
-    r"\S+ robuq-train (diagnose|ablate|memory)( .*)?": "tests/train/",
-    r"\S+ robuq-serve capacity .*": "tests/server/",
-    r"\S+ torchrun .*": "tests/train/test_parallel.py::test_",
+    r"\S+ robuq-train (run|evaluate)( .*)?": f"{HERE}/test_commands_run.py::test_the_commands",
+    r"\S+ robuq-train (prepare|teacher|warmup|qat|export)( .*)?": "tests/train/stages/test_stages.py::trained",
+    r"\S+ robuq-train diagnose( .*)?": "tests/train/diagnose/test_diagnose.py::test_the_report_is_a_page",
+    r"\S+ robuq-train ablate( .*)?": "tests/train/test_ablations.py::test_every_row_has",
+    r"\S+ robuq-serve capacity .*": "tests/server/test_capacity.py::test_commands_of_the_guide_run",
+    r"\S+ torchrun .*": "tests/train/test_parallel.py::test_two_processes_train",
     r"docs/cluster.md kubectl apply -k deploy/.*": "tests/server/deploy/test_kubernetes.py::test_",
-    r"docs/cluster.md serve (run|deploy) .*": "tests/server/",
+    r"docs/cluster.md serve (run|deploy) .*": "tests/server/test_ray_app.py::test_the_routes_are_those",
     r"\S+ locust .*": "tests/loadtest/test_locustfile.py::test_a_good_server_passes",
     r"\S+ python -m loadtest.open_loop": "tests/loadtest/test_open_loop.py::test_the_command_measures_a_server",
     r"\S+ python -m bench.serving.*": "tests/bench/test_bench_serving.py::test_the_command_measures",
@@ -82,6 +84,8 @@ STATED = {
 STAGE = {"steps": 4, "batch_size": 4, "lr": 1e-2, "save_every": 2}
 TINY_RUN = {
     "run_dir": "runs/fashion-mnist",
+    "precision": "fp32",
+    "compile": False,
     "model": {"input_size": 8, "patch_size": 4, "in_channels": 3, "hidden_size": 24, "depth": 1, "num_heads": 2,
               "num_classes": 4, "learn_sigma": False},
     "quant": {"rank": 2},
@@ -180,7 +184,8 @@ class Sandbox:
             assert process.stdout is not None
             told = re.search(r"http://[\w.:]+", process.stdout.readline())
             assert told
-            assert httpx.get(f"{told.group()}/health", timeout=60).status_code == 200
+            with httpx.Client(timeout=60, transport=httpx.HTTPTransport(retries=8)) as client:
+                assert client.get(f"{told.group()}/health").status_code == 200
         finally:
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0

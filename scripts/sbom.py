@@ -118,6 +118,9 @@ def extras_for_users() -> list[str]:
 
 def bill(extras: Iterable[str]) -> dict[str, object]:
     """A CycloneDX document by cyclonedx-bom, cut down to what robuq needs with ``extras``."""
+    packages = needed(extras)
+    if absent := sorted(name for name, distribution in packages.items() if distribution is None):
+        raise UserError(f"not installed: {', '.join(absent)}; a bill of materials describes what is")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sbom.json"
         command = [sys.executable, "-m", "cyclonedx_py", "environment", sys.executable, "--output-reproducible",
@@ -126,9 +129,6 @@ def bill(extras: Iterable[str]) -> dict[str, object]:
         if done.returncode:
             raise UserError(f"cyclonedx-bom failed: {done.stderr.strip()}")
         document: dict[str, object] = json.loads(path.read_text())
-    packages = needed(extras)
-    if absent := sorted(name for name, distribution in packages.items() if distribution is None):
-        raise UserError(f"not installed: {', '.join(absent)}; a bill of materials describes what is")
     names = {PROJECT, *packages}
     components = [c for c in document["components"] if canonicalize_name(c["name"]) in names]  # type: ignore[attr-defined]
     missing = names - {canonicalize_name(c["name"]) for c in components}

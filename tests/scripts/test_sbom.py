@@ -60,6 +60,7 @@ def test_the_list_is_that_of_what_is_installed(sbom: ModuleType) -> None:
     assert not {"pytest-of-nobody", "ruff", "mkdocs", "robuq"} & installed
 
 
+@pytest.mark.slow
 def test_the_bill_of_materials(sbom: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "sbom.cdx.json"
     monkeypatch.setattr(sys, "argv", ["sbom.py", "--out", str(out)])

@@ -93,7 +93,8 @@ def _distance(mean_a: Tensor, root_a: Tensor, mean_b: Tensor, root_b: Tensor) ->
 def _root_of_samples(x: Tensor) -> Tensor:
     """``L [min(N, F), F]`` from samples ``[N, F]``: no product squares their condition."""
     centred = (x - x.mean(dim=0)) / (len(x) - 1) ** 0.5
-    return torch.linalg.qr(centred, mode="r").R if len(x) > x.shape[1] else centred
+    root: Tensor = torch.linalg.qr(centred, mode="r").R if len(x) > x.shape[1] else centred
+    return root
 
 
 def _root_of_covariance(covariance: Tensor) -> Tensor:
@@ -101,7 +102,8 @@ def _root_of_covariance(covariance: Tensor) -> Tensor:
     # Below this an eigenvalue is rounding; its root would not be small.
     floor = values[-1].clamp(min=0) * len(values) * torch.finfo(torch.float64).eps
     kept = values > floor
-    return values[kept].sqrt()[:, None] * vectors[:, kept].T
+    root: Tensor = values[kept].sqrt()[:, None] * vectors[:, kept].T
+    return root
 
 
 def _check_count(count: int) -> None:

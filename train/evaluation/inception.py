@@ -80,7 +80,7 @@ class Inception:
     def __call__(self, images: Tensor) -> Features:
         """See :class:`~train.evaluation.networks.FeatureNetwork`; the network takes whole pixel values."""
         parts = []
-        for batch in images.split(_BATCH):
+        for batch in torch.split(images, _BATCH):
             pixels = ((batch + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
             pool, logits = self.network(pixels.to(self.device))
             parts.append((pool.cpu(), logits.cpu(), self._spatial.take().cpu()))

@@ -69,7 +69,7 @@ class EfficientNetLite0:
     def __call__(self, images: Tensor) -> Features:
         """See :class:`FeatureNetwork`; images are brought to 224 px by bicubic interpolation."""
         pools, logits = [], []
-        for batch in images.split(_BATCH):
+        for batch in torch.split(images, _BATCH):
             side = batch.to(self.device)
             large = F.interpolate(side, _CLASSIFIER_SIZE, mode="bicubic", antialias=True).clamp(-1, 1)
             # The network was trained on (rgb - 127) / 128.

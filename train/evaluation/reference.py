@@ -85,7 +85,7 @@ def measure_photos(dataset: ImageDataset, count: int, side: int, network: Featur
     picked = picked.sort().values  # in the order in which they lie on disk
     pool, spatial = RunningMoments(), RunningMoments()
     parts: list[Features] = []
-    for rows in track(picked.split(_BATCH), f"photos through {network.name}"):
+    for rows in track(torch.split(picked, _BATCH), f"photos through {network.name}"):
         photos = ImageDataset(dataset.images[rows], dataset.labels[rows], dataset.supersample)
         features = network(centre_images(photos, side))
         pool.add(features.pool)

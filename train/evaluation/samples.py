@@ -144,7 +144,7 @@ def draw_to_disk(
     return SampleSet(np.lib.format.open_memmap(folder / "images.npy", "r"), labels)
 
 
-def _open_images(path: Path, shape: tuple[int, ...], new: bool) -> np.ndarray:
+def _open_images(path: Path, shape: tuple[int, ...], new: bool) -> np.memmap:
     if not new:
         return np.lib.format.open_memmap(path, "r+")
     images = np.lib.format.open_memmap(path, "w+", np.uint8, shape)

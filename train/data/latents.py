@@ -67,7 +67,8 @@ class LatentEncoder:
             raise DataError(f"data.vae needs diffusers ({error}): pip install 'robuq[vae]'") from error
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            vae: Any = AutoencoderKL.from_pretrained(str(self.folder), local_files_only=True)
+            load: Any = AutoencoderKL.from_pretrained  # untyped
+            vae = load(str(self.folder), local_files_only=True)
         except Exception as error:  # a damaged folder leads the loader to raise almost anything
             raise DataError(f"data.vae {self.folder}: not a readable AutoencoderKL ({one_line(error)})") from error
         self.vae = vae.to(self.device).eval().requires_grad_(False)

@@ -76,7 +76,7 @@ class Stage:
         Raises:
             UserError: a file of an earlier stage is missing, or the data cannot be used.
         """
-        found = {path.name: file_digest(path) for path in self.reads(config)}
+        found: dict[str, Any] = {path.name: file_digest(path) for path in self.reads(config)}
         found.update(settings_of(config, *self.settings(config)))
         if self.on_data(config):
             index = prepare(config, note)

@@ -1,9 +1,11 @@
 """Conversion keeps full precision bit for bit; packing without training is packing, and says what it cost."""
 
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
+from autoencoders import examples, save_autoencoder_tiny
 from typer.testing import CliRunner
 
 from robuq_core.checkpoint import CheckpointError, read_checkpoint, read_header, write_checkpoint
@@ -187,3 +189,16 @@ def test_position_tables_are_this_projects_own_in_a_packed_file(tmp_path: Path) 
     assert result.header.model.position_scale == 20
     with pytest.raises(WeightsError, match="position_scale of 1"):
         convert_full_precision(tmp_path / "model.pt", tmp_path / "folder")
+
+
+def test_the_examples_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = CONFIG.model_copy(update={"in_channels": 4, "num_classes": 300})
+    save_official(DiT(config), Path("DiT-XL-2-256x256.pt"))
+    save_autoencoder_tiny(Path("vae"))
+    for line in examples("weights.md", "sh")[0].splitlines():
+        result = run(app, shlex.split(line, comments=True)[1:])
+        assert result.exit_code == 0, result.output
+    first, again = torch.load("DiT-XL-2-256x256.pt"), torch.load("again.pt")
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert [path.name for path in Path("samples").iterdir()] == ["0000_class207.png"]

@@ -123,7 +123,11 @@ def test_a_stage_survives_its_own_dump(lr: float, steps: int, warmup: int) -> No
     assert StageConfig.model_validate(stage.model_dump(mode="json")) == stage
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.name)
+# ablations.yaml is a study of its own kind, which its own tests load.
+SHIPPED = [path for path in sorted((REPOSITORY / "configs").glob("*.yaml")) if path.name != "ablations.yaml"]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_the_shipped_configurations_are_valid(path: Path) -> None:
     load_config(path, [])
 

@@ -150,13 +150,16 @@ def _begin(stage: Stage, config: TrainConfig, inputs: dict[str, Any], note: Note
     record = read_record(config.run_dir, stage.name)
     if not path.exists():
         record = None  # deleted by hand, as messages advise: a new start
-    elif record is None and stage.trains:
+    adopted = record is None and stage.trains and path.exists()
+    if adopted:
         record = _adopted(stage, config, inputs, note)
     if record is not None:
         changed = {key: pair for key, pair in changes(record.inputs, inputs).items() if _matters(key)}
         finished = record.finished and outputs_intact(record, config.run_dir)
         if finished and not changed:
             note(f"{stage.name}: up to date ({path.name})")
+            if adopted:
+                write_record(config.run_dir, record)
             return False
         if stage.trains:
             _check_continuation(stage, path, changed, finished)
@@ -184,7 +187,7 @@ def _check_continuation(stage: Stage, path: Path, changed: Changed, finished: bo
 
 
 def _matters(key: str) -> bool:
-    return key.partition(".")[2] not in _IDLE
+    return key.startswith("content of ") or key.partition(".")[2] not in _IDLE
 
 
 def _adopted(stage: Stage, config: TrainConfig, inputs: Mapping[str, Any], note: Note) -> Record:

@@ -135,7 +135,7 @@ def test_nothing_to_train_on_is_named(tmp_path: Path) -> None:
     for path, expected in (
         (empty, "holds no class folder"),
         (tmp_path / "empty.zip", "holds no class folder"),
-        (tmp_path / "file.txt", "neither a folder, a zip nor an npz"),
+        (tmp_path / "file.txt", "neither a folder, a zip, an npz nor a Parquet file"),
         (tmp_path / "absent", "does not exist"),
     ):
         with pytest.raises(DataError, match=expected) as caught:

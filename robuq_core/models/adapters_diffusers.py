@@ -154,7 +154,9 @@ def write_pipeline(
         _write_json(root / "model_index.json", index)
         _write_json(root / "scheduler" / "scheduler_config.json", _scheduler_config(diffusion))
         _write_json(root / "transformer" / "config.json", _transformer_config(model))
-        save_file(tensors, root / "transformer" / f"{WEIGHTS_NAME}.safetensors", metadata={"format": "pt"})
+        weights = root / "transformer" / f"{WEIGHTS_NAME}.safetensors"
+        save_file(tensors, weights, metadata={"format": "pt"})
+        weights.chmod(0o644)  # the library leaves it to its owner alone
         if vae is not None:
             shutil.copytree(vae, root / "vae")
 

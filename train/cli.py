@@ -200,6 +200,21 @@ def diagnose(
 
 @app.command()
 @reported
+def memory(
+    config: ConfigOption,
+    stage: Annotated[str, typer.Option(help="teacher, warmup or qat.")] = "qat",
+    processes: Annotated[int, typer.Option(min=1, help="Among how many the batch and, with fsdp, the model go.")] = 1,
+    override: SetOption = None,
+) -> None:
+    """Count the memory that a training step takes in one process; needs neither the data nor a GPU."""
+    loaded = _load(config, override)
+    from train.memory import memory_table
+
+    typer.echo(memory_table(loaded, stage, processes))
+
+
+@app.command()
+@reported
 def ablate(
     config: Annotated[Path, typer.Option("--config", "-c", help="YAML file of the study.")] = Path(
         "configs/ablations.yaml"

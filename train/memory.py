@@ -23,7 +23,7 @@ from robuq_core.config import QuantConfig
 from robuq_core.diffusion.schedule import alphas_cumprod
 from robuq_core.models.dit import DiT
 from robuq_core.models.quant_linear import quantize_model
-from train.config import StageConfig, TrainConfig
+from train.config import ConfigError, StageConfig, TrainConfig
 from train.parallel import checkpoint_blocks
 from train.trainer import NoisyBatch, batch_loss, check_shares
 
@@ -32,11 +32,11 @@ FP32 = 4
 _GATHERED_BLOCKS = 2
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of the tensors that operations make, from ``now`` = 0 on, and their ``peak``."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._seen: set[int] = set()
 
@@ -168,7 +168,7 @@ def _count_step(
             if each is not None:
                 _make_fake(each, device)
         for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(_drop_gradient)
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
         if stage.activation_checkpointing:
             checkpoint_blocks(model)
         images, noise = torch.empty(size, device=device), torch.empty(size, device=device)
@@ -196,20 +196,31 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def memory_table(config: TrainConfig, stage: StageConfig, quant: QuantConfig | None, world: int, bf16: bool) -> str:
-    """The memory of one process in GB (1e9 bytes), with and without activation checkpointing, as text."""
+def memory_table(config: TrainConfig, name: str, world: int) -> str:
+    """The memory of one of ``world`` processes in GB (1e9 bytes), with and without activation checkpointing, as text.
+
+    Products are in bf16 unless ``config.precision`` is ``fp32``.
+
+    Raises:
+        ConfigError: no stage ``name`` trains, or the batch does not divide between the processes.
+    """
+    stages = {"teacher": config.teacher, "warmup": config.warmup, "qat": config.qat}
+    if name not in stages:
+        raise ConfigError(f"stage {name!r}: not one of {', '.join(stages)}")
+    stage, quant = stages[name], None if name == "teacher" else config.quant
+    bf16 = config.precision != "fp32"
     columns = [
         step_memory(config, stage.model_copy(update={"activation_checkpointing": again}), quant, world=world, bf16=bf16)
         for again in (False, True)
     ]
-    lines = [f"{'GB of one process at the peak of a step':<44}{'kept':>12}{'recomputed':>12}"]
-    names = [name for name, _ in columns[0].rows()]
-    for i, name in enumerate(names):
-        lines.append(f"{name:<44}" + "".join(f"{list(column.rows())[i][1] / 1e9:>12.2f}" for column in columns))
-    lines.append(f"{'total':<44}" + "".join(f"{column.total / 1e9:>12.2f}" for column in columns))
+    rows = zip(*(column.rows() for column in columns), strict=True)
+    figures = [(left[0], left[1], right[1]) for left, right in rows]
+    figures.append(("total", columns[0].total, columns[1].total))
     configured = "recomputed" if stage.activation_checkpointing else "kept"
-    lines += [
-        f"As configured (activation_checkpointing), activations are {configured}. Counted, not measured on a GPU:",
-        "leave a tenth of the card for the CUDA context, workspaces and fragmentation.",
-    ]
-    return "\n".join(lines)
+    return "\n".join([
+        f"{'GB of one process at the peak of a step':<42}{'kept':>12}{'recomputed':>12}",
+        *(f"{component:<42}{kept / 1e9:>12.2f}{again / 1e9:>12.2f}" for component, kept, again in figures),
+        f"{name}: batch_size {stage.batch_size} over {world} process(es) in {stage.accumulate} part(s), "
+        f"{'bf16' if bf16 else 'fp32'}, {stage.parallel}; activations are {configured} as configured.",
+        "Counted, not measured on a GPU: leave a tenth of the card for its context, workspaces and fragmentation.",
+    ])  # fmt: skip

@@ -173,7 +173,7 @@ def checkpoint_blocks(model: DiT) -> None:
     for block in model.blocks:
         # Nothing in a block is random. The names of parameters and modules stay what they are.
         again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-        block.forward = again  # type: ignore[assignment]
+        block.forward = again
 
 
 def spread(model: DiT, how: Parallel, compiled: bool, device: torch.device) -> Callable[..., Tensor]:
@@ -188,7 +188,7 @@ def spread(model: DiT, how: Parallel, compiled: bool, device: torch.device) -> C
         # Block by block: gathering and averaging then run beside the compiled code of other blocks.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILATIONS)
         for block in model.blocks:
-            block.forward = torch.compile(block.forward)  # type: ignore[assignment]
+            block.forward = torch.compile(block.forward)
     empty = {p for p in model.parameters() if not p.numel()}
     if how == "fsdp":
         # What each process computed to begin with may differ in its last bit between kinds of processors.

@@ -10,15 +10,19 @@ from __future__ import annotations
 import shutil
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from train.messages import one_line
 from train.parallel import on_first, rank, stop_all, world_size
@@ -58,13 +62,16 @@ def save_shards(
     temporary = folder.with_name(f".{name}")
     on_first(lambda: _clear(path, temporary))
     tensors = _flat(model, ema, optimiser["state"])
+    writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
     try:
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
-    except (dcp.CheckpointException, OSError) as error:
-        stop_all(cannot_write(path, error))  # every process has got the same exception
-    files: list[dict[str, list[int]] | None] = [None] * world_size()
+        with _lone_is_fine():
+            save(tensors, storage_writer=writer, no_dist=world_size() == 1)
+    except (CheckpointException, OSError) as error:
+        stop_all(cannot_write(path, _cause(error)))  # every process has got the same exception
     own = {file.name: _fingerprint(file) for file in temporary.glob(f"shard-{rank() + 1:05d}-*")}
-    dist.all_gather_object(files, own)
+    files: list[dict[str, list[int]]] = [own] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(files, own)
 
     def publish() -> None:
         try:
@@ -79,7 +86,7 @@ def save_shards(
             history=history,
             param_groups=optimiser["param_groups"],
             shards=name,
-            files={key: value for each in files for key, value in (each or {}).items()},
+            files={key: value for each in files for key, value in each.items()},
         )
         for other in shards_folder(path).iterdir():
             if other.name != name:
@@ -149,12 +156,24 @@ def read_shards_into(
 def _read(folder: Path, tensors: dict[str, Tensor], alone: bool = False) -> None:
     alone = alone or world_size() == 1
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be
-            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
-    except dcp.CheckpointException as error:
-        causes = [str(failure[0]) for failure in error.failures.values()]
-        raise RuntimeError(causes[0] if causes else one_line(error)) from error
+        with _lone_is_fine():
+            load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
+    except CheckpointException as error:
+        raise RuntimeError(one_line(_cause(error))) from error
+
+
+@contextmanager
+def _lone_is_fine() -> Iterator[None]:
+    """Without the warning that there is only one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong in one of the processes; the exception of all of them would quote its stack."""
+    causes = [each[0] for each in error.failures.values()] if isinstance(error, CheckpointException) else []
+    return causes[0] if causes else error
 
 
 def read_whole(path: Path, pointer: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,7 +184,11 @@ def read_whole(path: Path, pointer: Mapping[str, Any]) -> dict[str, Any]:
     """
     folder = _folder_of(path, pointer)
     stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(each.size, dtype=each.properties.dtype) for name, each in stored.items()}
+    tensors = {
+        name: torch.empty(each.size, dtype=each.properties.dtype)
+        for name, each in stored.items()
+        if isinstance(each, TensorStorageMetadata)
+    }
     _read(folder, tensors, alone=True)
     state: dict[str, Any] = {"model": {}, "ema": {}, "optimiser": {"state": {}}}
     for key, value in tensors.items():

@@ -2,6 +2,8 @@
 
 import json
 import math
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,13 +17,14 @@ import pytest
 import several_processes
 import torch
 from several_processes import train_stage
-from synthetic_run import merged, start_training, write_config
+from synthetic_run import merged, write_config
 from torch import Tensor
 
 from train.config import ConfigError, StageConfig, TrainConfig, load_config
-from train.state import load_state
+from train.stages import train_teacher
+from train.state import StateError, load_state
 from train.state_file import read_state_file
-from train.state_shards import is_pointer, shards_folder
+from train.state_shards import is_pointer, save_shards, shards_folder
 from train.trainer import check_shares
 
 STAGE = {"batch_size": 12, "steps": 6, "grad_clip": 0.05, "ema_decay": 0.9}
@@ -135,6 +138,44 @@ def test_each_process_writes_its_slices(several: dict[str, Path]) -> None:
     assert not is_pointer(read_state_file(load_config(several["ddp"], []).run_dir / "teacher.pt"))
 
 
+@pytest.mark.parametrize("damage", ["missing", "flipped", "cut"])
+def test_damaged_shards_are_refused(several: dict[str, Path], tmp_path: Path, damage: str) -> None:
+    whole = load_config(several["fsdp"], []).run_dir
+    for name in ("teacher.pt", "teacher.shards"):
+        (shutil.copytree if (whole / name).is_dir() else shutil.copy)(whole / name, tmp_path / name)
+    shard = sorted(tmp_path.glob("teacher.shards/*/*"))[1]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "missing":
+        shard.unlink()
+    else:
+        shard.write_bytes(content if damage == "flipped" else content[:-10])
+    with pytest.raises(StateError, match=f"{shard.name}: {'missing' if damage == 'missing' else 'damaged'}"):
+        load_state(tmp_path / "teacher.pt")
+
+
+def test_shards_on_a_full_disk_leave_those_before(tmp_path: Path) -> None:
+    path = tmp_path / "teacher.pt"
+    small, large = {"weight": torch.arange(10.0)}, {"weight": torch.zeros(100_000)}
+    moments = {0: {"step": torch.tensor(4.0), "exp_avg": torch.ones(10)}}
+    optimiser: dict[str, Any] = {"state": moments, "param_groups": []}
+    save_shards(path, step=1, model=small, ema=small, optimiser=optimiser, history=[])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(StateError, match=r"cannot write the training state .*File too large.* is intact") as caught:
+            save_shards(path, step=2, model=large, ema=large, optimiser=optimiser, history=[])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(caught.value)
+    state = load_state(path)
+    assert state["step"] == 1
+    assert torch.equal(state["ema"]["weight"], small["weight"])
+    assert state["optimiser"]["state"][0]["step"] == 4
+    save_shards(path, step=2, model=large, ema=large, optimiser=optimiser, history=[])
+    assert [each.name for each in shards_folder(path).iterdir()] == ["step-00000002"]
+
+
 def test_shards_go_on_from_a_file_and_a_file_from_shards(one: Path, several: dict[str, Path]) -> None:
     assert_same_training(one, several["from-one"])
     assert state_of(several["halfway"])["step"] == 3
@@ -171,7 +212,7 @@ def test_a_killed_and_a_terminated_process_lose_nothing(root: Path, one: Path) -
     """Two processes that torchrun started, one killed; two that go on, one terminated; one that ends the work."""
     changes = {"teacher": {"steps": 150, "save_every": 7, "log_every": 5, "parallel": "fsdp"}, "model": {"depth": 1}}
     whole = configure(root, "unbroken", changes)
-    assert start_training("teacher", whole).wait(timeout=120) == 0
+    train_teacher(load_config(whole, []))
     broken = configure(root, "broken", changes)
     path = load_config(broken, []).run_dir / "teacher.pt"
 
@@ -207,7 +248,7 @@ def test_a_killed_and_a_terminated_process_lose_nothing(root: Path, one: Path) -
     assert f"stopped by SIGTERM at step {later} of 150" in said
     assert "error" not in repeated
 
-    assert start_training("teacher", broken).wait(timeout=120) == 0
+    train_teacher(load_config(broken, []))
     assert distance(state_of(whole)["model"], state_of(broken)["model"]) < 1e-2
     assert distance(state_of(whole)["ema"], state_of(broken)["ema"]) < 1e-2
     lines = map(json.loads, path.with_suffix(".log.jsonl").read_text().splitlines())

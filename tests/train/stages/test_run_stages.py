@@ -189,7 +189,6 @@ def test_short_stages_are_made_again_when_their_inputs_change(
         ({"quant": {"rank": 4}}, "warmup.pt", r"quant\.rank 2, .* says 4"),
         ({"qat": {"batch_size": 2}}, "qat.pt", r"qat\.batch_size 4, .* says 2"),
         ({"qat": {"warm_start": "warmup"}}, "qat.pt", r"content of qat\.warm_start None"),
-        ({"allocate": {"average_bits": 3}}, "qat.pt", r"quant\.bits .* says"),
     ],
 )
 def test_long_stages_are_never_thrown_away_unasked(
@@ -344,7 +343,7 @@ def test_a_teacher_is_taken_from_elsewhere(done: TrainConfig, tmp_path: Path) ->
     assert notes["last"] == "teacher: up to date (teacher.pt)"
     save_state(weights, **load_state(teacher_path(done)))
     with pytest.raises(StateError, match=r"trained with content of teacher\.pretrained"):
-        train_teacher(config)
+        run_stage("teacher", config, lambda _: None)
 
 
 def test_weights_of_another_shape_are_named(done: TrainConfig, tmp_path: Path) -> None:
@@ -409,7 +408,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_costs_no_stage(
     assert [each for each in config.run_dir.rglob(".*") if each.is_file()] == []
     notes = notes_of(config)
     later = NAMES[NAMES.index(next((s.name for s in STAGES if s.writes == file), "teacher")) :]
-    assert not any(notes[name].startswith("up to date") for name in later)
+    assert not any(notes.get(name, "").startswith("up to date") for name in later)  # training says nothing of its end
     assert all(notes[name].startswith("up to date") for name in NAMES if name not in later)
     # The same bytes as of a run that nothing disturbed, but for what the history says of the machine.
     assert {s: d for s, d in digests(config).items() if s in ("sensitivity", "allocate")} == {

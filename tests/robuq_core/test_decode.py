@@ -26,6 +26,7 @@ from autoencoders import write_latent as write_latent_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import write_tiny
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from robuq_core import cli as robuq
@@ -123,6 +124,37 @@ def test_a_decoder_has_no_encoder_in_memory(folder: Path) -> None:
     assert decoder.weight_bytes == size - sum(
         parameter.nbytes for name, parameter in whole.named_parameters() if name.startswith(("encoder.", "quant_conv."))
     )
+
+
+SD_VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 256,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "gmacs", "millions"),
+    [("AutoencoderKL", SD_VAE, 311, (83.7, 49.5)), ("AutoencoderTiny", {}, 18, (2.4, 1.2))],
+)
+def test_the_published_shapes_are_what_the_guide_says(
+    kind: str, config: dict[str, object], gmacs: int, millions: tuple[float, float]
+) -> None:
+    import diffusers
+
+    with torch.device("meta"):
+        autoencoder = getattr(diffusers, kind)(**config)
+    whole = sum(parameter.numel() for parameter in autoencoder.parameters())
+    decoder = LatentDecoder(autoencoder, kind)
+    assert (decoder.channels, decoder.image_size(32)) == (4, 256)
+    assert (round(whole / 1e6, 1), round(decoder.weight_bytes / 4e6, 1)) == millions
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        picture = autoencoder.decode(torch.empty(1, 4, 32, 32, device="meta")).sample
+    assert picture.shape == (1, 3, 256, 256)
+    assert round(counter.get_total_flops() / 2e9) == gmacs
 
 
 def test_half_precision_computes_in_half_and_gives_float(folder: Path) -> None:

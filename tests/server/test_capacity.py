@@ -14,10 +14,11 @@ from serving_harness import make_settings
 from tiny import TINY, write_tiny
 from typer.testing import CliRunner
 
-from robuq_core.checkpoint import read_header
+from robuq_core.checkpoint import Header, read_header
 from robuq_core.config import QuantConfig
 from robuq_core.errors import UserError
-from robuq_core.pipeline import Sampler
+from robuq_core.models.presets import PRESETS
+from robuq_core.pipeline import Sampler, bundled_checkpoint
 from server.capacity import TARGET_UTILISATION, measure_rows_per_s, plan_replicas, replica_memory, rows_per_image
 from server.cli import app
 from server.engine.fake import FakeSampler
@@ -79,7 +80,8 @@ def test_the_weights_in_memory_are_told_by_the_header(tmp_path: Path, quant: Qua
 FORWARD = """
 import ctypes, re, sys, torch
 from pathlib import Path
-from robuq_core.pipeline import Sampler
+from robuq_core.models.presets import PRESETS
+from robuq_core.pipeline import Sampler, bundled_checkpoint
 torch.set_num_threads(1)
 model = Sampler.from_checkpoint(sys.argv[1], backend="cpu", threads=1).model
 def forward(rows):
@@ -171,3 +173,39 @@ def test_what_the_command_does_not_take_is_named(options: list[str], named: str)
     assert code == 2
     assert named in output
     assert "Traceback" not in output
+
+
+GUIDE = (Path(__file__).parents[2] / "docs" / "capacity.md").read_text()
+
+
+def memory_table() -> str:
+    """What the guide says of the parts of memory that a header tells, for 32 rows."""
+    xl = Header.model_construct(model=PRESETS["DiT-XL/2"], quant=QuantConfig())
+    rows = ["| | weights | activations | modulations |", "|---|---|---|---|"]
+    for name, header in (("bundled checkpoint", read_header(bundled_checkpoint())), ("DiT-XL/2, rank 16", xl)):
+        memory = replica_memory(header, 32, 0)
+        parts = (memory.weights, memory.activations, memory.conditioning)
+        rows.append(f"| {name} | " + " | ".join(f"{part / 1e6:.1f} MB" for part in parts) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def test_the_guide_tells_what_the_command_would() -> None:
+    told = re.search(r"<!-- memory -->\n(.*?)<!-- end -->", GUIDE, re.S)
+    assert told is not None
+    assert told[1] == memory_table()
+    for rho, times in re.findall(r"^\| ρ \| (.*?) \|\n.*\n\| times as long as alone \| (.*?) \|$", GUIDE, re.M):
+        for share, slower in zip(rho.split(" | "), times.split(" | "), strict=True):
+            plan = plan_replicas(float(share.strip("*")), 1.0, utilisation=0.99)
+            assert f"{plan.slowdown:.2g}" == slower.strip("*")
+
+
+def test_commands_of_the_guide_run() -> None:
+    commands = re.findall(r"^robuq-serve capacity ([^#\n]*)", GUIDE, re.M)
+    assert len(commands) == 2
+    for command in commands:
+        options = command.split()
+        if "--measure" in options:
+            options += ["--seconds", "0.1", "--threads", "1", "--max-batch-rows", "2"]
+        code, output = run(*options)
+        assert code == 0, output
+        assert "20 steps" in output

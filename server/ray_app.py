@@ -1,0 +1,164 @@
+"""The server on a Ray cluster: replicas on many machines behind one address, as many as there is work for.
+
+    serve run server.ray_app:app checkpoint=/models/mine.safetensors max_replicas=8 cpus=4
+
+Every replica has an engine with a queue of its own and answers the same routes as ``robuq-serve``; Ray Serve routes,
+scales, drains and replaces them. Needs the extra ``robuq[ray]``.
+"""
+
+# Annotations are left as they are: Ray looks at that of `app` to validate its arguments.
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+from fastapi import FastAPI
+from pydantic import Field, model_validator
+from pydantic_settings import SettingsConfigDict
+from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
+
+from server.api.app import create_app
+from server.capacity import TARGET_UTILISATION
+from server.collector import settle
+from server.engine import Engine
+from server.engine.create import create_engine
+from server.gpu_memory import watch_gpu_memory
+from server.keys import read_keys
+from server.lifecycle import DELIVERY_TIMEOUT_S, SWITCH_INTERVAL_S
+from server.loading import load_samplers, located
+from server.logging import configure_logging
+from server.ray_metrics import PUBLISH_S, RayMetrics
+from server.ray_scaling import IMAGES, REQUESTS, scale_on_images
+from server.settings import Settings
+
+_READY_POLL_S = 0.05
+
+
+class ClusterSettings(Settings):
+    """Settings of every replica, and of their number. ``host``, ``port`` and ``max_connections`` are Ray's business."""
+
+    model_config = SettingsConfigDict(extra="forbid")
+
+    min_replicas: int = Field(1, ge=1, description="Fewest replicas.")
+    max_replicas: int = Field(4, ge=1, description="Most replicas.")
+    cpus: float = Field(1.0, gt=0, description="CPUs that a replica reserves, and its threads unless those are given.")
+    gpus: float = Field(0.0, ge=0, description="GPUs that a replica reserves.")
+    images_per_replica: float | None = Field(
+        None,
+        gt=0,
+        description="Images in flight for which there should be a replica; 70% of a guided batch by default.",
+    )
+    upscale_delay_s: float = Field(10.0, ge=0, description="Seconds of too much work until replicas are added.")
+    downscale_delay_s: float = Field(
+        300.0, ge=0, description="Seconds of too little work until replicas are taken away."
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ClusterSettings":
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas {self.max_replicas} must be at least min_replicas {self.min_replicas}")
+        return self
+
+    @property
+    def target_images(self) -> float:
+        """Images in flight per replica that the autoscaler aims for; a guided image takes two rows of a batch."""
+        return self.images_per_replica or TARGET_UTILISATION * self.max_batch_rows / 2
+
+    def of_a_replica(self) -> dict[str, Any]:
+        """The settings of :class:`Settings` as plain data, each given, so that no node's own variables come in."""
+        given = self.model_dump(mode="json", include=set(Settings.model_fields))
+        # Ray knows what it has reserved; torch would take every core of the node.
+        return {**given, "threads": self.threads or max(1, int(self.cpus))}
+
+
+@serve.deployment(name="robuq")
+@serve.ingress()
+class Replica:
+    """One engine and the routes around it. Ray sends it requests once its engine is warm.
+
+    Raises:
+        UserError: the checkpoint or the file of keys cannot be used; Ray reports the deployment as failed.
+    """
+
+    def __init__(self, given: dict[str, Any]) -> None:
+        self.settings = settings = located(Settings(**given))
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        configure_logging(settings.log_level, settings.log_format)
+        if settings.api_keys_file is not None:
+            read_keys(settings.api_keys_file)
+        self.engine = create_engine(load_samplers(settings.checkpoint, settings), settings)
+        watch_gpu_memory(self.engine.metrics)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        app = create_app(self.engine, self.settings)
+        _begin_warm(app, self.engine)
+        return app
+
+    def check_health(self) -> None:
+        """Ray replaces a replica that raises here three times in a row.
+
+        Raises:
+            RuntimeError: the engine takes no requests; there is no readiness beside liveness in Ray.
+        """
+        if self.engine.status != "ready":
+            raise RuntimeError(f"the engine is {self.engine.status}")
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What :func:`server.ray_scaling.scale_on_images` goes by."""
+        load = self.engine.load()
+        return {IMAGES: load.images_in_flight, REQUESTS: load.requests_running + load.requests_waiting}
+
+
+def _begin_warm(app: FastAPI, engine: Engine) -> None:
+    """Let the start-up of ``app`` last until its engine is ready, and its series be told to Ray from then on."""
+    start = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with start(app):
+            while engine.status in ("starting", "stalled"):
+                await asyncio.sleep(_READY_POLL_S)
+            if engine.status != "ready":
+                raise RuntimeError(f"the engine is {engine.status}") from engine.failure
+            settle()
+            publishing = asyncio.create_task(_publish(engine))
+            try:
+                yield
+            finally:
+                publishing.cancel()
+
+    app.router.lifespan_context = lifespan
+
+
+async def _publish(engine: Engine) -> None:
+    metrics = RayMetrics(engine.metrics.registry)
+    while True:
+        metrics.publish()
+        await asyncio.sleep(PUBLISH_S)
+
+
+def app(settings: ClusterSettings) -> serve.Application:
+    """The application for ``serve run`` and ``serve deploy``; arguments that are not given come from ``ROBUQ_*``."""
+    scaling = AutoscalingConfig(
+        min_replicas=settings.min_replicas,
+        max_replicas=settings.max_replicas,
+        target_ongoing_requests=settings.target_images,
+        upscale_delay_s=settings.upscale_delay_s,
+        downscale_delay_s=settings.downscale_delay_s,
+        policy=AutoscalingPolicy(policy_function=scale_on_images),  # type: ignore[no-untyped-call]
+    )
+    deployment = cast(serve.Deployment, Replica).options(
+        ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
+        # Enough to have the next batch at hand. What is beyond waits at the proxies, where a new replica finds it.
+        max_ongoing_requests=2 * settings.max_batch_rows,
+        max_queued_requests=settings.max_queue_images,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
+        autoscaling_config=scaling,
+        graceful_shutdown_timeout_s=settings.drain_timeout_s + DELIVERY_TIMEOUT_S,
+        health_check_period_s=5,
+        health_check_timeout_s=10,
+    )
+    return deployment.bind(settings.of_a_replica())

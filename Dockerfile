@@ -49,7 +49,7 @@ RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))
     && pip install --constraint constraints.txt --requirement /tmp/requirements.txt \
     && if python -c "import sys, torch; sys.exit(torch.version.cuda is not None)"; then pip uninstall --yes triton; fi
 # The project itself lies apart, so that a change of it is a layer of a few MB.
-COPY setup.py README.md LICENSE ./
+COPY setup.py README.md LICENSE THIRD_PARTY.md ./
 COPY robuq_core robuq_core
 COPY server server
 COPY train train

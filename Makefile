@@ -8,7 +8,7 @@ PORT ?= 8000
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard robuq_core/kernels/native/*)
 
-.PHONY: serve test lint loadtest clean
+.PHONY: serve test lint loadtest docs sbom dist clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.serve
@@ -29,6 +29,17 @@ loadtest: $(VENV)/.dev
 	$(BIN)/locust -f loadtest --headless --users 8 --spawn-rate 4 --run-time 30s --only-summary \
 	    --host http://127.0.0.1:$(PORT) --html loadtest/reports/latest.html && \
 	$(BIN)/python -m loadtest.open_loop --host http://127.0.0.1:$(PORT) --rate 2,5,10 --duration 10
+
+# The documentation as a site in site/; a broken link is an error.
+docs: $(VENV)/.dev
+	$(BIN)/mkdocs build --strict
+
+# CycloneDX bill of materials of the installed packages.
+sbom: $(VENV)/.dev
+	$(BIN)/python scripts/sbom.py --out dist/sbom.cdx.json
+
+dist: $(VENV)/.dev
+	$(BIN)/python -m build
 
 clean:
 	rm -rf $(VENV) build *.egg-info robuq_core/kernels/*.so

@@ -67,7 +67,7 @@ class Sensitivity(StrictModel):
 
 @dataclass(frozen=True)
 class FixedBatch:
-    """Points of the process: ``x0``, ``noise``, ``x_t`` float32 ``[B, C, H, W]``; ``timesteps``, ``classes`` ``[B]``."""
+    """``x0``, ``noise`` and their mixture ``x_t``, float32 ``[B, C, H, W]``; ``timesteps`` and ``classes`` ``[B]``."""
 
     x0: Tensor
     noise: Tensor

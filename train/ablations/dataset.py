@@ -34,13 +34,15 @@ def load_grey_images(folder: Path) -> GreyImages:
     Raises:
         DataError: as :func:`train.data.idx.read_idx`.
     """
-    tensors, checksum = [], 0
+    tensors: list[Tensor] = []
+    checksum = 0
     for split in ("train", "test"):
         images, labels = read_idx(folder, split)
         for array in (images, labels):
             checksum = zlib.crc32(array.tobytes(), checksum)
         tensors += [torch.from_numpy(images.copy())[:, None], torch.from_numpy(labels.copy()).long()]
-    return GreyImages(*tensors, checksum=f"crc32:{checksum:08x}")
+    train, train_labels, test, test_labels = tensors
+    return GreyImages(train, train_labels, test, test_labels, f"crc32:{checksum:08x}")
 
 
 def check_fits(data: GreyImages, size: int, num_classes: int) -> None:

@@ -41,7 +41,7 @@ class FeatureClassifier(nn.Module):
     def moments_and_verdicts(self, images: Tensor) -> tuple[Moments, Tensor]:
         """Moments of the features, and the class that each of ``images`` (float, in [-1, 1]) looks like, ``[N]``."""
         moments, verdicts = RunningMoments(), []
-        for batch in images.split(_BATCH):
+        for batch in torch.split(images, _BATCH):
             features, logits = self(batch)
             moments.add(features)
             verdicts.append(logits.argmax(dim=1))
@@ -59,9 +59,9 @@ def train_classifier(data: GreyImages, config: ClassifierConfig) -> FeatureClass
     step = 0
     for epoch in range(config.epochs):
         order = torch.randperm(len(data.train), generator=step_generator(0, epoch, stream=7))
-        for index in order.split(config.batch_size)[: steps // config.epochs]:
+        for index in torch.split(order, config.batch_size)[: steps // config.epochs]:
             _, logits = network(to_unit(data.train[index]))
-            F.cross_entropy(logits, data.train_labels[index]).backward()
+            F.cross_entropy(logits, data.train_labels[index]).backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             schedule.step()

@@ -217,7 +217,7 @@ def find_widths(place: Workplace, spec: AllocationSpec) -> RowAllocation:
     rows = torch.arange(sensitivity.samples) % len(data.train)
     batches = [
         fixed_batch(to_unit(data.train[index]), data.train_labels[index], 0, i)
-        for i, index in enumerate(rows.split(sensitivity.batch_size))
+        for i, index in enumerate(torch.split(rows, sensitivity.batch_size))
     ]
     width = spec.quant.activation_bits
     measured = measure_sensitivity(
@@ -229,7 +229,7 @@ def find_widths(place: Workplace, spec: AllocationSpec) -> RowAllocation:
         reference_bits=width,
     )
     losses, macs = measured.rise[sensitivity.metric], layer_macs(spec.teacher.model)
-    found = {method: allocate(losses, macs, width, method) for method in METHODS}
+    found: dict[str, Allocation] = {method: allocate(losses, macs, width, method) for method in METHODS}
     write_json(allocation_path(place, spec), {
         "spec": spec.model_dump(mode="json"),
         "sensitivity": measured.model_dump(mode="json"),

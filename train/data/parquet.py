@@ -38,7 +38,7 @@ class ParquetImages:
 
     def __init__(self, files: Sequence[Path]) -> None:
         try:
-            import pyarrow.parquet as parquet  # type: ignore[import-untyped]
+            import pyarrow.parquet as parquet
         except ImportError as error:
             raise DataError(
                 f"{files[0]}: reading Parquet needs pyarrow ({error}): pip install 'robuq[train]'"
@@ -94,7 +94,7 @@ class ParquetImages:
 
 def _columns(path: Path, schema: Any) -> tuple[str, str]:
     """Names of the image and of the label column."""
-    import pyarrow.types as types  # type: ignore[import-untyped]
+    import pyarrow.types as types
 
     def holds_image(kind: Any) -> bool:
         if types.is_struct(kind):

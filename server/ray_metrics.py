@@ -31,7 +31,11 @@ class RayMetrics:
             for sample in family.samples:
                 if sample.name not in self._gauges:
                     tags = tuple(sample.labels)
-                    self._gauges[sample.name] = Gauge(sample.name, description=family.documentation, tag_keys=tags)
+                    self._gauges[sample.name] = Gauge(
+                        sample.name,
+                        description=family.documentation,
+                        tag_keys=tags,  # type: ignore[arg-type]
+                    )
                 self._gauges[sample.name].set(sample.value, tags=dict(sample.labels))
                 told.add((sample.name, tuple(sample.labels.items())))
         for name, labels in self._told - told:

@@ -33,6 +33,8 @@ T = TypeVar("T")
 # How long the others wait while the first process does what one can do alone: measure, evaluate, save.
 _PATIENCE = timedelta(days=30)
 _patient: dist.ProcessGroup | None = None
+# The first process is at work on its own, within :func:`on_first`.
+_alone = False
 
 # Recompilations that one function is allowed: blocks that differ in their bits share their code.
 _RECOMPILATIONS = 256
@@ -107,15 +109,24 @@ def stop_all(error: UserError) -> NoReturn:
 def on_first(action: Callable[[], object]) -> None:
     """Run ``action`` in the first process while the others wait, for as long as it takes.
 
+    Within such an action it just runs the inner one: the others would not know what to wait for.
+
     Raises:
         UserError: the action's, in the first process; the others end.
     """
+    global _alone
+    if _alone:
+        action()
+        return
     failure: UserError | None = None
     if rank() == 0:
+        _alone = True
         try:
             action()
         except UserError as error:
             failure = error
+        finally:
+            _alone = False
     if world_size() > 1:
         failed = torch.tensor([failure is not None])
         dist.broadcast(failed, 0, group=_patient)
@@ -137,7 +148,7 @@ def from_first(action: Callable[[], T]) -> T:
         found[0] = action()
 
     on_first(keep)
-    if world_size() > 1:
+    if world_size() > 1 and not _alone:
         dist.broadcast_object_list(found, 0)
     result: T = found[0]
     return result

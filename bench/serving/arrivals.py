@@ -129,8 +129,8 @@ def figure(comparison: Comparison, other: Kind) -> Figure:
         "\n".join(lines),
         f"lower p99 at every load (capacity {comparison.capacity:.1f}/s)",
         min(ratios) > 1,
-        f"we served all, {NAMES[other]} all but {comparison.dropped[other]}; {comparison.compared:,} images equal "
-        "between systems",
+        f"we served all, {NAMES[other]} all but {comparison.dropped.get(other, 0)}; {comparison.compared:,} images "
+        "equal between systems",
         {
             "capacity_per_s": comparison.capacity,
             "loads": LOADS,

@@ -74,6 +74,8 @@ ELSEWHERE = {
 
 # What no test runs, and why. Each still has to parse.
 STATED = {
+    r"\S+ (robuq|robuq-train|robuq-serve) --help": "parsing the other commands reads the same options",
+    r"\S+ make docs": "what it runs is tests/docs/test_site.py's build",
     r"\S+ make (serve|test)": "installs from the network what the tests run in; `make test` is the CI step itself",
     r"\S+ make loadtest": "runs the two load tests, which have tests of their own, for some minutes",
     r"docs/cluster.md (docker push|kubectl get) .*": "talks to a registry, or to a cluster",

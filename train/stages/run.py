@@ -89,7 +89,8 @@ def run_prepare(config: TrainConfig, note: Note = print, verify: bool = False) -
 
     index = prepare(config, listen, verify)
     on_first(lambda: _keep_config(config))
-    if not said:
+    # Only the first process has heard anything.
+    if from_first(lambda: not said):
         on_first(lambda: note(f"prepare: up to date ({index.count} {index.kind} in {len(index.shards)} shards)"))
 
 

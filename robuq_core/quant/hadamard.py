@@ -115,9 +115,11 @@ class Rotation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate the last dimension of ``x`` ``[..., n]``; same shape and dtype back."""
-        shape = x.shape
+        shape, signed = x.shape, x * self.signs.to(x.dtype)
+        if self.left_order * self.right_order == 1:
+            return signed
         left, right = self.left.to(x.dtype), self.right.to(x.dtype)
-        x_MLR = (x * self.signs.to(x.dtype)).reshape(-1, self.left_order, self.right_order)
+        x_MLR = signed.reshape(-1, self.left_order, self.right_order)
         # (D x) (H_L (x) H_R), with x seen as an L x R matrix, is H_L^T X H_R; a token has one such matrix a block.
         return (left.T @ (x_MLR @ right)).reshape(shape)
 

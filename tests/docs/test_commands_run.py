@@ -66,6 +66,7 @@ ELSEWHERE = {
     r"docs/cluster.md serve (run|deploy) .*": "tests/server/test_ray_app.py::test_the_routes_are_those",
     r"\S+ locust .*": "tests/loadtest/test_locustfile.py::test_a_good_server_passes",
     r"\S+ python -m loadtest.open_loop": "tests/loadtest/test_open_loop.py::test_the_command_measures_a_server",
+    r"\S+ python -m bench.training.*": "tests/bench/test_bench_training.py::test_every_side_is_timed",
     r"\S+ python -m bench.serving.*": "tests/bench/test_bench_serving.py::test_the_command_measures",
     r"\S+ python scripts/gpu_check.py .*": "tests/scripts/test_gpu_check.py::test_",
     r"\S+ docker compose -f deploy/compose.yaml .*": "tests/server/deploy/test_compose.py::test_the_server_is_built",

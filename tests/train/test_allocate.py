@@ -76,7 +76,7 @@ def test_a_model_as_large_as_the_paper_s_is_solved_exactly() -> None:
     found = allocate(losses, macs, 2)
     assert 1.99 < found.average_bits <= 2
     means = averages_by_type(found.bits)
-    assert means["proj"] > means["qkv"] > means["fc1"] > means["fc2"]
+    assert means["proj"] >= means["qkv"] > means["fc1"] >= means["fc2"]
     assert found.predicted_loss < allocate(losses, macs, 2, "uniform").predicted_loss
 
 

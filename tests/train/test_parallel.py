@@ -159,12 +159,17 @@ def test_shards_on_a_full_disk_leave_those_before(tmp_path: Path) -> None:
     small, large = {"weight": torch.arange(10.0)}, {"weight": torch.zeros(100_000)}
     moments = {0: {"step": torch.tensor(4.0), "exp_avg": torch.ones(10)}}
     optimiser: dict[str, Any] = {"state": moments, "param_groups": []}
-    save_shards(path, step=1, model=small, ema=small, optimiser=optimiser, history=[])
+
+    def save(step: int, weights: dict[str, torch.Tensor]) -> None:
+        average = {name: weight.clone() for name, weight in weights.items()}
+        save_shards(path, step=step, model=weights, ema=average, optimiser=optimiser, history=[])
+
+    save(1, small)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
         with pytest.raises(StateError, match=r"cannot write the training state .*File too large.* is intact") as caught:
-            save_shards(path, step=2, model=large, ema=large, optimiser=optimiser, history=[])
+            save(2, large)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "\n" not in str(caught.value)
@@ -172,7 +177,7 @@ def test_shards_on_a_full_disk_leave_those_before(tmp_path: Path) -> None:
     assert state["step"] == 1
     assert torch.equal(state["ema"]["weight"], small["weight"])
     assert state["optimiser"]["state"][0]["step"] == 4
-    save_shards(path, step=2, model=large, ema=large, optimiser=optimiser, history=[])
+    save(2, large)
     assert [each.name for each in shards_folder(path).iterdir()] == ["step-00000002"]
 
 

@@ -13,18 +13,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layer_cases import WIDTHS, make_linear, tokens
+from layer_cases import REFERENCE, WIDTHS, assert_quantized_agree, make_linear, prologues, tokens
 
 from robuq_core.kernels import cpu
 from robuq_core.kernels.cpu import CpuBackend, NativeUnavailableError, choose_isa, load_library
-from robuq_core.kernels.ops import Modulation, Prologue, Quantized, TernaryLayer
+from robuq_core.kernels.ops import Modulation, Quantized, TernaryLayer
 from robuq_core.kernels.pack_layer import pack_layer
-from robuq_core.kernels.reference import ReferenceBackend, apply_prologue
 from robuq_core.quant.activation import Grid
-from robuq_core.quant.hadamard import Rotation
 from robuq_core.quant.packing import pack_planar
 
-REFERENCE = ReferenceBackend()
 # Whole and incomplete groups of 128, one slice of the width and several.
 PRODUCT_WIDTHS = (*WIDTHS, 128, 160, 224, 320, 384, 576, 640, 768, 1152, 1280, 1792, 2304, 2560)
 
@@ -47,26 +44,6 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip(str(error))
 
 
-def prologues(images: int, width: int) -> list[Prologue]:
-    generator = torch.Generator().manual_seed(5)
-    shift, scale = (torch.randn(images, width, generator=generator) for _ in range(2))
-    return [None, "gelu", "silu", Modulation(shift, scale, 1e-6)]
-
-
-def assert_codes_agree(x: torch.Tensor, layer: TernaryLayer, prologue: Prologue, actual: Quantized) -> None:
-    """Equal codes, save where the value lies within 1e-3 of a step from a rounding boundary: there off by one."""
-    expected = REFERENCE.rotate_quantize(x, layer, prologue)
-    torch.testing.assert_close(actual.scales, expected.scales, rtol=1e-5, atol=0)
-    torch.testing.assert_close(actual.lowrank, expected.lowrank, rtol=1e-4, atol=1e-4)
-    differ = actual.codes != expected.codes
-    if differ.any():
-        rotated = Rotation(layer.in_features, layer.signs, layer.rotation_block)(apply_prologue(x, prologue))
-        midrise = layer.bits == 1 or (layer.grid == "midrise" and layer.bits < 8)
-        position = rotated / (expected.scales[:, None] * (2 if midrise else 1)) + (0 if midrise else 0.5)
-        assert ((position - position.round()).abs()[differ] < 1e-3).all()
-        assert ((actual.codes.int() - expected.codes.int()).abs()[differ] == (2 if midrise else 1)).all()
-
-
 @pytest.mark.parametrize("grid", ["midrise", "midtread"])
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_rotate_quantize(backend: CpuBackend, bits: int, grid: Grid) -> None:
@@ -74,7 +51,7 @@ def test_rotate_quantize(backend: CpuBackend, bits: int, grid: Grid) -> None:
         for rows, rank in ((1, 0), (3, 2), (18, 3)):
             layer, x = pack_layer(make_linear(width, 7, bits=bits, grid=grid, rank=rank)), tokens(rows, width)
             for prologue in prologues(3 if rows % 3 == 0 else 1, width):
-                assert_codes_agree(x, layer, prologue, backend.rotate_quantize(x, layer, prologue))
+                assert_quantized_agree(x, layer, prologue, backend.rotate_quantize(x, layer, prologue))
 
 
 @pytest.mark.parametrize(
@@ -83,7 +60,7 @@ def test_rotate_quantize(backend: CpuBackend, bits: int, grid: Grid) -> None:
 def test_rotation_by_blocks(backend: CpuBackend, width: int, block: int) -> None:
     layer, x = pack_layer(make_linear(width, 7, bits=3, rank=2, rotation_block=block)), tokens(5, width)
     for prologue in prologues(1, width):
-        assert_codes_agree(x, layer, prologue, backend.rotate_quantize(x, layer, prologue))
+        assert_quantized_agree(x, layer, prologue, backend.rotate_quantize(x, layer, prologue))
 
 
 def bare_layer(weight: torch.Tensor, bits: int) -> TernaryLayer:

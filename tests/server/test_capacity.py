@@ -141,7 +141,7 @@ def test_the_command_plans(tmp_path: Path) -> None:
     assert values["replicas"].startswith("4, 1 of them spare")  # ceil(20 / (0.7 * 12.5)) = 3
     assert "20 steps, guidance 1.5 (2 row(s) a step)" in values["wanted"]
     assert "40% (53% with 1 lost)" in values["busy"]
-    assert re.search(r"\d MB a replica", values["memory"])
+    assert re.search(r"\d [MG]B a replica", values["memory"])
 
 
 def test_the_command_measures(tmp_path: Path) -> None:

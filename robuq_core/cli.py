@@ -41,6 +41,9 @@ SamplerOption = Annotated[SamplerName | None, typer.Option(help="Default: the ch
 IntervalOption = Annotated[
     tuple[int, int], typer.Option(metavar="LOW HIGH", help="Guide at timesteps LOW..HIGH alone (arXiv 2404.07724).")
 ]
+CacheOption = Annotated[
+    int, typer.Option(min=1, help="Run the blocks at one step in so many and reuse what they added between; 1: always.")
+]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")]
 
 
@@ -54,6 +57,7 @@ def sample(
     guidance_scale: ScaleOption = None,
     sampler: SamplerOption = None,
     guidance_interval: IntervalOption = (0, NUM_TRAIN_TIMESTEPS - 1),
+    cache_interval: CacheOption = 1,
     checkpoint: CheckpointOption = None,
     decoder: DecoderOption = None,
     backend: BackendOption = "auto",
@@ -76,6 +80,7 @@ def sample(
             guidance_scale=guidance_scale,
             sampler=sampler,
             guidance_interval=guidance_interval,
+            cache_interval=cache_interval,
             on_step=lambda: progress.advance(task),
         )
     out.mkdir(parents=True, exist_ok=True)
@@ -93,7 +98,8 @@ def sample(
 @app.command()
 @reported
 def compare(
-    guidance_interval: IntervalOption,
+    guidance_interval: IntervalOption = (0, NUM_TRAIN_TIMESTEPS - 1),
+    cache_interval: CacheOption = 1,
     images: Annotated[int, typer.Option(min=1, help="How many; image i draws class i with seed i.")] = 16,
     steps: StepsOption = None,
     guidance_scale: ScaleOption = None,
@@ -104,16 +110,23 @@ def compare(
     threads: ThreadsOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Print what guidance at some timesteps alone saves, and how far its pictures are from full guidance."""
-    from robuq_core.compare import compare_guidance_interval
+    """Print what guidance at some timesteps alone or step caching saves, and how far its pictures then are off."""
+    from robuq_core.compare import compare_short_cuts
     from robuq_core.pipeline import Sampler
 
     loaded = Sampler.from_checkpoint(checkpoint, decoder=decoder, backend=backend, threads=threads, device=device)
     classes = [i % loaded.num_classes for i in range(images)]
-    result = compare_guidance_interval(loaded, classes, guidance_interval, steps=steps, guidance_scale=guidance_scale,
-                                       sampler_name=sampler)  # fmt: skip
+    result = compare_short_cuts(
+        loaded,
+        classes,
+        guidance_interval=guidance_interval,
+        cache_interval=cache_interval,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        sampler_name=sampler,
+    )
     typer.echo(
-        f"{result.images} images: {result.rows} of {result.rows_full} model rows, "
+        f"{result.images} images: {result.rows} of {result.rows_full} rows through the blocks, "
         f"{result.seconds:.2f} of {result.seconds_full:.2f} s, PSNR {result.psnr_db:.1f} dB"
     )
 

@@ -1,22 +1,22 @@
-"""What a short cut costs: the same seeds drawn with and without it."""
+"""What a short cut saves and costs: the same seeds drawn with and without it."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from robuq_core.config import SamplerName
-from robuq_core.pipeline import ALL_TIMESTEPS, Row, RowSpec, Sampler
+from robuq_core.pipeline import ALL_TIMESTEPS, RowSpec, Sampler
 
 
 @dataclass(frozen=True)
 class Comparison:
     """``psnr_db``: of the pictures against those without the short cut, infinite where they are the same.
-    ``rows``, ``rows_full``: model rows that were run with and without it; ``seconds`` likewise."""
+    ``rows``, ``rows_full``: rows of the model that went through its blocks, with it and without; ``seconds`` too."""
 
     images: int
     psnr_db: float
@@ -26,49 +26,51 @@ class Comparison:
     seconds_full: float
 
 
-def compare_guidance_interval(
+def compare_short_cuts(
     sampler: Sampler,
     class_ids: Sequence[int],
-    interval: tuple[int, int],
     *,
+    guidance_interval: tuple[int, int] = ALL_TIMESTEPS,
+    cache_interval: int = 1,
     seed: int = 0,
     steps: int | None = None,
     guidance_scale: float | None = None,
     sampler_name: SamplerName | None = None,
 ) -> Comparison:
-    """Pictures of ``class_ids`` with guidance inside of ``interval`` alone, against guidance at every timestep.
+    """Pictures of ``class_ids`` with guidance inside of ``guidance_interval`` alone and step caching, against the same
+    seeds with guidance at every timestep and all blocks at every step.
 
     Image i uses ``seed + i``; what is ``None`` takes the checkpoint's default.
 
     Raises:
-        ValueError: a value out of range, or a guidance scale of 1, which is no guidance.
+        ValueError: a value out of range, no short cut at all, or an interval for a guidance scale of 1, which is none.
     """
     defaults = sampler.defaults
     scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
-    if scale == 1:
+    if guidance_interval == ALL_TIMESTEPS and cache_interval == 1:
+        raise ValueError("there is no short cut to compare: choose a guidance_interval or a cache_interval above 1")
+    if guidance_interval != ALL_TIMESTEPS and scale == 1:
         raise ValueError("guidance_scale 1 is no guidance, so its interval changes nothing: choose another scale")
-
-    def draw(chosen: tuple[int, int]) -> tuple[np.ndarray, int, float]:
-        specs = [
-            RowSpec(class_id, seed + i, steps or defaults.steps, scale, sampler_name or defaults.sampler, chosen)
-            for i, class_id in enumerate(class_ids)
-        ]
-        began = time.perf_counter()
-        rows = [sampler.start(spec) for spec in specs]
-        model_rows = 0
-        while not rows[0].done:
-            model_rows += _model_rows(rows)
-            sampler.step(rows)
-        seconds = time.perf_counter() - began
-        return np.stack([sampler.decode(row) for row in rows]), model_rows, seconds
-
-    full, rows_full, seconds_full = draw(ALL_TIMESTEPS)
-    cut, rows, seconds = draw(interval)
-    return Comparison(len(class_ids), psnr_db(cut, full), rows, rows_full, seconds, seconds_full)
+    whole = [
+        RowSpec(class_id, seed + i, steps or defaults.steps, scale, sampler_name or defaults.sampler)
+        for i, class_id in enumerate(class_ids)
+    ]
+    cut = [replace(spec, guidance_interval=guidance_interval, cache_interval=cache_interval) for spec in whole]
+    expected, rows_full, seconds_full = _drawn(sampler, whole)
+    images, rows, seconds = _drawn(sampler, cut)
+    return Comparison(len(whole), psnr_db(images, expected), rows, rows_full, seconds, seconds_full)
 
 
-def _model_rows(rows: Sequence[Row]) -> int:
-    return sum(2 if row.guided else 1 for row in rows)
+def _drawn(sampler: Sampler, specs: Sequence[RowSpec]) -> tuple[np.ndarray, int, float]:
+    """Pictures, rows of the model that went through the blocks, and seconds of all steps."""
+    rows = [sampler.start(spec) for spec in specs]
+    block_rows = 0
+    began = time.perf_counter()
+    while not rows[0].done:
+        block_rows += sum(row.block_rows for row in rows)
+        sampler.step(rows)
+    seconds = time.perf_counter() - began
+    return np.stack([sampler.decode(row) for row in rows]), block_rows, seconds
 
 
 def psnr_db(images: np.ndarray, reference: np.ndarray) -> float:

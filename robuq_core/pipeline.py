@@ -28,6 +28,7 @@ from robuq_core.hub import DECODER_FOLDER, bundled_checkpoint, resolve_checkpoin
 from robuq_core.kernels.select import select_backend
 from robuq_core.models.packed_dit import PackedDiT
 from robuq_core.rows import ALL_TIMESTEPS, LatestBatch, Row, RowSpec
+from robuq_core.step_cache import cached_forward
 
 NO_DECODER = (
     "it draws latents: give decoder (--decoder, ROBUQ_DECODER), a diffusers folder of the autoencoder that it was "
@@ -178,7 +179,7 @@ class Sampler:
         """A new row at its first step: pure noise from its seed, or ``noise [C, H, W]`` instead.
 
         Raises:
-            ValueError: class, seed, steps or guidance interval out of range.
+            ValueError: class, seed, steps, guidance interval or cache interval out of range.
         """
         if not 0 <= spec.class_id < self.num_classes:
             raise ValueError(f"class_id must be 0..{self.num_classes - 1}, not {spec.class_id}")
@@ -188,6 +189,11 @@ class Sampler:
         if not 0 <= low <= high < NUM_TRAIN_TIMESTEPS:
             raise ValueError(f"guidance_interval must be two timesteps of 0..{NUM_TRAIN_TIMESTEPS - 1}, ascending, "
                              f"not {low}, {high}")  # fmt: skip
+        if spec.cache_interval < 1:
+            raise ValueError(f"cache_interval must be at least 1, which runs the blocks at every step, "
+                             f"not {spec.cache_interval}")  # fmt: skip
+        if spec.cache_interval > 1 and not isinstance(self.model, PackedDiT):
+            raise ValueError("cache_interval must be 1 for a network that is not packed")
         row = Row(spec, self._shape, self.header.diffusion.prediction_type, self.device)
         if noise is not None:
             row.x = noise.to(self.device, torch.float32).reshape(self._shape)
@@ -202,7 +208,7 @@ class Sampler:
         columns = torch.stack([row.coefficients[row.steps_done] for row in rows]).to(self.device)
         c = Coefficients(*columns[..., None, None, None].unbind(1))
         x = self._x.of([row.x for row in rows])
-        output = self._guided_output(rows, x)
+        output, block_deltas = self._guided_output(rows, x)
         channels = self._shape[0]
         # Products and sums stay apart: a fused multiply-add would round by where an element lies in the tensor.
         x0 = (c.x0_on_xt * x).add_(c.x0_on_output * output[:, :channels])
@@ -211,27 +217,35 @@ class Sampler:
         following = (c.on_xt * x).add_(c.on_x0 * x0)
         self._add_previous(rows, following, c)
         self._add_noise(rows, following, output[:, channels:], c)
-        for row, row_x, row_x0 in zip(rows, self._x.parts(following), self._x0.parts(x0), strict=True):
-            row.advance(row_x, row_x0)
+        for i, (row_x, row_x0) in enumerate(zip(self._x.parts(following), self._x0.parts(x0), strict=True)):
+            rows[i].advance(row_x, row_x0, block_deltas.get(i))
 
-    def _guided_output(self, rows: Sequence[Row], x: Tensor) -> Tensor:
-        """The network's output for ``x [B, C, H, W]``, the rows' ``x_t``, after guidance."""
+    def _guided_output(self, rows: Sequence[Row], x: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """The network's output for ``x [B, C, H, W]``, the rows' ``x_t``, after guidance; and by position the block
+        deltas that rows are to keep."""
         guided = [i for i, row in enumerate(rows) if row.guided]
         timesteps = [row.timestep for row in rows]
         classes = [row.spec.class_id for row in rows] + [self.header.model.null_class] * len(guided)
         if guided:
             timesteps += [timesteps[i] for i in guided]
             x = torch.cat([x, x if len(guided) == len(rows) else x[guided]])
-        output = self.model.forward(x, torch.tensor(timesteps), torch.tensor(classes))
+        output, block_deltas = self._forward(rows, guided, x, torch.tensor(timesteps), torch.tensor(classes))
         if not guided:
-            return output
+            return output, block_deltas
         cond, uncond = output[: len(rows)], output[len(rows) :]
         scale = torch.tensor([rows[i].spec.guidance_scale for i in guided], device=self.device)
         flavour = self.header.model.flavour
         if len(guided) == len(rows):
-            return guide(cond, uncond, scale, self._shape[0], flavour)
+            return guide(cond, uncond, scale, self._shape[0], flavour), block_deltas
         cond[guided] = guide(cond[guided], uncond, scale, self._shape[0], flavour)
-        return cond
+        return cond, block_deltas
+
+    def _forward(
+        self, rows: Sequence[Row], guided: Sequence[int], x: Tensor, timesteps: Tensor, classes: Tensor
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        if isinstance(self.model, PackedDiT) and any(row.spec.cache_interval > 1 for row in rows):
+            return cached_forward(self.model, rows, [*range(len(rows)), *guided], x, timesteps, classes)
+        return self.model.forward(x, timesteps, classes), {}
 
     def _add_previous(self, rows: Sequence[Row], following: Tensor, c: Coefficients) -> None:
         multistep = [i for i, row in enumerate(rows) if row.table.multistep]
@@ -277,6 +291,7 @@ class Sampler:
         guidance_scale: float | None = None,
         sampler: SamplerName | None = None,
         guidance_interval: tuple[int, int] = ALL_TIMESTEPS,
+        cache_interval: int = 1,
         on_step: Callable[[], None] | None = None,
     ) -> list[Image.Image]:
         """One image a class, given by its id or its name; image i uses ``seed + i``. What is ``None`` takes the
@@ -285,7 +300,8 @@ class Sampler:
         ``on_step`` is called after each step, for a progress bar. How long it took is in :attr:`timings`.
 
         Raises:
-            ValueError: class, seed, steps or guidance interval out of range, or a name that is no class's.
+            ValueError: class, seed, steps, guidance interval or cache interval out of range, or a name that is no
+                class's.
         """
         first = secrets.randbelow(MAX_SEED + 1) if seed is None else seed
         defaults = self.defaults
@@ -298,6 +314,7 @@ class Sampler:
                     defaults.guidance_scale if guidance_scale is None else guidance_scale,
                     defaults.sampler if sampler is None else sampler,
                     guidance_interval,
+                    cache_interval,
                 )
             )
             for i, class_id in enumerate(map(self.class_id, class_ids))

@@ -21,6 +21,9 @@ class RowSpec:
 
     ``guidance_interval``: the timesteps, first and last included, at which guidance acts (arXiv 2404.07724); outside of
     them the row costs half.
+
+    ``cache_interval``: the blocks run at one step in so many, counted back from the last, and at the first; the steps
+    between take what the blocks added to the tokens before (:mod:`robuq_core.step_cache`) and cost next to nothing.
     """
 
     class_id: int
@@ -29,6 +32,7 @@ class RowSpec:
     guidance_scale: float
     sampler: SamplerName
     guidance_interval: tuple[int, int] = ALL_TIMESTEPS
+    cache_interval: int = 1
 
 
 class Row:
@@ -45,6 +49,7 @@ class Row:
         self._noise: Tensor | None = None
         self.x = torch.randn(shape, generator=self._generator).to(device)
         self.previous_x0 = torch.zeros(shape, device=device)
+        self.block_delta: Tensor | None = None  # what the blocks added at the latest step that kept it, [1 or 2, L, D]
         self.steps_done = 0
 
     @property
@@ -63,6 +68,18 @@ class Row:
         return self.spec.guidance_scale != 1 and low <= self.timestep <= high
 
     @property
+    def reuses_blocks(self) -> bool:
+        """The next step takes :attr:`block_delta` instead of running the blocks."""
+        kept, steps_after = self.block_delta, len(self.table) - self.steps_done - 1
+        # Guidance that sets in between two steps that run the blocks needs what none of them kept.
+        return kept is not None and steps_after % self.spec.cache_interval > 0 and len(kept) > self.guided
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of the model that the next step takes through the blocks."""
+        return 0 if self.reuses_blocks else 1 + self.guided
+
+    @property
     def needs_noise(self) -> bool:
         return self.table.stochastic and self.steps_done < len(self.table) - 1
 
@@ -78,9 +95,11 @@ class Row:
             self.noise()
         return copy.copy(self)
 
-    def advance(self, x: Tensor, x0: Tensor) -> None:
-        """Take over the result of a step."""
+    def advance(self, x: Tensor, x0: Tensor, block_delta: Tensor | None = None) -> None:
+        """Take over the result of a step, and what its blocks added if that is to be kept."""
         self.x, self.previous_x0, self._noise = x, x0, None
+        if block_delta is not None:
+            self.block_delta = block_delta
         self.steps_done += 1
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
-# Takes what to record; gives how to replay it, and where its result then lies.
-Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
+Outputs = tuple[Tensor, Tensor]
+Denoise = Callable[[Tensor, Tensor, Tensor], Outputs]
+# Takes what to record; gives how to replay it, and where its results then lie.
+Record = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]
 
 _WARM_UP_RUNS = 2
 
@@ -39,7 +40,7 @@ class CudaRecorder:
         self._device = device
         self._pool: Any = None
 
-    def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def __call__(self, run: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
         with torch.cuda.device(self._device):
             # Kernels are compiled and tuned before the recording, which must not wait for the device.
             stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -52,22 +53,22 @@ class CudaRecorder:
             graph = torch.cuda.CUDAGraph()
             # Other threads, other replicas' among them, may use CUDA meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                out = run()
-        return graph.replay, out
+                outputs = run()
+        return graph.replay, outputs
 
 
 @dataclass(frozen=True)
 class _Recording:
     x: Tensor
     slots: Tensor
-    out: Tensor
+    outputs: Outputs
     replay: Callable[[], None]
 
 
 class GraphedDenoise:
     """``denoise(x [B, C, H, W], slots [B], table)`` by replaying recordings, one a bucket.
 
-    The result lies in a buffer that the next call overwrites. Recordings hold addresses: another ``table`` starts anew.
+    The results lie in buffers that the next call overwrites. Recordings hold addresses: another ``table`` starts anew.
     """
 
     def __init__(self, denoise: Denoise, record: Record) -> None:
@@ -75,7 +76,7 @@ class GraphedDenoise:
         self._table: Tensor | None = None
         self._recordings: dict[int, _Recording] = {}
 
-    def __call__(self, x: Tensor, slots: Tensor, table: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, slots: Tensor, table: Tensor) -> Outputs:
         rows = len(x)
         if table is not self._table:
             self._recordings, self._table = {}, table
@@ -86,10 +87,11 @@ class GraphedDenoise:
         recording.x[:rows].copy_(x)
         recording.slots[:rows].copy_(slots)
         recording.replay()
-        return recording.out[:rows]
+        first, second = recording.outputs
+        return first[:rows], second[:rows]
 
     def _recorded(self, x: Tensor, slots: Tensor, table: Tensor, size: int) -> _Recording:
         # Slot 0 stands for the rows that fill up: any entry will do.
         inputs, places = x.new_zeros(size, *x.shape[1:]), slots.new_zeros(size)
-        replay, out = self._record(lambda: self._denoise(inputs, places, table))
-        return _Recording(inputs, places, out, replay)
+        replay, outputs = self._record(lambda: self._denoise(inputs, places, table))
+        return _Recording(inputs, places, outputs, replay)

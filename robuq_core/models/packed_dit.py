@@ -100,8 +100,22 @@ class PackedDiT:
         return packed + sum(tensor.nbytes for tensor in self.dense.values())
 
     def forward(self, x_BCHW: Tensor, timesteps_B: Tensor, classes_B: Tensor) -> Tensor:
-        slots_B = self.conditioning.slots(timesteps_B.tolist(), classes_B.tolist())
-        return self._run(x_BCHW, slots_B, self.conditioning.table)
+        return self._run(x_BCHW, self._slots(timesteps_B, classes_B), self.conditioning.table)[0]
+
+    def forward_keeping(self, x_BCHW: Tensor, timesteps_B: Tensor, classes_B: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`forward`, and beside its output what the blocks added to the tokens: ``[B, L, D]``, float32."""
+        out, tokens_BLD = self._run(x_BCHW, self._slots(timesteps_B, classes_B), self.conditioning.table)
+        return out, tokens_BLD - self._embedded(x_BCHW)
+
+    def forward_reusing(
+        self, x_BCHW: Tensor, timesteps_B: Tensor, classes_B: Tensor, block_delta_BLD: Tensor
+    ) -> Tensor:
+        """:meth:`forward` without its blocks: ``block_delta [B, L, D]``, of an earlier timestep, stands for them."""
+        tokens_BLD = self._embedded(x_BCHW).add_(block_delta_BLD)
+        return self._output(tokens_BLD, self._slots(timesteps_B, classes_B), self.conditioning.table)
+
+    def _slots(self, timesteps_B: Tensor, classes_B: Tensor) -> Tensor:
+        return self.conditioning.slots(timesteps_B.tolist(), classes_B.tolist())
 
     def warm_up_rows(self, max_rows: int) -> tuple[int, ...]:
         """Numbers of rows, ascending up to ``max_rows``, that a forward should have seen before it serves: each size
@@ -110,17 +124,24 @@ class PackedDiT:
             return tuple(sorted({min(size, max_rows) for size in buckets(max_rows)}))
         return tuple(sorted({1 << i for i in range(max_rows.bit_length())} | {max_rows}))
 
-    def denoise(self, x_BCHW: Tensor, slots_B: Tensor, table: Tensor) -> Tensor:
-        """The forward of rows whose modulations lie at ``slots_B`` of ``table`` ``[6 depth + 2, slots, D]``."""
-        config = self.config
-        tokens = patchify(x_BCHW, config.patch_size).flatten(0, 1).contiguous()
-        x_MD = self._dense_linear(tokens, "x_embedder")
-        x_BLD = x_MD.reshape(len(x_BCHW), config.num_tokens, config.hidden_size).add_(self.pos_embed)
+    def denoise(self, x_BCHW: Tensor, slots_B: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        """The forward of rows whose modulations lie at ``slots_B`` of ``table`` ``[6 depth + 2, slots, D]``, and the
+        tokens ``[B, L, D]`` that its blocks leave."""
+        x_BLD = self._embedded(x_BCHW)
         for i, block in enumerate(self.blocks):
             entries = table[BLOCK_ENTRIES * i : BLOCK_ENTRIES * (i + 1)]
             x_BLD = self.run_block(x_BLD, entries.index_select(1, slots_B), block)
-        out = self._final(x_BLD, table[BLOCK_ENTRIES * config.depth :].index_select(1, slots_B))
-        return unpatchify(out, config.patch_size, config.out_channels)
+        return self._output(x_BLD, slots_B, table), x_BLD
+
+    def _embedded(self, x_BCHW: Tensor) -> Tensor:
+        """Tokens ``[B, L, D]`` before the first block."""
+        tokens = patchify(x_BCHW, self.config.patch_size).flatten(0, 1).contiguous()
+        x_MD = self._dense_linear(tokens, "x_embedder")
+        return x_MD.reshape(len(x_BCHW), self.config.num_tokens, self.config.hidden_size).add_(self.pos_embed)
+
+    def _output(self, x_BLD: Tensor, slots_B: Tensor, table: Tensor) -> Tensor:
+        out = self._final(x_BLD, table[BLOCK_ENTRIES * self.config.depth :].index_select(1, slots_B))
+        return unpatchify(out, self.config.patch_size, self.config.out_channels)
 
     def _dense_linear(self, x: Tensor, name: str) -> Tensor:
         return self.backend.linear(x, self.dense[f"{name}.weight"], self.dense[f"{name}.bias"])

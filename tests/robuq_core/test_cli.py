@@ -64,6 +64,7 @@ def test_the_scripts_list_their_commands() -> None:
                 "--guidance-scale",
                 "--sampler",
                 "--guidance-interval",
+                "--cache-interval",
                 "--checkpoint",
                 "--decoder",
                 "--backend",
@@ -71,7 +72,7 @@ def test_the_scripts_list_their_commands() -> None:
             ),
         ),
         (robuq.app, "export-hub", ("CHECKPOINT", "FOLDER", "--license", "--force")),
-        (robuq.app, "compare", ("--guidance-interval", "--guidance-scale", "--images")),
+        (robuq.app, "compare", ("--guidance-interval", "--cache-interval", "--guidance-scale", "--images")),
         (robuq.app, "inspect", ("CHECKPOINT", "--json")),
         (
             robuq.app,
@@ -120,11 +121,12 @@ def test_sample_writes_one_picture_a_class(checkpoint: Path, tmp_path: Path) -> 
     assert (tmp_path / "again" / "0000_class3.png").read_bytes() == paths[0].read_bytes()
 
 
-def test_compare_prints_what_an_interval_saves(checkpoint: Path) -> None:
+def test_compare_prints_what_short_cuts_save(checkpoint: Path) -> None:
     options = ("--guidance-scale", "2", "--images", "2", "--steps", "4", "--threads", "1", "-c", checkpoint)
     page = run(robuq.app, "compare", "--guidance-interval", "300", "700", *options)
-    assert page.startswith("2 images: 12 of 16 model rows, ")
+    assert page.startswith("2 images: 12 of 16 rows through the blocks, ")
     assert "PSNR" in page
+    assert run(robuq.app, "compare", "--cache-interval", "2", *options).startswith("2 images: 12 of 16 rows ")
 
 
 def test_inspect_prints_what_the_file_holds(checkpoint: Path) -> None:

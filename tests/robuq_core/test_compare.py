@@ -1,14 +1,15 @@
-"""What guidance in an interval saves and costs, on a tiny checkpoint."""
+"""What guidance in an interval and step caching save and cost, on a tiny checkpoint."""
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tiny import write_tiny
 
-from robuq_core.compare import compare_guidance_interval, psnr_db
-from robuq_core.pipeline import ALL_TIMESTEPS, Sampler
+from robuq_core.compare import compare_short_cuts, psnr_db
+from robuq_core.pipeline import Sampler
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -20,24 +21,35 @@ def sampler(tmp_path_factory: pytest.TempPathFactory) -> Sampler:
     return Sampler.from_checkpoint(path, threads=1)
 
 
-def test_the_whole_interval_is_plain_guidance(sampler: Sampler) -> None:
-    result = compare_guidance_interval(sampler, [1, 2, 3], ALL_TIMESTEPS, guidance_scale=2.0)
-    assert (result.images, result.rows, result.rows_full) == (3, 24, 24)
-    assert result.psnr_db == math.inf
-
-
 def test_an_interval_saves_rows_and_changes_pictures(sampler: Sampler) -> None:
     # Four steps at 999, 666, 333 and 0: two of them are guided.
-    result = compare_guidance_interval(sampler, [1, 2, 3], (300, 700), guidance_scale=2.0)
-    assert (result.rows, result.rows_full) == (18, 24)
+    result = compare_short_cuts(sampler, [1, 2, 3], guidance_interval=(300, 700), guidance_scale=2.0)
+    assert (result.images, result.rows, result.rows_full) == (3, 18, 24)
     assert 0 < result.psnr_db < 80
-    near = compare_guidance_interval(sampler, [1, 2, 3], (300, 700), guidance_scale=1.01)
+    near = compare_short_cuts(sampler, [1, 2, 3], guidance_interval=(300, 700), guidance_scale=1.01)
     assert near.psnr_db > result.psnr_db
 
 
-def test_no_guidance_has_no_interval(sampler: Sampler) -> None:
-    with pytest.raises(ValueError, match="guidance_scale 1 is no guidance"):
-        compare_guidance_interval(sampler, [1], (0, 500), guidance_scale=1.0)
+def test_caching_saves_rows_and_changes_pictures(sampler: Sampler) -> None:
+    # Of four steps the first and, back from the last, every third run the blocks.
+    result = compare_short_cuts(sampler, [1, 2, 3], cache_interval=3, guidance_scale=2.0)
+    assert (result.rows, result.rows_full) == (12, 24)
+    assert 0 < result.psnr_db < 80
+    both = compare_short_cuts(sampler, [1], guidance_interval=(0, 700), cache_interval=3, guidance_scale=2.0)
+    assert (both.rows, both.rows_full) == (5, 8)  # guidance sets in at 666, where no kept delta is without a class
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"guidance_interval": (0, 500), "guidance_scale": 1.0}, "guidance_scale 1 is no guidance"),
+        ({}, "no short cut to compare"),
+        ({"cache_interval": 0}, "cache_interval must be at least 1"),
+    ],
+)
+def test_what_compares_nothing_is_refused(sampler: Sampler, chosen: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compare_short_cuts(sampler, [1], **chosen)
 
 
 def test_psnr_is_of_the_mean_square() -> None:

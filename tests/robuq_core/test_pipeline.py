@@ -20,6 +20,7 @@ SPECS = st.builds(
     guidance_scale=st.sampled_from([0.0, 1.0, 1.5, 4.0]),
     sampler=st.sampled_from(SAMPLERS),
     guidance_interval=st.sampled_from([(0, 999), (300, 800), (999, 999), (0, 0)]),
+    cache_interval=st.integers(1, 4),
 )
 
 
@@ -90,6 +91,7 @@ def test_seed_steps_guidance_and_class_all_matter(sampler: Sampler) -> None:
         RowSpec(1, 0, 4, 3.0, "ddim"),
         RowSpec(1, 0, 4, 2.0, "ddpm"),
         RowSpec(1, 0, 4, 2.0, "ddim", (0, 500)),
+        RowSpec(1, 0, 4, 2.0, "ddim", cache_interval=2),
     ):
         assert not np.array_equal(sampler.decode(_draw_alone(sampler, other)), reference)
 
@@ -125,6 +127,7 @@ def test_generate_gives_pictures_and_counts_seeds_up(sampler: Sampler) -> None:
         (RowSpec(1, 0, 0, 1.0, "ddim"), "steps must be"),
         (RowSpec(1, 0, 4, 1.0, "ddim", (500, 400)), r"guidance_interval must be .* not 500, 400"),
         (RowSpec(1, 0, 4, 1.0, "ddim", (0, 1000)), "guidance_interval"),
+        (RowSpec(1, 0, 4, 1.0, "ddim", cache_interval=0), "cache_interval must be at least 1"),
     ],
 )
 def test_requests_out_of_range_are_refused(sampler: Sampler, spec: RowSpec, message: str) -> None:

@@ -91,6 +91,8 @@ class Telemetry:
                 "robuq.num_images": len(order.specs),
                 "robuq.steps": spec.steps,
                 "robuq.guidance_scale": spec.guidance_scale,
+                "robuq.guidance_interval": spec.guidance_interval,
+                "robuq.cache_interval": spec.cache_interval,
                 "robuq.sampler": spec.sampler,
                 "robuq.seed": order.seed,
                 "robuq.format": order.image_format,

@@ -21,7 +21,7 @@ NOT_READY_RETRY_S = 2
 # Not in any standard, but what proxies write when the client hung up; it is seen in logs only.
 CLIENT_CLOSED_REQUEST = 499
 # Faults of several fields together, and the one that is named.
-_CHOICES = {"class_choice": "class_id", "preview_choice": "preview_every"}
+_CHOICES = {"class_choice": "class_id", "preview_choice": "preview_every", "interval_choice": "guidance_interval"}
 _EXAMPLE = {"class_id": 207}
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 

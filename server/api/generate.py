@@ -57,6 +57,8 @@ def _answer(order: Order, result: Result) -> dict[str, Any]:
         "class_name": order.class_name,
         "steps": spec.steps,
         "guidance_scale": spec.guidance_scale,
+        "guidance_interval": spec.guidance_interval,
+        "cache_interval": spec.cache_interval,
         "sampler": spec.sampler,
         "format": order.image_format,
         "timings": vars(result.timings),
@@ -83,6 +85,7 @@ class _Narrator:
 
 
 def _order(body: GenerateRequest, image_format: Any, model: Model, intake: Intake) -> Order:
+    low, high = body.guidance_interval
     order = make_order(
         model,
         model.classes.resolve(body.class_id, body.class_name),
@@ -92,6 +95,8 @@ def _order(body: GenerateRequest, image_format: Any, model: Model, intake: Intak
         seed=body.seed,
         steps=body.steps,
         guidance_scale=body.guidance_scale,
+        guidance_interval=(low, high),
+        cache_interval=body.cache_interval,
         sampler=body.sampler,
         priority=body.priority,
     )

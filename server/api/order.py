@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from robuq_core.config import MAX_SEED, SamplerName, image_seed
 from server.api.catalog import Model
 from server.engine import ImageFormat
-from server.engine.model import RowSpec
+from server.engine.model import ALL_TIMESTEPS, RowSpec
 
 
 @dataclass(slots=True)
@@ -38,6 +38,8 @@ def make_order(
     seed: int | None = None,
     steps: int | None = None,
     guidance_scale: float | None = None,
+    guidance_interval: tuple[int, int] = ALL_TIMESTEPS,
+    cache_interval: int = 1,
     sampler: SamplerName | None = None,
     priority: int = 0,
 ) -> Order:
@@ -48,7 +50,10 @@ def make_order(
     steps = steps or defaults.steps
     guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
     sampler = sampler or defaults.sampler
-    specs = tuple(RowSpec(class_id, image_seed(seed, i), steps, guidance_scale, sampler) for i in range(num_images))
+    specs = tuple(
+        RowSpec(class_id, image_seed(seed, i), steps, guidance_scale, sampler, guidance_interval, cache_interval)
+        for i in range(num_images)
+    )
     return Order(
         model.name,
         class_id,

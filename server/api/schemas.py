@@ -9,10 +9,13 @@ from pydantic_core import PydanticCustomError
 
 from robuq_core.config import MAX_SEED, NUM_TRAIN_TIMESTEPS, SAMPLERS, SamplerName
 from server.engine.images import IMAGE_FORMATS, ImageFormat
+from server.engine.model import ALL_TIMESTEPS
 from server.scheduler.interface import MAX_PRIORITY
 from server.settings import MAX_IMAGES
 
 MIN_TIMEOUT_S = 0.01
+
+Timestep = Annotated[int, Field(ge=0, le=NUM_TRAIN_TIMESTEPS - 1)]
 
 
 class GenerateRequest(BaseModel):
@@ -39,6 +42,22 @@ class GenerateRequest(BaseModel):
         float | None,
         Field(ge=0, le=20, allow_inf_nan=False, description="Classifier-free guidance; 1 is none."),
     ] = None
+    guidance_interval: Annotated[
+        list[Timestep],
+        Field(
+            min_length=2,
+            max_length=2,
+            description="Lowest and highest timestep at which guidance acts; elsewhere an image takes half the work.",
+        ),
+    ] = list(ALL_TIMESTEPS)
+    cache_interval: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=NUM_TRAIN_TIMESTEPS,
+            description="Run the network's blocks at one step in so many and reuse what they added between.",
+        ),
+    ] = 1
     seed: Annotated[int | None, Field(ge=0, le=MAX_SEED, description="Drawn at random if not given.")] = None
     sampler: Annotated[SamplerName | None, Field(description="The checkpoint's if not given.")] = None
     format: Annotated[ImageFormat, Field(description="File format of the images.")] = "png"
@@ -71,6 +90,8 @@ class GenerateRequest(BaseModel):
             raise PydanticCustomError("class_choice", "give class_id or class_name, not both")
         if self.preview_every and not self.stream:
             raise PydanticCustomError("preview_choice", "preview_every needs stream: true")
+        if self.guidance_interval[0] > self.guidance_interval[1]:
+            raise PydanticCustomError("interval_choice", "guidance_interval must be two timesteps, the lower one first")
         return self
 
 
@@ -92,6 +113,8 @@ class GenerateResponse(BaseModel):
     class_name: str
     steps: int
     guidance_scale: float
+    guidance_interval: list[int]
+    cache_interval: int
     sampler: SamplerName
     format: ImageFormat
     timings: TimingsSchema
@@ -215,5 +238,7 @@ def allowed_values(field_schema: dict[str, Any]) -> str:
         return f"a string of {field_schema.get('minLength', 0)} to {field_schema['maxLength']} characters"
     if field_schema["type"] == "boolean":
         return "true or false"
+    if field_schema["type"] == "array":
+        return f"a list of {field_schema['minItems']}, each {allowed_values(field_schema['items'])}"
     kind = "an integer" if field_schema["type"] == "integer" else "a number"
     return f"{kind} from {field_schema['minimum']:g} to {field_schema['maximum']}"

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from robuq_core.config import SamplerConfig
-from robuq_core.pipeline import RowSpec
+from robuq_core.pipeline import ALL_TIMESTEPS, RowSpec
 
-__all__ = ["Row", "RowSpec", "StepSampler", "rows_of"]
+__all__ = ["ALL_TIMESTEPS", "Row", "RowSpec", "StepSampler", "rows_of"]
 
 
 def rows_of(spec: RowSpec) -> int:

@@ -32,6 +32,7 @@ def random_spec(rng: random.Random, sampler: str, classes: int) -> RowSpec:
         steps=rng.randint(1, 8),
         guidance_scale=rng.choice([0.0, 1.0, 1.5, 4.0]),
         sampler=sampler,  # type: ignore[arg-type]
+        cache_interval=rng.choice([1, 1, 2, 3]),
     )
 
 

@@ -57,6 +57,8 @@ def test_the_same_bytes_alone_and_among_random_neighbours(real_client: httpx.Cli
             "seed": rng.randrange(2**32),
             "steps": rng.randint(1, 9),
             "guidance_scale": rng.choice([0, 1, 1.5, 7]),
+            "guidance_interval": rng.choice([[0, 999], [200, 800]]),
+            "cache_interval": rng.randint(1, 3),
             "sampler": rng.choice(SAMPLERS),
         }
         for _ in range(NEIGHBOURS)
@@ -67,3 +69,12 @@ def test_the_same_bytes_alone_and_among_random_neighbours(real_client: httpx.Cli
         images = list(pool.map(lambda body: draw(real_client, body), bodies))
     assert images[NEIGHBOURS // 2] == alone
     assert len(set(images)) > NEIGHBOURS // 2  # the crowd did draw pictures of its own
+
+
+def test_short_cuts_change_the_picture_and_are_told(real_client: httpx.Client) -> None:
+    whole = {"class_id": 7, "seed": 42, "steps": 6, "guidance_scale": 2.5}
+    drawn = [draw(real_client, whole | cut) for cut in ({}, {"guidance_interval": [300, 700]}, {"cache_interval": 2})]
+    assert len(set(drawn)) == 3
+    assert draw(real_client, whole | {"guidance_interval": [0, 999], "cache_interval": 1}) == drawn[0]
+    told = real_client.post("/generate", json=whole | {"guidance_interval": [300, 700], "cache_interval": 2}).json()
+    assert (told["guidance_interval"], told["cache_interval"]) == ([300, 700], 2)

@@ -118,6 +118,8 @@ def test_spans_of_a_request(exporter: InMemorySpanExporter) -> None:
         "robuq.num_images": 3,
         "robuq.steps": 2,
         "robuq.guidance_scale": 1.5,
+        "robuq.guidance_interval": (0, 999),
+        "robuq.cache_interval": 1,
         "robuq.sampler": "ddim",
         "robuq.seed": 5,
         "robuq.format": "png",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import uvicorn
+from waiting import WAIT_S, until
 
 from server.api.app import create_app
 from server.engine import Engine
@@ -15,8 +15,6 @@ from server.engine.create import create_engine
 from server.engine.fake import FakeSampler
 from server.lifecycle import bind
 from server.settings import Settings
-
-WAIT_S = 10.0
 
 
 @contextmanager
@@ -28,11 +26,8 @@ def fake_server(sampler: FakeSampler, **options: object) -> Iterator[tuple[str, 
     with bind("127.0.0.1", 0) as sock:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
         thread.start()
-        deadline = time.monotonic() + WAIT_S
-        while not (engine.status == "ready" and server.started):
-            assert time.monotonic() < deadline, engine.status
-            time.sleep(0.01)
         try:
+            until(lambda: engine.status == "ready" and server.started)
             yield f"http://127.0.0.1:{sock.getsockname()[1]}", engine
         finally:
             server.should_exit = True

@@ -6,10 +6,8 @@ promises to write is there afterwards. ``localhost:8000`` is a server of the bun
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,13 +15,13 @@ from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
 import yaml
 from doc_commands import ALL, PAGES, PYTHON, ROOT, Block, Command
 from loaded_server import fake_server
 from PIL import Image
+from process_harness import SERVE, client_of, launch, stop
 from test_commands_parse import console_script
 from tiny import write_tiny
 from typer.testing import CliRunner
@@ -177,22 +175,10 @@ class Sandbox:
         words = ["127.0.0.1" if word == "0.0.0.0" else word for word in words]
         if "--port" in words:
             words[words.index("--port") + 1] = "0"
-        process = subprocess.Popen(
-            [sys.executable, "-c", "from server.cli import app; app()", *words],
-            cwd=self.folder,
-            env={**os.environ, "ROBUQ_PORT": "0", "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            assert process.stdout is not None
-            told = re.search(r"http://[\w.:]+", process.stdout.readline())
-            assert told
-            with httpx.Client(timeout=60, transport=httpx.HTTPTransport(retries=8)) as client:
-                assert client.get(f"{told.group()}/health").status_code == 200
-        finally:
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(60) == 0
+        process = launch(sys.executable, "-c", SERVE, *words, cwd=self.folder)
+        with client_of(process) as client:
+            assert client.get("/health").status_code == 200
+            stop(process)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import site
 import subprocess
 import sys
@@ -14,9 +13,9 @@ import venv
 import zipfile
 from pathlib import Path
 
-import httpx
 import pytest
 from doc_commands import ROOT
+from process_harness import client_of, launch, stop
 
 import robuq_core
 
@@ -99,25 +98,12 @@ def test_it_serves_from_a_clean_environment(wheel: Path, tmp_path: Path) -> None
     where = run(python, "-c", "import robuq_core, server, train; print(robuq_core.__file__)", cwd=tmp_path)
     assert Path(where.strip()).is_relative_to(environment)
     assert "average activation bits" in run(environment / "bin" / "robuq", "inspect", cwd=tmp_path)
-    process = subprocess.Popen(
-        [environment / "bin" / "robuq-serve", "--port", "0"],
-        cwd=tmp_path,
-        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        told = re.search(r"http://[\w.:]+", process.stdout.readline())
-        assert told
-        with httpx.Client(base_url=told.group(), timeout=60, transport=httpx.HTTPTransport(retries=5)) as client:
-            while client.get("/ready").status_code != 200:
-                assert process.poll() is None
-            answer = client.post("/generate", json={"class_id": 207, "seed": 0}, headers={"Accept": "image/png"})
-            assert answer.status_code == 200
-            assert answer.content.startswith(b"\x89PNG")
-            assert client.get("/info").json()["backend"] != "reference"
-            assert "RobuQ" in client.get("/").text
-    finally:
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+    own = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    process = launch(environment / "bin" / "robuq-serve", "--port", "0", cwd=tmp_path, env=own)
+    with client_of(process) as client:
+        answer = client.post("/generate", json={"class_id": 207, "seed": 0}, headers={"Accept": "image/png"})
+        assert answer.status_code == 200
+        assert answer.content.startswith(b"\x89PNG")
+        assert client.get("/info").json()["backend"] != "reference"
+        assert "RobuQ" in client.get("/").text
+        stop(process)

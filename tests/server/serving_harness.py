@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import httpx
 import uvicorn
+from waiting import WAIT_S, until
 
 from server.api.app import create_app
 from server.engine import Engine, Job
@@ -17,16 +17,6 @@ from server.engine.fake import FakeRow, FakeSampler
 from server.engine.model import RowSpec, StepSampler
 from server.lifecycle import bind, uvicorn_config
 from server.settings import Settings
-
-WAIT_S = 60.0  # what is right takes a moment, unless the machine is busy
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for ``condition``; the test fails when it does not come true."""
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.001)
 
 
 def spec(seed: int = 0, steps: int = 3, class_id: int = 0, guidance_scale: float = 1.0) -> RowSpec:

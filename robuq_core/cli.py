@@ -127,7 +127,8 @@ def compare(
     )
     typer.echo(
         f"{result.images} images: {result.rows} of {result.rows_full} rows through the blocks, "
-        f"{result.seconds:.2f} of {result.seconds_full:.2f} s, PSNR {result.psnr_db:.1f} dB"
+        f"{result.seconds:.2f} of {result.seconds_full:.2f} s, PSNR {result.psnr_db:.1f} dB; "
+        f"as much work in {result.fewer_steps} plain steps: {result.fewer_steps_psnr_db:.1f} dB"
     )
 
 

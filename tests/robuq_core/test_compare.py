@@ -24,7 +24,7 @@ def sampler(tmp_path_factory: pytest.TempPathFactory) -> Sampler:
 def test_an_interval_saves_rows_and_changes_pictures(sampler: Sampler) -> None:
     # Four steps at 999, 666, 333 and 0: two of them are guided.
     result = compare_short_cuts(sampler, [1, 2, 3], guidance_interval=(300, 700), guidance_scale=2.0)
-    assert (result.images, result.rows, result.rows_full) == (3, 18, 24)
+    assert (result.images, result.rows, result.rows_full, result.fewer_steps) == (3, 18, 24, 3)
     assert 0 < result.psnr_db < 80
     near = compare_short_cuts(sampler, [1, 2, 3], guidance_interval=(300, 700), guidance_scale=1.01)
     assert near.psnr_db > result.psnr_db
@@ -33,8 +33,9 @@ def test_an_interval_saves_rows_and_changes_pictures(sampler: Sampler) -> None:
 def test_caching_saves_rows_and_changes_pictures(sampler: Sampler) -> None:
     # Of four steps the first and, back from the last, every third run the blocks.
     result = compare_short_cuts(sampler, [1, 2, 3], cache_interval=3, guidance_scale=2.0)
-    assert (result.rows, result.rows_full) == (12, 24)
+    assert (result.rows, result.rows_full, result.fewer_steps) == (12, 24, 2)
     assert 0 < result.psnr_db < 80
+    assert 0 < result.fewer_steps_psnr_db < 80
     both = compare_short_cuts(sampler, [1], guidance_interval=(0, 700), cache_interval=3, guidance_scale=2.0)
     assert (both.rows, both.rows_full) == (5, 8)  # guidance sets in at 666, where no kept delta is without a class
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -80,7 +81,7 @@ def test_what_changes_often_comes_last() -> None:
     """A change of the source must not download torch again, nor be a layer that holds it."""
     builder = [f"{i.name} {i.value}" for i in INSTRUCTIONS if i.stage == 1]
     marks = (
-        "RUN apt-get",
+        "RUN headers=",
         "RUN pip install --no-deps ${TORCH_INDEX_URL",
         "COPY pyproject.toml",
         "RUN python -c",
@@ -93,15 +94,31 @@ def test_what_changes_often_comes_last() -> None:
     assert builder.index(install) > places[-1]
 
 
-def test_the_requirements_are_those_of_the_project() -> None:
+@pytest.mark.parametrize("cuda", [None, "12.8"])
+def test_the_requirements_are_those_of_the_project(tmp_path: Path, cuda: str | None) -> None:
     (step,) = [value for value in values("RUN", stage=1) if "tomllib" in value]
     program = re.search(r'python -c "([^"]+)"', step)
     assert program is not None
-    result = subprocess.run([sys.executable, "-c", program[1]], cwd=ROOT, capture_output=True, text=True)
+    (tmp_path / "torch.py").write_text(f"class version:\n    cuda = {cuda!r}\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", program[1]]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert result.stdout.splitlines() == project["dependencies"]
-    assert any(line.startswith("torch") for line in project["dependencies"])
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    (triton,) = [line for line in wanted if line.startswith("triton")]
+    assert result.stdout.splitlines() == [line for line in wanted if cuda or line != triton]
+
+
+@pytest.mark.parametrize("headers", [True, False])
+def test_headers_of_python_are_fetched_where_the_base_has_none(tmp_path: Path, headers: bool) -> None:
+    """The kernels are an extension module; Python's own images have them, those of Debian do not."""
+    program = re.search(r'headers=\$\(python -c "([^"]+)"\)', values("RUN", stage=1)[0])
+    assert program is not None
+    if headers:
+        (tmp_path / "Python.h").touch()
+    fake = f"import sysconfig; sysconfig.get_path = lambda name: {str(tmp_path)!r}; exec({program[1]!r})"
+    result = subprocess.run([sys.executable, "-c", fake], capture_output=True, text=True)
+    assert result.stdout.split() == ([] if headers else ["python3-dev"]), result.stderr
 
 
 def test_the_final_user_is_not_root() -> None:

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -28,10 +28,11 @@ from robuq_core.errors import UserError
 from robuq_core.files import replacing
 from robuq_core.kernels.ops import TernaryLayer
 from robuq_core.kernels.pack_layer import layer_of_planes, pack_layer
+from robuq_core.kernels.unpack import planar_from_base3
 from robuq_core.models.dit import FREQUENCY_SIZE, DiT
 from robuq_core.models.quant_linear import QuantLinear, is_adaln, layer_bits, layer_rotation_block, quantizable_linears
 from robuq_core.quant.bits import average_bits
-from robuq_core.quant.packing import base3_size, pack_base3, planar_from_base3, unpack_planar
+from robuq_core.quant.packing import base3_size, pack_base3, unpack_planar
 
 # 2: weights of several planes; what else is quantised, and how.
 FORMAT_VERSION = 2
@@ -85,6 +86,17 @@ class Checkpoint:
     layers: dict[str, TernaryLayer]
 
 
+@dataclass(frozen=True)
+class Description:
+    """What the writer of a file says of its network beside weights and shape; fields as in :class:`Header`."""
+
+    quant: QuantConfig
+    diffusion: DiffusionConfig
+    sampler: SamplerConfig
+    class_names: tuple[str, ...] = ()
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
 def layer_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
     """``(out, in)`` of every quantised linear, by name, in the order of the network."""
     d, hidden = model.hidden_size, model.mlp_ratio * model.hidden_size
@@ -122,16 +134,7 @@ def layer_macs(model: ModelConfig) -> dict[str, int]:
     }
 
 
-def write_checkpoint(
-    path: Path,
-    model: DiT,
-    *,
-    quant: QuantConfig,
-    diffusion: DiffusionConfig,
-    sampler: SamplerConfig,
-    class_names: tuple[str, ...] = (),
-    provenance: Mapping[str, Any] | None = None,
-) -> Header:
+def write_checkpoint(path: Path, model: DiT, about: Description) -> Header:
     """Pack a fake-quantised ``model`` into ``path``, whole or not at all; returns the header written.
 
     Raises:
@@ -143,8 +146,7 @@ def write_checkpoint(
             raise CheckpointError(f"{name} is not quantised: pack the model that quantisation-aware training made")
         layers[name] = pack_layer(linear)
     dense = {name: p.detach() for name, p in model.named_parameters() if not name.startswith("blocks.")}
-    return write_packed(path, model.config, dense, layers, quant=quant, diffusion=diffusion, sampler=sampler,
-                        class_names=class_names, provenance=provenance)  # fmt: skip
+    return write_packed(path, model.config, dense, layers, about)
 
 
 def write_packed(
@@ -152,24 +154,19 @@ def write_packed(
     model: ModelConfig,
     dense: Mapping[str, Tensor],
     layers: Mapping[str, TernaryLayer],
-    *,
-    quant: QuantConfig,
-    diffusion: DiffusionConfig,
-    sampler: SamplerConfig,
-    class_names: tuple[str, ...] = (),
-    provenance: Mapping[str, Any] | None = None,
+    about: Description,
 ) -> Header:
     """Write what :func:`read_checkpoint` gives back: ``dense`` tensors and packed ``layers`` by DiT name.
 
     Raises:
         CheckpointError: a tensor holds values that its storage type cannot, names and classes differ in number, or
-            ``quant`` is an ablation that the runtime does not run.
+            ``about.quant`` is an ablation that the runtime does not run.
     """
-    if quant.activation != "gaussian":
-        raise CheckpointError(f"quant.activation {quant.activation} has no packed form, only gaussian has: it is there "
-                              "to be compared in training; train with quant.activation gaussian")  # fmt: skip
-    if class_names and len(class_names) != model.num_classes:
-        raise CheckpointError(f"{len(class_names)} class names for {model.num_classes} classes")
+    if about.quant.activation != "gaussian":
+        raise CheckpointError(f"quant.activation {about.quant.activation} has no packed form, only gaussian has: it "
+                              "is there to be compared in training; train with quant.activation gaussian")  # fmt: skip
+    if about.class_names and len(about.class_names) != model.num_classes:
+        raise CheckpointError(f"{len(about.class_names)} class names for {model.num_classes} classes")
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors |= {f"{name}.{part}": tensor for part, tensor in _stored_parts(layer).items()}
@@ -181,13 +178,9 @@ def write_packed(
     header = Header(
         format_version=FORMAT_VERSION,
         model=model,
-        quant=quant,
-        diffusion=diffusion,
-        sampler=sampler,
-        class_names=class_names,
         decoder="pixels" if model.in_channels == 3 else "latent",
-        provenance=dict(provenance or {}),
         tensors={name: _entry(tensor) for name, tensor in tensors.items()},
+        **vars(about),
     )
     with replacing(path) as temporary:
         try:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from robuq_core import __version__
-from robuq_core.checkpoint import CheckpointError, Header, dense_shapes, layer_shapes, write_packed
+from robuq_core.checkpoint import CheckpointError, Description, Header, dense_shapes, layer_shapes, write_packed
 from robuq_core.config import NUM_TRAIN_TIMESTEPS, Flavour, QuantConfig, SamplerConfig
 from robuq_core.kernels.ops import Backend, TernaryLayer
 from robuq_core.kernels.pack_layer import pack_layer
@@ -116,18 +116,8 @@ def pack_untrained(
     layers = quantize_layers(weights, quant, on_layer)
     dense = {name: weights.tensor(name) for name in dense_shapes(weights.config)}
     error = relative_error(weights, quant, dense, layers, select_backend())
-    header = write_packed(
-        target,
-        weights.config,
-        dense,
-        layers,
-        quant=quant,
-        diffusion=weights.diffusion,
-        sampler=sampler or SamplerConfig(),
-        class_names=names,
-        provenance=_provenance(weights, error),
-    )
-    return PackedResult(header, error)
+    about = Description(quant, weights.diffusion, sampler or SamplerConfig(), names, _provenance(weights, error))
+    return PackedResult(write_packed(target, weights.config, dense, layers, about), error)
 
 
 def quantize_layers(weights: Weights, quant: QuantConfig, on_layer: Progress | None = None) -> dict[str, TernaryLayer]:

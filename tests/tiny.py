@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from robuq_core.checkpoint import write_checkpoint
+from robuq_core.checkpoint import Description, write_checkpoint
 from robuq_core.config import DiffusionConfig, ModelConfig, QuantConfig, SamplerConfig
 from robuq_core.models.dit import DiT
 from robuq_core.models.quant_linear import quantize_model
@@ -31,13 +31,12 @@ def write_tiny(
     """Pack :func:`tiny_model` into ``path``; returns the model."""
     quant = quant or QuantConfig(rank=4)
     dit = tiny_model(model, quant)
-    write_checkpoint(
-        path,
-        dit,
-        quant=quant,
-        diffusion=DiffusionConfig(prediction_type="sample", clip_sample=clip_sample),
-        sampler=SamplerConfig(steps=4),
+    about = Description(
+        quant,
+        DiffusionConfig(prediction_type="sample", clip_sample=clip_sample),
+        SamplerConfig(steps=4),
         class_names=tuple(f"class {i}" for i in range(model.num_classes)),
         provenance={"seed": 0},
     )
+    write_checkpoint(path, dit, about)
     return dit

@@ -17,7 +17,7 @@ from typing import Any
 from robuq_core.bench.report import Loading, MemoryUse
 from robuq_core.bench.source import Source
 from robuq_core.bench.timing import BenchError
-from robuq_core.checkpoint import write_packed
+from robuq_core.checkpoint import Description, write_packed
 
 MEMORY_SIDES = ("robuq", "fp32", "bf16")
 _MEMORY_STEPS = 2
@@ -40,8 +40,8 @@ def write_random(source: Source, path: Path) -> int:
     """Write the weights of ``source`` as a packed file; returns its bytes."""
     checkpoint = source.checkpoint
     header = checkpoint.header
-    write_packed(path, header.model, checkpoint.dense, checkpoint.layers, quant=header.quant,
-                 diffusion=header.diffusion, sampler=header.sampler, provenance={"weights": "random"})  # fmt: skip
+    about = Description(header.quant, header.diffusion, header.sampler, provenance={"weights": "random"})
+    write_packed(path, header.model, checkpoint.dense, checkpoint.layers, about)
     return path.stat().st_size
 
 

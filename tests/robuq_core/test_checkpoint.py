@@ -1,5 +1,6 @@
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from tiny import TINY, tiny_model, write_tiny
 
 from robuq_core.checkpoint import (
     CheckpointError,
+    Description,
     dense_shapes,
     layer_macs,
     layer_shapes,
@@ -183,13 +185,13 @@ def test_writing_is_whole_or_not_at_all(packed: Path) -> None:
     model = tiny_model()
     with torch.no_grad():
         model.x_embedder.weight[0, 0] = 1e9
-    arguments = {"quant": QuantConfig(rank=4), "diffusion": DiffusionConfig(), "sampler": SamplerConfig()}
+    about = Description(QuantConfig(rank=4), DiffusionConfig(), SamplerConfig())
     with pytest.raises(CheckpointError, match=r"x_embedder\.weight does not fit"):
-        write_checkpoint(packed, model, **arguments)
+        write_checkpoint(packed, model, about)
     with pytest.raises(CheckpointError, match="class names"):
-        write_checkpoint(packed, model, class_names=("one",), **arguments)
+        write_checkpoint(packed, model, replace(about, class_names=("one",)))
     with pytest.raises(CheckpointError, match="is not quantised"):
-        write_checkpoint(packed, DiT(ModelConfig(**TINY.model_dump())), **arguments)
+        write_checkpoint(packed, DiT(ModelConfig(**TINY.model_dump())), about)
     assert packed.read_bytes() == before
     assert [p.name for p in packed.parent.iterdir()] == [packed.name]
 

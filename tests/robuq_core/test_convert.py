@@ -8,7 +8,7 @@ import torch
 from autoencoders import examples, save_autoencoder_tiny
 from typer.testing import CliRunner
 
-from robuq_core.checkpoint import CheckpointError, read_checkpoint, read_header, write_checkpoint
+from robuq_core.checkpoint import CheckpointError, Description, read_checkpoint, read_header, write_checkpoint
 from robuq_core.cli import app
 from robuq_core.config import DiffusionConfig, ModelConfig, QuantConfig, SamplerConfig
 from robuq_core.convert import (
@@ -69,13 +69,8 @@ def test_packing_untrained_is_packing_the_fake_quantised_model(source: Path, tmp
     quant = QuantConfig(activation_bits=4, rank=3, weight_planes=planes, bits={"blocks.1.mlp.fc1": 2})
     result = pack_untrained(source, tmp_path / "streamed.safetensors", quant)
     _, model = load_dit(source)
-    header = write_checkpoint(
-        tmp_path / "whole.safetensors",
-        quantize_model(model, quant),
-        quant=quant,
-        diffusion=DiffusionConfig(),
-        sampler=SamplerConfig(),
-    )
+    about = Description(quant, DiffusionConfig(), SamplerConfig())
+    header = write_checkpoint(tmp_path / "whole.safetensors", quantize_model(model, quant), about)
     assert result.header.tensors == header.tensors
     assert result.header.provenance["method"] == METHOD
     assert result.header.provenance["source"] == {"name": "model.pt", "layout": "official"}

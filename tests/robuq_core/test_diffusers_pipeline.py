@@ -18,7 +18,7 @@ from PIL import Image
 from tiny import TINY, write_tiny
 
 from robuq_core import RobuQPipeline, diffusers_pipeline
-from robuq_core.checkpoint import read_header, write_checkpoint
+from robuq_core.checkpoint import Description, read_header, write_checkpoint
 from robuq_core.decode import LatentDecoder
 from robuq_core.diffusion.samplers import step_table
 from robuq_core.errors import UserError
@@ -148,10 +148,8 @@ def test_labels_are_the_synonyms_in_order(tmp_path: Path) -> None:
     model = TINY.model_copy(update={"num_classes": 2})
     quant = QuantConfig(rank=4)
     named = tmp_path / "named.safetensors"
-    write_checkpoint(
-        named, tiny_model(model, quant), quant=quant, diffusion=DiffusionConfig(), sampler=SamplerConfig(),
-        class_names=("tench, Tinca tinca", "golden retriever"),
-    )  # fmt: skip
+    names = ("tench, Tinca tinca", "golden retriever")
+    write_checkpoint(named, tiny_model(model, quant), Description(quant, DiffusionConfig(), SamplerConfig(), names))
     pipe = RobuQPipeline.from_pretrained(named, backend="reference")
     assert list(pipe.labels.items()) == [("Tinca tinca", 0), ("golden retriever", 1), ("tench", 0)]
     assert pipe.get_label_ids(["golden retriever", "tench"]) == [1, 0]

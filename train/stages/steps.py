@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from robuq_core.checkpoint import Header, layer_macs, write_checkpoint
+from robuq_core.checkpoint import Description, Header, layer_macs, write_checkpoint
 from robuq_core.files import replacing
 from robuq_core.models.dit import DiT
 from robuq_core.models.quant_linear import quantize_model
@@ -226,15 +226,9 @@ def export(config: TrainConfig, path: Path) -> Header:
         "teacher": {"step": teacher_state["step"], "history": teacher_state["history"]},
         "qat": student,
     }
-    return write_checkpoint(
-        path,
-        model,
-        quant=resolved(config).quant,
-        diffusion=config.diffusion,
-        sampler=config.sampler,
-        class_names=read_class_names(config),
-        provenance=provenance,
-    )
+    quant, names = resolved(config).quant, read_class_names(config)
+    about = Description(quant, config.diffusion, config.sampler, names, provenance)
+    return write_checkpoint(path, model, about)
 
 
 def export_now(config: TrainConfig, note: Note) -> None:

@@ -28,7 +28,7 @@ Isa = Literal["amx", "avx512vnni", "avx2", "plain"]  # fastest first
 ISA_VARIABLE = "ROBUQ_CPU_ISA"
 
 # The native side's enumerations (native/robuq.h) and the number of its interface (native/module.c).
-_INTERFACE = 6
+_INTERFACE = 7
 _ISA_CODE: Mapping[Isa, int] = {"plain": 0, "avx2": 1, "avx512vnni": 2, "amx": 3}
 _MODULATE = 1
 
@@ -44,6 +44,8 @@ _SIGNATURES = {
     "robuq_attention": [_POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _SIZE, _INT, _POINTER],
     # backend; x, weight, bias, rows, K, N; y
     "robuq_linear": [_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER],
+    # packed, N, K; planar
+    "robuq_planar_from_base3": [_POINTER, _SIZE, _SIZE, _POINTER],
 }
 
 

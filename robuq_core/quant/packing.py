@@ -62,7 +62,7 @@ def unpack_base3(packed: Tensor, shape: tuple[int, int]) -> Tensor:
     Raises:
         ValueError: another dtype or length than ``shape`` asks for, or a byte above 242.
     """
-    _check_base3(packed, shape)
+    check_base3(packed, shape)
     return _base3_digits(packed, shape).to(torch.int8) - 1
 
 
@@ -72,7 +72,7 @@ def planar_from_base3(packed: Tensor, shape: tuple[int, int]) -> Tensor:
     Raises:
         ValueError: as :func:`unpack_base3`.
     """
-    _check_base3(packed, shape)
+    check_base3(packed, shape)
     rows, in_features = shape
     planar = packed.new_empty(rows, planar_width(in_features))
     # In pieces that stay in cache, each of whole rows and whole bytes.
@@ -85,7 +85,8 @@ def planar_from_base3(packed: Tensor, shape: tuple[int, int]) -> Tensor:
     return planar
 
 
-def _check_base3(packed: Tensor, shape: tuple[int, int]) -> None:
+def check_base3(packed: Tensor, shape: tuple[int, int]) -> None:
+    """Raises: ValueError: another dtype or length than ``shape`` asks for, or a byte above 242."""
     count = math.prod(shape)
     if packed.dtype != torch.uint8 or packed.shape != (base3_size(count),):
         raise ValueError(

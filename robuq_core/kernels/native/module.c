@@ -8,13 +8,14 @@
 #include <math.h>
 #include <stdlib.h>
 
+#include "base3.h"
 #include "isa.h"
 #include "robuq.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
 /* One more whenever an argument list changes: cpu.py refuses a library built from other source than its own. */
-EXPORT int robuq_interface(void) { return 6; }
+EXPORT int robuq_interface(void) { return 7; }
 
 EXPORT int robuq_supports(int isa) { return isa_supported(isa); }
 
@@ -202,6 +203,11 @@ EXPORT int robuq_linear(
     const int failed = pool_run(backend->pool, count, 0, backend->tasks->linear, &job);
     pool_end(backend->pool);
     return failed;
+}
+
+EXPORT int robuq_planar_from_base3(const uint8_t *packed, int64_t rows, int64_t width, uint8_t *planar) {
+    planar_from_base3(packed, rows, width, planar);
+    return 0;
 }
 
 static struct PyModuleDef definition = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -30,12 +30,8 @@ def test_rehearsal(tmp_path: Path) -> None:
 def test_a_part_that_fails_is_written_down_and_the_next_one_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gpu_check", script)
-    spec.loader.exec_module(script)
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    script = importlib.import_module("gpu_check")
 
     def broken(check: object) -> dict[str, object]:
         raise AssertionError("off by 7")

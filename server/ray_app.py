@@ -18,7 +18,9 @@ from fastapi import FastAPI
 from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 from ray import serve
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig, RequestRouterConfig
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.app import create_app
 from server.capacity import TARGET_UTILISATION
@@ -31,6 +33,7 @@ from server.lifecycle import DELIVERY_TIMEOUT_S, SWITCH_INTERVAL_S
 from server.loading import load_samplers, located
 from server.logging import configure_logging
 from server.ray_metrics import PUBLISH_S, RayMetrics
+from server.ray_routing import TwoChoices
 from server.ray_scaling import IMAGES, REQUESTS, scale_on_images
 from server.settings import Settings
 
@@ -94,6 +97,7 @@ class Replica:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         app = create_app(self.engine, self.settings)
+        app.add_middleware(_ProxyNamesRequest)
         _begin_warm(app, self.engine)
         return app
 
@@ -110,6 +114,24 @@ class Replica:
         """What :func:`server.ray_scaling.scale_on_images` goes by."""
         load = self.engine.load()
         return {IMAGES: load.images_in_flight, REQUESTS: load.requests_running + load.requests_waiting}
+
+
+class _ProxyNamesRequest:
+    """Ray's proxies give requests ids and put them into answers; this keeps ours from saying the same once more."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_without_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                # It is another one where the client's was not fit for a log, and then has to be told.
+                if headers.get("x-request-id") == Headers(scope=scope).get("x-request-id"):
+                    del headers["x-request-id"]
+            await send(message)
+
+        await self.app(scope, receive, send_without_id if scope["type"] == "http" else send)
 
 
 def _begin_warm(app: FastAPI, engine: Engine) -> None:
@@ -157,6 +179,7 @@ def app(settings: ClusterSettings) -> serve.Application:
         max_queued_requests=settings.max_queue_images,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         autoscaling_config=scaling,
+        request_router_config=RequestRouterConfig(request_router_class=TwoChoices),  # type: ignore[no-untyped-call]
         graceful_shutdown_timeout_s=settings.drain_timeout_s + DELIVERY_TIMEOUT_S,
         health_check_period_s=5,
         health_check_timeout_s=10,

@@ -1,11 +1,14 @@
-"""Two Ray nodes on this machine, and clients that try again when a request fails for the cluster's sake."""
+"""A Ray cluster on this machine, and clients that try again when a request fails for the cluster's sake."""
 
 from __future__ import annotations
 
 import os
 import secrets
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -16,19 +19,36 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
-WAIT_S = 120.0
+ROOT = Path(__file__).parents[2]
+WAIT_S = 180.0
+# Not 127.0.0.1: Ray takes that for "this machine" and looks for the cluster at the address of a network interface,
+# where a head that was told to be on loopback does not listen.
+HEAD, WORKER = "127.0.0.2", "127.0.0.3"
 _PORTS = ("metrics_agent_port", "metrics_export_port", "runtime_env_agent_port")
 _PORT_IN_A_FILE = "dashboard_agent_listen_port"
-# Ray's own pace is for clusters that run for days.
-_HASTE = {
+_VARIABLES = {
+    # Ray's own pace is for clusters that run for days,
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
+    # and its patience for machines with cores to spare.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
 }
 _SYSTEM = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3,
            "metrics_report_interval_ms": 1000, "agent_register_timeout_ms": 120_000}  # fmt: skip
+
+
+def why_not() -> str | None:
+    """Why no cluster can be had here; None if it can."""
+    for host in (HEAD, WORKER):
+        try:
+            socket.create_server((host, 0)).close()
+        except OSError as error:
+            return f"no node can listen on {host}: {error}"
+    return None
 
 
 def until(condition: Any, what: str) -> None:
@@ -45,8 +65,8 @@ def free_port() -> int:
     return port
 
 
-def add_node(cluster: Any, sessions: Path, **more: Any) -> Any:
-    """Another node of one CPU on loopback.
+def add_node(cluster: Any, sessions: Path, host: str, **more: Any) -> Any:
+    """Another node of one CPU, on the loopback address ``host``.
 
     Ray gives a node's agent 15 seconds to start and to write its ports to files, and ends the node if it takes longer,
     as it does on a busy machine. So every port is chosen here, and the one that Ray reads from a file is in it already.
@@ -67,44 +87,61 @@ def add_node(cluster: Any, sessions: Path, **more: Any) -> Any:
     teller.start()
     try:
         variables = {"RAY_OVERRIDE_NODE_ID_FOR_TESTING": node_id}
-        return cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1", env_vars=variables, **ports, **more)
+        return cluster.add_node(num_cpus=1, node_ip_address=host, env_vars=variables, **ports, **more)
     finally:
         added.set()
         teller.join()
 
 
 @dataclass
-class TwoNodes:
+class LocalCluster:
     """``cluster`` is a ``ray.cluster_utils.Cluster``; ``url`` that of Serve's proxy on the head node."""
 
     cluster: Any
     url: str
     sessions: Path
-    worker: Any
+    worker: Any = None
+
+    def add_worker(self) -> None:
+        """A second node."""
+        self.worker = add_node(self.cluster, self.sessions, WORKER)
 
     def lose_worker(self) -> None:
-        """Kill every process of the second node, as a machine that loses power would."""
+        """Kill every process of the second node at once, as a machine that loses power would."""
+        (raylet,) = self.worker.all_processes["raylet"]
+        parent = psutil.Process(raylet.process.pid)
+        for process in (*parent.children(recursive=True), parent):
+            process.kill()
         self.cluster.remove_node(self.worker, allow_graceful=False)
+        self.worker = None
 
-    def regain_worker(self) -> None:
-        self.worker = add_node(self.cluster, self.sessions)
+    def serve_run(self, *arguments: str) -> None:
+        """``serve run server.ray_app:app ARGUMENTS``, back when the application is ready."""
+        command = ("-m", "ray.serve.scripts", "run", "--non-blocking", "--address", self.cluster.address)
+        ran = subprocess.run(
+            [sys.executable, *command, "server.ray_app:app", *arguments],
+            cwd=ROOT, capture_output=True, text=True, timeout=2 * WAIT_S,
+        )  # fmt: skip
+        assert ran.returncode == 0, ran.stderr
 
-    def exporters(self) -> list[str]:
-        """Addresses of the Prometheus exporters of the nodes that are alive."""
+    def exported(self) -> str:
+        """What the Prometheus exporters of the nodes that are alive tell."""
         import ray
 
         alive = [node for node in ray.nodes() if node["Alive"]]
-        return [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in alive]
+        exporters = [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in alive]
+        return "".join(httpx.get(url, timeout=WAIT_S).text for url in exporters)
 
 
 @contextmanager
-def two_nodes() -> Iterator[TwoNodes]:
-    """A head and a second node of one CPU each, on loopback, and Serve with a proxy on the head."""
+def local_cluster() -> Iterator[LocalCluster]:
+    """A head node of one CPU, on loopback, and Serve with a proxy there."""
     folder = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # Ray puts sockets there, whose paths must be short
     sessions = folder / "ray"
     sessions.mkdir()
-    variables = {**_HASTE, "RAY_TMPDIR": str(folder)}
+    variables = {**_VARIABLES, "RAY_TMPDIR": str(folder)}
     before = {name: os.environ.get(name) for name in variables}
+    at_sigterm = signal.getsignal(signal.SIGTERM)  # Ray sets one of its own
     os.environ.update(variables)
     import ray
     from ray import serve
@@ -113,17 +150,18 @@ def two_nodes() -> Iterator[TwoNodes]:
     port = free_port()
     cluster = Cluster()
     try:
-        add_node(cluster, sessions, include_dashboard=False, _system_config=_SYSTEM)
-        nodes = TwoNodes(cluster, f"http://127.0.0.1:{port}", sessions, add_node(cluster, sessions))
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+        spared = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
+        add_node(cluster, sessions, HEAD, _system_config=_SYSTEM, **spared)
+        ray.init(address=cluster.address, _node_ip_address=HEAD, log_to_driver=False, logging_level="error")
         serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
-        yield nodes
+        yield LocalCluster(cluster, f"http://127.0.0.1:{port}", sessions)
     finally:
         if ray.is_initialized():
             serve.shutdown()
             ray.shutdown()
         cluster.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+        signal.signal(signal.SIGTERM, at_sigterm)
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name)
@@ -179,20 +217,25 @@ class Load:
                         self.images.setdefault(seed, set()).add(image)
 
     def _draw(self, client: httpx.Client, seed: int) -> bytes | None:
-        body = {"class_id": seed, "seed": seed, "steps": self.steps}
         deadline = time.monotonic() + WAIT_S / 2
         while time.monotonic() < deadline:
             try:
-                answer = client.post("/generate", json=body, headers={"Accept": "image/png"})
+                answer = draw(client, seed, self.steps)
             except httpx.TransportError as error:
                 why = type(error).__name__
             else:
                 if answer.status_code == 200:
                     return answer.content
-                why = str(answer.status_code)
+                why = f"{answer.status_code} {answer.text[:300]}"
                 if answer.status_code < 500 and answer.status_code != 429:
-                    return None
+                    break
             with self._lock:
                 self.retries.append(why)
             time.sleep(0.2)
         return None
+
+
+def draw(client: httpx.Client, seed: int, steps: int) -> httpx.Response:
+    """Ask for the image of a seed, as PNG."""
+    body = {"class_id": seed, "seed": seed, "steps": steps}
+    return client.post("/generate", json=body, headers={"Accept": "image/png"})

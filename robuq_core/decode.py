@@ -36,7 +36,7 @@ class DecoderError(UserError):
 class Decoder(Protocol):
     """Turns what a network drew into a picture; may be called from several threads.
 
-    ``channels``: of the samples that it takes; ``device``: where it takes them.
+    ``channels``: of the samples that it takes; ``device``: where it takes them; ``weight_bytes``: of its weights.
     """
 
     @property
@@ -45,6 +45,8 @@ class Decoder(Protocol):
     def channels(self) -> int: ...
     @property
     def device(self) -> torch.device: ...
+    @property
+    def weight_bytes(self) -> int: ...
 
     def image_size(self, sample_size: int) -> int:
         """Side in pixels of the picture of a sample with sides of ``sample_size``."""
@@ -61,6 +63,7 @@ class PixelDecoder:
 
     name = "pixels"
     channels = 3
+    weight_bytes = 0
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)

@@ -55,7 +55,12 @@ class Metrics:
             buckets=_batch_buckets(max_batch_rows),
             registry=registry,
         )
-        self._weight_bytes = Gauge("robuq_model_weight_bytes", "Bytes of the weights in memory.", registry=registry)
+        self._weight_bytes = Gauge(
+            "robuq_model_weight_bytes", "Bytes of the network's weights in memory.", registry=registry
+        )
+        self._decoder_weight_bytes = Gauge(
+            "robuq_decoder_weight_bytes", "Bytes of the latent decoder's; 0 where pixels are drawn.", registry=registry
+        )
         self._info = Info("robuq", "The server and its model.", registry=registry)
         memory = Gauge("robuq_process_resident_memory_bytes", "Resident memory of the server.", registry=registry)
         process = psutil.Process()
@@ -68,15 +73,24 @@ class Metrics:
         self.batch_rows.observe(rows)
 
     def describe_model(
-        self, *, checkpoint: str, backend: str, average_activation_bits: float, weight_bytes: int
+        self,
+        *,
+        checkpoint: str,
+        backend: str,
+        average_activation_bits: float,
+        weight_bytes: int,
+        decoder: str,
+        decoder_weight_bytes: int,
     ) -> None:
         """Set what does not change while a checkpoint is served; called again when another one is."""
         self._weight_bytes.set(weight_bytes)
+        self._decoder_weight_bytes.set(decoder_weight_bytes)
         self._info.info(
             {
                 "version": robuq_core.__version__,
                 "checkpoint": checkpoint,
                 "backend": backend,
+                "decoder": decoder,
                 "avg_activation_bits": f"{average_activation_bits:g}",
             }
         )

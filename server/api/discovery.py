@@ -13,6 +13,7 @@ from server.api.responses import documented
 from server.api.schemas import (
     ClassesResponse,
     ClassItem,
+    DecoderSchema,
     DefaultsSchema,
     InfoResponse,
     LimitsSchema,
@@ -41,6 +42,7 @@ def describe(engine: Engine, settings: Settings) -> InfoResponse:
         backend=sampler.backend_name,
         average_activation_bits=sampler.average_activation_bits,
         weight_bytes=sampler.weight_bytes,
+        decoder=DecoderSchema(name=sampler.decoder.name, weight_bytes=sampler.decoder.weight_bytes),
         image_size=sampler.image_size,
         num_classes=sampler.num_classes,
         replicas=len(engine.load().replicas),

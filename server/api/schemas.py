@@ -200,6 +200,14 @@ class QueueResponse(BaseModel):
     replicas: list[ReplicaSchema]
 
 
+class DecoderSchema(BaseModel):
+    """What turns the network's samples into pictures: `pixels`, which needs none, or the name of a latent decoder's
+    folder; and the bytes of its weights, which the network's do not hold."""
+
+    name: str
+    weight_bytes: int
+
+
 class InfoResponse(BaseModel):
     """The server, its model and its limits."""
 
@@ -208,6 +216,7 @@ class InfoResponse(BaseModel):
     backend: str
     average_activation_bits: float
     weight_bytes: int
+    decoder: DecoderSchema
     image_size: int
     num_classes: int
     replicas: int

@@ -295,6 +295,8 @@ class Engine:
             backend=sampler.backend_name,
             average_activation_bits=sampler.average_activation_bits,
             weight_bytes=sampler.weight_bytes,
+            decoder=sampler.decoder.name,
+            decoder_weight_bytes=sampler.decoder.weight_bytes,
         )
 
     def _generation_of(self, sampler: StepSampler) -> Generation | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from robuq_core.config import SamplerConfig
+from robuq_core.decode import Decoder, PixelDecoder
 from server.engine.model import RowSpec
 
 
@@ -41,6 +42,7 @@ class FakeSampler:
     backend_name = "fake"
     average_activation_bits = 2.0
     weight_bytes = 0
+    decoder: Decoder = PixelDecoder()
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from robuq_core.config import SamplerConfig
+from robuq_core.decode import Decoder
 from robuq_core.pipeline import ALL_TIMESTEPS, RowSpec
 
 __all__ = ["ALL_TIMESTEPS", "Row", "RowSpec", "StepSampler", "rows_of"]
@@ -54,7 +55,11 @@ class StepSampler(Protocol):
     @property
     def average_activation_bits(self) -> float: ...
     @property
-    def weight_bytes(self) -> int: ...
+    def weight_bytes(self) -> int:
+        """Of the network, without the decoder."""
+
+    @property
+    def decoder(self) -> Decoder: ...
 
     def warm_up_rows(self, max_rows: int) -> tuple[int, ...]:
         """Sizes, in rows of the model, ascending, that a forward should have seen before the first request."""

@@ -55,7 +55,8 @@ def test_requests_in_flight_end_on_the_old_model_and_new_ones_meet_the_new() -> 
         for job, version in ((running, old), (waiting, old), (after, new), (read_before, old)):
             assert set(job.future.result(WAIT_S).images) == {version.picture()}
         assert {seed for batch in new.batches for seed, _ in batch} == {4}
-        info = {"version": "0.1.0", "checkpoint": "version-2", "backend": "fake", "avg_activation_bits": "2"}
+        info = {"version": "0.1.0", "checkpoint": "version-2", "backend": "fake", "avg_activation_bits": "2",
+                "decoder": "pixels"}  # fmt: skip
         assert engine.metrics.registry.get_sample_value("robuq_info", info) == 1
 
 

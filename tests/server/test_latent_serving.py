@@ -15,6 +15,7 @@ from serving_harness import live_server, running_engine, sample, until
 from tiny import TINY, write_tiny
 
 from robuq_core.checkpoint import CheckpointError
+from robuq_core.decode import LatentDecoder
 from robuq_core.export_hub import export_hub
 from robuq_core.pipeline import RowSpec, Sampler
 from server.engine import Engine
@@ -69,6 +70,17 @@ def test_decoding_has_a_time_of_its_own(engine: Engine) -> None:
     assert sample(engine, "robuq_decode_duration_seconds_count") == before + 2
 
 
+def test_a_warm_up_decodes_one_picture_a_replica(settings: Settings) -> None:
+    """A picture of an AutoencoderKL may take seconds, and an estimate goes the same way."""
+    samplers = load_samplers(settings.checkpoint, settings)
+    decoder = samplers[0].decoder
+    assert isinstance(decoder, LatentDecoder)
+    decoded: list[object] = []
+    decoder.autoencoder.decoder.register_forward_hook(lambda *_: decoded.append(None))
+    with running_engine(*samplers):
+        assert len(decoded) == len(samplers)
+
+
 def test_replicas_on_one_device_share_the_decoder(engine: Engine, settings: Settings) -> None:
     first, second = load_samplers(settings.checkpoint, settings)
     assert first.decoder is second.decoder
@@ -88,6 +100,12 @@ def test_a_swap_takes_the_decoder_along(folder: Path, tmp_path: Path) -> None:
             drawn = client.post("/generate", json={"class_id": 1, "steps": 2}, headers={"Accept": "image/png"})
             width, height = Image.open(io.BytesIO(drawn.content)).size
             assert width == height == answer.json()["image_size"]
+            info, served = answer.json(), engine.sampler
+            assert info["decoder"]["name"] == ("pixels" if name == "pixels" else "autoencoder")
+            assert info["decoder"]["weight_bytes"] == served.decoder.weight_bytes
+            assert (sample(engine, "robuq_decoder_weight_bytes") > 0) == (name == "latent")
+            assert sample(engine, "robuq_decoder_weight_bytes") == served.decoder.weight_bytes
+            assert sample(engine, "robuq_model_weight_bytes") == served.weight_bytes == info["weight_bytes"]
             return width
 
         assert [side_after(name) for name in ("latent", "pixels", "latent")] == [

@@ -26,6 +26,7 @@ METRICS = {
     "robuq_batch_rows",
     "robuq_engine_steps_total",
     "robuq_model_weight_bytes",
+    "robuq_decoder_weight_bytes",
     "robuq_process_resident_memory_bytes",
     "robuq_info",
 }
@@ -38,6 +39,7 @@ def test_health_ready_info(client: httpx.Client) -> None:
     info = client.get("/info").json()
     assert info["version"] == robuq_core.__version__
     assert (info["checkpoint"], info["backend"], info["average_activation_bits"]) == ("fake", "fake", 2.0)
+    assert info["decoder"] == {"name": "pixels", "weight_bytes": 0}
     assert (info["num_classes"], info["image_size"]) == (5, 32)
     assert info["defaults"] == {"sampler": "ddim", "steps": 4, "guidance_scale": 1.5}
     assert info["limits"]["max_images_per_request"] == 16

@@ -68,7 +68,8 @@ def test_a_series_that_is_no_more_becomes_zero(told: dict[str, Gauge]) -> None:
     metrics = Metrics(max_batch_rows=4)
     bridge = RayMetrics(metrics.registry)
     for checkpoint in ("old", "new"):
-        metrics.describe_model(checkpoint=checkpoint, backend="cpu", average_activation_bits=2.0, weight_bytes=1)
+        metrics.describe_model(checkpoint=checkpoint, backend="cpu", average_activation_bits=2.0, weight_bytes=1,
+                               decoder="pixels", decoder_weight_bytes=0)  # fmt: skip
         bridge.publish()
     by_checkpoint = {dict(labels)["checkpoint"]: value for labels, value in told["robuq_info"].values.items()}
     assert by_checkpoint == {"old": 0, "new": 1}

@@ -179,7 +179,7 @@ def app(settings: ClusterSettings) -> serve.Application:
         max_queued_requests=settings.max_queue_images,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         autoscaling_config=scaling,
-        request_router_config=RequestRouterConfig(request_router_class=TwoChoices),  # type: ignore[no-untyped-call]
+        request_router_config=RequestRouterConfig(request_router_class=TwoChoices),  # type: ignore[arg-type]
         graceful_shutdown_timeout_s=settings.drain_timeout_s + DELIVERY_TIMEOUT_S,
         health_check_period_s=5,
         health_check_timeout_s=10,

@@ -125,9 +125,7 @@ def test_progress_is_streamed_and_a_client_that_hangs_up_frees_its_rows(client: 
 
 
 @pytest.mark.slow
-def test_work_brings_a_second_replica_and_a_lost_node_costs_retries_alone(
-    cluster: LocalCluster, alone: TestClient
-) -> None:
+def test_replicas_follow_the_work_and_a_lost_node_costs_retries_alone(cluster: LocalCluster, alone: TestClient) -> None:
     assert replicas() == 1
     cluster.add_worker()
     with Load(cluster.url, threads=8, steps=STEPS, seeds=SEEDS) as load:
@@ -143,7 +141,13 @@ def test_work_brings_a_second_replica_and_a_lost_node_costs_retries_alone(
     assert undisturbed == []
     assert load.retries, "the node had nothing under way, so its loss shows nothing"
     assert load.lost == []
-    assert load.images == {seed: {draw(alone, seed, STEPS).content} for seed in range(SEEDS)}
+    expected = {seed: {draw(alone, seed, STEPS).content} for seed in range(SEEDS)}
+    assert load.images == expected
+    with Load(cluster.url, threads=1, steps=STEPS, seeds=SEEDS) as little:
+        until(lambda: replicas() == 1, "a single replica")
+        little.more(2 * SEEDS)
+    assert (little.retries, little.lost) == ([], []), "a replica that is not needed any more is drained"
+    assert little.images == expected
 
 
 def told_by(exposition: str) -> set[str]:

@@ -94,13 +94,11 @@ def parse_argparse(module: ModuleType, words: Sequence[str]) -> None:
 
 @cache
 def script(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module.__name__] = module  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
+    sys.path.insert(0, str((ROOT / path).parent))  # as Python does for a script
+    try:
+        return importlib.import_module(Path(path).stem)
+    finally:
+        del sys.path[0]
 
 
 def parse_module(name: str, words: Sequence[str], *, partial: bool) -> None:

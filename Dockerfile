@@ -26,6 +26,10 @@
 #   docker build -t robuq-serve:cuda --build-arg BASE_IMAGE=python:3.12 .
 #   docker run --gpus all -p 8000:8000 --tmpfs /tmp:exec robuq-serve:cuda
 #
+# EXTRAS names optional dependencies of pyproject.toml, such as those of latent decoders and of the hub:
+#
+#   docker build -t robuq-serve --build-arg EXTRAS=vae,hub .
+#
 # BASE_IMAGE may be any Debian or Ubuntu image that has Python 3.11 or later as `python`. docs/containers.md has sizes
 # and what is in which layer.
 ARG BASE_IMAGE=python:3.12-slim
@@ -47,9 +51,11 @@ COPY constraints.txt ./
 RUN pip install --no-deps ${TORCH_INDEX_URL:+--index-url "${TORCH_INDEX_URL}"} --constraint constraints.txt torch \
     && pip install --constraint constraints.txt torch \
     && rm -rf /opt/robuq/lib/python3*/site-packages/torch/test
-# Then whatever else pyproject.toml asks for. Beside a torch without CUDA nobody uses triton, a gigabyte.
+# Then whatever else pyproject.toml asks for, and extras by name. Beside a torch without CUDA nobody uses triton, a
+# gigabyte.
+ARG EXTRAS=
 COPY pyproject.toml ./
-RUN python -c "import tomllib, torch; names = tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']; print(*(name for name in names if torch.version.cuda or not name.startswith('triton')), sep='\n')" > /tmp/requirements.txt \
+RUN python -c "import os, tomllib, torch; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; extras = [name for name in os.environ.get('EXTRAS', '').split(',') if name]; wanted = sum((project['optional-dependencies'][name] for name in extras), project['dependencies']); print(*(line for line in wanted if torch.version.cuda or not line.startswith('triton')), sep='\n')" > /tmp/requirements.txt \
     && pip install --constraint constraints.txt --requirement /tmp/requirements.txt
 # The project itself lies apart, so that a change of it is a layer of a few MB.
 COPY setup.py README.md LICENSE THIRD_PARTY.md ./

@@ -94,18 +94,21 @@ def test_what_changes_often_comes_last() -> None:
     assert builder.index(install) > places[-1]
 
 
-@pytest.mark.parametrize("cuda", [None, "12.8"])
-def test_the_requirements_are_those_of_the_project(tmp_path: Path, cuda: str | None) -> None:
+@pytest.mark.parametrize(("cuda", "extras"), [(None, ""), ("12.8", ""), (None, "vae,hub")])
+def test_the_requirements_are_those_of_the_project(tmp_path: Path, cuda: str | None, extras: str) -> None:
     (step,) = [value for value in values("RUN", stage=1) if "tomllib" in value]
     program = re.search(r'python -c "([^"]+)"', step)
     assert program is not None
     (tmp_path / "torch.py").write_text(f"class version:\n    cuda = {cuda!r}\n")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "EXTRAS": extras}
     command = [sys.executable, "-c", program[1]]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = list(project["dependencies"])
     (triton,) = [line for line in wanted if line.startswith("triton")]
+    for extra in extras.split(",") if extras else []:
+        wanted += project["optional-dependencies"][extra]
     assert result.stdout.splitlines() == [line for line in wanted if cuda or line != triton]
 
 

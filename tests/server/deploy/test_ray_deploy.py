@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from server.ray_app import ClusterSettings, app
+from server.ray_routing import TwoChoices
 from server.ray_scaling import scale_on_images
 from server.settings import Settings
 
@@ -95,6 +96,8 @@ def test_the_deployment_is_as_the_settings_ask_for() -> None:
     assert deployment.ray_actor_options == {"num_cpus": 3.0, "num_gpus": 1.0}
     assert deployment.max_ongoing_requests == 16
     assert deployment.max_queued_requests == 99
+    router = deployment._deployment_config.request_router_config
+    assert issubclass(router.get_request_router_class(), TwoChoices)
     scaling = deployment._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas) == (2, 6)
     assert scaling.target_ongoing_requests == pytest.approx(0.7 * 4)

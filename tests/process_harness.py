@@ -65,7 +65,7 @@ def answers(client: httpx.Client, path: str) -> int:
 
 def wait_until_ready(client: httpx.Client) -> None:
     """Return when /ready is green."""
-    until(lambda: answers(client, "/ready") == 200)
+    until(lambda: answers(client, "/ready") == 200, every_s=0.05)  # it needs the processor to start
 
 
 @contextmanager

@@ -8,9 +8,9 @@ from collections.abc import Callable
 WAIT_S = 60.0  # what is right takes a moment, unless the machine is busy
 
 
-def until(condition: Callable[[], bool]) -> None:
+def until(condition: Callable[[], bool], every_s: float = 0.001) -> None:
     """Wait for ``condition``; the test fails when it does not come true."""
     deadline = time.monotonic() + WAIT_S
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.001)
+        time.sleep(every_s)

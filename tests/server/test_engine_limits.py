@@ -67,8 +67,8 @@ def test_when_memory_runs_out_every_request_completes_and_the_budget_comes_back(
         assert sample(engine, "robuq_requests_total", finished_reason="error") == 0
         card.room = 64
         card.sizes.clear()
-        jobs = [engine.submit([spec(seed=s, steps=16 * GROW_AFTER)], "png") for s in range(16)]
-        assert all(outcome(job) is None for job in jobs)
+        # One request: among several, the first would be done before the last has come, on a busy machine.
+        assert outcome(engine.submit([spec(seed=s, steps=16 * GROW_AFTER) for s in range(16)], "png")) is None
         assert max(card.sizes) == 16
 
 

@@ -34,7 +34,6 @@ RUN = {
     "docs/quickstart.md": ("curl", "robuq sample", "robuq inspect"),
     "docs/serve-your-checkpoint.md": ("curl", "robuq sample", "robuq inspect mine", "robuq-serve"),
     "docs/train-your-own.md": ("robuq-train", "robuq sample"),
-    "docs/performance.md": ("robuq compare",),
 }
 
 # What another test runs: the page and the command as a regular expression, and the test's file and name.
@@ -51,6 +50,7 @@ ELSEWHERE = {
     r"\S+ robuq-serve( --checkpoint \S+)?( --port \d+)?": f"{HERE}/test_wheel.py::test_it_serves",
     r"\S+ robuq sample( .*)?": f"{CLI}::test_sample_writes_one_picture_a_class",
     r"\S+ robuq inspect( \S+)?": f"{CLI}::test_inspect_prints_what_the_file_holds",
+    r"\S+ robuq compare( .*)?": f"{CLI}::test_compare_prints_what_short_cuts_save",
     r"\S+ robuq bench random-checkpoint .*": f"{CLI}::test_a_preset_becomes_a_file_with_random_weights",
     r"\S+ robuq bench.*": f"{CLI}::test_bench_prints_a_table_and_writes_json",
     r"\S+ robuq-train (run|evaluate)( .*)?": f"{HERE}/test_commands_run.py::test_the_commands",

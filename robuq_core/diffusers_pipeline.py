@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import length_hint
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -221,7 +222,11 @@ class RobuQPipeline:
         from rich.progress import Progress
 
         with Progress(console=Console(stderr=True), transient=not self._bar.get("leave", True)) as bar:
-            yield from bar.track(items, total=total, description=self._bar.get("desc", ""))
+            # Not bar.track: its thread outlives a loop that is broken off.
+            task = bar.add_task(self._bar.get("desc", ""), total=total or length_hint(items) or None)
+            for item in items:
+                yield item
+                bar.advance(task)
 
     def __call__(
         self,

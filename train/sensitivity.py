@@ -16,7 +16,6 @@ from typing import Literal
 
 import torch
 from pydantic import ValidationError
-from rich.progress import track
 from torch import Tensor
 
 from robuq_core.config import NUM_TRAIN_TIMESTEPS, DiffusionConfig, StrictModel
@@ -26,6 +25,7 @@ from robuq_core.models.dit import DiT
 from robuq_core.models.quant_linear import QuantLinear, is_adaln, quantizable_linears
 from train.data import BatchSource, step_generator
 from train.loss import add_noise, diffusion_loss
+from train.progress import tracked
 
 Metric = Literal["teacher_mse", "diffusion_loss"]
 METRICS: tuple[Metric, ...] = ("teacher_mse", "diffusion_loss")
@@ -139,13 +139,14 @@ def measure_sensitivity(
             layer.bits = reference_bits
         base = _metrics(student, batches, targets, diffusion)
         rise: dict[Metric, dict[str, dict[int, float]]] = {metric: {} for metric in METRICS}
-        for name, layer in track(layers.items(), "sensitivity"):
-            for width in bits:
-                layer.bits = width
-                found = base if width == reference_bits else _metrics(student, batches, targets, diffusion)
-                for metric in METRICS:
-                    rise[metric].setdefault(name, {})[width] = found[metric] - base[metric]
-            layer.bits = reference_bits
+        with tracked(layers.items(), "sensitivity") as named:
+            for name, layer in named:
+                for width in bits:
+                    layer.bits = width
+                    found = base if width == reference_bits else _metrics(student, batches, targets, diffusion)
+                    for metric in METRICS:
+                        rise[metric].setdefault(name, {})[width] = found[metric] - base[metric]
+                layer.bits = reference_bits
     samples = sum(len(batch.x0) for batch in batches)
     return Sensitivity(reference_bits=reference_bits, samples=samples, base=base, rise=rise)
 

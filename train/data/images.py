@@ -10,13 +10,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from rich.progress import track
 from torch import Tensor
 
 from train.data.errors import DataError
 from train.data.shards import ShardedTensor
 from train.data.sources import Source, open_source
 from train.messages import one_line
+from train.progress import tracked
 
 Fit = Literal["resize", "pad"]
 
@@ -43,7 +43,8 @@ def load_dataset(path: Path, size: int, num_classes: int, split: str = "train", 
         DataError: no images, an unreadable one, or classes that do not match ``num_classes``.
     """
     source = open_source(path, num_classes, split)
-    images = [read_square(source, i, size, fit) for i in track(range(len(source)), "reading images")]
+    with tracked(range(len(source)), "reading images") as indices:
+        images = [read_square(source, i, size, fit) for i in indices]
     return ImageDataset(torch.from_numpy(np.stack(images)), torch.from_numpy(source.labels))
 
 

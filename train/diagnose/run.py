@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 
 from robuq_core.checkpoint import read_checkpoint
 from robuq_core.decode import load_decoder
@@ -25,6 +24,7 @@ from train.evaluation.errors import EvaluationError
 from train.evaluation.models import Which, default_model, model_path, plain_sampler
 from train.evaluation.samples import random_classes
 from train.messages import one_line
+from train.progress import tracked
 from train.sensitivity import fixed_set
 from train.stages.models import load_student, load_teacher, resolved_quant
 
@@ -105,8 +105,10 @@ def _run_on_photos(config: TrainConfig, model: Denoiser, device: torch.device) -
     dataset = open_dataset(config, prepare(config, note=lambda _: None))
     still = config.data.model_copy(update={"flip_probability": 0.0, "colour_jitter": 0.0})
     source = BatchSource(dataset, still, config.model.input_size, settings.batch_size, config.seed)
-    for batch in track(fixed_set(source, settings.samples, config.seed, torch.device("cpu")), "watching layers"):
-        model.forward(batch.x_t.to(device), batch.timesteps, batch.classes)
+    watched = fixed_set(source, settings.samples, config.seed, torch.device("cpu"))
+    with tracked(watched, "watching layers") as batches:
+        for batch in batches:
+            model.forward(batch.x_t.to(device), batch.timesteps, batch.classes)
     return f"{settings.samples} noised training images, timesteps spread evenly over 0..999"
 
 

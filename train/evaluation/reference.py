@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from robuq_core.files import replacing
@@ -23,6 +22,7 @@ from train.evaluation.errors import EvaluationError
 from train.evaluation.frechet import Moments, RunningMoments
 from train.evaluation.networks import FeatureNetwork, Features
 from train.messages import one_line
+from train.progress import tracked
 
 MOST_LATENT_PHOTOS = 10_000  # a run on latents keeps no pixels: its photos are decoded afresh, into memory
 GALLERY_PHOTOS = 10_000
@@ -85,14 +85,15 @@ def measure_photos(dataset: ImageDataset, count: int, side: int, network: Featur
     picked = picked.sort().values  # in the order in which they lie on disk
     pool, spatial = RunningMoments(), RunningMoments()
     parts: list[Features] = []
-    for rows in track(torch.split(picked, _BATCH), f"photos through {network.name}"):
-        photos = ImageDataset(dataset.images[rows], dataset.labels[rows], dataset.supersample)
-        features = network(centre_images(photos, side))
-        pool.add(features.pool)
-        if features.spatial is not None:
-            spatial.add(features.spatial)
-        chosen = in_gallery[rows]
-        parts.append(Features(features.pool[chosen], features.logits[chosen]))
+    with tracked(torch.split(picked, _BATCH), f"photos through {network.name}") as batches:
+        for rows in batches:
+            photos = ImageDataset(dataset.images[rows], dataset.labels[rows], dataset.supersample)
+            features = network(centre_images(photos, side))
+            pool.add(features.pool)
+            if features.spatial is not None:
+                spatial.add(features.spatial)
+            chosen = in_gallery[rows]
+            parts.append(Features(features.pool[chosen], features.logits[chosen]))
     together = Features(torch.cat([each.pool for each in parts]), torch.cat([each.logits for each in parts]))
     has_spatial = spatial.count > 0
     return Reference(

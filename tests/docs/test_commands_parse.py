@@ -105,7 +105,7 @@ def parse_module(name: str, words: Sequence[str], *, partial: bool) -> None:
     """``python -m name words``."""
     if name in ("train.cli", "robuq_core.cli", "server.cli"):
         return parse_click(importlib.import_module(name).app, words, partial=partial)
-    if name in ("build", "pytest", "mkdocs", "cyclonedx_py"):
+    if name in ("build", "pytest", "mkdocs", "cyclonedx_py", "venv"):
         return None  # not ours; see THIRD in test_commands_run.py
     if importlib.util.find_spec(f"{name}.__main__" if _is_package(name) else name) is None:
         raise Wrong(f"no module {name}")
@@ -233,6 +233,7 @@ def parse_curl(words: Sequence[str]) -> None:
 
 def check(command: Command) -> None:
     program, *rest = command.words
+    program = program.removeprefix(".venv/bin/")
     words = tuple(rest)
     if program in PROJECT["scripts"]:
         parse_click(console_script(program), words, partial=command.inline)
@@ -274,6 +275,7 @@ def test_it_parses(command: Command) -> None:
         "locust -f loadtest --no-such-option",
         "make tea",
         "pip install 'robuq[tea]'",
+        ".venv/bin/pip install -c no-such-file.txt torch",
         "docker run -e ROBUQ_COLOUR=red robuq-serve",
         "docker compose -f deploy/nothing.yaml up",
         "curl localhost:8000/paint",

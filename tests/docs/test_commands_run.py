@@ -60,7 +60,7 @@ ELSEWHERE = {
     r"\S+ robuq-train memory( .*)?": "tests/train/test_memory.py::test_the_table_adds_up",
     r"\S+ robuq-serve capacity .*": "tests/server/test_capacity.py::test_commands_of_the_guide_run",
     r"\S+ torchrun .*": "tests/train/test_parallel.py::test_two_processes_train",
-    r"docs/cluster.md kubectl apply -k deploy/.*": "tests/server/deploy/test_kubernetes.py::test_",
+    r"docs/cluster.md kubectl apply -k (deploy/.*|\.)": "tests/server/deploy/test_kubernetes.py::test_",
     r"docs/cluster.md serve run .*": "tests/server/test_ray_app.py::test_the_routes_are_those",
     r"docs/cluster.md serve deploy .*": "tests/server/deploy/test_ray_deploy.py::test_serve_takes_the_file",
     r"\S+ locust .*": "tests/loadtest/test_locustfile.py::test_a_good_server_passes",
@@ -81,7 +81,8 @@ STATED = {
     r"docs/cluster.md (docker push|kubectl get) .*": "talks to a registry, or to a cluster",
     r"docs/containers.md pytest .*": "needs a container engine and an image that was built",
     r"\S+ tensorboard .*": "somebody else's program, which does not end",
-    r"\S+ pip install .*": "installs from the network; the names of extras are checked",
+    r"\S+ (\.venv/bin/)?pip install .*": "installs from the network; the names of extras are checked",
+    r"\S+ python3 -m venv \.venv": "the environment that the tests run in was made so",
     r"\S+ python scripts/triton_report.py": "compiles every kernel for six architectures, which takes minutes",
 }
 

@@ -18,4 +18,7 @@ class TwoChoices(FIFOMixin, RequestRouter):
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """The candidates as the one group that Ray compares."""
+        if pending_request is not None:
+            # There is no nearer group to try at once: while all are full, Ray is to wait longer and longer.
+            pending_request.routing_context.should_backoff = True
         return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))]

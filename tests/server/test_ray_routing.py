@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from unittest.mock import MagicMock
 
 import pytest
 
 pytest.importorskip("ray.serve")
+
+from ray.serve.request_router import PendingRequest
 
 from server.ray_routing import TwoChoices
 
@@ -23,6 +26,33 @@ def test_all_replicas_are_drawn_and_no_one_twice() -> None:
         assert len(set(pair)) == 2
         seen.update(pair)
     assert seen == {"near", "far", "farther"}
+
+
+def test_ray_waits_between_tries_while_all_are_full() -> None:
+    async def tries() -> int:
+        router = TwoChoices.__new__(TwoChoices)
+        waits: list[int] = []
+
+        async def backoff(attempt: int) -> None:
+            waits.append(attempt)
+
+        full = {
+            "_replicas": {"near": None, "far": None},
+            "_replicas_list": ["near", "far"],
+            "num_routing_tasks_in_backoff": 0,
+            "num_routing_tasks_in_backoff_gauge": MagicMock(),
+            "_backoff": backoff,
+        }
+        for name, value in full.items():
+            setattr(router, name, value)
+        pending = PendingRequest(args=[], kwargs={}, metadata=MagicMock())
+        choosing = router._choose_replicas_with_backoff(pending)
+        for _ in range(5):
+            assert len(await anext(choosing)) == 2
+        await choosing.aclose()
+        return len(waits)
+
+    assert asyncio.run(tries()) == 3  # the second try comes at once
 
 
 def test_one_replica_or_none_is_no_matter() -> None:

@@ -51,7 +51,7 @@ class Metrics:
         self.decode_duration = histogram("decode_duration_seconds", "Decoding and encoding one image.")
         self.batch_rows = Histogram(
             "robuq_batch_rows",
-            "Rows of the model in one forward; an image with guidance takes two.",
+            "Rows of the model that one forward takes through its blocks; an image with guidance takes two.",
             buckets=_batch_buckets(max_batch_rows),
             registry=registry,
         )
@@ -67,7 +67,7 @@ class Metrics:
         memory.set_function(lambda: process.memory_info().rss)
 
     def observe_step(self, rows: int, seconds: float) -> None:
-        """One forward of ``rows`` rows of the model, for requests; those of a warm-up are not counted."""
+        """One forward for requests, ``rows`` rows of the model going through its blocks; a warm-up's do not count."""
         self.engine_steps.inc()
         self.step_duration.observe(seconds)
         self.batch_rows.observe(rows)

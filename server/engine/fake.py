@@ -28,6 +28,10 @@ class FakeRow:
     def guided(self) -> bool:
         return self.spec.guidance_scale != 1
 
+    @property
+    def block_rows(self) -> int:
+        return 1 + self.guided
+
 
 class FakeSampler:
     """Pixels depend on the row's spec alone.

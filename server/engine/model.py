@@ -32,6 +32,10 @@ class Row(Protocol):
     def guided(self) -> bool:
         """The next step takes two rows of the model, one of them without a class."""
 
+    @property
+    def block_rows(self) -> int:
+        """Rows of the model that the next step takes through its blocks: none where it reuses what they gave before."""
+
 
 class StepSampler(Protocol):
     """The model side of the engine; ``robuq_core.pipeline.Sampler`` is one.

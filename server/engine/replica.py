@@ -211,7 +211,8 @@ class Replica:
         first_steps: list[Job] = []
         with ledger.lock:
             for rows, seconds in forwards:
-                part.curve.observe(rows, seconds)
+                if rows:  # steps that reuse all of their blocks say nothing of those that run them
+                    part.curve.observe(rows, seconds)
             for entry in batch:
                 job = entry.job
                 if job.id not in ledger.jobs:

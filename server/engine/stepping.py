@@ -59,7 +59,7 @@ class Stepper:
         return 0.0 if began is None else self._clock() - began
 
     def take_measured(self) -> list[tuple[int, float]]:
-        """(rows, seconds) of the forwards without a fault since the last call."""
+        """(rows that went through the model's blocks, seconds) of the forwards without a fault since the last call."""
         measured, self._measured = self._measured, []
         return measured
 
@@ -89,7 +89,7 @@ class Stepper:
         if size > self.budget.rows and len(part) > 1:
             return self._parts(part, costs)
         before = [rows[i].steps_done for i in part]
-        error = self._forward(sampler, [rows[i] for i in part], size)
+        error = self._forward(sampler, [rows[i] for i in part])
         if error is None:
             return ()
         unmoved = [i for i, done in zip(part, before, strict=True) if rows[i].steps_done == done]
@@ -117,15 +117,16 @@ class Stepper:
             room -= costs[i]
         return list(parts)
 
-    def _forward(self, sampler: StepSampler, rows: list[Any], size: int) -> Exception | None:
+    def _forward(self, sampler: StepSampler, rows: list[Any]) -> Exception | None:
+        block_rows = sum([row.block_rows for row in rows])
         self.step_began = began = self._clock()
         try:
             sampler.step(rows)
         except Exception as error:
             return error
         else:
-            self._measured.append((size, self._clock() - began))
-            self.budget.fitted(size)
+            self._measured.append((block_rows, self._clock() - began))
+            self.budget.fitted(block_rows)
             return None
         finally:
             self.step_began = None

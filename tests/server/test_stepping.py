@@ -64,6 +64,36 @@ def test_every_good_row_moves_once_and_every_bad_one_is_named(
     assert stepper.running_s() == 0
 
 
+class Cached(FakeRow):
+    """Runs its blocks at every other step."""
+
+    @property
+    def block_rows(self) -> int:
+        return 0 if self.steps_done % 2 else super().block_rows
+
+
+def test_a_step_is_measured_by_the_rows_that_ran_the_blocks() -> None:
+    spec = RowSpec(0, 0, 4, 1.5, "ddim")
+    stepper, rows = Stepper(16), [Cached(spec), FakeRow(spec), Cached(spec)]
+    stepper.step(FakeSampler(), rows)
+    stepper.step(FakeSampler(), rows)
+    stepper.step(FakeSampler(), [rows[0]])
+    stepper.step(FakeSampler(), [rows[0]])
+    assert [size for size, _ in stepper.take_measured()] == [6, 2, 2, 0]
+
+
+def test_steps_that_reuse_blocks_do_not_win_the_budget_back() -> None:
+    stepper, spec = Stepper(16), RowSpec(0, 0, 2 * GROW_AFTER + 4, 1.5, "ddim")
+    stepper.budget.out_of_memory(16)
+    rows = [Cached(spec) for _ in range(4)]
+    for _ in range(2 * GROW_AFTER - 2):
+        stepper.step(FakeSampler(), rows)
+    assert stepper.budget.rows == 8
+    for _ in range(2):
+        stepper.step(FakeSampler(), rows)
+    assert stepper.budget.rows == 9
+
+
 def test_no_memory_halves_the_budget_and_full_forwards_win_it_back() -> None:
     card = Card(room=5)
     stepper = Stepper(16)

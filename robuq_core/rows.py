@@ -22,8 +22,8 @@ class RowSpec:
     ``guidance_interval``: the timesteps, first and last included, at which guidance acts (arXiv 2404.07724); outside of
     them the row costs half.
 
-    ``cache_interval``: the blocks run at one step in so many, counted back from the last, and at the first; the steps
-    between take what the blocks added to the tokens before (:mod:`robuq_core.step_cache`) and cost next to nothing.
+    ``cache_interval``: the blocks run at one step in 1..1000, counted back from the last, and at the first, and where
+    guidance sets in; the steps between take what the blocks added to the tokens before (:mod:`robuq_core.step_cache`).
     """
 
     class_id: int
@@ -75,6 +75,12 @@ class Row:
         return kept is not None and steps_after % self.spec.cache_interval > 0 and len(kept) > self.guided
 
     @property
+    def keeps_blocks(self) -> bool:
+        """The step after the next one may take what the blocks add at the next."""
+        steps_after = len(self.table) - self.steps_done - 2
+        return steps_after >= 0 and steps_after % self.spec.cache_interval > 0
+
+    @property
     def block_rows(self) -> int:
         """Rows of the model that the next step takes through the blocks."""
         return 0 if self.reuses_blocks else 1 + self.guided
@@ -101,6 +107,8 @@ class Row:
         if block_delta is not None:
             self.block_delta = block_delta
         self.steps_done += 1
+        if self.done:
+            self.block_delta = None
 
 
 class LatestBatch:

@@ -32,16 +32,15 @@ def cached_forward(
     reusing = [i for i, owner in enumerate(owners) if rows[owner].reuses_blocks]
     running = [i for i, owner in enumerate(owners) if not rows[owner].reuses_blocks]
     if not reusing:
-        output, deltas = model.forward_keeping(x, timesteps, classes)
-        return output, _to_keep(rows, owners, running, deltas)
+        return _run(model, rows, owners, x, timesteps, classes)
     kept = torch.stack([_kept(rows[owners[i]], without_class=i >= len(rows)) for i in reusing])
     reused = model.forward_reusing(x[reusing], timesteps[reusing], classes[reusing], kept)
     if not running:
         return reused, {}
-    ran, deltas = model.forward_keeping(x[running], timesteps[running], classes[running])
+    ran, deltas = _run(model, rows, [owners[i] for i in running], x[running], timesteps[running], classes[running])
     output = ran.new_empty(len(owners), *ran.shape[1:])
     output[reusing], output[running] = reused, ran
-    return output, _to_keep(rows, owners, running, deltas)
+    return output, deltas
 
 
 def _kept(row: Row, without_class: bool) -> Tensor:
@@ -49,10 +48,15 @@ def _kept(row: Row, without_class: bool) -> Tensor:
     return row.block_delta[int(without_class)]
 
 
-def _to_keep(rows: Sequence[Row], owners: Sequence[int], running: Sequence[int], deltas: Tensor) -> dict[int, Tensor]:
+def _run(
+    model: PackedDiT, rows: Sequence[Row], owners: Sequence[int], x: Tensor, timesteps: Tensor, classes: Tensor
+) -> tuple[Tensor, dict[int, Tensor]]:
+    keep = [i for i, owner in enumerate(owners) if rows[owner].keeps_blocks]
+    if not keep:
+        return model.forward(x, timesteps, classes), {}
+    output, deltas = model.forward_keeping(x, timesteps, classes, keep)
     places: dict[int, list[int]] = {}
-    for place, i in enumerate(running):
-        if rows[owners[i]].spec.cache_interval > 1:
-            places.setdefault(owners[i], []).append(place)
+    for place, i in enumerate(keep):
+        places.setdefault(owners[i], []).append(place)
     # Copies: a view would keep the whole batch alive.
-    return {owner: deltas[at] for owner, at in places.items()}
+    return output, {owner: deltas[at] for owner, at in places.items()}

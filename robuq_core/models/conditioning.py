@@ -82,6 +82,11 @@ class ConditioningTable:
             self._add(missing)
         return torch.tensor([self._slot_of[pair] for pair in pairs], device=self.table.device)
 
+    def final(self, timesteps: Sequence[int], classes: Sequence[int]) -> Tensor:
+        """The final layer's shift and scale alone, ``[2, B, D]``: the same values, computed and not kept."""
+        modulation = self._final(self._embeddings(list(zip(timesteps, classes, strict=True))))
+        return modulation.reshape(len(timesteps), 2, -1).transpose(0, 1)
+
     def _add(self, pairs: list[Pair]) -> None:
         # What this forward uses was moved to the end, so it is never what goes.
         slots = [self._free.pop() if self._free else self._slot_of.popitem(last=False)[1] for _ in pairs]
@@ -93,15 +98,22 @@ class ConditioningTable:
         self._slot_of.update(zip(pairs, slots, strict=True))
 
     def _fill(self, pairs: list[Pair], slots: Tensor) -> None:
-        classes = torch.tensor([label for _, label in pairs], device=self.table.device)
-        embeddings = torch.stack([self._timestep_embedding(timestep) for timestep, _ in pairs])
-        c_UD = embeddings + self._dense["y_embedder.embedding_table.weight"][classes]
+        c_UD = self._embeddings(pairs)
         for i, layer in enumerate(self._adaln):
             self._put(BLOCK_ENTRIES * i, slots, self._ternary(c_UD, layer, "silu"))
+        self._put(BLOCK_ENTRIES * len(self._adaln), slots, self._final(c_UD))
+
+    def _embeddings(self, pairs: list[Pair]) -> Tensor:
+        """Timestep and class of each pair, embedded and added: ``[U, D]``."""
+        classes = torch.tensor([label for _, label in pairs], device=self.table.device)
+        embeddings = torch.stack([self._timestep_embedding(timestep) for timestep, _ in pairs])
+        return embeddings + self._dense["y_embedder.embedding_table.weight"][classes]
+
+    def _final(self, c_UD: Tensor) -> Tensor:
         # SiLU row by row: torch's vector and scalar code differ in the last bit, and which of them an element meets
         # depends on the size of the whole tensor.
         activated = torch.stack([F.silu(row) for row in c_UD])
-        self._put(BLOCK_ENTRIES * len(self._adaln), slots, self._linear(activated, "final_layer.adaLN_modulation.1"))
+        return self._linear(activated, "final_layer.adaLN_modulation.1")
 
     def _put(self, first: int, slots: Tensor, modulation: Tensor) -> None:
         """Write ``modulation [U, n D]`` to entries ``first`` .. ``first + n - 1``."""

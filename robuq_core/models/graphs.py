@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-Outputs = tuple[Tensor, Tensor]
-Denoise = Callable[[Tensor, Tensor, Tensor], Outputs]
+Pair = tuple[Tensor, Tensor]
+Outputs = TypeVar("Outputs", Tensor, Pair)
+Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
+DenoiseKeeping = Callable[[Tensor, Tensor, Tensor], Pair]
 # Takes what to record; gives how to replay it, and where its results then lie.
 Record = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]
 
@@ -58,23 +60,24 @@ class CudaRecorder:
 
 
 @dataclass(frozen=True)
-class _Recording:
+class _Recording(Generic[Outputs]):
     x: Tensor
     slots: Tensor
     outputs: Outputs
     replay: Callable[[], None]
 
 
-class GraphedDenoise:
-    """``denoise(x [B, C, H, W], slots [B], table)`` by replaying recordings, one a bucket.
+class GraphedDenoise(Generic[Outputs]):
+    """``denoise(x [B, C, H, W], slots [B], table)`` by replaying recordings, one a bucket, made when first needed.
 
     The results lie in buffers that the next call overwrites. Recordings hold addresses: another ``table`` starts anew.
     """
 
-    def __init__(self, denoise: Denoise, record: Record) -> None:
-        self._denoise, self._record = denoise, record
+    def __init__(self, denoise: Callable[[Tensor, Tensor, Tensor], Outputs], record: Record[Outputs]) -> None:
+        self._denoise: Callable[[Tensor, Tensor, Tensor], Outputs] = denoise
+        self._record: Record[Outputs] = record
         self._table: Tensor | None = None
-        self._recordings: dict[int, _Recording] = {}
+        self._recordings: dict[int, _Recording[Outputs]] = {}
 
     def __call__(self, x: Tensor, slots: Tensor, table: Tensor) -> Outputs:
         rows = len(x)
@@ -87,10 +90,12 @@ class GraphedDenoise:
         recording.x[:rows].copy_(x)
         recording.slots[:rows].copy_(slots)
         recording.replay()
-        first, second = recording.outputs
-        return first[:rows], second[:rows]
+        outputs = recording.outputs
+        if isinstance(outputs, Tensor):
+            return outputs[:rows]
+        return outputs[0][:rows], outputs[1][:rows]
 
-    def _recorded(self, x: Tensor, slots: Tensor, table: Tensor, size: int) -> _Recording:
+    def _recorded(self, x: Tensor, slots: Tensor, table: Tensor, size: int) -> _Recording[Outputs]:
         # Slot 0 stands for the rows that fill up: any entry will do.
         inputs, places = x.new_zeros(size, *x.shape[1:]), slots.new_zeros(size)
         replay, outputs = self._record(lambda: self._denoise(inputs, places, table))

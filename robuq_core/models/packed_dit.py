@@ -6,6 +6,7 @@ computed (:mod:`robuq_core.models.conditioning`), and :meth:`PackedDiT.denoise`,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from robuq_core.kernels.ops import Backend, FusedBackend, Modulation, Prologue, 
 from robuq_core.kernels.reference import ReferenceBackend
 from robuq_core.models.conditioning import BLOCK_ENTRIES, ConditioningTable
 from robuq_core.models.dit import norm2_eps, patchify, position_table, unpatchify
-from robuq_core.models.graphs import CudaRecorder, Denoise, GraphedDenoise, buckets
+from robuq_core.models.graphs import CudaRecorder, Denoise, DenoiseKeeping, GraphedDenoise, buckets
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
 
@@ -78,10 +79,13 @@ class PackedDiT:
         self.pos_embed = pos_embed.to(backend.device)
         self.conditioning = ConditioningTable(config, self.dense, [block.adaln for block in self.blocks], backend)
         self._run: Denoise = self.denoise
+        self._run_keeping: DenoiseKeeping = self.denoise_keeping
         # The reference runs as it is written.
         self._is_recorded = self.device.type == "cuda" and not isinstance(backend, ReferenceBackend)
         if self._is_recorded:
-            self._run = GraphedDenoise(self.denoise, CudaRecorder(self.device))
+            record = CudaRecorder(self.device)
+            self._run = GraphedDenoise(self.denoise, record)
+            self._run_keeping = GraphedDenoise(self.denoise_keeping, record)
 
     def replica(self, backend: Backend) -> PackedDiT:
         """The same network on another backend; weights are shared where both run on one device."""
@@ -100,19 +104,23 @@ class PackedDiT:
         return packed + sum(tensor.nbytes for tensor in self.dense.values())
 
     def forward(self, x_BCHW: Tensor, timesteps_B: Tensor, classes_B: Tensor) -> Tensor:
-        return self._run(x_BCHW, self._slots(timesteps_B, classes_B), self.conditioning.table)[0]
+        return self._run(x_BCHW, self._slots(timesteps_B, classes_B), self.conditioning.table)
 
-    def forward_keeping(self, x_BCHW: Tensor, timesteps_B: Tensor, classes_B: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`forward`, and beside its output what the blocks added to the tokens: ``[B, L, D]``, float32."""
-        out, tokens_BLD = self._run(x_BCHW, self._slots(timesteps_B, classes_B), self.conditioning.table)
-        return out, tokens_BLD - self._embedded(x_BCHW)
+    def forward_keeping(
+        self, x_BCHW: Tensor, timesteps_B: Tensor, classes_B: Tensor, keep: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`forward`, and beside its output what the blocks added to the tokens of the rows at ``keep`` (one or
+        more): float32 ``[len(keep), L, D]``."""
+        out, tokens_BLD = self._run_keeping(x_BCHW, self._slots(timesteps_B, classes_B), self.conditioning.table)
+        kept = list(keep)
+        return out, tokens_BLD[kept] - self._embedded(x_BCHW[kept])
 
     def forward_reusing(
         self, x_BCHW: Tensor, timesteps_B: Tensor, classes_B: Tensor, block_delta_BLD: Tensor
     ) -> Tensor:
         """:meth:`forward` without its blocks: ``block_delta [B, L, D]``, of an earlier timestep, stands for them."""
         tokens_BLD = self._embedded(x_BCHW).add_(block_delta_BLD)
-        return self._output(tokens_BLD, self._slots(timesteps_B, classes_B), self.conditioning.table)
+        return self._output(tokens_BLD, self.conditioning.final(timesteps_B.tolist(), classes_B.tolist()))
 
     def _slots(self, timesteps_B: Tensor, classes_B: Tensor) -> Tensor:
         return self.conditioning.slots(timesteps_B.tolist(), classes_B.tolist())
@@ -124,14 +132,18 @@ class PackedDiT:
             return tuple(sorted({min(size, max_rows) for size in buckets(max_rows)}))
         return tuple(sorted({1 << i for i in range(max_rows.bit_length())} | {max_rows}))
 
-    def denoise(self, x_BCHW: Tensor, slots_B: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-        """The forward of rows whose modulations lie at ``slots_B`` of ``table`` ``[6 depth + 2, slots, D]``, and the
-        tokens ``[B, L, D]`` that its blocks leave."""
+    def denoise(self, x_BCHW: Tensor, slots_B: Tensor, table: Tensor) -> Tensor:
+        """The forward of rows whose modulations lie at ``slots_B`` of ``table`` ``[6 depth + 2, slots, D]``."""
+        return self.denoise_keeping(x_BCHW, slots_B, table)[0]
+
+    def denoise_keeping(self, x_BCHW: Tensor, slots_B: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`denoise`, and beside its output the tokens ``[B, L, D]`` that the blocks leave."""
         x_BLD = self._embedded(x_BCHW)
         for i, block in enumerate(self.blocks):
             entries = table[BLOCK_ENTRIES * i : BLOCK_ENTRIES * (i + 1)]
             x_BLD = self.run_block(x_BLD, entries.index_select(1, slots_B), block)
-        return self._output(x_BLD, slots_B, table), x_BLD
+        final = table[BLOCK_ENTRIES * self.config.depth :].index_select(1, slots_B)
+        return self._output(x_BLD, final), x_BLD
 
     def _embedded(self, x_BCHW: Tensor) -> Tensor:
         """Tokens ``[B, L, D]`` before the first block."""
@@ -139,8 +151,11 @@ class PackedDiT:
         x_MD = self._dense_linear(tokens, "x_embedder")
         return x_MD.reshape(len(x_BCHW), self.config.num_tokens, self.config.hidden_size).add_(self.pos_embed)
 
-    def _output(self, x_BLD: Tensor, slots_B: Tensor, table: Tensor) -> Tensor:
-        out = self._final(x_BLD, table[BLOCK_ENTRIES * self.config.depth :].index_select(1, slots_B))
+    def _output(self, x_BLD: Tensor, modulation_2BD: Tensor) -> Tensor:
+        shift, scale = modulation_2BD.unbind()
+        normed = F.layer_norm(x_BLD, x_BLD.shape[-1:], eps=1e-6)
+        modulated = normed.mul_(1 + scale[:, None]).add_(shift[:, None])
+        out = self._dense_linear(modulated.flatten(0, 1), "final_layer.linear").reshape(*x_BLD.shape[:2], -1)
         return unpatchify(out, self.config.patch_size, self.config.out_channels)
 
     def _dense_linear(self, x: Tensor, name: str) -> Tensor:
@@ -166,9 +181,3 @@ class PackedDiT:
         hidden = self._ternary(x_BLD.flatten(0, 1), block.fc1, norm2)
         self._add_ternary(x_BLD, gate2, hidden, block.fc2, "gelu")
         return x_BLD
-
-    def _final(self, x_BLD: Tensor, modulation_2BD: Tensor) -> Tensor:
-        shift, scale = modulation_2BD.unbind()
-        normed = F.layer_norm(x_BLD, x_BLD.shape[-1:], eps=1e-6)
-        modulated = normed.mul_(1 + scale[:, None]).add_(shift[:, None])
-        return self._dense_linear(modulated.flatten(0, 1), "final_layer.linear").reshape(*x_BLD.shape[:2], -1)

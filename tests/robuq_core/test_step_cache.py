@@ -83,8 +83,9 @@ def test_the_kept_delta_is_what_the_blocks_add(network: PackedDiT, rows: int, se
     timesteps, classes = torch.arange(rows) * 300, torch.arange(rows)
     with torch.inference_mode():
         plain = network.forward(x, timesteps, classes)
-        output, delta = network.forward_keeping(x, timesteps, classes)
+        output, delta = network.forward_keeping(x, timesteps, classes, range(rows))
         assert torch.equal(output, plain)
+        assert torch.equal(network.forward_keeping(x, timesteps, classes, [rows - 1])[1], delta[-1:])
         assert delta.shape == (rows, network.config.num_tokens, network.config.hidden_size)
         torch.testing.assert_close(network.forward_reusing(x, timesteps, classes, delta), plain, rtol=1e-4, atol=1e-4)
 
@@ -103,6 +104,25 @@ def test_a_step_between_stands_on_the_kept_delta(sampler: Sampler, network: Pack
     sampler.step([row, plain])
     torch.testing.assert_close(row.previous_x0, (on_xt * x + on_output * output[:, :3])[0])
     assert not torch.equal(row.x, plain.x)
+
+
+def test_what_no_later_step_takes_is_not_kept(sampler: Sampler) -> None:
+    row = sampler.start(RowSpec(3, 8, 6, 2.0, "ddim", cache_interval=2))
+    kept = []
+    while not row.done:
+        sampler.step([row])
+        kept.append(row.block_delta is not None)
+    # The first step's sum would be replaced by the second's before any step takes it; the last clears up.
+    assert kept == [False, True, True, True, True, False]
+
+
+@given(pairs=st.lists(st.tuples(st.integers(0, 999), st.integers(0, 10)), min_size=1, max_size=5))
+def test_the_final_layer_alone_is_what_the_table_holds(network: PackedDiT, pairs: list[tuple[int, int]]) -> None:
+    timesteps, classes = zip(*pairs, strict=True)
+    with torch.inference_mode():
+        slots = network.conditioning.slots(timesteps, classes)
+        held = network.conditioning.table[-2:, slots]
+        assert torch.equal(network.conditioning.final(timesteps, classes), held)
 
 
 def test_a_failed_step_can_be_repeated(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:

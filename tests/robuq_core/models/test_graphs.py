@@ -25,13 +25,17 @@ class Recorder:
 
     def __call__(self, run: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
         self.recorded += 1
-        first, second = (out.clone() for out in run())
+        outputs = run()
 
         def replay() -> None:
-            for out, result in zip((first, second), run(), strict=True):
+            for out, result in zip(tensors(outputs), tensors(run()), strict=True):
                 out.copy_(result)
 
-        return replay, (first, second)
+        return replay, outputs
+
+
+def tensors(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else outputs
 
 
 @given(st.integers(1, 2000))
@@ -66,8 +70,7 @@ def test_replays_are_the_eager_forward(network: PackedDiT) -> None:
         slots = network.conditioning.slots(list(range(rows)), [1] * rows)
         table = network.conditioning.table
         with torch.inference_mode():
-            for replayed, eager in zip(graphed(x, slots, table), network.denoise(x, slots, table), strict=True):
-                assert torch.equal(replayed, eager)
+            assert torch.equal(graphed(x, slots, table), network.denoise(x, slots, table))
     assert recorder.recorded == 4  # 1, 4, 12 and 2
 
 
@@ -77,10 +80,40 @@ def test_another_table_is_recorded_anew(network: PackedDiT) -> None:
     x, slots = torch.zeros(1, 3, 16, 16), network.conditioning.slots([5], [2])
     table = network.conditioning.table
     with torch.inference_mode():
-        first = graphed(x, slots, table)[0].clone()
-        second, _ = graphed(x, slots, table * 2)
+        first = graphed(x, slots, table).clone()
+        second = graphed(x, slots, table * 2)
     assert recorder.recorded == 2
     assert not torch.equal(first, second)
+
+
+MIXED = [
+    RowSpec(i % 10, i, 3 + i % 4, (1.0, 2.0)[i % 2], ("ddim", "ddpm", "dpmsolver++")[i % 3], cache_interval=1 + i % 3)
+    for i in range(9)
+]
+
+
+def drawn(sampler: Sampler, specs: list[RowSpec]) -> list[Tensor]:
+    rows = [sampler.start(spec) for spec in specs]
+    sampler.finish(rows)
+    return [row.x.cpu() for row in rows]
+
+
+def test_rows_that_keep_their_blocks_are_recorded_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "tiny.safetensors"
+    write_tiny(path)
+    sampler = Sampler.from_checkpoint(path, backend="cpu", threads=1)
+    expected = drawn(sampler, MIXED)
+    model, plain, keeping = sampler.model, Recorder(), Recorder()
+    assert isinstance(model, PackedDiT)
+    monkeypatch.setattr(model, "_run", GraphedDenoise(model.denoise, plain))
+    monkeypatch.setattr(model, "_run_keeping", GraphedDenoise(model.denoise_keeping, keeping))
+    assert all(map(torch.equal, drawn(sampler, MIXED), expected))
+    assert plain.recorded
+    assert keeping.recorded
+    drawn(sampler, MIXED[::3])
+    recorded = keeping.recorded
+    drawn(sampler, [spec for spec in MIXED if spec.cache_interval == 1])
+    assert keeping.recorded == recorded
 
 
 @pytest.mark.gpu
@@ -89,21 +122,13 @@ def test_a_gpu_draws_the_same_alone_and_among_others(tmp_path: Path) -> None:
     write_tiny(path)
     sampler = Sampler.from_checkpoint(path, device="cuda")
     assert sampler.warm_up_rows(20)[-1] == 20
-    specs = [RowSpec(i % 10, i, 3 + i % 3, (1.0, 2.0)[i % 2], "ddim") for i in range(7)]
-
-    def draw(chosen: list[RowSpec]) -> list[Tensor]:
-        rows = [sampler.start(spec) for spec in chosen]
-        while running := [row for row in rows if not row.done]:
-            sampler.step(running)
-        return [row.x.cpu() for row in rows]
-
-    together = draw(specs)
-    for spec, expected in zip(specs, together, strict=True):
-        assert torch.equal(draw([spec])[0], expected)
+    together = drawn(sampler, MIXED)
+    for spec, expected in zip(MIXED, together, strict=True):
+        assert torch.equal(drawn(sampler, [spec])[0], expected)
     # The reference backend on the CPU agrees but for codes that fall the other way.
     law = Sampler.from_checkpoint(path, backend="reference")
-    row = law.start(specs[0])
+    row = law.start(MIXED[0])
     law.step([row])
-    mine = sampler.start(specs[0])
+    mine = sampler.start(MIXED[0])
     sampler.step([mine])
     assert float((mine.x.cpu() - row.x).norm() / row.x.norm()) < 0.05

@@ -42,7 +42,12 @@ IntervalOption = Annotated[
     tuple[int, int], typer.Option(metavar="LOW HIGH", help="Guide at timesteps LOW..HIGH alone (arXiv 2404.07724).")
 ]
 CacheOption = Annotated[
-    int, typer.Option(min=1, help="Run the blocks at one step in so many and reuse what they added between; 1: always.")
+    int,
+    typer.Option(
+        min=1,
+        max=NUM_TRAIN_TIMESTEPS,
+        help="Run the blocks at the first step, the last and one in so many, and reuse what they added; 1: at each.",
+    ),
 ]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")]
 

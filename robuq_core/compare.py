@@ -46,20 +46,26 @@ def compare_short_cuts(
     Image i uses ``seed + i``; what is ``None`` takes the checkpoint's default.
 
     Raises:
-        ValueError: a value out of range, no short cut at all, or an interval for a guidance scale of 1, which is none.
+        ValueError: no class, a value out of range, no short cut at all, or an interval for a guidance scale of 1, which
+            is none.
     """
+    if not class_ids:
+        raise ValueError("class_ids must name at least one class")
     defaults = sampler.defaults
     scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
     if guidance_interval == ALL_TIMESTEPS and cache_interval == 1:
         raise ValueError("there is no short cut to compare: choose a guidance_interval or a cache_interval above 1")
     if guidance_interval != ALL_TIMESTEPS and scale == 1:
         raise ValueError("guidance_scale 1 is no guidance, so its interval changes nothing: choose another scale")
-    steps = steps or defaults.steps
+    steps = defaults.steps if steps is None else steps
     whole = [
         RowSpec(class_id, seed + i, steps, scale, sampler_name or defaults.sampler)
         for i, class_id in enumerate(class_ids)
     ]
     cut = [replace(spec, guidance_interval=guidance_interval, cache_interval=cache_interval) for spec in whole]
+    # What cannot be drawn is refused before anything is, and nobody pays for what only the first step sets up.
+    for specs in (whole, cut):
+        sampler.step([sampler.start(spec) for spec in specs])
     expected, rows_full, seconds_full = _drawn(sampler, whole)
     images, rows, seconds = _drawn(sampler, cut)
     fewer_steps = max(1, round(steps * rows / rows_full))
@@ -79,13 +85,17 @@ def compare_short_cuts(
 def _drawn(sampler: Sampler, specs: Sequence[RowSpec]) -> tuple[np.ndarray, int, float]:
     """Pictures, rows of the model that went through the blocks, and seconds of all steps."""
     rows = [sampler.start(spec) for spec in specs]
-    block_rows = 0
+    sampler.finish([])  # on a GPU: what is under way is not to be timed
+    block_rows: list[int] = []
+
+    def count() -> None:
+        block_rows.extend(row.block_rows for row in rows if not row.done)
+
     began = time.perf_counter()
-    while not rows[0].done:
-        block_rows += sum(row.block_rows for row in rows)
-        sampler.step(rows)
+    count()
+    sampler.finish(rows, on_step=count)
     seconds = time.perf_counter() - began
-    return np.stack([sampler.decode(row) for row in rows]), block_rows, seconds
+    return np.stack([sampler.decode(row) for row in rows]), sum(block_rows), seconds
 
 
 def psnr_db(images: np.ndarray, reference: np.ndarray) -> float:

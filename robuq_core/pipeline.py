@@ -179,7 +179,8 @@ class Sampler:
         """A new row at its first step: pure noise from its seed, or ``noise [C, H, W]`` instead.
 
         Raises:
-            ValueError: class, seed, steps, guidance interval or cache interval out of range.
+            ValueError: class, seed, steps, guidance interval or cache interval out of range, or a cache interval above
+                1 for a network that is not packed.
         """
         if not 0 <= spec.class_id < self.num_classes:
             raise ValueError(f"class_id must be 0..{self.num_classes - 1}, not {spec.class_id}")
@@ -189,8 +190,8 @@ class Sampler:
         if not 0 <= low <= high < NUM_TRAIN_TIMESTEPS:
             raise ValueError(f"guidance_interval must be two timesteps of 0..{NUM_TRAIN_TIMESTEPS - 1}, ascending, "
                              f"not {low}, {high}")  # fmt: skip
-        if spec.cache_interval < 1:
-            raise ValueError(f"cache_interval must be at least 1, which runs the blocks at every step, "
+        if not 1 <= spec.cache_interval <= NUM_TRAIN_TIMESTEPS:
+            raise ValueError(f"cache_interval must be 1..{NUM_TRAIN_TIMESTEPS} (1 runs the blocks at every step), "
                              f"not {spec.cache_interval}")  # fmt: skip
         if spec.cache_interval > 1 and not isinstance(self.model, PackedDiT):
             raise ValueError("cache_interval must be 1 for a network that is not packed")
@@ -243,7 +244,7 @@ class Sampler:
     def _forward(
         self, rows: Sequence[Row], guided: Sequence[int], x: Tensor, timesteps: Tensor, classes: Tensor
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        if isinstance(self.model, PackedDiT) and any(row.spec.cache_interval > 1 for row in rows):
+        if isinstance(self.model, PackedDiT) and any(row.keeps_blocks or row.reuses_blocks for row in rows):
             return cached_forward(self.model, rows, [*range(len(rows)), *guided], x, timesteps, classes)
         return self.model.forward(x, timesteps, classes), {}
 

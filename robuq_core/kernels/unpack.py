@@ -12,14 +12,16 @@ def planar_from_base3(packed: Tensor, shape: tuple[int, int]) -> Tensor:
     """:func:`robuq_core.quant.packing.planar_from_base3`, many times as fast where the native library is built.
 
     Args:
-        packed: uint8 ``[ceil(N K / 5)]`` on the CPU, ``shape`` being ``(N, K)``.
+        packed: uint8 ``[ceil(N K / 5)]``, ``shape`` being ``(N, K)``; the native way is for the CPU's memory.
 
     Raises:
         ValueError: another dtype or length than ``shape`` asks for, or a byte above 242.
     """
     try:
-        library = load_library()
+        library = load_library() if packed.device.type == "cpu" else None
     except NativeUnavailableError:
+        library = None
+    if library is None:
         return packing.planar_from_base3(packed, shape)
     packing.check_base3(packed, shape)
     rows, in_features = shape

@@ -55,7 +55,7 @@ class GenerateRequest(BaseModel):
         Field(
             ge=1,
             le=NUM_TRAIN_TIMESTEPS,
-            description="Run the network's blocks at one step in so many and reuse what they added between.",
+            description="Run the blocks at the first step, the last and one in so many; reuse what they added between.",
         ),
     ] = 1
     seed: Annotated[int | None, Field(ge=0, le=MAX_SEED, description="Drawn at random if not given.")] = None

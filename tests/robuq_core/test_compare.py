@@ -45,12 +45,18 @@ def test_caching_saves_rows_and_changes_pictures(sampler: Sampler) -> None:
     [
         ({"guidance_interval": (0, 500), "guidance_scale": 1.0}, "guidance_scale 1 is no guidance"),
         ({}, "no short cut to compare"),
-        ({"cache_interval": 0}, "cache_interval must be at least 1"),
+        ({"cache_interval": 2, "steps": 0}, "steps must be"),
+        ({"cache_interval": 0}, r"cache_interval must be 1\.\.1000"),
     ],
 )
 def test_what_compares_nothing_is_refused(sampler: Sampler, chosen: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         compare_short_cuts(sampler, [1], **chosen)
+
+
+def test_no_class_is_refused(sampler: Sampler) -> None:
+    with pytest.raises(ValueError, match="class_ids must name"):
+        compare_short_cuts(sampler, [], cache_interval=2)
 
 
 def test_psnr_is_of_the_mean_square() -> None:

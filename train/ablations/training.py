@@ -113,7 +113,7 @@ def draw_samples(
 ) -> tuple[Tensor, Tensor]:
     """``count`` samples in [-1, 1], float32 ``[count, C, S, S]``, and their classes (in turn), ``[count]``.
 
-    No guidance. The noise depends on ``seed`` alone, so runs with one seed start from the same.
+    No guidance. The noise depends on ``seed`` and ``count`` alone, so runs of one seed and count draw with the same.
     """
     header = Header(
         format_version=FORMAT_VERSION,

@@ -45,8 +45,8 @@ def capacity(
     from robuq_core.checkpoint import read_header
     from robuq_core.pipeline import bundled_checkpoint
     from server.capacity import measure_rows_per_s, plan_replicas, replica_memory, rows_per_image
-    from server.cli import load_settings
     from server.loading import load_samplers, located
+    from server.settings import load_settings
 
     plan_replicas(rate, images_per_second or 1.0, utilisation=utilisation, spare=spare)  # before anything slow
     settings = load_settings(

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 
 from robuq_core.cli_support import reported
 from robuq_core.errors import UserError
 from server import capacity_cli, keys_cli
 from server.keys import read_keys
-from server.settings import LogFormat, LogLevel, Settings
+from server.settings import LogFormat, LogLevel, Settings, load_settings
 
 logger = logging.getLogger(__name__)
 
@@ -61,18 +60,6 @@ def _option(name: str) -> Any:
         envvar=f"ROBUQ_{name.upper()}",
         show_default=False if field.default in (None, ()) else str(field.default),
     )
-
-
-def load_settings(given: dict[str, Any]) -> Settings:
-    """Settings from what the command line gave; the rest from ``ROBUQ_*`` variables and defaults."""
-    try:
-        return Settings(**{name: value for name, value in given.items() if value is not None})
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        name = str(fault["loc"][0])
-        message = fault["msg"].removeprefix("Value error, ")
-        option = "--" + name.replace("_", "-")
-        raise UserError(f"{option} (or ROBUQ_{name.upper()}): {message}, got {fault['input']!r}") from None
 
 
 @app.callback(help=_HELP, invoke_without_command=True)

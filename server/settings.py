@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import DirectoryPath, Field, field_validator
+from pydantic import DirectoryPath, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from robuq_core.errors import UserError
 
 # Images that one request may ask for; the queue must hold at least one such request.
 MAX_IMAGES = 16
@@ -100,3 +102,19 @@ class Settings(BaseSettings):
             if origin != "*" and (not parts.scheme or not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}"):
                 raise ValueError(f"{origin!r} is no origin; write it like https://example.org, without a path")
         return origins
+
+
+def load_settings(given: dict[str, Any]) -> Settings:
+    """Settings from what the command line gave; the rest from ``ROBUQ_*`` variables and defaults.
+
+    Raises:
+        UserError: a value out of range; it names the option and the variable.
+    """
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        name = str(fault["loc"][0])
+        message = fault["msg"].removeprefix("Value error, ")
+        option = "--" + name.replace("_", "-")
+        raise UserError(f"{option} (or ROBUQ_{name.upper()}): {message}, got {fault['input']!r}") from None

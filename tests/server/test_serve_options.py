@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from robuq_core.errors import UserError
 from server import cli
 from server.keys import create_key, read_keys
-from server.settings import Settings
+from server.settings import Settings, load_settings
 
 
 def test_every_setting_has_an_option_and_no_option_is_without_a_setting() -> None:
@@ -23,28 +23,28 @@ def test_every_setting_has_an_option_and_no_option_is_without_a_setting() -> Non
 
 def test_an_option_wins_over_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROBUQ_PORT", "1234")
-    assert cli.load_settings({"port": None}).port == 1234
-    assert cli.load_settings({"port": 99}).port == 99
+    assert load_settings({"port": None}).port == 1234
+    assert load_settings({"port": 99}).port == 99
 
 
 def test_a_wrong_value_names_option_and_variable() -> None:
     with pytest.raises(UserError, match=r"--target-step-s \(or ROBUQ_TARGET_STEP_S\)"):
-        cli.load_settings({"target_step_s": -1.0})
+        load_settings({"target_step_s": -1.0})
 
 
 def test_origins_come_from_options_and_from_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = ("https://example.org", "http://localhost:3000")
-    assert cli.load_settings({"cors_origins": list(wanted)}).cors_origins == wanted
+    assert load_settings({"cors_origins": list(wanted)}).cors_origins == wanted
     monkeypatch.setenv("ROBUQ_CORS_ORIGINS", " ".join(wanted))
     assert Settings().cors_origins == wanted
     for wrong in ("example.org", "https://example.org/", "https://example.org/page", "null", ""):
         with pytest.raises(UserError, match=r"--cors-origins .* is no origin"):
-            cli.load_settings({"cors_origins": [wrong]})
+            load_settings({"cors_origins": [wrong]})
 
 
 def test_a_checkpoint_folder_must_exist(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--checkpoint-dir"):
-        cli.load_settings({"checkpoint_dir": tmp_path / "missing"})
+        load_settings({"checkpoint_dir": tmp_path / "missing"})
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ RUN = {
     "docs/quickstart.md": ("curl", "robuq sample", "robuq inspect"),
     "docs/serve-your-checkpoint.md": ("curl", "robuq sample", "robuq inspect mine", "robuq-serve"),
     "docs/train-your-own.md": ("robuq-train", "robuq sample"),
+    "docs/performance.md": ("robuq compare",),
 }
 
 # What another test runs: the page and the command as a regular expression, and the test's file and name.

@@ -85,17 +85,15 @@ def compare_short_cuts(
 def _drawn(sampler: Sampler, specs: Sequence[RowSpec]) -> tuple[np.ndarray, int, float]:
     """Pictures, rows of the model that went through the blocks, and seconds of all steps."""
     rows = [sampler.start(spec) for spec in specs]
-    sampler.finish([])  # on a GPU: what is under way is not to be timed
-    block_rows: list[int] = []
-
-    def count() -> None:
-        block_rows.extend(row.block_rows for row in rows if not row.done)
-
+    block_rows = 0
+    sampler.synchronize()
     began = time.perf_counter()
-    count()
-    sampler.finish(rows, on_step=count)
+    while not rows[0].done:
+        block_rows += sum(row.block_rows for row in rows)
+        sampler.step(rows)
+    sampler.synchronize()
     seconds = time.perf_counter() - began
-    return np.stack([sampler.decode(row) for row in rows]), sum(block_rows), seconds
+    return np.stack([sampler.decode(row) for row in rows]), block_rows, seconds
 
 
 def psnr_db(images: np.ndarray, reference: np.ndarray) -> float:

@@ -244,7 +244,7 @@ class Sampler:
     def _forward(
         self, rows: Sequence[Row], guided: Sequence[int], x: Tensor, timesteps: Tensor, classes: Tensor
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        if isinstance(self.model, PackedDiT) and any(row.keeps_blocks or row.reuses_blocks for row in rows):
+        if isinstance(self.model, PackedDiT) and any(row.spec.cache_interval > 1 for row in rows):
             return cached_forward(self.model, rows, [*range(len(rows)), *guided], x, timesteps, classes)
         return self.model.forward(x, timesteps, classes), {}
 
@@ -341,8 +341,12 @@ class Sampler:
             self.step(running)
             if on_step is not None:
                 on_step()
+        self.synchronize()
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given, so that what is timed has happened."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # so that what is timed has happened
+            torch.cuda.synchronize(self.device)
 
 
 def _decoder_for(path: Path, decoder: Path | str | Decoder | None, device: torch.device) -> Decoder | None:

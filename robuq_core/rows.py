@@ -22,8 +22,8 @@ class RowSpec:
     ``guidance_interval``: the timesteps, first and last included, at which guidance acts (arXiv 2404.07724); outside of
     them the row costs half.
 
-    ``cache_interval``: the blocks run at one step in 1..1000, counted back from the last, and at the first, and where
-    guidance sets in; the steps between take what the blocks added to the tokens before (:mod:`robuq_core.step_cache`).
+    ``cache_interval`` 1..1000: the blocks run at one step in so many, counted back from the last, at the first, and
+    where guidance sets in; the steps between take what they added to the tokens before (:mod:`robuq_core.step_cache`).
     """
 
     class_id: int
@@ -70,14 +70,17 @@ class Row:
     @property
     def reuses_blocks(self) -> bool:
         """The next step takes :attr:`block_delta` instead of running the blocks."""
-        kept, steps_after = self.block_delta, len(self.table) - self.steps_done - 1
+        kept = self.block_delta
         # Guidance that sets in between two steps that run the blocks needs what none of them kept.
-        return kept is not None and steps_after % self.spec.cache_interval > 0 and len(kept) > self.guided
+        return kept is not None and self._may_reuse(self.steps_done) and len(kept) > self.guided
 
     @property
     def keeps_blocks(self) -> bool:
         """The step after the next one may take what the blocks add at the next."""
-        steps_after = len(self.table) - self.steps_done - 2
+        return self._may_reuse(self.steps_done + 1)
+
+    def _may_reuse(self, step: int) -> bool:
+        steps_after = len(self.table) - step - 1
         return steps_after >= 0 and steps_after % self.spec.cache_interval > 0
 
     @property

@@ -6,7 +6,6 @@ computed (:mod:`robuq_core.models.conditioning`), and :meth:`PackedDiT.denoise`,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,13 +106,12 @@ class PackedDiT:
         return self._run(x_BCHW, self._slots(timesteps_B, classes_B), self.conditioning.table)
 
     def forward_keeping(
-        self, x_BCHW: Tensor, timesteps_B: Tensor, classes_B: Tensor, keep: Sequence[int]
+        self, x_BCHW: Tensor, timesteps_B: Tensor, classes_B: Tensor, keep: list[int]
     ) -> tuple[Tensor, Tensor]:
         """:meth:`forward`, and beside its output what the blocks added to the tokens of the rows at ``keep`` (one or
         more): float32 ``[len(keep), L, D]``."""
         out, tokens_BLD = self._run_keeping(x_BCHW, self._slots(timesteps_B, classes_B), self.conditioning.table)
-        kept = list(keep)
-        return out, tokens_BLD[kept] - self._embedded(x_BCHW[kept])
+        return out, tokens_BLD[keep] - self._embedded(x_BCHW[keep])
 
     def forward_reusing(
         self, x_BCHW: Tensor, timesteps_B: Tensor, classes_B: Tensor, block_delta_BLD: Tensor

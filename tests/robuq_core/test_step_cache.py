@@ -83,7 +83,7 @@ def test_the_kept_delta_is_what_the_blocks_add(network: PackedDiT, rows: int, se
     timesteps, classes = torch.arange(rows) * 300, torch.arange(rows)
     with torch.inference_mode():
         plain = network.forward(x, timesteps, classes)
-        output, delta = network.forward_keeping(x, timesteps, classes, range(rows))
+        output, delta = network.forward_keeping(x, timesteps, classes, list(range(rows)))
         assert torch.equal(output, plain)
         assert torch.equal(network.forward_keeping(x, timesteps, classes, [rows - 1])[1], delta[-1:])
         assert delta.shape == (rows, network.config.num_tokens, network.config.hidden_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -64,8 +65,16 @@ def test_what_is_no_key(client: httpx.Client, key: str) -> None:
     assert (answer.status_code, answer.json()["error"]["field"]) == (422, "Idempotency-Key")
 
 
-def test_requests_in_flight_are_joined_and_one_may_leave() -> None:
+def test_requests_in_flight_are_joined_and_one_may_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = WatchedSampler()
+    joined = threading.Semaphore(0)
+    join = Generation.join
+
+    def counted(generation: Generation) -> None:
+        join(generation)
+        joined.release()
+
+    monkeypatch.setattr(Generation, "join", counted)
     with live_server(sampler) as (client, engine), ThreadPoolExecutor(3) as pool:
         sampler.hold()
         with raw_request(client, {"class_id": 1, "steps": 3}, "Idempotency-Key: k\r\n"):
@@ -73,6 +82,8 @@ def test_requests_in_flight_are_joined_and_one_may_leave() -> None:
             others = [pool.submit(post, client, "k", {"steps": 3}) for _ in range(2)]
             conflict = post(client, "k", {"steps": 4})
             assert conflict.status_code == 409
+            # All three, or the first could be the last to leave.
+            assert all(joined.acquire(timeout=WAIT_S) for _ in range(3))
         # The client that brought the work has gone, and the work goes on.
         sampler.release()
         answers = [other.result() for other in others]

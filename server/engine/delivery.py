@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -29,6 +30,7 @@ class Delivery:
         self._max_pending = max_pending
         self.pending = 0  # guarded by the ledger's lock, like all of a job
         self._busy = 0  # threads at work, likewise
+        self._rest = threading.Condition(ledger.lock)  # none is
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
     @property
@@ -54,14 +56,14 @@ class Delivery:
             job.on_event = None
             logger.warning("a listener failed; it hears no more", exc_info=True, extra={"request_id": job.request_id})
 
-    @property
-    def busy(self) -> bool:
-        """A thread is at work."""
-        return self._busy > 0
-
     def stop(self) -> None:
         """Drop what has not begun."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait until no thread is at work; whether that came."""
+        with self._rest:
+            return self._rest.wait_for(lambda: self._busy == 0, timeout_s)
 
     def _submit(self, task: Callable[..., None], *arguments: Any) -> None:
         try:
@@ -80,6 +82,7 @@ class Delivery:
             with lock:
                 had_room = self.has_room
                 self._busy -= 1
+                self._rest.notify_all()
                 self.pending -= 1
                 if self.has_room and not had_room:
                     self._ledger.work.notify_all()

@@ -245,8 +245,8 @@ class Engine:
         self._end("stopped")
         self._delivery.stop()
         until = time.monotonic() + join_timeout_s
-        ended = [replica.join(max(0.0, until - time.monotonic())) for replica in self._replicas]
-        return all(ended) and not self._delivery.busy and self._supervisor.join(max(0.0, until - time.monotonic()))
+        joins = [*(replica.join for replica in self._replicas), self._delivery.join, self._supervisor.join]
+        return all(join(max(0.0, until - time.monotonic())) for join in joins)
 
     # Inside.
 

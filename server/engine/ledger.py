@@ -132,8 +132,10 @@ class Ledger:
     def _close(self, job: Job, reason: str) -> bool:
         """Take a job out; false when it was out already. Whoever gets true resolves its future."""
         with self.lock:
-            if self.jobs.pop(job.id, None) is None:
+            if job.id not in self.jobs:
                 return False
+            self.metrics.requests.labels(reason).inc()  # first, so that an idle engine has counted all
+            del self.jobs[job.id]
             self.scheduler.cancel(job.id)
             self.changes += 1
             self._leave_locked(job, job.images_to_step)
@@ -143,5 +145,4 @@ class Ledger:
             if job.generation.retired_at is not None and job.generation.jobs == 0:
                 self.alarm.notify()
         job.on_event = None  # what it holds should not outlive the request
-        self.metrics.requests.labels(reason).inc()
         return True

@@ -100,8 +100,9 @@ class Replica:
         self._stepping = False
         self._parts = []
         self.stepper.step_began = None
-        self._thread = threading.Thread(target=self._live, name=f"replica-{self.number}", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._live, name=f"replica-{self.number}", daemon=True)
+        thread.start()
+        self._thread = thread  # not before it lives, or it would count as dead
 
     def join(self, timeout_s: float) -> bool:
         """Wait for the thread's end; whether it came."""
@@ -118,6 +119,7 @@ class Replica:
         except BaseException as error:
             self.death = error
             logger.critical("replica %d has died", self.number, exc_info=True)
+            self._end_warm_up(error)
         finally:
             with self._ledger.lock:
                 self._ledger.alarm.notify()
@@ -218,13 +220,14 @@ class Replica:
                 if job.id not in ledger.jobs:
                     continue  # cancelled or failed during the step
                 if job.first_step_at is None:
-                    job.first_step_at = began
                     first_steps.append(job)
+                # Images of one request may be on several replicas, and who steps first need not come here first.
+                job.first_step_at = min(began, job.first_step_at or began)
                 if job.on_event is not None:
                     watched.append(entry)
                 if entry.row.done:
                     del job.rows[entry.image]
-                    job.last_step_at = ended
+                    job.last_step_at = max(ended, job.last_step_at)
                     ledger.stepped_locked(job, entry.image)
                     finished.append(entry)
             self._delivery.pending += len(finished)
@@ -275,5 +278,12 @@ class Replica:
                 warm_up.advance(self.stepper)
         except Exception as error:
             warm_up.fail(error)
-        if warm_up.ended:
-            self.warm_up = None
+        with self._ledger.lock:
+            if warm_up.ended and self.warm_up is warm_up:  # the next one may be there already
+                self.warm_up = None
+
+    def _end_warm_up(self, error: BaseException) -> None:
+        with self._ledger.lock:
+            if self.warm_up is not None:
+                self.warm_up.fail(error)
+                self.warm_up = None

@@ -102,9 +102,6 @@ class Supervisor:
         self._deaths.append(now)
         while now - self._deaths[0] > RESTART_WINDOW_S:
             self._deaths.popleft()
-        if replica.warm_up is not None:
-            replica.warm_up.fail(error)
-            replica.warm_up = None
         if len(self._deaths) > MAX_RESTARTS:
             self._on_failure(error)
             return

@@ -59,7 +59,7 @@ def read_state_file(path: Path) -> dict[str, Any]:
     except Exception as error:  # a damaged file leads the unpickler to raise almost anything
         raise StateError(f"{path}: not a whole training state ({one_line(error)}); {_REMEDY}") from error
     if damaged is not None:
-        raise StateError(f"{path}: damaged (checksum of {damaged}); {_REMEDY}")
+        raise StateError(f"{path}: damaged (checksum of {damaged!r}); {_REMEDY}")
     if not isinstance(state, dict) or not (set(state) >= _WHOLE or set(state) >= _SHARDED):
         raise StateError(f"{path}: not a training state of this project; {_REMEDY}")
     return state

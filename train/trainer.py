@@ -223,13 +223,17 @@ class Trainer:
         self.state_path.parent.mkdir(parents=True, exist_ok=True)
         log = TrainingLog(self.state_path, self.step) if parallel.rank() == 0 else None
         previous = {number: signal.signal(number, self._request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        ended = False
         try:
             self._loop(log)
+            ended = self._stopped_by is None
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
             if log is not None:
                 log.close()
+            # torchrun ends every process with SIGTERM as soon as one has ended: not before this one has said why.
+            if ended or parallel.world_size() == 1:
+                for number, handler in previous.items():
+                    signal.signal(number, handler)
         if self.step < self.stage.steps and self._stopped_by is not None:
             parallel.stop_all(
                 TrainingError(f"stopped by {self._stopped_by.name} at step {self.step} of {self.stage.steps}, which "

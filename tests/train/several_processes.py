@@ -49,7 +49,7 @@ def start(*arguments: str, world: int = 2, **environment: str) -> list[subproces
     ]
 
 
-def finish(processes: list[subprocess.Popen[str]], seconds: float = 240) -> list[tuple[int, str]]:
+def finish(processes: list[subprocess.Popen[str]], seconds: float = 600) -> list[tuple[int, str]]:
     """Exit code and standard error of each process, in order of rank; none is left running."""
     try:
         ends = [process.communicate(timeout=seconds) for process in processes]

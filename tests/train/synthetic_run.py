@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from train.config import TrainConfig, load_config
 
 CLASSES, PER_CLASS, SIZE = 4, 2, 8
 REPOSITORY = Path(__file__).parents[2]
+SIGNALLED = Path(__file__).with_name("signalled_training.py")
 
 
 def write_photos(folder: Path, classes: int = CLASSES, per_class: int = PER_CLASS, side: int = 12) -> Path:
@@ -83,13 +85,18 @@ def make_config(root: Path, changes: Mapping[str, Any] | None = None) -> TrainCo
     return load_config(write_config(root, changes), [])
 
 
-def start_training(stage: str, config: Path) -> subprocess.Popen[str]:
-    """``robuq-train STAGE`` as a process of its own, on one thread."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "train.cli", stage, "--config", str(config)],
+def signalled(stage: str, step: int, number: signal.Signals, rank: int = 0) -> dict[str, str]:
+    """Environment that lets ``SIGNALLED`` signal its process ``rank`` in the step after ``step`` of ``stage``."""
+    return {"TEST_SIGNAL": f"{stage} {step} {rank} {number.value}"}
+
+
+def train_signalled(command: str, config: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """``robuq-train COMMAND`` as a process of its own, on one thread, signalled as ``environment`` says."""
+    return subprocess.run(
+        [sys.executable, SIGNALLED, command, "--config", str(config)],
         cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
         text=True,
+        timeout=600,
     )

@@ -2,12 +2,12 @@
 
 import json
 import math
+import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import pytest
 import several_processes
 import torch
 from several_processes import train_stage
-from synthetic_run import merged, write_config
+from synthetic_run import SIGNALLED, merged, signalled, write_config
 from torch import Tensor
 
 from train.config import ConfigError, StageConfig, TrainConfig, load_config
@@ -207,12 +207,6 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_all_with_one_message(
     assert all(bool(value.isfinite().all()) for value in state["model"].values())
 
 
-def wait_for(path: Path, processes: list[subprocess.Popen[str]]) -> None:
-    deadline = time.monotonic() + 120
-    while not path.exists() and all(each.poll() is None for each in processes) and time.monotonic() < deadline:
-        time.sleep(0.002)
-
-
 def test_a_killed_and_a_terminated_process_lose_nothing(root: Path, one: Path) -> None:
     """Two processes that torchrun started, one killed; two that go on, one terminated; one that ends the work."""
     changes = {"teacher": {"steps": 150, "save_every": 7, "log_every": 5, "parallel": "fsdp"}, "model": {"depth": 1}}
@@ -222,35 +216,25 @@ def test_a_killed_and_a_terminated_process_lose_nothing(root: Path, one: Path) -
     path = load_config(broken, []).run_dir / "teacher.pt"
 
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    launcher = subprocess.Popen(
-        [*torchrun, "-m", "train.cli", "teacher", "-c", str(broken)],
+    arguments = [str(SIGNALLED), "teacher", "-c", str(broken)]
+    launcher = subprocess.run(
+        [*torchrun, *arguments],
         cwd=several_processes.REPOSITORY,
+        env={**os.environ, **signalled("teacher", 17, signal.SIGKILL, rank=1)},
         stderr=subprocess.PIPE,
         text=True,
+        timeout=600,
     )
-    wait_for(path, [launcher])
-    workers = psutil.Process(launcher.pid).children()
-    assert len(workers) == 2
-    workers[1].kill()
-    _, said = launcher.communicate(timeout=60)
     assert launcher.returncode != 0
-    assert not any(worker.is_running() for worker in workers)
-    assert "process 0 of 2 lost another one" in said
-    step = load_state(path)["step"]
-    assert 0 < step < 150
-    assert step % 7 == 0
+    assert [each.pid for each in psutil.process_iter(["cmdline"]) if str(broken) in (each.info["cmdline"] or ())] == []
+    assert "process 0 of 2 lost another one" in launcher.stderr
+    assert load_state(path)["step"] == 14
 
-    before = path.stat().st_mtime_ns
-    processes = several_processes.start("-m", "train.cli", "teacher", "-c", str(broken))
-    deadline = time.monotonic() + 120
-    while path.stat().st_mtime_ns == before and time.monotonic() < deadline:
-        time.sleep(0.002)
-    processes[1].send_signal(signal.SIGTERM)
+    processes = several_processes.start(*arguments, **signalled("teacher", 30, signal.SIGTERM, rank=1))
     (first, said), (second, repeated) = several_processes.finish(processes)
-    assert first == second == 2
-    later = load_state(path)["step"]
-    assert step <= later < 150
-    assert f"stopped by SIGTERM at step {later} of 150" in said
+    assert first == second == 2, said + repeated
+    assert load_state(path)["step"] == 31
+    assert "stopped by SIGTERM at step 31 of 150" in said
     assert "error" not in repeated
 
     train_teacher(load_config(broken, []))

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from synthetic_run import CLASSES, REPOSITORY, make_config, merged, start_training, write_config
+from synthetic_run import CLASSES, REPOSITORY, make_config, merged, signalled, train_signalled, write_config
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -422,14 +421,9 @@ def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(
 ) -> None:
     path = write_config(tmp_path, {**SEARCH, killed_in: {"save_every": 1}})
     config = load_config(path, [])
-    process = start_training("run", path)
-    state = config.run_dir / f"{killed_in}.pt"
-    deadline = time.monotonic() + 120
-    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
+    process = train_signalled("run", path, signalled(killed_in, 1, signal.SIGKILL))
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert load_state(config.run_dir / f"{killed_in}.pt")["step"] == 1
     run(config, lambda _: None)
     for name in ("teacher.pt", "qat.pt"):
         ours, theirs = load_state(config.run_dir / name)["ema"], load_state(done.run_dir / name)["ema"]

@@ -1,0 +1,39 @@
+"""``robuq-train`` that one of its processes signals in the middle of a step: ``python signalled_training.py OPTIONS``.
+
+``TEST_SIGNAL`` is ``STAGE STEP RANK NUMBER``: the stage's name, how many steps it has made by then, the process and the
+signal. Closing the log takes a while, so that what torchrun sends to the others arrives within.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from train import parallel
+from train.cli import app
+from train.trainer import Trainer, TrainingLog
+
+_loss, _close = Trainer._loss, TrainingLog.close
+
+
+def _signalled_loss(trainer: Trainer, *arguments: Any) -> Any:
+    stage, step, rank, number = os.environ["TEST_SIGNAL"].split()
+    if (trainer.state_path.stem, trainer.step, parallel.rank()) == (stage, int(step), int(rank)):
+        os.kill(os.getpid(), int(number))
+    return _loss(trainer, *arguments)
+
+
+def _slow_close(log: TrainingLog) -> None:
+    time.sleep(0.5)
+    _close(log)
+
+
+if __name__ == "__main__":
+    Trainer._loss = _signalled_loss  # type: ignore[method-assign]
+    TrainingLog.close = _slow_close  # type: ignore[method-assign]
+    app()

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
+import pytest
 from serving_harness import WAIT_S, WatchedSampler, outcome, running_engine, sample, spec, until
 
-from server.engine import DeadlineExceeded
+from server.engine import DeadlineExceeded, Engine
 from server.engine.fake import FakeRow
+
+
+def pass_all_deadlines(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine._ledger, "clock", lambda: time.monotonic() + WAIT_S)
 
 
 def test_a_waiting_request_expires_and_those_beside_it_do_not() -> None:
@@ -27,12 +33,13 @@ def test_a_waiting_request_expires_and_those_beside_it_do_not() -> None:
         assert sample(engine, "robuq_requests_total", finished_reason="timeout") == 1
 
 
-def test_a_running_request_expires_though_its_replica_is_stuck() -> None:
+def test_a_running_request_expires_though_its_replica_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = WatchedSampler()
     with running_engine(sampler) as engine:
         sampler.hold()
-        late = engine.submit([spec(seed=1, steps=1000)], "png", timeout_s=0.05)
+        late = engine.submit([spec(seed=1, steps=1000)], "png", timeout_s=WAIT_S)
         assert sampler.entered.acquire(timeout=WAIT_S)
+        pass_all_deadlines(engine, monkeypatch)
         assert isinstance(outcome(late), DeadlineExceeded)
         assert engine.idle
         sampler.release()
@@ -51,7 +58,7 @@ def test_a_shorter_deadline_is_not_slept_through() -> None:
         assert not jobs[0].future.done()
 
 
-def test_a_request_behind_a_stuck_decoder_expires() -> None:
+def test_a_request_behind_a_stuck_decoder_expires(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = WatchedSampler()
     gate = threading.Event()
 
@@ -61,8 +68,9 @@ def test_a_request_behind_a_stuck_decoder_expires() -> None:
 
     with running_engine(sampler, decode_threads=1) as engine:
         sampler.decode = stuck  # type: ignore[method-assign]
-        jobs = [engine.submit([spec(seed=s, steps=1)], "png", timeout_s=0.1) for s in range(3)]
+        jobs = [engine.submit([spec(seed=s, steps=1)], "png", timeout_s=WAIT_S) for s in range(3)]
         until(lambda: engine.images_decoding == 3)
+        pass_all_deadlines(engine, monkeypatch)
         assert all(isinstance(outcome(job), DeadlineExceeded) for job in jobs)
         assert engine.idle
         gate.set()

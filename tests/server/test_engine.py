@@ -15,6 +15,7 @@ from server.engine.errors import Cancelled
 from server.engine.fake import FakeRow
 from server.engine.images import encode_image
 from server.engine.supervisor import MAX_RESTARTS
+from server.scheduler import StepTimeCurve
 
 
 def test_rows_of_different_requests_and_timesteps_share_forwards() -> None:
@@ -148,14 +149,19 @@ def test_a_future_that_its_client_cancels_hurts_nobody() -> None:
 def test_the_queue_is_bounded_in_images_and_tells_when_to_come_back() -> None:
     sampler = WatchedSampler(step_s=0.01)
     with running_engine(sampler, max_batch_rows=2, max_queue_images=16) as engine:
+        replica = engine._replicas[0]
+        assert replica.curve is not None
+        assert replica.curve.seconds(2) >= 0.01  # as measured
+        replica.curve = StepTimeCurve()
+        replica.curve.observe(2, 0.01)
         sampler.hold()
         engine.submit([spec(seed=s, steps=100) for s in range(2)], "png")
         until(lambda: len(sampler.batches) == 1)
         engine.submit([spec(steps=100)] * 16, "png")
         with pytest.raises(Overloaded) as refused:
             engine.submit([spec(steps=100)] * 3, "png")
-        # Two rounds of two rows, 100 steps of 10 ms each.
-        assert refused.value.retry_after_s == pytest.approx(2.0, rel=0.5)
+        # Three images, two at a time, 100 steps of 10 ms each.
+        assert refused.value.retry_after_s == pytest.approx(1.5)
         assert sample(engine, "robuq_rejected_total", reason="queue_full") == 1
 
 
@@ -198,10 +204,11 @@ def test_stop_answers_whoever_still_waits() -> None:
     with running_engine(sampler) as engine:
         sampler.hold()
         jobs = [engine.submit([spec(steps=1000)] * 4, "png") for _ in range(3)]
+        assert sampler.entered.acquire(timeout=WAIT_S)
         assert not engine.stop(join_timeout_s=0)  # a step is under way
         assert all(isinstance(outcome(job), NotReady) for job in jobs)
         sampler.release()
-        assert engine.stop()
+        assert engine.stop(join_timeout_s=WAIT_S)
 
 
 def test_a_stalled_step_shows_and_passes() -> None:
@@ -264,7 +271,8 @@ def test_our_own_fault_in_the_loop_costs_one_batch_not_the_loop(monkeypatch: pyt
         assert outcome(engine.submit([spec()], "png")) is None
 
 
-def test_warm_up_comes_before_ready_and_its_failure_shows() -> None:
+def test_warm_up_comes_before_ready_and_its_failure_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.engine.warm_up.QUICK_S", float("inf"))  # a size is run twice though it was held
     sampler = WatchedSampler()
     engine = create_engine([sampler], make_settings())
     sampler.hold()

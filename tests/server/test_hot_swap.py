@@ -36,6 +36,13 @@ class Checkpoint(WatchedSampler):
         return encode_image(np.full((4, 4, 3), self.version, np.uint8), "png")
 
 
+@pytest.fixture
+def released_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A swapped model stays for whoever read it, however long ago."""
+    monkeypatch.setattr("server.engine.supervisor.RELEASE_AFTER_S", WAIT_S)
+
+
+@pytest.mark.usefixtures("released_late")
 def test_requests_in_flight_end_on_the_old_model_and_new_ones_meet_the_new() -> None:
     old, new = Checkpoint(1), Checkpoint(2)
     with running_engine(old, max_batch_rows=2) as engine:
@@ -60,6 +67,7 @@ def test_requests_in_flight_end_on_the_old_model_and_new_ones_meet_the_new() -> 
         assert engine.metrics.registry.get_sample_value("robuq_info", info) == 1
 
 
+@pytest.mark.usefixtures("released_late")
 def test_swaps_under_load_lose_nothing_and_mix_nothing_up() -> None:
     stop = threading.Event()
     wrong: list[str] = []
@@ -97,12 +105,12 @@ def test_the_old_model_is_released_when_its_last_request_has_ended() -> None:
     engine.start()
     try:
         until(lambda: engine.status == "ready")
-        job = engine.submit([spec(steps=500)], "png")
+        job = engine.submit([spec(steps=10**6)], "png")
         engine.swap([Checkpoint(2)])
         gc.collect()
         assert not job.future.done()
         assert seen() is not None
-        assert outcome(job) is None
+        engine.cancel(job)
 
         def gone() -> bool:
             gc.collect()
@@ -164,6 +172,7 @@ def test_a_model_that_hangs_in_its_warm_up_is_given_up() -> None:
             engine.swap([hanging])
         hanging.release()
         until(lambda: engine.status == "ready")
+        engine._replicas[0]._stall_timeout_s = WAIT_S
         assert engine.sampler is old
         assert outcome(engine.submit([spec()], "png")) is None
         assert len(hanging.batches) <= 2  # the first size's; the second one was not run any more
@@ -191,6 +200,7 @@ def test_a_real_model_is_freed_though_the_collector_had_been_told_to_leave_it_al
         engine.start()
         until(lambda: engine.status == "ready")
         assert outcome(engine.submit([spec(steps=2, guidance_scale=1.5)], "png")) is None
+        engine._delivery._pool.submit(int).result(WAIT_S)  # the one decoder has let go of it
         engine.swap(load_samplers(path, make_settings()))
         until(lambda: model() is None)
         assert outcome(engine.submit([spec(steps=2)], "png")) is None

@@ -33,8 +33,10 @@ def exposition(tmp_path_factory: pytest.TempPathFactory) -> Exposition:
             *(200, 500, 401, 403, 200, 429),
         ]
         sampler.hold()
-        late = pool.submit(draw, timeout_s=0.05, steps=1000)
+        late = pool.submit(draw, steps=1000)
         assert sampler.entered.acquire(timeout=WAIT_S)
+        [job] = engine._ledger.jobs.values()
+        engine.cancel(job, "timeout")
         assert late.result() == 504
         running = engine.submit([spec()], "png")
         engine.cancel(running)

@@ -100,13 +100,19 @@ def test_slow_previews_are_left_out_and_hold_no_step_up() -> None:
 def test_previews_of_an_image_come_in_order() -> None:
     sampler = WatchedSampler(step_s=0.001)
     events: list[Event] = []
+
+    def shown() -> list[int]:
+        return [e.steps_done for e in list(events) if isinstance(e, Preview)]
+
     with running_engine(sampler, decode_threads=4) as engine:
+        sampler.hold()
         jobs = [
             engine.submit([spec(seed=s, steps=40)], "png", preview_every=1, on_event=events.append if s == 0 else None)
             for s in range(4)
         ]
+        sampler.permit()
+        until(lambda: shown() == [1])
+        sampler.release()
         assert all(outcome(job) is None for job in jobs)
         until(lambda: engine.images_decoding == 0)
-    shown = [e.steps_done for e in events if isinstance(e, Preview)]
-    assert shown
-    assert shown == sorted(set(shown))
+    assert shown() == sorted(set(shown()))

@@ -57,13 +57,17 @@ def test_when_memory_runs_out_every_request_completes_and_the_budget_comes_back(
     card = SmallCard(room=64)
     with running_engine(card, max_batch_rows=16, max_queue_images=256) as engine:
         card.room = 5
-        jobs = [engine.submit([spec(seed=s, steps=4, guidance_scale=1.0 + s % 2)], "png") for s in range(60)]
-        for s, job in enumerate(jobs):
-            expected = encode_image(card.decode(FakeRow(spec(s, 4, guidance_scale=1.0 + s % 2))), "png")
-            assert job.future.result(WAIT_S).images == (expected,)
+        card.hold()
+        specs = [spec(seed=s, steps=4, guidance_scale=1.0 + s % 2) for s in range(60)]
+        jobs = [engine.submit(specs[:1], "png")]
+        assert card.entered.acquire(timeout=WAIT_S)
+        jobs += [engine.submit([later], "png") for later in specs[1:]]
+        card.release()
+        for of, job in zip(specs, jobs, strict=True):
+            assert job.future.result(WAIT_S).images == (encode_image(card.decode(FakeRow(of)), "png"),)
         failures = [size for size in card.sizes if size > 5]
         assert len(failures) < 10  # it learns, rather than fail at every step
-        assert engine._replicas[0].stepper.budget.rows == 4
+        assert 3 <= engine._replicas[0].stepper.budget.rows <= card.room  # half of what did not fit, and growing
         assert sample(engine, "robuq_requests_total", finished_reason="error") == 0
         card.room = 64
         card.sizes.clear()
@@ -105,8 +109,7 @@ def test_a_target_for_the_step_keeps_batches_small(target_s: float | None, most:
     sampler.on_step = lambda rows: time.sleep(0.004 * model_rows(rows))
     with running_engine(sampler, max_batch_rows=16, max_queue_images=64, target_step_s=target_s) as engine:
         sampler.sizes.clear()
-        jobs = [engine.submit([spec(seed=s, steps=3, guidance_scale=2.0)], "png") for s in range(12)]
-        assert all(outcome(job) is None for job in jobs)
+        assert outcome(engine.submit([spec(seed=s, steps=3, guidance_scale=2.0) for s in range(12)], "png")) is None
         assert max(sampler.sizes) <= most
         if target_s is None:
             assert max(sampler.sizes) == most

@@ -7,10 +7,11 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import httpx
 from waiting import WAIT_S, until
@@ -30,28 +31,55 @@ app()
 """
 
 
+class Process(subprocess.Popen[bytes]):
+    """What it writes is kept in files: a pipe that nobody reads is full one day, and then the server stands still."""
+
+    def __init__(self, command: Sequence[str | Path], stdout: IO[str] | None, **options: Any) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._out, self._err = (Path(self._folder.name, name) for name in ("out", "err"))
+        with self._out.open("w") as out, self._err.open("w") as err:
+            super().__init__(command, stdout=stdout or out, stderr=err, **options)
+
+    @property
+    def output(self) -> str:
+        """Its standard output so far."""
+        return self._out.read_text()
+
+    @property
+    def error_output(self) -> str:
+        """Its standard error so far."""
+        return self._err.read_text()
+
+
 def launch(
-    *command: str | Path,
-    cwd: Path = ROOT,
-    env: Mapping[str, str] | None = None,
-    stdout: int | IO[str] = subprocess.PIPE,
-) -> subprocess.Popen[str]:
+    *command: str | Path, cwd: Path = ROOT, env: Mapping[str, str] | None = None, stdout: IO[str] | None = None
+) -> Process:
     """Begin a server by its command; without ``env``, this process's, with the sources to import from."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "ROBUQ_PORT": "0"} if env is None else env
-    return subprocess.Popen(command, cwd=cwd, env=env, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    return Process(command, stdout, cwd=cwd, env=env)
 
 
-def start(*options: str, change: str = "", stdout: int | IO[str] = subprocess.PIPE) -> subprocess.Popen[str]:
+def start(*options: str, change: str = "", stdout: IO[str] | None = None) -> Process:
     """Begin one of noise; ``change`` is Python that may alter ``sampler``."""
     return launch(sys.executable, "-c", PROGRAM.format(change=change), *options, stdout=stdout)
 
 
-def told_address(process: subprocess.Popen[str]) -> str:
+def second_steps_wait(steps: int, gate: Path) -> str:
+    """A ``change``: images of so many steps wait before their second one until ``gate`` is there."""
+    return f"""
+import pathlib, time
+def wait(rows):
+    if any(row.spec.steps == {steps} and row.steps_done == 1 for row in rows):
+        while not pathlib.Path({str(gate)!r}).exists():
+            time.sleep(0.01)
+sampler.on_step = wait"""
+
+
+def told_address(process: Process) -> str:
     """The base URL in the first line of its log."""
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    match = re.search(r"http://[\w.:]+", line)
-    assert match, line or process.communicate(timeout=WAIT_S)[1]
+    until(lambda: "\n" in process.output or process.poll() is not None, every_s=0.02)
+    match = re.search(r"http://[\w.:]+", process.output.partition("\n")[0])
+    assert match, process.output + process.error_output
     return match.group()
 
 
@@ -69,7 +97,7 @@ def wait_until_ready(client: httpx.Client) -> None:
 
 
 @contextmanager
-def client_of(process: subprocess.Popen[str], **options: Mapping[str, str]) -> Iterator[httpx.Client]:
+def client_of(process: Process, **options: Mapping[str, str]) -> Iterator[httpx.Client]:
     """A client, of these options, of a server past its warm-up; the process is gone afterwards."""
     try:
         with httpx.Client(base_url=told_address(process), timeout=WAIT_S, **options) as client:  # type: ignore[arg-type]
@@ -77,20 +105,18 @@ def client_of(process: subprocess.Popen[str], **options: Mapping[str, str]) -> I
             yield client
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
 
 
 @contextmanager
-def serving(*options: str, change: str = "") -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+def serving(*options: str, change: str = "") -> Iterator[tuple[Process, httpx.Client]]:
     """A running process of noise and a client of it, past its warm-up."""
     process = start(*options, change=change)
     with client_of(process) as client:
         yield process, client
 
 
-def stop(process: subprocess.Popen[str]) -> tuple[str, str]:
-    """Tell it to end, which it does with 0; what it wrote to standard output and error since it told its address."""
+def stop(process: Process) -> None:
+    """Tell it to end, which it does with 0."""
     process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate(timeout=WAIT_S)
-    assert process.returncode == 0, errors
-    return output, errors
+    assert process.wait(WAIT_S) == 0, process.error_output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -60,9 +61,14 @@ def until(condition: Any, what: str) -> None:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-    return port
+    """Below those that the kernel gives to whoever asks for any."""
+    while True:
+        port = random.randrange(20_000, 32_768)
+        try:
+            socket.create_server(("", port)).close()
+        except OSError:
+            continue
+        return port
 
 
 def add_node(cluster: Any, sessions: Path, host: str, **more: Any) -> Any:
@@ -146,7 +152,9 @@ def local_cluster() -> Iterator[LocalCluster]:
     import ray
     from ray import serve
     from ray.cluster_utils import Cluster
+    from ray.serve._private import api
 
+    api.HTTP_PROXY_TIMEOUT = WAIT_S  # no variable sets it
     port = free_port()
     cluster = Cluster()
     try:

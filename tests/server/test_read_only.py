@@ -42,7 +42,7 @@ def test_nothing_is_written_outside_tmp(tmp_path: Path) -> None:
         assert client.post("/generate", json={"class_id": 1, "steps": 1}).status_code == 200
         (file,) = client.get("/admin/checkpoint").json()["files"]
         assert client.post("/admin/checkpoint", json={"path": file["path"]}).status_code == 200
-        output, errors = stop(process)
-    assert json.loads(output.splitlines()[-1])["message"] == "stopped"
-    written = [line.split(" ", 2)[2] for line in errors.splitlines() if line.startswith("WROTE ")]
+        stop(process)
+    assert json.loads(process.output.splitlines()[-1])["message"] == "stopped"
+    written = [line.split(" ", 2)[2] for line in process.error_output.splitlines() if line.startswith("WROTE ")]
     assert [path for path in written if not path.startswith(("/tmp/", "/dev/"))] == []

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
-import socket
 import threading
 import time
 from collections import Counter
@@ -13,17 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from process_harness import serving, start, told_address, wait_until_ready
 from serving_harness import WAIT_S, until
 
 CLIENTS = 6
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-        return port
 
 
 class Load:
@@ -67,8 +60,7 @@ def test_sigterm_under_load_answers_all_that_was_taken() -> None:
             assert process.wait(WAIT_S) == 0
         finally:
             load.stop()
-        assert process.stdout is not None
-        log = [json.loads(line) for line in process.stdout.read().splitlines()]
+    log = [json.loads(line) for line in process.output.splitlines()]
     # Only refusals while it drained, and connections that came after the port was closed.
     assert set(load.answers) <= {200, 503, 0}
     assert log[-1]["message"] == "stopped"
@@ -81,8 +73,7 @@ def test_sigterm_under_load_answers_all_that_was_taken() -> None:
 
 
 def test_after_a_kill_the_next_one_serves_on_the_same_port() -> None:
-    port = free_port()
-    processes = [start("--port", str(port))]
+    processes = [start()]
     try:
         url = told_address(processes[0])
         with httpx.Client(base_url=url, timeout=WAIT_S) as client:
@@ -93,7 +84,8 @@ def test_after_a_kill_the_next_one_serves_on_the_same_port() -> None:
                 processes[0].kill()
                 processes[0].wait(WAIT_S)
                 before = load.answers[200]
-                processes.append(start("--port", str(port)))  # at once, with connections still in their last state
+                # At once, with connections still in their last state.
+                processes.append(start("--port", str(client.base_url.port)))
                 assert told_address(processes[1]) == url
                 until(lambda: load.answers[200] >= before + 30)
             finally:
@@ -103,27 +95,31 @@ def test_after_a_kill_the_next_one_serves_on_the_same_port() -> None:
     finally:
         for process in processes:
             process.kill()
-            process.communicate()
+            process.wait()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_behind_the_log_takes_no_request_down() -> None:
-    port = free_port()
     with Path("/dev/full").open("w") as full:
-        process = start("--port", str(port), "--log-level", "debug", stdout=full)
+        process = start("--log-level", "debug", stdout=full)
+
+    def listening() -> list[int]:
+        sockets = psutil.Process(process.pid).net_connections("tcp")
+        return [each.laddr.port for each in sockets if each.status == psutil.CONN_LISTEN]
+
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=WAIT_S) as client:
+        until(lambda: bool(listening()), every_s=0.05)  # where it says so nothing can be read
+        with httpx.Client(base_url=f"http://127.0.0.1:{listening()[0]}", timeout=WAIT_S) as client:
             wait_until_ready(client)
             for seed in range(20):
                 assert client.post("/generate", json={"class_id": 1, "seed": seed, "steps": 1}).status_code == 200
             assert client.post("/generate", json={"class_id": 99}).status_code == 422
             process.send_signal(signal.SIGTERM)
-            _, errors = process.communicate(timeout=WAIT_S)
-            assert process.returncode == 0
-            assert errors == ""
+            assert process.wait(WAIT_S) == 0
+            assert process.error_output == ""
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
 
 
 def test_a_loop_that_keeps_dying_ends_the_process_with_one_line() -> None:
@@ -138,5 +134,4 @@ sampler.on_step = die"""
         assert client.post("/generate", json={"class_id": 1, "steps": 2}).status_code == 200  # restarted each time
         client.post("/generate", json={"class_id": 1, "steps": 999})
         assert process.wait(WAIT_S) == 1
-        assert process.stderr is not None
-        assert re.fullmatch(r"error: the engine has failed: SystemExit: a fault beyond repair\n", process.stderr.read())
+        assert process.error_output == "error: the engine has failed: SystemExit: a fault beyond repair\n"

@@ -7,11 +7,12 @@ import re
 import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
 import pytest
-from process_harness import answers, serving, start, told_address
+from process_harness import answers, second_steps_wait, serving, start, told_address
 from serving_harness import WAIT_S, until
 from typer.testing import CliRunner
 
@@ -20,19 +21,21 @@ from server.cli import app
 HEADER = SimpleNamespace(decoder="pixels")  # as much of one as is read before the backend is chosen
 
 
-def test_sigterm_ends_what_is_in_flight_and_refuses_the_rest() -> None:
-    with serving() as (process, client), ThreadPoolExecutor(4) as pool:
+def test_sigterm_ends_what_is_in_flight_and_refuses_the_rest(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    change = second_steps_wait(40, gate)
+    with serving("--drain-timeout-s", "600", change=change) as (process, client), ThreadPoolExecutor(4) as pool:
         running = [pool.submit(client.post, "/generate", json={"class_id": i, "steps": 40}) for i in range(3)]
-        until(lambda: "robuq_requests_running 3.0" in client.get("/metrics").text)
+        until(lambda: client.get("/queue").json()["images_in_flight"] == 3)
         process.send_signal(signal.SIGTERM)
         until(lambda: client.get("/ready").status_code == 503)  # still listening, to say so
         refused = client.post("/generate", json={"class_id": 1})
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
         assert client.get("/health").status_code == 200
+        gate.touch()
         assert [answer.result().status_code for answer in running] == [200, 200, 200]
         assert process.wait(WAIT_S) == 0
-        assert process.stdout is not None
-        assert json.loads(process.stdout.read().splitlines()[-1])["message"] == "stopped"
+        assert json.loads(process.output.splitlines()[-1])["message"] == "stopped"
 
 
 def test_the_drain_is_bounded() -> None:
@@ -90,24 +93,22 @@ def test_a_warm_up_that_never_returns_shows_and_does_not_keep_the_process_alive(
             assert process.wait(WAIT_S) == 0
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
 
 
 def test_a_failed_warm_up_ends_the_process_with_one_line() -> None:
     change = "sampler.on_step = lambda rows: sys.modules['missing']"
     process = start(change=change)
-    _, errors = process.communicate(timeout=WAIT_S)
-    assert process.returncode == 1
-    assert errors.splitlines() == ["error: the engine has failed: KeyError: 'missing'"]
+    assert process.wait(WAIT_S) == 1
+    assert process.error_output.splitlines() == ["error: the engine has failed: KeyError: 'missing'"]
 
 
 def test_a_taken_port_is_told_in_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         process = start("--port", str(taken.getsockname()[1]))
-        _, errors = process.communicate(timeout=WAIT_S)
-    assert process.returncode == 2
-    assert len(errors.splitlines()) == 1
-    assert "cannot listen on 127.0.0.1 port" in errors
+        assert process.wait(WAIT_S) == 2
+    assert len(process.error_output.splitlines()) == 1
+    assert "cannot listen on 127.0.0.1 port" in process.error_output
 
 
 @pytest.mark.parametrize(

@@ -6,27 +6,41 @@ import base64
 import io
 import json
 import signal
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from PIL import Image
+from process_harness import second_steps_wait, serving
 from serving_harness import WAIT_S, WatchedSampler, live_server, until
-from test_serve_process import serving
 
 from server.api import streaming
 
 Event = tuple[str, dict[str, Any]]
 
 
+@pytest.fixture
+def begins_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer begins without an event: who has it hears of all that happens from then on."""
+    monkeypatch.setattr(streaming, "HEARTBEAT_S", 0.05)
+
+
+def events_in(lines: Iterable[str]) -> Iterator[Event]:
+    """Events by the rules of server-sent events, as they come; comments are left out."""
+    fields: dict[str, str] = {}
+    for line in lines:
+        if line and not line.startswith(":"):
+            name, _, value = line.partition(": ")
+            fields[name] = value
+        elif fields and not line:
+            yield fields["event"], json.loads(fields["data"])
+            fields = {}
+
+
 def parse(text: str) -> list[Event]:
-    """Events by the rules of server-sent events; comments are left out."""
-    events = []
-    for block in text.split("\n\n"):
-        fields = dict(line.split(": ", 1) for line in block.splitlines() if not line.startswith(":"))
-        if fields:
-            events.append((fields["event"], json.loads(fields["data"])))
-    return events
+    return list(events_in(text.splitlines()))
 
 
 def stream(client: httpx.Client, body: dict[str, Any], **options: Any) -> list[Event]:
@@ -52,23 +66,29 @@ def test_the_last_event_is_the_json_answer(client: httpx.Client) -> None:
     assert completed == plain
 
 
-def test_every_step_of_every_image_is_told_to_who_reads_in_time() -> None:
-    sampler = WatchedSampler(step_s=0.02)
+def test_every_step_of_every_image_is_told_to_who_reads_in_time(begins_at_once: None) -> None:
+    sampler = WatchedSampler()
+    body = {"class_id": 1, "stream": True, "num_images": 2, "steps": 4, "guidance_scale": 1}
     with live_server(sampler) as (client, _):
-        events = stream(client, {"num_images": 2, "steps": 4, "guidance_scale": 1})
-    steps = of_kind(events, "image_generation.step")
-    assert {step["steps"] for step in steps} == {4}
-    for image in (0, 1):
-        done = [step["steps_done"] for step in steps if step["image"] == image]
-        assert done == sorted(set(done))
-        assert done[-1] == 4
-    assert len(steps) > 2  # some were on their way before the end
+        sampler.hold()
+        with client.stream("POST", "/generate", json=body) as answer:
+            events = events_in(answer.iter_lines())
+            for done in range(1, 5):
+                sampler.permit()
+                told = [next(events), next(events)]
+                step = {"type": "image_generation.step", "steps_done": done, "steps": 4}
+                assert told == [(step["type"], step | {"image": image}) for image in (0, 1)]
+            assert next(events)[0] == "image_generation.completed"
 
 
-def test_previews_are_whole_images_of_the_asked_format() -> None:
-    sampler = WatchedSampler(step_s=0.03)
+def test_previews_are_whole_images_of_the_asked_format(begins_at_once: None) -> None:
+    sampler = WatchedSampler()
+    body = {"class_id": 1, "stream": True, "steps": 6, "preview_every": 2, "format": "webp", "guidance_scale": 1}
     with live_server(sampler) as (client, _):
-        events = stream(client, {"steps": 6, "preview_every": 2, "format": "webp", "guidance_scale": 1})
+        sampler.hold()
+        with client.stream("POST", "/generate", json=body) as answer:
+            sampler.release()
+            events = list(events_in(answer.iter_lines()))
     previews = of_kind(events, "image_generation.partial_image")
     assert previews
     for preview in previews:
@@ -80,7 +100,7 @@ def test_previews_are_whole_images_of_the_asked_format() -> None:
 def test_an_error_before_the_first_event_is_a_plain_answer() -> None:
     sampler = WatchedSampler()
     sampler.faulty_seeds = {7}
-    with live_server(sampler, request_timeout_s=0.3) as (client, engine):
+    with live_server(sampler) as (client, engine):
         for body, status, code in (
             ({"class_id": 99}, 422, "invalid_request"),
             ({"class_id": 1, "seed": 7}, 500, "generation_failed"),
@@ -88,7 +108,7 @@ def test_an_error_before_the_first_event_is_a_plain_answer() -> None:
             answer = client.post("/generate", json=body | {"stream": True})
             assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
         sampler.hold()
-        answer = client.post("/generate", json={"class_id": 1, "stream": True})
+        answer = client.post("/generate", json={"class_id": 1, "stream": True, "timeout_s": 0.3})
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
         sampler.release()
         until(lambda: engine.idle)
@@ -97,20 +117,22 @@ def test_an_error_before_the_first_event_is_a_plain_answer() -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
 
 
-def test_a_queue_is_bridged_by_heartbeats_and_then_errors_are_events(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "HEARTBEAT_S", 0.05)
+def test_a_queue_is_bridged_by_heartbeats_and_then_errors_are_events(begins_at_once: None) -> None:
     sampler = WatchedSampler()
-    with live_server(sampler, request_timeout_s=0.4) as (client, _):
+    with live_server(sampler) as (client, _):
         sampler.hold()
-        answer = client.post("/generate", json={"class_id": 1, "stream": True})
-        assert answer.status_code == 200
-        assert "\n: ping" in answer.text or answer.text.startswith(": ping")
-        assert parse(answer.text) == [
-            ("error", {"error": {"code": "deadline_exceeded", "message": "not done within 0.4 s"}})
-        ]
+        with client.stream("POST", "/generate", json={"class_id": 1, "seed": 7, "stream": True}) as answer:
+            assert answer.status_code == 200
+            lines = answer.iter_lines()
+            assert next(lines).startswith(": ping")
+            sampler.faulty_seeds = {7}
+            sampler.release()
+            assert list(events_in(lines)) == [
+                ("error", {"error": {"code": "generation_failed", "message": "the model failed on this request"}})
+            ]
 
 
-def test_closing_the_stream_frees_the_rows_at_the_next_step() -> None:
+def test_closing_the_stream_frees_the_rows_at_the_next_step(begins_at_once: None) -> None:
     sampler = WatchedSampler()
     with live_server(sampler) as (client, engine):
         sampler.hold()
@@ -118,8 +140,8 @@ def test_closing_the_stream_frees_the_rows_at_the_next_step() -> None:
             "POST", "/generate", json={"class_id": 1, "steps": 1000, "num_images": 4, "stream": True}
         ) as answer:
             sampler.permit(2)
-            lines = answer.iter_lines()  # held, or it would close the stream behind it
-            assert next(lines) == "event: image_generation.step"
+            events = events_in(answer.iter_lines())  # held, or it would close the stream behind it
+            assert next(events)[0] == "image_generation.step"
             for _ in range(3):
                 assert sampler.entered.acquire(timeout=WAIT_S)
         until(lambda: engine.idle)  # while the third step still runs
@@ -153,14 +175,17 @@ def test_a_request_may_ask_for_less_time_but_not_for_more() -> None:
             assert "from 0.01 to 5" in answer.json()["error"]["message"]
 
 
-def test_a_stream_in_flight_ends_whole_before_the_process_does() -> None:
+def test_a_stream_in_flight_ends_whole_before_the_process_does(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
     with (
-        serving() as (process, client),
+        serving("--drain-timeout-s", "600", change=second_steps_wait(40, gate)) as (process, client),
         client.stream("POST", "/generate", json={"class_id": 1, "steps": 40, "stream": True}) as answer,
     ):
         chunks = answer.iter_text()
         text = next(chunks)
         process.send_signal(signal.SIGTERM)
+        until(lambda: client.get("/ready").status_code == 503)
+        gate.touch()
         events = parse(text + "".join(chunks))
         assert events[-1][0] == "image_generation.completed"
         assert process.wait(WAIT_S) == 0

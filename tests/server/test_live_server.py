@@ -35,16 +35,25 @@ def finished(engine: Engine, reason: str) -> float:
 
 
 def test_concurrent_requests_share_forwards_and_keep_their_pictures() -> None:
-    sampler = WatchedSampler(step_s=0.005)
+    sampler = WatchedSampler()
     requests = [
         {"class_id": i % 5, "seed": 1000 * i, "steps": 3 + i, "guidance_scale": i / 2, "num_images": 1 + i % 3}
         for i in range(8)
     ]
-    with live_server(sampler, max_batch_rows=16, max_queue_images=64) as (client, _):
+    with live_server(sampler, max_batch_rows=16, max_queue_images=64) as (client, engine):
+
+        def draw(body: dict[str, float]) -> list[str]:
+            images: list[str] = client.post("/generate", json=body).json()["images"]
+            return images
+
+        sampler.hold()
         with ThreadPoolExecutor(8) as pool:
-            crowded = list(pool.map(lambda body: client.post("/generate", json=body).json()["images"], requests))
+            running = [pool.submit(draw, body) for body in requests]
+            until(lambda: engine.load().images_in_flight == sum(int(body["num_images"]) for body in requests))
+            sampler.release()
+        crowded = [each.result() for each in running]
         shared = sampler.batches.copy()
-        alone = [client.post("/generate", json=body).json()["images"] for body in requests]
+        alone = [draw(body) for body in requests]
     assert crowded == alone
     mixed = [batch for batch in shared if len({seed // 1000 for seed, _ in batch}) > 1]
     assert mixed, "no forward was shared between requests"
@@ -59,8 +68,7 @@ def test_rows_of_a_client_that_hung_up_are_gone_at_the_next_step() -> None:
         sampler.hold()
         with raw_request(client, {"class_id": 1, "steps": 1000, "num_images": 6}):
             assert sampler.entered.acquire(timeout=WAIT_S)
-        until(lambda: engine.idle)  # while that step still runs
-        assert finished(engine, "cancelled") == 1
+        until(lambda: engine.idle and finished(engine, "cancelled") == 1)  # while that step still runs
         steps = len(sampler.batches)
         sampler.release()
         assert client.post("/generate", json={"class_id": 1, "steps": 2}).status_code == 200
@@ -89,8 +97,7 @@ def test_a_client_that_hangs_up_while_it_waits_leaves_the_queue() -> None:
             until(lambda: engine.requests_waiting == 0)
             assert not engine.idle
             sampler.release()
-            until(lambda: engine.idle)
-        assert (finished(engine, "completed"), finished(engine, "cancelled")) == (1, 1)
+            until(lambda: engine.idle and (finished(engine, "completed"), finished(engine, "cancelled")) == (1, 1))
 
 
 def test_a_client_that_hangs_up_while_its_image_is_decoded_leaves_nothing() -> None:
@@ -107,10 +114,10 @@ def test_a_client_that_hangs_up_while_its_image_is_decoded_leaves_nothing() -> N
         sampler.decode = slow  # type: ignore[method-assign]
         with raw_request(client, {"class_id": 1, "steps": 1, "num_images": 4}):
             assert decoding.wait(WAIT_S)
-        until(lambda: engine.idle)  # though the decoder is still at it
+        until(lambda: engine.idle and finished(engine, "cancelled") == 1)  # though the decoder is still at it
         gate.set()
         until(lambda: engine.images_decoding == 0)
-        assert (finished(engine, "completed"), finished(engine, "cancelled")) == (0, 1)
+        assert finished(engine, "completed") == 0
         # Of its four images only the one under way was decoded.
         assert sample(engine, "robuq_decode_duration_seconds_count") <= 1
         assert client.post("/generate", json={"class_id": 1}).status_code == 200
@@ -135,8 +142,8 @@ def test_a_full_queue_answers_429_with_retry_after() -> None:
 
 def test_a_request_past_its_deadline_answers_504_and_frees_its_rows() -> None:
     sampler = WatchedSampler(step_s=0.005)
-    with live_server(sampler, request_timeout_s=0.2) as (client, engine):
-        answer = client.post("/generate", json={"class_id": 1, "steps": 1000})
+    with live_server(sampler) as (client, engine):
+        answer = client.post("/generate", json={"class_id": 1, "steps": 1000, "timeout_s": 0.2})
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
         assert engine.idle
         assert finished(engine, "timeout") == 1
@@ -158,7 +165,7 @@ def test_a_fault_fails_one_request_and_tells_nothing_of_the_inside(caplog: pytes
     assert [answer.status_code for answer in answers] == [200, 500, 200]
     assert answers[1].json()["error"]["code"] == "generation_failed"
     assert "secret" not in answers[1].text
-    failure = next(record for record in caplog.records if record.message == "request failed")
+    failure = next(record for record in caplog.records if record.getMessage() == "request failed")
     assert failure.request_id == "id-7"  # type: ignore[attr-defined]
     assert failure.exc_info is not None
     assert "secret" in str(failure.exc_info[1])
@@ -192,7 +199,11 @@ def test_after_many_requests_a_third_of_them_cut_off_nothing_is_left() -> None:
 
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(one, range(150)))
-        until(lambda: engine.idle and engine.images_decoding == 0)
-        assert engine.requests_running == engine.requests_waiting == 0
+
+        def left() -> int:
+            load = engine.load()
+            return load.requests_running + load.requests_waiting + load.images_in_flight + load.images_decoding
+
+        until(lambda: left() == 0)  # one that was cut off may be read long after
         assert finished(engine, "completed") >= 100
         assert finished(engine, "error") == 0

@@ -10,8 +10,10 @@ import httpx
 import openai
 import pytest
 from PIL import Image
-from serving_harness import WatchedSampler, live_server
+from serving_harness import WatchedSampler, live_server, until
 from test_generate_api import picture
+
+from server.api import streaming
 
 PATH = "/v1/images/generations"
 
@@ -60,17 +62,25 @@ def test_every_option_that_it_knows(official: openai.OpenAI) -> None:
     ]
 
 
-def test_streams_tell_previews_and_each_image() -> None:
-    with live_server(WatchedSampler(step_s=0.03)) as (client, _), official_client(client) as official:
-        events = list(
-            official.images.generate(
-                prompt="tench", n=2, stream=True, partial_images=2, extra_body={"steps": 7, "guidance_scale": 1}
-            )
-        )
+def test_streams_tell_previews_and_each_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "HEARTBEAT_S", 0.05)  # the answer begins before the first step does
+    sampler = WatchedSampler()
+    with live_server(sampler) as (client, engine), official_client(client) as official:
+        sampler.hold()
+        with official.images.generate(
+            prompt="tench", n=2, stream=True, partial_images=2, extra_body={"steps": 7, "guidance_scale": 1}
+        ) as answer:
+            events = []
+            for _ in range(2):  # previews, after three steps each
+                sampler.permit(3)
+                events += [next(answer), next(answer)]
+                until(lambda: engine.images_decoding == 0)  # or the next ones are left out
+            sampler.release()
+            events += answer
     partial = [event for event in events if event.type == "image_generation.partial_image"]
     completed = [event for event in events if event.type == "image_generation.completed"]
     assert len(partial) + len(completed) == len(events)
-    assert {event.partial_image_index for event in partial} == {0, 1}
+    assert [event.partial_image_index for event in partial] == [0, 0, 1, 1]
     assert [event.image for event in completed] == [0, 1]  # type: ignore[attr-defined]
     for event in events:
         assert Image.open(io.BytesIO(base64.b64decode(event.b64_json))).size == (32, 32)

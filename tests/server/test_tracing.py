@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from serving_harness import WatchedSampler, live_server
+from serving_harness import WAIT_S, WatchedSampler, live_server, until
 
 from robuq_core.errors import UserError
 from server import telemetry
@@ -57,29 +57,32 @@ def test_any_text_is_taken(header: str) -> None:
 
 
 def test_answers_and_logs_carry_the_trace(client: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
-    lines: list[dict[str, Any]] = []
+    sent = {"one": {"traceparent": TRACEPARENT}, "none": {}, "junk": {"traceparent": "junk"}}
+    logged: dict[str, str | None] = {}
 
     class Lines(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            lines.append(json.loads(JsonFormatter().format(record)))
+            line = json.loads(JsonFormatter().format(record))
+            logged[line["request_id"]] = line.get("trace_id")
 
     handler = Lines()
     logging.getLogger("server.access").addHandler(handler)
     caplog.set_level(logging.INFO, "server.access")
     try:
-        answer = client.get("/info", headers={"traceparent": TRACEPARENT})
-        assert "traceresponse" not in client.get("/info").headers
-        assert "traceresponse" not in client.get("/info", headers={"traceparent": "junk"}).headers
+        answers = {name: client.get("/info", headers={"X-Request-Id": name, **sent[name]}) for name in sent}
+        until(lambda: sent.keys() <= logged.keys())  # a line is written when its answer has gone
     finally:
         logging.getLogger("server.access").removeHandler(handler)
-    assert answer.headers["traceresponse"].startswith(f"00-{TRACE}-")
-    assert [line.get("trace_id") for line in lines] == [TRACE, None, None]
+    assert answers["one"].headers["traceresponse"].startswith(f"00-{TRACE}-")
+    assert "traceresponse" not in {**answers["none"].headers, **answers["junk"].headers}
+    assert {name: logged[name] for name in sent} == {"one": TRACE, "none": None, "junk": None}
     assert current_trace_id.get() == ""
 
 
 @pytest.fixture
 def exporter(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
     exporter = InMemorySpanExporter()
+    monkeypatch.setattr(telemetry, "SHUTDOWN_S", WAIT_S)
     monkeypatch.setattr(telemetry, "otlp_exporter", lambda endpoint: exporter)
     return exporter
 

@@ -216,7 +216,8 @@ class Engine:
 
         Raises:
             NotReady: the engine is not serving, or ceased to. ValueError: another number of samplers than replicas.
-            Exception: whatever the new samplers raise in their warm-up; then nothing has changed.
+            BaseException: whatever the new samplers raise in their warm-up, or a replica dies of meanwhile; then
+                nothing has changed.
         """
         if len(samplers) != len(self._replicas):
             raise ValueError(f"{len(self._replicas)} replica(s) need as many samplers, not {len(samplers)}")

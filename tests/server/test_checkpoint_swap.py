@@ -169,15 +169,19 @@ def test_one_swap_at_a_time(server: tuple[httpx.Client, Engine], monkeypatch: py
     assert swap(client, "old.safetensors").status_code == 200
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, SystemExit])
 def test_a_checkpoint_that_loads_but_does_not_run(
-    server: tuple[httpx.Client, Engine], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    server: tuple[httpx.Client, Engine],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    kind: type[BaseException],
 ) -> None:
     client, engine = server
     whole_step = Sampler.step
 
     def broken(sampler: Sampler, rows: Any) -> None:
         if sampler.checkpoint_name == "new":
-            raise RuntimeError("secret of /some/kernel")
+            raise kind("secret of /some/kernel")
         whole_step(sampler, rows)
 
     monkeypatch.setattr(Sampler, "step", broken)

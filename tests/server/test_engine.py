@@ -211,6 +211,25 @@ def test_stop_answers_whoever_still_waits() -> None:
         assert engine.stop(join_timeout_s=WAIT_S)
 
 
+def test_stop_waits_for_a_decoder_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler, decoding, gate = WatchedSampler(), threading.Event(), threading.Event()
+    decode = sampler.decode
+
+    def slow(row: FakeRow) -> np.ndarray:
+        decoding.set()
+        assert gate.wait(WAIT_S)
+        return decode(row)
+
+    with running_engine(sampler) as engine:
+        monkeypatch.setattr(sampler, "decode", slow)
+        job = engine.submit([spec()], "png")
+        assert decoding.wait(WAIT_S)
+        assert not engine.stop(join_timeout_s=0)
+        assert isinstance(outcome(job), NotReady)
+        threading.Timer(0.05, gate.set).start()
+        assert engine.stop(join_timeout_s=WAIT_S)
+
+
 def test_a_stalled_step_shows_and_passes() -> None:
     sampler = WatchedSampler()
     with running_engine(sampler, stall_timeout_s=0.05) as engine:

@@ -79,6 +79,23 @@ def test_images_of_one_request_may_run_on_several_replicas() -> None:
     assert result.timings.total_s == pytest.approx(sum(vars(result.timings).values()) - result.timings.total_s)
 
 
+def test_a_request_begins_with_its_earliest_step_whoever_ends_first() -> None:
+    samplers = [WatchedSampler() for _ in range(2)]
+    with running_engine(*samplers, max_batch_rows=1) as engine:
+        hold(samplers)
+        job = engine.submit([spec(seed=s, steps=1) for s in range(2)], "png")
+        wait_for_a_step(samplers)
+        began = [replica.stepper.step_began or 0.0 for replica in engine._replicas]
+        late, early = sorted(range(2), key=began.__getitem__, reverse=True)
+        samplers[late].release()
+        until(lambda: job.first_step_at is not None)
+        samplers[early].release()
+        timings = job.future.result(WAIT_S).timings
+    assert job.first_step_at is not None
+    assert job.first_step_at <= began[early] <= began[late] <= job.last_step_at
+    assert timings.inference_s == job.last_step_at - job.first_step_at
+
+
 def test_a_stuck_replica_leaves_the_rest_ready_and_its_rows_to_their_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     stuck, free = WatchedSampler(), WatchedSampler()
 

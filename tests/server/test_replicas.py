@@ -81,9 +81,9 @@ def test_images_of_one_request_may_run_on_several_replicas() -> None:
 
 def test_a_request_begins_with_its_earliest_step_whoever_ends_first() -> None:
     samplers = [WatchedSampler() for _ in range(2)]
-    with running_engine(*samplers, max_batch_rows=1) as engine:
+    with running_engine(*samplers, max_batch_rows=2) as engine:
         hold(samplers)
-        job = engine.submit([spec(seed=s, steps=1) for s in range(2)], "png")
+        job = engine.submit([spec(seed=s, steps=1, guidance_scale=2) for s in range(2)], "png")
         wait_for_a_step(samplers)
         began = [replica.stepper.step_began or 0.0 for replica in engine._replicas]
         late, early = sorted(range(2), key=began.__getitem__, reverse=True)

@@ -2,7 +2,7 @@
 
 Every output row comes from its own input row in one fixed order of operations: results do not depend on the number of
 rows or threads. Each backend object has its own thread pool: two run side by side. Paths: ``amx``,
-``avx512vnni``, ``avx2`` and ``plain`` (portable C), chosen at run time, or by ``ROBUQ_CPU_ISA``.
+``avx512vbmi``, ``avx512vnni``, ``avx2`` and ``plain`` (portable C), chosen at run time, or by ``ROBUQ_CPU_ISA``.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from robuq_core.quant.activation import GAUSSIAN_STEP, SIGMA_PER_MEAN_ABS, is_mi
 from robuq_core.quant.hadamard import decompose_order, hadamard_matrix, rotation_factors
 from robuq_core.quant.packing import planar_width
 
-Isa = Literal["amx", "avx512vnni", "avx2", "plain"]  # fastest first
+Isa = Literal["amx", "avx512vbmi", "avx512vnni", "avx2", "plain"]  # fastest first
 ISA_VARIABLE = "ROBUQ_CPU_ISA"
 
 # The native side's enumerations (native/robuq.h) and the number of its interface (native/module.c).
-_INTERFACE = 7
-_ISA_CODE: Mapping[Isa, int] = {"plain": 0, "avx2": 1, "avx512vnni": 2, "amx": 3}
+_INTERFACE = 8
+_ISA_CODE: Mapping[Isa, int] = {"plain": 0, "avx2": 1, "avx512vnni": 2, "avx512vbmi": 3, "amx": 4}
 _MODULATE = 1
 
 _INT, _SIZE, _FLOAT, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -46,6 +46,8 @@ _SIGNATURES = {
     "robuq_linear": [_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER],
     # packed, N, K; planar
     "robuq_planar_from_base3": [_POINTER, _SIZE, _SIZE, _POINTER],
+    # planar, N, bytes of a row, mid-rise; offsets
+    "robuq_weight_offsets": [_POINTER, _SIZE, _SIZE, _INT, _POINTER],
 }
 
 
@@ -53,7 +55,8 @@ class _LayerStruct(ctypes.Structure):
     """``struct layer`` of native/robuq.h."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("planar", "alpha", "bias", "signs", "lowrank_a", "lowrank_b", "base_matrix")),
+        *((name, _POINTER) for name in ("planar", "alpha", "bias", "signs", "lowrank_a", "lowrank_b")),
+        *((name, _POINTER) for name in ("weight_offsets", "base_matrix")),
         *((name, _SIZE) for name in ("width", "channels", "rank", "base", "block", "max_code")),
         ("step_factor", _FLOAT),
         *((name, ctypes.c_int32) for name in ("midrise", "lowest", "highest")),
@@ -150,6 +153,13 @@ def _check_rows(tensor: Tensor, name: str, shape: tuple[int, int]) -> Tensor:
     return _check(tensor, name, shape)
 
 
+def _weight_offsets(planar: Tensor, midrise: bool) -> Tensor:
+    """int32 ``[N]``, see native/module.c."""
+    planar, offsets = planar.contiguous(), torch.empty(planar.shape[0], dtype=torch.int32)
+    load_library().robuq_weight_offsets(planar.data_ptr(), *planar.shape, midrise, offsets.data_ptr())
+    return offsets
+
+
 class _NativeLayer:
     """A layer's tensors, checked once, and the struct that points at them."""
 
@@ -167,6 +177,7 @@ class _NativeLayer:
             _check(layer.signs, "signs", (inputs,)),
             _check(layer.lowrank_a, "lowrank_a", (outputs, rank)),
             _check(layer.lowrank_b, "lowrank_b", (rank, inputs)),
+            _weight_offsets(layer.planar, midrise),
             base,
         )
         self._struct = _LayerStruct(

@@ -39,6 +39,8 @@ static int has_avx512vnni(void) {
     return has_avx2() && saves(0xE6) && (id.b & f_bw_vl) == f_bw_vl && id.c >> 11 & 1;
 }
 
+static int has_avx512vbmi(void) { return has_avx512vnni() && cpuid_of(7).c >> 1 & 1; }
+
 /* Linux hands out the 8 KiB of tile registers on request, once for a process. */
 static int may_use_tiles(void) {
 #if defined(__linux__)
@@ -59,12 +61,14 @@ int isa_supported(int isa) {
         case ISA_PLAIN: return 1;
         case ISA_AVX2: return has_avx2();
         case ISA_AVX512VNNI: return BUILD_AVX512VNNI && has_avx512vnni();
+        case ISA_AVX512VBMI: return BUILD_AVX512VBMI && has_avx512vbmi();
         case ISA_AMX: return BUILD_AMX && has_amx();
         default: return 0;
     }
 }
 #else
 int isa_supported(int isa) {
-    return isa == ISA_PLAIN || (isa == ISA_AVX512VNNI && BUILD_AVX512VNNI) || (isa == ISA_AMX && BUILD_AMX);
+    return isa == ISA_PLAIN || (isa == ISA_AVX512VNNI && BUILD_AVX512VNNI) ||
+           (isa == ISA_AVX512VBMI && BUILD_AVX512VBMI) || (isa == ISA_AMX && BUILD_AMX);
 }
 #endif

@@ -5,7 +5,7 @@
 #define ROBUQ_ISA_H
 
 /* Mirrored in cpu.py; each set includes those before it. */
-enum { ISA_PLAIN = 0, ISA_AVX2 = 1, ISA_AVX512VNNI = 2, ISA_AMX = 3 };
+enum { ISA_PLAIN = 0, ISA_AVX2 = 1, ISA_AVX512VNNI = 2, ISA_AVX512VBMI = 3, ISA_AMX = 4 };
 
 #if defined(__x86_64__)
 #define BUILD_AVX2 1
@@ -26,6 +26,8 @@ enum { ISA_PLAIN = 0, ISA_AVX2 = 1, ISA_AVX512VNNI = 2, ISA_AMX = 3 };
 #define BUILD_AVX512VNNI 0
 #define BUILD_AMX 0
 #endif
+
+#define BUILD_AVX512VBMI BUILD_AVX512VNNI
 
 /* Whether the library has the set and the processor and the system run it. */
 int isa_supported(int isa);

@@ -6,11 +6,16 @@
 #define HAVE_AVX512VNNI 0
 #include "tasks.h"
 
+FN void ternary_lookup_task(const void *job, int64_t task, char *scratch) {
+    ternary_task(job, task, scratch, &lookup_product);
+}
+
 const struct isa_tasks avx2_tasks = {
     SHARED_TASKS,
-    .direct = DIRECT_WAY,
-    .panel = {.task = ternary_lookup_task, .operand_bytes = 8 * GROUP, .most_groups = 9, .block_rows = 96,
-              .decode_rows = 4, .least_rows = 8, .most_code = 31, .sums_bits = 16},
+    .ways = {{.task = ternary_lookup_task, .operand_bytes = 8 * GROUP, .panels = 1, .most_groups = 9,
+              .block_rows = 96, .decode_rows = 4, .operand_panels = 1, .least_rows = 8, .most_code = 31,
+              .sums_bits = 16},
+             DIRECT_WAY},
 };
 #else
 typedef int no_avx2_here; /* ISO C forbids an empty file */

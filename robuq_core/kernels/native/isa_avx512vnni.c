@@ -12,16 +12,7 @@
 
 #include "product_vnni.h"
 
-FN void ternary_vnni_task(const void *job, int64_t task, char *scratch) {
-    ternary_task(job, task, scratch, &vnni_product);
-}
-
-const struct isa_tasks avx512vnni_tasks = {
-    SHARED_TASKS,
-    .direct = DIRECT_WAY,
-    .panel = {.task = ternary_vnni_task, .operand_bytes = GROUP, .most_groups = 9, .block_rows = 128,
-              .decode_rows = 4, .least_rows = 8, .most_code = 128},
-};
+const struct isa_tasks avx512vnni_tasks = {SHARED_TASKS, .ways = {VNNI_WAY, DIRECT_WAY}};
 #else
 typedef int no_avx512vnni_here;
 #endif

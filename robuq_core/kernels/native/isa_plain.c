@@ -4,4 +4,4 @@
 #define HAVE_AVX512VNNI 0
 #include "tasks.h"
 
-const struct isa_tasks plain_tasks = {SHARED_TASKS, .direct = DIRECT_WAY};
+const struct isa_tasks plain_tasks = {SHARED_TASKS, .ways = {DIRECT_WAY}};

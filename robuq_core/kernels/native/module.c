@@ -7,6 +7,7 @@
 
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "base3.h"
 #include "isa.h"
@@ -15,7 +16,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 /* One more whenever an argument list changes: cpu.py refuses a library built from other source than its own. */
-EXPORT int robuq_interface(void) { return 7; }
+EXPORT int robuq_interface(void) { return 8; }
 
 EXPORT int robuq_supports(int isa) { return isa_supported(isa); }
 
@@ -26,6 +27,9 @@ static const struct isa_tasks *tasks_of(int isa) {
 #endif
 #if BUILD_AVX512VNNI
         case ISA_AVX512VNNI: return &avx512vnni_tasks;
+#endif
+#if BUILD_AVX512VBMI
+        case ISA_AVX512VBMI: return &avx512vbmi_tasks;
 #endif
 #if BUILD_AMX
         case ISA_AMX: return &amx_tasks;
@@ -94,9 +98,9 @@ EXPORT int robuq_rotate_quantize(
 }
 
 /* The cut into row and channel blocks that takes the busiest thread least time: a panel costs its rows, decoding it
- * about decode_rows more, and laying out a row's operands about a panel. */
+ * decode_rows more, and laying out a row's operands operand_panels. */
 static void plan_blocks(struct ternary_job *job, const struct ternary_way *way, int threads) {
-    enum { CANDIDATES = 6, KEPT_PANELS = 18 };
+    enum { CANDIDATES = 6, KEPT_PANELS = 72 };
     const int64_t fewest = ceil_div(job->rows, way->block_rows), panels = ceil_div(job->layer->channels, PANEL);
     /* Where the products of all panels wait for the last slice, they should fit a level-2 cache. */
     const int64_t most_panels = job->slice_groups * GROUP < job->padded_width ? KEPT_PANELS : panels;
@@ -105,10 +109,10 @@ static void plan_blocks(struct ternary_job *job, const struct ternary_way *way, 
         for (int64_t rounds = 0; rounds <= 2; rounds++) {
             const int64_t rows = round_up(ceil_div(job->rows, row_blocks), 4);
             const int64_t wanted = max64(ceil_div(rounds * threads, row_blocks), ceil_div(panels, most_panels));
-            const int64_t block_panels = ceil_div(panels, min64(wanted, panels));
+            const int64_t block_panels = round_up(ceil_div(panels, min64(wanted, panels)), way->panels);
             const int64_t tasks = ceil_div(job->rows, rows) * ceil_div(panels, block_panels);
             const int64_t cost =
-                ceil_div(tasks, threads) * (rows * (block_panels + 1) + way->decode_rows * block_panels);
+                ceil_div(tasks, threads) * (rows * (block_panels + way->operand_panels) + way->decode_rows * block_panels);
             if (cost >= best) continue;
             best = cost;
             job->block_rows = rows;
@@ -125,6 +129,7 @@ static void plan_ternary(struct ternary_job *job, const struct ternary_way *way,
     job->padded_width = groups * GROUP;
     job->slice_groups = ceil_div(groups, ceil_div(groups, most_groups));
     job->operand_bytes = way->operand_bytes;
+    job->panels = way->panels;
     job->safe_steps = 32767 / (4 * max_code); /* each takes two products of at most 2 max_code in magnitude */
     job->safe_pairs = 2;
     while (job->safe_pairs < 32 && 2 * job->safe_pairs * 4 * max_code <= 255) job->safe_pairs *= 2;
@@ -133,9 +138,8 @@ static void plan_ternary(struct ternary_job *job, const struct ternary_way *way,
 
 static int ternary_linear(const struct backend *backend, struct ternary_job *job) {
     const struct layer *layer = job->layer;
-    const struct ternary_way *panel = &backend->tasks->panel;
-    const int serves = panel->task && job->rows >= panel->least_rows && layer->max_code <= panel->most_code;
-    const struct ternary_way *way = serves ? panel : &backend->tasks->direct;
+    const struct ternary_way *way = backend->tasks->ways;
+    while (job->rows < way->least_rows || layer->max_code > way->most_code) way++;
     plan_ternary(job, way, backend->threads);
     struct ternary_buffers unused;
     const size_t scratch = ternary_carve(NULL, job, &unused);
@@ -207,6 +211,22 @@ EXPORT int robuq_linear(
 
 EXPORT int robuq_planar_from_base3(const uint8_t *packed, int64_t rows, int64_t width, uint8_t *planar) {
     planar_from_base3(packed, rows, width, planar);
+    return 0;
+}
+
+/* What product_quads.h takes off its sums: of each channel the number of weights that are not 0 (mid-rise), or are 1.
+ * Codes are t + 1, and padding is t = 0. */
+EXPORT int robuq_weight_offsets(const uint8_t *planar, int64_t channels, int64_t row_bytes, int midrise,
+                                int32_t *offsets) {
+    for (int64_t c = 0; c < channels; c++, planar += row_bytes) {
+        int64_t ones = 0; /* of the bits that are set: t = 1 has the higher of two, t = 0 the lower */
+        for (int64_t at = 0; at < row_bytes; at += 8) {
+            uint64_t word;
+            memcpy(&word, planar + at, sizeof word);
+            ones += __builtin_popcountll(midrise ? ~word & 0x5555555555555555u : word & 0xAAAAAAAAAAAAAAAAu);
+        }
+        offsets[c] = (int32_t)ones;
+    }
     return 0;
 }
 

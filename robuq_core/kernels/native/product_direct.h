@@ -77,8 +77,8 @@ INLINE void direct_rows(const struct ternary_job *job, int64_t channel, const in
 }
 
 FN void direct_multiply(const struct ternary_job *job, int64_t channel, int64_t group, int64_t groups,
-                        const uint8_t *panel, const int8_t *codes, int64_t rows, int32_t *products) {
-    (void)panel;
+                        const uint8_t *panel, const int8_t *codes, int64_t rows, int32_t *products, int64_t stride) {
+    (void)panel, (void)stride;
     for (; rows > 0; rows -= DIRECT_TOKENS, codes += DIRECT_TOKENS * groups * GROUP) {
         switch (min64(rows, DIRECT_TOKENS)) {
             case 1: direct_rows(job, channel, codes, group, groups, products, 1); break;
@@ -90,4 +90,4 @@ FN void direct_multiply(const struct ternary_job *job, int64_t channel, int64_t 
     }
 }
 
-static const struct product direct_product = {direct_decode, copy_codes, direct_multiply};
+static const struct product direct_product = {1, 1, WHOLE_ROWS, direct_decode, copy_codes, direct_multiply};

@@ -179,8 +179,8 @@ INLINE void lookup_tile(const uint8_t *index, const uint8_t *tables, int64_t pai
 }
 
 FN void lookup_multiply(const struct ternary_job *job, int64_t channel, int64_t group, int64_t groups,
-                        const uint8_t *panel, const int8_t *operands, int64_t rows, int32_t *products) {
-    (void)channel, (void)group;
+                        const uint8_t *panel, const int8_t *operands, int64_t rows, int32_t *products, int64_t stride) {
+    (void)channel, (void)group, (void)stride;
     const uint8_t *tables = (const uint8_t *)operands;
     const int64_t pairs = groups * PAIRS, safe = job->safe_pairs;
     for (; rows > 0; rows -= LOOKUP_TOKENS) {
@@ -195,6 +195,4 @@ FN void lookup_multiply(const struct ternary_job *job, int64_t channel, int64_t 
     }
 }
 
-static const struct product lookup_product = {
-    lookup_decode, lookup_operands, lookup_multiply,
-};
+static const struct product lookup_product = {1, 1, WHOLE_ROWS, lookup_decode, lookup_operands, lookup_multiply};

@@ -84,9 +84,9 @@ INLINE void vnni_tile(const uint8_t *panel, const int8_t *codes, int64_t width, 
 }
 
 FN void vnni_multiply(const struct ternary_job *job, int64_t channel, int64_t group, int64_t groups,
-                      const uint8_t *panel, const int8_t *codes, int64_t rows, int32_t *products) {
+                      const uint8_t *panel, const int8_t *codes, int64_t rows, int32_t *products, int64_t stride) {
     const int64_t width = groups * GROUP;
-    (void)job, (void)channel, (void)group;
+    (void)job, (void)channel, (void)group, (void)stride;
     for (; rows > 0; rows -= 4, codes += 4 * width, products += 4 * PANEL) {
         switch (min64(rows, 4)) {
             case 1: vnni_tile(panel, codes, width, products, 1); break;
@@ -97,4 +97,12 @@ FN void vnni_multiply(const struct ternary_job *job, int64_t channel, int64_t gr
     }
 }
 
-static const struct product vnni_product = {vnni_decode, copy_codes, vnni_multiply};
+static const struct product vnni_product = {1, 1, WHOLE_ROWS, vnni_decode, copy_codes, vnni_multiply};
+
+FN void ternary_vnni_task(const void *job, int64_t task, char *scratch) {
+    ternary_task(job, task, scratch, &vnni_product);
+}
+
+#define VNNI_WAY                                                                 \
+    {.task = ternary_vnni_task, .operand_bytes = GROUP, .panels = 1, .most_groups = 9, .block_rows = 128, \
+     .decode_rows = 4, .operand_panels = 1, .least_rows = 8, .most_code = 128}

@@ -47,6 +47,7 @@ struct layer {
     const float *signs;         /* [width] */
     const float *lowrank_a;     /* [channels, rank] */
     const float *lowrank_b;     /* [rank, width] */
+    const int32_t *weight_offsets; /* [channels], see weight_offsets() */
     const float *base_matrix;   /* +-1, [base, base]; block = base * 2^k */
     int64_t width, channels, rank, base;
     int64_t block;              /* each run of so many inputs is rotated by itself; 1: none is */
@@ -88,6 +89,7 @@ struct ternary_job {
     int64_t slice_groups;       /* groups of a slice of the width */
     int64_t block_rows, block_channels; /* of a task */
     int64_t operand_bytes;      /* of a row's group of codes, as the product wants them */
+    int64_t panels;             /* that are multiplied at a time */
     int64_t safe_steps;         /* vpmaddubsw products that a 16-bit lane holds */
     int64_t safe_pairs;         /* table entries that a byte holds: a power of two from 2 on */
 };
@@ -111,9 +113,11 @@ typedef void task_function(const void *job, int64_t task, char *scratch);
 struct ternary_way {
     task_function *task;        /* block_rows rows x block_channels channels each, channels fastest */
     int operand_bytes;          /* of a row's group of codes, as the product wants them */
+    int panels;                 /* that are multiplied at a time */
     int most_groups;            /* of a slice of the width */
     int block_rows;             /* most rows of a task */
-    int decode_rows;            /* decoding a panel costs about as much as multiplying so many rows */
+    int decode_rows;            /* decoding a panel costs about as much as multiplying so many rows, */
+    int operand_panels;         /* and laying out a row's operands as multiplying it with so many panels */
     int least_rows, most_code;  /* it serves from so many rows on, and for codes up to this magnitude */
     int sums_bits;              /* 16: 65535 / (4 codes) table entries are all that a slice may sum; 0: no limit */
 };
@@ -123,11 +127,10 @@ struct isa_tasks {
     task_function *attention;       /* one head of one image each */
     task_function *attention_int8;
     task_function *linear;          /* LINEAR_ROWS x LINEAR_CHANNELS each, rows fastest */
-    struct ternary_way direct;      /* serves all */
-    struct ternary_way panel;       /* preferred where it serves; least_rows 0: there is none */
+    struct ternary_way ways[3];     /* the first that serves is taken; the last serves all */
 };
 
-extern const struct isa_tasks plain_tasks, avx2_tasks, avx512vnni_tasks, amx_tasks;
+extern const struct isa_tasks plain_tasks, avx2_tasks, avx512vnni_tasks, avx512vbmi_tasks, amx_tasks;
 
 /* Working buffers of a rotate_quantize task. */
 struct rotate_buffers {
@@ -151,19 +154,20 @@ struct ternary_buffers {
     int8_t *operands;           /* [block_rows, slice_groups, operand_bytes] */
     int32_t *offsets;           /* [block_rows] */
     int32_t *products;          /* [panels, block_rows, PANEL]; of one panel where there is one slice */
-    float *lowrank_a;           /* [rank, PANEL] */
+    float *lowrank_a;           /* [panels][rank, PANEL] */
 };
 
 /* Lays the buffers out from `scratch` on; returns their size. */
 static inline size_t ternary_carve(char *scratch, const struct ternary_job *job, struct ternary_buffers *b) {
     const int64_t rows = round_up(job->block_rows, WHOLE_ROWS);
-    const int64_t kept = job->slice_groups * GROUP == job->padded_width ? 1 : ceil_div(job->block_channels, PANEL);
+    const int64_t block_panels = round_up(ceil_div(job->block_channels, PANEL), job->panels);
+    const int64_t kept = job->slice_groups * GROUP == job->padded_width ? job->panels : block_panels;
     char *cursor = scratch;
     b->panel = carve(&cursor, job->slice_groups, GROUP * PANEL);
     b->operands = carve(&cursor, rows * job->slice_groups, (size_t)job->operand_bytes);
     b->offsets = carve(&cursor, rows, sizeof *b->offsets);
     b->products = carve(&cursor, kept * rows * PANEL, sizeof *b->products);
-    b->lowrank_a = carve(&cursor, job->layer->rank * PANEL, sizeof *b->lowrank_a);
+    b->lowrank_a = carve(&cursor, job->panels * job->layer->rank * PANEL, sizeof *b->lowrank_a);
     return (size_t)(cursor - scratch);
 }
 

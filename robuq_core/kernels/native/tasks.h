@@ -19,15 +19,10 @@ FN void ternary_direct_task(const void *job, int64_t task, char *scratch) {
     ternary_task(job, task, scratch, &direct_product);
 }
 
-#if HAVE_AVX2 && !HAVE_AVX512VNNI
-FN void ternary_lookup_task(const void *job, int64_t task, char *scratch) {
-    ternary_task(job, task, scratch, &lookup_product);
-}
-#endif
-
 #define SHARED_TASKS                                                             \
     .rotate_quantize = rotate_quantize_task, .attention = attention_task,        \
     .attention_int8 = attention_int8_task, .linear = linear_task
 
 #define DIRECT_WAY                                                               \
-    {.task = ternary_direct_task, .operand_bytes = GROUP, .most_groups = INT32_MAX, .block_rows = 96}
+    {.task = ternary_direct_task, .operand_bytes = GROUP, .panels = 1, .most_groups = INT32_MAX, .block_rows = 96, \
+     .operand_panels = 1, .most_code = 128}

@@ -4,15 +4,20 @@
  * (operands), then panel after panel is decoded into a buffer that a level-2 cache holds and multiplied with all rows
  * of the block. The ways to multiply (struct product) differ in both layouts and are exact: they agree to the bit. */
 
+enum { EPILOGUE_ROWS = HAVE_AVX512VNNI ? 4 : 2 }; /* of a tile: 16 registers of sums, or 8 */
+
 struct product {
-    /* Slice `group`.. of the channels `channel`.., GROUP codes each, into a panel of GROUP * PANEL bytes a group. */
+    int panels;                 /* that it multiplies at a time */
+    int adds;                   /* to products from the first slice on: they begin as zeros */
+    int finish_rows;            /* that go through the epilogue at a time; a multiple of its tiles' */
+    /* Slice `group`.. of the channels `channel`.., GROUP codes each: at most GROUP * PANEL bytes a group. */
     void (*decode)(const struct ternary_job *job, int64_t channel, int64_t group, int64_t groups, uint8_t *panel);
     /* The same slice of rows `first`.., and what to subtract from their products once all slices are summed. */
     void (*operands)(const struct ternary_job *job, int64_t first, int64_t rows, int64_t group, int64_t groups,
                      int8_t *operands, int32_t *offsets);
-    /* products [rows, PANEL] += operands . panel, of that slice */
+    /* products [panels][rows, PANEL] += operands . panel, of that slice; panels lie `stride` apart */
     void (*multiply)(const struct ternary_job *job, int64_t channel, int64_t group, int64_t groups,
-                     const uint8_t *panel, const int8_t *operands, int64_t rows, int32_t *products);
+                     const uint8_t *panel, const int8_t *operands, int64_t rows, int32_t *products, int64_t stride);
 };
 
 /* A channel's codes; beyond the last channel, the last again. */
@@ -77,33 +82,57 @@ FN void transpose_lowrank(const struct layer *layer, int64_t channel, float *out
     }
 }
 
-/* One row's outputs of a panel: product (scale alpha) + lowrank . A + bias, then the gated residual where asked for. */
-FN void epilogue_row(const struct ternary_job *job, int64_t row, int64_t channel, const int32_t *products,
-                     int32_t offset, const float *lowrank_a /* [rank, PANEL] */) {
-    enum { VECTORS = PANEL / LANES };
+/* Outputs of `rows` rows and PANEL / 2 channels: product (scale alpha) + lowrank . A + bias, then the gated residual
+ * where asked for. */
+INLINE void epilogue_tile(const struct ternary_job *job, int64_t row, int64_t channel, const int32_t *products,
+                          const int32_t *offsets, const float *lowrank_a /* [rank, PANEL] */, const int rows) {
+    enum { VECTORS = PANEL / 2 / LANES };
     const struct layer *layer = job->layer;
     const float *lowrank = job->lowrank + row * layer->rank;
-    v8 correction[VECTORS] = {0};
+    v8 correction[EPILOGUE_ROWS][VECTORS] = {0};
     for (int64_t r = 0; r < layer->rank; r++) {
-        const v8 x = splat(lowrank[r]);
-#pragma GCC unroll 8
-        for (int i = 0; i < VECTORS; i++)
-            correction[i] = fmadd(x, load(lowrank_a + r * PANEL + i * LANES), correction[i]);
+        v8 a[VECTORS];
+#pragma GCC unroll 4
+        for (int i = 0; i < VECTORS; i++) a[i] = load_once(lowrank_a + r * PANEL + i * LANES);
+#pragma GCC unroll 4
+        for (int m = 0; m < rows; m++) {
+            const v8 x = splat(lowrank[m * layer->rank + r]);
+#pragma GCC unroll 4
+            for (int i = 0; i < VECTORS; i++) correction[m][i] = fmadd(x, a[i], correction[m][i]);
+        }
     }
-    const v8 scale = splat(job->scales[row]);
-    float *y = job->y + row * layer->channels;
-    const float *gate = job->gate ? job->gate + row / job->rows_per_image * job->gate_stride : NULL;
-#pragma GCC unroll 8
-    for (int i = 0; i < VECTORS; i++) {
-        const int64_t at = channel + i * LANES, left = layer->channels - at;
-        if (left <= 0) break;
-        v8i product;
-        memcpy(&product, products + i * LANES, sizeof product);
-        const v8 exact = __builtin_convertvector(product - offset, v8);
-        const v8 main_term = exact * (scale * load_part(layer->alpha + at, left));
-        v8 result = (main_term + correction[i]) + load_part(layer->bias + at, left);
-        if (gate) result = load_part(y + at, left) + result * load_part(gate + at, left);
-        store_part(y + at, result, left);
+#pragma GCC unroll 4
+    for (int m = 0; m < rows; m++, row++, products += PANEL) {
+        const v8 scale = splat(job->scales[row]);
+        float *y = job->y + row * layer->channels;
+        const float *gate = job->gate ? job->gate + row / job->rows_per_image * job->gate_stride : NULL;
+#pragma GCC unroll 4
+        for (int i = 0; i < VECTORS; i++) {
+            const int64_t at = channel + i * LANES, left = layer->channels - at;
+            if (left <= 0) break;
+            v8i product;
+            memcpy(&product, products + i * LANES, sizeof product);
+            const v8 exact = __builtin_convertvector(product - offsets[m], v8);
+            const v8 main_term = exact * (scale * load_part(layer->alpha + at, left));
+            v8 result = (main_term + correction[m][i]) + load_part(layer->bias + at, left);
+            if (gate) result = load_part(y + at, left) + result * load_part(gate + at, left);
+            store_part(y + at, result, left);
+        }
+    }
+}
+
+/* Outputs of a block of rows and a panel. */
+FN void epilogue(const struct ternary_job *job, int64_t first, int64_t rows, int64_t channel, const int32_t *products,
+                 const int32_t *offsets, const float *lowrank_a) {
+    for (int64_t m = 0; m < rows;) {
+        const int whole = m + EPILOGUE_ROWS <= rows;
+        for (int half = 0; half < PANEL; half += PANEL / 2) {
+            const int32_t *tile = products + m * PANEL + half;
+            const float *a = lowrank_a + half;
+            if (whole) epilogue_tile(job, first + m, channel + half, tile, offsets + m, a, EPILOGUE_ROWS);
+            else epilogue_tile(job, first + m, channel + half, tile, offsets + m, a, 1);
+        }
+        m += whole ? EPILOGUE_ROWS : 1;
     }
 }
 
@@ -115,21 +144,28 @@ INLINE void ternary_task(const struct ternary_job *job, int64_t task, char *scra
     struct ternary_buffers b;
     ternary_carve(scratch, job, &b);
 
-    const int64_t groups = job->padded_width / GROUP, panel_products = round_up(rows, WHOLE_ROWS) * PANEL;
+    const int64_t groups = job->padded_width / GROUP, stride = round_up(rows, WHOLE_ROWS) * PANEL;
     for (int64_t group = 0; group < groups; group += job->slice_groups) {
         const int64_t count = min64(job->slice_groups, groups - group);
         const int last = group + count == groups;
         product->operands(job, first, rows, group, count, b.operands, b.offsets);
-        for (int64_t c = channel; c < end; c += PANEL) {
-            /* One slice: each panel is done before the next. Several: the products of all panels are kept. */
-            int32_t *products = b.products + (count == groups ? 0 : (c - channel) / PANEL * panel_products);
-            if (!group) memset(products, 0, (size_t)panel_products * sizeof *products);
+        for (int64_t c = channel; c < end; c += product->panels * PANEL) {
+            /* One slice: panels are done before the next. Several: the products of all panels are kept. */
+            int32_t *products = b.products + (count == groups ? 0 : (c - channel) / PANEL * stride);
+            if (!group && product->adds) memset(products, 0, (size_t)(product->panels * stride) * sizeof *products);
             product->decode(job, c, group, count, b.panel);
-            product->multiply(job, c, group, count, b.panel, b.operands, rows, products);
-            if (!last) continue;
-            transpose_lowrank(job->layer, c, b.lowrank_a);
-            for (int64_t m = 0; m < rows; m++)
-                epilogue_row(job, first + m, c, products + m * PANEL, b.offsets[m], b.lowrank_a);
+            /* What is finished is so while the products are in the level-1 cache. */
+            const int64_t step = last ? product->finish_rows : rows;
+            for (int p = 0; last && p < product->panels; p++)
+                transpose_lowrank(job->layer, c + p * PANEL, b.lowrank_a + p * PANEL * job->layer->rank);
+            for (int64_t m = 0; m < rows; m += step) {
+                const int64_t some = min64(step, rows - m);
+                product->multiply(job, c, group, count, b.panel, b.operands + m * count * job->operand_bytes, some,
+                                  products + m * PANEL, stride);
+                for (int p = 0; last && p < product->panels && c + p * PANEL < end; p++)
+                    epilogue(job, first + m, some, c + p * PANEL, products + p * stride + m * PANEL, b.offsets + m,
+                             b.lowrank_a + p * PANEL * job->layer->rank);
+            }
         }
     }
 }

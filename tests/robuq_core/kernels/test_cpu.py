@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from concurrent.futures import ThreadPoolExecutor
+from typing import get_args
 
 import emulated
 import pytest
@@ -16,14 +17,18 @@ from hypothesis import strategies as st
 from layer_cases import REFERENCE, WIDTHS, assert_quantized_agree, make_linear, prologues, tokens
 
 from robuq_core.kernels import cpu
-from robuq_core.kernels.cpu import CpuBackend, NativeUnavailableError, choose_isa, load_library
+from robuq_core.kernels.cpu import CpuBackend, Isa, NativeUnavailableError, choose_isa, load_library
 from robuq_core.kernels.ops import Modulation, Quantized, TernaryLayer
 from robuq_core.kernels.pack_layer import pack_layer
-from robuq_core.quant.activation import Grid
+from robuq_core.quant.activation import Grid, is_midrise
 from robuq_core.quant.packing import pack_planar
 
 # Whole and incomplete groups of 128, one slice of the width and several.
 PRODUCT_WIDTHS = (*WIDTHS, 128, 160, 224, 320, 384, 576, 640, 768, 1152, 1280, 1792, 2304, 2560)
+
+
+PATHS = get_args(Isa)
+EMULATED = ("amx", "avx512vbmi", "avx512vnni")
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +36,7 @@ def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return cpu.open_library(str(emulated.build(tmp_path_factory.mktemp("emulated"))))
 
 
-@pytest.fixture(params=["amx", "avx512vnni", "avx2", "plain", "emulated-amx", "emulated-avx512vnni"])
+@pytest.fixture(params=[*PATHS, *(f"emulated-{path}" for path in EMULATED)])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CpuBackend:
     isa = request.param.removeprefix("emulated-")
     if isa != request.param:
@@ -63,7 +68,7 @@ def test_rotation_by_blocks(backend: CpuBackend, width: int, block: int) -> None
         assert_quantized_agree(x, layer, prologue, backend.rotate_quantize(x, layer, prologue))
 
 
-def bare_layer(weight: torch.Tensor, bits: int) -> TernaryLayer:
+def bare_layer(weight: torch.Tensor, bits: int, grid: Grid = "midrise") -> TernaryLayer:
     """Unit scales, no bias and no low-rank term: its output is the integer product."""
     outputs, width = weight.shape
     return TernaryLayer(
@@ -74,35 +79,44 @@ def bare_layer(weight: torch.Tensor, bits: int) -> TernaryLayer:
         lowrank_a=torch.zeros(outputs, 0),
         lowrank_b=torch.zeros(0, width),
         bits=bits,
-        grid="midrise",
+        grid=grid,
     )
 
 
-def assert_product_is_exact(backend: CpuBackend, rows: int, width: int, outputs: int, bits: int) -> None:
-    """Random codes and weights, and the extreme ones that try the accumulators."""
+def assert_product_is_exact(backend: CpuBackend, rows: int, width: int, outputs: int, bits: int, grid: Grid) -> None:
+    """Random codes of the grid and random weights, and the extreme ones that try the accumulators."""
     generator = torch.Generator().manual_seed(rows * width + outputs + bits)
     weight = torch.randint(-1, 2, (outputs, width), generator=generator).to(torch.int8)
     weight[0], weight[-1] = 1, -1
-    top = 127 if bits == 8 else 2**bits - 1
-    codes = torch.randint(-top, top + 1, (rows, width), generator=generator).to(torch.int8)
-    codes[0], codes[-1] = top, -128 if bits == 8 else -top
-    y = backend.ternary_linear(Quantized(codes, torch.ones(rows), torch.zeros(rows, 0)), bare_layer(weight, bits))
-    assert torch.equal(y.long(), codes.long() @ weight.long().T)
+    cells = 2 ** (bits - 1)
+    codes = torch.randint(-cells, cells, (rows, width), generator=generator)
+    codes[0], codes[-1] = cells - 1, -cells
+    if is_midrise(bits, grid):
+        codes = 2 * codes + 1
+    quantized = Quantized(codes.to(torch.int8), torch.ones(rows), torch.zeros(rows, 0))
+    y = backend.ternary_linear(quantized, bare_layer(weight, bits, grid))
+    assert torch.equal(y.long(), codes @ weight.long().T)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("width", [*WIDTHS, 1280, 4608])
 def test_integer_product_is_exact(backend: CpuBackend, width: int, bits: int) -> None:
     for rows in (2, 9):
-        assert_product_is_exact(backend, rows, width, 37, bits)
+        for grid in get_args(Grid):
+            assert_product_is_exact(backend, rows, width, 37, bits, grid)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
 def test_integer_product_of_any_shape_is_exact(backend: CpuBackend, bits: int) -> None:
     @settings(max_examples=25, deadline=None, derandomize=True)
-    @given(rows=st.integers(1, 130), width=st.sampled_from(PRODUCT_WIDTHS), outputs=st.integers(1, 200))
-    def check(rows: int, width: int, outputs: int) -> None:
-        assert_product_is_exact(backend, rows, width, outputs, bits)
+    @given(
+        rows=st.integers(1, 130),
+        width=st.sampled_from(PRODUCT_WIDTHS),
+        outputs=st.integers(1, 330),
+        grid=st.sampled_from(get_args(Grid)),
+    )
+    def check(rows: int, width: int, outputs: int, grid: Grid) -> None:
+        assert_product_is_exact(backend, rows, width, outputs, bits, grid)
 
     check()
 
@@ -238,7 +252,7 @@ def test_environment_forces_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_isa(library) == "plain"
     assert CpuBackend(threads=1).name == "cpu-plain"
     monkeypatch.setenv("ROBUQ_CPU_ISA", "sse9")
-    with pytest.raises(ValueError, match="must be one of amx, avx512vnni, avx2, plain, not 'sse9'"):
+    with pytest.raises(ValueError, match="must be one of amx, avx512vbmi, avx512vnni, avx2, plain, not 'sse9'"):
         choose_isa(library)
     monkeypatch.delenv("ROBUQ_CPU_ISA")
     with pytest.raises(ValueError, match="threads must be at least 1"):

@@ -16,6 +16,15 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifndef _mm512_cvtepu16_epi32 /* which SIMDe 0.7 lacks */
+static inline __m512i _mm512_cvtepu16_epi32(__m256i x) {
+    const __m256i zero = _mm256_setzero_si256();
+    const __m256i low = _mm256_unpacklo_epi16(x, zero), high = _mm256_unpackhi_epi16(x, zero);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_permute2x128_si256(low, high, 0x20)),
+                              _mm256_permute2x128_si256(low, high, 0x31), 1);
+}
+#endif
+
 struct emulated_tile {
     uint8_t bytes[16][64];
 };

@@ -1,17 +1,28 @@
 /* Softmax attention, one head of one image a task; the formulas of the 8-bit form are those of quant/attention.py.
  *
- * Codes are kept as int16, two of them a 32-bit pair: a signed 8-bit product has no instruction on AVX2, and an int16 one
- * with int32 sums is exact for every head width and, since 255 * 127 * L < 2^31, for L up to 66,000 tokens. */
+ * Codes that one 32-bit lane sums lie side by side, a pack: with VNNI four bytes, of unsigned by signed codes; without,
+ * two int16, since AVX2 has no product of signed bytes. Sums are exact for every head width and, since
+ * 255 * 127 * L < 2^31, for L up to 66,000 tokens. */
 
-/* Rows of x by columns of w, in pairs of codes: out[i][c] = sum_p x[i][p] . w[p][c], eight columns a vector. */
-INLINE v8i add_pairs(v8i sum, const int16_t *x, const int16_t *w) {
-#if HAVE_AVX2
-    int32_t pair;
-    memcpy(&pair, x, sizeof pair);
+#define LOWEST_LOGIT -3e38f /* of what stands beyond the last key */
+
 #if HAVE_AVX512VNNI
-    return (v8i)_mm256_dpwssd_epi32((__m256i)sum, load_bytes(w), _mm256_set1_epi32(pair));
+typedef int8_t pack_code;
+enum { PACK = 4, QUERY_BIAS = 128 /* makes a query's codes unsigned; key_offsets take it off again */ };
 #else
-    return (v8i)_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16(load_bytes(w), _mm256_set1_epi32(pair)));
+typedef int16_t pack_code;
+enum { PACK = 2, QUERY_BIAS = 0 };
+#endif
+
+/* Rows of x by columns of w, a pack at a time: out[i][c] = sum_p x[i][p] . w[p][c], eight columns a vector. */
+INLINE v8i add_packs(v8i sum, const pack_code *x, const pack_code *w) {
+#if HAVE_AVX2
+    int32_t pack;
+    memcpy(&pack, x, sizeof pack);
+#if HAVE_AVX512VNNI
+    return (v8i)_mm256_dpbusd_epi32((__m256i)sum, _mm256_set1_epi32(pack), load_bytes(w));
+#else
+    return (v8i)_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16(load_bytes(w), _mm256_set1_epi32(pack)));
 #endif
 #else
     for (int lane = 0; lane < LANES; lane++) sum[lane] += (int32_t)x[0] * w[2 * lane] + (int32_t)x[1] * w[2 * lane + 1];
@@ -19,16 +30,16 @@ INLINE v8i add_pairs(v8i sum, const int16_t *x, const int16_t *w) {
 #endif
 }
 
-INLINE void pair_tile(const int16_t *x, int64_t x_stride, const int16_t *w, int64_t w_stride, int64_t pairs,
+INLINE void pack_tile(const pack_code *x, int64_t x_stride, const pack_code *w, int64_t w_stride, int64_t packs,
                       int32_t *out, int64_t out_stride, const int vectors) {
-    enum { ROWS = PAIR_ROWS };
-    v8i sum[ROWS][PAIR_VECTORS] = {0};
-    for (int64_t p = 0; p < pairs; p++) {
+    enum { ROWS = PACK_ROWS };
+    v8i sum[ROWS][PACK_VECTORS] = {0};
+    for (int64_t p = 0; p < packs; p++) {
 #pragma GCC unroll 4
         for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 3
             for (int v = 0; v < vectors; v++)
-                sum[i][v] = add_pairs(sum[i][v], x + i * x_stride + 2 * p, w + p * w_stride + 2 * v * LANES);
+                sum[i][v] = add_packs(sum[i][v], x + i * x_stride + PACK * p, w + p * w_stride + PACK * v * LANES);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < ROWS; i++)
@@ -36,17 +47,17 @@ INLINE void pair_tile(const int16_t *x, int64_t x_stride, const int16_t *w, int6
         for (int v = 0; v < vectors; v++) memcpy(out + i * out_stride + v * LANES, &sum[i][v], sizeof sum[i][v]);
 }
 
-/* `rows`, a multiple of PAIR_ROWS, by `columns`, a multiple of eight. */
-FN void pair_block(const int16_t *x, int64_t x_stride, int64_t rows, const int16_t *w, int64_t columns, int64_t pairs,
-                   int32_t *out, int64_t out_stride) {
-    for (int64_t c = 0; c < columns; c += PAIR_VECTORS * LANES) {
+/* `rows`, a multiple of PACK_ROWS, by `columns`, a multiple of eight. */
+FN void pack_block(const pack_code *x, int64_t x_stride, int64_t rows, const pack_code *w, int64_t columns,
+                   int64_t packs, int32_t *out, int64_t out_stride) {
+    for (int64_t c = 0; c < columns; c += PACK_VECTORS * LANES) {
         const int64_t vectors = (columns - c) / LANES;
-        for (int64_t i = 0; i < rows; i += PAIR_ROWS) {
-            const int16_t *xi = x + i * x_stride, *wc = w + 2 * c;
+        for (int64_t i = 0; i < rows; i += PACK_ROWS) {
+            const pack_code *xi = x + i * x_stride, *wc = w + PACK * c;
             int32_t *tile = out + i * out_stride + c;
-            if (vectors == 1) pair_tile(xi, x_stride, wc, 2 * columns, pairs, tile, out_stride, 1);
-            else if (vectors == 2) pair_tile(xi, x_stride, wc, 2 * columns, pairs, tile, out_stride, 2);
-            else pair_tile(xi, x_stride, wc, 2 * columns, pairs, tile, out_stride, 3);
+            if (vectors == 1) pack_tile(xi, x_stride, wc, PACK * columns, packs, tile, out_stride, 1);
+            else if (vectors == 2) pack_tile(xi, x_stride, wc, PACK * columns, packs, tile, out_stride, 2);
+            else pack_tile(xi, x_stride, wc, PACK * columns, packs, tile, out_stride, 3);
         }
     }
 }
@@ -64,52 +75,87 @@ INLINE v8s signed_codes(v8 x, float scale) {
     return to_int16(vrint(x / splat(scale > 1e-30f ? scale : 1e-30f)));
 }
 
+/* Eight codes, of 0 .. 255 where they are `positive`, else of a signed byte. */
+INLINE void store_pack_codes(pack_code *out, v8s codes, const int positive) {
+#if HAVE_AVX512VNNI
+    const __m128i wide = (__m128i)codes;
+    _mm_storel_epi64((__m128i *)out, positive ? _mm_packus_epi16(wide, wide) : _mm_packs_epi16(wide, wide));
+#else
+    (void)positive;
+    memcpy(out, &codes, sizeof codes);
+#endif
+}
+
 /* Codes of `length` rows of `dim` values, `stride` apart, into padded rows, and a scale for each row. */
-FN void quantize_tokens(const float *x, int64_t stride, int64_t length, int64_t dim, int16_t *codes, float *scales) {
-    const int64_t padded = round_up(dim, INT16_LANES), whole = dim / LANES * LANES;
-    const v8s none = {0};
+INLINE void quantize_tokens(const float *x, int64_t stride, int64_t length, int64_t dim, pack_code *codes,
+                            float *scales, const int16_t bias) {
+    const int64_t padded = round_up(dim, PACK * LANES), whole = dim / LANES * LANES;
+    const v8s offset = {bias, bias, bias, bias, bias, bias, bias, bias};
     for (int64_t i = 0; i < length; i++, x += stride, codes += padded) {
         const float scale = scales[i] = signed_scale(vmax_lane(magnitudes(x, dim, splat(0))));
         for (int64_t k = 0; k < padded; k += LANES) {
-            const v8s code = k < whole ? signed_codes(load(x + k), scale)
-                             : k < dim ? signed_codes(load_part(x + k, dim - k), scale)
-                                       : none;
-            memcpy(codes + k, &code, sizeof code);
+            v8s code = {0};
+            if (k < whole) code = signed_codes(load(x + k), scale);
+            else if (k < dim) code = signed_codes(load_part(x + k, dim - k), scale);
+            store_pack_codes(codes + k, code + offset, bias != 0);
         }
     }
 }
 
-/* Rows of codes [length, padded dim], padded with zero rows to whole vectors, to columns of pairs
- * [padded dim / 2, padded length, 2]. */
-FN void transpose_pairs(const int16_t *codes, int64_t length, int64_t padded_dim, int64_t padded_length,
-                        int16_t *out) {
+/* Rows of codes [length, padded dim], padded with zero rows to whole vectors, to columns of packs
+ * [padded dim / PACK, padded length, PACK]. */
+FN void transpose_packs(const pack_code *codes, int64_t length, int64_t padded_dim, int64_t padded_length,
+                        pack_code *out) {
     for (int64_t i = 0; i < padded_length; i += LANES) {
-        for (int64_t k = 0; k < padded_dim; k += 2 * LANES) {
-            v8 tile[LANES]; /* of pairs, which travel as floats do */
+        for (int64_t k = 0; k < padded_dim; k += PACK * LANES) {
+            v8 tile[LANES]; /* of packs, which travel as floats do */
             for (int row = 0; row < LANES; row++) {
                 tile[row] = splat(0);
                 if (i + row < length) memcpy(&tile[row], codes + (i + row) * padded_dim + k, sizeof tile[row]);
             }
             transpose8(tile);
-            for (int pair = 0; pair < LANES; pair++)
-                memcpy(out + ((k / 2 + pair) * padded_length + i) * 2, &tile[pair], sizeof tile[pair]);
+            for (int pack = 0; pack < LANES; pack++)
+                memcpy(out + ((k / PACK + pack) * padded_length + i) * PACK, &tile[pack], sizeof tile[pack]);
         }
     }
 }
 
-/* Codes of V of one head, pairs of tokens side by side [padded length / 2, padded dim, 2]; returns their scale. */
-FN float quantize_values(const float *v, int64_t stride, int64_t length, int64_t dim, int16_t *out) {
+/* What the bias of a query's codes adds to its product with each key. */
+FN void sum_keys(const pack_code *k, int64_t padded_length, int64_t packs, int32_t *key_offsets) {
+    pack_code bias[PACK];
+    for (int i = 0; i < PACK; i++) bias[i] = (pack_code)QUERY_BIAS;
+    for (int64_t j = 0; j < padded_length; j += LANES) {
+        v8i sum = {0};
+        for (int64_t p = 0; p < packs; p++) sum = add_packs(sum, bias, k + (p * padded_length + j) * PACK);
+        memcpy(key_offsets + j, &sum, sizeof sum);
+    }
+}
+
+/* The codes of PACK tokens, those of a dimension side by side. */
+INLINE void store_packed(pack_code *out, const v8s codes[PACK]) {
+#if HAVE_AVX512VNNI
+    const __m128i even = _mm_packs_epi16((__m128i)codes[0], (__m128i)codes[2]);
+    const __m128i odd = _mm_packs_epi16((__m128i)codes[1], (__m128i)codes[3]);
+    const __m128i first = _mm_unpacklo_epi8(even, odd), second = _mm_unpackhi_epi8(even, odd); /* 0 1, 2 3 */
+    _mm_storeu_si128((__m128i *)out, _mm_unpacklo_epi16(first, second));
+    _mm_storeu_si128((__m128i *)(out + 2 * LANES), _mm_unpackhi_epi16(first, second));
+#else
+    store_interleaved(out, codes[0], codes[1]);
+#endif
+}
+
+/* Codes of V of one head, tokens packed side by side [padded length / PACK, padded dim, PACK]; returns their scale. */
+FN float quantize_values(const float *v, int64_t stride, int64_t length, int64_t dim, pack_code *out) {
     const int64_t padded_length = round_up(length, INT16_LANES);
     v8 top = splat(0);
     for (int64_t i = 0; i < length; i++) top = magnitudes(v + i * stride, dim, top);
     const float scale = signed_scale(vmax_lane(top));
-    const v8s none = {0};
-    for (int64_t i = 0; i < padded_length; i += 2) {
-        const float *even = v + i * stride, *odd = even + stride;
-        for (int64_t k = 0; k < dim; k += LANES, out += 2 * LANES) {
-            const v8s code = i < length ? signed_codes(load_part(even + k, dim - k), scale) : none;
-            const v8s next = i + 1 < length ? signed_codes(load_part(odd + k, dim - k), scale) : none;
-            store_interleaved(out, code, next);
+    for (int64_t i = 0; i < padded_length; i += PACK) {
+        for (int64_t k = 0; k < dim; k += LANES, out += PACK * LANES) {
+            v8s codes[PACK] = {0};
+            for (int64_t t = 0; t < PACK && i + t < length; t++)
+                codes[t] = signed_codes(load_part(v + (i + t) * stride + k, dim - k), scale);
+            store_packed(out, codes);
         }
     }
     return scale;
@@ -124,15 +170,14 @@ FN void transpose_values(const float *v, int64_t stride, int64_t length, int64_t
     }
 }
 
-/* e^(x - max) of a padded row in place, zero in the padding; returns the sum. */
-FN float exponentials(float *x, int64_t length) {
-    const int64_t padded = round_up(length, INT16_LANES);
-    for (int64_t k = length; k < padded; k++) x[k] = -3e38f;
-    v8 top = load(x), sum = splat(0);
-    for (int64_t k = LANES; k < padded; k += LANES) top = vmax(top, load(x + k));
+/* e^(x - max) of a padded row in place, zero in the padding; returns the sum. `top`: lanes of the maximum. */
+FN float exponentials(float *x, int64_t length, v8 top) {
+    const int64_t padded = round_up(length, INT16_LANES), whole = length / LANES * LANES;
     const v8 shift = splat(vmax_lane(top));
+    v8 sum = splat(0);
     for (int64_t k = 0; k < padded; k += LANES) {
-        const v8 e = keep_part(vexp(load(x + k) - shift), max64(length - k, 0));
+        v8 e = vexp(load(x + k) - shift);
+        if (k >= whole) e = keep_part(e, length - k);
         store(x + k, e);
         sum += e;
     }
@@ -156,8 +201,14 @@ FN void attend(const struct head *h, const struct attention_buffers *b) {
             .columns = length, .width = dim, .out = b->logits, .out_stride = padded});
         for (int64_t i = 0; i < rows; i++) {
             float *p = b->logits + i * padded;
-            for (int64_t j = 0; j < length; j++) p[j] *= h->logit_scale;
-            const v8 total = splat(exponentials(p, length));
+            v8 top = splat(LOWEST_LOGIT);
+            for (int64_t j = length; j < padded; j++) p[j] = LOWEST_LOGIT;
+            for (int64_t j = 0; j < padded; j += LANES) {
+                const v8 logit = load(p + j) * splat(h->logit_scale);
+                top = vmax(top, logit);
+                store(p + j, logit);
+            }
+            const v8 total = splat(exponentials(p, length, top));
             for (int64_t j = 0; j < padded; j += LANES) store(p + j, load(p + j) / total);
         }
         dot_block(&(struct dot_job){
@@ -168,37 +219,42 @@ FN void attend(const struct head *h, const struct attention_buffers *b) {
 
 /* Logits of a row from its integer products, softmax, and its probabilities in 255ths. */
 FN void quantized_softmax(const struct attention_buffers *b, int64_t row, int64_t length, float scale) {
-    const int64_t padded = round_up(length, INT16_LANES);
+    const int64_t padded = round_up(length, INT16_LANES), whole = length / LANES * LANES;
     float *p = b->logits + row * padded;
     const int32_t *products = b->products + row * padded;
+    pack_code *codes = (pack_code *)b->p_codes + row * padded;
+    v8 top = splat(LOWEST_LOGIT);
     for (int64_t j = 0; j < padded; j += LANES) {
-        v8i product;
+        v8i product, offset;
         memcpy(&product, products + j, sizeof product);
-        store(p + j, __builtin_convertvector(product, v8) * (splat(scale) * load(b->k_scale + j)));
+        memcpy(&offset, b->key_offsets + j, sizeof offset);
+        const v8 logit = __builtin_convertvector(product - offset, v8) * (splat(scale) * load(b->k_scale + j));
+        top = vmax(top, j < whole ? logit : first_part(logit, length - j, splat(LOWEST_LOGIT)));
+        store(p + j, logit);
     }
-    const v8 factor = splat(255.0f / exponentials(p, length));
-    for (int64_t j = 0; j < padded; j += LANES) {
-        const v8s code = to_int16(vrint(load(p + j) * factor));
-        memcpy(b->p_codes + row * padded + j, &code, sizeof code);
-    }
+    const v8 factor = splat(255.0f / exponentials(p, length, top));
+    for (int64_t j = 0; j < padded; j += LANES)
+        store_pack_codes(codes + j, to_int16(vrint(load(p + j) * factor)), 1);
 }
 
 FN void attend_int8(const struct head *h, const struct attention_buffers *b) {
-    const int64_t length = h->length, dim = h->dim;
-    const int64_t padded_length = round_up(length, INT16_LANES), padded_dim = round_up(dim, INT16_LANES);
+    const int64_t length = h->length, dim = h->dim, packs = ceil_div(dim, PACK);
+    const int64_t padded_length = round_up(length, INT16_LANES), padded_dim = round_up(dim, PACK * LANES);
     const int64_t value_dim = round_up(dim, LANES);
-    quantize_tokens(h->k, h->stride, length, dim, b->q, b->k_scale);
-    transpose_pairs(b->q, length, padded_dim, padded_length, b->k);
-    quantize_tokens(h->q, h->stride, length, dim, b->q, b->q_scale);
+    pack_code *q = b->q, *k = b->k;
+    quantize_tokens(h->k, h->stride, length, dim, q, b->k_scale, 0);
+    transpose_packs(q, length, padded_dim, padded_length, k);
+    sum_keys(k, padded_length, packs, b->key_offsets);
+    quantize_tokens(h->q, h->stride, length, dim, q, b->q_scale, QUERY_BIAS);
     for (int64_t j = length; j < padded_length; j++) b->k_scale[j] = 0.0f;
     const float scale = quantize_values(h->v, h->stride, length, dim, b->v_codes) / 255.0f;
     for (int64_t first = 0; first < length; first += QUERY_ROWS) {
-        const int64_t rows = min64(QUERY_ROWS, length - first), tiles = round_up(rows, PAIR_ROWS);
-        pair_block(b->q + first * padded_dim, padded_dim, tiles, b->k, padded_length, ceil_div(dim, 2), b->products,
-                   padded_length);
+        const int64_t rows = min64(QUERY_ROWS, length - first), tiles = round_up(rows, PACK_ROWS);
+        pack_block(q + first * padded_dim, padded_dim, tiles, k, padded_length, packs, b->products, padded_length);
         for (int64_t i = 0; i < rows; i++)
             quantized_softmax(b, i, length, b->q_scale[first + i] * h->logit_scale);
-        pair_block(b->p_codes, padded_length, tiles, b->v_codes, value_dim, padded_length / 2, b->products, value_dim);
+        pack_block(b->p_codes, padded_length, tiles, b->v_codes, value_dim, padded_length / PACK, b->products,
+                   value_dim);
         for (int64_t i = 0; i < rows; i++)
             for (int64_t d = 0; d < dim; d++)
                 h->out[(first + i) * h->width + d] = (float)b->products[i * value_dim + d] * scale;

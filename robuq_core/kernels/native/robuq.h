@@ -171,32 +171,35 @@ static inline size_t ternary_carve(char *scratch, const struct ternary_job *job,
     return (size_t)(cursor - scratch);
 }
 
-/* Working buffers of an attention task; rows are padded to whole vectors. The last three hold QUERY_ROWS rows. */
+/* Working buffers of an attention task; rows are padded to whole vectors, codes of whole packs: bytes or int16. The
+ * last three hold QUERY_ROWS rows. */
 struct attention_buffers {
-    int16_t *q;                 /* codes [length, padded head_dim], and rows of a last tile */
-    int16_t *k;                 /* codes [padded head_dim / 2, padded length, 2] */
+    void *q;                    /* codes [length, padded head_dim], and rows of a last tile */
+    void *k;                    /* codes [padded head_dim / pack, padded length, pack] */
     float *q_scale, *k_scale;   /* [padded length] */
-    int16_t *v_codes;           /* [padded length / 2, padded head_dim, 2] */
+    int32_t *key_offsets;       /* [padded length], of the products with a key */
+    void *v_codes;              /* [padded length / pack, padded head_dim, pack] */
     float *v;                   /* the same memory: unquantised, [head_dim, padded length] */
     float *logits;              /* then probabilities [QUERY_ROWS, padded length] */
     int32_t *products;          /* [QUERY_ROWS, the longer of padded length and padded head_dim] */
-    int16_t *p_codes;           /* [QUERY_ROWS, padded length] */
+    void *p_codes;              /* [QUERY_ROWS, padded length] */
 };
 
-enum { INT16_LANES = 16, PAIR_ROWS = 4, PAIR_VECTORS = 3 /* of a tile of sums */ };
+enum { INT16_LANES = 16, PACK_ROWS = 4, PACK_VECTORS = 3 /* of a tile of sums */ };
 
 /* Lays the buffers out from `scratch` on; returns their size. */
 static inline size_t attention_carve(char *scratch, int64_t length, int64_t head_dim, struct attention_buffers *b) {
     const int64_t padded_length = round_up(length, INT16_LANES), padded_dim = round_up(head_dim, INT16_LANES);
     char *cursor = scratch;
-    b->q = carve(&cursor, padded_length * padded_dim, sizeof *b->q);
-    b->k = carve(&cursor, padded_length * padded_dim, sizeof *b->k);
+    b->q = carve(&cursor, padded_length * padded_dim, sizeof(int16_t));
+    b->k = carve(&cursor, padded_length * padded_dim, sizeof(int16_t));
     b->q_scale = carve(&cursor, padded_length, sizeof *b->q_scale);
     b->k_scale = carve(&cursor, padded_length, sizeof *b->k_scale);
-    b->v_codes = (int16_t *)(b->v = carve(&cursor, padded_dim * padded_length, sizeof *b->v));
+    b->key_offsets = carve(&cursor, padded_length, sizeof *b->key_offsets);
+    b->v_codes = b->v = carve(&cursor, padded_dim * padded_length, sizeof *b->v);
     b->logits = carve(&cursor, QUERY_ROWS * padded_length, sizeof *b->logits);
     b->products = carve(&cursor, QUERY_ROWS * max64(padded_length, padded_dim), sizeof *b->products);
-    b->p_codes = carve(&cursor, QUERY_ROWS * padded_length, sizeof *b->p_codes);
+    b->p_codes = carve(&cursor, QUERY_ROWS * padded_length, sizeof(int16_t));
     return (size_t)(cursor - scratch);
 }
 

@@ -48,18 +48,22 @@ INLINE void store_part(float *p, v8 x, int64_t count) {
     else memcpy(p, &x, (size_t)count * sizeof *p);
 }
 
-INLINE v8 keep_part(v8 x, int64_t count) {
+INLINE v8 choose(v8i mask, v8 yes, v8 no) { return (v8)((mask & (v8i)yes) | (~mask & (v8i)no)); }
+
+/* The first `count` lanes of x, at most eight, and those of `other` behind them. */
+INLINE v8 first_part(v8 x, int64_t count, v8 other) {
     const v8i lane = {0, 1, 2, 3, 4, 5, 6, 7};
     const int32_t n = (int32_t)min64(count, LANES);
-    return (v8)((v8i)x & (lane < (v8i){n, n, n, n, n, n, n, n}));
+    return choose(lane < (v8i){n, n, n, n, n, n, n, n}, x, other);
 }
+
+INLINE v8 keep_part(v8 x, int64_t count) { return first_part(x, count, splat(0)); }
 
 INLINE v8 vabs(v8 x) {
     const v8i mask = (v8i)splat(-0.0f);
     return (v8)((v8i)x & ~mask);
 }
 
-INLINE v8 choose(v8i mask, v8 yes, v8 no) { return (v8)((mask & (v8i)yes) | (~mask & (v8i)no)); }
 INLINE v8i to_int(v8 x) { return __builtin_convertvector(x, v8i); }
 
 #if HAVE_AVX2

@@ -20,7 +20,7 @@ FN void ternary_amx_task(const void *job, int64_t task, char *scratch) {
 
 const struct isa_tasks amx_tasks = {
     SHARED_TASKS,
-    .ways = {{.task = ternary_amx_task, .operand_bytes = GROUP, .panels = 1, .most_groups = 9, .block_rows = 512,
+    .ways = {{.task = ternary_amx_task, .operand_bytes = GROUP, .panels = 1, .most_groups = 9, .kept_panels = 18, .block_rows = 512,
               .decode_rows = 16, .operand_panels = 1, .least_rows = 16, .most_code = 128},
              VNNI_WAY, DIRECT_WAY},
 };

@@ -100,10 +100,9 @@ EXPORT int robuq_rotate_quantize(
 /* The cut into row and channel blocks that takes the busiest thread least time: a panel costs its rows, decoding it
  * decode_rows more, and laying out a row's operands operand_panels. */
 static void plan_blocks(struct ternary_job *job, const struct ternary_way *way, int threads) {
-    enum { CANDIDATES = 6, KEPT_PANELS = 72 };
+    enum { CANDIDATES = 6 };
     const int64_t fewest = ceil_div(job->rows, way->block_rows), panels = ceil_div(job->layer->channels, PANEL);
-    /* Where the products of all panels wait for the last slice, they should fit a level-2 cache. */
-    const int64_t most_panels = job->slice_groups * GROUP < job->padded_width ? KEPT_PANELS : panels;
+    const int64_t most_panels = job->slice_groups * GROUP < job->padded_width ? way->kept_panels : panels;
     int64_t best = INT64_MAX;
     for (int64_t row_blocks = fewest; row_blocks < fewest + CANDIDATES; row_blocks++) {
         for (int64_t rounds = 0; rounds <= 2; rounds++) {

@@ -104,5 +104,5 @@ FN void ternary_vnni_task(const void *job, int64_t task, char *scratch) {
 }
 
 #define VNNI_WAY                                                                 \
-    {.task = ternary_vnni_task, .operand_bytes = GROUP, .panels = 1, .most_groups = 9, .block_rows = 128, \
+    {.task = ternary_vnni_task, .operand_bytes = GROUP, .panels = 1, .most_groups = 9, .kept_panels = 18, .block_rows = 128, \
      .decode_rows = 4, .operand_panels = 1, .least_rows = 8, .most_code = 128}

@@ -115,6 +115,7 @@ struct ternary_way {
     int operand_bytes;          /* of a row's group of codes, as the product wants them */
     int panels;                 /* that are multiplied at a time */
     int most_groups;            /* of a slice of the width */
+    int kept_panels;            /* most of a task, where their sums wait for the last slice */
     int block_rows;             /* most rows of a task */
     int decode_rows;            /* decoding a panel costs about as much as multiplying so many rows, */
     int operand_panels;         /* and laying out a row's operands as multiplying it with so many panels */

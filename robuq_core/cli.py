@@ -12,6 +12,7 @@ from robuq_core.bench.cli import app as bench_app
 from robuq_core.cli_support import reported
 from robuq_core.config import MAX_SEED, NUM_TRAIN_TIMESTEPS, Flavour, SamplerConfig, SamplerName
 from robuq_core.errors import UserError
+from robuq_core.openmp import sleep_between_regions
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -72,6 +73,7 @@ def sample(
     """Draw one image a class into PNG files; what is not given takes the checkpoint's default."""
     from rich.progress import Progress
 
+    sleep_between_regions()
     from robuq_core.pipeline import Sampler
 
     loaded = Sampler.from_checkpoint(checkpoint, decoder=decoder, backend=backend, threads=threads, device=device)
@@ -116,6 +118,7 @@ def compare(
     device: DeviceOption = None,
 ) -> None:
     """Print what guidance at some timesteps alone or step caching saves, and how far its pictures then are off."""
+    sleep_between_regions()
     from robuq_core.compare import compare_short_cuts
     from robuq_core.pipeline import Sampler
 

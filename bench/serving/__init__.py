@@ -4,8 +4,8 @@ python -m bench.serving                                  # all of it
 python -m bench.serving overhead ceiling --quick         # some of it, small
 """
 
-import os
+from robuq_core.openmp import sleep_between_regions
 
-# Before torch is loaded, here and in the servers, ours and others': OpenMP's threads sleep between parallel regions.
-# When they spin, one busy neighbour on the same cores makes the bare model ten times slower, and a ratio to it a lie.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Here and in the servers, ours and others'. When OpenMP's threads spin, one busy neighbour on the same cores makes the
+# bare model ten times slower, and a ratio to it a lie.
+sleep_between_regions()

@@ -85,10 +85,12 @@ class LatentDecoder:
         autoencoder: an ``AutoencoderKL`` or ``AutoencoderTiny`` of diffusers; it loses its encoder.
         tile_above: pictures with longer sides, in pixels, are decoded in overlapping tiles of half that, blended into
             each other. That bounds the memory, but what spans the picture (an AutoencoderKL's normalisation and
-            attention) then sees a tile alone, so that colours may differ a little from tile to tile.
+            attention) then sees a tile alone, so that colours may differ a little from tile to tile. A tile has at
+            least eight latent cells a side. The autoencoder's own ``enable_tiling()`` has smaller pictures tiled, too.
 
     Raises:
-        DecoderError: its pictures are not RGB, or it normalises latents in a way that no DiT here was trained with.
+        DecoderError: its pictures are not RGB, it normalises latents in a way that no DiT here was trained with, or
+            ``tile_above`` is below 1.
     """
 
     def __init__(self, autoencoder: Any, name: str, *, tile_above: int = 1024) -> None:
@@ -98,6 +100,8 @@ class LatentDecoder:
         if config.get("latents_mean") is not None or config.get("latents_std") is not None:
             raise DecoderError(f"{name}: config fields latents_mean and latents_std are not supported; "
                                "use an autoencoder with a scaling_factor alone, such as SD-VAE")  # fmt: skip
+        if tile_above < 1:
+            raise DecoderError(f"{name}: tile_above is {tile_above}; give a side in pixels, 1 or more")
         self.name = name
         self.channels: int = config.latent_channels
         self.autoencoder = _decoder_half(autoencoder)
@@ -111,8 +115,11 @@ class LatentDecoder:
     def _set_tile(self, pixels: int) -> None:
         # AutoencoderTiny takes its factor from the number of colours; eight by chance, right for TAESD alone.
         self.autoencoder.spatial_scale_factor = self._factor
-        self.autoencoder.tile_sample_min_size = pixels
-        self.autoencoder.tile_latent_min_size = pixels // self._factor
+        # A quarter of an AutoencoderKL's tile overlaps, rounded once in cells and once in pixels: in whole fours they
+        # agree. An eighth of an AutoencoderTiny's does, and without a cell of overlap its blending draws black.
+        cells = max(8, pixels // self._factor // 4 * 4)
+        self.autoencoder.tile_latent_min_size = cells
+        self.autoencoder.tile_sample_min_size = cells * self._factor
 
     @property
     def device(self) -> torch.device:
@@ -138,8 +145,12 @@ class LatentDecoder:
         side = self._factor * max(latent.shape[-2:])
         # One at a time, whichever thread asks: torch's own threads share the work of one picture.
         with self._lock:
-            self.autoencoder.use_tiling = side > self._tile_above
-            (pictures,) = self.autoencoder.decode(latent[None].to(self.dtype), return_dict=False)
+            asked = self.autoencoder.use_tiling
+            self.autoencoder.use_tiling = asked or side > self._tile_above
+            try:
+                (pictures,) = self.autoencoder.decode(latent[None].to(self.dtype), return_dict=False)
+            finally:
+                self.autoencoder.use_tiling = asked
         return torch.as_tensor(pictures[0]).float()
 
     def replica(self, device: torch.device | str) -> LatentDecoder:
@@ -181,7 +192,11 @@ def load_decoder(
     library = _diffusers()
     try:
         autoencoder, loading = getattr(library, kind).from_pretrained(
-            folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True
+            folder,
+            torch_dtype=dtype,
+            local_files_only=True,
+            output_loading_info=True,
+            low_cpu_mem_usage=False,  # else the library asks for one of its own extras, on every load
         )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, EOFError, SafetensorError,
             pickle.UnpicklingError) as error:  # fmt: skip
@@ -220,7 +235,7 @@ def _diffusers() -> Any:
     try:
         return importlib.import_module("diffusers")
     except ImportError as error:
-        raise DecoderError("a latent decoder needs the extra robuq[vae]: pip install 'robuq[vae]'") from error
+        raise DecoderError("a latent decoder needs diffusers; from a checkout: pip install '.[vae]'") from error
 
 
 def _decoder_half(autoencoder: Any) -> Any:

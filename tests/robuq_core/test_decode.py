@@ -118,6 +118,36 @@ def test_tiles_bound_what_an_autoencoder_kl_sees_at_once(tmp_path: Path, monkeyp
     assert max(seen[1:]) == 8
 
 
+@pytest.mark.parametrize("tile_above", [1, 4, 19, 20, 33, 47])
+def test_tiles_of_any_size_make_a_picture_of_the_same_size(folder: Path, tile_above: int) -> None:
+    (latent,) = latents(1, side=24)
+    tiled = load_decoder(folder, tile_above=tile_above).decode(latent)
+    assert tiled.shape == (3, 24 * FACTOR, 24 * FACTOR)
+    # No tile is left black: its rows vary like those of the first.
+    assert float(tiled.std(dim=(0, 2)).min()) > 0.1 * float(tiled.std())
+
+
+def test_tiles_of_a_decoder_of_factor_eight(tmp_path: Path) -> None:
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    folder = save_autoencoder_kl(tmp_path / "eight", block_out_channels=(4, 4, 4, 4), **blocks)
+    (latent,) = latents(1, side=38)
+    assert load_decoder(folder, tile_above=200).decode(latent).shape == (3, 304, 304)
+
+
+def test_tiles_that_the_caller_asks_for_are_kept(tmp_path: Path) -> None:
+    decoder = load_decoder(save_autoencoder_tiny(tmp_path / "tiny"), tile_above=64)
+    (latent,) = latents(1, side=24)
+    whole = decoder.decode(latent)
+    assert not decoder.autoencoder.use_tiling
+    decoder.autoencoder.enable_tiling()
+    tiled = decoder.decode(latent)
+    assert not torch.equal(tiled, whole)
+    assert decoder.autoencoder.use_tiling
+    assert torch.equal(decoder.cast(torch.float64).cast(torch.float32).decode(latent), tiled)
+    decoder.autoencoder.disable_tiling()
+    assert torch.equal(decoder.decode(latent), whole)
+
+
 def test_a_decoder_has_no_encoder_in_memory(folder: Path) -> None:
     decoder, whole = load_decoder(folder), whole_autoencoder(folder)
     size = sum(parameter.nbytes for parameter in whole.parameters())
@@ -241,7 +271,7 @@ def test_a_decoder_for_other_latents_is_refused(latent_checkpoint: Path, tmp_pat
 def test_no_diffusers_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_autoencoder_tiny(tmp_path / "tiny")
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(DecoderError, match=r"pip install 'robuq\[vae\]'"):
+    with pytest.raises(DecoderError, match=r"from a checkout: pip install '\.\[vae\]'"):
         load_decoder(folder)
 
 
@@ -297,6 +327,22 @@ def test_a_decoder_of_grey_pictures_is_refused(tmp_path: Path) -> None:
     folder = save_autoencoder_tiny(tmp_path / "grey", out_channels=1)
     with pytest.raises(DecoderError, match="out_channels is 1, not 3"):
         load_decoder(folder)
+
+
+@pytest.mark.parametrize("tile_above", [0, -1])
+def test_tiles_of_no_size_are_refused(folder: Path, tile_above: int) -> None:
+    with pytest.raises(DecoderError, match=rf"{folder.name}: tile_above is {tile_above}; give a side in pixels"):
+        load_decoder(folder, tile_above=tile_above)
+
+
+def test_loading_says_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers.models import modeling_utils
+
+    told: list[str] = []
+    monkeypatch.setattr(modeling_utils, "is_accelerate_available", lambda: False)
+    monkeypatch.setattr(modeling_utils.logger, "warning", lambda message, *_, **__: told.append(message))
+    load_decoder(folder)
+    assert told == []
 
 
 def test_a_pipeline_folder_is_read_by_its_vae(tmp_path: Path) -> None:

@@ -127,8 +127,8 @@ def _huggingface_hub(repo: str) -> Any:
     try:
         return importlib.import_module("huggingface_hub")
     except ImportError as error:
-        raise CheckpointError(f"{repo}: no such file or folder here, and to load it from the hub takes the extra "
-                              "robuq[hub]: pip install 'robuq[hub]'") from error  # fmt: skip
+        raise CheckpointError(f"{repo}: no such file or folder here, and the hub takes the package huggingface_hub; "
+                              "from a checkout: pip install '.[hub]'") from error  # fmt: skip
 
 
 def _failure(repo: str, revision: str | None, error: Exception) -> str:

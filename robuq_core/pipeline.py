@@ -301,9 +301,11 @@ class Sampler:
         ``on_step`` is called after each step, for a progress bar. How long it took is in :attr:`timings`.
 
         Raises:
-            ValueError: class, seed, steps, guidance interval or cache interval out of range, or a name that is no
-                class's.
+            ValueError: class, seed, steps, guidance interval or cache interval out of range, a name that is no
+                class's, or a name that is not in a list.
         """
+        if isinstance(class_ids, str):  # which is a sequence of its letters
+            raise ValueError(f"class_ids must be a list: [{class_ids!r}], not {class_ids!r}")
         first = secrets.randbelow(MAX_SEED + 1) if seed is None else seed
         defaults = self.defaults
         rows = [

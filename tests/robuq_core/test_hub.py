@@ -170,7 +170,7 @@ def test_what_the_hub_refuses_is_one_error(monkeypatch: pytest.MonkeyPatch, fail
 
 def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(CheckpointError, match=r"someone/tiny: no such file .* pip install 'robuq\[hub\]'"):
+    with pytest.raises(CheckpointError, match=r"someone/tiny: .*; from a checkout: pip install '\.\[hub\]'"):
         resolve_checkpoint(REPO)
 
 

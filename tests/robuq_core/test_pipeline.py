@@ -173,6 +173,8 @@ def test_classes_by_name_are_those_by_id(sampler: Sampler) -> None:
     assert by_name == sampler.generate([3, 7], seed=1, steps=2)
     with pytest.raises(ValueError, match=r"'class 10' is not a class of this checkpoint; .* 0\.\.9"):
         sampler.generate(["class 10"])
+    with pytest.raises(ValueError, match=r"class_ids must be a list: \['class 3'\], not 'class 3'"):
+        sampler.generate("class 3")
 
 
 def test_what_a_drawing_took_is_told(sampler: Sampler) -> None:

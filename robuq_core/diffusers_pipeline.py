@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from operator import length_hint
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -22,33 +21,16 @@ from PIL import Image
 from torch import Tensor
 
 from robuq_core.classes import synonyms_of
-from robuq_core.config import MAX_SEED, NUM_TRAIN_TIMESTEPS, SamplerName
+from robuq_core.config import MAX_SEED
 from robuq_core.decode import LatentDecoder, to_pixels
-from robuq_core.errors import UserError
+from robuq_core.diffusers_schedulers import sampler_of, scheduler_of
 from robuq_core.hub import resolve_checkpoint
 from robuq_core.pipeline import Row, RowSpec, Sampler
+from robuq_core.progress_bar import ProgressBar
 
 OutputType = Literal["pil", "np", "pt"]
 Generators = torch.Generator | list[torch.Generator] | None
 
-# diffusers' schedulers to samplers; DDIM's eta is 0, as there.
-_SAMPLERS: dict[str, SamplerName] = {
-    "DDIMScheduler": "ddim",
-    "DDPMScheduler": "ddpm",
-    "DPMSolverMultistepScheduler": "dpmsolver++",
-}
-_SCHEDULERS = {sampler: scheduler for scheduler, sampler in _SAMPLERS.items()}
-# What a scheduler may be configured to, and then does what the sampler does.
-_SCHEDULER_SETTINGS: dict[str, tuple[Any, ...]] = {
-    "num_train_timesteps": (NUM_TRAIN_TIMESTEPS,),
-    "beta_schedule": ("linear",),
-    "trained_betas": (None,),
-    "algorithm_type": ("dpmsolver++",),
-    "solver_order": (2,),
-    "use_karras_sigmas": (False, None),
-    "thresholding": (False, None),
-}
-_BETAS = {"beta_start": 1e-4, "beta_end": 0.02}
 _BAR_SETTINGS = ("disable", "desc", "leave")
 
 Item = TypeVar("Item")
@@ -90,6 +72,8 @@ class RobuQPipeline:
         cache_dir: Path | str | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
+        use_safetensors: bool | None = None,
+        variant: str | None = None,
     ) -> RobuQPipeline:
         """Load a packed checkpoint: a file, a folder, an id of the hub; ``None`` is the bundled one.
 
@@ -98,6 +82,7 @@ class RobuQPipeline:
             torch_dtype: of the decoder; a packed network has number formats of its own.
             backend, threads: as :func:`robuq_core.kernels.select.select_backend` takes them.
             revision, cache_dir, token, local_files_only: of a hub id.
+            use_safetensors, variant: ignored; a packed checkpoint is one safetensors file.
 
         Raises:
             CheckpointError, DecoderError: what to load cannot be used, or a latent model has no decoder.
@@ -165,32 +150,33 @@ class RobuQPipeline:
             UserError: diffusers is not installed. ValueError: one set is none of those, or of another process.
         """
         if self._scheduler is None:
-            if importlib.util.find_spec("diffusers") is None:
-                raise UserError("a scheduler is an object of diffusers: pip install 'robuq[vae]'")
-            library: Any = importlib.import_module("diffusers")
-            diffusion = self.sampler.header.diffusion
-            options: dict[str, Any] = {**_BETAS, "prediction_type": diffusion.prediction_type}
-            if self._sampler_name != "dpmsolver++":
-                options["clip_sample"] = diffusion.clip_sample
-            self._scheduler = getattr(library, _SCHEDULERS[self._sampler_name])(**options)
+            self._scheduler = scheduler_of(self._sampler_name, self.sampler.header)
         return self._scheduler
 
     @scheduler.setter
     def scheduler(self, scheduler: Any) -> None:
-        name = type(scheduler).__name__
-        if name not in _SAMPLERS:
-            raise ValueError(f"scheduler {name} has no counterpart here; set one of {', '.join(_SAMPLERS)}")
-        self._check_config(name, dict(scheduler.config))
-        self._scheduler, self._sampler_name = scheduler, _SAMPLERS[name]
+        self._sampler_name = sampler_of(scheduler, self.sampler.header)
+        self._scheduler = scheduler
 
-    def _check_config(self, name: str, config: dict[str, Any]) -> None:
-        allowed = {**_SCHEDULER_SETTINGS, "prediction_type": (self.sampler.header.diffusion.prediction_type,)}
-        for key, values in allowed.items():
-            if key in config and config[key] not in values:
-                raise ValueError(f"{name}: {key} {config[key]!r} is not supported; set {values[0]!r}")
-        for key, value in _BETAS.items():
-            if abs(config.get(key, value) - value) > 1e-9:
-                raise ValueError(f"{name}: {key} {config[key]!r} is not what the model was trained with; set {value}")
+    @property
+    def components(self) -> dict[str, Any]:
+        """``transformer``, ``vae`` and ``scheduler``, by name.
+
+        Raises:
+            UserError: diffusers is not installed.
+        """
+        return {"transformer": self.sampler.model, "vae": self.vae, "scheduler": self.scheduler}
+
+    # A packed network is small, and its attention never holds more than it needs.
+
+    def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
+        """Does nothing."""
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+        """Does nothing: the pipeline stays where it is."""
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
+        """Does nothing."""
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
         """``disable``, ``desc`` and ``leave`` of the bar that a call draws.
@@ -203,8 +189,9 @@ class RobuQPipeline:
                 raise ValueError(f"progress bar setting {name!r} is not supported; set {', '.join(_BAR_SETTINGS)}")
         self._bar = kwargs
 
-    def progress_bar(self, iterable: Iterable[Item] | None = None, total: int | None = None) -> Iterator[Item | int]:
-        """Yield from ``iterable``, or from ``range(total)``, beside a bar on standard error.
+    def progress_bar(self, iterable: Iterable[Item] | None = None, total: int | None = None) -> ProgressBar[Item | int]:
+        """A bar on standard error: loop over it for what ``iterable`` or ``range(total)`` yields, or enter it and call
+        its ``update(n)``.
 
         Raises:
             ValueError: neither is given.
@@ -212,21 +199,7 @@ class RobuQPipeline:
         if iterable is None and total is None:
             raise ValueError("progress_bar needs an iterable or a total")
         items: Iterable[Item | int] = range(total or 0) if iterable is None else iterable
-        return self._with_bar(items, total)
-
-    def _with_bar(self, items: Iterable[Item], total: int | None) -> Iterator[Item]:
-        if self._bar.get("disable"):
-            yield from items
-            return
-        from rich.console import Console
-        from rich.progress import Progress
-
-        with Progress(console=Console(stderr=True), transient=not self._bar.get("leave", True)) as bar:
-            # Not bar.track: its thread outlives a loop that is broken off.
-            task = bar.add_task(self._bar.get("desc", ""), total=total or length_hint(items) or None)
-            for item in items:
-                yield item
-                bar.advance(task)
+        return ProgressBar(items, total, **self._bar)
 
     def __call__(
         self,
@@ -242,7 +215,8 @@ class RobuQPipeline:
         Args:
             guidance_scale: guides above 1.
             generator: draws the initial noise as diffusers does: one for the batch, or a list of one an image.
-            output_type: ``pil`` images, ``np`` float32 ``[B, H, W, 3]`` or ``pt`` ``[B, 3, H, W]``, both 0 to 1.
+            output_type: ``pil`` images, ``np`` float32 ``[B, H, W, 3]`` or ``pt`` ``[B, 3, H, W]``, both 0 to 1;
+                ``None`` is ``np``.
 
         Returns:
             diffusers' ``ImagePipelineOutput`` where that library is installed, else :class:`PipelineOutput`; with
@@ -252,13 +226,14 @@ class RobuQPipeline:
             ValueError: a label or the number of steps is out of range, another output type, or as many generators as
                 there are no labels.
         """
+        output_type = "np" if output_type is None else output_type
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type {output_type!r} is not supported; choose pil, np or pt")
         if not len(class_labels):
             raise ValueError("class_labels is empty; give one class id an image")
         with torch.inference_mode():
             rows = self._start([int(label) for label in class_labels], guidance_scale, generator, num_inference_steps)
-            for _ in self._with_bar(range(num_inference_steps), num_inference_steps):
+            for _ in self.progress_bar(total=num_inference_steps):
                 self.sampler.step(rows)
             images = self._decoded(rows, output_type)
         return _output(images) if return_dict else (images,)

@@ -51,9 +51,9 @@ def save_autoencoder_tiny(folder: Path, seed: int = 0, **options: object) -> Pat
     return folder
 
 
-def write_latent(path: Path) -> Path:
+def write_latent(path: Path, input_size: int = LATENT.input_size) -> Path:
     """A packed model of latents."""
-    write_tiny(path, LATENT)
+    write_tiny(path, LATENT.model_copy(update={"input_size": input_size}))
     return path
 
 

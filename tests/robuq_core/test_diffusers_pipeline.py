@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -71,10 +72,11 @@ def test_a_script_as_it_is_written_for_diffusers(path: Path) -> None:
 
 
 def test_output_types_hold_the_same_pictures(pipe: RobuQPipeline) -> None:
-    def draw(output_type: str) -> object:
+    def draw(output_type: str | None) -> Any:
         return pipe([1, 2], generator=seeded(), num_inference_steps=2, output_type=output_type).images
 
     images, array, tensor = draw("pil"), draw("np"), draw("pt")
+    assert np.array_equal(draw(None), array)
     assert isinstance(images, list)
     assert isinstance(array, np.ndarray)
     assert isinstance(tensor, torch.Tensor)
@@ -209,7 +211,7 @@ def test_without_diffusers_everything_but_a_scheduler_works(
     output = pipe([1], num_inference_steps=1)
     assert type(output) is diffusers_pipeline.PipelineOutput
     assert len(output.images) == 1
-    with pytest.raises(UserError, match=r"robuq\[vae\]"):
+    with pytest.raises(UserError, match=r"from a checkout: pip install '\.\[vae\]'"):
         _ = pipe.scheduler
 
 
@@ -223,6 +225,53 @@ def test_the_progress_bar(pipe: RobuQPipeline, capsys: pytest.CaptureFixture[str
     pipe.set_progress_bar_config(disable=True)
     assert list(pipe.progress_bar(total=2)) == [0, 1]
     assert capsys.readouterr().err == ""
+
+
+def test_the_progress_bar_is_entered_and_updated(pipe: RobuQPipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    for disable in (False, True):
+        pipe.set_progress_bar_config(desc="drawing", disable=disable)
+        with pipe.progress_bar(total=4) as bar:
+            bar.update()
+            bar.update(3)
+        with pipe.progress_bar("ab") as bar:
+            assert list(bar) == ["a", "b"]
+        shown = capsys.readouterr().err
+        assert ("100%" in shown) is not disable
+        bar.close()
+
+
+def test_calls_of_scripts_that_have_no_use_here_do_nothing(path: Path, pipe: RobuQPipeline) -> None:
+    same = RobuQPipeline.from_pretrained(path, use_safetensors=True, variant="fp16", backend="reference")
+    same.set_progress_bar_config(disable=True)
+    for call in ("enable_attention_slicing", "enable_model_cpu_offload", "enable_xformers_memory_efficient_attention"):
+        assert list(inspect.signature(getattr(DiTPipeline, call)).parameters) == list(
+            inspect.signature(getattr(RobuQPipeline, call)).parameters
+        )
+        getattr(same, call)()
+    draw = {"class_labels": [1], "num_inference_steps": 1, "output_type": "np"}
+    assert np.array_equal(same(generator=seeded(), **draw).images, pipe(generator=seeded(), **draw).images)
+
+
+def test_components_are_named_as_there(pipe: RobuQPipeline) -> None:
+    assert pipe.components == {"transformer": pipe.sampler.model, "vae": pipe.vae, "scheduler": pipe.scheduler}
+    assert set(pipe.components) == set(inspect.signature(DiTPipeline).parameters) - {"id2label"}
+
+
+def test_tiles_of_the_decoder_are_asked_for_as_there(tmp_path: Path) -> None:
+    write_latent(tmp_path / "latent.safetensors", input_size=24)
+    save_autoencoder_tiny(tmp_path / "vae")
+    pipe = RobuQPipeline.from_pretrained(tmp_path, backend="reference")
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw() -> np.ndarray:
+        return pipe([1], generator=seeded(), num_inference_steps=1, output_type="np").images  # type: ignore[no-any-return]
+
+    whole = draw()
+    pipe.vae.enable_tiling()
+    assert np.array_equal(draw(), whole)  # no wider than a tile
+    pipe.vae.tile_latent_min_size = 16
+    assert not np.array_equal(draw(), whole)
+    assert pipe.vae.use_tiling
 
 
 @pytest.mark.parametrize(
@@ -243,23 +292,9 @@ def test_the_progress_bar(pipe: RobuQPipeline, capsys: pytest.CaptureFixture[str
         ),
         (
             lambda pipe: setattr(
-                pipe,
-                "scheduler",
-                diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True),
+                pipe, "scheduler", diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=True)
             ),
-            "use_karras_sigmas True is not supported; set False",
-        ),
-        (
-            lambda pipe: setattr(
-                pipe, "scheduler", diffusers.DDIMScheduler.from_config(pipe.scheduler.config, beta_end=0.012)
-            ),
-            "beta_end 0.012 is not what the model was trained with; set 0.02",
-        ),
-        (
-            lambda pipe: setattr(
-                pipe, "scheduler", diffusers.DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="epsilon")
-            ),
-            "prediction_type 'epsilon' is not supported; set 'sample'",
+            "clip_sample True is not supported; set False",
         ),
     ],
 )
@@ -273,6 +308,8 @@ def test_what_is_not_supported_is_told(
 def test_unknown_keywords_are_named(path: Path, pipe: RobuQPipeline) -> None:
     with pytest.raises(TypeError, match="custom_pipeline"):
         RobuQPipeline.from_pretrained(path, custom_pipeline="x")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="safety_checker"):
+        RobuQPipeline.from_pretrained(path, safety_checker=None)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="memory_format"):
         pipe.to(memory_format=torch.channels_last)
     with pytest.raises(TypeError, match="prompt"):

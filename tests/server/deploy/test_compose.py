@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from typing import Any
 
 import pytest
@@ -53,9 +55,33 @@ def test_what_is_mounted_exists(name: str) -> None:
 
 def test_the_server_is_built_from_the_repository() -> None:
     server = SERVICES["server"]
-    assert (DEPLOY / server["build"] / "Dockerfile").is_file()
+    assert set(server["build"]) == {"context", "args"}
+    dockerfile = (DEPLOY / server["build"]["context"] / "Dockerfile").read_text()
+    for argument in server["build"]["args"]:
+        assert re.search(rf"^ARG {argument}=", dockerfile, re.M)
     settings = {f"ROBUQ_{name.upper()}" for name in Settings.model_fields}
     assert set(server["environment"]) <= settings
+
+
+def test_the_image_has_the_cpu_build_of_torch_unless_told_otherwise() -> None:
+    given = SERVICES["server"]["build"]["args"]["TORCH_INDEX_URL"]
+    found = re.fullmatch(r"\$\{TORCH_INDEX_URL-(.+)\}", given)
+    assert found is not None
+    shown = (DEPLOY.parent / "docs" / "containers.md").read_text()
+    assert f"--build-arg TORCH_INDEX_URL={found[1]} ." in shown
+
+
+def has_compose() -> bool:
+    if shutil.which("docker") is None:
+        return False
+    return subprocess.run(["docker", "compose", "version"], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not has_compose(), reason="Docker's plugin compose is not installed")
+def test_compose_takes_the_file() -> None:
+    command = ["docker", "compose", "-f", str(DEPLOY / "compose.yaml"), "config", "--quiet"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_draining_ends_before_docker_kills() -> None:

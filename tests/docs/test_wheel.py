@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import site
 import subprocess
 import sys
 import tarfile
@@ -16,14 +15,17 @@ from pathlib import Path
 import pytest
 from doc_commands import ROOT
 from process_harness import client_of, launch, stop
+from test_commands_parse import script
 
 import robuq_core
 
 pytestmark = pytest.mark.slow
 
+sbom = script("scripts/sbom.py")
 
-def run(*command: str | Path, cwd: Path) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -86,19 +88,50 @@ def test_the_version_is_the_package_s(wheel: Path, dist: Path) -> None:
     assert "\nLicense-Expression: Apache-2.0\n" in metadata
 
 
-def test_it_serves_from_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
-    """The wheel alone in an environment of its own, with the dependencies that are here put beside it."""
-    environment = tmp_path / "environment"
-    venv.create(environment, with_pip=False)
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel in an environment of its own, with the packages that it asks for, taken from here, and no others."""
+    folder = tmp_path_factory.mktemp("clean") / "environment"
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=folder)
+    (packages,) = (folder / "lib").glob("python*/site-packages")
+    for distribution in filter(None, sbom.needed().values()):
+        for path in distribution.files:
+            if ".." not in path.parts:  # programs are in bin/, and not needed
+                (packages / path).parent.mkdir(parents=True, exist_ok=True)
+                (packages / path).symlink_to(distribution.locate_file(path))
+    return folder
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> dict[str, str]:
+    """Variables of a shell in which nothing points to the checkout."""
+    return {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+
+
+def test_what_is_not_asked_for_is_not_there(environment: Path, tmp_path: Path, own: dict[str, str]) -> None:
     python = environment / "bin" / "python"
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=tmp_path)
-    (packages,) = (environment / "lib").glob("python*/site-packages")
-    # Paths in a .pth file are not searched for .pth files: the editable installation beside does not come along.
-    (packages / "beside.pth").write_text("\n".join(site.getsitepackages()) + "\n")
-    where = run(python, "-c", "import robuq_core, server, train; print(robuq_core.__file__)", cwd=tmp_path)
+    where = run(python, "-c", "import robuq_core, server, train; print(robuq_core.__file__)", cwd=tmp_path, env=own)
     assert Path(where.strip()).is_relative_to(environment)
-    assert "average activation bits" in run(environment / "bin" / "robuq", "inspect", cwd=tmp_path)
-    own = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    for module in ("diffusers", "huggingface_hub", "yaml", "ray"):
+        done = subprocess.run([python, "-c", f"import {module}"], capture_output=True, text=True, cwd=tmp_path, env=own)
+        assert f"No module named '{module}'" in done.stderr
+
+
+def test_what_takes_an_extra_says_so(environment: Path, tmp_path: Path, own: dict[str, str]) -> None:
+    for words, told in (
+        (("robuq-train", "run", "-c", "run.yaml"), "training is not installed"),
+        (("robuq", "inspect", "someone/tiny"), "pip install '.[hub]'"),
+    ):
+        command = [environment / "bin" / words[0], *words[1:]]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=own)
+        assert (done.returncode, len(done.stderr.splitlines()), done.stdout) == (2, 1, ""), done.stderr
+        assert told in done.stderr
+
+
+def test_it_serves_from_a_clean_environment(environment: Path, tmp_path: Path, own: dict[str, str]) -> None:
+    assert "average activation bits" in run(environment / "bin" / "robuq", "inspect", cwd=tmp_path, env=own)
     process = launch(environment / "bin" / "robuq-serve", "--port", "0", cwd=tmp_path, env=own)
     with client_of(process) as client:
         answer = client.post("/generate", json={"class_id": 207, "seed": 0}, headers={"Accept": "image/png"})

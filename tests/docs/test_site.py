@@ -130,8 +130,16 @@ def test_files_of_the_repository_that_pages_link_to_are_there(site: Path) -> Non
     assert targets
     for target in targets - {"CHANGELOG.md", "THIRD_PARTY.md"}:
         assert (site / "source" / target).read_bytes() == (ROOT / target).read_bytes()
-    assert "Unreleased" in "".join(page(site, "changelog").text)
+    assert f"[{robuq_core.__version__}]" in "".join(page(site, "changelog").text)
     assert "ImageNet" in "".join(page(site, "licences").text)
+
+
+def test_the_version_heads_a_section_of_the_changelog() -> None:
+    headings = re.findall(r"^## (.*)", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert headings[0] == "[Unreleased]"
+    released = [re.fullmatch(r"\[(\d+\.\d+\.\d+)\] - \d{4}-\d\d-\d\d", heading) for heading in headings[1:]]
+    assert all(released), headings
+    assert robuq_core.__version__ == released[0][1]  # type: ignore[index]
 
 
 class Quiet(SimpleHTTPRequestHandler):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
-from deploy_harness import Exposition
+from deploy_harness import DEPLOY, Exposition
 from kubernetes_harness import KUBERNETES, OVERLAYS, Document, build, load, pod_of
 from kubernetes_validate.utils import all_versions
 from packaging.version import Version
@@ -30,6 +31,8 @@ BUILDS = {"base": ("base",), "gpu": ("gpu",), "keys": ("base", "keys"), "gpu and
 FOREIGN = {"ServiceMonitor"}
 
 BASE = build("base")
+GUIDE = (DEPLOY.parent / "docs" / "cluster.md").read_text()
+needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
 each_build = pytest.mark.parametrize("overlays", BUILDS.values(), ids=BUILDS)
 
 
@@ -84,13 +87,43 @@ def unordered(tree: Any) -> Any:
     return tree
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+def kustomized(folder: Path) -> dict[str, Document]:
+    """What kubectl makes of a folder, by kind."""
+    result = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return {document["kind"]: document for document in yaml.safe_load_all(result.stdout)}
+
+
+@needs_kubectl
 @pytest.mark.parametrize("overlay", ["base", "gpu", "monitoring"])
 def test_kustomize_builds_what_these_tests_read(overlay: str) -> None:
-    result = subprocess.run(["kubectl", "kustomize", KUBERNETES / overlay], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    built = {document["kind"]: document for document in yaml.safe_load_all(result.stdout)}
-    assert unordered(built) == unordered(build(overlay))
+    assert unordered(kustomized(KUBERNETES / overlay)) == unordered(build(overlay))
+
+
+@needs_kubectl
+@pytest.mark.parametrize("base", ["base", "gpu"])
+def test_kustomize_adds_the_keys_as_these_tests_do(base: str, tmp_path: Path) -> None:
+    shutil.copytree(DEPLOY, tmp_path / "deploy")
+    of_ones_own = {"resources": [f"deploy/kubernetes/{base}"], "components": ["deploy/kubernetes/keys"]}
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(of_ones_own))
+    assert unordered(kustomized(tmp_path)) == unordered(build(base, "keys"))
+
+
+@needs_kubectl
+def test_the_guide_s_kustomization_builds(tmp_path: Path) -> None:
+    """In the root of a checkout, as the guide has it."""
+    shutil.copytree(DEPLOY, tmp_path / "deploy")
+    (block,) = re.findall(r"^```yaml\n(resources:.*?)^```", GUIDE, re.M | re.S)
+    (tmp_path / "kustomization.yaml").write_text(block)
+    resources = kustomized(tmp_path)
+    for document in resources.values():
+        for version in (VERSIONS[0], VERSIONS[-1]):
+            kubernetes_validate.validate(document, version, strict=True)
+    image = server_of(resources).pop("image")
+    assert f"docker build -t {image} " in GUIDE
+    expected = build("base", "keys")
+    del server_of(expected)["image"]
+    assert unordered(resources) == unordered(expected)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -238,10 +271,28 @@ def test_the_autoscaler_asks_for_what_the_adapter_tells(exposition: Exposition) 
     assert {override["resource"] for override in overrides.values()} == {"namespace", "pod"}
 
 
+def test_the_service_monitor_scrapes_the_service() -> None:
+    """No schema here knows it: every field, by hand."""
+    (monitor,) = build("monitoring").values()
+    assert set(monitor) == {"apiVersion", "kind", "metadata", "spec"}
+    assert (monitor["apiVersion"], monitor["kind"]) == ("monitoring.coreos.com/v1", "ServiceMonitor")
+    assert set(monitor["spec"]) == {"selector", "endpoints"}
+    assert set(monitor["spec"]["selector"]) == {"matchLabels"}
+    wanted, service = monitor["spec"]["selector"]["matchLabels"], BASE["Service"]
+    assert wanted
+    assert wanted.items() <= service["metadata"]["labels"].items()
+    # Without a namespaceSelector it looks in its own namespace, which is the service's: neither names one.
+    assert "namespace" not in monitor["metadata"]
+    assert "namespace" not in service["metadata"]
+    (endpoint,) = monitor["spec"]["endpoints"]
+    assert set(endpoint) == {"port", "path", "interval"}
+    assert endpoint["port"] in {port["name"] for port in service["spec"]["ports"]}
+    assert endpoint["path"] == "/metrics"
+    assert re.fullmatch(r"\d+s", endpoint["interval"])
+
+
 def test_the_alerts_find_the_job_of_the_service_monitor() -> None:
-    monitor = build("monitoring")["ServiceMonitor"]["spec"]
     service = BASE["Service"]["metadata"]
-    assert monitor["selector"]["matchLabels"].items() <= service["labels"].items()
     # The operator names the job after the service; the alerts ask for up{job="robuq"}.
     assert service["name"] == "robuq"
     assert 'up{job="robuq"}' in (KUBERNETES.parent / "prometheus" / "alerts.yml").read_text()

@@ -1,4 +1,4 @@
-"""The commands that README.md and docs/*.md show: found, and cut into words."""
+"""The commands that the pages for people show, README.md and docs/*.md and the rest: found, and cut into words."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "THIRD_PARTY")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 SHELL = {"sh", "shell", "bash", "console"}
 # Code within a sentence is a command if it begins like one and goes on.
 PROGRAMS = (
     r"(?:robuq|robuq-train|robuq-serve|make|docker|kubectl|curl|locust|torchrun|python|pip|pytest|mkdocs|serve|ray"
-    r"|tensorboard)"
+    r"|tensorboard|hf|helm)"
 )
 INLINE = re.compile(rf"(?<!`)`({PROGRAMS} [^`\n]+)`(?!`)")
 INDENTED = re.compile(rf"^ {{4,}}((?:[A-Z_]+=\S+ )*{PROGRAMS} .+)$", re.M)

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -210,6 +211,16 @@ def parse_kubectl(words: Sequence[str]) -> None:
 
 
 @cache
+def parse_hf(words: Sequence[str]) -> None:
+    """The hub's own tool reads the command up to ``--help``; it must not look for the hub."""
+    hf = Path(sys.executable).with_name("hf")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([hf, *words, "--help"], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise Wrong(done.stderr)
+
+
+@cache
 def routes() -> tuple[re.Pattern[str], ...]:
     from server.api.app import create_app
     from server.engine.create import create_engine
@@ -248,6 +259,7 @@ def check(command: Command) -> None:
             "docker": parse_docker,
             "kubectl": parse_kubectl,
             "curl": parse_curl,
+            "hf": parse_hf,
             "torchrun": parse_torchrun,
         }
         if program in parsers:
@@ -278,6 +290,7 @@ def test_it_parses(command: Command) -> None:
         ".venv/bin/pip install -c no-such-file.txt torch",
         "docker run -e ROBUQ_COLOUR=red robuq-serve",
         "docker compose -f deploy/nothing.yaml up",
+        "hf uplaod OWNER/NAME export",
         "curl localhost:8000/paint",
         "curl localhost:8000/generate -d '{class_id: 1}'",
     ],

@@ -1,4 +1,5 @@
-"""The commands of the documentation do what they say: each is run here, or it is named below why not.
+"""The commands of the documentation do what they say: each is run here or by a test that is named below; or it is
+checked without being run, by a test that is named, too; or it is said why none of that is done.
 
 A page's commands run in order, in a folder that holds small files of the names that the page uses. What each of them
 promises to write is there afterwards. ``localhost:8000`` is a server of the bundled checkpoint on a free port.
@@ -37,7 +38,8 @@ RUN = {
     "docs/performance.md": ("robuq compare",),
 }
 
-# What another test runs: the page and the command as a regular expression, and the test's file and name.
+# What another test runs, by its program or by the function that the program calls with the words of a command line: the
+# page and the command as a regular expression, and the test's file and name.
 CLI, GUIDE, HERE = "tests/robuq_core/test_cli.py", "tests/server/test_serving_guide.py", "tests/docs"
 ELSEWHERE = {
     r"docs/serving.md (robuq-serve keys|curl) .*": f"{GUIDE}::test_examples_in_the_shell_run",
@@ -47,7 +49,6 @@ ELSEWHERE = {
     r"docs/hub.md robuq export-hub .*": "tests/robuq_core/test_hub.py::test_the_examples_of_the_guide",
     r"docs/evaluation.md robuq-train evaluate .*": "tests/train/evaluation/test_run.py::test_teacher_student",
     r"docs/evaluation.md robuq-train diagnose .*": "tests/train/diagnose/test_diagnose.py::test_the_report_is_a_page",
-    r"docs/monitoring.md curl .*/(health|ready)": "tests/server/test_operations_api.py::test_",
     r"\S+ robuq-serve( --checkpoint \S+)?( --port \d+)?": f"{HERE}/test_wheel.py::test_it_serves",
     r"\S+ robuq sample( .*)?": f"{CLI}::test_sample_writes_one_picture_a_class",
     r"\S+ robuq inspect( \S+)?": f"{CLI}::test_inspect_prints_what_the_file_holds",
@@ -57,35 +58,44 @@ ELSEWHERE = {
     r"\S+ robuq-train (run|evaluate)( .*)?": f"{HERE}/test_commands_run.py::test_the_commands",
     r"\S+ robuq-train (prepare|teacher|warmup|qat|export)( .*)?": "tests/train/stages/test_stages.py::trained",
     r"\S+ robuq-train diagnose( .*)?": "tests/train/diagnose/test_diagnose.py::test_the_report_is_a_page",
-    r"\S+ robuq-train ablate( .*)?": "tests/train/test_ablations.py::test_every_row_has",
-    r"\S+ robuq-train memory( .*)?": "tests/train/test_memory.py::test_the_table_adds_up",
+    r"\S+ robuq-train ablate( .*)?": "tests/train/test_train_commands.py::test_ablate_trains",
+    r"\S+ robuq-train memory( .*)?": "tests/train/test_train_commands.py::test_memory_prints",
     r"\S+ robuq-serve capacity .*": "tests/server/test_capacity.py::test_commands_of_the_guide_run",
-    r"\S+ torchrun .*": "tests/train/test_parallel.py::test_two_processes_train",
-    r"docs/cluster.md kubectl apply -k (deploy/.*|\.)": "tests/server/deploy/test_kubernetes.py::test_",
+    r"\S+ torchrun .*": "tests/train/test_train_commands.py::test_torchrun_trains",
     r"docs/cluster.md serve run .*": "tests/server/test_ray_app.py::test_the_routes_are_those",
-    r"docs/cluster.md serve deploy .*": "tests/server/deploy/test_ray_deploy.py::test_serve_takes_the_file",
     r"\S+ locust .*": "tests/loadtest/test_locustfile.py::test_a_good_server_passes",
     r"\S+ python -m loadtest.open_loop": "tests/loadtest/test_open_loop.py::test_the_command_measures_a_server",
-    r"\S+ python -m bench.training.*": "tests/bench/test_bench_training.py::test_every_side_is_timed",
+    r"\S+ python -m bench.training.*": "tests/bench/test_bench_training.py::test_the_command_prints",
     r"\S+ python -m bench.serving.*": "tests/bench/test_bench_serving.py::test_the_command_measures",
-    r"\S+ python scripts/gpu_check.py .*": "tests/scripts/test_gpu_check.py::test_",
-    r"\S+ docker compose -f deploy/compose.yaml .*": "tests/server/deploy/test_compose.py::test_the_server_is_built",
+    r"\S+ (robuq|robuq-train|robuq-serve) --help": f"{HERE}/test_commands_checked.py::test_help_is_printed",
+    r"THIRD_PARTY.md python scripts/sbom.py .*": "tests/scripts/test_sbom.py::test_the_command_writes",
+    r"\S+ python scripts/gpu_check.py .*": "tests/scripts/test_gpu_check.py::test_rehearsal",
+}
+
+# What is parsed and not run, as that takes a cluster, a container engine or the network. What it names (files, routes,
+# requirements) is checked by the test that is named, and by its own program's dry run where that is installed.
+CHECKED = {
+    r"docs/cluster.md kubectl apply -k \.": "tests/server/deploy/test_kubernetes.py::test_the_guide_s_kustomization",
+    r"docs/cluster.md kubectl apply -k deploy/.*": "tests/server/deploy/test_kubernetes.py::test_kustomize_builds",
+    r"docs/cluster.md serve deploy .*": "tests/server/deploy/test_ray_deploy.py::test_serve_takes_the_file",
+    r"\S+ docker compose .*": "tests/server/deploy/test_compose.py::test_the_services",
     r"\S+ docker (build|run|stop) .*": "tests/server/test_dockerfile.py::test_what_is_copied_exists",
+    r"docs/monitoring.md curl .*/(health|ready)": "tests/server/test_operations_api.py::test_",
+    r"\S+ make .*": f"{HERE}/test_commands_checked.py::test_make_would_run",
+    r"\S+ pip install '?\.(\[.*)?": f"{HERE}/test_commands_checked.py::test_pip_would_install",
 }
 
 # What no test runs, and why. Each still has to parse.
 STATED = {
-    r"\S+ (robuq|robuq-train|robuq-serve) --help": "parsing the other commands reads the same options",
-    r"\S+ make docs": "what it runs is tests/docs/test_site.py's build",
-    r"\S+ make (serve|test)": "installs from the network what the tests run in; `make test` is the CI step itself",
-    r"\S+ make loadtest": "runs the two load tests, which have tests of their own, for some minutes",
     r"docs/cluster.md (docker push|kubectl get) .*": "talks to a registry, or to a cluster",
     r"docs/containers.md pytest .*": "needs a container engine and an image that was built",
+    r"docs/hub.md hf (upload|auth) .*": "talks to the hub",
     r"\S+ tensorboard .*": "somebody else's program, which does not end",
-    r"\S+ (\.venv/bin/)?pip install .*": "installs from the network; the names of extras are checked",
+    r"docs/quickstart.md \.venv/bin/pip install .*": "installs torch from the network",
     r"\S+ python3 -m venv \.venv": "the environment that the tests run in was made so",
     r"\S+ python scripts/triton_report.py": "compiles every kernel for six architectures, which takes minutes",
 }
+ACCOUNTS = {**ELSEWHERE, **CHECKED, **STATED}
 
 STAGE = {"steps": 4, "batch_size": 4, "lr": 1e-2, "save_every": 2}
 TINY_RUN = {
@@ -113,23 +123,21 @@ def runs_here(command: Command) -> bool:
 
 
 def rule(command: Command) -> str | None:
-    return next(
-        (key for key in (*ELSEWHERE, *STATED) if re.fullmatch(key, f"{command.page} {command.text}", re.S)), None
-    )
+    return next((key for key in ACCOUNTS if re.fullmatch(key, f"{command.page} {command.text}", re.S)), None)
 
 
 @pytest.mark.parametrize("command", [c for c in ALL if not runs_here(c)], ids=str)
 def test_what_is_not_run_here_is_accounted_for(command: Command) -> None:
     assert rule(command) is not None, (
-        f"run it in RUN, or name in ELSEWHERE or STATED what runs it or why not: {command}"
+        f"run it in RUN, or name in ELSEWHERE, CHECKED or STATED what runs or checks it, or why not: {command}"
     )
 
 
-@pytest.mark.parametrize("key", [*ELSEWHERE, *STATED])
+@pytest.mark.parametrize("key", ACCOUNTS)
 def test_no_account_is_stale(key: str) -> None:
     assert any(rule(command) == key for command in ALL if not runs_here(command))
-    if key in ELSEWHERE:
-        path, _, name = ELSEWHERE[key].partition("::")
+    if key not in STATED:
+        path, _, name = ACCOUNTS[key].partition("::")
         assert (ROOT / path).exists(), path
         assert not name or f"def {name}" in (ROOT / path).read_text(), name
 

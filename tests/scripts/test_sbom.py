@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -98,3 +99,18 @@ def test_a_file_without_the_table_is_one_line(
     assert sbom.main() == 2
     assert "no table between" in capsys.readouterr().err
     assert path.read_text() == "nothing\n"
+
+
+def test_the_command_writes_what_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "THIRD_PARTY.md").write_text((ROOT / "THIRD_PARTY.md").read_text().replace("| always |", "| never |"))
+    words = ["--third-party", tmp_path / "THIRD_PARTY.md", "--out", tmp_path / "sbom.cdx.json"]
+    done = subprocess.run([sys.executable, "scripts/sbom.py", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "THIRD_PARTY.md").read_text()
+    assert "| always |" in text
+    assert "| never |" not in text
+    assert (
+        text.partition("<!-- packages -->")[0]
+        == (ROOT / "THIRD_PARTY.md").read_text().partition("<!-- packages -->")[0]
+    )
+    assert json.loads((tmp_path / "sbom.cdx.json").read_text())["bomFormat"] == "CycloneDX"

@@ -143,5 +143,8 @@ def _failure(repo: str, revision: str | None, error: Exception) -> str:
         return f"{where}: the repository has no such revision; give a branch, tag or commit that its page lists"
     if isinstance(error, errors.HFValidationError):
         return f"{where}: no such file or folder here, and no valid id of the hub; check the spelling"
+    # A token that is out of date, or a mirror that does not say what it means.
+    if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+        return f"{where}: no such file or folder here, and the hub refuses access; run hf auth login, or check HF_TOKEN"
     return (f"{where}: no such file or folder here, and the hub cannot be reached nor is it in the cache "
             f"({type(error).__name__}); go online once, or give a local path")  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,9 @@ def test_make_would_run(target: str, tmp_path: Path) -> None:
     (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
     for name in ("pyproject.toml", "setup.py", "constraints.txt"):
         (tmp_path / name).touch()
-    done = subprocess.run(["make", "-n", target], cwd=tmp_path, capture_output=True, text=True)
+    # Of its own: the make that may have started the tests hands on its level, flags and variables.
+    environment = {"PATH": os.environ["PATH"]}
+    done = subprocess.run(["make", "-n", target], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[1] == "python3 -m venv .venv"

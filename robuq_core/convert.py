@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from robuq_core import __version__
 from robuq_core.checkpoint import CheckpointError, Description, Header, dense_shapes, layer_shapes, write_packed
-from robuq_core.config import NUM_TRAIN_TIMESTEPS, Flavour, QuantConfig, SamplerConfig
+from robuq_core.config import NUM_TRAIN_TIMESTEPS, DiffusionConfig, Flavour, QuantConfig, SamplerConfig
 from robuq_core.kernels.ops import Backend, TernaryLayer
 from robuq_core.kernels.pack_layer import pack_layer
 from robuq_core.kernels.select import select_backend
@@ -116,7 +116,9 @@ def pack_untrained(
     layers = quantize_layers(weights, quant, on_layer)
     dense = {name: weights.tensor(name) for name in dense_shapes(weights.config)}
     error = relative_error(weights, quant, dense, layers, select_backend())
-    about = Description(quant, weights.diffusion, sampler or SamplerConfig(), names, _provenance(weights, error))
+    about = Description(
+        quant, weights.diffusion or DiffusionConfig(), sampler or SamplerConfig(), names, _provenance(weights, error)
+    )
     return PackedResult(write_packed(target, weights.config, dense, layers, about), error)
 
 

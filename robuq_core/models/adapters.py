@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from math import isqrt
 from pathlib import Path
@@ -29,23 +29,24 @@ from robuq_core.models.adapters_files import (
     load_pickle,
     safetensors_of,
     tensors_of,
+    unwrapped,
 )
 from robuq_core.models.adapters_keys import PATCH_WEIGHT, POSITIONS, Layout, foreign_keys
+from robuq_core.models.adapters_positions import position_scale
 from robuq_core.models.dit import DiT, position_table
 from robuq_core.models.presets import PRESETS
 
 # Keys that only repeat what the configuration says.
 _REPEATED = {"official": {POSITIONS}, "diffusers": {POSITIONS, "pos_embed.pos_embed"}, "robuq": set()}
 _HEAD_WIDTHS = (64, 72)
-_POSITION_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class Weights:
     """Full-precision weights in a file, checked for names and shapes; a tensor is read when asked for.
 
-    ``positions``: the table that the file holds, ``[1, L, D]``, or None. ``diffusion`` and ``class_names``: as far as
-    the file tells.
+    ``positions``: the table that the file holds in full precision, ``[1, L, D]``, or None. ``diffusion``: the process
+    that it was trained on, or None if nothing says. ``class_names``: as far as the file tells.
     """
 
     path: Path
@@ -53,7 +54,7 @@ class Weights:
     config: ModelConfig
     table: TensorTable
     positions: Tensor | None = None
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    diffusion: DiffusionConfig | None = None
     class_names: tuple[str, ...] = ()
 
     @cached_property
@@ -65,7 +66,7 @@ class Weights:
         """Parameter ``name``, float32, where possible mapped from the file: not to be written to.
 
         Raises:
-            WeightsError: copies of it in the file differ, or it is no floating-point tensor.
+            WeightsError: copies of it in the file differ or hold NaN, or it is no floating-point tensor.
         """
         keys = foreign_keys(name, self.layout, self.config.depth)
         first = self.table[keys.names[0]].read()
@@ -75,9 +76,15 @@ class Weights:
             return torch.cat([self.table[key].read() for key in keys.names]).float()
         for key in keys.names[1:]:
             if not torch.equal(self.table[key].read(), first):
-                raise WeightsError(f"{self.path}: {key} differs from {keys.names[0]}, and this network has one such "
-                                   "embedder for all blocks; use weights whose embedders are equal")  # fmt: skip
+                raise self._unequal(keys.names[0], key)
         return first.float().reshape(self.shapes[name])
+
+    def _unequal(self, first: str, key: str) -> WeightsError:
+        for name in (first, key):
+            if bool(self.table[name].read().isnan().any()):
+                return WeightsError(f"{self.path}: {name} holds NaN; use weights from before their training diverged")
+        return WeightsError(f"{self.path}: {key} differs from {first}, and this network has one such embedder for all "
+                            "blocks; use weights whose embedders are equal")  # fmt: skip
 
     def model(self, *, mapped: bool = False) -> DiT:
         """The network with these weights; ``mapped``: to run only, sharing memory with the file where possible.
@@ -204,7 +211,8 @@ def _checked(weights: Weights) -> Weights:
         if keys.how == "parts":
             stored = (shape[0] // len(keys.names), *shape[1:])
         needed |= dict.fromkeys(keys.names, stored)
-    missing, unknown = sorted(needed.keys() - table.keys()), sorted(table.keys() - needed.keys() - _REPEATED[layout])
+    needed |= dict.fromkeys(_REPEATED[layout] & table.keys(), (1, config.num_tokens, config.hidden_size))
+    missing, unknown = sorted(needed.keys() - table.keys()), sorted(table.keys() - needed.keys())
     if missing or unknown:
         lists = [
             f"{len(keys)} {what} ({', '.join(keys[:3])})"
@@ -233,16 +241,22 @@ def _depth(table: Mapping[str, object], prefix: str) -> int:
 
 
 def _read_official(path: Path, table: TensorTable, arguments: object, num_heads: int | None) -> Weights:
+    table = unwrapped(table)
     if "pos_embed.proj.weight" in table:
         raise WeightsError(f"{path}: tensors of diffusers; give the folder that holds this file and its config.json")
     try:
         width, channels, patch, _ = table["x_embedder.proj.weight"].shape
+        if POSITIONS not in table:
+            raise WeightsError(f"{path}: {POSITIONS} is missing, which alone tells the size of the pictures; "
+                               "save the whole state_dict() of the authors' model")  # fmt: skip
         _, tokens, _ = table[POSITIONS].shape
         classes = table["y_embedder.embedding_table.weight"].shape[0] - 1
         outputs, hidden = table["final_layer.linear.weight"].shape[0], table["blocks.0.mlp.fc1.weight"].shape[0]
-    except (KeyError, ValueError) as error:
+    except KeyError as error:
+        raise WeightsError(f"{path}: not the tensors of a class-conditional DiT: {error.args[0]} is missing") from error
+    except ValueError as error:
         raise WeightsError(f"{path}: not the tensors of a class-conditional DiT: {error}") from error
-    positions = table[POSITIONS].read().float()
+    positions = table[POSITIONS].read()
     config = _config(
         path,
         input_size=isqrt(tokens) * patch,
@@ -254,13 +268,11 @@ def _read_official(path: Path, table: TensorTable, arguments: object, num_heads:
         mlp_ratio=hidden // width,
         num_classes=classes,
         learn_sigma=outputs != channels * patch**2,
-        position_scale=_position_scale(positions),
+        position_scale=position_scale(path, POSITIONS, positions),
     )
-    weights = _checked(Weights(path, "official", config, table, positions))
-    expected = position_table(config)
-    if positions.shape[1:] != expected.shape or not torch.allclose(positions[0], expected, atol=_POSITION_TOLERANCE):
-        raise WeightsError(f"{path}: {POSITIONS} is not DiT's sin-cos table; learned positions are not supported")
-    return weights
+    # Half precision has blurred the table: the exact one is known.
+    kept = positions if positions.dtype is torch.float32 else None
+    return _checked(Weights(path, "official", config, table, kept))
 
 
 def _official_heads(path: Path, width: int, arguments: object) -> int:
@@ -276,19 +288,9 @@ def _official_heads(path: Path, width: int, arguments: object) -> int:
     return published.get(width) or fits[0]
 
 
-def _position_scale(positions: Tensor) -> float:
-    """The distance of neighbours in a sin-cos table ``[1, L, D]``, from its lowest frequency; 1 where it is none."""
-    quarter = positions.shape[2] // 4
-    if positions.shape[1] < 2 or quarter < 1:
-        return 1.0
-    sine, cosine = positions[0, 1, [quarter - 1, 2 * quarter - 1]].double()
-    scale = float(torch.atan2(sine, cosine)) * 10000.0 ** ((quarter - 1) / quarter)
-    return float(f"{scale:.5g}") if scale > 0 else 1.0
-
-
 def _read_diffusers(folder: Path, num_heads: int | None) -> Weights:
     pipeline = read_pipeline(folder)
-    table = folder_tensors(pipeline.transformer)
+    table = unwrapped(folder_tensors(pipeline.transformer))
     if num_heads not in (None, pipeline.shape["num_heads"]):
         raise WeightsError(
             f"{folder}: config.json says {pipeline.shape['num_heads']} heads, not {num_heads}; leave num_heads out"
@@ -299,7 +301,12 @@ def _read_diffusers(folder: Path, num_heads: int | None) -> Weights:
     width = pipeline.shape["hidden_size"]
     ratio = hidden.shape[0] // width if hidden is not None else 4
     config = _config(folder, **pipeline.shape, mlp_ratio=ratio, flavour="diffusers")
-    return _checked(Weights(folder, "diffusers", config, table, None, pipeline.diffusion, pipeline.class_names))
+    weights = _checked(Weights(folder, "diffusers", config, table, None, pipeline.diffusion, pipeline.class_names))
+    for key in sorted(_REPEATED["diffusers"] & table.keys()):
+        if (scale := position_scale(folder, key, table[key].read())) != 1:
+            raise WeightsError(f"{folder}: {key} has positions {scale:g} apart, where diffusers' DiT has 1; "
+                               "give the weights in the official form")  # fmt: skip
+    return weights
 
 
 def _read_trained(path: Path, tree: dict[str, Any]) -> Weights:

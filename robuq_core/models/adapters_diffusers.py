@@ -7,6 +7,7 @@ time frequencies of k/127, an epsilon of 1e-5 in the second norm, and guidance o
 from __future__ import annotations
 
 import json
+import reprlib
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -57,8 +58,19 @@ class _Scheduler(BaseModel):
     beta_start: float = Field(_BETA_START, ge=0.999 * _BETA_START, le=1.001 * _BETA_START)
     beta_end: float = Field(_BETA_END, ge=0.999 * _BETA_END, le=1.001 * _BETA_END)
     beta_schedule: Literal["linear"] = "linear"
+    trained_betas: None = None
+    rescale_betas_zero_snr: Literal[False] = False
     prediction_type: PredictionType = "epsilon"
+    thresholding: Literal[False] = False
     clip_sample: bool = False
+    clip_sample_range: float = 1.0
+
+    @field_validator("clip_sample_range")
+    @classmethod
+    def _ours(cls, value: float, info: ValidationInfo) -> float:
+        if info.data.get("clip_sample") and value != 1:
+            raise ValueError("with clip_sample it must be 1")
+        return value
 
 
 @dataclass(frozen=True)
@@ -67,7 +79,7 @@ class Pipeline:
 
     transformer: Path
     shape: dict[str, Any]
-    diffusion: DiffusionConfig
+    diffusion: DiffusionConfig | None
     class_names: tuple[str, ...]
 
 
@@ -104,14 +116,14 @@ def _validated(kind: type[Section], path: Path) -> Section:
         return kind.model_validate(read_json(path))
     except ValidationError as error:
         first = error.errors()[0]
-        raise WeightsError(f"{path}: {'.'.join(map(str, first['loc']))} {first['input']!r} is not supported: "
-                           f"{first['msg']}") from error  # fmt: skip
+        raise WeightsError(f"{path}: {'.'.join(map(str, first['loc']))} {reprlib.repr(first['input'])} is not "
+                           f"supported: {first['msg'].removeprefix('Value error, ')}") from error  # fmt: skip
 
 
-def _diffusion(folder: Path) -> DiffusionConfig:
+def _diffusion(folder: Path) -> DiffusionConfig | None:
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
-        return DiffusionConfig()
+        return None
     scheduler = _validated(_Scheduler, path)
     return DiffusionConfig(prediction_type=scheduler.prediction_type, clip_sample=scheduler.clip_sample)
 

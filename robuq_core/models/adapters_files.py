@@ -21,6 +21,8 @@ from torch import Tensor
 from robuq_core.errors import UserError
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
+# What DistributedDataParallel and torch.compile put before every name.
+_WRAPPERS = ("module.", "_orig_mod.")
 
 
 class WeightsError(UserError):
@@ -74,6 +76,14 @@ def tensors_of(path: Path, tree: Any) -> TensorTable:
     if strangers:
         raise WeightsError(f"{path}: {', '.join(strangers[:3])} is no tensor; save the model's state_dict() alone")
     return {key: Stored(tuple(value.shape), partial(_given, value)) for key, value in tree.items()}
+
+
+def unwrapped(table: TensorTable) -> TensorTable:
+    """``table`` without the prefixes that wrappers of a model leave on all its names."""
+    for prefix in _WRAPPERS * 2:  # either may be within the other
+        if table and all(key.startswith(prefix) for key in table):
+            table = {key.removeprefix(prefix): stored for key, stored in table.items()}
+    return table
 
 
 def _given(tensor: Tensor) -> Tensor:

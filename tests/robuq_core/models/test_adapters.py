@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from official_dit import forward, random_state
+from official_dit import forward, positions, random_state
 from safetensors.torch import save_file
 from tiny import TINY, tiny_model, write_tiny
 from torch import Tensor
@@ -159,14 +159,48 @@ def test_round_trips_are_exact(
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_half_precision_weights_are_widened(tmp_path: Path) -> None:
-    state = random_state(**SMALL)
-    halved = {key: value if key == "pos_embed" else value.half() for key, value in state.items()}
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("side", [1, 3, 16])
+def test_half_precision_weights_are_widened(tmp_path: Path, dtype: torch.dtype, side: int) -> None:
+    state = random_state(**{**SMALL, "side": side})
+    halved = {key: value.to(dtype) for key, value in state.items()}
     save_file(halved, tmp_path / "half.safetensors")
-    _, model = load_dit(tmp_path / "half.safetensors")
+    config, model = load_dit(tmp_path / "half.safetensors")
+    assert config.position_scale == 1
+    assert torch.equal(model.pos_embed, state["pos_embed"])  # the exact table, not the rounded one
     for key in ("blocks.0.attn.qkv.weight", "final_layer.linear.bias"):
         assert model.get_parameter(key).dtype is torch.float32
         assert torch.equal(model.get_parameter(key), halved[key].float())
+    save_diffusers(model, tmp_path / "folder")  # which takes no position_scale but 1
+    assert _same(load_dit(tmp_path / "folder")[1], model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [0.5, 25.0, 100.0])
+def test_half_precision_blurs_no_position_scale(tmp_path: Path, dtype: torch.dtype, scale: float) -> None:
+    config = ModelConfig(input_size=8, hidden_size=64, depth=1, num_heads=1, num_classes=3, position_scale=scale)
+    save_official(DiT(config), tmp_path / "model.pt")
+    halved = {key: value.to(dtype) for key, value in torch.load(tmp_path / "model.pt").items()}
+    assert load_dit(_saved(tmp_path, halved))[0] == config
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_learned_positions_in_half_precision_are_told_too(tmp_path: Path, dtype: torch.dtype) -> None:
+    state = {key: value.to(dtype) for key, value in random_state(**SMALL).items()}
+    state["pos_embed"][0, 4, 7] += 0.1
+    with pytest.raises(WeightsError, match=r"not DiT's sin-cos table; .* keep pos_embed in float32"):
+        load_dit(_saved(tmp_path, state))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_the_names_of_wrapped_models_are_unwrapped(tmp_path: Path, prefix: str) -> None:
+    state = random_state(**SMALL)
+    wrapped = {f"{prefix}{key}": value for key, value in state.items()}
+    _, model = load_dit(_saved(tmp_path, {"model": wrapped}))
+    assert torch.equal(model.get_parameter("blocks.1.mlp.fc2.bias"), state["blocks.1.mlp.fc2.bias"])
+    wrapped["pos_embed"] = wrapped.pop(f"{prefix}pos_embed")
+    with pytest.raises(WeightsError, match=r"x_embedder\.proj\.weight is missing"):
+        load_dit(_saved(tmp_path, wrapped))
 
 
 def test_weights_of_this_projects_training_come_in(tmp_path: Path) -> None:
@@ -199,9 +233,13 @@ def test_loaded_weights_are_not_tied_to_the_file(tmp_path: Path) -> None:
     [
         (lambda s: s.pop("blocks.1.attn.proj.bias"), r"1 missing \(blocks\.1\.attn\.proj\.bias\)"),
         (lambda s: s.update(extra=torch.zeros(1)), r"1 unknown \(extra\)"),
-        (lambda s: s.pop("x_embedder.proj.weight"), "x_embedder.proj.weight"),
+        (lambda s: s.pop("x_embedder.proj.weight"), r"x_embedder\.proj\.weight is missing"),
+        (lambda s: s.pop("pos_embed"), "pos_embed is missing, which alone tells the size"),
         (lambda s: s.update({"blocks.1.mlp.fc1.weight": torch.zeros(3, 64)}), r"fc1\.weight is \(3, 64\)"),
-        (lambda s: s["pos_embed"].add_(0.1), "not DiT's sin-cos table"),
+        (lambda s: s["pos_embed"].add_(0.1), "not DiT's sin-cos table; learned positions are not supported$"),
+        (lambda s: s.update(pos_embed=s["pos_embed"].long()), "not DiT's sin-cos table"),
+        (lambda s: s.update(pos_embed=s["pos_embed"][:, :8]), "not DiT's sin-cos table"),
+        (lambda s: s.update(pos_embed=positions(32, 3)), r"pos_embed is \(1, 9, 32\), but"),
         (lambda s: s.update({"t_embedder.mlp.0.bias": torch.zeros(64, dtype=torch.int64)}), "not floating point"),
         (lambda s: s.update({"note": "hello"}), "note is no tensor"),
     ],

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from robuq_core.checkpoint import Header
 from robuq_core.config import DiffusionConfig, ModelConfig, QuantConfig, SamplerConfig, SamplerName
 from robuq_core.models.adapters import load_dit, read_weights, save_diffusers
 from robuq_core.models.adapters_files import WeightsError
-from robuq_core.models.dit import DiT
+from robuq_core.models.dit import DiT, position_table
 from robuq_core.pipeline import RowSpec, Sampler
 
 CONFIG = ModelConfig(
@@ -173,6 +174,35 @@ def test_unequal_embedders_are_refused(tmp_path: Path) -> None:
         load_dit(tmp_path)
 
 
+def test_embedders_that_diverged_are_named(tmp_path: Path) -> None:
+    theirs = _theirs()
+    with torch.no_grad():
+        theirs.transformer_blocks[1].norm1.emb.class_embedder.embedding_table.weight[5, 5] = torch.nan
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match=r"blocks\.1\.norm1\.emb\.class_embedder\.\S+ holds NaN"):
+        load_dit(tmp_path)
+
+
+def _with_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({**load_file(path), **tensors}, path)
+
+
+@pytest.mark.parametrize("key", ["pos_embed", "pos_embed.pos_embed"])
+def test_positions_in_a_folder_are_compared(folder: Path, key: str) -> None:
+    table = position_table(CONFIG)[None]
+    _with_tensors(folder, {key: table.half()})
+    assert torch.equal(load_dit(folder)[1].pos_embed, table)
+    for positions, message in (
+        (table + 0.1, "not DiT's sin-cos table"),
+        (position_table(CONFIG.model_copy(update={"position_scale": 2.0}))[None], "positions 2 apart"),
+        (table[:, :9], r"pos_embed is \(1, 9, 48\), but .* ask for \(1, 16, 48\)"),
+    ):
+        _with_tensors(folder, {key: positions.clone()})
+        with pytest.raises(WeightsError, match=message):
+            load_dit(folder)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -197,6 +227,28 @@ def test_other_processes_are_named(folder: Path) -> None:
         load_dit(folder)
     DDIMScheduler(prediction_type="v_prediction", clip_sample=True, beta_end=0.02).save_pretrained(folder / "scheduler")
     assert read_weights(folder).diffusion == DiffusionConfig(prediction_type="v_prediction", clip_sample=True)
+    assert read_weights(folder / "transformer").diffusion is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trained_betas": [1e-4] * 1000}, r"trained_betas \[0\.0001, .{0,60}\.\.\.\] is not supported: Input"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True is not supported"),
+        ({"thresholding": True}, "thresholding True is not supported"),
+        ({"clip_sample": True, "clip_sample_range": 3.0}, "clip_sample_range 3.0 .* with clip_sample it must be 1"),
+    ],
+)
+def test_every_field_of_another_process_is_refused(folder: Path, changes: dict[str, object], message: str) -> None:
+    DDIMScheduler(**{"clip_sample": False, **changes}).save_pretrained(folder / "scheduler")
+    with pytest.raises(WeightsError, match=message) as refused:
+        load_dit(folder)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_range_that_clips_nothing_is_no_other_process(folder: Path) -> None:
+    DDIMScheduler(clip_sample=False, clip_sample_range=3.0).save_pretrained(folder / "scheduler")
+    assert read_weights(folder).diffusion == DiffusionConfig()
 
 
 def test_incomplete_folders_are_named(folder: Path) -> None:

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from robuq_core.config import DiffusionConfig, ModelConfig, QuantConfig, SamplerConfig, StrictModel
+from robuq_core.config import DecoderKind, DiffusionConfig, ModelConfig, QuantConfig, SamplerConfig, StrictModel
 from robuq_core.errors import UserError
 from robuq_core.files import replacing
 from robuq_core.kernels.ops import TernaryLayer
@@ -38,6 +38,7 @@ from robuq_core.quant.packing import base3_size, pack_base3, unpack_planar
 FORMAT_VERSION = 2
 _METADATA_KEY = "robuq"
 _READERS = 4
+_RGB = 3
 
 
 class CheckpointError(UserError):
@@ -61,7 +62,7 @@ class Header(StrictModel):
     diffusion: DiffusionConfig
     sampler: SamplerConfig
     class_names: tuple[str, ...] = ()
-    decoder: Literal["pixels", "latent"] = "pixels"
+    decoder: DecoderKind = "pixels"
     provenance: dict[str, Any] = Field(default_factory=dict)
     tensors: dict[str, TensorEntry]
 
@@ -88,13 +89,33 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Description:
-    """What the writer of a file says of its network beside weights and shape; fields as in :class:`Header`."""
+    """What the writer of a file says of its network beside weights and shape; fields as in :class:`Header`.
+
+    ``decoder``: None takes what :func:`decoder_kind` makes of the channels.
+    """
 
     quant: QuantConfig
     diffusion: DiffusionConfig
     sampler: SamplerConfig
     class_names: tuple[str, ...] = ()
     provenance: dict[str, Any] = field(default_factory=dict)
+    decoder: DecoderKind | None = None
+
+
+def decoder_kind(model: ModelConfig, said: DecoderKind | None = None) -> DecoderKind:
+    """What ``model`` draws, if nobody has ``said`` it: pixels with three channels, latents with more.
+
+    Raises:
+        CheckpointError: pixels that are not RGB.
+    """
+    channels = model.in_channels
+    if said == "pixels" and channels != _RGB:
+        raise CheckpointError(f"decoder pixels: pictures have {_RGB} channels, not {channels}; say latent for those "
+                              f"of an autoencoder, or train a model of in_channels {_RGB}")  # fmt: skip
+    if said is None and channels < _RGB:
+        raise CheckpointError(f"in_channels {channels}: pictures have {_RGB}; train a model of {_RGB}, or say that its "
+                              "decoder is latent (--decoder-kind), if an autoencoder takes them")  # fmt: skip
+    return said or ("pixels" if channels == _RGB else "latent")
 
 
 def layer_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -159,14 +180,15 @@ def write_packed(
     """Write what :func:`read_checkpoint` gives back: ``dense`` tensors and packed ``layers`` by DiT name.
 
     Raises:
-        CheckpointError: a tensor holds values that its storage type cannot, names and classes differ in number, or
-            ``about.quant`` is an ablation that the runtime does not run.
+        CheckpointError: a tensor holds values that its storage type cannot, names and classes differ in number,
+            ``about.quant`` is an ablation that the runtime does not run, or as :func:`decoder_kind`.
     """
     if about.quant.activation != "gaussian":
         raise CheckpointError(f"quant.activation {about.quant.activation} has no packed form, only gaussian has: it "
                               "is there to be compared in training; train with quant.activation gaussian")  # fmt: skip
     if about.class_names and len(about.class_names) != model.num_classes:
         raise CheckpointError(f"{len(about.class_names)} class names for {model.num_classes} classes")
+    decoder = decoder_kind(model, about.decoder)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors |= {f"{name}.{part}": tensor for part, tensor in _stored_parts(layer).items()}
@@ -178,9 +200,8 @@ def write_packed(
     header = Header(
         format_version=FORMAT_VERSION,
         model=model,
-        decoder="pixels" if model.in_channels == 3 else "latent",
         tensors={name: _entry(tensor) for name, tensor in tensors.items()},
-        **vars(about),
+        **(vars(about) | {"decoder": decoder}),
     )
     with replacing(path) as temporary:
         try:

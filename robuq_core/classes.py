@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
+
+from robuq_core.errors import UserError
 
 
 def normalise(name: str) -> str:
@@ -14,6 +17,23 @@ def normalise(name: str) -> str:
 def synonyms_of(name: str) -> list[str]:
     """The names that ``name`` lists with commas, as they are written; none where it is blank."""
     return [part.strip() for part in name.split(",") if part.strip()]
+
+
+def read_names(path: Path) -> tuple[str, ...]:
+    """The names in a text file, one a line, in the order of the classes; blank lines at its end are none.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give a text file, one class name a line") from error
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return tuple(lines)
 
 
 class ClassNames:

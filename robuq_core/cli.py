@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from robuq_core.bench.cli import app as bench_app
+from robuq_core.classes import read_names
 from robuq_core.cli_support import reported
-from robuq_core.config import MAX_SEED, NUM_TRAIN_TIMESTEPS, Flavour, SamplerConfig, SamplerName
+from robuq_core.config import MAX_SEED, NUM_TRAIN_TIMESTEPS, DecoderKind, Flavour, SamplerConfig, SamplerName
 from robuq_core.errors import UserError
 from robuq_core.openmp import sleep_between_regions
 
@@ -187,13 +189,17 @@ def convert(
     target: Annotated[Path, typer.Argument(help="x.pt: official; x.safetensors: packed, with --ptq; else: diffusers.")],
     ptq: Annotated[bool, typer.Option("--ptq", help="Quantise without training: to try the runtime.")] = False,
     weight_planes: Annotated[
-        int, typer.Option(min=1, max=3, help="Ternary matrices summed to a weight: 1.58, 3.2 or 4.8 bits.")
-    ] = 3,
-    activation_bits: Annotated[int, typer.Option(min=1, max=8)] = 8,
-    rank: Annotated[int, typer.Option(min=0, help="Of the low-rank branch, by SVD.")] = 16,
+        int | None, typer.Option(min=1, max=3, help="Ternary matrices summed to a weight, 1.6 bits each; default: 3.")
+    ] = None,
+    activation_bits: Annotated[int | None, typer.Option(min=1, max=8, help="Of the packed model; default: 8.")] = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="Of the low-rank branch, by SVD; default: 16.")] = None,
     heads: Annotated[int | None, typer.Option(min=1, help="Attention heads, where the file leaves them open.")] = None,
     flavour: Annotated[
         Flavour | None, typer.Option(help="Numerics of the packed model; default: the source's.")
+    ] = None,
+    decoder_kind: Annotated[
+        DecoderKind | None,
+        typer.Option(help="What the model draws; default: pixels if it has three channels, latent if more."),
     ] = None,
     steps: StepsOption = None,
     guidance_scale: ScaleOption = None,
@@ -204,31 +210,46 @@ def convert(
     """Take DiT weights from one form to another; full precision is kept bit for bit, unless --ptq packs it."""
     from robuq_core import convert as conversion
 
-    if ptq != (target.suffix == conversion.PACKED_SUFFIX):
+    if ptq != (target.suffix.lower() == conversion.PACKED_SUFFIX):
         raise UserError(f"{target}: a packed file ends in {conversion.PACKED_SUFFIX} and is made with --ptq, "
                         "and only with it")  # fmt: skip
-    if not ptq:
+    quant = {"weight_planes": weight_planes, "activation_bits": activation_bits, "rank": rank}
+    defaults = {"steps": steps, "guidance_scale": guidance_scale, "sampler": sampler}
+    if ptq:
+        _refuse({"vae": vae}, "a diffusers folder, which is made without --ptq")
+    else:
+        others = {"flavour": flavour, "decoder_kind": decoder_kind, "class_names": class_names}
+        _refuse({**quant, **defaults, **others}, "--ptq")
         conversion.convert_full_precision(source, target, num_heads=heads, vae=vae)
         typer.echo(f"wrote {target}")
         return
     from rich.progress import Progress
 
-    names = () if class_names is None else tuple(class_names.read_text(encoding="utf-8").splitlines())
-    chosen = {"steps": steps, "guidance_scale": guidance_scale, "sampler": sampler}
+    names = () if class_names is None else read_names(class_names)
     with Progress(transient=True) as progress:
         task = progress.add_task("quantising", total=None)
         result = conversion.pack_untrained(
             source,
             target,
-            conversion.untrained_quant(weight_planes, activation_bits, rank),
-            sampler=SamplerConfig.model_validate({key: value for key, value in chosen.items() if value is not None}),
+            conversion.untrained_quant(**_given(quant)),
+            sampler=SamplerConfig.model_validate(_given(defaults)),
             class_names=names,
             num_heads=heads,
             flavour=flavour,
+            decoder=decoder_kind,
             on_layer=lambda name: progress.update(task, description=name, advance=1),
         )
     typer.echo(f"wrote {target} ({target.stat().st_size / 1e6:.2f} MB)")
     typer.secho(f"warning: {result.warning}", err=True, fg=typer.colors.YELLOW)
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _refuse(options: Mapping[str, Any], owner: str) -> None:
+    for name in _given(options):
+        raise UserError(f"--{name.replace('_', '-')} belongs to {owner}; leave it out")
 
 
 @app.command("export-hub")

@@ -17,6 +17,8 @@ from robuq_core.quant.ternary import WeightScale
 Flavour = Literal["official", "diffusers"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 SamplerName = Literal["ddpm", "ddim", "dpmsolver++"]
+# What a network draws: pictures themselves, or what an autoencoder makes pictures of.
+DecoderKind = Literal["pixels", "latent"]
 RotatedLinears = Literal["all", "proj_fc2", "none"]
 SAMPLERS: tuple[SamplerName, ...] = ("ddpm", "ddim", "dpmsolver++")
 

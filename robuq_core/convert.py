@@ -17,8 +17,23 @@ import torch
 from torch import Tensor, nn
 
 from robuq_core import __version__
-from robuq_core.checkpoint import CheckpointError, Description, Header, dense_shapes, layer_shapes, write_packed
-from robuq_core.config import NUM_TRAIN_TIMESTEPS, DiffusionConfig, Flavour, QuantConfig, SamplerConfig
+from robuq_core.checkpoint import (
+    CheckpointError,
+    Description,
+    Header,
+    decoder_kind,
+    dense_shapes,
+    layer_shapes,
+    write_packed,
+)
+from robuq_core.config import (
+    NUM_TRAIN_TIMESTEPS,
+    DecoderKind,
+    DiffusionConfig,
+    Flavour,
+    QuantConfig,
+    SamplerConfig,
+)
 from robuq_core.kernels.ops import Backend, TernaryLayer
 from robuq_core.kernels.pack_layer import pack_layer
 from robuq_core.kernels.select import select_backend
@@ -30,6 +45,8 @@ from robuq_core.models.quant_linear import LinearQuantizer
 METHOD = "post-training quantisation, not trained"
 OFFICIAL_SUFFIXES = (".pt", ".pth")
 PACKED_SUFFIX = ".safetensors"
+# Asked for by these names is a file, not a folder.
+_OTHER_SUFFIXES = (PACKED_SUFFIX, ".bin", ".ckpt", ".tar", ".pkl")
 _PROBE_IMAGES = 4
 # Above this, samples of an untrained network have been seen to fall apart.
 _UNUSABLE_ERROR = 0.25
@@ -39,23 +56,32 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class PackedResult:
-    """``relative_error``: RMS of (packed - original) over RMS of the original's prediction, on random inputs."""
+    """``relative_error``: RMS of (packed - original) over RMS of the original's prediction, on random inputs.
+
+    None if the original predicts nothing but zeros there.
+    """
 
     header: Header
-    relative_error: float
+    relative_error: float | None
 
     @property
     def warning(self) -> str:
         """What a user must know before they judge the pictures."""
-        verdict = (
+        return (
+            f"quantised without training: {self._verdict}. "
+            "What ternary weights can do shows only after robuq-train qat."
+        )
+
+    @property
+    def _verdict(self) -> str:
+        if self.relative_error is None:
+            return "the original predicts nothing but zeros, as before training, so nothing could be compared"
+        pictures = (
             "expect noise rather than pictures; take more --weight-planes or activation bits, or train"
             if self.relative_error > _UNUSABLE_ERROR
             else "pictures will differ from the original's, most of all with many steps and strong guidance"
         )
-        return (
-            f"quantised without training: on random inputs the packed network is {self.relative_error:.1%} (RMS) off "
-            f"the original. {verdict}. What ternary weights can do shows only after robuq-train qat."
-        )
+        return f"on random inputs the packed network is {self.relative_error:.1%} (RMS) off the original: {pictures}"
 
 
 def untrained_quant(weight_planes: int = 3, activation_bits: int = 8, rank: int = 16) -> QuantConfig:
@@ -69,11 +95,15 @@ def convert_full_precision(
     """Write the weights of ``source`` as an official ``.pt``, or as a diffusers folder if ``target`` is not called so.
 
     Raises:
-        WeightsError: as :func:`robuq_core.models.adapters.read_weights` and the writers.
+        WeightsError: ``target`` is called as a file of another kind, or as
+            :func:`robuq_core.models.adapters.read_weights` and the writers.
     """
+    if target.suffix.lower() in _OTHER_SUFFIXES:
+        raise WeightsError(f"{target}: full precision is written as {' or '.join(OFFICIAL_SUFFIXES)}, or as a folder "
+                           f"of diffusers, which is not to be called {target.suffix}")  # fmt: skip
     weights = read_weights(source, num_heads)
     model = weights.model(mapped=True)
-    if target.suffix in OFFICIAL_SUFFIXES:
+    if target.suffix.lower() in OFFICIAL_SUFFIXES:
         if vae is not None:
             raise WeightsError(f"{target}: an official .pt holds no decoder; leave out vae (--vae)")
         save_official(model, target)
@@ -91,6 +121,7 @@ def pack_untrained(
     class_names: tuple[str, ...] = (),
     num_heads: int | None = None,
     flavour: Flavour | None = None,
+    decoder: DecoderKind | None = None,
     on_layer: Progress | None = None,
 ) -> PackedResult:
     """Quantise the full-precision weights of ``source`` without training and pack them into ``target``.
@@ -101,6 +132,7 @@ def pack_untrained(
         quant: how; see :func:`untrained_quant`.
         sampler: defaults of requests. class_names: ``()`` keeps those of the source, if it has any.
         flavour: whose numerics to run with; default: those of the source's layout.
+        decoder: what the network draws; default: by its channels, as :func:`robuq_core.checkpoint.decoder_kind` says.
         on_layer: called with each layer's name when it is done.
 
     Raises:
@@ -113,12 +145,12 @@ def pack_untrained(
     names = class_names or weights.class_names
     if names and len(names) != weights.config.num_classes:
         raise CheckpointError(f"{len(names)} class names for {weights.config.num_classes} classes")
+    draws = decoder_kind(weights.config, decoder)
     layers = quantize_layers(weights, quant, on_layer)
     dense = {name: weights.tensor(name) for name in dense_shapes(weights.config)}
     error = relative_error(weights, quant, dense, layers, select_backend())
-    about = Description(
-        quant, weights.diffusion or DiffusionConfig(), sampler or SamplerConfig(), names, _provenance(weights, error)
-    )
+    diffusion = weights.diffusion or DiffusionConfig()
+    about = Description(quant, diffusion, sampler or SamplerConfig(), names, _provenance(weights, error), draws)
     return PackedResult(write_packed(target, weights.config, dense, layers, about), error)
 
 
@@ -159,10 +191,10 @@ def relative_error(
     dense: Mapping[str, Tensor],
     layers: dict[str, TernaryLayer],
     backend: Backend,
-) -> float:
+) -> float | None:
     """``|packed - original| / |original|`` of the prediction, for noise at timesteps and classes across their range.
 
-    0 if the original predicts nothing but zeros, as an untrained one does.
+    None if the original predicts nothing but zeros, as an untrained one does.
     """
     config = weights.config
     stored = {name: tensor.half().float() for name, tensor in dense.items()}
@@ -173,10 +205,10 @@ def relative_error(
     original = weights.model(mapped=True)(x, timesteps, classes)[:, : config.in_channels]
     output = packed.forward(x.to(backend.device), timesteps, classes).cpu()[:, : config.in_channels]
     size_of_original = float(original.norm())
-    return float((output - original).norm()) / size_of_original if size_of_original else 0.0
+    return float((output - original).norm()) / size_of_original if size_of_original else None
 
 
-def _provenance(weights: Weights, error: float) -> dict[str, Any]:
+def _provenance(weights: Weights, error: float | None) -> dict[str, Any]:
     return {
         "method": METHOD,
         "source": {"name": weights.path.name, "layout": weights.layout},

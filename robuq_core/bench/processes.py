@@ -40,7 +40,7 @@ def write_random(source: Source, path: Path) -> int:
     """Write the weights of ``source`` as a packed file; returns its bytes."""
     checkpoint = source.checkpoint
     header = checkpoint.header
-    about = Description(header.quant, header.diffusion, header.sampler, provenance={"weights": "random"})
+    about = Description(header.quant, header.diffusion, header.sampler, (), {"weights": "random"}, header.decoder)
     write_packed(path, header.model, checkpoint.dense, checkpoint.layers, about)
     return path.stat().st_size
 

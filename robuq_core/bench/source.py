@@ -9,7 +9,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from robuq_core.checkpoint import FORMAT_VERSION, Checkpoint, Header, dense_shapes, layer_shapes, read_checkpoint
+from robuq_core.checkpoint import (
+    FORMAT_VERSION,
+    Checkpoint,
+    Header,
+    decoder_kind,
+    dense_shapes,
+    layer_shapes,
+    read_checkpoint,
+)
 from robuq_core.config import DiffusionConfig, ModelConfig, QuantConfig, SamplerConfig
 from robuq_core.errors import UserError
 from robuq_core.kernels.ops import Backend, TernaryLayer
@@ -90,7 +98,7 @@ def random_checkpoint(config: ModelConfig, quant: QuantConfig) -> Checkpoint:
         quant=quant,
         diffusion=DiffusionConfig(),
         sampler=SamplerConfig(),
-        decoder="pixels" if config.in_channels == 3 else "latent",
+        decoder=decoder_kind(config),
         tensors={},
     )
     return Checkpoint(header, dense, layers)

@@ -1,5 +1,6 @@
 """Conversion keeps full precision bit for bit; packing without training is packing, and says what it cost."""
 
+import re
 import shlex
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 from robuq_core.checkpoint import CheckpointError, Description, read_checkpoint, read_header, write_checkpoint
 from robuq_core.cli import app
-from robuq_core.config import DiffusionConfig, ModelConfig, QuantConfig, SamplerConfig
+from robuq_core.config import DecoderKind, DiffusionConfig, ModelConfig, QuantConfig, SamplerConfig
 from robuq_core.convert import (
     METHOD,
     PackedResult,
@@ -33,15 +34,18 @@ CONFIG = ModelConfig(
 run = CliRunner().invoke
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
+def save_random(path: Path, **changes: int) -> Path:
     torch.manual_seed(0)
-    model = DiT(CONFIG)
+    model = DiT(CONFIG.model_copy(update=changes))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    path = tmp_path / "model.pt"
     save_official(model, path)
     return path
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return save_random(tmp_path / "model.pt")
 
 
 def test_full_precision_survives_every_way(source: Path, tmp_path: Path) -> None:
@@ -106,9 +110,11 @@ def test_the_error_is_that_of_the_packed_file(source: Path, tmp_path: Path) -> N
 
 def test_a_network_that_predicts_zeros_has_no_relative_error(tmp_path: Path) -> None:
     save_official(DiT(CONFIG), tmp_path / "fresh.pt")
-    assert (
-        pack_untrained(tmp_path / "fresh.pt", tmp_path / "fresh.safetensors", QuantConfig(rank=2)).relative_error == 0
-    )
+    result = pack_untrained(tmp_path / "fresh.pt", tmp_path / "fresh.safetensors", QuantConfig(rank=2))
+    assert result.relative_error is None
+    assert result.header.provenance["relative_error_on_random_inputs"] is None
+    assert "predicts nothing but zeros" in result.warning
+    assert "%" not in result.warning
 
 
 def test_the_warning_follows_the_error(source: Path, tmp_path: Path) -> None:
@@ -155,10 +161,80 @@ def test_command_converts_between_layouts(source: Path, tmp_path: Path) -> None:
     assert torch.equal(torch.load(source)["pos_embed"], torch.load(tmp_path / "back.pt")["pos_embed"])
 
 
+def test_command_leaves_blank_lines_at_the_end_of_names_out(source: Path, tmp_path: Path) -> None:
+    names, target = tmp_path / "names.txt", tmp_path / "packed.safetensors"
+    names.write_text("a\n\nc\nd\ne\nf\n\n  \n")  # the second class has no name
+    result = run(app, ["convert", str(source), str(target), "--ptq", "--class-names", str(names)])
+    assert result.exit_code == 0, result.output
+    assert read_header(target).class_names == ("a", "", "c", "d", "e", "f")
+
+
+@pytest.mark.parametrize("name", ["COPY.PT", "copy.Pth"])
+def test_suffixes_are_known_in_any_case(source: Path, tmp_path: Path, name: str) -> None:
+    assert run(app, ["convert", str(source), str(tmp_path / name)]).exit_code == 0
+    assert torch.load(tmp_path / name).keys() == torch.load(source).keys()
+    assert run(app, ["convert", str(source), str(tmp_path / "P.SafeTensors"), "--ptq"]).exit_code == 0
+    assert read_header(tmp_path / "P.SafeTensors").model == CONFIG
+
+
+@pytest.mark.parametrize("name", ["out.safetensors", "out.bin", "OUT.CKPT", "out.pth.tar"])
+def test_no_folder_is_called_like_a_file(source: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(WeightsError, match=r"written as \.pt or \.pth, or as a folder"):
+        convert_full_precision(source, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+    convert_full_precision(source, tmp_path / "DiT-XL-2.v1")  # a dot alone is no suffix
+    assert (tmp_path / "DiT-XL-2.v1" / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("channels", "said", "expected"),
+    [(3, None, "pixels"), (3, "latent", "latent"), (4, None, "latent"), (1, "latent", "latent")],
+)
+def test_command_says_what_the_model_draws(tmp_path: Path, channels: int, said: str | None, expected: str) -> None:
+    source, target = save_random(tmp_path / "model.pt", in_channels=channels), tmp_path / "packed.safetensors"
+    options = [] if said is None else ["--decoder-kind", said]
+    result = run(app, ["convert", str(source), str(target), "--ptq", *options])
+    assert result.exit_code == 0, result.output
+    assert read_header(target).decoder == expected
+
+
+@pytest.mark.parametrize(
+    ("channels", "said", "message"),
+    [(1, None, "in_channels 1: pictures have 3"), (4, "pixels", "pictures have 3 channels, not 4; say latent")],
+)
+def test_pictures_that_are_not_rgb_are_refused_before_the_work(
+    tmp_path: Path, channels: int, said: DecoderKind | None, message: str
+) -> None:
+    source, done = save_random(tmp_path / "model.pt", in_channels=channels), []
+    with pytest.raises(CheckpointError, match=message):
+        pack_untrained(source, tmp_path / "packed.safetensors", QuantConfig(rank=4), decoder=said, on_layer=done.append)
+    assert not done
+    about = Description(QuantConfig(rank=4), DiffusionConfig(), SamplerConfig(), decoder=said)
+    with pytest.raises(CheckpointError, match=message):
+        write_checkpoint(tmp_path / "packed.safetensors", quantize_model(load_dit(source)[1], about.quant), about)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["--weight-planes 2", "--activation-bits 8", "--rank 4", "--flavour official", "--decoder-kind latent",
+     "--steps 5", "--guidance-scale 2", "--sampler ddim", "--class-names absent.txt"],
+)  # fmt: skip
+def test_command_ignores_no_option_of_packing(source: Path, tmp_path: Path, options: str) -> None:
+    result = run(app, ["convert", str(source), str(tmp_path / "copy.pt"), *options.split()])
+    assert result.exit_code == 2
+    assert result.stderr == f"error: {options.split()[0]} belongs to --ptq; leave it out\n"
+    assert not (tmp_path / "copy.pt").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["model.pt", "out.safetensors"], "is made with --ptq"),
+        (["model.pt", "out.safetensors", "--ptq", "--vae", "nope"], "--vae belongs to a diffusers folder"),
+        (["model.pt", "out.safetensors", "--ptq", "--class-names", "absent.txt"], "cannot read absent.txt: No such"),
+        (["model.pt", "out.safetensors", "--ptq", "--class-names", "model.pt"], "cannot read model.pt: not UTF-8"),
+        (["model.pt", "out.bin"], "which is not to be called .bin"),
         (["model.pt", "out.pt", "--ptq"], "a packed file ends in .safetensors"),
         (["absent.pt", "out.safetensors", "--ptq"], "no such file"),
         (["model.pt", "copy.pt", "--vae", "vae"], "holds no decoder"),
@@ -188,12 +264,16 @@ def test_position_tables_are_this_projects_own_in_a_packed_file(tmp_path: Path) 
 
 def test_the_examples_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    config = CONFIG.model_copy(update={"in_channels": 4, "num_classes": 300})
-    save_official(DiT(config), Path("DiT-XL-2-256x256.pt"))
+    save_random(Path("DiT-XL-2-256x256.pt"), in_channels=4, num_classes=1000)
     save_autoencoder_tiny(Path("vae"))
+    Path("configs").symlink_to(Path(__file__).parents[2] / "configs")
+    told = ""
     for line in examples("weights.md", "sh")[0].splitlines():
         result = run(app, shlex.split(line, comments=True)[1:])
         assert result.exit_code == 0, result.output
+        told += result.stderr
+    assert re.search(r"is [1-9]\d?\.\d% \(RMS\) off the original", told), told
+    assert read_header(Path("packed.safetensors")).class_names[207] == "golden retriever"
     first, again = torch.load("DiT-XL-2-256x256.pt"), torch.load("again.pt")
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert [path.name for path in Path("samples").iterdir()] == ["0000_class207.png"]

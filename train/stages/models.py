@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from robuq_core.classes import read_names
 from robuq_core.config import QuantConfig
+from robuq_core.errors import UserError
 from robuq_core.models.dit import DiT
 from robuq_core.models.quant_linear import quantize_model
 from train.config import ConfigError, TrainConfig
@@ -114,9 +116,9 @@ def read_class_names(config: TrainConfig) -> tuple[str, ...]:
     if path is None:
         return ()
     try:
-        names = tuple(path.read_text(encoding="utf-8").splitlines())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"data.class_names: cannot read {path}: {error}") from error
+        names = read_names(path)
+    except UserError as error:
+        raise ConfigError(f"data.class_names: {error}") from error
     if len(names) != config.model.num_classes:
         raise ConfigError(f"data.class_names: {path} has {len(names)} names but model.num_classes is "
                           f"{config.model.num_classes}")  # fmt: skip

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from robuq_core.checkpoint import Description, Header, layer_macs, write_checkpoint
+from robuq_core.config import DecoderKind, StrictModel
 from robuq_core.files import replacing
 from robuq_core.models.dit import DiT
 from robuq_core.models.quant_linear import quantize_model
@@ -118,21 +119,33 @@ def _take_over(config: TrainConfig, path: Path, note: Note) -> None:
     """Write ``teacher.pt`` from weights of elsewhere, as a state that no step was trained on.
 
     Raises:
-        ConfigError: they are of another shape than ``model``.
+        ConfigError: they are of another shape than ``model``, or of another process than ``diffusion``.
     """
-    from robuq_core.models.adapters import load_dit
+    from robuq_core.models.adapters import read_weights
 
-    found, model = load_dit(path, config.model.num_heads)
-    ours, theirs = config.model.model_dump(), found.model_dump()
-    different = [f"model.{key} is {theirs[key]} there, not {ours[key]}" for key in ours if ours[key] != theirs[key]]
+    # A folder says how many heads it has; an official file may not.
+    weights = read_weights(path, None if path.is_dir() else config.model.num_heads)
+    different = _differences("model", config.model, weights.config)
+    if weights.diffusion is not None:
+        different += _differences("diffusion", config.diffusion, weights.diffusion)
     if different:
         raise ConfigError(f"teacher.pretrained {path}: {'; '.join(different)}; write into the configuration what the "
                           "weights are")  # fmt: skip
+    model = weights.model()
     averaged = {name: value.detach() for name, value in model.named_parameters()}
     history = [{"from_step": 0, "pretrained": path.name, **run_provenance(config)}]
     save_state(teacher_path(config), step=0, model=model.state_dict(), ema=averaged, optimiser={},
                history=history)  # fmt: skip
     note(f"teacher: taken from {path}")
+
+
+def _differences(section: str, ours: StrictModel, theirs: StrictModel) -> list[str]:
+    there = theirs.model_dump()
+    return [
+        f"{section}.{key} is {there[key]} there, not {value}"
+        for key, value in ours.model_dump().items()
+        if there[key] != value
+    ]
 
 
 def warmup_now(config: TrainConfig, note: Note) -> None:
@@ -227,7 +240,8 @@ def export(config: TrainConfig, path: Path) -> Header:
         "qat": student,
     }
     quant, names = resolved(config).quant, read_class_names(config)
-    about = Description(quant, config.diffusion, config.sampler, names, provenance)
+    draws: DecoderKind = "pixels" if config.data.vae is None else "latent"
+    about = Description(quant, config.diffusion, config.sampler, names, provenance, draws)
     return write_checkpoint(path, model, about)
 
 

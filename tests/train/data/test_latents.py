@@ -14,10 +14,12 @@ from synthetic_run import CLASSES, PER_CLASS, make_config, merged
 from tiny_vae import write_vae
 from torch import Tensor
 
+from robuq_core.checkpoint import read_header
+from robuq_core.pipeline import Sampler
 from train.config import ConfigError, DataConfig, TrainConfig
 from train.data import BatchSource, DataError, LatentDataset, load_dataset, open_dataset, prepare, read_images
 from train.data.latents import LatentEncoder
-from train.stages import load_teacher, train_teacher
+from train.stages import load_teacher, packed_path, run_stage, train_teacher
 from train.state import load_state
 
 CELLS, PIXELS = 4, 8
@@ -97,6 +99,17 @@ def test_a_teacher_trains_on_latents(tmp_path: Path, vae: Path) -> None:
     assert state["step"] == 3
     assert state["history"][0]["config"]["data"]["vae"] == vae.name
     assert load_teacher(config).config.in_channels == 4
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_latents_are_packed_as_latents_however_many_channels_they_have(tmp_path: Path, channels: int) -> None:
+    vae = write_vae(tmp_path / "vae", channels=channels)
+    config = latent_config(tmp_path, vae, {"model": {"in_channels": channels}})
+    for stage in ("teacher", "qat", "export"):
+        run_stage(stage, config, lambda _: None)
+    header = read_header(packed_path(config))
+    assert (header.model.in_channels, header.decoder) == (channels, "latent")
+    assert Sampler.from_checkpoint(packed_path(config), decoder=vae).image_size == PIXELS
 
 
 def test_photos_of_a_latent_run_are_read_afresh(tmp_path: Path, vae: Path) -> None:

@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from robuq_core.checkpoint import Header
+from robuq_core.convert import METHOD
 from robuq_core.hub import DECODER_FOLDER, LIBRARY_NAME
 from robuq_core.inspect import Report
 
@@ -16,10 +17,10 @@ _TAGS = (
     "diffusion",
     "diffusion-transformer",
     "quantized",
-    "ternary",
-    "1.58-bit",
     "arxiv:2509.23582",
 )
+# Of one plane: the sum of several has more levels.
+_TERNARY_TAGS = ("ternary", "1.58-bit")
 _LAYERS = ("qkv", "proj", "fc1", "fc2", "adaLN")
 # Whole configurations: too long for a card, and in config.json.
 _LONG_KEYS = ("config", "class_names")
@@ -33,8 +34,9 @@ def model_card(report: Report, name: str, licence: str) -> str:
     """
     title = name.removesuffix(".safetensors")
     parts = [
-        _front_matter(licence),
+        _front_matter(report.header, licence),
         _introduction(report, title),
+        *_untrained(report.header),
         _facts(report, name),
         _bit_table(report.header),
         _usage(report.header, name),
@@ -43,12 +45,12 @@ def model_card(report: Report, name: str, licence: str) -> str:
     return "\n".join(parts)
 
 
-def _front_matter(licence: str) -> str:
+def _front_matter(header: Header, licence: str) -> str:
     tree: dict[str, Any] = {
         "license": licence,
         "library_name": LIBRARY_NAME,
         "pipeline_tag": "unconditional-image-generation",
-        "tags": list(_TAGS),
+        "tags": [*_TAGS, *(_TERNARY_TAGS if header.quant.weight_planes == 1 else ())],
     }
     # A JSON value is a YAML value.
     return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in tree.items()), "---", ""])
@@ -57,14 +59,33 @@ def _front_matter(licence: str) -> str:
 def _introduction(report: Report, title: str) -> str:
     header = report.header
     side, kind = header.model.input_size, "pixels" if header.decoder == "pixels" else "latent cells"
+    planes = header.quant.weight_planes
+    weights = "ternary weights" if planes == 1 else f"weights of {3**planes} levels ({planes} ternary planes)"
     bits, megabytes = f"{header.average_activation_bits:.2f}", f"{report.file_bytes / 1e6:.2f} MB"
     return f"""# {title}
 
-A class-conditional diffusion transformer with **ternary weights and {bits}-bit activations** (MAC-weighted average),
+A class-conditional diffusion transformer with **{weights} and {bits}-bit activations** (MAC-weighted average),
 packed for the RobuQ runtime: {header.model.num_classes} classes, samples of {side}x{side} {kind}, {megabytes},
 {report.compression:.1f} times smaller than the same network in FP32. After the method of
 [RobuQ, arXiv 2509.23582](https://arxiv.org/abs/2509.23582).
 """
+
+
+def _untrained(header: Header) -> list[str]:
+    """What a reader must know before they judge the pictures; nothing of a network that was trained to be quantised."""
+    if header.provenance.get("method") != METHOD:
+        return []
+    error = header.provenance.get("relative_error_on_random_inputs")
+    measured = (
+        f"on random inputs its predictions are {error:.1%} (RMS) off those of the original"
+        if isinstance(error, float) and error > 0
+        else "how far its predictions are off those of the original could not be measured"
+    )
+    warning = f"""> **Not trained**: rounded from full-precision weights, without data (post-training quantisation);
+> {measured}.
+> What the method can do shows only after quantisation-aware training.
+"""
+    return [warning]
 
 
 def _facts(report: Report, name: str) -> str:
@@ -113,8 +134,16 @@ def _usage(header: Header, name: str) -> str:
         if latent
         else ""
     )
+    package, build_option = ("'.[vae]'", " --build-arg EXTRAS=vae") if latent else (".", "")
     environment = f" -e ROBUQ_DECODER=/model/{DECODER_FOLDER}" if latent else ""
     return f"""## Use
+
+RobuQ is on no package index. In a checkout of it:
+
+```sh
+pip install {package}
+docker build -t robuq-serve{build_option} .   # for containers
+```
 
 {note}```python
 from robuq_core import Sampler
@@ -136,7 +165,8 @@ robuq-serve --checkpoint {name}{option}
 docker run -p 8000:8000 -v "$PWD:/model:ro" -e ROBUQ_CHECKPOINT=/model/{name}{environment} robuq-serve
 ```
 
-`--checkpoint`, `from_checkpoint` and `from_pretrained` take this repository's id in place of the file.
+`--checkpoint`, `from_checkpoint` and `from_pretrained` take this repository's id in place of the file, if RobuQ was
+installed with its extra `hub`.
 """
 
 

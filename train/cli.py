@@ -33,7 +33,7 @@ def _load(config: Path, overrides: list[str] | None) -> TrainConfig:
     try:
         from train.config import load_config
     except ImportError as error:  # the plain installation serves and does not train
-        raise UserError(f"training is not installed ({error}): pip install 'robuq[train]'") from error
+        raise UserError(f"training is not installed ({error}); from a checkout: pip install '.[train]'") from error
     return load_config(config, overrides or [])
 
 

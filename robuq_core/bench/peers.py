@@ -67,7 +67,7 @@ def _bf16(module: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
 
 def _torchao(module: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
     if importlib.util.find_spec("torchao") is None:
-        raise Unavailable("not installed: pip install 'robuq[bench]'")
+        raise Unavailable("not installed; from a checkout: pip install '.[bench]'")
     with _quiet():
         from torchao.quantization import (  # type: ignore[import-untyped]
             Int8DynamicActivationInt8WeightConfig,

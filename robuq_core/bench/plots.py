@@ -22,7 +22,7 @@ def write_plots(report: Report, folder: Path) -> list[Path]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError("plots need matplotlib: pip install 'robuq[bench]'") from error
+        raise UserError("plots need matplotlib; from a checkout: pip install '.[bench]'") from error
     written = []
     for level in dict.fromkeys(case.level for case in report.cases):
         cases = [case for case in report.cases if case.level == level]

@@ -64,7 +64,7 @@ class LatentEncoder:
         try:
             from diffusers import AutoencoderKL
         except ImportError as error:
-            raise DataError(f"data.vae needs diffusers ({error}): pip install 'robuq[vae]'") from error
+            raise DataError(f"data.vae needs diffusers ({error}); from a checkout: pip install '.[vae]'") from error
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             load: Any = AutoencoderKL.from_pretrained  # untyped

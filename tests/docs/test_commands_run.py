@@ -66,6 +66,7 @@ ELSEWHERE = {
     r"\S+ locust .*": "tests/loadtest/test_locustfile.py::test_a_good_server_passes",
     r"\S+ python -m loadtest.open_loop": "tests/loadtest/test_open_loop.py::test_the_command_measures_a_server",
     r"\S+ python -m bench.training.*": "tests/bench/test_bench_training.py::test_the_command_prints",
+    r"\S+ python -m bench.convert.*": "tests/bench/test_bench_convert.py::test_every_task_is_measured",
     r"\S+ python -m bench.serving.*": "tests/bench/test_bench_serving.py::test_the_command_measures",
     r"\S+ (robuq|robuq-train|robuq-serve) --help": f"{HERE}/test_commands_checked.py::test_help_is_printed",
     r"THIRD_PARTY.md python scripts/sbom.py .*": "tests/scripts/test_sbom.py::test_the_command_writes",

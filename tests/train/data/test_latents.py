@@ -168,7 +168,7 @@ def test_folders_of_no_use_are_named(tmp_path: Path, vae: Path, monkeypatch: pyt
     (bad / "diffusion_pytorch_model.safetensors").write_bytes(b"cut")
     refused(bad, "not a readable AutoencoderKL")
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    refused(vae, r"pip install 'robuq\[vae\]'")
+    refused(vae, r"pip install '\.\[vae\]'")
 
 
 def test_moments_do_not_depend_on_the_images_beside(vae: Path) -> None:

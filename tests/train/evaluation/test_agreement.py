@@ -69,7 +69,7 @@ def test_a_missing_feature_network_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(EvaluationError, match=r"pip install 'robuq\[train\]'"):
+    with pytest.raises(EvaluationError, match=r"pip install '\.\[train\]'"):
         EfficientNetLite0()
 
 

@@ -142,7 +142,7 @@ def test_a_missing_library_names_the_extra_and_the_option(tmp_path: Path, monkey
         raise ImportError(f"No module named {name!r}")
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(EvaluationError, match=r"--inception needs torch-fidelity.*pip install 'robuq\[fid\]'"):
+    with pytest.raises(EvaluationError, match=r"--inception needs torch-fidelity.*pip install '\.\[fid\]'"):
         Inception(tmp_path / "weights.pth")
 
 

@@ -40,9 +40,9 @@ PLANES = (1, 3)
 class TaskResult:
     """One task in a process of its own.
 
-    ``peak_bytes``: of resident memory, mapped files included, as ``top`` counts it; ``private_peak_bytes``: without
-    them, which the system can let go. ``file_bytes``: of what it wrote. ``relative_error``: of packing, on random
-    inputs.
+    ``peak_bytes``: of all its resident memory, imports and mapped files included; ``private_peak_bytes``: without
+    mapped files, which the system can let go. ``file_bytes``: of what it wrote. ``relative_error``: of packing, on
+    random inputs.
     """
 
     name: str

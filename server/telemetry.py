@@ -53,7 +53,8 @@ class Telemetry:
             exporter = otlp_exporter(endpoint)
         except ImportError as error:
             raise UserError(
-                f"--otel-endpoint (or ROBUQ_OTEL_ENDPOINT) needs {error.name or 'OpenTelemetry'}; install robuq[otel]"
+                f"--otel-endpoint (or ROBUQ_OTEL_ENDPOINT) needs {error.name or 'OpenTelemetry'}; "
+                "from a checkout: pip install '.[otel]'"
             ) from error
         resource = Resource.create({"service.name": "robuq", "service.version": robuq_core.__version__})
         self._provider = TracerProvider(resource=resource)

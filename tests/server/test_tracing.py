@@ -168,7 +168,7 @@ def test_the_missing_extra_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) 
         return original(name, *arguments)
 
     monkeypatch.setattr(builtins, "__import__", without_otel)
-    with pytest.raises(UserError, match=r"--otel-endpoint .* install robuq\[otel\]"):
+    with pytest.raises(UserError, match=r"--otel-endpoint .* pip install '\.\[otel\]'"):
         telemetry.Telemetry("http://localhost:4318")
 
 

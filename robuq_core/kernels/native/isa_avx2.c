@@ -10,13 +10,11 @@ FN void ternary_lookup_task(const void *job, int64_t task, char *scratch) {
     ternary_task(job, task, scratch, &lookup_product);
 }
 
-const struct isa_tasks avx2_tasks = {
-    SHARED_TASKS,
-    .ways = {{.task = ternary_lookup_task, .operand_bytes = 8 * GROUP, .panels = 1, .most_groups = 9, .kept_panels = 18,
-              .block_rows = 96, .decode_rows = 4, .operand_panels = 1, .least_rows = 8, .most_code = 31,
-              .sums_bits = 16},
-             DIRECT_WAY},
-};
+#define LOOKUP_WAY                                                                      \
+    {.task = ternary_lookup_task, .operand_bytes = 8 * GROUP, .panels = 1, .most_groups = 9, .kept_panels = 18, \
+     .block_rows = 96, .decode_rows = 4, .operand_panels = 1, .least_rows = 8, .most_code = 31, .sums_bits = 16}
+
+const struct isa_tasks avx2_tasks = {SHARED_TASKS, .ways = {LOOKUP_WAY, DIRECT_WAY}};
 #else
 typedef int no_avx2_here; /* ISO C forbids an empty file */
 #endif

@@ -17,13 +17,12 @@ FN void ternary_quads_task(const void *job, int64_t task, char *scratch) {
     ternary_task(job, task, scratch, &quads_product);
 }
 
-const struct isa_tasks avx512vbmi_tasks = {
-    SHARED_TASKS,
-    .ways = {{.task = ternary_quads_task, .operand_bytes = GROUP_QUADS / 2 * PAIR_TABLES, .panels = QUAD_PANELS,
-              .most_groups = 1, .kept_panels = 72, .block_rows = 192, .decode_rows = 11, .operand_panels = 4, .least_rows = 8,
-              .most_code = 31},
-             VNNI_WAY, DIRECT_WAY},
-};
+#define QUADS_WAY                                                                       \
+    {.task = ternary_quads_task, .operand_bytes = GROUP_QUADS / 2 * PAIR_TABLES, .panels = QUAD_PANELS, \
+     .most_groups = 1, .kept_panels = 72, .block_rows = 192, .decode_rows = 11, .operand_panels = 4, .least_rows = 8, \
+     .most_code = 31}
+
+const struct isa_tasks avx512vbmi_tasks = {SHARED_TASKS, .ways = {QUADS_WAY, VNNI_WAY, DIRECT_WAY}};
 #else
 typedef int no_avx512vbmi_here;
 #endif

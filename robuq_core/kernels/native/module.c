@@ -110,8 +110,9 @@ static void plan_blocks(struct ternary_job *job, const struct ternary_way *way, 
             const int64_t wanted = max64(ceil_div(rounds * threads, row_blocks), ceil_div(panels, most_panels));
             const int64_t block_panels = round_up(ceil_div(panels, min64(wanted, panels)), way->panels);
             const int64_t tasks = ceil_div(job->rows, rows) * ceil_div(panels, block_panels);
-            const int64_t cost =
-                ceil_div(tasks, threads) * (rows * (block_panels + way->operand_panels) + way->decode_rows * block_panels);
+            const int64_t task_cost =
+                rows * (block_panels + way->operand_panels) + way->decode_rows * block_panels;
+            const int64_t cost = ceil_div(tasks, threads) * task_cost;
             if (cost >= best) continue;
             best = cost;
             job->block_rows = rows;

@@ -195,4 +195,4 @@ FN void lookup_multiply(const struct ternary_job *job, int64_t channel, int64_t 
     }
 }
 
-static const struct product lookup_product = {1, 1, WHOLE_ROWS, lookup_decode, lookup_operands, lookup_multiply};
+static const struct product lookup_product = {1, 1, lookup_decode, lookup_operands, lookup_multiply};

@@ -1,5 +1,5 @@
-/* The integer product by look-up of four weights at a time, for codes of up to five bits: vpermi2b reads a table of
- * 128 bytes for 64 output channels at once.
+/* The integer product by look-up of four weights at a time, for codes of up to five bits: vpermi2b reads a
+ * table of 128 bytes for 64 output channels at once.
  *
  * A byte of the planar form holds a channel's weights for four codes, a quad: k, k + 32, k + 64, k + 96. Their digits
  * t + 1 in base 3, low + 9 high, index a table of the 81 sums that the four codes of a token can have. Entries with
@@ -7,13 +7,13 @@
  *
  * A code's cell u, of 2^b from -2^(b-1) on, adds u + 1 where the weight is 1 and -u where it is -1. Sums are then
  * smaller than those of mid-rise codes 2 u + 1 by half: sum t (2 u + 1) = 2 S - n with n weights that are not 0, and of
- * mid-tread codes u, sum t u = S - p with p weights that are 1. Both are a layer's own, see weight_offsets.
+ * mid-tread codes u, sum t u = S - p with p weights that are 1. Both are a layer's own, see robuq_weight_offsets().
  *
  * An entry, biased by 4 (2^(b-1) - 1), is 0 .. 4 m, m = 2^b - 1: 255 / (4 m) of them fit an unsigned byte. Bytes then
  * go to 16 bits, even and odd channels apart, and after the last slice to 32. */
 
 enum {
-    GROUP_QUADS = GROUP_BYTES,        /* of a group */
+    GROUP_QUADS = GROUP_BYTES,  /* of a group */
     QUAD_VECTOR = 64,           /* bytes of a vector, channels that it looks up */
     QUAD_PANELS = 4,            /* vectors of a tile, each of a panel */
     QUAD_TOKENS = 2,            /* of a tile; their tables lie side by side */
@@ -305,4 +305,4 @@ FN void quads_multiply(const struct ternary_job *job, int64_t channel, int64_t g
     }
 }
 
-static const struct product quads_product = {QUAD_PANELS, 0, 8, quads_decode, quads_operands, quads_multiply};
+static const struct product quads_product = {QUAD_PANELS, 0, quads_decode, quads_operands, quads_multiply};

@@ -97,12 +97,12 @@ FN void vnni_multiply(const struct ternary_job *job, int64_t channel, int64_t gr
     }
 }
 
-static const struct product vnni_product = {1, 1, WHOLE_ROWS, vnni_decode, copy_codes, vnni_multiply};
+static const struct product vnni_product = {1, 1, vnni_decode, copy_codes, vnni_multiply};
 
 FN void ternary_vnni_task(const void *job, int64_t task, char *scratch) {
     ternary_task(job, task, scratch, &vnni_product);
 }
 
-#define VNNI_WAY                                                                 \
-    {.task = ternary_vnni_task, .operand_bytes = GROUP, .panels = 1, .most_groups = 9, .kept_panels = 18, .block_rows = 128, \
-     .decode_rows = 4, .operand_panels = 1, .least_rows = 8, .most_code = 128}
+#define VNNI_WAY                                                                        \
+    {.task = ternary_vnni_task, .operand_bytes = GROUP, .panels = 1, .most_groups = 9, .kept_panels = 18, \
+     .block_rows = 128, .decode_rows = 4, .operand_panels = 1, .least_rows = 8, .most_code = 128}

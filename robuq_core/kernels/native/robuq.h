@@ -47,7 +47,7 @@ struct layer {
     const float *signs;         /* [width] */
     const float *lowrank_a;     /* [channels, rank] */
     const float *lowrank_b;     /* [rank, width] */
-    const int32_t *weight_offsets; /* [channels], see weight_offsets() */
+    const int32_t *weight_offsets; /* [channels], see robuq_weight_offsets() */
     const float *base_matrix;   /* +-1, [base, base]; block = base * 2^k */
     int64_t width, channels, rank, base;
     int64_t block;              /* each run of so many inputs is rotated by itself; 1: none is */
@@ -155,7 +155,7 @@ struct ternary_buffers {
     int8_t *operands;           /* [block_rows, slice_groups, operand_bytes] */
     int32_t *offsets;           /* [block_rows] */
     int32_t *products;          /* [panels, block_rows, PANEL]; of one panel where there is one slice */
-    float *lowrank_a;           /* [panels][rank, PANEL] */
+    float *lowrank_a;           /* [rank, PANEL] */
 };
 
 /* Lays the buffers out from `scratch` on; returns their size. */
@@ -168,7 +168,7 @@ static inline size_t ternary_carve(char *scratch, const struct ternary_job *job,
     b->operands = carve(&cursor, rows * job->slice_groups, (size_t)job->operand_bytes);
     b->offsets = carve(&cursor, rows, sizeof *b->offsets);
     b->products = carve(&cursor, kept * rows * PANEL, sizeof *b->products);
-    b->lowrank_a = carve(&cursor, job->panels * job->layer->rank * PANEL, sizeof *b->lowrank_a);
+    b->lowrank_a = carve(&cursor, job->layer->rank * PANEL, sizeof *b->lowrank_a);
     return (size_t)(cursor - scratch);
 }
 

@@ -9,7 +9,6 @@ enum { EPILOGUE_ROWS = HAVE_AVX512VNNI ? 4 : 2 }; /* of a tile: 16 registers of 
 struct product {
     int panels;                 /* that it multiplies at a time */
     int adds;                   /* to products from the first slice on: they begin as zeros */
-    int finish_rows;            /* that go through the epilogue at a time; a multiple of its tiles' */
     /* Slice `group`.. of the channels `channel`.., GROUP codes each: at most GROUP * PANEL bytes a group. */
     void (*decode)(const struct ternary_job *job, int64_t channel, int64_t group, int64_t groups, uint8_t *panel);
     /* The same slice of rows `first`.., and what to subtract from their products once all slices are summed. */
@@ -154,17 +153,10 @@ INLINE void ternary_task(const struct ternary_job *job, int64_t task, char *scra
             int32_t *products = b.products + (count == groups ? 0 : (c - channel) / PANEL * stride);
             if (!group && product->adds) memset(products, 0, (size_t)(product->panels * stride) * sizeof *products);
             product->decode(job, c, group, count, b.panel);
-            /* What is finished is so while the products are in the level-1 cache. */
-            const int64_t step = last ? product->finish_rows : rows;
-            for (int p = 0; last && p < product->panels; p++)
-                transpose_lowrank(job->layer, c + p * PANEL, b.lowrank_a + p * PANEL * job->layer->rank);
-            for (int64_t m = 0; m < rows; m += step) {
-                const int64_t some = min64(step, rows - m);
-                product->multiply(job, c, group, count, b.panel, b.operands + m * count * job->operand_bytes, some,
-                                  products + m * PANEL, stride);
-                for (int p = 0; last && p < product->panels && c + p * PANEL < end; p++)
-                    epilogue(job, first + m, some, c + p * PANEL, products + p * stride + m * PANEL, b.offsets + m,
-                             b.lowrank_a + p * PANEL * job->layer->rank);
+            product->multiply(job, c, group, count, b.panel, b.operands, rows, products, stride);
+            for (int p = 0; last && p < product->panels && c + p * PANEL < end; p++) {
+                transpose_lowrank(job->layer, c + p * PANEL, b.lowrank_a);
+                epilogue(job, first, rows, c + p * PANEL, products + p * stride, b.offsets, b.lowrank_a);
             }
         }
     }

@@ -81,10 +81,11 @@ FN void transpose_lowrank(const struct layer *layer, int64_t channel, float *out
     }
 }
 
-/* Outputs of `rows` rows and PANEL / 2 channels: product (scale alpha) + lowrank . A + bias, then the gated residual
+/* Outputs of `rows` rows and PANEL / 2 channels, `whole`: all of which there are: product (scale alpha) + lowrank . A + bias, then the gated residual
  * where asked for. */
 INLINE void epilogue_tile(const struct ternary_job *job, int64_t row, int64_t channel, const int32_t *products,
-                          const int32_t *offsets, const float *lowrank_a /* [rank, PANEL] */, const int rows) {
+                          const int32_t *offsets, const float *lowrank_a /* [rank, PANEL] */, const int rows,
+                          const int whole) {
     enum { VECTORS = PANEL / 2 / LANES };
     const struct layer *layer = job->layer;
     const float *lowrank = job->lowrank + row * layer->rank;
@@ -107,7 +108,7 @@ INLINE void epilogue_tile(const struct ternary_job *job, int64_t row, int64_t ch
         const float *gate = job->gate ? job->gate + row / job->rows_per_image * job->gate_stride : NULL;
 #pragma GCC unroll 4
         for (int i = 0; i < VECTORS; i++) {
-            const int64_t at = channel + i * LANES, left = layer->channels - at;
+            const int64_t at = channel + i * LANES, left = whole ? LANES : layer->channels - at;
             if (left <= 0) break;
             v8i product;
             memcpy(&product, products + i * LANES, sizeof product);
@@ -123,15 +124,15 @@ INLINE void epilogue_tile(const struct ternary_job *job, int64_t row, int64_t ch
 /* Outputs of a block of rows and a panel. */
 FN void epilogue(const struct ternary_job *job, int64_t first, int64_t rows, int64_t channel, const int32_t *products,
                  const int32_t *offsets, const float *lowrank_a) {
-    for (int64_t m = 0; m < rows;) {
-        const int whole = m + EPILOGUE_ROWS <= rows;
-        for (int half = 0; half < PANEL; half += PANEL / 2) {
-            const int32_t *tile = products + m * PANEL + half;
-            const float *a = lowrank_a + half;
-            if (whole) epilogue_tile(job, first + m, channel + half, tile, offsets + m, a, EPILOGUE_ROWS);
-            else epilogue_tile(job, first + m, channel + half, tile, offsets + m, a, 1);
-        }
-        m += whole ? EPILOGUE_ROWS : 1;
+    for (int half = 0; half < PANEL; half += PANEL / 2) {
+        const int whole = channel + half + PANEL / 2 <= job->layer->channels;
+        const int64_t even = whole ? rows / EPILOGUE_ROWS * EPILOGUE_ROWS : 0;
+        for (int64_t m = 0; m < even; m += EPILOGUE_ROWS)
+            epilogue_tile(job, first + m, channel + half, products + m * PANEL + half, offsets + m, lowrank_a + half,
+                          EPILOGUE_ROWS, 1);
+        for (int64_t m = even; m < rows; m++)
+            epilogue_tile(job, first + m, channel + half, products + m * PANEL + half, offsets + m, lowrank_a + half,
+                          1, 0);
     }
 }
 

@@ -125,14 +125,14 @@ static void plan_blocks(struct ternary_job *job, const struct ternary_way *way, 
 static void plan_ternary(struct ternary_job *job, const struct ternary_way *way, int threads) {
     const int64_t max_code = job->layer->max_code, groups = ceil_div(job->layer->width, GROUP);
     int64_t most_groups = way->most_groups;
-    if (way->sums_bits == 16) most_groups = min64(most_groups, 65535 / (4 * max_code * GROUP / 2));
+    if (way->sums_bits == 16) most_groups = min64(most_groups, 65535 / (2 * max_code * GROUP / 2));
     job->padded_width = groups * GROUP;
     job->slice_groups = ceil_div(groups, ceil_div(groups, most_groups));
     job->operand_bytes = way->operand_bytes;
     job->panels = way->panels;
     job->safe_steps = 32767 / (4 * max_code); /* each takes two products of at most 2 max_code in magnitude */
     job->safe_pairs = 2;
-    while (job->safe_pairs < 32 && 2 * job->safe_pairs * 4 * max_code <= 255) job->safe_pairs *= 2;
+    while (job->safe_pairs < 32 && 2 * job->safe_pairs * 2 * max_code <= 255) job->safe_pairs *= 2;
     plan_blocks(job, way, threads);
 }
 
@@ -214,8 +214,8 @@ EXPORT int robuq_planar_from_base3(const uint8_t *packed, int64_t rows, int64_t 
     return 0;
 }
 
-/* What product_quads.h takes off its sums: of each channel the number of weights that are not 0 (mid-rise), or are 1.
- * Codes are t + 1, and padding is t = 0. */
+/* What look-ups take off their sums, see ternary.h: of each channel the number of weights that are not 0 (mid-rise), or
+ * are 1. Codes are t + 1, and padding is t = 0. */
 EXPORT int robuq_weight_offsets(const uint8_t *planar, int64_t channels, int64_t row_bytes, int midrise,
                                 int32_t *offsets) {
     for (int64_t c = 0; c < channels; c++, planar += row_bytes) {

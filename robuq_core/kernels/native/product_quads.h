@@ -5,12 +5,8 @@
  * t + 1 in base 3, low + 9 high, index a table of the 81 sums that the four codes of a token can have. Entries with
  * high < 7 fill 63 bytes; the other 18 share 64 bytes with those of the next quad, so two quads take three vectors.
  *
- * A code's cell u, of 2^b from -2^(b-1) on, adds u + 1 where the weight is 1 and -u where it is -1. Sums are then
- * smaller than those of mid-rise codes 2 u + 1 by half: sum t (2 u + 1) = 2 S - n with n weights that are not 0, and of
- * mid-tread codes u, sum t u = S - p with p weights that are 1. Both are a layer's own, see robuq_weight_offsets().
- *
- * An entry, biased by 4 (2^(b-1) - 1), is 0 .. 4 m, m = 2^b - 1: 255 / (4 m) of them fit an unsigned byte. Bytes then
- * go to 16 bits, even and odd channels apart, and after the last slice to 32. */
+ * Sums are those of cells, see ternary.h. An entry, biased, is 0 .. 4 m, m = 2^b - 1: 255 / (4 m) of them fit an
+ * unsigned byte. Bytes then go to 16 bits, even and odd channels apart, and after the last slice to 32. */
 
 enum {
     GROUP_QUADS = GROUP_BYTES,  /* of a group */
@@ -158,7 +154,7 @@ FN void quads_operands(const struct ternary_job *job, int64_t first, int64_t row
                        int8_t *operands, int32_t *offsets) {
     enum { GROUP_TABLES = GROUP_QUADS / 2 * QUAD_TOKENS * PAIR_TABLES };
     const int midrise = job->layer->midrise;
-    const int bias = 2 * ((int)(job->layer->max_code + 1) / 2 - 1); /* of the sum of two codes */
+    const int bias = pair_bias(job->layer);
     for (int64_t row = 0; row < rows; row++) {
         uint8_t *out = (uint8_t *)operands + row / QUAD_TOKENS * groups * GROUP_TABLES +
                        row % QUAD_TOKENS * PAIR_TABLES;

@@ -120,7 +120,7 @@ struct ternary_way {
     int decode_rows;            /* decoding a panel costs about as much as multiplying so many rows, */
     int operand_panels;         /* and laying out a row's operands as multiplying it with so many panels */
     int least_rows, most_code;  /* it serves from so many rows on, and for codes up to this magnitude */
-    int sums_bits;              /* 16: 65535 / (4 codes) table entries are all that a slice may sum; 0: no limit */
+    int sums_bits;              /* 16: 65535 / (2 codes) table entries are all that a slice may sum; 0: no limit */
 };
 
 struct isa_tasks {

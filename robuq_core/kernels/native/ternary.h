@@ -19,6 +19,13 @@ struct product {
                      const uint8_t *panel, const int8_t *operands, int64_t rows, int32_t *products, int64_t stride);
 };
 
+/* Look-ups sum cells. A code's cell u, of 2^b from -2^(b-1) on, adds u + 1 where the weight is 1 and -u where it is -1.
+ * Sums S are then smaller than those of mid-rise codes 2 u + 1 by half: sum t (2 u + 1) = 2 S - n with n weights that
+ * are not 0; of mid-tread codes u, sum t u = S - p with p weights that are 1. robuq_weight_offsets() counts them. */
+
+/* Bias that makes the sum of two cells positive, 2 (2^(b-1) - 1): it is 0 .. 2 (2^b - 1) then. */
+INLINE int pair_bias(const struct layer *layer) { return (int)layer->max_code - 1; }
+
 /* A channel's codes; beyond the last channel, the last again. */
 INLINE const uint8_t *planar_row(const struct ternary_job *job, int64_t channel) {
     return job->layer->planar + min64(channel, job->layer->channels - 1) * (job->padded_width / GROUP * GROUP_BYTES);

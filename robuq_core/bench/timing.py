@@ -21,6 +21,9 @@ MIN_SAMPLE_S = 2e-3
 # A turn begins with an untimed call, so that none pays for waking threads and for what the side before left in the
 # caches; calls longer than this do not notice.
 WARMED_BELOW_S = 0.5
+# And with a rest before that: OpenMP's threads go on spinning for milliseconds after the last call of a side of torch's,
+# and would take turns with ours on the same cores.
+REST_S = 0.02
 # A peer that takes longer than this many times FP32, and longer than a second, is not waited for.
 GIVE_UP_RATIO, GIVE_UP_S = 10.0, 1.0
 
@@ -60,6 +63,7 @@ class Timer:
     rounds: int = 11
     budget_s: float = 60.0
     clock: Callable[[], float] = time.perf_counter
+    sleep: Callable[[float], None] = time.sleep
     synchronize: Callable[[], None] = lambda: None
 
     def seconds(self, run: Callable[[], object], calls: int = 1) -> float:
@@ -130,6 +134,7 @@ def _interleave(ready: Sequence[tuple[Side, float, float]], timer: Timer) -> lis
         # Each round starts with another side, so that none always follows the same neighbour.
         for position in range(len(ready)):
             i = (first + position) % len(ready)
+            timer.sleep(REST_S)
             if warmed[i]:
                 ready[i][0].run()
             samples[i].append(timer.seconds(ready[i][0].run, calls[i]))

@@ -26,6 +26,7 @@ from torch import Tensor
 from robuq_core.config import DecoderKind, DiffusionConfig, ModelConfig, QuantConfig, SamplerConfig, StrictModel
 from robuq_core.errors import UserError
 from robuq_core.files import replacing
+from robuq_core.freed_memory import give_freed_memory_back
 from robuq_core.kernels.ops import TernaryLayer
 from robuq_core.kernels.pack_layer import layer_of_planes, pack_layer
 from robuq_core.kernels.unpack import planar_from_base3
@@ -192,6 +193,7 @@ def write_packed(
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors |= {f"{name}.{part}": tensor for part, tensor in _stored_parts(layer).items()}
+        give_freed_memory_back()
     tensors |= {name: tensor.half() for name, tensor in dense.items()}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     for name, tensor in tensors.items():

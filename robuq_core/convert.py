@@ -6,8 +6,6 @@ planes, layer after layer, without data or training. What that costs is measured
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +32,7 @@ from robuq_core.config import (
     QuantConfig,
     SamplerConfig,
 )
+from robuq_core.freed_memory import give_freed_memory_back
 from robuq_core.kernels.ops import Backend, TernaryLayer
 from robuq_core.kernels.pack_layer import pack_layer
 from robuq_core.kernels.select import select_backend
@@ -149,6 +148,7 @@ def pack_untrained(
     layers = quantize_layers(weights, quant, on_layer)
     dense = {name: weights.tensor(name) for name in dense_shapes(weights.config)}
     error = relative_error(weights, quant, dense, layers, select_backend())
+    give_freed_memory_back()
     diffusion = weights.diffusion or DiffusionConfig()
     about = Description(quant, diffusion, sampler or SamplerConfig(), names, _provenance(weights, error), draws)
     return PackedResult(write_packed(target, weights.config, dense, layers, about), error)
@@ -172,16 +172,10 @@ def quantize_layers(weights: Weights, quant: QuantConfig, on_layer: Progress | N
         linear.weight = nn.Parameter(weights.tensor(f"{name}.weight"), requires_grad=False)
         linear.bias = nn.Parameter(weights.tensor(f"{name}.bias"), requires_grad=False)
         layers[name] = pack_layer(quantize(name, linear))
-        _give_freed_memory_back()
+        give_freed_memory_back()
         if on_layer is not None:
             on_layer(name)
     return layers
-
-
-def _give_freed_memory_back() -> None:
-    """glibc keeps the pages of freed tensors that lie between those which stay: gigabytes, after many layers."""
-    with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 @torch.inference_mode()

@@ -21,8 +21,8 @@ MIN_SAMPLE_S = 2e-3
 # A turn begins with an untimed call, so that none pays for waking threads and for what the side before left in the
 # caches; calls longer than this do not notice.
 WARMED_BELOW_S = 0.5
-# And with a rest before that: OpenMP's threads spin for milliseconds after the last call of a side of torch's, and would
-# take turns with ours on the same cores.
+# And with a rest before that: OpenMP's threads spin for milliseconds after the last call of a side of torch's, and
+# would take turns with ours on the same cores.
 REST_S = 0.02
 # A peer that takes longer than this many times FP32, and longer than a second, is not waited for.
 GIVE_UP_RATIO, GIVE_UP_S = 10.0, 1.0

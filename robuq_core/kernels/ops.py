@@ -119,6 +119,21 @@ class Backend(Protocol):
 
 
 @runtime_checkable
+class NarrowBackend(Backend, Protocol):
+    """A backend whose kernels can hand values to each other in bfloat16: half the traffic.
+
+    Its ``rotate_quantize`` and ``attention`` read float32 or bfloat16, as exactly; attention gives what it reads.
+    ``activations``: what it wants qkv, heads and the MLP's hidden values in, float32 or bfloat16.
+    """
+
+    activations: torch.dtype
+
+    def ternary_linear(self, x: Quantized, layer: TernaryLayer, dtype: torch.dtype = torch.float32) -> Tensor:
+        """As of :class:`Backend`; the float32 result is rounded to ``dtype`` once, to the nearest, ties to even."""
+        ...
+
+
+@runtime_checkable
 class FusedBackend(Backend, Protocol):
     """A backend that also runs a whole layer in one call, with the same bits as in two."""
 
@@ -139,18 +154,25 @@ class WholeLayer(Protocol):
     def __call__(self, x: Tensor, layer: TernaryLayer, prologue: Prologue = None) -> Tensor: ...
 
 
-def whole_layer(backend: Backend) -> WholeLayer:
-    """How ``backend`` runs a whole layer: in one call where it can, else in two; further planes take one more each."""
+def whole_layer(backend: Backend, handed_on: bool = False) -> WholeLayer:
+    """How ``backend`` runs a whole layer: in one call where it can, else in two; further planes take one more each.
+
+    ``handed_on``: the result goes into the next kernel, in the ``activations`` of a :class:`NarrowBackend`. Otherwise,
+    and on other backends, it is float32.
+    """
     fused = backend.ternary if isinstance(backend, FusedBackend) else None
+    narrow = backend if handed_on and isinstance(backend, NarrowBackend) else None
 
     def run(x: Tensor, layer: TernaryLayer, prologue: Prologue = None) -> Tensor:
         if fused is not None and not layer.finer:
             return fused(x, layer, prologue)
         quantized = backend.rotate_quantize(x, layer, prologue)
+        if narrow is not None and not layer.finer:
+            return narrow.ternary_linear(quantized, layer, narrow.activations)
         y = backend.ternary_linear(quantized, layer)
         bare = Quantized(quantized.codes, quantized.scales, quantized.lowrank.new_empty(x.shape[0], 0))
         for plane in layer.finer:
             y = y.add_(backend.ternary_linear(bare, plane))
-        return y
+        return y if narrow is None else y.to(narrow.activations)
 
     return run

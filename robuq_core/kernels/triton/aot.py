@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,18 +39,25 @@ class Compiled:
 
 
 def compile_ahead(
-    kernel: Any, signature: dict[str, str], constants: dict[str, Any], config: LaunchConfig, architecture: int
+    kernel: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    config: LaunchConfig,
+    architecture: int,
+    multiples_of_16: Collection[str] = (),
 ) -> Compiled:
     """Compile ``kernel`` for compute capability ``architecture`` (90 is 9.0). Pointers count as aligned to 16 bytes.
 
     Args:
         signature: Triton's type of each run-time argument, such as ``*fp32`` or ``i32``.
         constants: the compile-time arguments but for those of ``config``.
+        multiples_of_16: integer arguments that are: a launch compiles for that, which is what widens stores.
     """
     fixed = {**constants, **config.blocks}
     names = kernel.arg_names
     types = {name: "constexpr" if name in fixed else signature[name] for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")}
+    divisible = [name for name in names if types[name].startswith("*") or name in multiples_of_16]
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     options = {k: v for k, v in config.options().items() if k not in config.blocks}
     source = ASTSource(fn=kernel, signature=types, constexprs=fixed, attrs=aligned)
     result = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)

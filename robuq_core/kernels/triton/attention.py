@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from robuq_core.kernels.triton.config import LaunchConfig, next_power_of_2, on_device_of, round_up
+from robuq_core.kernels.triton.rounding import rounded_for
 
 # An int8 product on the tensor cores takes at least 32 values of the inner dimension.
 MIN_HEAD_TILE, MAX_HEAD_DIM, MAX_LENGTH = 32, 256, 2**18 - 1024
@@ -97,10 +98,10 @@ def quantize_heads_kernel(  # type: ignore[no-untyped-def]
     here = token[:, None] * stride + column[None, :]
     out = head * padded * HEAD_TILE + token[:, None] * HEAD_TILE + column[None, :]
 
-    codes, scale = _codes_by_token(tl.load(qkv_ptr + here, mask=real, other=0.0))
+    codes, scale = _codes_by_token(tl.load(qkv_ptr + here, mask=real, other=0.0).to(tl.float32))
     tl.store(q_ptr + out, codes)
     tl.store(q_scales_ptr + head * padded + token, scale * (HEAD**-0.5))
-    codes, scale = _codes_by_token(tl.load(qkv_ptr + heads * HEAD + here, mask=real, other=0.0))
+    codes, scale = _codes_by_token(tl.load(qkv_ptr + heads * HEAD + here, mask=real, other=0.0).to(tl.float32))
     tl.store(k_ptr + out, codes)
     tl.store(k_scales_ptr + head * padded + token, scale)
 
@@ -109,10 +110,10 @@ def quantize_heads_kernel(  # type: ignore[no-untyped-def]
     for start in range(0, LENGTH, BLOCK):
         t = start + tl.arange(0, BLOCK)
         inside = (t < LENGTH)[:, None] & (column < HEAD)[None, :]
-        v = tl.load(v_in_ptr + t[:, None] * stride + column[None, :], mask=inside, other=0.0)
+        v = tl.load(v_in_ptr + t[:, None] * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(v))
     v_scale = tl.div_rn(tl.max(tl.max(largest, 1), 0), 127.0)
-    v = tl.load(v_in_ptr + here, mask=real, other=0.0)
+    v = tl.load(v_in_ptr + here, mask=real, other=0.0).to(tl.float32)
     tl.store(v_ptr + out, _round(tl.div_rn(v, tl.maximum(v_scale, 1e-30))).to(tl.float16))
     if tl.program_id(1) == 0:
         tl.store(v_scales_ptr + head, v_scale)
@@ -177,11 +178,12 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     width = heads * HEAD
     out_ptr += (head // heads) * LENGTH * width + (head % heads) * HEAD
     real = (query < LENGTH)[:, None] & (column < HEAD)[None, :]
-    tl.store(out_ptr + query[:, None] * width + column[None, :], product * scale, mask=real)
+    out = rounded_for(out_ptr, product * scale)
+    tl.store(out_ptr + query[:, None] * width + column[None, :], out, mask=real)
 
 
 def attention(qkv: Tensor, num_heads: int, config: LaunchConfig | None = None) -> Tensor:
-    """Launch the kernels on contiguous float32 ``qkv [B, L, 3 D]`` -> ``[B, L, D]``.
+    """Launch the kernels on contiguous ``qkv [B, L, 3 D]``, float32 or bfloat16 -> ``[B, L, D]`` of the same dtype.
 
     Raises:
         ValueError: heads of more than 256 values, or more than 2^18 tokens: the products would not be exact.
@@ -196,7 +198,7 @@ def attention(qkv: Tensor, num_heads: int, config: LaunchConfig | None = None) -
     block, block_m = first.blocks["BLOCK"], config.blocks["BLOCK_M"]
     padded = round_up(length, max(block, block_m, config.blocks["BLOCK_N"]))
     device, heads, tile = qkv.device, images * num_heads, head_tile(head_dim)
-    out = torch.empty(images, length, triple // 3, device=device)
+    out = torch.empty(images, length, triple // 3, dtype=qkv.dtype, device=device)
     if not out.numel():
         return out
     q, k = (torch.empty(heads, padded, tile, dtype=torch.int8, device=device) for _ in range(2))

@@ -13,7 +13,8 @@ from robuq_core.kernels.triton import dense_linear, rotate_quantize, ternary_lin
 from robuq_core.kernels.triton.config import checked, is_interpreted
 
 MIN_CAPABILITY = (8, 0)
-_ACTIVATIONS = ("gelu", "silu")
+_PROLOGUES = ("gelu", "silu")
+_ACTIVATIONS = (torch.float32, torch.bfloat16)
 # What the interpreter takes launch shapes of.
 _INTERPRETED_ARCHITECTURE = 90
 
@@ -44,17 +45,28 @@ def _architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def _checked_activations(dtype: torch.dtype) -> torch.dtype:
+    if dtype not in _ACTIVATIONS:
+        raise ValueError(f"activations must be {' or '.join(map(str, _ACTIVATIONS))}, not {dtype}")
+    return dtype
+
+
 class TritonBackend:
-    """See :class:`robuq_core.kernels.ops.Backend`.
+    """See :class:`robuq_core.kernels.ops.NarrowBackend`.
 
     In Triton's interpreter (``TRITON_INTERPRET=1``) it runs on the CPU, slowly, to test the kernels.
 
+    Args:
+        activations: float32, or bfloat16 for less traffic; not the default while no GPU has measured it.
+
     Raises:
+        ValueError: ``activations`` of another dtype.
         TritonUnavailableError: no GPU of compute capability 8.0 or later, outside of the interpreter.
         TuningTableError: the GPU's table of launch shapes cannot be read.
     """
 
-    def __init__(self, device: torch.device | str | None = None) -> None:
+    def __init__(self, device: torch.device | str | None = None, activations: torch.dtype = torch.float32) -> None:
+        self.activations = _checked_activations(activations)
         if is_interpreted():
             self.device = torch.device("cpu" if device is None else device)
             self.architecture, self.name = _INTERPRETED_ARCHITECTURE, "triton-interpreted"
@@ -67,12 +79,13 @@ class TritonBackend:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self._tuned = tuning.load_table(torch.cuda.get_device_name(self.device))
 
-    def _checked(self, tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-        return checked(tensor, name, shape, self.device, dtype)
+    def _checked(self, tensor: Tensor, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
+        """Float32 unless ``dtypes`` are given."""
+        return checked(tensor, name, shape, self.device, *(dtypes or (torch.float32,)))
 
     def rotate_quantize(self, x: Tensor, layer: TernaryLayer, prologue: Prologue = None) -> Quantized:
         rows, width = x.shape[0], layer.in_features
-        x = self._checked(x, "x", (rows, width))
+        x = self._checked(x, "x", (rows, width), *_ACTIVATIONS)
         config = rotate_quantize.default_config(width)
         return rotate_quantize.rotate_quantize(x, layer, self._prologue(prologue, rows, width), config)
 
@@ -84,31 +97,32 @@ class TritonBackend:
             shift = self._checked(prologue.shift, "shift", (images, width))
             scale = self._checked(prologue.scale, "scale", (images, width))
             return Modulation(shift, scale, prologue.eps)
-        if prologue is not None and prologue not in _ACTIVATIONS:
+        if prologue is not None and prologue not in _PROLOGUES:
             raise ValueError(f"prologue must be a Modulation, 'gelu', 'silu' or None, not {prologue!r}")
         return prologue
 
-    def ternary_linear(self, x: Quantized, layer: TernaryLayer) -> Tensor:
+    def ternary_linear(self, x: Quantized, layer: TernaryLayer, dtype: torch.dtype = torch.float32) -> Tensor:
         rows = x.codes.shape[0]
         codes = self._checked(x.codes, "codes", (rows, layer.in_features), torch.int8)
         scales = self._checked(x.scales, "scales", (rows,))
         lowrank = self._checked(x.lowrank, "lowrank", (rows, layer.rank))
         key = tuning.ternary_linear_key(rows, layer.out_features, layer.in_features, layer.rank)
         config = self._tuned.get(key) or ternary_linear.default_config(rows, layer.out_features, self.architecture)
-        return ternary_linear.ternary_linear(Quantized(codes, scales, lowrank), layer, config)
+        dtype = _checked_activations(dtype)
+        return ternary_linear.ternary_linear(Quantized(codes, scales, lowrank), layer, config, dtype=dtype)
 
     def attention(self, qkv: Tensor, num_heads: int, quantized: bool) -> Tensor:
         images, length, triple = qkv.shape
         width = triple // 3
         if num_heads < 1 or triple != 3 * width or width % num_heads:
             raise ValueError(f"qkv of width {triple} does not split into q, k, v of {num_heads} heads")
-        qkv = self._checked(qkv, "qkv", (images, length, triple))
+        qkv = self._checked(qkv, "qkv", (images, length, triple), *_ACTIVATIONS)
         if quantized:
             return attention_kernels.attention(qkv, num_heads)
         # Picture by picture: a library's choice of algorithm, and so its rounding, may depend on how many there are.
-        out = torch.empty(images, length, width, device=qkv.device)
+        out = torch.empty(images, length, width, dtype=qkv.dtype, device=qkv.device)
         for picture, result in zip(qkv, out, strict=True):
-            q, k, v = picture.reshape(length, 3, num_heads, -1).permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
+            q, k, v = picture.float().reshape(length, 3, num_heads, -1).permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
             result.copy_(F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1).reshape(length, width))
         return out
 

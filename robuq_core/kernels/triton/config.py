@@ -52,14 +52,15 @@ def on_device_of(tensor: Tensor) -> Iterator[None]:
         yield
 
 
-def checked(tensor: Tensor, name: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+def checked(tensor: Tensor, name: str, shape: tuple[int, ...], device: torch.device, *dtypes: torch.dtype) -> Tensor:
     """``tensor``, contiguous, if it is what the kernels read.
 
     Raises:
         ValueError: another shape, dtype or device.
     """
-    if tensor.shape != shape or tensor.dtype is not dtype or tensor.device.type != device.type:
+    if tensor.shape != shape or tensor.dtype not in dtypes or tensor.device.type != device.type:
+        wanted = " or ".join(map(str, dtypes))
         raise ValueError(
-            f"{name} must be {dtype} {shape} on {device}, not {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+            f"{name} must be {wanted} {shape} on {device}, not {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
         )
     return tensor if tensor.is_contiguous() else tensor.contiguous()

@@ -326,7 +326,7 @@ def candidate_configs(width: int) -> list[LaunchConfig]:
 
 
 def rotate_quantize(x: Tensor, layer: TernaryLayer, prologue: Prologue, config: LaunchConfig) -> Quantized:
-    """Launch the kernel on checked, contiguous tensors; see :class:`robuq_core.kernels.ops.Backend`."""
+    """Launch the kernel on checked, contiguous tensors; see :class:`robuq_core.kernels.ops.NarrowBackend`."""
     rows, width, rank = x.shape[0], layer.in_features, layer.rank
     codes = torch.empty(rows, width, dtype=torch.int8, device=x.device)
     scales, lowrank = (torch.empty(shape, device=x.device) for shape in ((rows,), (rows, rank)))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from robuq_core.kernels.ops import Quantized, TernaryLayer
 from robuq_core.kernels.triton.config import LaunchConfig, is_interpreted, next_power_of_2, on_device_of
+from robuq_core.kernels.triton.rounding import rounded_for
 from robuq_core.quant.packing import PLANAR_GROUP, PLANAR_GROUP_BYTES
 
 MIN_RANK_TILE = 16
@@ -135,7 +136,7 @@ def ternary_linear_kernel(  # type: ignore[no-untyped-def]
     # One 64-bit base for the tile, 32-bit offsets within it.
     y_ptr += first_row.to(tl.int64) * N + first_output
     within_tile = (tl.arange(0, ROWS) * N)[None, :] + tl.arange(0, OUTPUTS)[:, None]
-    tl.store(y_ptr + within_tile, y, mask=real[:, None] & live[None, :])
+    tl.store(y_ptr + within_tile, rounded_for(y_ptr, y), mask=real[:, None] & live[None, :])
 
 
 def row_bucket(rows: int) -> int:
@@ -191,15 +192,21 @@ def constants(width: int, rank: int, packed: bool, assembly: bool) -> dict[str, 
     }
 
 
-def ternary_linear(x: Quantized, layer: TernaryLayer, config: LaunchConfig, expanded: Tensor | None = None) -> Tensor:
-    """Launch the kernel on checked, contiguous tensors; see :class:`robuq_core.kernels.ops.Backend`.
+def ternary_linear(
+    x: Quantized,
+    layer: TernaryLayer,
+    config: LaunchConfig,
+    expanded: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Launch the kernel on checked, contiguous tensors; see :class:`robuq_core.kernels.ops.NarrowBackend`.
 
     Args:
         expanded: the ternary codes as int8 ``[N, K]``, read in place of the packed ones: four times the bytes, no
             decoding.
     """
     rows, outputs, rank = x.codes.shape[0], layer.out_features, layer.rank
-    y = torch.empty(rows, outputs, device=x.codes.device)
+    y = torch.empty(rows, outputs, dtype=dtype, device=x.codes.device)
     if rows and outputs:
         blocks = config.blocks
         grid = (triton.cdiv(rows, blocks["ROWS"]) * triton.cdiv(outputs, blocks["OUTPUTS"]),)

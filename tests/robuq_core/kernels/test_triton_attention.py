@@ -131,7 +131,7 @@ else:
         layer, wide = pack_layer(make_linear(36, 8, bits=2)), tokens(4, 72)
         view = wide[:, ::2]
         assert torch.equal(TRITON.rotate_quantize(view, layer).codes, TRITON.rotate_quantize(view.clone(), layer).codes)
-        with pytest.raises(ValueError, match=r"x must be torch.float32 \(4, 36\)"):
+        with pytest.raises(ValueError, match=r"x must be torch.float32 or torch.bfloat16 \(4, 36\)"):
             TRITON.rotate_quantize(wide, layer)
         with pytest.raises(ValueError, match="3 rows do not divide among 2 images"):
             TRITON.rotate_quantize(tokens(3, 36), layer, Modulation(torch.zeros(2, 36), torch.zeros(2, 36), 1e-6))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -45,6 +46,21 @@ def test_products_run_on_the_tensor_cores(compiled: list[tuple[Case, Compiled]])
             # Triton 3.6 multiplies int8 on sm_100 with mma.sync, later versions with tcgen05.
             expected = TENSOR_INSTRUCTIONS.get(result.architecture)
             assert kinds == expected if expected else kinds, case.name
+
+
+def test_bfloat16_is_rounded_by_one_instruction(compiled: list[tuple[Case, Compiled]]) -> None:
+    """To the nearest even, two values at once: only the interpreter needs more."""
+    for case, result in compiled:
+        if case.name.startswith(("ternary_linear", "attention")):
+            assert ("cvt.rn.bf16x2.f32" in result.ptx) == ("bf16" in case.name), case.name
+
+
+def test_products_are_stored_16_bytes_at_a_time(compiled: list[tuple[Case, Compiled]]) -> None:
+    for case, result in compiled:
+        if case.name.startswith("ternary_linear"):
+            stores = re.findall(r"st\.global\S*", result.ptx)
+            assert stores
+            assert all(".v4." in store for store in stores), case.name
 
 
 def _run_assembly(text: str, word: int) -> list[int]:

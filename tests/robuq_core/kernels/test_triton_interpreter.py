@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -165,9 +166,9 @@ else:
         x = backend.rotate_quantize(tokens(5, 36), layer)
         launch = product.ternary_linear
 
-        def watched(x: Quantized, layer: TernaryLayer, config: LaunchConfig) -> torch.Tensor:
+        def watched(x: Quantized, layer: TernaryLayer, config: LaunchConfig, **named: Any) -> torch.Tensor:
             used.append(config)
-            return launch(x, layer, config)
+            return launch(x, layer, config, **named)
 
         monkeypatch.setattr(product, "ternary_linear", watched)
         expected = backend.ternary_linear(x, layer)

@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from robuq_core.kernels.ops import Backend, Modulation, Prologue, Quantized, TernaryLayer
+from robuq_core.kernels.ops import Backend, Modulation, NarrowBackend, Prologue, Quantized, TernaryLayer
 from robuq_core.quant.activation import Grid
 
 _BACKENDS: WeakValueDictionary[str, Backend] = WeakValueDictionary()
@@ -32,6 +32,7 @@ class TraceableBackend:
 
     def __init__(self, backend: Backend) -> None:
         self.name, self.device = backend.name, backend.device
+        self.activations = backend.activations if isinstance(backend, NarrowBackend) else torch.float32
         self._backend = backend
         self._key = f"{backend.name}#{next(_KEYS)}"
         _BACKENDS[self._key] = backend
@@ -46,8 +47,9 @@ class TraceableBackend:
             *rotate_quantize(x, _tensors(layer), layer.bits, layer.grid, block, kind, modulation, eps, self._key)
         )
 
-    def ternary_linear(self, x: Quantized, layer: TernaryLayer) -> Tensor:
-        return ternary_linear([x.codes, x.scales, x.lowrank], _tensors(layer), layer.bits, layer.grid, self._key)  # type: ignore[no-any-return]
+    def ternary_linear(self, x: Quantized, layer: TernaryLayer, dtype: torch.dtype = torch.float32) -> Tensor:
+        parts = [x.codes, x.scales, x.lowrank]
+        return ternary_linear(parts, _tensors(layer), layer.bits, layer.grid, dtype, self._key)  # type: ignore[no-any-return]
 
     def attention(self, qkv: Tensor, num_heads: int, quantized: bool) -> Tensor:
         return attention(qkv, num_heads, quantized, self._key)  # type: ignore[no-any-return]
@@ -93,21 +95,30 @@ def rotate_quantize(
 def _rotate_quantize_shapes(
     x: Tensor, layer: Sequence[Tensor], *_: object, **__: object
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = x.shape[0]
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(rows), x.new_empty(rows, layer[_LOWRANK_B].shape[0])
+    scales = x.new_empty(x.shape[0], dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=torch.int8), scales, scales.new_empty(len(scales), layer[_LOWRANK_B].shape[0])
 
 
 @torch.library.custom_op("robuq::ternary_linear", mutates_args=())
-def ternary_linear(quantized: Sequence[Tensor], layer: Sequence[Tensor], bits: int, grid: str, backend: str) -> Tensor:
-    """``quantized`` is what :func:`rotate_quantize` gives -> ``[M, N]`` float32."""
-    codes, scales, lowrank = quantized
-    return _BACKENDS[backend].ternary_linear(Quantized(codes, scales, lowrank), _layer(layer, bits, grid))
+def ternary_linear(
+    quantized: Sequence[Tensor], layer: Sequence[Tensor], bits: int, grid: str, dtype: torch.dtype, backend: str
+) -> Tensor:
+    """``quantized`` is what :func:`rotate_quantize` gives -> ``[M, N]``.
+
+    ``dtype``: float32, or what a :class:`~robuq_core.kernels.ops.NarrowBackend` rounds to.
+    """
+    x, chosen = Quantized(*quantized), _BACKENDS[backend]
+    if isinstance(chosen, NarrowBackend):
+        return chosen.ternary_linear(x, _layer(layer, bits, grid), dtype)
+    return chosen.ternary_linear(x, _layer(layer, bits, grid))
 
 
 @ternary_linear.register_fake
-def _ternary_linear_shape(quantized: Sequence[Tensor], layer: Sequence[Tensor], *_: object, **__: object) -> Tensor:
+def _ternary_linear_shape(
+    quantized: Sequence[Tensor], layer: Sequence[Tensor], bits: int, grid: str, dtype: torch.dtype, *_: object
+) -> Tensor:
     codes, scales, _lowrank = quantized
-    return scales.new_empty(codes.shape[0], layer[0].shape[0])
+    return scales.new_empty(codes.shape[0], layer[0].shape[0], dtype=dtype)
 
 
 @torch.library.custom_op("robuq::attention", mutates_args=())

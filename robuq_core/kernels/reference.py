@@ -79,3 +79,18 @@ class ReferenceBackend:
     @torch.no_grad()
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.linear(x, weight, bias)
+
+
+class NarrowReferenceBackend(ReferenceBackend):
+    """The law of activations in bfloat16; see :class:`robuq_core.kernels.ops.NarrowBackend`."""
+
+    activations = torch.bfloat16
+
+    def rotate_quantize(self, x: Tensor, layer: TernaryLayer, prologue: Prologue = None) -> Quantized:
+        return super().rotate_quantize(x.float(), layer, prologue)
+
+    def ternary_linear(self, x: Quantized, layer: TernaryLayer, dtype: torch.dtype = torch.float32) -> Tensor:
+        return super().ternary_linear(x, layer).to(dtype)
+
+    def attention(self, qkv: Tensor, num_heads: int, quantized: bool) -> Tensor:
+        return super().attention(qkv.float(), num_heads, quantized).to(qkv.dtype)

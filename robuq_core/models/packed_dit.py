@@ -43,6 +43,8 @@ class PackedDiT:
     """``forward(x [B, C, H, W], timesteps [B], classes [B]) -> [B, out_channels, H, W]``, float32.
 
     ``x`` lies on :attr:`device`; ``timesteps`` and ``classes``, on the CPU, are what the host looks modulations up by.
+    The tokens that the blocks add to, and what proj and fc2 add to them, are float32 on every backend; qkv, heads and
+    the MLP's hidden values are what a :class:`~robuq_core.kernels.ops.NarrowBackend` asks for.
 
     Args:
         dense: the full-precision tensors under their DiT names (embedders and final layer), float32.
@@ -71,7 +73,7 @@ class PackedDiT:
         quantized_attention: bool,
     ) -> None:
         self.config, self.backend, self.quantized_attention = config, backend, quantized_attention
-        self._ternary = whole_layer(backend)
+        self._ternary, self._handed_on = whole_layer(backend), whole_layer(backend, handed_on=True)
         self._fused = backend if isinstance(backend, FusedBackend) else None
         self.dense = {name: tensor.to(backend.device) for name, tensor in dense.items()}
         self.blocks = [block.to(backend.device) for block in blocks]
@@ -172,10 +174,10 @@ class PackedDiT:
         """One block, in place on ``x_BLD``."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation_6BD.unbind()
         norm1 = Modulation(shift1, scale1, 1e-6)
-        qkv = self._ternary(x_BLD.flatten(0, 1), block.qkv, norm1).reshape(*x_BLD.shape[:2], -1)
+        qkv = self._handed_on(x_BLD.flatten(0, 1), block.qkv, norm1).reshape(*x_BLD.shape[:2], -1)
         heads = self.backend.attention(qkv, self.config.num_heads, self.quantized_attention)
         self._add_ternary(x_BLD, gate1, heads.flatten(0, 1), block.proj)
         norm2 = Modulation(shift2, scale2, norm2_eps(self.config))
-        hidden = self._ternary(x_BLD.flatten(0, 1), block.fc1, norm2)
+        hidden = self._handed_on(x_BLD.flatten(0, 1), block.fc1, norm2)
         self._add_ternary(x_BLD, gate2, hidden, block.fc2, "gelu")
         return x_BLD

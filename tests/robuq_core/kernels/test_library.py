@@ -11,6 +11,7 @@ from robuq_core.kernels import library
 from robuq_core.kernels.library import TraceableBackend
 from robuq_core.kernels.ops import Modulation, Prologue
 from robuq_core.kernels.pack_layer import pack_layer
+from robuq_core.kernels.reference import NarrowReferenceBackend
 from robuq_core.kernels.select import select_backend
 from robuq_core.models.packed_dit import PackedDiT
 from robuq_core.pipeline import Sampler
@@ -42,9 +43,20 @@ def test_operators_pass_opcheck(backend: str, rank: int) -> None:
             torch.library.opcheck(library.rotate_quantize, arguments)
     quantized = wrapper.rotate_quantize(x, layer)
     codes = [quantized.codes, quantized.scales, quantized.lowrank]
-    torch.library.opcheck(library.ternary_linear, (codes, parts, 2, "midrise", key))
+    torch.library.opcheck(library.ternary_linear, (codes, parts, 2, "midrise", torch.float32, key))
     torch.library.opcheck(library.attention, (torch.randn(2, 5, 36), 3, True, key))
     torch.library.opcheck(library.linear, (x, torch.randn(7, 48), torch.randn(7), key))
+
+
+def test_operators_of_activations_in_bfloat16_pass_opcheck() -> None:
+    wrapper = TraceableBackend(NarrowReferenceBackend())
+    layer, x = pack_layer(make_linear(48, 20, bits=2, rank=3)), tokens(6, 48).bfloat16()
+    parts = [layer.planar, layer.alpha, layer.bias, layer.signs, layer.lowrank_a, layer.lowrank_b]
+    torch.library.opcheck(library.rotate_quantize, (x, parts, 2, "midrise", 0, "gelu", [], 0.0, wrapper._key))
+    quantized = wrapper.rotate_quantize(x, layer)
+    codes = [quantized.codes, quantized.scales, quantized.lowrank]
+    torch.library.opcheck(library.ternary_linear, (codes, parts, 2, "midrise", torch.bfloat16, wrapper._key))
+    torch.library.opcheck(library.attention, (torch.randn(2, 5, 36).bfloat16(), 3, True, wrapper._key))
 
 
 @pytest.mark.parametrize("prologue", [None, "gelu", "silu", "modulation"])
@@ -73,8 +85,11 @@ def compiled_against_eager(network: PackedDiT, compiler: str) -> tuple[torch.Ten
         return compiled(x, slots, network.conditioning.table), expected
 
 
-def test_a_traced_network_is_the_eager_one(network: PackedDiT) -> None:
-    result, expected = compiled_against_eager(network, "aot_eager")
+@pytest.mark.parametrize("narrow", [False, True])
+def test_a_traced_network_is_the_eager_one(network: PackedDiT, narrow: bool) -> None:
+    chosen = network.replica(NarrowReferenceBackend()) if narrow else network
+    result, expected = compiled_against_eager(chosen, "aot_eager")
+    assert result.dtype is torch.float32
     assert torch.equal(result, expected)
 
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from robuq_core.config import ModelConfig
-from robuq_core.kernels.ops import Backend, TernaryLayer
-from robuq_core.kernels.reference import ReferenceBackend
-from robuq_core.kernels.select import select_backend
+from robuq_core.kernels.ops import NarrowBackend, TernaryLayer
+from robuq_core.kernels.reference import NarrowReferenceBackend, ReferenceBackend
 from robuq_core.quant.hadamard import random_signs
 from robuq_core.quant.packing import pack_planar
 
+BFLOAT16 = torch.bfloat16
 XL_SHAPES = {"qkv": (1152, 3456), "proj": (1152, 1152), "fc1": (1152, 4608), "fc2": (4608, 1152)}
 
 
@@ -49,18 +49,21 @@ TINY = Sizes(
     model=ModelConfig(input_size=4, hidden_size=48, depth=1, num_heads=4, num_classes=10),
     batches=(1, 3),
     timed_rows=16,
-    shapes={"proj": (36, 40)},
+    shapes={"qkv": (36, 40), "proj": (36, 40)},
 )
 
 
 class Check:
-    """The backends, the sizes, and what every part needs of them."""
+    """The backends, the sizes, and what every part needs of them. ``narrow``: ``ours`` with activations in bfloat16."""
 
     def __init__(self, rehearse: bool) -> None:
         self.sizes = TINY if rehearse else FULL
-        self.ours: Backend = select_backend("triton")
+        from robuq_core.kernels.triton.backend import TritonBackend  # not before the interpreter is chosen
+
+        self.ours: NarrowBackend = TritonBackend()
+        self.narrow: NarrowBackend = TritonBackend(activations=BFLOAT16)
         self.device = self.ours.device
-        self.law = ReferenceBackend(self.device)
+        self.law, self.narrow_law = ReferenceBackend(self.device), NarrowReferenceBackend(self.device)
         self.generator = torch.Generator().manual_seed(0)
 
     def normal(self, *shape: int) -> Tensor:

@@ -37,8 +37,16 @@ def _rows(check: Check, rows: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def forward(check: Check) -> dict[str, Any]:
-    """A packed network against the reference's; and recorded as graphs, to the bit, alone and among others."""
-    ours, law = _network(check, check.ours), _network(check, check.law)
+    """A packed network against the reference's; and recorded as graphs, to the bit, alone and among others: with
+    activations in float32 and in bfloat16, and how far the second is from the first."""
+    sides = {"float32": (check.ours, check.law), "bfloat16": (check.narrow, check.narrow_law)}
+    result = {name: _agreement(check, *(_network(check, ops) for ops in both)) for name, both in sides.items()}
+    x, timesteps, classes = _rows(check, 1)
+    wide, narrow = (_network(check, ops).forward(x, timesteps, classes) for ops in (check.ours, check.narrow))
+    return result | {"bfloat16_from_float32": relative_error(narrow, wide)}
+
+
+def _agreement(check: Check, ours: PackedDiT, law: PackedDiT) -> dict[str, Any]:
     graphed = _graphed(check, ours)
     result: dict[str, Any] = {"relative_error": {}, "graphs_equal": {}, "alone_equal": {}}
     for rows in check.sizes.batches:
@@ -67,8 +75,13 @@ def _run_again(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
 
 
 def time_forward(check: Check) -> dict[str, Any]:
-    network, found = _network(check, check.ours), {}
-    graphed = _graphed(check, network)
+    sides = {"float32": check.ours, "bfloat16": check.narrow}
+    found = {name: _times(check, _network(check, ops)) for name, ops in sides.items()}
+    return {"depth": check.sizes.model.depth, "rows": found}
+
+
+def _times(check: Check, network: PackedDiT) -> dict[int, dict[str, float]]:
+    graphed, found = _graphed(check, network), {}
     for rows in check.sizes.batches:
         x, timesteps, classes = _rows(check, rows)
         slots, table = network.conditioning.slots(timesteps.tolist(), classes.tolist()), network.conditioning.table
@@ -76,7 +89,7 @@ def time_forward(check: Check) -> dict[str, Any]:
             name: min(_wall_milliseconds(check, functools.partial(run, x, slots, table)) for _ in range(3))
             for name, run in (("eager_ms", network.denoise), ("graphed_ms", graphed))
         }
-    return {"depth": check.sizes.model.depth, "rows": found}
+    return found
 
 
 def _wall_milliseconds(check: Check, run: Callable[[], object]) -> float:

@@ -25,6 +25,9 @@ def test_rehearsal(tmp_path: Path) -> None:
     assert report["environment"]["backend"] == "triton-interpreted"
     assert report["dense_linear"]["worst_relative_error"] < 1e-6
     assert report["time_linears"]["proj"]["relative_error"] < 1e-5
+    # What qkv gives is bfloat16, what proj gives is not.
+    assert 1e-4 < report["time_linears"]["qkv"]["narrow_error"] < 2**-8
+    assert report["time_linears"]["proj"]["narrow_error"] < 1e-5
 
 
 def test_a_part_that_fails_is_written_down_and_the_next_one_runs(

@@ -29,7 +29,8 @@ class TuningTableError(UserError, ValueError):
 
 
 def ternary_linear_key(rows: int, outputs: int, width: int, rank: int) -> str:
-    """What a launch of the ternary product is tuned under: its shape, rows rounded up to a bucket."""
+    """What a launch of the ternary product is tuned under: its shape, rows rounded up to a bucket. Results in float32
+    and in bfloat16 share it."""
     return f"ternary_linear rows={row_bucket(rows)} N={outputs} K={width} rank={rank}"
 
 

@@ -7,7 +7,11 @@
  *
  * fork() takes the workers away but not the memory. Every pool is therefore on a list, and the child forgets its
  * workers: its next job starts new ones. */
+#define _GNU_SOURCE /* affinity of threads */
 #include <pthread.h>
+#if defined(__linux__)
+#include <sched.h>
+#endif
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -29,6 +33,7 @@ struct pool {
     pthread_cond_t wake, left;
     int threads;            /* the most that work on a job, the caller among them */
     int workers;            /* threads started */
+    int avoided;            /* the processor that workers keep off, the caller's; -1: none yet */
     int wanted;             /* workers invited to the job */
     int open, stopping;
     task_function *function;
@@ -111,9 +116,26 @@ static int start_workers(struct pool *pool, int wanted) {
             break;
         }
         pool->workers++;
+        pool->avoided = -1;
     }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     return (int)min64(wanted, pool->workers);
+}
+
+/* Workers keep off the processor of the caller. Linux likes to wake a thread where its waker runs, even if others are
+ * idle; the caller then does all tasks before the worker has its turn, job after job. */
+static void keep_off_caller(struct pool *pool) {
+#if defined(__linux__) && defined(CPU_SET)
+    const int caller = sched_getcpu();
+    cpu_set_t allowed;
+    if (caller < 0 || caller == pool->avoided || sched_getaffinity(0, sizeof allowed, &allowed)) return;
+    pool->avoided = caller;
+    CPU_CLR(caller, &allowed);
+    if (CPU_COUNT(&allowed) == 0) return;
+    for (int id = 0; id < pool->workers; id++) pthread_setaffinity_np(pool->ids[id], sizeof allowed, &allowed);
+#else
+    (void)pool;
+#endif
 }
 
 static int reserve(struct scratch *scratch, size_t bytes) {
@@ -134,8 +156,8 @@ static void publish(struct pool *pool, task_function *function, const void *job,
     pool->wanted = helpers;
     pool->open = 1;
     atomic_fetch_add(&pool->generation, 1);
-    pthread_cond_broadcast(&pool->wake);
     pthread_mutex_unlock(&pool->lock);
+    pthread_cond_broadcast(&pool->wake); /* unlocked, so that who wakes up does not wait for the lock next */
 }
 
 static void close_and_wait(struct pool *pool) {
@@ -164,7 +186,10 @@ int pool_run(struct pool *pool, int64_t tasks, size_t scratch_bytes, task_functi
     for (int id = 0; id < helpers && !failed; id++) failed = reserve(&pool->scratch[id], scratch_bytes);
     if (failed) return failed;
     atomic_store(&pool->next, 0);
-    if (helpers) publish(pool, function, job, tasks, helpers);
+    if (helpers) {
+        keep_off_caller(pool);
+        publish(pool, function, job, tasks, helpers);
+    }
     work(pool, function, job, tasks, own->memory);
     if (helpers) close_and_wait(pool);
     return 0;
@@ -201,6 +226,7 @@ struct pool *pool_create(int threads) {
     if (!pool) return NULL;
     init_locks(pool);
     pool->threads = (int)max64(min64(threads, MAX_THREADS), 1);
+    pool->avoided = -1;
     pthread_once(&once, watch_forks);
     pthread_mutex_lock(&pools_lock);
     pool->next_pool = pools;

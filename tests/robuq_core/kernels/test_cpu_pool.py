@@ -52,6 +52,21 @@ def test_threads_start_with_the_first_op_and_end_with_the_object() -> None:
     until(lambda: not own & thread_ids())  # a joined thread is listed for a moment more
 
 
+@linux
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="asks for the processors of a thread")
+def test_threads_keep_off_the_processor_of_the_caller() -> None:
+    allowed = os.sched_getaffinity(0)
+    gc.collect()
+    before = thread_ids()
+    backend = CpuBackend(threads=3)
+    run(backend)
+    own = [os.sched_getaffinity(int(task)) for task in thread_ids() - before]
+    assert len(own) == 2
+    for processors in own:
+        assert len(allowed - processors) == (1 if len(allowed) > 1 else 0)
+    assert os.sched_getaffinity(0) == allowed
+
+
 def test_backends_run_side_by_side_with_equal_results() -> None:
     expected = run(CpuBackend(threads=1))
     wrong = []

@@ -135,7 +135,13 @@ class NarrowBackend(Backend, Protocol):
 
 @runtime_checkable
 class FusedBackend(Backend, Protocol):
-    """A backend that also runs a whole layer in one call, with the same bits as in two."""
+    """A backend that also runs a whole layer in one call, with the same bits as in two.
+
+    ``rows_at_once``: more rows than these are better run one part after the other, so that what one op hands to the
+    next stays in the caches.
+    """
+
+    rows_at_once: int
 
     def ternary(self, x: Tensor, layer: TernaryLayer, prologue: Prologue = None) -> Tensor:
         """``ternary_linear(rotate_quantize(x))``: ``x [M, K]`` -> ``[M, N]``."""

@@ -172,6 +172,13 @@ class PackedDiT:
 
     def run_block(self, x_BLD: Tensor, modulation_6BD: Tensor, block: PackedBlock) -> Tensor:
         """One block, in place on ``x_BLD``."""
+        images, length = x_BLD.shape[:2]
+        some = images if self._fused is None else max(1, self._fused.rows_at_once // length)
+        for i in range(0, images, some):
+            self._run_images(x_BLD[i : i + some], modulation_6BD[:, i : i + some], block)
+        return x_BLD
+
+    def _run_images(self, x_BLD: Tensor, modulation_6BD: Tensor, block: PackedBlock) -> None:
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation_6BD.unbind()
         norm1 = Modulation(shift1, scale1, 1e-6)
         qkv = self._handed_on(x_BLD.flatten(0, 1), block.qkv, norm1).reshape(*x_BLD.shape[:2], -1)
@@ -180,4 +187,3 @@ class PackedDiT:
         norm2 = Modulation(shift2, scale2, norm2_eps(self.config))
         hidden = self._handed_on(x_BLD.flatten(0, 1), block.fc1, norm2)
         self._add_ternary(x_BLD, gate2, hidden, block.fc2, "gelu")
-        return x_BLD

@@ -14,7 +14,6 @@ from robuq_core.classes import read_names
 from robuq_core.cli_support import reported
 from robuq_core.config import MAX_SEED, NUM_TRAIN_TIMESTEPS, DecoderKind, Flavour, SamplerConfig, SamplerName
 from robuq_core.errors import UserError
-from robuq_core.openmp import sleep_between_regions
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -75,7 +74,6 @@ def sample(
     """Draw one image a class into PNG files; what is not given takes the checkpoint's default."""
     from rich.progress import Progress
 
-    sleep_between_regions()
     from robuq_core.pipeline import Sampler
 
     loaded = Sampler.from_checkpoint(checkpoint, decoder=decoder, backend=backend, threads=threads, device=device)
@@ -120,7 +118,6 @@ def compare(
     device: DeviceOption = None,
 ) -> None:
     """Print what guidance at some timesteps alone or step caching saves, and how far its pictures then are off."""
-    sleep_between_regions()
     from robuq_core.compare import compare_short_cuts
     from robuq_core.pipeline import Sampler
 

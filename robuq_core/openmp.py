@@ -1,13 +1,47 @@
-"""How the threads of torch's OpenMP wait for work. It reads its settings once: this comes before torch is imported."""
+"""The threads of torch's OpenMP, beside those of the native kernels: both want every core.
+
+After each parallel region torch's threads go on spinning for a while, on the cores that the kernels' threads want next.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 
 
 def sleep_between_regions() -> None:
     """Let torch's threads sleep between parallel regions, unless ``OMP_WAIT_POLICY`` says otherwise.
 
-    By default they go on spinning for a while, on the cores that the native kernels' own threads want next.
+    OpenMP reads its settings once: this comes before torch is imported.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+@lru_cache(maxsize=1)
+def _openmp() -> ctypes.CDLL | None:
+    try:
+        library = ctypes.CDLL(None)
+    except (OSError, TypeError):  # no way to look into the process itself
+        return None
+    return library if hasattr(library, "omp_set_num_threads") else None
+
+
+@contextmanager
+def on_one_thread(wanted: bool = True) -> Iterator[None]:
+    """Within it torch's operators, called by this thread, take no other; where torch has OpenMP, and ``wanted``.
+
+    :func:`torch.set_num_threads` would be heard by threads that start meanwhile.
+    """
+    library = _openmp() if wanted else None
+    if library is None:
+        yield
+        return
+    before = library.omp_get_max_threads()
+    library.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        library.omp_set_num_threads(before)

@@ -27,6 +27,7 @@ from robuq_core.diffusion.samplers import Coefficients
 from robuq_core.hub import DECODER_FOLDER, bundled_checkpoint, resolve_checkpoint
 from robuq_core.kernels.select import select_backend
 from robuq_core.models.packed_dit import PackedDiT
+from robuq_core.openmp import on_one_thread
 from robuq_core.rows import ALL_TIMESTEPS, LatestBatch, Row, RowSpec
 from robuq_core.step_cache import cached_forward
 
@@ -206,6 +207,10 @@ class Sampler:
 
         Rows may differ in class, timestep, step count, guidance and sampler. If it raises, no row has moved.
         """
+        with on_one_thread(getattr(self.model, "has_own_threads", False)):
+            self._step(rows)
+
+    def _step(self, rows: Sequence[Row]) -> None:
         columns = torch.stack([row.coefficients[row.steps_done] for row in rows]).to(self.device)
         c = Coefficients(*columns[..., None, None, None].unbind(1))
         x = self._x.of([row.x for row in rows])

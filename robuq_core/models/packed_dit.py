@@ -18,6 +18,7 @@ from robuq_core.kernels.reference import ReferenceBackend
 from robuq_core.models.conditioning import BLOCK_ENTRIES, ConditioningTable
 from robuq_core.models.dit import norm2_eps, patchify, position_table, unpatchify
 from robuq_core.models.graphs import CudaRecorder, Denoise, DenoiseKeeping, GraphedDenoise, buckets
+from robuq_core.openmp import on_one_thread
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
 
@@ -79,6 +80,8 @@ class PackedDiT:
         self.blocks = [block.to(backend.device) for block in blocks]
         self.pos_embed = pos_embed.to(backend.device)
         self.conditioning = ConditioningTable(config, self.dense, [block.adaln for block in self.blocks], backend)
+        # Between native kernels torch has little to do, and its threads would be in the way of theirs.
+        self.has_own_threads = self._fused is not None
         self._run: Denoise = self.denoise
         self._run_keeping: DenoiseKeeping = self.denoise_keeping
         # The reference runs as it is written.
@@ -105,7 +108,8 @@ class PackedDiT:
         return packed + sum(tensor.nbytes for tensor in self.dense.values())
 
     def forward(self, x_BCHW: Tensor, timesteps_B: Tensor, classes_B: Tensor) -> Tensor:
-        return self._run(x_BCHW, self._slots(timesteps_B, classes_B), self.conditioning.table)
+        with on_one_thread(self.has_own_threads):
+            return self._run(x_BCHW, self._slots(timesteps_B, classes_B), self.conditioning.table)
 
     def forward_keeping(
         self, x_BCHW: Tensor, timesteps_B: Tensor, classes_B: Tensor, keep: list[int]

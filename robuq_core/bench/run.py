@@ -71,8 +71,8 @@ def run_plans(
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     described = machine()
-    device = select_backend(settings.backend, settings.threads, settings.device).device
-    measured = ceilings(device_timer(device, settings.rounds, settings.budget_s), device)
+    backend = select_backend(settings.backend, settings.threads, settings.device)
+    measured = ceilings(device_timer(backend.device, settings.rounds, settings.budget_s), backend.device)
     results: list[Result] = []
     for plan in plans:
         for result in _run(plan, settings):
@@ -82,7 +82,7 @@ def run_plans(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=described,
         ceilings=measured,
-        settings=asdict(settings),
+        settings=asdict(settings) | {"kernels": backend.name},
         cases=tuple(r for r in results if isinstance(r, CaseTiming)),
         memory=tuple(r for r in results if isinstance(r, MemoryUse)),
         loading=tuple(r for r in results if isinstance(r, Loading)),

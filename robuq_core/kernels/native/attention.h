@@ -225,9 +225,9 @@ FN void quantized_softmax(const struct attention_buffers *b, int64_t row, int64_
     pack_code *codes = (pack_code *)b->p_codes + row * padded;
     v8 top = splat(LOWEST_LOGIT);
     for (int64_t j = 0; j < padded; j += LANES) {
-        v8i product, offset;
+        v8i product, offset = {0};
         memcpy(&product, products + j, sizeof product);
-        memcpy(&offset, b->key_offsets + j, sizeof offset);
+        if (QUERY_BIAS) memcpy(&offset, b->key_offsets + j, sizeof offset);
         const v8 logit = __builtin_convertvector(product - offset, v8) * (splat(scale) * load(b->k_scale + j));
         top = vmax(top, j < whole ? logit : first_part(logit, length - j, splat(LOWEST_LOGIT)));
         store(p + j, logit);
@@ -244,7 +244,7 @@ FN void attend_int8(const struct head *h, const struct attention_buffers *b) {
     pack_code *q = b->q, *k = b->k;
     quantize_tokens(h->k, h->stride, length, dim, q, b->k_scale, 0);
     transpose_packs(q, length, padded_dim, padded_length, k);
-    sum_keys(k, padded_length, packs, b->key_offsets);
+    if (QUERY_BIAS) sum_keys(k, padded_length, packs, b->key_offsets);
     quantize_tokens(h->q, h->stride, length, dim, q, b->q_scale, QUERY_BIAS);
     for (int64_t j = length; j < padded_length; j++) b->k_scale[j] = 0.0f;
     const float scale = quantize_values(h->v, h->stride, length, dim, b->v_codes) / 255.0f;

@@ -66,4 +66,4 @@ FN void amx_multiply(const struct ternary_job *job, int64_t channel, int64_t gro
     _tile_release();
 }
 
-static const struct product amx_product = {1, 1, vnni_decode, copy_codes, amx_multiply};
+static const struct product amx_product = {1, vnni_decode, copy_codes, amx_multiply};

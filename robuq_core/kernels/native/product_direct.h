@@ -90,4 +90,4 @@ FN void direct_multiply(const struct ternary_job *job, int64_t channel, int64_t 
     }
 }
 
-static const struct product direct_product = {1, 1, direct_decode, copy_codes, direct_multiply};
+static const struct product direct_product = {1, direct_decode, copy_codes, direct_multiply};

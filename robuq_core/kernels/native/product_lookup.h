@@ -74,7 +74,7 @@ INLINE void group_tables(const int8_t *x, const int8_t *y, int bias, uint8_t *ou
     const __m256i sign0 = both_halves(_mm_setr_epi8(-1, 0, 1, 0, -1, 0, 1, 0, -1, 0, 1, 0, 0, 0, 0, 0));
     const __m256i sign1 = both_halves(_mm_setr_epi8(-1, -1, -1, 0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0));
     const __m256i none = _mm256_setzero_si256(), extra = _mm256_set1_epi8((char)(POSITIVE - bias));
-    /* n, the weights that are not 0, and p, those that are 1: sign bytes are -1 where they are so. */
+    /* n, the weights that are not 0, and p, those that are 1; a comparison that holds gives -1. */
     const __m256i nonzero = _mm256_add_epi8(_mm256_abs_epi8(sign0), _mm256_abs_epi8(sign1));
     const __m256i ones = _mm256_sub_epi8(none, _mm256_add_epi8(_mm256_cmpgt_epi8(sign0, none),
                                                                _mm256_cmpgt_epi8(sign1, none)));
@@ -219,4 +219,4 @@ FN void lookup_multiply(const struct ternary_job *job, int64_t channel, int64_t 
     }
 }
 
-static const struct product lookup_product = {1, 0, lookup_decode, lookup_operands, lookup_multiply};
+static const struct product lookup_product = {0, lookup_decode, lookup_operands, lookup_multiply};

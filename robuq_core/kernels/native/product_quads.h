@@ -301,4 +301,4 @@ FN void quads_multiply(const struct ternary_job *job, int64_t channel, int64_t g
     }
 }
 
-static const struct product quads_product = {QUAD_PANELS, 0, quads_decode, quads_operands, quads_multiply};
+static const struct product quads_product = {0, quads_decode, quads_operands, quads_multiply};

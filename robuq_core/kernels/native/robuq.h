@@ -154,7 +154,7 @@ struct ternary_buffers {
     uint8_t *panel;             /* [slice_groups, GROUP * PANEL] */
     int8_t *operands;           /* [block_rows, slice_groups, operand_bytes] */
     int32_t *offsets;           /* [block_rows] */
-    int32_t *products;          /* [panels, block_rows, PANEL]; of one panel where there is one slice */
+    int32_t *products;          /* [panels, block_rows, PANEL]; of those multiplied together where there is one slice */
     float *lowrank_a;           /* [rank, PANEL] */
 };
 

@@ -7,14 +7,13 @@
 enum { EPILOGUE_ROWS = HAVE_AVX512VNNI ? 4 : 2 }; /* of a tile: 16 registers of sums, or 8 */
 
 struct product {
-    int panels;                 /* that it multiplies at a time */
     int adds;                   /* to products from the first slice on: they begin as zeros */
     /* Slice `group`.. of the channels `channel`.., GROUP codes each: at most GROUP * PANEL bytes a group. */
     void (*decode)(const struct ternary_job *job, int64_t channel, int64_t group, int64_t groups, uint8_t *panel);
     /* The same slice of rows `first`.., and what to subtract from their products once all slices are summed. */
     void (*operands)(const struct ternary_job *job, int64_t first, int64_t rows, int64_t group, int64_t groups,
                      int8_t *operands, int32_t *offsets);
-    /* products [panels][rows, PANEL] += operands . panel, of that slice; panels lie `stride` apart */
+    /* products [job->panels][rows, PANEL] += operands . panel, of that slice; panels lie `stride` apart */
     void (*multiply)(const struct ternary_job *job, int64_t channel, int64_t group, int64_t groups,
                      const uint8_t *panel, const int8_t *operands, int64_t rows, int32_t *products, int64_t stride);
 };
@@ -156,13 +155,13 @@ INLINE void ternary_task(const struct ternary_job *job, int64_t task, char *scra
         const int64_t count = min64(job->slice_groups, groups - group);
         const int last = group + count == groups;
         product->operands(job, first, rows, group, count, b.operands, b.offsets);
-        for (int64_t c = channel; c < end; c += product->panels * PANEL) {
+        for (int64_t c = channel; c < end; c += job->panels * PANEL) {
             /* One slice: panels are done before the next. Several: the products of all panels are kept. */
             int32_t *products = b.products + (count == groups ? 0 : (c - channel) / PANEL * stride);
-            if (!group && product->adds) memset(products, 0, (size_t)(product->panels * stride) * sizeof *products);
+            if (!group && product->adds) memset(products, 0, (size_t)(job->panels * stride) * sizeof *products);
             product->decode(job, c, group, count, b.panel);
             product->multiply(job, c, group, count, b.panel, b.operands, rows, products, stride);
-            for (int p = 0; last && p < product->panels && c + p * PANEL < end; p++) {
+            for (int p = 0; last && p < job->panels && c + p * PANEL < end; p++) {
                 transpose_lowrank(job->layer, c + p * PANEL, b.lowrank_a);
                 epilogue(job, first, rows, c + p * PANEL, products + p * stride, b.offsets, b.lowrank_a);
             }

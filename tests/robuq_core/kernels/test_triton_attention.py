@@ -7,12 +7,11 @@ Triton reads ``TRITON_INTERPRET`` when kernels are defined: the interpreted test
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from interpreter import assert_passes_interpreted
 
 pytest.importorskip("triton")
 
@@ -27,12 +26,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     TENSOR_CORES = {80: {"mma.sync"}, 86: {"mma.sync"}, 89: {"mma.sync"}, 90: {"wgmma"}}
 
     def test_attention_and_backend_in_the_interpreter() -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).resolve())]
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[3], timeout=600
-        )
-        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+        assert_passes_interpreted(__file__)
 
     @pytest.mark.parametrize(("head_dim", "architecture"), [(16, 90), *((72, sm) for sm in ARCHITECTURES), (160, 90)])
     def test_attention_compiles_without_spills(head_dim: int, architecture: int) -> None:

@@ -7,13 +7,11 @@ variable, this file holds one test that starts that process.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from interpreter import assert_passes_interpreted
 
 pytest.importorskip("triton")
 
@@ -22,12 +20,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED:
 
     def test_kernels_in_the_interpreter() -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).resolve())]
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[3], timeout=600
-        )
-        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+        assert_passes_interpreted(__file__)
 
 else:
     from layer_cases import REFERENCE, assert_quantized_agree, make_linear, prologues, tokens

@@ -40,15 +40,15 @@ RUN = {
 
 # What another test runs, by its program or by the function that the program calls with the words of a command line: the
 # page and the command as a regular expression, and the test's file and name.
-CLI, GUIDE, HERE = "tests/robuq_core/test_cli.py", "tests/server/test_serving_guide.py", "tests/docs"
+CLI, GUIDE, HERE = "tests/core/test_cli.py", "tests/serving/test_serving_guide.py", "tests/documentation"
 ELSEWHERE = {
     r"docs/serving.md (robuq-serve keys|curl) .*": f"{GUIDE}::test_examples_in_the_shell_run",
     r"\S+ robuq-serve keys create \w+( --scope read)?": f"{GUIDE}::test_examples_in_the_shell_run",
-    r"docs/weights.md robuq (convert|sample) .*": "tests/robuq_core/test_convert.py::test_the_examples_of_the_guide",
-    r"docs/decoding.md robuq.*": "tests/robuq_core/test_decode.py::test_the_examples_of_the_guide",
-    r"docs/hub.md robuq export-hub .*": "tests/robuq_core/test_hub.py::test_the_examples_of_the_guide",
-    r"docs/evaluation.md robuq-train evaluate .*": "tests/train/evaluation/test_run.py::test_teacher_student",
-    r"docs/evaluation.md robuq-train diagnose .*": "tests/train/diagnose/test_diagnose.py::test_the_report_is_a_page",
+    r"docs/weights.md robuq (convert|sample) .*": "tests/core/test_convert.py::test_the_examples_of_the_guide",
+    r"docs/decoding.md robuq.*": "tests/core/test_decode.py::test_the_examples_of_the_guide",
+    r"docs/hub.md robuq export-hub .*": "tests/core/test_hub.py::test_the_examples_of_the_guide",
+    r"docs/evaluation.md robuq-train evaluate .*": "tests/training/evaluation/test_run.py::test_teacher_student",
+    r"docs/evaluation.md robuq-train diagnose .*": "tests/training/diagnose/test_diagnose.py::test_the_report_is_a_page",
     r"\S+ robuq-serve( --checkpoint \S+)?( --port \d+)?": f"{HERE}/test_wheel.py::test_it_serves",
     r"\S+ robuq sample( .*)?": f"{CLI}::test_sample_writes_one_picture_a_class",
     r"\S+ robuq inspect( \S+)?": f"{CLI}::test_inspect_prints_what_the_file_holds",
@@ -56,32 +56,32 @@ ELSEWHERE = {
     r"\S+ robuq bench random-checkpoint .*": f"{CLI}::test_a_preset_becomes_a_file_with_random_weights",
     r"\S+ robuq bench.*": f"{CLI}::test_bench_prints_a_table_and_writes_json",
     r"\S+ robuq-train (run|evaluate)( .*)?": f"{HERE}/test_commands_run.py::test_the_commands",
-    r"\S+ robuq-train (prepare|teacher|warmup|qat|export)( .*)?": "tests/train/stages/test_stages.py::trained",
-    r"\S+ robuq-train diagnose( .*)?": "tests/train/diagnose/test_diagnose.py::test_the_report_is_a_page",
-    r"\S+ robuq-train ablate( .*)?": "tests/train/test_train_commands.py::test_ablate_trains",
-    r"\S+ robuq-train memory( .*)?": "tests/train/test_train_commands.py::test_memory_prints",
-    r"\S+ robuq-serve capacity .*": "tests/server/test_capacity.py::test_commands_of_the_guide_run",
-    r"\S+ torchrun .*": "tests/train/test_train_commands.py::test_torchrun_trains",
-    r"docs/cluster.md serve run .*": "tests/server/test_ray_app.py::test_the_routes_are_those",
-    r"\S+ locust .*": "tests/loadtest/test_locustfile.py::test_a_good_server_passes",
-    r"\S+ python -m loadtest.open_loop": "tests/loadtest/test_open_loop.py::test_the_command_measures_a_server",
-    r"\S+ python -m bench.training.*": "tests/bench/test_bench_training.py::test_the_command_prints",
-    r"\S+ python -m bench.convert.*": "tests/bench/test_bench_convert.py::test_every_task_is_measured",
-    r"\S+ python -m bench.serving.*": "tests/bench/test_bench_serving.py::test_the_command_measures",
+    r"\S+ robuq-train (prepare|teacher|warmup|qat|export)( .*)?": "tests/training/stages/test_stages.py::trained",
+    r"\S+ robuq-train diagnose( .*)?": "tests/training/diagnose/test_diagnose.py::test_the_report_is_a_page",
+    r"\S+ robuq-train ablate( .*)?": "tests/training/test_train_commands.py::test_ablate_trains",
+    r"\S+ robuq-train memory( .*)?": "tests/training/test_train_commands.py::test_memory_prints",
+    r"\S+ robuq-serve capacity .*": "tests/serving/test_capacity.py::test_commands_of_the_guide_run",
+    r"\S+ torchrun .*": "tests/training/test_train_commands.py::test_torchrun_trains",
+    r"docs/cluster.md serve run .*": "tests/serving/test_ray_app.py::test_the_routes_are_those",
+    r"\S+ locust .*": "tests/load/test_locustfile.py::test_a_good_server_passes",
+    r"\S+ python -m loadtest.open_loop": "tests/load/test_open_loop.py::test_the_command_measures_a_server",
+    r"\S+ python -m bench.training.*": "tests/benchmarks/test_bench_training.py::test_the_command_prints",
+    r"\S+ python -m bench.convert.*": "tests/benchmarks/test_bench_convert.py::test_every_task_is_measured",
+    r"\S+ python -m bench.serving.*": "tests/benchmarks/test_bench_serving.py::test_the_command_measures",
     r"\S+ (robuq|robuq-train|robuq-serve) --help": f"{HERE}/test_commands_checked.py::test_help_is_printed",
-    r"THIRD_PARTY.md python scripts/sbom.py .*": "tests/scripts/test_sbom.py::test_the_command_writes",
-    r"\S+ python scripts/gpu_check.py .*": "tests/scripts/test_gpu_check.py::test_rehearsal",
+    r"THIRD_PARTY.md python scripts/sbom.py .*": "tests/tools/test_sbom.py::test_the_command_writes",
+    r"\S+ python scripts/gpu_check.py .*": "tests/tools/test_gpu_check.py::test_rehearsal",
 }
 
 # What is parsed and not run, as that takes a cluster, a container engine or the network. What it names (files, routes,
 # requirements) is checked by the test that is named, and by its own program's dry run where that is installed.
 CHECKED = {
-    r"docs/cluster.md kubectl apply -k \.": "tests/server/deploy/test_kubernetes.py::test_the_guide_s_kustomization",
-    r"docs/cluster.md kubectl apply -k deploy/.*": "tests/server/deploy/test_kubernetes.py::test_kustomize_builds",
-    r"docs/cluster.md serve deploy .*": "tests/server/deploy/test_ray_deploy.py::test_serve_takes_the_file",
-    r"\S+ docker compose .*": "tests/server/deploy/test_compose.py::test_the_services",
-    r"\S+ docker (build|run|stop) .*": "tests/server/test_dockerfile.py::test_what_is_copied_exists",
-    r"docs/monitoring.md curl .*/(health|ready)": "tests/server/test_operations_api.py::test_",
+    r"docs/cluster.md kubectl apply -k \.": "tests/serving/deploy/test_kubernetes.py::test_the_guide_s_kustomization",
+    r"docs/cluster.md kubectl apply -k deploy/.*": "tests/serving/deploy/test_kubernetes.py::test_kustomize_builds",
+    r"docs/cluster.md serve deploy .*": "tests/serving/deploy/test_ray_deploy.py::test_serve_takes_the_file",
+    r"\S+ docker compose .*": "tests/serving/deploy/test_compose.py::test_the_services",
+    r"\S+ docker (build|run|stop) .*": "tests/serving/test_dockerfile.py::test_what_is_copied_exists",
+    r"docs/monitoring.md curl .*/(health|ready)": "tests/serving/test_operations_api.py::test_",
     r"\S+ make .*": f"{HERE}/test_commands_checked.py::test_make_would_run",
     r"\S+ pip install '?\.(\[.*)?": f"{HERE}/test_commands_checked.py::test_pip_would_install",
 }
@@ -215,9 +215,9 @@ def test_the_commands_of_a_page(page: str, sandbox: Sandbox) -> None:
 
 # Pages whose Python is run by a test of their own.
 PYTHON_ELSEWHERE = {
-    "docs/serving.md": "tests/server/test_serving_guide.py::test_examples_in_python_run",
-    "docs/decoding.md": "tests/robuq_core/test_decode.py::test_the_examples_of_the_guide",
-    "docs/hub.md": "tests/robuq_core/test_hub.py::test_the_examples_of_the_guide",
+    "docs/serving.md": "tests/serving/test_serving_guide.py::test_examples_in_python_run",
+    "docs/decoding.md": "tests/core/test_decode.py::test_the_examples_of_the_guide",
+    "docs/hub.md": "tests/core/test_hub.py::test_the_examples_of_the_guide",
 }
 
 

@@ -1,4 +1,4 @@
-"""The choice of replicas by itself; tests/server/test_ray_app.py has Ray make it."""
+"""The choice of replicas by itself; tests/serving/test_ray_app.py has Ray make it."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 It takes a container engine and an image, so name both; docker is the default engine:
 
     docker build -t robuq-serve .
-    ROBUQ_TEST_IMAGE=robuq-serve CONTAINER_ENGINE=podman pytest tests/server/deploy/test_image.py
+    ROBUQ_TEST_IMAGE=robuq-serve CONTAINER_ENGINE=podman pytest tests/serving/deploy/test_image.py
 """
 
 from __future__ import annotations

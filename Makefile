@@ -1,21 +1,31 @@
-# make serve and make test set up everything they need in .venv; nothing else has to be installed first but
-# Python 3.11 or later and, for the fast CPU kernels, a C compiler.
+# make serve and make test set up what they need in .venv. Python 3.11 or later must be there and, for the fast CPU
+# kernels, a C compiler. TORCH=cpu or TORCH=cuda overrides the choice of torch's build (scripts/install-torch.sh).
 
 PYTHON ?= python3
 VENV ?= .venv
 HOST ?= 127.0.0.1
 PORT ?= 8000
+# Processes that run tests.
+WORKERS ?= 2
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py constraints.txt $(wildcard robuq_core/kernels/native/*)
+PIP := $(BIN)/pip install --quiet --constraint constraints.txt
+# The environment is set up again when these change; a change of C sources rebuilds the library alone.
+REQUIREMENTS := pyproject.toml constraints.txt
+NATIVE := setup.py $(wildcard robuq_core/kernels/native/*)
 
-.PHONY: serve test lint loadtest docs sbom dist clean
+.PHONY: serve test test-all lint loadtest docs sbom dist clean
 .DELETE_ON_ERROR:
 
-serve: $(VENV)/.serve
+serve: $(VENV)/.serve $(VENV)/.native
 	$(BIN)/robuq-serve --host $(HOST) --port $(PORT)
 
-test: lint
-	$(BIN)/pytest
+# The fast tests; `make test-all` runs the others.
+test: lint $(VENV)/.native
+	$(BIN)/pytest --numprocesses $(WORKERS) -m "not slow and not gpu and not browser"
+
+# What `make test` leaves out: slow tests, and tests that need more packages (Ray, docs, peers ...).
+test-all: $(VENV)/.dev-all $(VENV)/.native
+	$(BIN)/pytest --numprocesses $(WORKERS) -m "slow or browser"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -23,7 +33,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 # A short headless load test of a server that it starts itself; the reports go to loadtest/reports/.
-loadtest: $(VENV)/.dev
+loadtest: $(VENV)/.dev-all
 	mkdir -p loadtest/reports
 	$(BIN)/robuq-serve --port $(PORT) --log-level warning & server=$$!; trap "kill $$server" EXIT; \
 	$(BIN)/locust -f loadtest --headless --users 8 --spawn-rate 4 --run-time 30s --only-summary \
@@ -31,14 +41,14 @@ loadtest: $(VENV)/.dev
 	$(BIN)/python -m loadtest.open_loop --host http://127.0.0.1:$(PORT) --rate 2,5,10 --duration 10
 
 # The documentation as a site in site/; a broken link is an error.
-docs: $(VENV)/.dev
+docs: $(VENV)/.dev-all
 	$(BIN)/mkdocs build --strict
 
 # CycloneDX bill of materials of the installed packages.
-sbom: $(VENV)/.dev
+sbom: $(VENV)/.dev-all
 	$(BIN)/python scripts/sbom.py --out dist/sbom.cdx.json
 
-dist: $(VENV)/.dev
+dist: $(VENV)/.dev-all
 	$(BIN)/python -m build
 
 clean:
@@ -48,10 +58,25 @@ $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.serve: $(VENV)/bin/python $(SOURCES)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
-	touch $@
+# The package with its library and the extras that are named.
+define install
+	scripts/install-torch.sh $(BIN)/python
+	$(PIP) setuptools
+	$(PIP) --no-build-isolation --editable '.$(1)'
+	touch $(VENV)/.serve $@
+endef
 
-$(VENV)/.dev: $(VENV)/bin/python $(SOURCES)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $@ $(VENV)/.serve
+$(VENV)/.serve: $(VENV)/bin/python $(REQUIREMENTS)
+	$(call install,)
+
+$(VENV)/.dev: $(VENV)/bin/python $(REQUIREMENTS)
+	$(call install,[dev])
+
+$(VENV)/.dev-all: $(VENV)/bin/python $(REQUIREMENTS)
+	$(call install,[dev-all])
+	touch $(VENV)/.dev
+
+# setuptools compiles nothing that is newer than its sources.
+$(VENV)/.native: $(NATIVE) | $(VENV)/bin/python
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@

@@ -30,7 +30,7 @@ from robuq_core.files import replacing
 PROJECT = "robuq"
 PYPROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 # Extras that serve work on robuq itself; nobody who uses it installs them.
-DEVELOPMENT = {"dev", "docs"}
+DEVELOPMENT = {"dev", "dev-all", "docs"}
 TABLE = re.compile(r"(?<=<!-- packages -->\n).*?(?=<!-- end -->)", re.S)
 # What a package's licence file says where its metadata do not, or where it may not be installed.
 STATED = {

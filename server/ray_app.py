@@ -170,7 +170,7 @@ def app(settings: ClusterSettings) -> serve.Application:
         target_ongoing_requests=settings.target_images,
         upscale_delay_s=settings.upscale_delay_s,
         downscale_delay_s=settings.downscale_delay_s,
-        policy=AutoscalingPolicy(policy_function=scale_on_images),  # type: ignore[no-untyped-call]
+        policy=AutoscalingPolicy(policy_function=scale_on_images),
     )
     deployment = cast(serve.Deployment, Replica).options(
         ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
@@ -179,7 +179,7 @@ def app(settings: ClusterSettings) -> serve.Application:
         max_queued_requests=settings.max_queue_images,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         autoscaling_config=scaling,
-        request_router_config=RequestRouterConfig(request_router_class=TwoChoices),  # type: ignore[arg-type]
+        request_router_config=RequestRouterConfig(request_router_class=TwoChoices),
         graceful_shutdown_timeout_s=settings.drain_timeout_s + DELIVERY_TIMEOUT_S,
         health_check_period_s=5,
         health_check_timeout_s=10,

@@ -34,7 +34,7 @@ class RayMetrics:
                     self._gauges[sample.name] = Gauge(
                         sample.name,
                         description=family.documentation,
-                        tag_keys=tags,  # type: ignore[arg-type]
+                        tag_keys=tags,
                     )
                 self._gauges[sample.name].set(sample.value, tags=dict(sample.labels))
                 told.add((sample.name, tuple(sample.labels.items())))

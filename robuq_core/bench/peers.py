@@ -69,11 +69,11 @@ def _torchao(module: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
     if importlib.util.find_spec("torchao") is None:
         raise Unavailable("not installed; from a checkout: pip install '.[bench]'")
     with _quiet():
-        from torchao.quantization import (  # type: ignore[import-untyped]
+        from torchao.quantization import (
             Int8DynamicActivationInt8WeightConfig,
             quantize_,
         )
-        from torchao.utils import should_reduce_range  # type: ignore[import-untyped]
+        from torchao.utils import should_reduce_range
 
         # On a GPU its kernels take bf16 activations.
         chosen, taken = _bf16(module, inputs) if inputs[0].is_cuda else (copy.deepcopy(module), inputs)

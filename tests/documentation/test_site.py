@@ -14,7 +14,6 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from doc_commands import ROOT
 
 import robuq_core
 from server.api.app import create_app
@@ -22,6 +21,7 @@ from server.engine.create import create_engine
 from server.engine.fake import FakeSampler
 from server.settings import Settings
 
+ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -13,15 +14,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from doc_commands import ROOT
 from process_harness import client_of, launch, stop
-from test_commands_parse import script
 
 import robuq_core
 
 pytestmark = pytest.mark.slow
 
-sbom = script("scripts/sbom.py")
+ROOT = Path(__file__).parents[2]
 
 
 def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
@@ -96,7 +95,7 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = folder / "bin" / "python"
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=folder)
     (packages,) = (folder / "lib").glob("python*/site-packages")
-    for distribution in filter(None, sbom.needed().values()):
+    for distribution in filter(None, runpy.run_path(str(ROOT / "scripts/sbom.py"))["needed"]().values()):
         for path in distribution.files:
             if ".." not in path.parts:  # programs are in bin/, and not needed
                 (packages / path).parent.mkdir(parents=True, exist_ok=True)

@@ -15,15 +15,10 @@
 # It writes nothing: --read-only works. SIGTERM drains for up to 25 s, so stop it with `docker stop --time 30`, or set
 # ROBUQ_DRAIN_TIMEOUT_S below the 10 s that docker allows by default.
 #
-# pip's default torch for Linux is the CUDA build, which runs on a CPU too but weighs several GB. For an image of about
-# 1 GB, name the index of CPU builds that PyTorch's "Get Started" page gives:
+# The image has torch's CPU build, about 1 GB in all. CUDA variant, several GB: the full Python image has the C compiler
+# that run-time kernels need. The host needs NVIDIA's container toolkit.
 #
-#   docker build -t robuq-serve --build-arg TORCH_INDEX_URL=... .
-#
-# CUDA variant: the default index, and the full Python image, whose C compiler run-time kernels need. The host needs
-# NVIDIA's container toolkit.
-#
-#   docker build -t robuq-serve:cuda --build-arg BASE_IMAGE=python:3.12 .
+#   docker build -t robuq-serve:cuda --build-arg TORCH=cuda --build-arg BASE_IMAGE=python:3.12 .
 #   docker run --gpus all -p 8000:8000 --tmpfs /tmp:exec robuq-serve:cuda
 #
 # EXTRAS names optional dependencies of pyproject.toml, such as those of latent decoders and of the hub:
@@ -44,18 +39,18 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/robuq
 ENV PATH=/opt/robuq/bin:$PATH
 WORKDIR /src
-# What changes least comes first: torch, nearly all of the image, from its own index if there is one, and what it needs
-# (NVIDIA's libraries for the CUDA build) from pip's. Its own tests are 80 MB.
+# What changes least comes first: torch, nearly all of the image, and what it needs (NVIDIA's libraries and triton for the
+# CUDA build). Its own tests are 80 MB.
+ARG TORCH=cpu
 ARG TORCH_INDEX_URL=
 COPY constraints.txt ./
-RUN pip install --no-deps ${TORCH_INDEX_URL:+--index-url "${TORCH_INDEX_URL}"} --constraint constraints.txt torch \
-    && pip install --constraint constraints.txt torch \
+COPY scripts/install-torch.sh scripts/
+RUN scripts/install-torch.sh python \
     && rm -rf /opt/robuq/lib/python3*/site-packages/torch/test
-# Then whatever else pyproject.toml asks for, and extras by name. Beside a torch without CUDA nobody uses triton, a
-# gigabyte.
+# Then whatever else pyproject.toml asks for, and extras by name.
 ARG EXTRAS=
 COPY pyproject.toml ./
-RUN python -c "import os, tomllib, torch; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; extras = [name for name in os.environ.get('EXTRAS', '').split(',') if name]; wanted = sum((project['optional-dependencies'][name] for name in extras), project['dependencies']); print(*(line for line in wanted if torch.version.cuda or not line.startswith('triton')), sep='\n')" > /tmp/requirements.txt \
+RUN python -c "import os, tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; extras = [name for name in os.environ.get('EXTRAS', '').split(',') if name]; print(*sum((project['optional-dependencies'][name] for name in extras), project['dependencies']), sep='\n')" > /tmp/requirements.txt \
     && pip install --constraint constraints.txt --requirement /tmp/requirements.txt
 # The project itself lies apart, so that a change of it is a layer of a few MB.
 COPY setup.py README.md LICENSE THIRD_PARTY.md ./

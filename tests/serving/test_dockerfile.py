@@ -82,7 +82,7 @@ def test_what_changes_often_comes_last() -> None:
     builder = [f"{i.name} {i.value}" for i in INSTRUCTIONS if i.stage == 1]
     marks = (
         "RUN headers=",
-        "RUN pip install --no-deps ${TORCH_INDEX_URL",
+        "RUN scripts/install-torch.sh python",
         "COPY pyproject.toml",
         "RUN python -c",
         "COPY robuq_core",
@@ -94,22 +94,20 @@ def test_what_changes_often_comes_last() -> None:
     assert builder.index(install) > places[-1]
 
 
-@pytest.mark.parametrize(("cuda", "extras"), [(None, ""), ("12.8", ""), (None, "vae,hub")])
-def test_the_requirements_are_those_of_the_project(tmp_path: Path, cuda: str | None, extras: str) -> None:
+@pytest.mark.parametrize("extras", ["", "vae,hub"])
+def test_the_requirements_are_those_of_the_project(extras: str) -> None:
     (step,) = [value for value in values("RUN", stage=1) if "tomllib" in value]
     program = re.search(r'python -c "([^"]+)"', step)
     assert program is not None
-    (tmp_path / "torch.py").write_text(f"class version:\n    cuda = {cuda!r}\n")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path), "EXTRAS": extras}
+    environment = os.environ | {"EXTRAS": extras}
     command = [sys.executable, "-c", program[1]]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = list(project["dependencies"])
-    (triton,) = [line for line in wanted if line.startswith("triton")]
     for extra in extras.split(",") if extras else []:
         wanted += project["optional-dependencies"][extra]
-    assert result.stdout.splitlines() == [line for line in wanted if cuda or line != triton]
+    assert result.stdout.splitlines() == wanted
 
 
 @pytest.mark.parametrize("headers", [True, False])

@@ -63,12 +63,9 @@ def test_the_server_is_built_from_the_repository() -> None:
     assert set(server["environment"]) <= settings
 
 
-def test_the_image_has_the_cpu_build_of_torch_unless_told_otherwise() -> None:
-    given = SERVICES["server"]["build"]["args"]["TORCH_INDEX_URL"]
-    found = re.fullmatch(r"\$\{TORCH_INDEX_URL-(.+)\}", given)
-    assert found is not None
-    shown = (DEPLOY.parent / "docs" / "containers.md").read_text()
-    assert f"--build-arg TORCH_INDEX_URL={found[1]} ." in shown
+def test_the_image_has_the_cpu_build_of_torch_by_default() -> None:
+    assert SERVICES["server"]["build"]["args"] == {"TORCH": "${TORCH:-cpu}"}
+    assert re.search(r"^ARG TORCH=cpu$", (DEPLOY.parent / "Dockerfile").read_text(), re.M)
 
 
 def has_compose() -> bool:

@@ -26,6 +26,7 @@ NEEDS = {
     "core/kernels/test_triton_interpreter.py": "triton",
     "core/kernels/test_triton_tuning.py": "triton",
     "core/models/test_adapters_diffusers.py": "diffusers",
+    "core/test_decode.py": "diffusers",
     "core/test_diffusers_pipeline.py": "diffusers",
     "core/test_diffusers_schedulers.py": "diffusers",
     "core/test_hub.py": "huggingface_hub",

@@ -14,6 +14,8 @@ from robuq_core.config import ModelConfig, QuantConfig
 from robuq_core.models.dit import DiT
 from robuq_core.models.quant_linear import quantize_model
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 TINY = ModelConfig(
     input_size=8, patch_size=4, in_channels=1, hidden_size=32, depth=1, num_heads=2, num_classes=3, learn_sigma=False

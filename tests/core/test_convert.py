@@ -262,6 +262,7 @@ def test_position_tables_are_this_projects_own_in_a_packed_file(tmp_path: Path) 
         convert_full_precision(tmp_path / "model.pt", tmp_path / "folder")
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_random(Path("DiT-XL-2-256x256.pt"), in_channels=4, num_classes=1000)

@@ -16,6 +16,8 @@ import pytest
 from process_harness import serving, start, told_address, wait_until_ready
 from serving_harness import WAIT_S, until
 
+pytestmark = pytest.mark.slow
+
 CLIENTS = 6
 
 

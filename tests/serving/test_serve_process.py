@@ -59,6 +59,7 @@ def test_a_second_signal_does_not_wait() -> None:
         assert process.wait(WAIT_S) == 0
 
 
+@pytest.mark.slow
 def test_a_step_that_never_returns_does_not_keep_the_process_alive() -> None:
     hang = "import time; sampler.on_step = lambda rows: time.sleep(600 if rows[0].spec.steps == 999 else 0)"
     with serving("--drain-timeout-s", "0.2", change=hang) as (process, client), ThreadPoolExecutor(1) as pool:
@@ -69,6 +70,7 @@ def test_a_step_that_never_returns_does_not_keep_the_process_alive() -> None:
         assert process.wait(WAIT_S) == 0
 
 
+@pytest.mark.slow
 def test_a_decoder_that_never_returns_does_not_keep_the_process_alive() -> None:
     hang = """
 import time
@@ -82,6 +84,7 @@ sampler.decode = lambda row: time.sleep(600) if row.spec.steps == 3 else decode(
         assert process.wait(WAIT_S) == 0
 
 
+@pytest.mark.slow
 def test_a_warm_up_that_never_returns_shows_and_does_not_keep_the_process_alive() -> None:
     process = start("--stall-timeout-s", "0.2", change="import time; sampler.on_step = lambda rows: time.sleep(600)")
     try:

@@ -114,6 +114,7 @@ def examples(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", GUIDE, re.S | re.M)
 
 
+@pytest.mark.slow  # one needs the package openai
 @pytest.mark.parametrize("example", examples("python"), ids=["sse", "openai"])
 def test_examples_in_python_run(example: str, client: httpx.Client, capsys: pytest.CaptureFixture[str]) -> None:
     scope: dict[str, object] = {}

@@ -116,6 +116,7 @@ def test_a_run_that_diverges_is_a_result(tmp_path: Path, monkeypatch: pytest.Mon
     assert read_result(study.place, spec) == runs.run(study.place, spec)
 
 
+@pytest.mark.slow
 def test_processes_give_what_one_process_gives(finished: Study, tmp_path: Path) -> None:
     config = finished.config.model_copy(update={"ladder": finished.config.ladder[:1], "extras": (), "widths": (2,)})
     study = run_study(config, tmp_path / "out", workers=2)

@@ -16,6 +16,8 @@ from train.memory import LiveBytes, StepMemory, memory_table, step_memory
 from train.parallel import checkpoint_blocks
 from train.trainer import NoisyBatch, batch_loss
 
+pytestmark = pytest.mark.slow
+
 WIDE = {"input_size": 32, "hidden_size": 96, "depth": 3, "learn_sigma": True}
 BATCH = 8
 

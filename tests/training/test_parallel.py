@@ -27,6 +27,8 @@ from train.state_file import read_state_file
 from train.state_shards import is_pointer, save_shards, shards_folder
 from train.trainer import check_shares
 
+pytestmark = pytest.mark.slow
+
 STAGE = {"batch_size": 12, "steps": 6, "grad_clip": 0.05, "ema_decay": 0.9}
 SHARED = {
     "model": {"depth": 2, "learn_sigma": True},

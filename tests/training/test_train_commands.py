@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from synthetic_run import REPOSITORY, write_config
 from tiny_study import write_study
 from typer.testing import CliRunner
@@ -17,6 +18,8 @@ from train.cli import app
 from train.config import load_config
 from train.memory import memory_table
 from train.state import load_state
+
+pytestmark = pytest.mark.slow
 
 
 def run(*words: str | Path, code: int = 0) -> str:

@@ -56,6 +56,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return config.run_dir / "teacher.pt"
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_numbers_of_an_unbroken_one(tmp_path: Path, unbroken: Path) -> None:
     path = write_config(tmp_path, LONG)
     config = load_config(path, [])
@@ -69,6 +70,7 @@ def test_a_killed_run_ends_with_the_numbers_of_an_unbroken_one(tmp_path: Path, u
     assert [start["from_step"] for start in load_state(config.run_dir / "teacher.pt")["history"]] == [0, 14]
 
 
+@pytest.mark.slow
 def test_a_terminated_run_saves_its_step_and_ends_with_the_same_numbers(tmp_path: Path, unbroken: Path) -> None:
     path = write_config(tmp_path, LONG)
     config = load_config(path, [])

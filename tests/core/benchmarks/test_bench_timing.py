@@ -40,7 +40,7 @@ class Clock:
         return Side(name, run, lambda: RIGHT, 0.01, **options)  # type: ignore[arg-type]
 
     def timer(self, rounds: int = 5, budget_s: float = 1e9) -> Timer:
-        return Timer(rounds, budget_s, clock=self)
+        return Timer(rounds, budget_s, clock=self, sleep=lambda seconds: None)
 
 
 def test_medians_and_quartiles_are_of_the_samples() -> None:

@@ -27,8 +27,16 @@ from robuq_core.quant.packing import pack_planar
 PRODUCT_WIDTHS = (*WIDTHS, 128, 160, 224, 320, 384, 576, 640, 768, 1152, 1280, 1792, 2304, 2560)
 
 
-PATHS = get_args(Isa)
-EMULATED = ("amx", "avx512vbmi", "avx512vnni")
+def runs_here(isa: Isa) -> bool:
+    try:
+        return choose_isa(load_library(), isa) == isa
+    except NativeUnavailableError:
+        return False
+
+
+# The paths of this processor; those that it lacks on emulated instructions. Emulating a path that runs shows nothing.
+PATHS = [isa for isa in get_args(Isa) if runs_here(isa)] or ["plain"]
+EMULATED = [isa for isa in ("amx", "avx512vbmi", "avx512vnni") if isa not in PATHS]
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +44,7 @@ def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return cpu.open_library(str(emulated.build(tmp_path_factory.mktemp("emulated"))))
 
 
-@pytest.fixture(params=[*PATHS, *(f"emulated-{path}" for path in EMULATED)])
+@pytest.fixture(params=[*PATHS, *(pytest.param(f"emulated-{path}", marks=pytest.mark.slow) for path in EMULATED)])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CpuBackend:
     isa = request.param.removeprefix("emulated-")
     if isa != request.param:

@@ -55,6 +55,7 @@ def test_triton_that_is_not_installed_says_what_to_do(monkeypatch: pytest.Monkey
         select_backend("triton")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "device", "expected"),
     [((9, 0), None, "triton"), ((8, 0), "cuda:1", "triton"), ((7, 5), "cuda", "reference"), ((9, 0), "cpu", "cpu")],

@@ -415,6 +415,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_costs_no_stage(
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed_in", ["teacher", "qat"])
 def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(
     done: TrainConfig, tmp_path: Path, killed_in: str
@@ -482,6 +483,7 @@ def test_replacing_leaves_nothing_when_the_rename_fails(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["folder"]
 
 
+@pytest.mark.slow
 def test_two_processes_run_it_together(tmp_path: Path, done: TrainConfig) -> None:
     path = write_config(tmp_path, SEARCH)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]

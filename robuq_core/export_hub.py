@@ -11,6 +11,7 @@ from typing import Any
 
 from robuq_core.checkpoint import Header, read_checkpoint
 from robuq_core.errors import UserError
+from robuq_core.files import flush, publish_folder
 from robuq_core.hub import CONFIG_NAME, LIBRARY_NAME, SUFFIX
 from robuq_core.inspect import inspect_checkpoint
 from robuq_core.model_card import model_card
@@ -60,11 +61,13 @@ def export_hub(checkpoint: Path, folder: Path, *, licence: str | None = None, fo
 
 def _publish(staging: Path, folder: Path, name: str) -> None:
     if not folder.exists():
-        staging.rename(folder)
+        publish_folder(staging, folder)
         return
     # What names the others comes after them.
     for file in (name, CONFIG_NAME, CARD_NAME):
+        flush(staging / file)
         (staging / file).replace(folder / file)
+        flush(folder)
 
 
 def _licence(header: Header, given: str | None) -> str:

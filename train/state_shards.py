@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from robuq_core.files import publish_folder
 from train.messages import one_line
 from train.parallel import on_first, rank, stop_all, world_size
 from train.state_file import StateError, cannot_write, save_state
@@ -77,7 +78,7 @@ def save_shards(
         try:
             if folder.exists():  # a run that was killed before it named the folder
                 shutil.rmtree(folder)
-            temporary.rename(folder)
+            publish_folder(temporary, folder)
         except OSError as error:
             _fail(path, error)
         save_state(

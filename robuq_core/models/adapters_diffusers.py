@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import reprlib
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from robuq_core.config import NUM_TRAIN_TIMESTEPS, DiffusionConfig, ModelConfig, PredictionType
+from robuq_core.files import publish_folder, replacing
 from robuq_core.models.adapters_files import WEIGHTS_NAME, WeightsError, read_json
 
 Section = TypeVar("Section", bound=BaseModel)
@@ -167,8 +168,8 @@ def write_pipeline(
         _write_json(root / "scheduler" / "scheduler_config.json", _scheduler_config(diffusion))
         _write_json(root / "transformer" / "config.json", _transformer_config(model))
         weights = root / "transformer" / f"{WEIGHTS_NAME}.safetensors"
-        save_file(tensors, weights, metadata={"format": "pt"})
-        weights.chmod(0o644)  # the library leaves it to its owner alone
+        with replacing(weights) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
         if vae is not None:
             shutil.copytree(vae, root / "vae")
 
@@ -221,10 +222,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise WeightsError(f"{path}: exists already; choose another folder, or remove it first")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary.mkdir()
     try:
         yield temporary
-        temporary.chmod(0o755)
-        temporary.replace(path)
+        publish_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

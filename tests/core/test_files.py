@@ -1,0 +1,103 @@
+"""Files that are whole or absent: what is flushed when, and who may read them."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from robuq_core.files import flush, publish_folder, replacing
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """``fsync`` and rename calls in order, each with the name of what it was called for."""
+    seen: list[tuple[str, str]] = []
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+
+    def synced(handle: int) -> None:
+        seen.append(("fsync", Path(f"/proc/self/fd/{handle}").readlink().name))
+        fsync(handle)
+
+    def renamed(source: str, target: str) -> None:
+        seen.append(("rename", Path(target).name))
+        rename(source, target)
+
+    def replaced(source: str, target: str) -> None:
+        seen.append(("rename", Path(target).name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    monkeypatch.setattr(os, "replace", replaced)
+    return seen
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="names of open files come from /proc")
+
+
+@needs_proc
+def test_the_content_is_flushed_before_the_rename_and_the_rename_after_it(
+    tmp_path: Path, calls: list[tuple[str, str]]
+) -> None:
+    with replacing(tmp_path / "state.pt") as temporary:
+        temporary.write_text("whole")
+    assert calls == [("fsync", temporary.name), ("rename", "state.pt"), ("fsync", tmp_path.name)]
+    assert (tmp_path / "state.pt").read_text() == "whole"
+
+
+@needs_proc
+def test_a_folder_is_flushed_with_all_that_is_in_it(tmp_path: Path, calls: list[tuple[str, str]]) -> None:
+    (tmp_path / "part" / "inner").mkdir(parents=True)
+    (tmp_path / "part" / "inner" / "a").write_text("a")
+    publish_folder(tmp_path / "part", tmp_path / "whole")
+    assert sorted(calls[:3]) == [("fsync", "a"), ("fsync", "inner"), ("fsync", "part")]
+    assert calls[3:] == [("rename", "whole"), ("fsync", tmp_path.name)]
+    assert (tmp_path / "whole" / "inner" / "a").read_text() == "a"
+
+
+@pytest.mark.parametrize(
+    ("umask", "plain", "secret"), [(0o022, 0o644, 0o600), (0o077, 0o600, 0o600), (0, 0o666, 0o600)]
+)
+def test_the_umask_is_heeded(tmp_path: Path, umask: int, plain: int, secret: int) -> None:
+    before = os.umask(umask)
+    try:
+        with replacing(tmp_path / "plain") as temporary:
+            temporary.unlink()  # some libraries make the file anew
+            temporary.touch(mode=0o600)
+        with replacing(tmp_path / "secret", mode=0o600) as temporary:
+            assert stat.S_IMODE(temporary.stat().st_mode) == secret  # before anything is in it
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "plain").stat().st_mode) == plain
+    assert stat.S_IMODE((tmp_path / "secret").stat().st_mode) == secret
+
+
+def test_a_file_that_cannot_be_flushed_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "keys.json"
+    target.write_text("before")
+
+    def broken(_: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="Input/output"), replacing(target) as temporary:
+        temporary.write_text("after")
+    assert target.read_text() == "before"
+    assert [each.name for each in tmp_path.iterdir()] == ["keys.json"]
+
+
+def test_a_folder_that_cannot_be_flushed_on_its_own_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+
+    def refused(_: int) -> None:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refused)
+    flush(tmp_path)
+    with pytest.raises(OSError, match="Invalid"):
+        flush(tmp_path / "file")

@@ -11,12 +11,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from robuq_core.cpus import limit_threads
+
 if TYPE_CHECKING:
     from robuq_core.diffusers_pipeline import RobuQPipeline
     from robuq_core.pipeline import RowSpec, Sampler
 
 __version__ = "0.1.0"
 __all__ = ["RobuQPipeline", "RowSpec", "Sampler", "__version__"]
+
+limit_threads()
 
 _HOMES = {"RobuQPipeline": "diffusers_pipeline", "RowSpec": "pipeline", "Sampler": "pipeline"}
 

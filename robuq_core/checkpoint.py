@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from robuq_core.config import DecoderKind, DiffusionConfig, ModelConfig, QuantConfig, SamplerConfig, StrictModel
+from robuq_core.cpus import available_cpus
 from robuq_core.errors import UserError
 from robuq_core.files import replacing
 from robuq_core.freed_memory import give_freed_memory_back
@@ -317,7 +317,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     header = read_header(path)
     layers: dict[str, TernaryLayer] = {}
-    with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1), thread_name_prefix="read") as pool:
+    with ThreadPoolExecutor(min(_READERS, available_cpus()), thread_name_prefix="read") as pool:
         for block in pool.map(partial(_read_block, path, header), range(header.model.depth)):
             layers |= block
     names = [name for name in header.tensors if not name.startswith("blocks.")]

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from robuq_core.config import QuantConfig
+from robuq_core.cpus import available_cpus
 from train.ablations.config import AllocationSpec, Row, RunSpec, StudyConfig, TeacherSpec
 from train.ablations.dataset import check_fits
 from train.ablations.runs import (
@@ -118,7 +119,7 @@ def run_study(config: StudyConfig, folder: Path, workers: int | None = None) -> 
     Raises:
         UserError: data that do not fit, a folder in use or not writable.
     """
-    console, cores = Console(), len(os.sched_getaffinity(0))
+    console, cores = Console(), available_cpus()
     with exclusive(folder / "study.json"):
         study = Study(config, folder)
         # One image set, not one a process, of what all runs read.

@@ -52,7 +52,7 @@ def sample(path: str, steps: int, guidance_scale: float) -> dict[str, Any]:
 
     from robuq_core.bench.source import open_source
     from robuq_core.bench.timing import BenchError
-    from robuq_core.kernels.select import select_backend
+    from robuq_core.kernels.backends import select_backend
     from robuq_core.pipeline import RowSpec
 
     ops, source = select_backend(), open_source(None, Path(path))

@@ -152,7 +152,7 @@ def inspect_command(
     from rich.table import Table
 
     from robuq_core.hub import resolve_checkpoint
-    from robuq_core.inspect import inspect_checkpoint
+    from robuq_core.inspection import inspect_checkpoint
 
     path = resolve_checkpoint(checkpoint)
     report = inspect_checkpoint(path)

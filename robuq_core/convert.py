@@ -33,9 +33,9 @@ from robuq_core.config import (
     SamplerConfig,
 )
 from robuq_core.freed_memory import give_freed_memory_back
+from robuq_core.kernels.backends import select_backend
 from robuq_core.kernels.ops import Backend, TernaryLayer
 from robuq_core.kernels.pack_layer import pack_layer
-from robuq_core.kernels.select import select_backend
 from robuq_core.models.adapters import Weights, read_weights, save_diffusers, save_official
 from robuq_core.models.adapters_files import WeightsError
 from robuq_core.models.packed_dit import PackedDiT

@@ -80,7 +80,7 @@ class RobuQPipeline:
         Args:
             decoder: of a latent model, as :meth:`robuq_core.pipeline.Sampler.from_checkpoint` takes it.
             torch_dtype: of the decoder; a packed network has number formats of its own.
-            backend, threads: as :func:`robuq_core.kernels.select.select_backend` takes them.
+            backend, threads: as :func:`robuq_core.kernels.backends.select_backend` takes them.
             revision, cache_dir, token, local_files_only: of a hub id.
             use_safetensors, variant: ignored; a packed checkpoint is one safetensors file.
 

@@ -13,7 +13,7 @@ from robuq_core.checkpoint import Header, read_checkpoint
 from robuq_core.errors import UserError
 from robuq_core.files import flush, publish_folder
 from robuq_core.hub import CONFIG_NAME, LIBRARY_NAME, SUFFIX
-from robuq_core.inspect import inspect_checkpoint
+from robuq_core.inspection import inspect_checkpoint
 from robuq_core.model_card import model_card
 
 CARD_NAME = "README.md"

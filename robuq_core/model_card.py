@@ -9,7 +9,7 @@ from typing import Any
 from robuq_core.checkpoint import Header
 from robuq_core.convert import METHOD
 from robuq_core.hub import DECODER_FOLDER, LIBRARY_NAME
-from robuq_core.inspect import Report
+from robuq_core.inspection import Report
 
 _TAGS = (
     "image-generation",

@@ -25,7 +25,7 @@ from robuq_core.decode import Decoder, PixelDecoder, load_decoder, to_pixels
 from robuq_core.diffusion.guidance import guide
 from robuq_core.diffusion.samplers import Coefficients
 from robuq_core.hub import DECODER_FOLDER, bundled_checkpoint, resolve_checkpoint
-from robuq_core.kernels.select import select_backend
+from robuq_core.kernels.backends import select_backend
 from robuq_core.models.packed_dit import PackedDiT
 from robuq_core.openmp import on_one_thread
 from robuq_core.rows import ALL_TIMESTEPS, LatestBatch, Row, RowSpec
@@ -124,7 +124,7 @@ class Sampler:
             decoder: of a model that draws latents: a folder, as :func:`robuq_core.decode.load_decoder` takes it, or
                 what that gave. ``None`` takes the folder ``vae`` beside the file. A model that draws pixels needs
                 none, and does not read it.
-            backend, threads, device: as :func:`robuq_core.kernels.select.select_backend` takes them.
+            backend, threads, device: as :func:`robuq_core.kernels.backends.select_backend` takes them.
 
         Raises:
             CheckpointError, DecoderError: what to load cannot be used, or a latent model has no decoder.

@@ -100,7 +100,7 @@ def main(
     # Imported here: --help and a wrong option need no torch.
     from server.lifecycle import bind, serve
     from server.loading import load_samplers, located
-    from server.logging import configure_logging
+    from server.logs import configure_logging
 
     configure_logging(settings.log_level, settings.log_format)
     if settings.api_keys_file is not None:

@@ -31,7 +31,7 @@ from server.gpu_memory import watch_gpu_memory
 from server.keys import read_keys
 from server.lifecycle import DELIVERY_TIMEOUT_S, SWITCH_INTERVAL_S
 from server.loading import load_samplers, located
-from server.logging import configure_logging
+from server.logs import configure_logging
 from server.ray_metrics import PUBLISH_S, RayMetrics
 from server.ray_routing import TwoChoices
 from server.ray_scaling import IMAGES, REQUESTS, scale_on_images

@@ -47,7 +47,7 @@ def serve_robuq(kind: Kind, port: int) -> int:
     """Our own server, as ``robuq-serve`` runs it."""
     from robuq_core.pipeline import Sampler
     from server.lifecycle import bind, serve
-    from server.logging import configure_logging
+    from server.logs import configure_logging
     from server.scheduler import WindowScheduler
 
     settings = bench_settings(port)

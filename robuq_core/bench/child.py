@@ -25,7 +25,7 @@ def memory(
 
     from robuq_core.bench.source import header_sampler, plain_network
     from robuq_core.checkpoint import read_checkpoint, read_header
-    from robuq_core.kernels.select import select_backend
+    from robuq_core.kernels.backends import select_backend
     from robuq_core.models.packed_dit import PackedDiT
     from robuq_core.pipeline import Denoiser, RowSpec
 
@@ -70,7 +70,7 @@ def loading(
 
     from robuq_core.bench.source import header_sampler
     from robuq_core.checkpoint import read_checkpoint
-    from robuq_core.kernels.select import select_backend
+    from robuq_core.kernels.backends import select_backend
     from robuq_core.models.packed_dit import PackedDiT
     from robuq_core.pipeline import RowSpec
 

@@ -47,7 +47,7 @@ def write_random(source: Source, path: Path) -> int:
 
 @dataclass(frozen=True)
 class Where:
-    """What a measured process runs on, as :func:`robuq_core.kernels.select.select_backend` takes it."""
+    """What a measured process runs on, as :func:`robuq_core.kernels.backends.select_backend` takes it."""
 
     backend: str = "auto"
     threads: int | None = None

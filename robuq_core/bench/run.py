@@ -16,7 +16,7 @@ from robuq_core.bench.processes import MEMORY_SIDES, Where, as_file, measure_loa
 from robuq_core.bench.report import LEVELS, CaseTiming, Loading, MemoryUse, Report
 from robuq_core.bench.source import Source, open_source
 from robuq_core.bench.timing import device_timer
-from robuq_core.kernels.select import select_backend
+from robuq_core.kernels.backends import select_backend
 from robuq_core.models.packed_dit import LAYERS
 
 Result = CaseTiming | MemoryUse | Loading

@@ -13,7 +13,7 @@ from server.api.order import Order
 from server.engine import Cancelled, DeadlineExceeded, Engine, Result
 from server.engine.events import Event, Preview
 from server.engine.model import StepSampler
-from server.logging import current_request_id
+from server.logs import current_request_id
 
 # The engine keeps deadlines between its steps; a step that hangs must not hold the client beyond this.
 DEADLINE_GRACE_S = 0.25

@@ -15,7 +15,7 @@ from server.api.order import Order
 from server.api.schemas import MIN_TIMEOUT_S
 from server.engine import Engine
 from server.engine.model import StepSampler
-from server.logging import current_request_id
+from server.logs import current_request_id
 from server.settings import Settings
 from server.telemetry import Telemetry
 

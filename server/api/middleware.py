@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api.auth import client_of
 from server.api.errors import ApiError
 from server.api.security import SECURITY_HEADERS
-from server.logging import current_request_id, current_trace_id
+from server.logs import current_request_id, current_trace_id
 from server.telemetry import Telemetry
 from server.tracing import TraceContext, from_traceparent
 

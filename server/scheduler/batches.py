@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
+from server.scheduler.fair_queue import FairQueue
 from server.scheduler.heap import Heap
 from server.scheduler.interface import Demand, RowKey
-from server.scheduler.queue import FairQueue
 
 
 @dataclass

@@ -6,7 +6,7 @@ from server.scheduler.batches import Batch, BatchScheduler
 
 
 class ContinuousScheduler(BatchScheduler):
-    """Not thread-safe. See :mod:`server.scheduler.queue` for the order in which images are admitted.
+    """Not thread-safe. See :mod:`server.scheduler.fair_queue` for the order in which images are admitted.
 
     A request wider than the room is admitted in parts, on whichever replicas have room, so that no row of the model
     waits for an image's siblings.

@@ -80,7 +80,7 @@ cpus.cpu_quota = lambda: 0.5
 cpus._allowed_cpus = lambda: 64
 cpus.limit_threads()
 import torch
-from robuq_core.kernels.select import select_backend
+from robuq_core.kernels.backends import select_backend
 print(torch.get_num_threads(), getattr(select_backend("auto"), "threads", 1))
 """
 

@@ -365,7 +365,7 @@ def test_the_examples_of_the_guide(
     # Everything of the server but the serving.
     served: list[Sampler] = []
     monkeypatch.setattr("server.lifecycle.serve", lambda samplers, *_: served.extend(samplers) or 0)
-    monkeypatch.setattr("server.logging.configure_logging", lambda *_: None)
+    monkeypatch.setattr("server.logs.configure_logging", lambda *_: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     result = CliRunner().invoke(server.app, [*serve[1:], "--port", "0"])
     assert result.exit_code == 0, result.output

@@ -10,7 +10,7 @@ from tiny import TINY, write_tiny
 
 from robuq_core.checkpoint import read_header
 from robuq_core.convert import pack_untrained, untrained_quant
-from robuq_core.inspect import inspect_checkpoint
+from robuq_core.inspection import inspect_checkpoint
 from robuq_core.model_card import model_card
 from robuq_core.models.adapters import save_official
 from robuq_core.models.dit import DiT

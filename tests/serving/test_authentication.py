@@ -24,7 +24,7 @@ from server.engine import Engine
 from server.engine.create import create_engine
 from server.engine.fake import FakeSampler
 from server.keys import create_key, revoke_key
-from server.logging import JsonFormatter
+from server.logs import JsonFormatter
 
 # Whoever adds to this list opens a route to the whole world.
 OPEN = {"/", "/docs", "/web/{name}", "/health", "/ready", "/v2/health/live", "/v2/health/ready"}

@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 
-from server.logging import JsonFormatter, current_request_id
+from server.logs import JsonFormatter, current_request_id
 
 
 def line(message: str, *arguments: object, **extra: object) -> dict[str, object]:

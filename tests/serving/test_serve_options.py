@@ -63,7 +63,7 @@ def test_an_open_server_on_every_interface_warns_once(
         raise UserError("far enough")
 
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr("server.logging.configure_logging", lambda *_: None)
+    monkeypatch.setattr("server.logs.configure_logging", lambda *_: None)
     monkeypatch.setattr("server.loading.load_samplers", nothing_to_load)
     create_key(tmp_path / "keys.json", "alice")
     options = ["--host", host, "--port", "0"] + ["--api-keys-file", str(tmp_path / "keys.json")] * with_keys
@@ -77,7 +77,7 @@ def test_a_missing_file_of_keys_is_told_before_anything_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr("server.logging.configure_logging", lambda *_: None)
+    monkeypatch.setattr("server.logs.configure_logging", lambda *_: None)
     result = CliRunner().invoke(cli.app, ["--api-keys-file", str(tmp_path / "none.json")])
     assert result.exit_code == 2
     assert "robuq-serve keys create" in result.stderr

@@ -129,7 +129,7 @@ def test_start_up_failures_name_the_fix(
 ) -> None:
     # In this process the command would take over logging and SIGTERM for good.
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr("server.logging.configure_logging", lambda *_: None)
+    monkeypatch.setattr("server.logs.configure_logging", lambda *_: None)
     if "--backend" in options:  # a mistake in it must show whatever checkpoint there is
         monkeypatch.setattr("robuq_core.pipeline.read_checkpoint", lambda path: SimpleNamespace(header=HEADER))
     result = CliRunner().invoke(app, ["--port", "0", *options], env=variables)

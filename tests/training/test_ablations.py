@@ -15,9 +15,9 @@ from robuq_core.models.dit import DiT
 from train.ablations import runs
 from train.ablations.config import load_study
 from train.ablations.findings import cells, directions
+from train.ablations.intervals import mean_interval, ratio_interval
 from train.ablations.report import BEGIN, END, write_report
 from train.ablations.runs import read_result, result_path, with_widths
-from train.ablations.statistics import mean_interval, ratio_interval
 from train.ablations.study import Study, run_study
 from train.ablations.training import DivergedError, draw_samples, train_model
 from train.config import ConfigError

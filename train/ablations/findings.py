@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from train.ablations.config import Row
+from train.ablations.intervals import Interval, ratio_interval
 from train.ablations.runs import RowAllocation, RunResult, floor_distance, network_digest
-from train.ablations.statistics import Interval, ratio_interval
 from train.ablations.study import Study
 
 METRIC = "FD-FashionNet"

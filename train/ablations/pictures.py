@@ -12,8 +12,8 @@ from PIL import Image
 from robuq_core.files import replacing
 from train.ablations.config import RunSpec
 from train.ablations.findings import METRIC, cells, distances
+from train.ablations.intervals import mean_interval
 from train.ablations.runs import strip_path
-from train.ablations.statistics import mean_interval
 from train.ablations.study import Study
 
 _DPI, _ZOOM, _GAP = 100, 1.5, 2

@@ -17,9 +17,9 @@ from train.ablations.findings import (
     distances,
     searched_widths,
 )
+from train.ablations.intervals import Interval, mean_interval
 from train.ablations.pictures import plot_ladder, plot_samples
 from train.ablations.runs import floor_distance, network_digest, write_json
-from train.ablations.statistics import Interval, mean_interval
 from train.ablations.study import Study
 from train.allocate import LAYER_TYPES, PAPER_AVERAGES, averages_by_type
 

@@ -14,9 +14,9 @@ from robuq_core.bench.timing import BenchError, Timer
 from robuq_core.checkpoint import dense_shapes, layer_macs, layer_shapes
 from robuq_core.config import ModelConfig, QuantConfig
 from robuq_core.errors import UserError
+from robuq_core.kernels.backends import select_backend
 from robuq_core.kernels.ops import Backend, Prologue, Quantized, TernaryLayer
 from robuq_core.kernels.reference import ReferenceBackend
-from robuq_core.kernels.select import select_backend
 from robuq_core.models.presets import PRESETS
 
 pytestmark = pytest.mark.usefixtures("one_thread")

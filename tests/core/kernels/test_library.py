@@ -8,11 +8,11 @@ from layer_cases import make_linear, tokens
 from tiny import write_tiny
 
 from robuq_core.kernels import library
+from robuq_core.kernels.backends import select_backend
 from robuq_core.kernels.library import TraceableBackend
 from robuq_core.kernels.ops import Modulation, Prologue
 from robuq_core.kernels.pack_layer import pack_layer
 from robuq_core.kernels.reference import NarrowReferenceBackend
-from robuq_core.kernels.select import select_backend
 from robuq_core.models.packed_dit import PackedDiT
 from robuq_core.pipeline import Sampler
 

@@ -61,10 +61,10 @@ else:
 
     from robuq_core.checkpoint import read_checkpoint
     from robuq_core.config import QuantConfig
+    from robuq_core.kernels.backends import select_backend
     from robuq_core.kernels.ops import Modulation
     from robuq_core.kernels.pack_layer import pack_layer
     from robuq_core.kernels.reference import ReferenceBackend
-    from robuq_core.kernels.select import select_backend
     from robuq_core.kernels.triton.backend import TritonBackend
     from robuq_core.models.packed_dit import PackedDiT
 

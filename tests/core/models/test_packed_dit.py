@@ -8,7 +8,7 @@ from tiny import TINY, write_tiny
 
 from robuq_core.checkpoint import read_checkpoint
 from robuq_core.config import QuantConfig
-from robuq_core.kernels.select import select_backend
+from robuq_core.kernels.backends import select_backend
 from robuq_core.models.packed_dit import PackedDiT
 
 BACKENDS = ["reference", "cpu"]

@@ -9,7 +9,7 @@ from tiny import TINY, tiny_model, write_tiny
 
 from robuq_core.checkpoint import CheckpointError, layer_macs, layer_shapes
 from robuq_core.config import ModelConfig, QuantConfig
-from robuq_core.inspect import fp32_bytes, inspect_checkpoint
+from robuq_core.inspection import fp32_bytes, inspect_checkpoint
 from robuq_core.models.dit import DiT
 from robuq_core.pipeline import bundled_checkpoint
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from robuq_core.errors import UserError
-from robuq_core.kernels import cpu, select
-from robuq_core.kernels.select import select_backend
+from robuq_core.kernels import backends, cpu
+from robuq_core.kernels.backends import select_backend
 
 
 def test_reference_is_always_there() -> None:
@@ -50,7 +50,7 @@ def test_triton_without_a_gpu_says_what_to_do() -> None:
 
 
 def test_triton_that_is_not_installed_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install triton"):
         select_backend("triton")
 
@@ -65,7 +65,7 @@ def test_auto_takes_triton_on_a_gpu_that_it_runs_on(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(select, "_triton_backend", lambda device: "triton")
-    monkeypatch.setattr(select, "ReferenceBackend", lambda device="cpu": "reference")
-    monkeypatch.setattr(select, "CpuBackend", lambda threads: "cpu")
+    monkeypatch.setattr(backends, "_triton_backend", lambda device: "triton")
+    monkeypatch.setattr(backends, "ReferenceBackend", lambda device="cpu": "reference")
+    monkeypatch.setattr(backends, "CpuBackend", lambda threads: "cpu")
     assert select_backend(device=device) == expected

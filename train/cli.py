@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +16,27 @@ from robuq_core.errors import UserError
 if TYPE_CHECKING:
     from train.config import TrainConfig
 
-app = typer.Typer(
+
+class _Program(typer.Typer):
+    """The console script. Beside other processes it ends without Python's own end: see :func:`train.parallel.end`."""
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return super().__call__(*arguments, **named)
+        code: object = 0
+        try:
+            super().__call__(*arguments, **named)
+        except SystemExit as ended:
+            code = ended.code or 0
+        except Exception:
+            traceback.print_exc()
+            code = 1
+        from train.parallel import end
+
+        end(code if isinstance(code, int) else 1)
+
+
+app = _Program(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

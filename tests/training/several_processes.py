@@ -92,6 +92,7 @@ def _main(arguments: list[str]) -> None:
         nan = next(calls) == 2 and parallel.rank() == int(os.environ["TEST_SPOIL"])
         return compute(*arguments) * (float("nan") if nan else 1.0)
 
+    code = 0
     try:
         with parallel.processes():
             for stage, path in zip(arguments[::2], arguments[1::2], strict=True):
@@ -100,7 +101,10 @@ def _main(arguments: list[str]) -> None:
                 train_stage(stage.replace("spoiled", "teacher"), load_config(Path(path), []))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        code = 2
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    parallel.end(code)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """``robuq-train`` that one of its processes signals in the middle of a step: ``python signalled_training.py OPTIONS``.
 
 ``TEST_SIGNAL`` is ``STAGE STEP RANK NUMBER``: the stage's name, how many steps it has made by then, the process and the
-signal. Closing the log takes a while, so that what torchrun sends to the others arrives within.
+signal. Closing the log takes a while, so that what torchrun sends to the others arrives within. Python's own end aborts
+one of several processes, as a thread of gloo would that still runs then.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import time
@@ -36,4 +38,6 @@ def _slow_close(log: TrainingLog) -> None:
 if __name__ == "__main__":
     Trainer._loss = _signalled_loss  # type: ignore[method-assign]
     TrainingLog.close = _slow_close  # type: ignore[method-assign]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        atexit.register(os.abort)
     app()

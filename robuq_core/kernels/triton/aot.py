@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from robuq_core.kernels.triton.config import LaunchConfig
+from robuq_core.kernels.triton.config import LaunchConfig, compiling
 
 # Shared memory a block may use, bytes, by compute capability (CUDA C programming guide, technical specifications).
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -60,7 +60,8 @@ def compile_ahead(
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     options = {k: v for k, v in config.options().items() if k not in config.blocks}
     source = ASTSource(fn=kernel, signature=types, constexprs=fixed, attrs=aligned)
-    result = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    with compiling:
+        result = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     registers, stack = _resource_usage(result.asm["cubin"])
     return Compiled(architecture, registers, stack, result.metadata.shared, result.asm["ptx"])
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from robuq_core.kernels.triton.config import LaunchConfig, next_power_of_2, on_device_of, round_up
+from robuq_core.kernels.triton.config import LaunchConfig, launching, next_power_of_2, round_up
 from robuq_core.kernels.triton.rounding import rounded_for
 
 # An int8 product on the tensor cores takes at least 32 values of the inner dimension.
@@ -207,7 +207,7 @@ def attention(qkv: Tensor, num_heads: int, config: LaunchConfig | None = None) -
     v_scales = torch.empty(heads, device=device)
     operands = (q, k, v, q_scales, k_scales, v_scales)
     fixed = constants(head_dim, length)
-    with on_device_of(qkv):
+    with launching(qkv):
         quantize_heads_kernel[(heads, padded // block)](
             *(qkv, *operands, padded, num_heads), **fixed, **first.options()
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -42,13 +43,18 @@ def is_interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+# Held while Triton may compile: replicas launch and warm up in threads of their own, and ``ast.parse``, which Triton
+# calls, fails at times in threads that parse at once (CPython 3.11: "AST constructor recursion depth mismatch").
+compiling = threading.RLock()
+
+
 @contextlib.contextmanager
-def on_device_of(tensor: Tensor) -> Iterator[None]:
-    """Triton launches on torch's current device: make it the one that ``tensor`` lies on."""
-    if tensor.is_cuda:
-        with torch.cuda.device(tensor.device):
-            yield
-    else:
+def launching(tensor: Tensor) -> Iterator[None]:
+    """Around a launch, which compiles what it has not met before: one thread at a time, on the device of ``tensor``.
+
+    Triton launches on torch's current device.
+    """
+    with compiling, torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
         yield
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from robuq_core.kernels.triton.config import LaunchConfig, on_device_of
+from robuq_core.kernels.triton.config import LaunchConfig, launching
 
 CONFIG = LaunchConfig({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32}, 4, 2)
 # Triton's types of the run-time arguments, for compiling ahead.
@@ -51,7 +51,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     y = torch.empty(rows, outputs, device=x.device)
     if rows and outputs:
         blocks = CONFIG.blocks
-        with on_device_of(x):
+        with launching(x):
             dense_linear_kernel[(triton.cdiv(rows, blocks["BLOCK_M"]), triton.cdiv(outputs, blocks["BLOCK_N"]))](
                 *(x, weight, bias, y, rows), N=outputs, K=x.shape[1], **CONFIG.options()
             )

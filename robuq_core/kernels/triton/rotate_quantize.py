@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from robuq_core.kernels.ops import Modulation, Prologue, Quantized, TernaryLayer
-from robuq_core.kernels.triton.config import LaunchConfig, next_power_of_2, on_device_of
+from robuq_core.kernels.triton.config import LaunchConfig, launching, next_power_of_2
 from robuq_core.quant.activation import GAUSSIAN_STEP, SIGMA_PER_MEAN_ABS, is_midrise
 from robuq_core.quant.hadamard import decompose_order, hadamard_matrix
 
@@ -340,7 +340,7 @@ def rotate_quantize(x: Tensor, layer: TernaryLayer, prologue: Prologue, config: 
         midrise, block = is_midrise(layer.bits, layer.grid), layer.rotation_block
         tokens = config.blocks["TOKENS"]
         grid = (triton.cdiv(rows, tokens),)
-        with on_device_of(x):
+        with launching(x):
             rotate_quantize_kernel[grid](
                 *(x, shift, scale, layer.signs),
                 *(left_matrix(width, block, x.device), right_matrix(width, block, tokens, x.device)),

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from robuq_core.kernels.ops import Quantized, TernaryLayer
-from robuq_core.kernels.triton.config import LaunchConfig, is_interpreted, next_power_of_2, on_device_of
+from robuq_core.kernels.triton.config import LaunchConfig, is_interpreted, launching, next_power_of_2
 from robuq_core.kernels.triton.rounding import rounded_for
 from robuq_core.quant.packing import PLANAR_GROUP, PLANAR_GROUP_BYTES
 
@@ -211,7 +211,7 @@ def ternary_linear(
         blocks = config.blocks
         grid = (triton.cdiv(rows, blocks["ROWS"]) * triton.cdiv(outputs, blocks["OUTPUTS"]),)
         weight = layer.planar if expanded is None else expanded
-        with on_device_of(x.codes):
+        with launching(x.codes):
             ternary_linear_kernel[grid](
                 *(x.codes, x.scales, x.lowrank, weight, layer.alpha, layer.bias, layer.lowrank_a, y, rows, outputs),
                 **constants(layer.in_features, rank, expanded is None, not is_interpreted()),

@@ -14,23 +14,31 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
+from robuq_core.kernels.triton import aot
 from robuq_core.kernels.triton.aot import SHARED_LIMIT, Compiled
 from robuq_core.kernels.triton.cases import Case, cases
+from robuq_core.kernels.triton.config import compiling, launching
 from robuq_core.kernels.triton.ternary_linear import _DECODE
 from robuq_core.quant.packing import pack_planar
 
-# Launch shapes of 8.6 and 8.9 differ from 8.0 in the pipeline alone; the full list everywhere would take minutes.
-EVERY_CASE = (80, 90)
 TENSOR_INSTRUCTIONS = {80: {"mma.sync"}, 86: {"mma.sync"}, 89: {"mma.sync"}, 90: {"wgmma"}}
 
 
-@pytest.fixture(scope="module", params=[80, 86, 89, 90, 100])
+def _each_kernel_once(architecture: int) -> list[Case]:
+    return list({case.kernel: case for case in reversed(list(cases(architecture)))}.values())
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        (90, _each_kernel_once),
+        *(pytest.param((architecture, cases), marks=pytest.mark.slow) for architecture in (80, 86, 89, 90, 100)),
+    ],
+    ids=lambda each: f"{each[0]}-{each[1].__name__.strip('_')}",
+)
 def compiled(request: pytest.FixtureRequest) -> list[tuple[Case, Compiled]]:
-    chosen = list(cases(request.param))
-    if request.param not in EVERY_CASE:
-        chosen = list({case.kernel: case for case in reversed(chosen)}.values())
-    with ThreadPoolExecutor(2) as pool:
-        return list(zip(chosen, pool.map(lambda case: case.compile(request.param), chosen), strict=True))
+    architecture, chosen = request.param
+    return [(case, case.compile(architecture)) for case in chosen(architecture)]
 
 
 def test_nothing_spills_and_shared_memory_fits(compiled: list[tuple[Case, Compiled]]) -> None:
@@ -61,6 +69,22 @@ def test_products_are_stored_16_bytes_at_a_time(compiled: list[tuple[Case, Compi
             stores = re.findall(r"st\.global\S*", result.ptx)
             assert stores
             assert all(".v4." in store for store in stores), case.name
+
+
+def test_one_thread_compiles_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPython's parser is not safe in threads that parse at once."""
+    with ThreadPoolExecutor(1) as other:
+
+        def refused(*_: object, **__: object) -> None:
+            assert not other.submit(compiling.acquire, blocking=False).result()
+            raise InterruptedError
+
+        with launching(torch.zeros(1)), pytest.raises(InterruptedError):
+            refused()
+        monkeypatch.setattr(aot.triton, "compile", refused)
+        with pytest.raises(InterruptedError):
+            _each_kernel_once(80)[0].compile(80)
+        assert other.submit(lambda: compiling.acquire(blocking=False) and compiling.release() is None).result()
 
 
 def _run_assembly(text: str, word: int) -> list[int]:

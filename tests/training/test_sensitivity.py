@@ -66,7 +66,8 @@ def test_an_entry_is_what_a_forward_with_that_one_width_gives(measured: Sensitiv
             for b in _batches()
         ]
     rise = float(torch.cat(errors).mean()) - measured.base["teacher_mse"]
-    assert measured.rise["teacher_mse"]["blocks.1.mlp.fc2"][4] == pytest.approx(rise, rel=1e-4, abs=1e-7)
+    tolerance = 1e-5 * measured.base["teacher_mse"]  # a difference of means in float32
+    assert measured.rise["teacher_mse"]["blocks.1.mlp.fc2"][4] == pytest.approx(rise, abs=tolerance)
 
 
 def test_the_student_is_left_as_it_was() -> None:

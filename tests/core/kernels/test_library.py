@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from agreement import UNMOVED_ERROR, relative_errors
 from layer_cases import make_linear, tokens
 from tiny import write_tiny
 
@@ -78,8 +79,8 @@ def test_wrapped_ops_are_the_backends_own(prologue: str | None, block: int | Non
 def compiled_against_eager(network: PackedDiT, compiler: str) -> tuple[torch.Tensor, torch.Tensor]:
     traced = network.replica(TraceableBackend(network.backend))
     compiled = torch.compile(traced.denoise, fullgraph=True, backend=compiler)
-    x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    slots = network.conditioning.slots([1, 500, 1], [1, 2, 1])
+    x = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    slots = network.conditioning.slots([1, 500, 1] * 2, [1, 2, 1] * 2)
     with torch.inference_mode():
         expected = network.denoise(x.clone(), slots, network.conditioning.table)
         return compiled(x, slots, network.conditioning.table), expected
@@ -96,4 +97,5 @@ def test_a_traced_network_is_the_eager_one(network: PackedDiT, narrow: bool) -> 
 @pytest.mark.slow
 def test_a_compiled_network_is_the_eager_one_to_rounding(network: PackedDiT) -> None:
     result, expected = compiled_against_eager(network, "inductor")
-    assert float((result - expected).norm() / expected.norm()) < 2e-3
+    # A code next to the edge of its cell may move, and its image with it.
+    assert int((relative_errors(result, expected) > UNMOVED_ERROR).sum()) <= 3

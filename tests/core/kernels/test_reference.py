@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from agreement import assert_products_agree
 from layer_cases import WIDTHS, make_linear, tokens
 
 from robuq_core.kernels.ops import Modulation
@@ -30,7 +31,8 @@ def test_packed_layer_is_the_fake_quantised_layer(width: int, bits: int, grid: G
         assert torch.equal(quantized.codes, codes)
         assert torch.equal(quantized.scales, scales.squeeze(1))
         with torch.no_grad():
-            torch.testing.assert_close(BACKEND.ternary_linear(quantized, layer), linear(x), rtol=1e-5, atol=1e-5)
+            assert_products_agree(BACKEND.ternary_linear(quantized, layer), quantized, layer)
+            assert_products_agree(linear(x), quantized, layer, additions=width)
 
 
 def test_pack_layer_keeps_the_numbers_that_a_file_keeps() -> None:

@@ -24,7 +24,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 else:
     import triton
     import triton.language as tl
-    from layer_cases import REFERENCE, assert_quantized_agree, make_linear, prologues, tokens
+    from agreement import REFERENCE, Run, assert_networks_agree, assert_quantized_agree, relative_errors, run_packed
+    from layer_cases import make_linear, prologues, tokens
     from tiny import TINY, write_tiny
 
     from robuq_core.checkpoint import read_checkpoint
@@ -35,7 +36,6 @@ else:
     from robuq_core.kernels.triton import ternary_linear as product
     from robuq_core.kernels.triton.backend import TritonBackend
     from robuq_core.kernels.triton.rounding import rounded_for
-    from robuq_core.models.packed_dit import PackedDiT
     from robuq_core.quant.activation import GAUSSIAN_STEP
 
     BF16 = torch.bfloat16
@@ -148,13 +148,9 @@ else:
             assert torch.equal(whole_layer(NARROW, handed_on=True)(x, layer), exact.to(BF16))
             assert torch.equal(whole_layer(WIDE, handed_on=True)(x, layer), exact)
 
-    def relative_errors(result: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-        """One an image."""
-        return (result - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
-
     @pytest.mark.parametrize("bits", [1, 2, 8])
     def test_a_whole_network(tmp_path: Path, bits: int) -> None:
-        """As close to its law as in float32. From the network in float32 it differs by the codes that rounding flips.
+        """It agrees with its reference. From the network in float32 it differs by the codes that rounding flips.
 
         An error e at a quantiser's input, in units of sigma, flips a code with a chance of about e by the step, and
         the code is then off by a step: sqrt(e step) comes out. From layer to layer that tends to a step, from below.
@@ -164,14 +160,10 @@ else:
         checkpoint = read_checkpoint(path)
         x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(bits))
 
-        def run(backend: Backend) -> torch.Tensor:
-            network = PackedDiT(TINY, checkpoint.dense, checkpoint.layers, backend)
-            with torch.inference_mode():
-                return network.forward(x, torch.tensor([0, 250, 999]), torch.tensor([0, 10, 4]))
+        def run(backend: Backend) -> Run:
+            return run_packed(TINY, checkpoint, backend, x, torch.tensor([0, 250, 999]), torch.tensor([0, 10, 4]))
 
-        wide, narrow, law = run(WIDE), run(NARROW), run(NarrowReferenceBackend())
-        assert narrow.dtype is torch.float32
-        from_law, flipped = relative_errors(narrow, law), relative_errors(narrow, wide)
-        assert float(from_law.median()) < 2e-3
-        assert float(from_law.max()) < 0.03
-        assert 0 < float(flipped.max()) < GAUSSIAN_STEP[bits] / 2
+        wide, narrow, reference = run(WIDE), run(NARROW), run(NarrowReferenceBackend())
+        assert narrow.output.dtype is torch.float32
+        assert_networks_agree(narrow, reference, bits, narrow=True)
+        assert 0 < float(relative_errors(narrow.output, wide.output).max()) < GAUSSIAN_STEP[bits] / 2

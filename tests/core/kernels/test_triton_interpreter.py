@@ -23,7 +23,8 @@ if not INTERPRETED:
         assert_passes_interpreted(__file__)
 
 else:
-    from layer_cases import REFERENCE, assert_quantized_agree, make_linear, prologues, tokens
+    from agreement import REFERENCE, assert_quantized_agree
+    from layer_cases import make_linear, prologues, tokens
 
     from robuq_core.kernels.ops import Modulation, Prologue, Quantized, TernaryLayer
     from robuq_core.kernels.pack_layer import pack_layer

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from agreement import assert_floats_agree
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from official_dit import forward, positions, random_state
@@ -62,7 +63,7 @@ def test_official_weights_compute_what_the_equations_say(tmp_path: Path) -> None
     x, timesteps, classes = torch.randn(4, 4, 6, 6), torch.tensor([0, 1, 500, 999]), torch.tensor([0, 3, 6, 7])
     with torch.no_grad():
         expected = forward(state, x, timesteps, classes, heads=1)
-        assert torch.allclose(model(x, timesteps, classes), expected, atol=1e-4, rtol=1e-4)
+        assert_floats_agree(model(x, timesteps, classes), expected)
 
 
 def test_heads_split_as_the_equations_say(tmp_path: Path) -> None:
@@ -71,7 +72,7 @@ def test_heads_split_as_the_equations_say(tmp_path: Path) -> None:
     x, timesteps, classes = torch.randn(2, 4, 6, 6), torch.tensor([10, 900]), torch.tensor([1, 7])
     with torch.no_grad():
         expected = forward(state, x, timesteps, classes, heads=4)
-        assert torch.allclose(model(x, timesteps, classes), expected, atol=1e-4, rtol=1e-4)
+        assert_floats_agree(model(x, timesteps, classes), expected)
 
 
 def test_the_average_of_a_training_checkpoint_is_preferred(tmp_path: Path) -> None:

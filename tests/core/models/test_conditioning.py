@@ -14,6 +14,7 @@ from robuq_core.kernels.reference import ReferenceBackend
 from robuq_core.models.conditioning import ConditioningTable
 from robuq_core.models.dit import DiT
 from robuq_core.models.quant_linear import QuantLinear
+from robuq_core.quant.activation import GAUSSIAN_STEP
 
 HEIGHT = 6 * TINY.depth + 2
 ENTRY_BYTES = 4 * HEIGHT * TINY.hidden_size
@@ -57,12 +58,21 @@ def expected_entry(model: DiT, timestep: int, label: int) -> torch.Tensor:
     return torch.cat([*parts, model.final_layer.adaLN_modulation(c)], dim=1).reshape(HEIGHT, -1)
 
 
+def assert_entry(found: torch.Tensor, model: DiT, timestep: int, label: int) -> None:
+    """To rounding in all but one block, where codes next to the edge of their cell may have moved: two at most."""
+    expected = expected_entry(model, timestep, label)
+    *blocks, final = ((a - b).norm() / b.norm() for a, b in zip(found.split(6), expected.split(6), strict=True))
+    assert final < 1e-4
+    assert sorted(blocks)[-2] < 1e-4
+    assert max(blocks) < 3 * GAUSSIAN_STEP[4] * (2 / TINY.hidden_size) ** 0.5
+
+
 def test_entries_are_the_training_models_modulations(model: DiT) -> None:
     table, _ = make_table(model)
     timesteps, classes = [0, 999, 0, 17], [3, 3, 10, 3]
     slots = table.slots(timesteps, classes)
     for row, (t, y) in enumerate(zip(timesteps, classes, strict=True)):
-        assert torch.allclose(table.table[:, slots[row]], expected_entry(model, t, y), rtol=1e-4, atol=1e-5)
+        assert_entry(table.table[:, slots[row]], model, t, y)
 
 
 def test_pairs_are_computed_once(model: DiT) -> None:
@@ -84,7 +94,7 @@ def test_entries_hold_whatever_came_before(model: DiT, calls: list[list[tuple[in
     for pairs in calls:
         slots = table.slots([t for t, _ in pairs], [y for _, y in pairs])
         for row, (t, y) in enumerate(pairs):
-            assert torch.allclose(table.table[:, slots[row]], expected_entry(model, t, y), rtol=1e-4, atol=1e-5)
+            assert_entry(table.table[:, slots[row]], model, t, y)
 
 
 def test_the_least_recently_used_makes_room(model: DiT) -> None:
@@ -107,4 +117,4 @@ def test_a_failure_leaves_no_hollow_entry(model: DiT) -> None:
     backend.fail = False
     slots = table.slots([1, 2], [0, 0])
     for row, t in enumerate([1, 2]):
-        assert torch.allclose(table.table[:, slots[row]], expected_entry(model, t, 0), rtol=1e-4, atol=1e-5)
+        assert_entry(table.table[:, slots[row]], model, t, 0)

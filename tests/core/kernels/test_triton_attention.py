@@ -21,15 +21,17 @@ from robuq_core.kernels.triton import dense_linear as dense
 if os.environ.get("TRITON_INTERPRET") != "1":
     from robuq_core.kernels.triton.aot import SHARED_LIMIT, compile_ahead
 
-    OTHERS = [pytest.param(sm, marks=pytest.mark.slow) for sm in (80, 86, 89, 100)]
+    OTHERS = (80, 86, 89, 100)
     # On 10.0 the instruction depends on Triton's version.
     TENSOR_CORES = {80: {"mma.sync"}, 86: {"mma.sync"}, 89: {"mma.sync"}, 90: {"wgmma"}}
 
     def test_attention_and_backend_in_the_interpreter() -> None:
         assert_passes_interpreted(__file__)
 
-    @pytest.mark.parametrize("architecture", [90, *OTHERS])
-    @pytest.mark.parametrize("head_dim", [16, 72, 160])
+    @pytest.mark.parametrize(
+        ("head_dim", "architecture"),
+        [(16, 90), (72, 90), (160, 90), *(pytest.param(72, sm, marks=pytest.mark.slow) for sm in OTHERS)],
+    )
     def test_attention_compiles_without_spills(head_dim: int, architecture: int) -> None:
         fixed = kernels.constants(head_dim)
         limit = SHARED_LIMIT[architecture]
@@ -46,7 +48,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         assert kinds == TENSOR_CORES.get(architecture, kinds)
         assert kinds
 
-    @pytest.mark.parametrize("architecture", [90, *OTHERS])
+    @pytest.mark.parametrize("architecture", [90, *(pytest.param(sm, marks=pytest.mark.slow) for sm in OTHERS)])
     def test_dense_linear_compiles_to_plain_float32(architecture: int) -> None:
         compiled = compile_ahead(
             dense.dense_linear_kernel, dense.SIGNATURE, {"N": 32, "K": 1152}, dense.CONFIG, architecture

@@ -32,7 +32,9 @@ def _each_kernel_once(architecture: int) -> list[Case]:
     scope="module",
     params=[
         (90, _each_kernel_once),
-        *(pytest.param((architecture, cases), marks=pytest.mark.slow) for architecture in (80, 86, 89, 90, 100)),
+        # Launch shapes of 8.6 and 8.9 differ from 8.0 in the pipeline alone.
+        *(pytest.param((sm, cases), marks=pytest.mark.slow) for sm in (80, 90)),
+        *(pytest.param((sm, _each_kernel_once), marks=pytest.mark.slow) for sm in (86, 89, 100)),
     ],
     ids=lambda each: f"{each[0]}-{each[1].__name__.strip('_')}",
 )

@@ -34,8 +34,8 @@ REFERENCE = ReferenceBackend()
 # In cells. A float32 sum of K terms of size sigma errs by about K 2^-24 / sqrt(2) sigma, and is divided by sqrt(K): by
 # 3e-6 sigma for K = 4608, which is 1e-4 of a cell at 8 bits. Ten times that is for the worst of a million.
 EDGE = 1e-3
-# Of all codes of a run. In 140 runs of 5 images with random orders of addition at most 0.04 moved.
-MOVED_SHARE = 0.1
+# Of all codes of a run. In 800 runs of 3 to 15 images with random orders of addition at most 0.11 moved, at 8 bits.
+MOVED_SHARE = 0.25
 UNMOVED_ERROR = 1e-3
 
 

@@ -10,9 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from robuq_core.quant.activation import ActivationRule, Grid
-from robuq_core.quant.lowrank import LowRankInit
-from robuq_core.quant.ternary import WeightScale
+from robuq_core.quant.choices import ActivationRule, Grid, LowRankInit, WeightScale
 
 Flavour = Literal["official", "diffusers"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]

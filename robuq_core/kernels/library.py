@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from robuq_core.kernels.ops import Backend, Modulation, NarrowBackend, Prologue, Quantized, TernaryLayer
-from robuq_core.quant.activation import Grid
+from robuq_core.quant.choices import Grid
 
 _BACKENDS: WeakValueDictionary[str, Backend] = WeakValueDictionary()
 _KEYS = itertools.count()

@@ -12,7 +12,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from robuq_core.quant.activation import Grid
+from robuq_core.quant.choices import Grid
 
 
 @dataclass(frozen=True)

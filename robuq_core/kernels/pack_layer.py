@@ -9,7 +9,7 @@ from torch import Tensor
 
 from robuq_core.kernels.ops import TernaryLayer
 from robuq_core.models.quant_linear import QuantLinear
-from robuq_core.quant.activation import Grid
+from robuq_core.quant.choices import Grid
 from robuq_core.quant.lowrank import round_to_storage
 from robuq_core.quant.packing import pack_planar
 from robuq_core.quant.ternary import ternary_planes

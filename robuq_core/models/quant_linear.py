@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from robuq_core.config import QuantConfig
 from robuq_core.models.dit import Attention, DiT
-from robuq_core.quant.activation import ActivationRule, Grid, fake_quantize_activation
+from robuq_core.quant.activation import fake_quantize_activation
+from robuq_core.quant.choices import ActivationRule, Grid, LowRankInit, WeightScale
 from robuq_core.quant.hadamard import Rotation, random_signs
-from robuq_core.quant.lowrank import LowRankInit, lowrank_split, round_to_storage
-from robuq_core.quant.ternary import WeightScale, ternary_fake_quantize
+from robuq_core.quant.lowrank import lowrank_split, round_to_storage
+from robuq_core.quant.ternary import ternary_fake_quantize
 
 
 class QuantLinear(nn.Module):

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Grid = Literal["midrise", "midtread"]
-ActivationRule = Literal["gaussian", "lloyd_max", "minmax"]
+from robuq_core.quant.choices import ActivationRule, Grid
 
 MIN_BITS, MAX_BITS = 1, 8
 

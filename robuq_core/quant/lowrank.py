@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from robuq_core.quant.activation import straight_through
+from robuq_core.quant.choices import LowRankInit
 from robuq_core.quant.truncated_svd import truncated_svd
-
-LowRankInit = Literal["svd", "zero"]
 
 
 def lowrank_split(

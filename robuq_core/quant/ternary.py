@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-WeightScale = Literal["conditional_mean", "absmean"]
+from robuq_core.quant.choices import WeightScale
 
 # Step of the best uniform quantiser of N(0, 1) with 9 and 27 levels, 0 among them: where the fit of a row starts.
 _GAUSSIAN_STEP = {2: 0.535, 3: 0.22}

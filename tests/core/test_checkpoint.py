@@ -25,7 +25,7 @@ from robuq_core.models.dit import DiT
 from robuq_core.models.presets import preset
 from robuq_core.models.quant_linear import QuantLinear, quantizable_linears
 from robuq_core.pipeline import bundled_checkpoint
-from robuq_core.quant.activation import ActivationRule
+from robuq_core.quant.choices import ActivationRule
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from robuq_core.kernels.reference import ReferenceBackend, apply_prologue
 from robuq_core.models.dit import DiT
 from robuq_core.models.packed_dit import LAYERS, PackedDiT
 from robuq_core.models.quant_linear import QuantLinear, layer_bits, layer_rotation_block, quantizable_linears
-from robuq_core.quant.activation import ActivationRule, Grid
+from robuq_core.quant.choices import ActivationRule, Grid
 from robuq_core.quant.hadamard import Rotation, random_signs
 
 Observe = Callable[[str, Tensor], None]

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
-from robuq_core.quant.activation import ActivationRule, Grid
+from robuq_core.quant.choices import ActivationRule, Grid
 from train.diagnose.shape import BITS, normal_error
 from train.diagnose.watch import LayerDiagnosis
 

@@ -11,14 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from robuq_core.quant.activation import (
-    MAX_BITS,
-    MIN_BITS,
-    SIGMA_PER_MEAN_ABS,
-    ActivationRule,
-    Grid,
-    fake_quantize_activation,
-)
+from robuq_core.quant.activation import MAX_BITS, MIN_BITS, SIGMA_PER_MEAN_ABS, fake_quantize_activation
+from robuq_core.quant.choices import ActivationRule, Grid
 
 BITS = tuple(range(MIN_BITS, MAX_BITS + 1))
 _LIMIT, _BINS_PER_SIGMA = 10, 200

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robuq_core.quant.activation import ActivationRule, Grid
+from robuq_core.quant.choices import ActivationRule, Grid
 from train.data import step_generator
 from train.diagnose.capture import LayerInput
 from train.diagnose.shape import Shape, ShapeStatistics

@@ -7,7 +7,7 @@ from torch import nn
 
 from robuq_core.kernels.ops import Modulation, Prologue
 from robuq_core.models.quant_linear import QuantLinear
-from robuq_core.quant.activation import Grid
+from robuq_core.quant.choices import Grid
 from robuq_core.quant.hadamard import random_signs
 
 WIDTHS = (4, 12, 20, 28, 36, 72, 96, 256, 288)

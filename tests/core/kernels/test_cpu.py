@@ -21,7 +21,8 @@ from robuq_core.kernels import cpu
 from robuq_core.kernels.cpu import CpuBackend, Isa, NativeUnavailableError, choose_isa, load_library
 from robuq_core.kernels.ops import Modulation, Quantized, TernaryLayer
 from robuq_core.kernels.pack_layer import pack_layer
-from robuq_core.quant.activation import Grid, is_midrise
+from robuq_core.quant.activation import is_midrise
+from robuq_core.quant.choices import Grid
 from robuq_core.quant.packing import pack_planar
 
 # Whole and incomplete groups of 128, one slice of the width and several.

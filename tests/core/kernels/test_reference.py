@@ -11,8 +11,9 @@ from layer_cases import WIDTHS, make_linear, tokens
 from robuq_core.kernels.ops import Modulation
 from robuq_core.kernels.pack_layer import pack_layer
 from robuq_core.kernels.reference import ReferenceBackend, apply_prologue
-from robuq_core.quant.activation import Grid, quantize_activation
+from robuq_core.quant.activation import quantize_activation
 from robuq_core.quant.attention import quantized_attention
+from robuq_core.quant.choices import Grid
 from robuq_core.quant.packing import unpack_planar
 from robuq_core.quant.ternary import ternarize
 

@@ -33,7 +33,7 @@ else:
     from robuq_core.kernels.triton import tuning
     from robuq_core.kernels.triton.backend import TritonBackend
     from robuq_core.kernels.triton.config import LaunchConfig
-    from robuq_core.quant.activation import Grid
+    from robuq_core.quant.choices import Grid
     from robuq_core.quant.packing import pack_planar, unpack_planar
 
     # Every base order (1, 12, 20, 28, 36), one and several columns a token, with and without a tail.

@@ -8,9 +8,9 @@ from torch import nn
 from robuq_core.config import ModelConfig, QuantConfig, RotatedLinears
 from robuq_core.models.dit import DiT
 from robuq_core.models.quant_linear import QuantLinear, quantizable_linears, quantize_model
-from robuq_core.quant.activation import ActivationRule, fake_quantize_activation
+from robuq_core.quant.activation import fake_quantize_activation
+from robuq_core.quant.choices import ActivationRule, LowRankInit
 from robuq_core.quant.hadamard import random_signs
-from robuq_core.quant.lowrank import LowRankInit
 from robuq_core.quant.ternary import ternary_fake_quantize
 
 SMALL = ModelConfig(input_size=8, patch_size=4, in_channels=3, hidden_size=24, depth=2, num_heads=2, num_classes=5)

@@ -6,6 +6,8 @@ What holds everywhere:
 - one layer, the same input: equal codes, save within :data:`EDGE` of a cell's edge, where they may differ by one cell
   (:func:`assert_quantized_agree`);
 - equal codes: outputs equal to rounding (:func:`assert_products_agree`);
+- 8-bit attention: equal to rounding, save where a code of an exponential is next to an edge
+  (:func:`assert_attention_agrees`);
 - floats without codes between: equal to rounding of the largest of them (:func:`assert_floats_agree`);
 - a network: a code that has moved changes what follows in its image, so no bound on a single image holds. Few images
   have one, and the share of moved codes is small (:func:`assert_networks_agree`).
@@ -26,10 +28,12 @@ from robuq_core.models.dit import DiT
 from robuq_core.models.packed_dit import PackedDiT
 from robuq_core.models.quant_linear import QuantLinear, is_adaln, quantizable_linears
 from robuq_core.quant.activation import GAUSSIAN_STEP, is_midrise, quantize_activation
+from robuq_core.quant.attention import UNSIGNED_TOP, quantize_signed
 from robuq_core.quant.hadamard import Rotation
 from robuq_core.quant.packing import unpack_planar
 
 REFERENCE = ReferenceBackend()
+_COMPARED_QUERIES = 256
 
 # In cells. A float32 sum of K terms of size sigma errs by about K 2^-24 / sqrt(2) sigma, and is divided by sqrt(K): by
 # 3e-6 sigma for K = 4608, which is 1e-4 of a cell at 8 bits. Ten times that is for the worst of a million.
@@ -63,6 +67,35 @@ def assert_quantized_agree(x: Tensor, layer: TernaryLayer, prologue: Prologue, a
         assert ((position - position.round()).abs()[differ] < EDGE).all()
         assert ((actual.codes.int() - expected.codes.int()).abs()[differ] == (2 if midrise else 1)).all()
     return differ
+
+
+def assert_attention_agrees(qkv: Tensor, heads: int, actual: Tensor) -> None:
+    """Eight-bit attention of ``qkv [B, L, 3 D]``, as exact as the edges between codes of exponentials leave it.
+
+    A code whose place ``255 exp(l - max)`` lies within EDGE, plus what float32 makes of the logits, of an edge may fall
+    either way; it moves its row by ``(v_j - out) / total``. Rows without one agree to 1e-5 of the largest value.
+    Compared are at most 256 queries, evenly spaced.
+    """
+    images, length, triple = qkv.shape
+    split = qkv.reshape(images, length, 3, heads, triple // 3 // heads).permute(2, 0, 3, 1, 4)
+    (q, q_scale), (k, k_scale), (v, v_scale) = (
+        [part.double() for part in quantize_signed(x, dims)]
+        for x, dims in zip(split, ((-1,), (-1,), (-2, -1)), strict=True)
+    )
+    rows = torch.arange(0, length, -(-length // _COMPARED_QUERIES))
+    q, q_scale, actual = q[:, :, rows], q_scale[:, :, rows], actual[:, rows]
+    logits = (q @ k.transpose(-2, -1)) * q_scale * k_scale.transpose(-2, -1) * q.shape[-1] ** -0.5
+    largest = logits.amax(dim=-1, keepdim=True)
+    place = UNSIGNED_TOP * (logits - largest).exp()
+    codes, v = place.round(), v * v_scale
+    total = codes.sum(dim=-1, keepdim=True)
+    exact = codes @ v / total
+    unsure = place * (logits.abs() + largest.abs()) * 2**-22 + EDGE
+    on_edge = ((place - place.floor() - 0.5).abs() < unsure).double()
+    many = on_edge.sum(dim=-1, keepdim=True)
+    allowed = (on_edge @ v.abs() + many * exact.abs()) / (total - many) + 1e-5 * v.abs().max()
+    got = actual.double().reshape(images, len(rows), heads, -1).transpose(1, 2)
+    assert bool(((got - exact).abs() <= allowed).all())
 
 
 def assert_products_agree(actual: Tensor, x: Quantized, layer: TernaryLayer, additions: int = 0) -> None:

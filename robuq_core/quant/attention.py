@@ -1,6 +1,8 @@
-"""Eight-bit attention products: symmetric per-token Q and K, per-head V, unsigned P.
+"""Eight-bit attention: symmetric per-token Q and K, per-head V, and codes of ``exp(l - max)`` in place of probabilities.
 
-The paper gives 8/8 bits for ``Q K^T`` and ``P V`` and no method; this one keeps both products exact integers.
+The paper gives 8/8 bits for ``Q K^T`` and ``P V`` and no method; this one keeps both products and the sum that
+normalises a row exact integers. Codes of normalised probabilities would lose diffuse rows: with L tokens their mean is
+``255 / L``, less than half a code from 512 tokens on. Here the largest entry of a row always has code 255.
 """
 
 from __future__ import annotations
@@ -14,26 +16,40 @@ SIGNED_TOP, UNSIGNED_TOP = 127, 255
 
 
 def quantize_signed(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Codes in -127..127 (in the dtype of ``x``) and the scale ``max|x| / 127`` taken over ``dims``."""
-    scale = x.abs().amax(dim=dims, keepdim=True) / SIGNED_TOP
-    return torch.round(x / scale.clamp(min=1e-30)), scale
+    """Codes in -127..127 (in the dtype of ``x``) and the scale ``max|x| / 127`` over ``dims``, at least 1e-30."""
+    scale = (x.abs().amax(dim=dims, keepdim=True) / SIGNED_TOP).clamp(min=1e-30)
+    return torch.round(x / scale), scale
 
 
 def quantized_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention whose two products run on 8-bit operands; straight-through gradients.
 
+    With integer codes ``q, k, v`` and scales ``s``: ``l_ij = (q_i . k_j) s_i s_j / sqrt(head_dim)``,
+    ``c_ij = round(255 exp(l_ij - max_j l_ij))``, and ``out_i = (sum_j c_ij v_j) (s_v / sum_j c_ij)``.
+
+    Runs in float32 (float64 of float64), whatever autocast asks for. Products of codes are exact there (in TF32
+    too) while their partial sums stay below 2^24.
+
     Args:
-        q, k, v: ``[B, heads, L, head_dim]``, float32 for exact products.
+        q, k, v: ``[B, heads, L, head_dim]``, floating point.
 
     Returns:
-        ``[B, heads, L, head_dim]``, same dtype.
+        ``[B, heads, L, head_dim]``, dtype of ``v``.
     """
+    with torch.autocast(q.device.type, enabled=False):
+        q_codes, q_scale = _codes(q, (-1,))
+        k_codes, k_scale = _codes(k, (-1,))
+        v_codes, v_scale = _codes(v, (-2, -1))
+        logits = q_codes @ k_codes.transpose(-2, -1)
+        logits = logits.mul_(q_scale * q.shape[-1] ** -0.5).mul_(k_scale.transpose(-2, -1))
+        # A shift of a row's logits changes nothing, so no gradient flows through the maximum.
+        values = (logits - logits.detach().amax(dim=-1, keepdim=True)).exp().mul(UNSIGNED_TOP)
+        codes = straight_through(values, torch.round(values.detach()))
+        return ((codes @ v_codes) * (v_scale / codes.sum(dim=-1, keepdim=True))).to(v.dtype)
 
-    def fake(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-        codes, scale = quantize_signed(x.detach(), dims)
-        return straight_through(x, codes * scale)
 
-    logits = (fake(q, (-1,)) @ fake(k, (-1,)).transpose(-2, -1)) * q.shape[-1] ** -0.5
-    p = logits.softmax(dim=-1)
-    p = straight_through(p, torch.round(p.detach() * UNSIGNED_TOP) / UNSIGNED_TOP)
-    return p @ fake(v, (-2, -1))
+def _codes(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """:func:`quantize_signed` with the gradient of ``x / scale``."""
+    x = x if x.dtype == torch.float64 else x.float()
+    codes, scale = quantize_signed(x.detach(), dims)
+    return straight_through(x / scale, codes), scale

@@ -1,8 +1,8 @@
 /* Softmax attention, one head of one image a task; the formulas of the 8-bit form are those of quant/attention.py.
  *
  * Codes that one 32-bit lane sums lie side by side, a pack: with VNNI four bytes, of unsigned by signed codes; without,
- * two int16, since AVX2 has no product of signed bytes. Sums are exact for every head width and, since
- * 255 * 127 * L < 2^31, for L up to 66,000 tokens. */
+ * two int16, since AVX2 has no product of signed bytes. Sums are exact for every head width and for up to 65,793 tokens:
+ * 255 * 127 * L < 2^31, and a row's sum of codes, at most 255 * L < 2^24, is a whole float. */
 
 #define LOWEST_LOGIT -3e38f /* of what stands beyond the last key */
 
@@ -68,12 +68,10 @@ FN v8 magnitudes(const float *x, int64_t count, v8 top) {
     return k < count ? vmax(top, vabs(load_part(x + k, count - k))) : top;
 }
 
-/* Scale of symmetric 8-bit codes of values up to `top`. */
-INLINE float signed_scale(float top) { return top / 127.0f; }
+/* Scale of symmetric 8-bit codes of values up to `top`; that of zeros only keeps their codes finite. */
+INLINE float signed_scale(float top) { return top / 127.0f < 1e-30f ? 1e-30f : top / 127.0f; }
 
-INLINE v8s signed_codes(v8 x, float scale) {
-    return to_int16(vrint(x / splat(scale > 1e-30f ? scale : 1e-30f)));
-}
+INLINE v8s signed_codes(v8 x, float scale) { return to_int16(vrint(x / splat(scale))); }
 
 /* Eight codes, of 0 .. 255 where they are `positive`, else of a signed byte. */
 INLINE void store_pack_codes(pack_code *out, v8s codes, const int positive) {
@@ -217,8 +215,29 @@ FN void attend(const struct head *h, const struct attention_buffers *b) {
     }
 }
 
-/* Logits of a row from its integer products, softmax, and its probabilities in 255ths. */
-FN void quantized_softmax(const struct attention_buffers *b, int64_t row, int64_t length, float scale) {
+/* 255 e^(x - max) rounded, of two vectors of logits: codes of 0 .. 255 that are also whole floats. */
+INLINE void exponential_codes(const float *logits, v8 top, v8 codes[2]) {
+    for (int i = 0; i < 2; i++) codes[i] = vrint(vexp(load(logits + i * LANES) - top) * splat(255));
+}
+
+INLINE void store_two_codes(pack_code *out, const v8 codes[2]) {
+#if HAVE_AVX2
+    const __m256i pairs = _mm256_packs_epi32((__m256i)to_int(codes[0]), (__m256i)to_int(codes[1]));
+    const __m256i wide = _mm256_permute4x64_epi64(pairs, 0xD8);
+#if HAVE_AVX512VNNI
+    const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+    _mm_storeu_si128((__m128i *)out, bytes);
+#else
+    store_bytes(out, wide);
+#endif
+#else
+    store_pack_codes(out, to_int16(codes[0]), 1);
+    store_pack_codes(out + LANES, to_int16(codes[1]), 1);
+#endif
+}
+
+/* Codes of a row's exponentials, from its integer products, with zeros in the padding; returns their sum. */
+FN float softmax_codes(const struct attention_buffers *b, int64_t row, int64_t length, float scale) {
     const int64_t padded = round_up(length, INT16_LANES), whole = length / LANES * LANES;
     float *p = b->logits + row * padded;
     const int32_t *products = b->products + row * padded;
@@ -232,9 +251,21 @@ FN void quantized_softmax(const struct attention_buffers *b, int64_t row, int64_
         top = vmax(top, j < whole ? logit : first_part(logit, length - j, splat(LOWEST_LOGIT)));
         store(p + j, logit);
     }
-    const v8 factor = splat(255.0f / exponentials(p, length, top));
-    for (int64_t j = 0; j < padded; j += LANES)
-        store_pack_codes(codes + j, to_int16(vrint(load(p + j) * factor)), 1);
+    top = splat(vmax_lane(top));
+    v8 code[2], sum[2] = {0};
+    int64_t j = 0;
+    for (; j + INT16_LANES <= length; j += INT16_LANES) {
+        exponential_codes(p + j, top, code);
+        store_two_codes(codes + j, code);
+        for (int i = 0; i < 2; i++) sum[i] += code[i];
+    }
+    if (j < length) {
+        exponential_codes(p + j, top, code);
+        for (int i = 0; i < 2; i++) code[i] = keep_part(code[i], max64(length - j - i * LANES, 0));
+        store_two_codes(codes + j, code);
+        for (int i = 0; i < 2; i++) sum[i] += code[i];
+    }
+    return vsum(sum[0] + sum[1]);
 }
 
 FN void attend_int8(const struct head *h, const struct attention_buffers *b) {
@@ -247,17 +278,18 @@ FN void attend_int8(const struct head *h, const struct attention_buffers *b) {
     if (QUERY_BIAS) sum_keys(k, padded_length, packs, b->key_offsets);
     quantize_tokens(h->q, h->stride, length, dim, q, b->q_scale, QUERY_BIAS);
     for (int64_t j = length; j < padded_length; j++) b->k_scale[j] = 0.0f;
-    const float scale = quantize_values(h->v, h->stride, length, dim, b->v_codes) / 255.0f;
+    const float v_scale = quantize_values(h->v, h->stride, length, dim, b->v_codes);
     for (int64_t first = 0; first < length; first += QUERY_ROWS) {
         const int64_t rows = min64(QUERY_ROWS, length - first), tiles = round_up(rows, PACK_ROWS);
         pack_block(q + first * padded_dim, padded_dim, tiles, k, padded_length, packs, b->products, padded_length);
+        float factors[QUERY_ROWS];
         for (int64_t i = 0; i < rows; i++)
-            quantized_softmax(b, i, length, b->q_scale[first + i] * h->logit_scale);
+            factors[i] = v_scale / softmax_codes(b, i, length, b->q_scale[first + i] * h->logit_scale);
         pack_block(b->p_codes, padded_length, tiles, b->v_codes, value_dim, padded_length / PACK, b->products,
                    value_dim);
         for (int64_t i = 0; i < rows; i++)
             for (int64_t d = 0; d < dim; d++)
-                h->out[(first + i) * h->width + d] = (float)b->products[i * value_dim + d] * scale;
+                h->out[(first + i) * h->width + d] = (float)b->products[i * value_dim + d] * factors[i];
     }
 }
 

@@ -241,9 +241,9 @@ INLINE v8 exp2_parts(v8 n, v8 f) {
     return (v8)((v8i)low + (to_int(n) << 23));
 }
 
-/* e^x to about 2 ulp for -87.3 <= x <= 88, clamped outside. */
+/* e^x to about 2 ulp for x <= 88; below -87.3 as there. */
 INLINE v8 vexp(v8 x) {
-    x = vmin(vmax(x, splat(-87.3f)), splat(88.0f));
+    x = vmax(x, splat(-87.3f));
     const v8 n = vrint(x * splat(1.44269504f));
     v8 r = fmadd(n, splat(-0.693359375f), x); /* ln(2) in two parts: the first product is exact */
     r = fmadd(n, splat(2.12194440e-4f), r);

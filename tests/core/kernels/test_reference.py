@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from agreement import assert_products_agree
+from agreement import assert_attention_agrees, assert_products_agree
 from layer_cases import WIDTHS, make_linear, tokens
 
 from robuq_core.kernels.ops import Modulation
@@ -73,6 +73,12 @@ def test_attention_splits_heads_as_the_model_does(quantized: bool) -> None:
     attend = quantized_attention if quantized else F.scaled_dot_product_attention
     expected = attend(q, k, v).transpose(1, 2).reshape(2, 9, 24)
     torch.testing.assert_close(BACKEND.attention(qkv, 3, quantized), expected)
+
+
+@pytest.mark.parametrize("length", [64, 777])
+def test_eight_bit_attention_is_the_formula_in_float64(length: int) -> None:
+    qkv = tokens(length, 3 * 72)[None]
+    assert_attention_agrees(qkv, 2, BACKEND.attention(qkv, 2, True))
 
 
 def test_a_token_of_zeros_gives_the_bias() -> None:

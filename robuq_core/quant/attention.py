@@ -1,4 +1,4 @@
-"""Eight-bit attention: symmetric per-token Q and K, per-head V, and codes of ``exp(l - max)`` in place of probabilities.
+"""Eight-bit attention: symmetric per-token Q and K, per-head V, and codes of ``exp(l - max)`` for probabilities.
 
 The paper gives 8/8 bits for ``Q K^T`` and ``P V`` and no method; this one keeps both products and the sum that
 normalises a row exact integers. Codes of normalised probabilities would lose diffuse rows: with L tokens their mean is

@@ -1,12 +1,11 @@
 """Eight-bit attention as :mod:`robuq_core.quant.attention` defines it: exact products on the tensor cores.
 
 A first kernel finds scales and codes of Q and K (by token) and V (by head) and lays them out by head, padded with
-zeros. The second one goes over the keys twice, since a probability is rounded after the whole row is normalised: first
-for the row's largest logit and its sum, then for the codes of P times the codes of V.
+zeros. The second one goes over the keys twice: first for a row's largest logit, then for the codes of its exponentials
+times the codes of V.
 
-``Q K^T`` multiplies int8 into int32. P's codes, 0..255, do not fit int8; ``P V`` multiplies fp16, which holds all codes
-exactly, into float32. A row of P sums to at most ``255 + L / 2`` after rounding, times V's 127 that is below 2^24 for
-L < 2^18: every partial sum is an integer that float32 holds, in any order.
+Every product multiplies int8 into int32. Codes of exponentials, 0..255, enter less 128, which fits int8; 128 times the
+sums of V's codes, which the first kernel leaves by blocks of tokens, puts it back. Integers: exact in any order.
 
 Tiles depend on the head alone, so a picture's result does not depend on the pictures beside it.
 """
@@ -22,12 +21,14 @@ from robuq_core.kernels.triton.config import LaunchConfig, launching, next_power
 from robuq_core.kernels.triton.rounding import rounded_for
 
 # An int8 product on the tensor cores takes at least 32 values of the inner dimension.
-MIN_HEAD_TILE, MAX_HEAD_DIM, MAX_LENGTH = 32, 256, 2**18 - 1024
+# 255 * 127 * 65536 < 2^31.
+MIN_HEAD_TILE, MAX_HEAD_DIM, MAX_LENGTH = 32, 256, 2**16
 
 # Triton's types of the run-time arguments of both kernels, for compiling ahead.
 SIGNATURE = {
     **{f"{name}_ptr": "*fp32" for name in ("qkv", "out", "q_scales", "k_scales", "v_scales")},
-    **{"q_ptr": "*i8", "k_ptr": "*i8", "v_ptr": "*fp16", "padded": "i32", "heads": "i32"},
+    **{"q_ptr": "*i8", "k_ptr": "*i8", "v_ptr": "*i8", "v_sums_ptr": "*i32", "padded": "i32", "heads": "i32"},
+    "blocks": "i32",
 }
 
 
@@ -67,8 +68,8 @@ def _round(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _codes_by_token(x):  # type: ignore[no-untyped-def]
-    scale = tl.div_rn(tl.max(tl.abs(x), 1), 127.0)
-    return _round(tl.div_rn(x, tl.maximum(scale, 1e-30)[:, None])).to(tl.int8), scale
+    scale = tl.maximum(tl.div_rn(tl.max(tl.abs(x), 1), 127.0), 1e-30)
+    return _round(tl.div_rn(x, scale[:, None])).to(tl.int8), scale
 
 
 @triton.jit(do_not_specialize=["padded", "heads"])
@@ -80,6 +81,7 @@ def quantize_heads_kernel(  # type: ignore[no-untyped-def]
     q_scales_ptr,
     k_scales_ptr,
     v_scales_ptr,
+    v_sums_ptr,
     padded,
     heads,
     LENGTH: tl.constexpr,
@@ -112,9 +114,12 @@ def quantize_heads_kernel(  # type: ignore[no-untyped-def]
         inside = (t < LENGTH)[:, None] & (column < HEAD)[None, :]
         v = tl.load(v_in_ptr + t[:, None] * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(v))
-    v_scale = tl.div_rn(tl.max(tl.max(largest, 1), 0), 127.0)
+    v_scale = tl.maximum(tl.div_rn(tl.max(tl.max(largest, 1), 0), 127.0), 1e-30)
     v = tl.load(v_in_ptr + here, mask=real, other=0.0).to(tl.float32)
-    tl.store(v_ptr + out, _round(tl.div_rn(v, tl.maximum(v_scale, 1e-30))).to(tl.float16))
+    codes = _round(tl.div_rn(v, v_scale)).to(tl.int8)
+    tl.store(v_ptr + out, codes)
+    sums = (head * (padded // BLOCK) + tl.program_id(1)) * HEAD_TILE
+    tl.store(v_sums_ptr + sums + column, tl.sum(codes.to(tl.int32), 0))
     if tl.program_id(1) == 0:
         tl.store(v_scales_ptr + head, v_scale)
 
@@ -128,7 +133,7 @@ def _logits(q, q_scale, k_ptr, k_scales_ptr, key, column, LENGTH: tl.constexpr, 
     return tl.where((key < LENGTH)[None, :], logits, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["padded", "heads"])
+@triton.jit(do_not_specialize=["padded", "heads", "blocks"])
 def attention_kernel(  # type: ignore[no-untyped-def]
     q_ptr,
     k_ptr,
@@ -136,16 +141,18 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     q_scales_ptr,
     k_scales_ptr,
     v_scales_ptr,
+    v_sums_ptr,
     out_ptr,
     padded,
     heads,
+    blocks,
     LENGTH: tl.constexpr,
     HEAD: tl.constexpr,
     HEAD_TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One block of queries of one head of one picture against all its keys."""
+    """One block of queries of one head of one picture against all its keys. ``blocks``: of the sums of V's codes."""
     head = tl.program_id(0).to(tl.int64)
     codes = head * padded * HEAD_TILE
     k_ptr += codes
@@ -157,28 +164,35 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     q_scale = tl.load(q_scales_ptr + head * padded + query)
 
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, LENGTH, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         logits = _logits(q, q_scale, k_ptr, k_scales_ptr, key, column, LENGTH, HEAD_TILE)
-        larger = tl.maximum(largest, tl.max(logits, 1))
-        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(logits - larger[:, None]), 1)
-        largest = larger
+        largest = tl.maximum(largest, tl.max(logits, 1))
 
-    to_codes = tl.div_rn(255.0, total)
-    product = tl.zeros([BLOCK_M, HEAD_TILE], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.int32)
+    product = tl.zeros([BLOCK_M, HEAD_TILE], tl.int32)
     for start in range(0, LENGTH, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         logits = _logits(q, q_scale, k_ptr, k_scales_ptr, key, column, LENGTH, HEAD_TILE)
-        p = _round(tl.exp(logits - largest[:, None]) * to_codes[:, None]).to(tl.float16)
+        # Contracted to one rounding less than in the first loop, a difference may be above 0.
+        p = _round(tl.exp(tl.minimum(logits - largest[:, None], 0.0)) * 255.0).to(tl.int32)
+        total += tl.sum(p, 1)
         v = tl.load(v_ptr + key[:, None] * HEAD_TILE + column[None, :])
-        product = tl.dot(p, v, product)
+        product = tl.dot((p - 128).to(tl.int8), v, product, out_dtype=tl.int32)
 
-    scale = tl.load(v_scales_ptr + head) * (1.0 / 255.0)
+    v_sum = tl.zeros([HEAD_TILE], tl.int32)
+    v_sums_ptr += head * blocks * HEAD_TILE
+    for start in range(0, blocks, 16):
+        block = start + tl.arange(0, 16)
+        here = block[:, None] * HEAD_TILE + column[None, :]
+        v_sum += tl.sum(tl.load(v_sums_ptr + here, mask=(block < blocks)[:, None], other=0), 0)
+    product += 128 * v_sum[None, :]
+
+    factor = tl.div_rn(tl.load(v_scales_ptr + head), total.to(tl.float32))
     width = heads * HEAD
     out_ptr += (head // heads) * LENGTH * width + (head % heads) * HEAD
     real = (query < LENGTH)[:, None] & (column < HEAD)[None, :]
-    out = rounded_for(out_ptr, product * scale)
+    out = rounded_for(out_ptr, product.to(tl.float32) * factor[:, None])
     tl.store(out_ptr + query[:, None] * width + column[None, :], out, mask=real)
 
 
@@ -186,7 +200,7 @@ def attention(qkv: Tensor, num_heads: int, config: LaunchConfig | None = None) -
     """Launch the kernels on contiguous ``qkv [B, L, 3 D]``, float32 or bfloat16 -> ``[B, L, D]`` of the same dtype.
 
     Raises:
-        ValueError: heads of more than 256 values, or more than 2^18 tokens: the products would not be exact.
+        ValueError: heads of more than 256 values, or more than 2^16 tokens: the products would not be exact.
     """
     images, length, triple = qkv.shape
     head_dim = triple // 3 // num_heads
@@ -201,17 +215,16 @@ def attention(qkv: Tensor, num_heads: int, config: LaunchConfig | None = None) -
     out = torch.empty(images, length, triple // 3, dtype=qkv.dtype, device=device)
     if not out.numel():
         return out
-    q, k = (torch.empty(heads, padded, tile, dtype=torch.int8, device=device) for _ in range(2))
-    v = torch.empty(heads, padded, tile, dtype=torch.float16, device=device)
+    q, k, v = (torch.empty(heads, padded, tile, dtype=torch.int8, device=device) for _ in range(3))
     q_scales, k_scales = (torch.empty(heads, padded, device=device) for _ in range(2))
     v_scales = torch.empty(heads, device=device)
-    operands = (q, k, v, q_scales, k_scales, v_scales)
+    blocks = padded // block
+    v_sums = torch.empty(heads, blocks, tile, dtype=torch.int32, device=device)
+    operands = (q, k, v, q_scales, k_scales, v_scales, v_sums)
     fixed = constants(head_dim, length)
     with launching(qkv):
-        quantize_heads_kernel[(heads, padded // block)](
-            *(qkv, *operands, padded, num_heads), **fixed, **first.options()
-        )
+        quantize_heads_kernel[(heads, blocks)](*(qkv, *operands, padded, num_heads), **fixed, **first.options())
         attention_kernel[(heads, triton.cdiv(length, block_m))](
-            *(*operands, out, padded, num_heads), **fixed, **config.options()
+            *(*operands, out, padded, num_heads, blocks), **fixed, **config.options()
         )
     return out

@@ -108,20 +108,24 @@ class Rotation(nn.Module):
         if signs is None:
             signs = torch.ones(width)
         self.register_buffer("signs", signs.to(torch.float32))
-        left_matrix = hadamard_matrix(left) / left**0.5
-        right_matrix = hadamard_matrix(right) / right**0.5
-        self.register_buffer("left", left_matrix.float(), persistent=False)
-        self.register_buffer("right", right_matrix.float(), persistent=False)
+        self.register_buffer("left", hadamard_matrix(left).float(), persistent=False)
+        self.register_buffer("right", hadamard_matrix(right).float(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Rotate the last dimension of ``x`` ``[..., n]``; same shape and dtype back."""
-        shape, signed = x.shape, x * self.signs.to(x.dtype)
-        if self.left_order * self.right_order == 1:
-            return signed
-        left, right = self.left.to(x.dtype), self.right.to(x.dtype)
-        x_MLR = signed.reshape(-1, self.left_order, self.right_order)
-        # (D x) (H_L (x) H_R), with x seen as an L x R matrix, is H_L^T X H_R; a token has one such matrix a block.
-        return (left.T @ (x_MLR @ right)).reshape(shape)
+        """Rotate the last dimension of ``x`` ``[..., n]``: float32 of narrower types, else same dtype; same shape.
+
+        Autocast does not apply. The matrices stay +-1, exact in every dtype, and the product is scaled afterwards.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            x = x if x.dtype == torch.float64 else x.float()
+            signed = x * self.signs.to(x.dtype)
+            order = self.left_order * self.right_order
+            if order == 1:
+                return signed
+            x_MLR = signed.reshape(-1, self.left_order, self.right_order)
+            # (D x) (H_L (x) H_R), with x seen as an L x R matrix, is H_L^T X H_R; a token has one such matrix a block.
+            rotated = self.left.to(x.dtype).T @ (x_MLR @ self.right.to(x.dtype))
+            return (rotated * order**-0.5).reshape(x.shape)
 
 
 def random_signs(width: int, generator: torch.Generator) -> Tensor:

@@ -66,6 +66,19 @@ def test_bad_prologues_are_refused() -> None:
         apply_prologue(tokens(5, 12), "relu")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("width", [1152, 1536])
+def test_a_layer_trained_in_bf16_is_its_packed_layer(width: int) -> None:
+    """The codes are equal and the gain is one: bf16 rounds products, but neither the rotation nor the quantiser."""
+    linear = make_linear(width, 64, bits=2, rank=4)
+    x = tokens(96, width).bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        trained = linear(x).double()
+    layer = pack_layer(linear)
+    packed = BACKEND.ternary_linear(BACKEND.rotate_quantize(x.float(), layer), layer).double()
+    assert float((trained - packed).norm() / packed.norm()) < 6e-3
+    assert float((trained * packed).sum() / packed.square().sum()) == pytest.approx(1, abs=5e-4)
+
+
 @pytest.mark.parametrize("quantized", [False, True])
 def test_attention_splits_heads_as_the_model_does(quantized: bool) -> None:
     qkv = tokens(2 * 9, 3 * 24).reshape(2, 9, 72)

@@ -33,8 +33,7 @@ _SETTINGS: dict[str, tuple[Any, ...]] = {
 # Of one class alone: others carry the keys along from whatever they were made from, and do not look at them.
 _OWN_SETTINGS: dict[str, dict[str, tuple[Any, ...]]] = {
     "DDIMScheduler": {"set_alpha_to_one": (True,), "clip_sample_range": (1.0,)},
-    # A variance that was learned is used whatever is set.
-    "DDPMScheduler": {"variance_type": ("fixed_small", "fixed_small_log"), "clip_sample_range": (1.0,)},
+    "DDPMScheduler": {"variance_type": ("fixed_large",), "clip_sample_range": (1.0,)},
     # euler_at_final and lower_order_final change nothing: onto a clean image the last step is of first order anyway.
     "DPMSolverMultistepScheduler": {
         "algorithm_type": ("dpmsolver++",),
@@ -62,7 +61,7 @@ def scheduler_of(sampler: SamplerName, header: Header) -> Any:
     diffusion = header.diffusion
     # As of another class, so that one that does not clip hands on whether the next one does.
     config = {**_BETAS, "prediction_type": diffusion.prediction_type, "clip_sample": diffusion.clip_sample,
-              "_class_name": _SCHEDULERS["ddim"]}  # fmt: skip
+              "variance_type": "fixed_large", "_class_name": _SCHEDULERS["ddim"]}  # fmt: skip
     return getattr(importlib.import_module("diffusers"), _SCHEDULERS[sampler]).from_config(config)
 
 
@@ -91,6 +90,6 @@ def _allowed(name: str, header: Header) -> dict[str, tuple[Any, ...]]:
     allowed = {**_SETTINGS, **_OWN_SETTINGS[name], "prediction_type": (header.diffusion.prediction_type,)}
     if "clip_sample_range" in allowed:  # it clips
         allowed["clip_sample"] = (header.diffusion.clip_sample,)
-    if "variance_type" in allowed and header.model.learn_sigma:
-        allowed["variance_type"] += ("learned_range",)
+    if "variance_type" in allowed and header.model.learn_sigma:  # a variance that was learned is used whatever is set
+        allowed["variance_type"] += ("learned_range", "fixed_small", "fixed_small_log")
     return allowed

@@ -28,8 +28,9 @@ from robuq_core.diffusion.schedule import (
 class StepTable:
     """The steps of one sampler run, first to last (descending timesteps); every tensor is float64 ``[steps]``.
 
-    ``timesteps``: the original indices 0..999 that the network sees. ``std``: of the noise added (0: none).
-    ``log_beta`` and ``log_posterior``: the bounds between which a learned variance interpolates (DDPM only).
+    ``timesteps``: the original indices 0..999 that the network sees. ``std``: of the noise added (0: none) where the
+    network learns no variance. ``log_beta`` and ``log_posterior``: the bounds between which a learned variance
+    interpolates (DDPM only).
     """
 
     timesteps: tuple[int, ...]
@@ -104,7 +105,10 @@ def step_table(sampler: SamplerName, steps: int) -> StepTable:
     if sampler == "ddpm":
         on_x0 = beta * following.sqrt() / (1 - alpha_bar)
         on_xt = (1 - following) * (1 - beta).sqrt() / (1 - alpha_bar)
-        coefficients = (on_xt, on_x0, zeros, posterior.sqrt())
+        # Without a learned variance, the larger of the two bounds, as in the official code.
+        std = beta.sqrt()
+        std[-1] = 0
+        coefficients = (on_xt, on_x0, zeros, std)
     elif sampler == "ddim":
         on_xt = ((1 - following) / (1 - alpha_bar)).sqrt()
         coefficients = (on_xt, following.sqrt() - on_xt * alpha_bar.sqrt(), zeros, zeros)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import accumulate, repeat
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ def alphas_cumprod() -> Tensor:
 def respaced_timesteps(steps: int) -> list[int]:
     """``steps`` original indices, ascending, 0 and 999 included: a fractional stride, rounded (IDDPM's spacing).
 
+    As in the official code the stride is added up in floating point, which decides ties: ``round(i * stride)`` differs
+    at 278 of the step counts. One step starts from noise, at 999; the official code would take t = 0.
+
     Raises:
         ValueError: steps outside 1..1000.
     """
@@ -27,7 +31,7 @@ def respaced_timesteps(steps: int) -> list[int]:
     if steps == 1:
         return [NUM_TRAIN_TIMESTEPS - 1]
     stride = (NUM_TRAIN_TIMESTEPS - 1) / (steps - 1)
-    return [round(i * stride) for i in range(steps)]
+    return [round(place) for place in accumulate(repeat(stride, steps - 1), initial=0.0)]
 
 
 def interior_timesteps(steps: int) -> list[int]:

@@ -61,7 +61,7 @@ def test_each_is_made_from_another(tmp_path: Path, first: SamplerName, second: S
         ("ddim", {"trained_betas": np.linspace(1e-4, 0.02, 1000)}, "set None"),
         ("ddim", {"beta_end": 0.012}, r"not what the model was trained with; set 0\.02"),
         ("ddim", {"prediction_type": "epsilon"}, "set 'sample'"),
-        ("ddpm", {"variance_type": "fixed_large"}, "set 'fixed_small'"),
+        ("ddpm", {"variance_type": "learned"}, "set 'fixed_large'"),
         ("dpmsolver++", {"use_karras_sigmas": True}, "set False"),
         ("dpmsolver++", {"use_exponential_sigmas": True}, "set False"),
         ("dpmsolver++", {"use_lu_lambdas": True}, "set False"),
@@ -89,6 +89,8 @@ def test_a_variance_is_learned_where_the_model_has_one(tmp_path: Path, header: H
     plain = header_of(tmp_path, learn_sigma=False)
     with pytest.raises(ValueError, match="variance_type 'learned_range' is not supported"):
         sampler_of(configured(plain, "ddpm", variance_type="learned_range"), plain)
+    with pytest.raises(ValueError, match="variance_type 'fixed_small' is not supported; set 'fixed_large'"):
+        sampler_of(configured(plain, "ddpm", variance_type="fixed_small"), plain)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -36,6 +36,21 @@ def test_respacing_to_250_uses_a_fractional_stride() -> None:
     assert respaced_timesteps(1) == [999]
 
 
+def test_respacing_adds_its_stride_up_at_every_step_count() -> None:
+    """As the official code does, written out; at 278 of the counts a product would round some index the other way."""
+    others = []
+    for steps in range(2, 1001):
+        place, expected = 0.0, []
+        for _ in range(steps):
+            expected.append(round(place))
+            place += 999 / (steps - 1)
+        assert respaced_timesteps(steps) == expected
+        if expected != [round(i * (999 / (steps - 1))) for i in range(steps)]:
+            others.append(steps)
+    assert len(others) == 278
+    assert others[:4] == [21, 23, 31, 35]
+
+
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_step_counts_out_of_range_are_refused(steps: int) -> None:
     with pytest.raises(ValueError, match=r"1\.\.1000"):

@@ -35,8 +35,8 @@ from robuq_core.models.quant_linear import QuantLinear, is_adaln, layer_bits, la
 from robuq_core.quant.bits import average_bits
 from robuq_core.quant.packing import base3_size, pack_base3, unpack_planar
 
-# 2: weights of several planes; what else is quantised, and how.
-FORMAT_VERSION = 2
+# 2: weights of several planes; what else is quantised, and how. 3: codes of 8-bit attention are those of exp(l - max).
+FORMAT_VERSION = 3
 _METADATA_KEY = "robuq"
 _READERS = 4
 _RGB = 3
@@ -205,12 +205,30 @@ def write_packed(
         tensors={name: _entry(tensor) for name, tensor in tensors.items()},
         **(vars(about) | {"decoder": decoder}),
     )
+    _save(path, header, tensors)
+    return header
+
+
+def _save(path: Path, header: Header, tensors: dict[str, Tensor]) -> None:
     with replacing(path) as temporary:
         try:
             save_file(tensors, temporary, metadata={_METADATA_KEY: header.model_dump_json()})
         except SafetensorError as error:
             raise CheckpointError(f"{path}: cannot be written ({error}); is the disk full?") from error
-    return header
+
+
+def renew_checkpoint(source: Path, target: Path) -> Header:
+    """Write a packed ``source`` of an older format in the present one: the same tensors, under the present rules.
+
+    Raises:
+        CheckpointError: ``source`` is of the present format or newer, or as :func:`read_checkpoint`.
+    """
+    header = read_header(source, older=True)
+    tensors = _read_tensors(source, header, header.tensors)
+    provenance = {**header.provenance, "converted_from_format": header.format_version}
+    renewed = header.model_copy(update={"format_version": FORMAT_VERSION, "provenance": provenance})
+    _save(target, renewed, tensors)
+    return renewed
 
 
 def _stored_parts(layer: TernaryLayer) -> dict[str, Tensor]:
@@ -243,11 +261,13 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, *, older: bool = False) -> Header:
     """The validated header of a packed checkpoint; no tensor is read.
 
+    ``older``: read a file of an older format, to convert it, in place of the present one.
+
     Raises:
-        CheckpointError: missing, truncated or foreign file, newer format, or a field that does not validate.
+        CheckpointError: missing, truncated or foreign file, another format, or a field that does not validate.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; give the path of a packed .safetensors checkpoint")
@@ -260,7 +280,7 @@ def read_header(path: Path) -> Header:
     if _METADATA_KEY not in metadata:
         raise CheckpointError(f"{path}: a safetensors file without a '{_METADATA_KEY}' header; "
                               "pack a model with robuq-train export")  # fmt: skip
-    header = _parse_header(path, metadata[_METADATA_KEY])
+    header = _parse_header(path, metadata[_METADATA_KEY], older)
     promised, needed = set(header.tensors), set(_expected_shapes(header))
     if stored != promised or promised != needed:
         names = sorted((stored ^ promised) | (promised ^ needed))
@@ -268,7 +288,7 @@ def read_header(path: Path) -> Header:
     return header
 
 
-def _parse_header(path: Path, text: str) -> Header:
+def _parse_header(path: Path, text: str, older: bool) -> Header:
     try:
         tree = json.loads(text)
         version = tree["format_version"]
@@ -277,6 +297,11 @@ def _parse_header(path: Path, text: str) -> Header:
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise CheckpointError(f"{path}: format_version {version} is newer than this program reads ({FORMAT_VERSION}); "
                               "upgrade robuq")  # fmt: skip
+    if version < FORMAT_VERSION and not older:
+        raise CheckpointError(f"{path}: format_version {version} is older than this program reads ({FORMAT_VERSION}); "
+                              f"convert it: robuq convert {path} NEW.safetensors")  # fmt: skip
+    if version == FORMAT_VERSION and older:
+        raise CheckpointError(f"{path}: format_version {version} is the present one; use the file as it is")
     try:
         header = Header.model_validate_json(text)
     except ValidationError as error:

@@ -182,8 +182,10 @@ def inspect_command(
 @app.command()
 @reported
 def convert(
-    source: Annotated[Path, typer.Argument(help="Official DiT .pt, diffusers folder, or teacher.pt of robuq-train.")],
-    target: Annotated[Path, typer.Argument(help="x.pt: official; x.safetensors: packed, with --ptq; else: diffusers.")],
+    source: Annotated[
+        Path, typer.Argument(help="Official DiT .pt, diffusers folder, teacher.pt of robuq-train, or old packed file.")
+    ],
+    target: Annotated[Path, typer.Argument(help="x.pt: official; x.safetensors: packed; else: diffusers.")],
     ptq: Annotated[bool, typer.Option("--ptq", help="Quantise without training: to try the runtime.")] = False,
     weight_planes: Annotated[
         int | None, typer.Option(min=1, max=3, help="Ternary matrices summed to a weight, 1.6 bits each; default: 3.")
@@ -204,10 +206,14 @@ def convert(
     class_names: Annotated[Path | None, typer.Option(help="Text file for --ptq, one name a line.")] = None,
     vae: Annotated[Path | None, typer.Option(help="AutoencoderKL folder to copy into a diffusers folder.")] = None,
 ) -> None:
-    """Take DiT weights from one form to another; full precision is kept bit for bit, unless --ptq packs it."""
+    """Take DiT weights from one form to another; full precision is kept bit for bit, unless --ptq packs it.
+
+    A packed file of an older format becomes one of the present format, with the same weights.
+    """
     from robuq_core import convert as conversion
 
-    if ptq != (target.suffix.lower() == conversion.PACKED_SUFFIX):
+    renews, packs = (path.suffix.lower() == conversion.PACKED_SUFFIX for path in (source, target))
+    if ptq != packs and not (renews and packs):
         raise UserError(f"{target}: a packed file ends in {conversion.PACKED_SUFFIX} and is made with --ptq, "
                         "and only with it")  # fmt: skip
     quant = {"weight_planes": weight_planes, "activation_bits": activation_bits, "rank": rank}
@@ -217,6 +223,13 @@ def convert(
     else:
         others = {"flavour": flavour, "decoder_kind": decoder_kind, "class_names": class_names}
         _refuse({**quant, **defaults, **others}, "--ptq")
+        if renews and packs:
+            from robuq_core.checkpoint import renew_checkpoint
+
+            _refuse({"heads": heads, "vae": vae}, "other conversions than that of a packed file")
+            renewed = renew_checkpoint(source, target)
+            typer.echo(f"wrote {target} (format_version {renewed.format_version})")
+            return
         conversion.convert_full_precision(source, target, num_heads=heads, vae=vae)
         typer.echo(f"wrote {target}")
         return

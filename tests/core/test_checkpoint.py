@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny import TINY, tiny_model, write_tiny
 
 from robuq_core.checkpoint import (
+    FORMAT_VERSION,
     CheckpointError,
     Description,
     dense_shapes,
@@ -17,6 +18,7 @@ from robuq_core.checkpoint import (
     layer_shapes,
     read_checkpoint,
     read_header,
+    renew_checkpoint,
     write_checkpoint,
 )
 from robuq_core.config import DiffusionConfig, ModelConfig, QuantConfig, SamplerConfig
@@ -82,11 +84,37 @@ def test_average_bits_follow_the_macs(tmp_path: Path) -> None:
     assert read_header(path).average_activation_bits == pytest.approx((24 * 2 + 4 * 2 - 1) / 24)
 
 
-def test_files_of_the_first_version_are_read(packed: Path) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_older_files_are_refused_until_they_are_converted(packed: Path, tmp_path: Path, version: int) -> None:
+    before = read_checkpoint(packed)
     quant = {"activation_bits": 2, "adaln_bits": 4, "attention_bits": 8, "grid": "midrise", "rank": 4, "seed": 0}
-    _edit_header(packed, format_version=1, quant=quant)
-    header = read_checkpoint(packed).header
-    assert header.quant == QuantConfig(rank=4)
+    _edit_header(packed, format_version=version, quant=quant)
+    new = tmp_path / "new.safetensors"
+    with pytest.raises(CheckpointError, match=f"robuq convert {packed} ") as refusal:
+        read_checkpoint(packed)
+    assert "\n" not in str(refusal.value)
+    assert renew_checkpoint(packed, new).format_version == FORMAT_VERSION
+    after = read_checkpoint(new)
+    assert after.header.quant == QuantConfig(rank=4)
+    assert after.header.provenance == {"seed": 0, "converted_from_format": version}
+    assert after.header.tensors == before.header.tensors
+    for name, layer in before.layers.items():
+        assert torch.equal(after.layers[name].planar, layer.planar)
+    with pytest.raises(CheckpointError, match="the present one"):
+        renew_checkpoint(new, tmp_path / "again.safetensors")
+    assert not (tmp_path / "again.safetensors").exists()
+
+
+def test_a_damaged_older_file_is_not_converted(packed: Path, tmp_path: Path) -> None:
+    _edit_header(packed, format_version=2)
+    content = bytearray(packed.read_bytes())
+    content[-1] ^= 1
+    packed.write_bytes(content)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        renew_checkpoint(packed, tmp_path / "new.safetensors")
+
+
+def test_the_bundled_checkpoint_has_the_present_format() -> None:
     assert read_header(bundled_checkpoint()).quant.weight_planes == 1
 
 
@@ -163,7 +191,7 @@ def test_foreign_files_are_named_as_such(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 3}, "format_version 3 is newer"),
+        ({"format_version": FORMAT_VERSION + 1}, "is newer"),
         ({"format_version": "one"}, "format_version"),
         ({"colour": "blue"}, "header field colour"),
         ({"quant": {"activation_bits": 11}}, r"quant\.activation_bits"),

@@ -1,5 +1,6 @@
 """Conversion keeps full precision bit for bit; packing without training is packing, and says what it cost."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -7,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from autoencoders import examples, save_autoencoder_tiny
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import TINY, write_tiny
 from typer.testing import CliRunner
 
 from robuq_core.checkpoint import CheckpointError, Description, read_checkpoint, read_header, write_checkpoint
@@ -250,6 +254,20 @@ def test_command_names_mistakes(
     assert result.exit_code == 2
     assert message in result.stderr.replace("\n", " ")
     assert [path.name for path in source.parent.iterdir()] == ["model.pt"]
+
+
+def test_the_command_renews_an_old_packed_file(tmp_path: Path) -> None:
+    old, new = tmp_path / "old.safetensors", tmp_path / "new.safetensors"
+    write_tiny(old)
+    with safe_open(old, "pt") as file:
+        header = json.loads(file.metadata()["robuq"])
+    save_file(load_file(old), old, metadata={"robuq": json.dumps({**header, "format_version": 2})})
+    refused = run(app, ["convert", str(old), str(new), "--heads", "2"])
+    assert refused.exit_code == 2
+    assert "--heads" in refused.stderr
+    done = run(app, ["convert", str(old), str(new)])
+    assert done.exit_code == 0, done.output
+    assert read_header(new).model == TINY
 
 
 def test_position_tables_are_this_projects_own_in_a_packed_file(tmp_path: Path) -> None:

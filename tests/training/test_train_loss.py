@@ -138,3 +138,15 @@ def test_timesteps_are_uniform_over_all_thousand() -> None:
     assert drawn.max() == 999
     assert len(drawn.unique()) == 1000
     assert float(drawn.float().mean()) == pytest.approx(499.5, abs=5)
+
+
+def test_no_two_seeds_share_a_stream() -> None:
+    """torch's CPU generator takes 32 bits of a seed: seeds a high power of two apart must still differ."""
+
+    def noise(seed: int, step: int = 7, stream: int = 0) -> list[float]:
+        return torch.randn(4, generator=step_generator(seed, step, stream)).tolist()
+
+    first = noise(3)
+    assert first == noise(3)
+    for other in (noise(3 + 2**28), noise(3 + 2**31), noise(4), noise(3, step=8), noise(3, stream=1)):
+        assert other != first

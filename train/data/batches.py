@@ -6,6 +6,7 @@ sees what the unbroken one would have seen.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,9 @@ from train.data.latents import LatentDataset
 
 def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
     """The generator of one step (and, by ``stream``, of one purpose within it)."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 16 + stream)
+    # Hashed, since torch's CPU generator takes the low 32 bits of a seed alone.
+    mixed = np.random.SeedSequence((seed, step, stream)).generate_state(1)[0]
+    return torch.Generator().manual_seed(int(mixed))
 
 
 class BatchSource:

@@ -79,6 +79,75 @@ def allocate(
     return Allocation(method, float(budget_bits), average_bits(bits, macs), predicted, bits)
 
 
+@dataclass(frozen=True)
+class Resampled:
+    """What an allocation owes to the points that it was measured on: ``resamples`` bootstrap draws of their batches.
+
+    ``bits``: 2.5% and 97.5% quantiles of each layer's width when the search is repeated on each draw. ``kept``: share
+    of the draws that give the layer its chosen width. ``gain``: what the chosen widths save over one width everywhere,
+    on each draw: 2.5%, 50% and 97.5% quantiles, or None if no uniform width fits the budget.
+    """
+
+    resamples: int
+    batches: int
+    bits: dict[str, tuple[int, int]]
+    kept: dict[str, float]
+    gain: tuple[float, float, float] | None
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        kept = sum(self.kept.values()) / len(self.kept)
+        text = f"{self.resamples} resamples of {self.batches} batches keep {kept:.0%} of the widths"
+        if self.gain is None:
+            return text
+        low, middle, high = self.gain
+        return f"{text}; gain over one width everywhere {middle:.3g}, 95% interval {low:.3g} to {high:.3g}"
+
+
+def resample(
+    by_batch: Mapping[str, Mapping[int, Sequence[float]]],
+    sizes: Sequence[int],
+    macs: Mapping[str, int],
+    chosen: Allocation,
+    resamples: int = 200,
+    seed: int = 0,
+) -> Resampled:
+    """Bootstrap ``chosen`` over the batches that its losses are means of.
+
+    Args:
+        by_batch: losses by layer, width and batch. ``sizes``: points of each batch.
+        macs: as of :func:`allocate`.
+    """
+    generator = np.random.default_rng(seed)
+    names, points = list(by_batch), np.array(sizes, dtype=np.float64)
+    values = {name: {width: np.array(row) for width, row in by_batch[name].items()} for name in names}
+    try:
+        mean = {name: {w: float(row @ points) for w, row in widths.items()} for name, widths in values.items()}
+        uniform = allocate(mean, macs, chosen.budget_bits, "uniform").bits
+    except AllocationError:
+        uniform = None
+    widths: dict[str, list[int]] = {name: [] for name in names}
+    gains = []
+    for _ in range(resamples):
+        weights = generator.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes))) * points
+        weights = weights / weights.sum()
+        losses = {name: {width: float(row @ weights) for width, row in values[name].items()} for name in names}
+        for name, width in allocate(losses, macs, chosen.budget_bits, chosen.method).bits.items():
+            widths[name].append(width)
+        if uniform is not None:
+            gains.append(math.fsum(losses[name][uniform[name]] - losses[name][chosen.bits[name]] for name in names))
+    ends = {name: np.quantile(found, (0.025, 0.975), method="nearest") for name, found in widths.items()}
+    low, middle, high = np.quantile(gains, (0.025, 0.5, 0.975)).tolist() if gains else (0.0, 0.0, 0.0)
+    return Resampled(
+        resamples=resamples,
+        batches=len(sizes),
+        bits={name: (int(each[0]), int(each[1])) for name, each in ends.items()},
+        kept={name: found.count(chosen.bits[name]) / resamples for name, found in widths.items()},
+        gain=(low, middle, high) if gains else None,
+    )
+
+
 Options = Sequence[Sequence[tuple[int, float]]]
 
 
@@ -157,9 +226,16 @@ def type_table(allocations: Sequence[Allocation]) -> Table:
     return table
 
 
-def layer_table(allocations: Sequence[Allocation]) -> Table:
-    """The width of every layer, one column an allocation."""
+def layer_table(allocations: Sequence[Allocation], interval: Resampled | None = None) -> Table:
+    """The width of every layer, one column an allocation; ``interval``: of the first one."""
     table = Table("layer", *(each.method.replace("_", " ") for each in allocations), title="activation bits by layer")
+    if interval is not None:
+        table.add_column("95% interval")
+        table.add_column("kept")
     for name in allocations[0].bits:
-        table.add_row(name, *(str(each.bits[name]) for each in allocations))
+        cells = [str(each.bits[name]) for each in allocations]
+        if interval is not None:
+            low, high = interval.bits[name]
+            cells += [str(low) if low == high else f"{low}..{high}", f"{interval.kept[name]:.0%}"]
+        table.add_row(name, *cells)
     return table

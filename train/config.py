@@ -94,11 +94,17 @@ class QATConfig(StageConfig):
 
 
 class SensitivityConfig(StrictModel):
-    """What each layer loses at each activation width, all others at ``quant.activation_bits``."""
+    """What each layer loses at each activation width, all others at the width nearest to ``allocate.average_bits``."""
 
     bits: tuple[Annotated[int, Field(ge=1, le=8)], ...] = (1, 2, 3, 4)
     samples: int = Field(default=256, ge=1, description="fixed (x_t, t, noise, class) that every width is measured on")
-    batch_size: int = Field(default=64, ge=1)
+    batch_size: int = Field(default=16, ge=1, description="also what the interval of an allocation resamples")
+    guidance_scale: float = Field(
+        default=1.0,
+        ge=0,
+        le=20,
+        description="of the predictions that teacher_mse compares; 1 is none, others cost twice",
+    )
     metric: Literal["teacher_mse", "diffusion_loss"] = "teacher_mse"
     after: Literal["warmup", "teacher"] = Field(
         default="warmup", description="measured on the warmed-up student, or on the teacher quantised untrained (PTQ)"

@@ -2,6 +2,8 @@
 
 Measured on a fixed set of (x_t, t, noise, class): the rise of the prediction's mean squared error against the teacher,
 and of the plain diffusion loss. The paper measures after about 1,000 steps of training, not on the untrained model.
+
+Every value is kept by batch too, so that what an allocation owes to these points can be resampled.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from robuq_core.config import NUM_TRAIN_TIMESTEPS, DiffusionConfig, StrictModel
+from robuq_core.diffusion.guidance import guide
 from robuq_core.errors import UserError
 from robuq_core.files import replacing
 from robuq_core.models.dit import DiT
@@ -39,12 +42,16 @@ class SensitivityError(UserError):
 
 class Sensitivity(StrictModel):
     """``rise[metric][layer][bits]``: the metric with that layer at that width minus ``base[metric]``, where every
-    searched layer is at ``reference_bits``. ``samples``: size of the fixed set."""
+    searched layer is at ``reference_bits``. ``samples``: size of the fixed set. ``by_batch``: ``rise`` of each batch of
+    it, of ``batch_sizes`` points. ``guidance_scale``: with which both models predicted for ``teacher_mse``."""
 
     reference_bits: int
     samples: int
+    guidance_scale: float
     base: dict[Metric, float]
     rise: dict[Metric, dict[str, dict[int, float]]]
+    batch_sizes: tuple[int, ...]
+    by_batch: dict[Metric, dict[str, dict[int, list[float]]]]
 
     def save(self, path: Path) -> None:
         """Write the table as JSON, whole or not at all."""
@@ -122,10 +129,12 @@ def measure_sensitivity(
     *,
     bits: Sequence[int],
     reference_bits: int,
+    guidance_scale: float = 1.0,
 ) -> Sensitivity:
     """Measure every searched layer of ``student`` at every width of ``bits`` on ``batches``.
 
-    Both models are left as they were found, the student's widths included.
+    ``guidance_scale``: not 1 compares guided predictions, in which errors of ``cond - uncond`` are multiplied; it
+    doubles the work. The diffusion loss stays that of the conditional prediction. Both models are left as they were found, the student's widths included.
 
     Raises:
         SensitivityError: no batch, a student that is not quantised, or a metric that is not finite.
@@ -134,37 +143,69 @@ def measure_sensitivity(
         raise SensitivityError("sensitivity.samples: no sample to measure on")
     layers = searched_layers(student)
     with torch.inference_mode(), _evaluating(student), _evaluating(teacher), _widths(layers):
-        targets = [teacher(batch.x_t, batch.timesteps, batch.classes) for batch in batches]
+        targets = [_prediction(teacher, batch, guidance_scale)[1] for batch in batches]
         for layer in layers.values():
             layer.bits = reference_bits
-        base = _metrics(student, batches, targets, diffusion)
-        rise: dict[Metric, dict[str, dict[int, float]]] = {metric: {} for metric in METRICS}
+        base = _metrics(student, batches, targets, diffusion, guidance_scale)
+        by_batch: dict[Metric, dict[str, dict[int, list[float]]]] = {metric: {} for metric in METRICS}
         with tracked(layers.items(), "sensitivity") as named:
             for name, layer in named:
                 for width in bits:
                     layer.bits = width
-                    found = base if width == reference_bits else _metrics(student, batches, targets, diffusion)
+                    same = width == reference_bits
+                    found = base if same else _metrics(student, batches, targets, diffusion, guidance_scale)
                     for metric in METRICS:
-                        rise[metric].setdefault(name, {})[width] = found[metric] - base[metric]
+                        rises = [a - b for a, b in zip(found[metric], base[metric], strict=True)]
+                        by_batch[metric].setdefault(name, {})[width] = rises
                 layer.bits = reference_bits
-    samples = sum(len(batch.x0) for batch in batches)
-    return Sensitivity(reference_bits=reference_bits, samples=samples, base=base, rise=rise)
+    sizes = tuple(len(batch.x0) for batch in batches)
+
+    def mean(values: Sequence[float]) -> float:
+        return math.fsum(value * size for value, size in zip(values, sizes, strict=True)) / sum(sizes)
+
+    return Sensitivity(
+        reference_bits=reference_bits,
+        samples=sum(sizes),
+        guidance_scale=guidance_scale,
+        base={metric: mean(values) for metric, values in base.items()},
+        rise={
+            metric: {name: {width: mean(values) for width, values in row.items()} for name, row in table.items()}
+            for metric, table in by_batch.items()
+        },
+        batch_sizes=sizes,
+        by_batch=by_batch,
+    )
+
+
+def _prediction(model: DiT, batch: FixedBatch, scale: float) -> tuple[Tensor, Tensor]:
+    """The output, and its first ``C`` channels under guidance of ``scale``."""
+    output = model(batch.x_t, batch.timesteps, batch.classes)
+    channels = batch.x0.shape[1]
+    if scale == 1:
+        return output, output[:, :channels]
+    config = model.config
+    unconditional = model(batch.x_t, batch.timesteps, torch.full_like(batch.classes, config.null_class))
+    scales = torch.full((len(output),), scale, device=output.device)
+    return output, guide(output, unconditional, scales, channels, config.flavour)[:, :channels]
 
 
 def _metrics(
-    student: DiT, batches: Sequence[FixedBatch], targets: Sequence[Tensor], diffusion: DiffusionConfig
-) -> dict[Metric, float]:
-    sums = torch.zeros(len(METRICS), dtype=torch.float64)
+    student: DiT,
+    batches: Sequence[FixedBatch],
+    targets: Sequence[Tensor],
+    diffusion: DiffusionConfig,
+    guidance_scale: float,
+) -> dict[Metric, list[float]]:
+    """Each metric by batch."""
+    values: dict[Metric, list[float]] = {metric: [] for metric in METRICS}
     for batch, target in zip(batches, targets, strict=True):
-        output = student(batch.x_t, batch.timesteps, batch.classes)
-        channels = batch.x0.shape[1]
-        against_teacher = (output[:, :channels] - target[:, :channels]).square().mean()
+        output, prediction = _prediction(student, batch, guidance_scale)
         loss = diffusion_loss(output, batch.x0, batch.x_t, batch.noise, batch.timesteps, diffusion)
-        sums += torch.stack([against_teacher, loss]).double().cpu() * len(batch.x0)
-    means = (sums / sum(len(batch.x0) for batch in batches)).tolist()
-    if not all(map(math.isfinite, means)):
+        values["teacher_mse"].append(float((prediction - target).square().mean()))
+        values["diffusion_loss"].append(float(loss))
+    if not all(map(math.isfinite, (*values["teacher_mse"], *values["diffusion_loss"]))):
         raise SensitivityError("sensitivity: the model's output is not finite; train the stage before it again")
-    return dict(zip(METRICS, means, strict=True))
+    return values
 
 
 @contextmanager

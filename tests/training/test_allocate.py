@@ -10,10 +10,13 @@ from rich.console import Console
 from train.allocate import (
     METHODS,
     PAPER_AVERAGES,
+    Allocation,
     AllocationError,
+    Resampled,
     allocate,
     averages_by_type,
     layer_table,
+    resample,
     type_table,
 )
 from train.allocation_plot import plot_allocations
@@ -105,3 +108,38 @@ def test_the_plot_is_a_whole_picture(tmp_path: Path, suffix: str) -> None:
     plot_allocations([allocate(losses, dict.fromkeys(losses, 1), 2, method) for method in METHODS], path)
     content = path.read_bytes()
     assert content.startswith(b"\x89PNG") if suffix == "png" else content.rstrip().endswith(b"</svg>")
+
+
+def test_resampling_keeps_what_every_batch_agrees_on_and_doubts_the_rest() -> None:
+    macs = dict.fromkeys("abcd", 1)
+    sure = {1: [4.0] * 8, 2: [1.0] * 8, 3: [0.5] * 8}
+    flat = {1: [0.1] * 8, 2: [0.05] * 8, 3: [0.04] * 8}
+    noisy = {1: [1.0] * 8, 2: [0.9, 0.1] * 4, 3: [0.05] * 8}
+    by_batch = {"a": sure, "b": flat, "c": noisy, "d": {b: row[::-1] for b, row in noisy.items()}}
+    sizes = (4,) * 8
+    losses = {name: {b: sum(row) / len(row) for b, row in table.items()} for name, table in by_batch.items()}
+    chosen = allocate(losses, macs, 2)
+    found = resample(by_batch, sizes, macs, chosen, resamples=100)
+    assert found == resample(by_batch, sizes, macs, chosen, resamples=100)
+    assert found.batches == 8
+    assert found.kept["b"] == 1
+    assert found.bits["b"] == (chosen.bits["b"],) * 2
+    assert min(found.kept["c"], found.kept["d"]) < 1
+    assert found.gain is not None
+    low, middle, high = found.gain
+    uniform = allocate(losses, macs, 2, "uniform").predicted_loss
+    assert low <= uniform - chosen.predicted_loss <= high
+    assert low <= middle <= high
+    assert any(f"{kept:.0%}" in " ".join(layer_table_text(chosen, found)) for kept in found.kept.values())
+
+
+def layer_table_text(chosen: Allocation, found: Resampled) -> list[str]:
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(layer_table([chosen], found))
+    return console.export_text().split()
+
+
+def test_without_a_uniform_width_there_is_no_gain() -> None:
+    by_batch = {"a": {1: [1.0, 2.0]}, "b": {2: [0.5, 0.5]}}
+    chosen = allocate({"a": {1: 1.5}, "b": {2: 0.5}}, {"a": 1, "b": 1}, 2)
+    assert resample(by_batch, (3, 3), {"a": 1, "b": 1}, chosen, resamples=5).gain is None

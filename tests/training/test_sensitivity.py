@@ -113,3 +113,25 @@ def test_what_cannot_be_measured_is_refused() -> None:
     torch.nn.init.constant_(layer.bias, float("nan"))
     with pytest.raises(SensitivityError, match="not finite"):
         measure_sensitivity(broken, teacher, _batches(1), DiffusionConfig(), bits=(1,), reference_bits=2)
+
+
+def test_rises_are_the_means_of_their_batches(measured: Sensitivity) -> None:
+    assert measured.batch_sizes == (8, 8)
+    for metric, table in measured.rise.items():
+        for name, row in table.items():
+            for width, rise in row.items():
+                assert rise == pytest.approx(sum(measured.by_batch[metric][name][width]) / 2, rel=1e-9, abs=1e-12)
+
+
+def test_guidance_multiplies_what_differs_between_the_halves() -> None:
+    student, teacher = _pair()
+    plain, guided = (
+        measure_sensitivity(
+            student, teacher, _batches(1), DiffusionConfig(), bits=(1,), reference_bits=2, guidance_scale=scale
+        )
+        for scale in (1.0, 4.0)
+    )
+    assert guided.guidance_scale == 4
+    assert guided.base["diffusion_loss"] == plain.base["diffusion_loss"]
+    assert guided.base["teacher_mse"] > plain.base["teacher_mse"]
+    assert guided.rise["teacher_mse"] != plain.rise["teacher_mse"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,18 @@ def resolved_quant(config: TrainConfig) -> QuantConfig:
             raise StateError(f"{path}: found for allocate.{key} {found}, but the configuration says {wanted}; run the "
                              "allocate stage again")  # fmt: skip
     return quant
+
+
+def at_search_width(config: TrainConfig) -> TrainConfig:
+    """``config`` with the uniform width that widths are searched around: the one nearest to the budget, if there is one.
+
+    The warm-up trains at it, and sensitivities are measured with all other layers at it.
+    """
+    budget = config.allocate.average_bits
+    if budget is None:
+        return config
+    quant = config.quant.model_copy(update={"activation_bits": math.floor(budget + 0.5)})
+    return config.model_copy(update={"quant": quant})
 
 
 def resolved(config: TrainConfig) -> TrainConfig:

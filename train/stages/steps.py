@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from train.parallel import on_first
 from train.provenance import run_provenance
 from train.stages.class_table import initialise_class_table
 from train.stages.models import (
+    at_search_width,
     bits_path,
     load_student,
     load_teacher,
@@ -192,15 +193,17 @@ def sensitivity_now(config: TrainConfig, note: Note) -> None:
     source = BatchSource(dataset, still, config.model.input_size, settings.batch_size, config.seed)
     batches = fixed_set(source, settings.samples, config.seed, device)
     found = measure_sensitivity(student.to(device), load_teacher(config).to(device), batches, config.diffusion,
-                                bits=settings.bits, reference_bits=config.quant.activation_bits)  # fmt: skip
+                                bits=settings.bits, reference_bits=config.quant.activation_bits,
+                                guidance_scale=settings.guidance_scale)  # fmt: skip
     found.save(sensitivity_path(config))
-    note(f"sensitivity: {len(found.rise['teacher_mse'])} layers at {len(settings.bits)} widths each")
+    note(f"sensitivity: {len(found.rise['teacher_mse'])} layers at {len(settings.bits)} widths each, the others at "
+         f"{found.reference_bits} bits")  # fmt: skip
 
 
 def allocate_now(config: TrainConfig, note: Note) -> None:
     from rich.console import Console
 
-    from train.allocate import METHODS, AllocationError, allocate, layer_table, type_table
+    from train.allocate import METHODS, AllocationError, allocate, layer_table, resample, type_table
     from train.allocation_plot import plot_allocations
     from train.sensitivity import Sensitivity
 
@@ -209,7 +212,8 @@ def allocate_now(config: TrainConfig, note: Note) -> None:
         raise ConfigError(
             "allocate.average_bits is null: set the average that the layers share, or leave this stage out"
         )
-    losses = Sensitivity.load(sensitivity_path(config)).rise[config.sensitivity.metric]
+    measured = Sensitivity.load(sensitivity_path(config))
+    losses = measured.rise[config.sensitivity.metric]
     macs = layer_macs(config.model)
     chosen = allocate(losses, macs, budget, config.allocate.method)
     compared = [chosen]
@@ -218,13 +222,15 @@ def allocate_now(config: TrainConfig, note: Note) -> None:
             with suppress(AllocationError):  # uniform may have no width that fits
                 compared.append(allocate(losses, macs, budget, method))
     others = {each.method: each.as_dict() for each in compared[1:]}
+    interval = resample(measured.by_batch[config.sensitivity.metric], measured.batch_sizes, macs, chosen)
+    tree = {**chosen.as_dict(), "compared": others, "resampled": asdict(interval)}
     with replacing(bits_path(config)) as temporary:
-        temporary.write_text(json.dumps({**chosen.as_dict(), "compared": others}, indent=1) + "\n")
+        temporary.write_text(json.dumps(tree, indent=1) + "\n")
     plot_allocations(compared, bits_path(config).with_suffix(".png"))
     console = Console()
-    console.print(layer_table(compared))
+    console.print(layer_table(compared, interval))
     console.print(type_table(compared))
-    note(f"allocate: {chosen.average_bits:.3f} bits on average, of at most {budget}")
+    note(f"allocate: {chosen.average_bits:.3f} bits on average, of at most {budget}; {interval.summary}")
 
 
 def export(config: TrainConfig, path: Path) -> Header:
@@ -303,14 +309,17 @@ STAGES = (
         settings=lambda config: (*_TRAINING, "quant", "warmup"),
         work=warmup_now,
         trains=True,
+        resolve=at_search_width,
     ),
     Stage(
         "sensitivity",
         "sensitivity.json",
         reads=_sensitivity_reads,
         settings=lambda config: ("seed", "model", "diffusion.prediction_type", "quant", "sensitivity.bits",
-                                 "sensitivity.samples", "sensitivity.batch_size", "sensitivity.after"),
+                                 "sensitivity.samples", "sensitivity.batch_size", "sensitivity.after",
+                                 "sensitivity.guidance_scale"),
         work=sensitivity_now,
+        resolve=at_search_width,
     ),
     Stage(
         "allocate",

@@ -208,8 +208,9 @@ def diagnose(
     checkpoint: Annotated[Path | None, typer.Option(help="A packed file from elsewhere, instead of --model.")] = None,
     override: SetOption = None,
 ) -> None:
-    """Report how near to normal each layer's input is, before and after rotation, and what quantising it costs.
+    """Report how near to normal each layer's input is, before and after rotation, and what quantising costs.
 
+    Prints the output error of every layer with and without rotation, and the spread of every head's logits.
     Writes RUN_DIR/diagnosis/MODEL.html and MODEL.json.
     """
     loaded = _load(config, override)
@@ -217,7 +218,15 @@ def diagnose(
     from train.evaluation.models import known_model
 
     which = None if model is None else known_model(model)
-    typer.echo(f"wrote {diagnose_run(loaded, which, checkpoint)}")
+    found, report = diagnose_run(loaded, which, checkpoint)
+    from rich.console import Console
+
+    from train.diagnose.tables import head_table, layer_table, rotation_verdict
+
+    console = Console()
+    console.print(layer_table(found), head_table(found))
+    typer.echo(rotation_verdict(found))
+    typer.echo(f"wrote {report}")
 
 
 @app.command()

@@ -134,7 +134,9 @@ def measure_sensitivity(
     """Measure every searched layer of ``student`` at every width of ``bits`` on ``batches``.
 
     ``guidance_scale``: not 1 compares guided predictions, in which errors of ``cond - uncond`` are multiplied; it
-    doubles the work. The diffusion loss stays that of the conditional prediction. Both models are left as they were found, the student's widths included.
+    doubles the work. The diffusion loss stays that of the conditional prediction.
+
+    Both models are left as they were found, the student's widths included.
 
     Raises:
         SensitivityError: no batch, a student that is not quantised, or a metric that is not finite.

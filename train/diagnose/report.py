@@ -49,6 +49,7 @@ def html_report(found: Diagnosis) -> str:
 <h2>In short</h2>
 {_verdict(layers, found)}
 {_by_type(layers)}
+{_heads(found)}
 <h2>How to read it</h2>
 {_legend(found)}
 <h2 id="layers">Layers</h2>
@@ -74,9 +75,25 @@ def _verdict(layers: Sequence[LayerDiagnosis], found: Diagnosis) -> str:
 normal: {_change(distance[0], distance[1], 3)}.</li>
 <li>Rotation brings {nearer} of {len(layers)} layers nearer to the normal, and lowers the quantisation error at the
 layer's own width in {better}.</li>
+<li>Rotation raises the error of the output in {_hurt(layers)}.</li>
 <li>Furthest from the normal after rotation: <a href="#{_anchor(worst)}">{html.escape(worst.name)}</a>
 ({worst.after.ks:.3f}).</li>
 </ul>"""
+
+
+def _hurt(layers: Sequence[LayerDiagnosis]) -> str:
+    links = [f'<a href="#{_anchor(layer)}">{html.escape(layer.name)}</a>' for layer in layers if layer.rotation_hurts]
+    return f"{len(links)} of {len(layers)} layers{': ' if links else ''}{', '.join(links)}"
+
+
+def _heads(found: Diagnosis) -> str:
+    count = max((head.head for head in found.heads), default=-1) + 1
+    rows = []
+    for block in sorted({head.block for head in found.heads}):
+        cells = [f"{head.logit_sd:.2f}, {head.error:.2%}" for head in found.heads if head.block == block]
+        rows.append(_row(f"block {block}", *cells))
+    caption = "Heads: standard deviation of the logits, error that 8-bit attention makes in the output"
+    return _table(caption, ["", *map(str, range(count))], rows)
 
 
 def _by_type(layers: Sequence[LayerDiagnosis]) -> str:
@@ -110,12 +127,16 @@ def _own_error(layer: LayerDiagnosis, side: str) -> float:
     return _shape(layer, side).error[layer.bits]
 
 
+def _output_error(layer: LayerDiagnosis, side: str) -> float:
+    return layer.output_error[0 if side == "before" else 1]
+
+
 def _shape(layer: LayerDiagnosis, side: str) -> Shape:
     return layer.before if side == "before" else layer.after
 
 
-_COLUMNS = ((_kurtosis, 2), (_skew, 2), (_ks, 3), (_own_error, 4))
-_HEADINGS = ["excess kurtosis", "skew", "distance to the normal", "error at its bits"]
+_COLUMNS = ((_kurtosis, 2), (_skew, 2), (_ks, 3), (_own_error, 4), (_output_error, 4))
+_HEADINGS = ["excess kurtosis", "skew", "distance to the normal", "error at its bits", "error of the output"]
 
 
 def _legend(found: Diagnosis) -> str:
@@ -125,7 +146,10 @@ rotation. Kurtosis and skew are those of single tokens, averaged. The distance i
 <i>x</i>/sigma to the standard normal, with the sigma that the quantiser takes from each token,
 sqrt(π/2)·mean|<i>x</i>|: its fixed steps are the best ones for that normal. The error is
 |<i>x</i> − Q(<i>x</i>)|²/|<i>x</i>|², averaged over
-tokens. In the pictures the dashed line is the normal. Of a normal, the error by bits is
+tokens; that of the output is
+|(<i>x</i> − Q(<i>x</i>))<i>W</i><sup>T</sup>|²/|<i>x</i><i>W</i><sup>T</sup>|², the one that counts: rotation spreads
+an outlier's error over all channels, and hurts where the outlier's own weights are small. In the pictures the dashed
+line is the normal. Of a normal, the error by bits is
 {expected}.</p>"""
 
 

@@ -31,14 +31,17 @@ from train.stages.models import load_student, load_teacher, resolved_quant
 _DRAWN = 8  # images that are drawn to see activations where there are no photos
 
 
-def diagnose_run(config: TrainConfig, which: Which | None = None, checkpoint: Path | None = None) -> Path:
-    """Write what :func:`diagnosis_of` finds as ``MODEL.html`` and ``MODEL.json`` in ``run_dir/diagnosis``; returns the
-    path of the first.
+def diagnose_run(
+    config: TrainConfig, which: Which | None = None, checkpoint: Path | None = None
+) -> tuple[Diagnosis, Path]:
+    """Write what :func:`diagnosis_of` finds as ``MODEL.html`` and ``MODEL.json`` in ``run_dir/diagnosis``; returns it
+    and the path of the first.
 
     Raises:
         EvaluationError: they cannot be written.
     """
-    return write_diagnosis(config.run_dir / "diagnosis", diagnosis_of(config, which, checkpoint))
+    found = diagnosis_of(config, which, checkpoint)
+    return found, write_diagnosis(config.run_dir / "diagnosis", found)
 
 
 def diagnosis_of(config: TrainConfig, which: Which | None = None, checkpoint: Path | None = None) -> Diagnosis:
@@ -66,8 +69,8 @@ def diagnose_model(config: TrainConfig, model: DiT, name: str) -> Diagnosis:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.eval().to(device)
     quant = resolved_quant(config) if name == "student" else config.quant
-    watch = LayerWatch(layer_inputs(model, quant), config.seed)
-    with torch.no_grad(), observed(model, watch):
+    watch = LayerWatch(layer_inputs(model, quant), config.model.num_heads, config.seed)
+    with torch.no_grad(), observed(model, watch, watch.attention):
         source = _run(config, model, device, lambda: plain_sampler(model, config, name))
     return watch.result(name, source)
 
@@ -83,7 +86,8 @@ def diagnose_packed(config: TrainConfig, path: Path, name: str) -> Diagnosis:
     if header.model != config.model:
         raise EvaluationError(f"{path}: not of the configured model; give the configuration it was trained with")
     model, backend, inputs = observed_packed(checkpoint)
-    backend.observe = watch = LayerWatch(inputs, config.seed)
+    backend.observe = watch = LayerWatch(inputs, header.model.num_heads, config.seed)
+    backend.observe_qkv = watch.attention
 
     def sampler() -> Sampler:
         decoder = None if config.data.vae is None else load_decoder(config.data.vae)

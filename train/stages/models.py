@@ -66,7 +66,7 @@ def resolved_quant(config: TrainConfig) -> QuantConfig:
 
 
 def at_search_width(config: TrainConfig) -> TrainConfig:
-    """``config`` with the uniform width that widths are searched around: the one nearest to the budget, if there is one.
+    """``config`` with the uniform width that widths are searched around: the one nearest to the budget, if any.
 
     The warm-up trains at it, and sensitivities are measured with all other layers at it.
     """

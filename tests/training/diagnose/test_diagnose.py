@@ -12,6 +12,7 @@ from synthetic_run import make_config, write_config
 from tiny import write_tiny
 from typer.testing import CliRunner
 
+from robuq_core.quant.activation import fake_quantize_activation
 from robuq_core.quant.hadamard import Rotation
 from train.cli import app
 from train.config import TrainConfig
@@ -82,6 +83,8 @@ def test_every_kind_of_model_is_seen(trained: TrainConfig) -> None:
     found = {which: diagnosis_of(trained, which) for which in MODELS}
     for each in found.values():
         check_layers(each)
+        assert {(head.block, head.head) for head in each.heads} == {(0, i) for i in range(trained.model.num_heads)}
+        assert all(0 < head.error < 0.1 and head.logit_sd > 0 for head in each.heads)
         assert each.source.startswith("6 noised training images")
     assert diagnosis_of(trained, "student") == found["student"]  # the inputs and the tokens picked are fixed
     assert found["teacher"].layers[0].before != found["student"].layers[0].before
@@ -102,6 +105,8 @@ def test_the_report_is_a_page_of_its_own(trained: TrainConfig) -> None:
     assert result.exit_code == 0, result.output
     report = trained.run_dir / "diagnosis" / "packed.html"
     assert str(report) in result.stdout.replace("\n", "")
+    assert "output error" in result.stdout
+    assert "rotation raises" in result.stdout
     found = json.loads(report.with_suffix(".json").read_text())
     assert sorted(layer["name"] for layer in found["layers"]) == [f"blocks.0.{name}" for name in LAYERS]
     text = report.read_text()
@@ -131,10 +136,11 @@ def test_without_photos_the_model_draws_its_own_inputs(trained: TrainConfig, tmp
 
 def test_no_more_than_some_tokens_of_a_forward_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TOKENS_A_FORWARD", 10)
-    inputs = {name: LayerInput(32, Rotation(32), 2, "midrise", "gaussian") for name in ("a", "b")}
+    weights = (torch.randn(5, 32, generator=torch.Generator().manual_seed(1)),) * 2
+    inputs = {name: LayerInput(32, Rotation(32), 2, "midrise", "gaussian", lambda: weights) for name in ("a", "b")}
 
     def watched(seed: int) -> LayerWatch:
-        watch = LayerWatch(inputs, seed)
+        watch = LayerWatch(inputs, 2, seed)
         generator = torch.Generator().manual_seed(0)
         for _ in range(3):
             tokens = torch.randn(40, 32, generator=generator)
@@ -147,6 +153,45 @@ def test_no_more_than_some_tokens_of_a_forward_are_looked_at(monkeypatch: pytest
     assert first == again
     assert first.layers[0].before != other.layers[0].before
     assert first.layers[0].before != first.layers[1].before  # each layer picks tokens of its own
+
+
+def _watched(tokens: torch.Tensor, weight: torch.Tensor) -> LayerDiagnosis:
+    rotation = Rotation(64)
+    rotated = rotation(weight)
+    watch = LayerWatch({"a": LayerInput(64, rotation, 2, "midrise", "gaussian", lambda: (rotated, rotated))}, 1, 0)
+    watch("a", tokens)
+    return watch.result("m", "s").layers[0]
+
+
+def test_the_error_of_the_output_shows_where_rotation_hurts() -> None:
+    """Two outlier channels: with weights of usual size rotation helps, with weights as small as they are large, not.
+
+    The error of the input calls rotation better in both."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, weight = (torch.randn(rows, 64, generator=generator) for rows in (200, 32))
+    tokens[:, :2] *= 30
+    usual = _watched(tokens, weight)
+    weight[:, :2] /= 30
+    small = _watched(tokens, weight)
+    assert not usual.rotation_hurts
+    assert small.rotation_hurts
+    for layer in (usual, small):
+        assert layer.after.error[2] < layer.before.error[2]
+    lost = tokens - fake_quantize_activation(tokens, 2)
+    expected = float((lost @ weight.T).square().sum() / (tokens @ weight.T).square().sum())
+    assert small.output_error[0] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_head_is_reported_with_the_spread_of_its_logits_and_its_error() -> None:
+    watch = LayerWatch({}, 2, 0)
+    qkv = torch.randn(6, 128, 3, 2, 16, generator=torch.Generator().manual_seed(0))
+    qkv[:, :, 0, 1] *= 3
+    watch.attention("blocks.4.attn.qkv", qkv.flatten(2))
+    calm, sharp = watch.heads()
+    assert (calm.block, calm.head, sharp.head) == (4, 0, 1)
+    assert calm.logit_sd == pytest.approx(1, rel=0.1)
+    assert sharp.logit_sd == pytest.approx(3, rel=0.1)
+    assert 0.002 < calm.error < 0.02
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_sensitivity_of_the_untrained_student_needs_no_warmup(tmp_path: Path) ->
     notes = notes_of(make_config(tmp_path, {**SEARCH, "sensitivity": {"after": "teacher"}}))
     assert notes["warmup"] == "left out, as nothing starts from it"
     assert not (tmp_path / "run" / "warmup.pt").exists()
-    assert notes["sensitivity"] == "4 layers at 4 widths each"
+    assert notes["sensitivity"] == "4 layers at 4 widths each, the others at 2 bits"
 
 
 def test_a_quantiser_that_is_not_packed_is_measured_as_it_is(tmp_path: Path) -> None:

@@ -147,12 +147,12 @@ def inspect_command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole header as JSON.")] = False,
 ) -> None:
-    """Print the shape, the bit table, the average activation bits and the size by part of a packed file."""
+    """Print the shape, the bit table and the size by part of a packed file, and its size and compute in theory."""
     from rich.console import Console
     from rich.table import Table
 
     from robuq_core.hub import resolve_checkpoint
-    from robuq_core.inspection import inspect_checkpoint
+    from robuq_core.inspection import inspect_checkpoint, ratio
 
     path = resolve_checkpoint(checkpoint)
     report = inspect_checkpoint(path)
@@ -176,6 +176,13 @@ def inspect_command(
         sizes.add_row(part, f"{size:,}", f"{size / report.file_bytes:.1%}")
     console.print(sizes)
     console.print(f"{report.compression:.1f} times smaller than FP32 ({report.fp32_bytes:,} bytes)")
+    for title, parts, unit in (("GFLOPs of an image and step, in full-precision ones", report.compute, 1e9),
+                               ("theoretical MB", report.theoretical_bytes, 1e6)):  # fmt: skip
+        table = Table("part", "FP32", "quantised", title=title)
+        for part, amount in parts.items():
+            table.add_row(part, f"{amount.full / unit:.4f}", f"{amount.quantised / unit:.4f}")
+        console.print(table)
+        console.print(f"{ratio(parts):.1f} times less, counted as in the paper (docs/fidelity.md)")
     console.print(f"[bold]provenance[/bold]: {json.dumps(header.provenance, default=str)}")
 
 

@@ -1,4 +1,4 @@
-"""What a packed checkpoint holds, as plain data: shape, bit table, size by part."""
+"""What a packed checkpoint holds, as plain data: shape, bit table, size by part, and the paper's own accounting."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from robuq_core.checkpoint import Header, read_header
-from robuq_core.models.dit import DiT
+from robuq_core.checkpoint import Header, dense_shapes, layer_macs, layer_shapes, read_header
+from robuq_core.models.dit import FREQUENCY_SIZE, DiT
+from robuq_core.models.quant_linear import is_adaln
 
 _PARTS = {
     "trits": "ternary weights (base 3)",
@@ -22,14 +23,34 @@ _PARTS = {
 }
 
 
+# One multiply-accumulate in full precision is worth 64 of one bit by one bit, and 4 of 8 by 8: the usual convention
+# of binary networks (arXiv 2004.03333), in which the paper's figures come out.
+_ONE_BIT_PER_FULL, _EIGHT_BIT_PER_FULL = 64, 4
+# Bits of a ternary weight, as the paper counts them: log2(3), cut. Scales are not counted.
+_TERNARY_BITS = 1.58
+
+
+@dataclass(frozen=True)
+class Amount:
+    """What a part of the network takes in full precision, and quantised."""
+
+    full: float
+    quantised: float
+
+
 @dataclass(frozen=True)
 class Report:
-    """``file_bytes`` includes the header; ``fp32_bytes`` is the same network's parameters at 4 bytes each."""
+    """``file_bytes`` includes the header; ``fp32_bytes`` is the same network's parameters at 4 bytes each.
+
+    ``compute``, ``theoretical_bytes``: see :func:`equivalent_macs` and :func:`theoretical_bytes`.
+    """
 
     header: Header
     file_bytes: int
     fp32_bytes: int
     bytes_by_part: dict[str, int]
+    compute: dict[str, Amount]
+    theoretical_bytes: dict[str, Amount]
 
     @property
     def compression(self) -> float:
@@ -51,7 +72,62 @@ def inspect_checkpoint(path: Path) -> Report:
         by_part[part] = by_part.get(part, 0) + prod(entry.shape) * item
     size = path.stat().st_size
     by_part["header"] = size - sum(by_part.values())
-    return Report(header, size, fp32_bytes(header), by_part)
+    return Report(header, size, fp32_bytes(header), by_part, equivalent_macs(header), theoretical_bytes(header))
+
+
+def ratio(parts: dict[str, Amount]) -> float:
+    """How many times less the quantised network takes in all."""
+    return sum(part.full for part in parts.values()) / sum(part.quantised for part in parts.values())
+
+
+def equivalent_macs(header: Header) -> dict[str, Amount]:
+    """Multiply-accumulates of one image and forward by part, and what they are worth in full-precision ones.
+
+    A ternary weight times b bits is worth ``b / 64``, 8 by 8 bits of attention ``1 / 4``; the low-rank branch, the
+    embedders and the final layer are in full precision. The paper calls these GFLOPs.
+    """
+    model, quant = header.model, header.quant
+    macs, shapes, d = layer_macs(model), layer_shapes(model), model.hidden_size
+    linears, adaln, branch = [0.0, 0.0], [0.0, 0.0], 0.0
+    for name, bits in header.bits.items():
+        total = adaln if is_adaln(name) else linears
+        total[0] += macs[name]
+        total[1] += macs[name] * bits * quant.weight_planes / _ONE_BIT_PER_FULL
+        rank = quant.adaln_rank if is_adaln(name) else quant.rank
+        branch += rank * sum(shapes[name]) * (1 if is_adaln(name) else model.num_tokens)
+    attention = 2.0 * model.depth * model.num_tokens**2 * d
+    worth = 1 if quant.attention_bits is None else _EIGHT_BIT_PER_FULL
+    patch = model.patch_size**2 * (model.in_channels + model.out_channels)
+    rest = float(model.num_tokens * patch * d + FREQUENCY_SIZE * d + d * d + 2 * d * d)
+    return {
+        "linears of the blocks": Amount(*linears),
+        "attention": Amount(attention, attention / worth),
+        "adaLN": Amount(*adaln),
+        "low-rank branch": Amount(0, branch),
+        "embedders and final layer": Amount(rest, rest),
+    }
+
+
+def theoretical_bytes(header: Header) -> dict[str, Amount]:
+    """Bytes by part as the paper counts them: 1.58 bits a ternary weight, all else in FP32, scales not counted.
+
+    What the file holds differs: 1.6 bits and scales, but a narrower branch, embedders and final layer.
+    """
+    model, quant = header.model, header.quant
+    weights, branch, biases = {True: 0, False: 0}, 0, 0
+    for name, (out, into) in layer_shapes(model).items():
+        weights[is_adaln(name)] += out * into
+        branch += (quant.adaln_rank if is_adaln(name) else quant.rank) * (out + into)
+        biases += out
+    dense = sum(prod(shape) for shape in dense_shapes(model).values()) + model.num_tokens * model.hidden_size
+    ternary = quant.weight_planes * _TERNARY_BITS / 8
+    rest = 4.0 * (dense + biases)
+    return {
+        "linears of the blocks": Amount(4.0 * weights[False], ternary * weights[False]),
+        "adaLN": Amount(4.0 * weights[True], ternary * weights[True]),
+        "low-rank branch": Amount(0, 4.0 * branch),
+        "embedders, final layer, positions and biases": Amount(rest, rest),
+    }
 
 
 def fp32_bytes(header: Header) -> int:

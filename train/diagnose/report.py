@@ -90,7 +90,7 @@ def _heads(found: Diagnosis) -> str:
     count = max((head.head for head in found.heads), default=-1) + 1
     rows = []
     for block in sorted({head.block for head in found.heads}):
-        cells = [f"{head.logit_sd:.2f}, {head.error:.2%}" for head in found.heads if head.block == block]
+        cells = [f"{head.logit_sd:.3g}, {head.error:.2%}" for head in found.heads if head.block == block]
         rows.append(_row(f"block {block}", *cells))
     caption = "Heads: standard deviation of the logits, error that 8-bit attention makes in the output"
     return _table(caption, ["", *map(str, range(count))], rows)

@@ -23,7 +23,7 @@ def head_table(found: Diagnosis) -> Table:
     table = Table("block", *map(str, range(count)), title="heads: sd of the logits, error of 8-bit attention")
     for block in sorted({head.block for head in found.heads}):
         heads = [head for head in found.heads if head.block == block]
-        table.add_row(str(block), *(f"{head.logit_sd:.2f}, {head.error:.1%}" for head in heads))
+        table.add_row(str(block), *(f"{head.logit_sd:.3g}, {head.error:.1%}" for head in heads))
     return table
 
 

@@ -6,6 +6,7 @@ and Sylvester's doubling. No tables: every matrix is generated and checked.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -125,7 +126,7 @@ class Rotation(nn.Module):
             x_MLR = signed.reshape(-1, self.left_order, self.right_order)
             # (D x) (H_L (x) H_R), with x seen as an L x R matrix, is H_L^T X H_R; a token has one such matrix a block.
             rotated = self.left.to(x.dtype).T @ (x_MLR @ self.right.to(x.dtype))
-            return (rotated * order**-0.5).reshape(x.shape)
+            return (rotated * (1 / math.sqrt(order))).reshape(x.shape)
 
 
 def random_signs(width: int, generator: torch.Generator) -> Tensor:

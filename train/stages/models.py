@@ -104,8 +104,9 @@ def load_student(config: TrainConfig) -> tuple[DiT, dict[str, Any]]:
 
 def load_warmup(config: TrainConfig) -> DiT:
     """The fake-quantised model with the averaged weights of ``warmup.pt``, every layer at the uniform width."""
-    model = quantize_model(DiT(config.model), config.quant)
-    load_ema(warmup_path(config), model, {**meaning_of_weights(config), **quant_settings(config.quant)})
+    quant = at_search_width(config).quant
+    model = quantize_model(DiT(config.model), quant)
+    load_ema(warmup_path(config), model, {**meaning_of_weights(config), **quant_settings(quant)})
     return model
 
 

@@ -26,6 +26,7 @@ from train.cli import app
 from train.config import ConfigError, TrainConfig, load_config
 from train.evaluation import run as evaluation
 from train.evaluation.networks import Features
+from train.sensitivity import Sensitivity, searched_layers
 from train.stages import (
     STAGES,
     load_student,
@@ -148,6 +149,17 @@ def test_sensitivity_of_the_untrained_student_needs_no_warmup(tmp_path: Path) ->
     assert notes["warmup"] == "left out, as nothing starts from it"
     assert not (tmp_path / "run" / "warmup.pt").exists()
     assert notes["sensitivity"] == "4 layers at 4 widths each, the others at 2 bits"
+
+
+def test_widths_are_searched_around_the_width_of_the_budget(tmp_path: Path) -> None:
+    config = make_config(tmp_path, {"allocate": {"average_bits": 2.6}, "quant": {"activation_bits": 2}})
+    for stage in ("teacher", "warmup", "sensitivity", "allocate"):
+        run_stage(stage, config, lambda _: None)
+    assert Sensitivity.load(sensitivity_path(config)).reference_bits == 3
+    assert {layer.bits for layer in searched_layers(load_warmup(config)).values()} == {3}
+    found = json.loads((config.run_dir / "bits.json").read_text())
+    assert set(found["resampled"]["bits"]) == set(found["bits"])
+    assert resolved_quant(config).activation_bits == 2
 
 
 def test_a_quantiser_that_is_not_packed_is_measured_as_it_is(tmp_path: Path) -> None:

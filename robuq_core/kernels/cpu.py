@@ -28,7 +28,7 @@ Isa = Literal["amx", "avx512vbmi", "avx512vnni", "avx2", "plain"]  # fastest fir
 ISA_VARIABLE = "ROBUQ_CPU_ISA"
 
 # The native side's enumerations (native/robuq.h) and the number of its interface (native/module.c).
-_INTERFACE = 8
+_INTERFACE = 9
 _ISA_CODE: Mapping[Isa, int] = {"plain": 0, "avx2": 1, "avx512vnni": 2, "avx512vbmi": 3, "amx": 4}
 _MODULATE = 1
 

@@ -7,18 +7,18 @@ Everything in the header is validated, and every tensor's checksum compared, bef
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import Field, ValidationError
-from safetensors import SafetensorError, safe_open
+from pydantic import Field, StringConstraints, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -34,12 +34,29 @@ from robuq_core.models.dit import FREQUENCY_SIZE, DiT
 from robuq_core.models.quant_linear import QuantLinear, is_adaln, layer_bits, layer_rotation_block, quantizable_linears
 from robuq_core.quant.bits import average_bits
 from robuq_core.quant.packing import base3_size, pack_base3, unpack_planar
+from robuq_core.safetensors_file import MalformedFileError, SafetensorsFile, parse_header
 
 # 2: weights of several planes; what else is quantised, and how. 3: codes of 8-bit attention are those of exp(l - max).
 FORMAT_VERSION = 3
 _METADATA_KEY = "robuq"
 _READERS = 4
 _RGB = 3
+# Of the parts of a packed layer; the other tensors are fp16.
+_DTYPES = {
+    "trits": torch.uint8,
+    "alpha": torch.float16,
+    "bias": torch.float32,
+    "signs": torch.uint8,
+    "lowrank_a": torch.bfloat16,
+    "lowrank_b": torch.bfloat16,
+}
+# Integers that a float type can be read as, and the bits of its exponent: all ones are NaN or infinity.
+_EXPONENTS = {
+    torch.float16: (torch.int16, 0x7C00),
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float32: (torch.int32, 0x7F800000),
+}
+ClassName = Annotated[str, StringConstraints(max_length=1000)]
 
 
 class CheckpointError(UserError):
@@ -62,7 +79,7 @@ class Header(StrictModel):
     quant: QuantConfig
     diffusion: DiffusionConfig
     sampler: SamplerConfig
-    class_names: tuple[str, ...] = ()
+    class_names: tuple[ClassName, ...] = ()
     decoder: DecoderKind = "pixels"
     provenance: dict[str, Any] = Field(default_factory=dict)
     tensors: dict[str, TensorEntry]
@@ -223,8 +240,9 @@ def renew_checkpoint(source: Path, target: Path) -> Header:
     Raises:
         CheckpointError: ``source`` is of the present format or newer, or as :func:`read_checkpoint`.
     """
-    header = read_header(source, older=True)
-    tensors = _read_tensors(source, header, header.tensors)
+    with _opened(source) as file:
+        header = _header_of(source, file, older=True)
+        tensors = _read_tensors(source, file, header, header.tensors)
     provenance = {**header.provenance, "converted_from_format": header.format_version}
     renewed = header.model_copy(update={"format_version": FORMAT_VERSION, "provenance": provenance})
     _save(target, renewed, tensors)
@@ -261,61 +279,90 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
-def read_header(path: Path, *, older: bool = False) -> Header:
+def read_header(path: Path) -> Header:
     """The validated header of a packed checkpoint; no tensor is read.
-
-    ``older``: read a file of an older format, to convert it, in place of the present one.
 
     Raises:
         CheckpointError: missing, truncated or foreign file, another format, or a field that does not validate.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; give the path of a packed .safetensors checkpoint")
+    with _opened(path) as file:
+        return _header_of(path, file)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[SafetensorsFile]:
+    """The file at ``path``, opened once; what turns out to be wrong with it, as a :class:`CheckpointError`."""
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            stored = set(file.keys())
-    except (SafetensorError, OSError) as error:
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file; give the path of a packed .safetensors checkpoint")
+        with SafetensorsFile(path) as file:
+            yield file
+    except (MalformedFileError, OSError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error}); copy it again") from error
-    if _METADATA_KEY not in metadata:
+
+
+def _header_of(path: Path, file: SafetensorsFile, older: bool = False) -> Header:
+    if _METADATA_KEY not in file.metadata:
         raise CheckpointError(f"{path}: a safetensors file without a '{_METADATA_KEY}' header; "
                               "pack a model with robuq-train export")  # fmt: skip
-    header = _parse_header(path, metadata[_METADATA_KEY], older)
-    promised, needed = set(header.tensors), set(_expected_shapes(header))
+    header = _parse_header(path, file.metadata[_METADATA_KEY], older)
+    stored, promised, needed = set(file.tensors), set(header.tensors), set(_expected_shapes(header))
     if stored != promised or promised != needed:
         names = sorted((stored ^ promised) | (promised ^ needed))
-        raise CheckpointError(f"{path}: tensors do not match the model: {', '.join(names[:3])}; export the file again")
+        raise CheckpointError(f"{path}: tensors do not match the model: {_shown(', '.join(names[:3]))}; "
+                              "export the file again")  # fmt: skip
+    for name, entry in header.tensors.items():
+        stored_as = file.tensors[name]
+        if entry.dtype != str(_dtype(name)):
+            raise CheckpointError(f"{path}: {name} is {_shown(entry.dtype)} where {_dtype(name)} is needed; "
+                                  "export the file again")  # fmt: skip
+        if (str(stored_as.dtype), stored_as.shape) != (entry.dtype, entry.shape):
+            raise CheckpointError(f"{path}: {name} is damaged (type or shape differs from the header); "
+                                  "copy the file again")  # fmt: skip
     return header
 
 
 def _parse_header(path: Path, text: str, older: bool) -> Header:
     try:
-        tree = json.loads(text)
+        tree = parse_header(text.encode())
         version = tree["format_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: header field format_version cannot be read; export the file again") from error
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format_version {version} is newer than this program reads ({FORMAT_VERSION}); "
-                              "upgrade robuq")  # fmt: skip
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"{path}: header field format_version is {_shown(version)}, which no format has; "
+                              "export the file again")  # fmt: skip
+    if version > FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format_version {_shown(version)} is newer than this program reads "
+                              f"({FORMAT_VERSION}); upgrade robuq")  # fmt: skip
     if version < FORMAT_VERSION and not older:
         raise CheckpointError(f"{path}: format_version {version} is older than this program reads ({FORMAT_VERSION}); "
                               f"convert it: robuq convert {path} NEW.safetensors")  # fmt: skip
     if version == FORMAT_VERSION and older:
         raise CheckpointError(f"{path}: format_version {version} is the present one; use the file as it is")
     try:
-        header = Header.model_validate_json(text)
+        header = Header.model_validate_json(text, strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = _shown(".".join(map(str, first["loc"])))
         raise CheckpointError(f"{path}: header field {where}: {first['msg']}; export the file again") from error
     if header.quant.activation != "gaussian":
         raise CheckpointError(f"{path}: header field quant.activation: this runtime has no {header.quant.activation} "
                               "quantiser; export a model of quant.activation gaussian")  # fmt: skip
+    if header.class_names and len(header.class_names) != header.model.num_classes:
+        raise CheckpointError(f"{path}: header field class_names: {len(header.class_names)} names for "
+                              f"{header.model.num_classes} classes; export the file again")  # fmt: skip
     for name, shape in _expected_shapes(header).items():
         entry = header.tensors.get(name)
         if entry is not None and entry.shape != shape:
-            raise CheckpointError(f"{path}: {name} is {entry.shape} but the model needs {shape}; export the file again")
+            raise CheckpointError(f"{path}: {name} is {_shown(entry.shape)} but the model needs {shape}; "
+                                  "export the file again")  # fmt: skip
     return header
+
+
+def _shown(value: object, most: int = 120) -> str:
+    """What a file says, fit for one line of a message."""
+    text = "".join(each if each.isprintable() else " " for each in str(value)[: most + 1])
+    return text if len(text) <= most else text[:most] + "..."
 
 
 def _expected_shapes(header: Header) -> dict[str, tuple[int, ...]]:
@@ -331,47 +378,55 @@ def _expected_shapes(header: Header) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _dtype(name: str) -> torch.dtype:
+    """What the tensor called ``name`` is stored as."""
+    return _DTYPES[name.rpartition(".")[2]] if name.startswith("blocks.") else torch.float16
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read, verify and unpack a checkpoint for the runtime: weights stay at 2 bits.
 
-    A few blocks at a time, each through a mapping of the file that goes with it, so that memory never holds the file
-    beside what is returned.
+    Every byte is read once, a few layers at a time: what was checked is what is used, whatever happens to the file
+    meanwhile, and memory never holds the file beside what is returned.
 
     Raises:
-        CheckpointError: as :func:`read_header`, or a tensor whose type, shape or checksum is not the header's.
+        CheckpointError: as :func:`read_header`, or a tensor whose type, shape or checksum is not the header's, or that
+            is not finite.
     """
-    header = read_header(path)
-    layers: dict[str, TernaryLayer] = {}
-    with ThreadPoolExecutor(min(_READERS, available_cpus()), thread_name_prefix="read") as pool:
-        for block in pool.map(partial(_read_block, path, header), range(header.model.depth)):
-            layers |= block
-    names = [name for name in header.tensors if not name.startswith("blocks.")]
-    dense = {name: _float32(tensor) for name, tensor in _read_tensors(path, header, names).items()}
+    with _opened(path) as file:
+        header = _header_of(path, file)
+        shapes = layer_shapes(header.model)
+        with ThreadPoolExecutor(min(_READERS, available_cpus()), thread_name_prefix="read") as pool:
+            layers = dict(zip(shapes, pool.map(partial(_read_layer, path, file, header), shapes.items()), strict=True))
+        names = [name for name in header.tensors if not name.startswith("blocks.")]
+        dense = {name: tensor.float() for name, tensor in _read_tensors(path, file, header, names).items()}
+    give_freed_memory_back()
     return Checkpoint(header, dense, layers)
 
 
-def _read_tensors(path: Path, header: Header, names: Iterable[str]) -> dict[str, Tensor]:
-    """The named tensors, compared with what the header promises of them; they lie in a mapping of the file."""
+def _read_tensors(path: Path, file: SafetensorsFile, header: Header, names: Iterable[str]) -> dict[str, Tensor]:
+    """The named tensors, compared with what the header promises of them."""
     tensors = {}
-    with safe_open(path, "pt") as file:
-        for name in names:
-            tensors[name] = file.get_tensor(name)
-            if _entry(tensors[name]) != header.tensors[name]:
-                raise CheckpointError(f"{path}: {name} is damaged (checksum, type or shape differs from the header); "
-                                      "copy the file again")  # fmt: skip
+    for name in names:
+        tensor = tensors[name] = file.read(name)
+        if _entry(tensor) != header.tensors[name]:
+            raise CheckpointError(f"{path}: {name} is damaged (its checksum differs from the header); "
+                                  "copy the file again")  # fmt: skip
+        if tensor.is_floating_point() and not _is_finite(tensor):
+            raise CheckpointError(f"{path}: {name} has values that are not finite; export the file again")
     return tensors
 
 
-def _float32(tensor: Tensor) -> Tensor:
-    """Always a copy: a stored tensor would keep the whole file mapped."""
-    return tensor.to(torch.float32, copy=True)
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether no value's exponent is all ones: many times as fast as asking for each value."""
+    kind, exponent = _EXPONENTS[tensor.dtype]
+    return not tensor.numel() or int(tensor.view(kind).bitwise_and(exponent).max()) != exponent
 
 
-def _read_block(path: Path, header: Header, index: int) -> dict[str, TernaryLayer]:
-    prefix = f"blocks.{index}."
-    tensors = _read_tensors(path, header, [name for name in header.tensors if name.startswith(prefix)])
-    shapes = {name: shape for name, shape in layer_shapes(header.model).items() if name.startswith(prefix)}
-    return {name: _unpack_layer(path, name, shape, tensors, header) for name, shape in shapes.items()}
+def _read_layer(path: Path, file: SafetensorsFile, header: Header, layer: tuple[str, tuple[int, int]]) -> TernaryLayer:
+    name, shape = layer
+    parts = [part for part in (f"{name}.{suffix}" for suffix in _DTYPES) if part in header.tensors]
+    return _unpack_layer(path, name, shape, _read_tensors(path, file, header, parts), header)
 
 
 def _unpack_layer(
@@ -385,11 +440,11 @@ def _unpack_layer(
         raise CheckpointError(f"{path}: {name}.trits: {error}; export the file again") from error
     return layer_of_planes(
         torch.split(planar, out),
-        torch.split(_float32(tensors[f"{name}.alpha"]), out),
-        bias=_float32(tensors[f"{name}.bias"]),
+        torch.split(tensors[f"{name}.alpha"].float(), out),
+        bias=tensors[f"{name}.bias"].float(),
         signs=_unpack_signs(tensors[f"{name}.signs"], into),
-        lowrank_a=_float32(tensors.get(f"{name}.lowrank_a", torch.empty(out, 0))),
-        lowrank_b=_float32(tensors.get(f"{name}.lowrank_b", torch.empty(0, into))),
+        lowrank_a=tensors.get(f"{name}.lowrank_a", torch.empty(out, 0)).float(),
+        lowrank_b=tensors.get(f"{name}.lowrank_b", torch.empty(0, into)).float(),
         bits=layer_bits(name, header.quant),
         grid=header.quant.grid,
         rotation_block=layer_rotation_block(name, header.quant),

@@ -22,6 +22,10 @@ SAMPLERS: tuple[SamplerName, ...] = ("ddpm", "ddim", "dpmsolver++")
 
 NUM_TRAIN_TIMESTEPS = 1000
 MAX_SEED = 2**32 - 1
+# Bounds of what a file may ask for, well above the largest published DiT: attention grows with the square of the
+# tokens, and neither tokens nor pixels take room in a checkpoint.
+MAX_TOKENS = 16_384
+MAX_VALUES = 2**24
 
 
 def image_seed(seed: int, index: int) -> int:
@@ -30,9 +34,9 @@ def image_seed(seed: int, index: int) -> int:
 
 
 class StrictModel(BaseModel):
-    """Base of every config section: frozen, and closed to unknown keys."""
+    """Base of every config section: frozen, closed to unknown keys and to numbers that are not finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(StrictModel):
@@ -42,22 +46,30 @@ class ModelConfig(StrictModel):
     of its frequencies hardly move from 0 to 1, and the network cannot tell its tokens apart; 100 spreads them.
     """
 
-    input_size: int = Field(32, ge=2)
-    patch_size: int = Field(2, ge=1)
-    in_channels: int = Field(4, ge=1)
-    hidden_size: int = Field(1152, ge=4)
-    depth: int = Field(28, ge=1)
-    num_heads: int = Field(16, ge=1)
-    mlp_ratio: int = Field(4, ge=1)
-    num_classes: int = Field(1000, ge=1)
+    input_size: int = Field(32, ge=2, le=4096)
+    patch_size: int = Field(2, ge=1, le=256)
+    in_channels: int = Field(4, ge=1, le=1024)
+    hidden_size: int = Field(1152, ge=4, le=32_768)
+    depth: int = Field(28, ge=1, le=256)
+    num_heads: int = Field(16, ge=1, le=1024)
+    mlp_ratio: int = Field(4, ge=1, le=64)
+    num_classes: int = Field(1000, ge=1, le=1_000_000)
     learn_sigma: bool = True
-    position_scale: float = Field(1.0, gt=0)
+    position_scale: float = Field(1.0, gt=0, le=10_000)
     flavour: Flavour = "official"
 
     @model_validator(mode="after")
     def _divisible(self) -> ModelConfig:
         if self.input_size % self.patch_size:
             raise ValueError(f"input_size {self.input_size} must be a multiple of patch_size {self.patch_size}")
+        if self.num_tokens > MAX_TOKENS:
+            raise ValueError(
+                f"input_size {self.input_size} makes {self.num_tokens} tokens of patch_size {self.patch_size}, "
+                f"more than {MAX_TOKENS}; take larger patches or smaller images"
+            )
+        if self.in_channels * self.input_size**2 > MAX_VALUES:
+            raise ValueError(f"in_channels {self.in_channels} x input_size {self.input_size} squared is more than "
+                             f"{MAX_VALUES} values an image; take smaller images")  # fmt: skip
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads} and of 4"
@@ -97,10 +109,10 @@ class QuantConfig(StrictModel):
     weight_planes: int = Field(1, ge=1, le=3)
     rotation: RotatedLinears = "all"
     rotation_block: Literal[128] | None = None
-    rank: int = Field(16, ge=0)
-    adaln_rank: int = Field(0, ge=0)
+    rank: int = Field(16, ge=0, le=4096)
+    adaln_rank: int = Field(0, ge=0, le=4096)
     lowrank_init: LowRankInit = "svd"
-    seed: int = 0
+    seed: int = Field(0, ge=-(2**63), lt=2**64)
     bits: dict[str, Annotated[int, Field(ge=1, le=8)]] = Field(default_factory=dict)
 
 

@@ -1,14 +1,22 @@
-"""Files that are whole or absent, also after a power cut: write beside the target, flush to disk, then rename."""
+"""Files that are whole or absent, also after a power cut; and small files of strangers, read within limits.
+
+Written beside the target, flushed to disk, then renamed.
+"""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+# Of configurations, indices and lists of names; the largest in use, an index of shards, has a few hundred kB.
+MAX_TEXT_BYTES = 16 * 2**20
 
 # A folder that cannot be flushed on its own: some network file systems, and folders that may be written but not read.
 _NO_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EACCES}
@@ -60,3 +68,37 @@ def flush(path: Path) -> None:
     except OSError as error:
         if not path.is_dir() or error.errno not in _NO_FLUSH:
             raise
+
+
+def parse_json(text: str | bytes) -> Any:
+    """``json.loads`` of text that a stranger may have written.
+
+    Raises:
+        ValueError: malformed, or nested deeper than the interpreter can follow.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_bounded(path: Path, most: int = MAX_TEXT_BYTES) -> bytes:
+    """The content of a small file.
+
+    Raises:
+        OSError: it cannot be read. ValueError: it has more than ``most`` bytes.
+    """
+    with path.open("rb") as stream:
+        content = stream.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"more than {most} bytes")
+    return content
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in a small file.
+
+    Raises:
+        OSError: it cannot be read. ValueError: too large, not UTF-8, malformed or nested too deeply.
+    """
+    return parse_json(read_bounded(path))

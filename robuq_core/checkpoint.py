@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import Field, StringConstraints, ValidationError
+from pydantic import FailFast, Field, StringConstraints, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -79,7 +79,7 @@ class Header(StrictModel):
     quant: QuantConfig
     diffusion: DiffusionConfig
     sampler: SamplerConfig
-    class_names: tuple[ClassName, ...] = ()
+    class_names: Annotated[tuple[ClassName, ...], FailFast()] = ()
     decoder: DecoderKind = "pixels"
     provenance: dict[str, Any] = Field(default_factory=dict)
     tensors: dict[str, TensorEntry]

@@ -22,7 +22,7 @@ from robuq_core.files import parse_json
 
 # Of the JSON at the start of a file, in bytes and in values; a DiT-XL/2 has 0.22 MB and 15,000.
 MAX_HEADER_BYTES = 4 * 2**20
-MAX_HEADER_VALUES = 2**18
+MAX_HEADER_VALUES = 2**17
 _MAX_DIMENSIONS, _MAX_SIZE = 8, 2**48
 _DTYPES = {
     "BOOL": torch.bool,

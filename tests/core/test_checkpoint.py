@@ -1,4 +1,4 @@
-import json
+import os
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from crafted import DEEP, join, nested, split, with_header, with_tensor, write_model_of
+from safetensors.torch import save_file
 from tiny import TINY, tiny_model, write_tiny
 
 from robuq_core.checkpoint import (
@@ -28,6 +29,7 @@ from robuq_core.models.presets import preset
 from robuq_core.models.quant_linear import QuantLinear, quantizable_linears
 from robuq_core.pipeline import bundled_checkpoint
 from robuq_core.quant.choices import ActivationRule
+from robuq_core.safetensors_file import MAX_HEADER_BYTES, SafetensorsFile
 
 
 @pytest.fixture
@@ -39,12 +41,7 @@ def packed(tmp_path: Path) -> Path:
 
 def _edit_header(path: Path, **changes: Any) -> None:
     """Rewrite the project's header, leaving the tensors as they are."""
-    raw = path.read_bytes()
-    (length,) = struct.unpack("<Q", raw[:8])
-    outer = json.loads(raw[8 : 8 + length])
-    inner = json.loads(outer["__metadata__"]["robuq"])
-    inner.update(changes)
-    save_file(load_file(path), path, metadata={"robuq": json.dumps(inner)})
+    path.write_bytes(with_header(path.read_bytes(), lambda inner: inner.update(changes)))
 
 
 @pytest.mark.parametrize("quant", [QuantConfig(rank=4), QuantConfig(rank=0, adaln_rank=3, grid="midtread"),
@@ -193,6 +190,18 @@ def test_foreign_files_are_named_as_such(tmp_path: Path) -> None:
     [
         ({"format_version": FORMAT_VERSION + 1}, "is newer"),
         ({"format_version": "one"}, "format_version"),
+        ({"format_version": True}, "format_version is True"),
+        ({"format_version": -5}, "format_version is -5"),
+        ({"format_version": 0}, "format_version is 0"),
+        ({"format_version": 2.0}, "format_version"),
+        ({"format_version": 10**4000}, "format_version"),
+        ({"class_names": [f"class {i}" for i in range(11)]}, "class_names: 11 names for 10 classes"),
+        ({"class_names": ["one"]}, "class_names"),
+        ({"class_names": ["x" * 100_000] * 10}, "class_names"),
+        ({"sampler": {"steps": True}}, r"sampler\.steps"),
+        ({"sampler": {"guidance_scale": float("nan")}}, r"sampler\.guidance_scale"),
+        ({"quant": {"rank": 10**9}}, r"quant\.rank"),
+        ({"quant": {"seed": 10**4000}}, r"quant\.seed"),
         ({"colour": "blue"}, "header field colour"),
         ({"quant": {"activation_bits": 11}}, r"quant\.activation_bits"),
         ({"quant": {"activation": "minmax"}}, r"quant\.activation: this runtime has no minmax"),
@@ -230,3 +239,156 @@ def test_a_rule_that_the_runtime_lacks_is_refused_by_name(tmp_path: Path, activa
     with pytest.raises(CheckpointError, match=f"quant.activation {activation}"):
         write_tiny(path, quant=QuantConfig(rank=0, activation=activation))
     assert not path.exists()
+
+
+# What strangers send.
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"depth": 10**8}, "depth"),
+        ({"depth": True}, "depth"),
+        ({"input_size": 4096}, "input_size"),
+        ({"input_size": 2**20}, "input_size"),
+        ({"input_size": 4096, "patch_size": 256}, "in_channels"),
+        ({"in_channels": 2**20}, "in_channels"),
+        ({"hidden_size": 2**40}, "hidden_size"),
+        ({"mlp_ratio": 10**4000}, "mlp_ratio"),
+        ({"num_classes": 10**9}, "num_classes"),
+        ({"position_scale": float("inf")}, "position_scale"),
+        ({"position_scale": float("nan")}, "position_scale"),
+        ({"depth": 256, "hidden_size": 32_768, "mlp_ratio": 64}, "but the model needs"),
+        ({"num_classes": 1_000_000}, "class"),
+    ],
+)
+def test_no_number_asks_for_more_than_the_file_holds(packed: Path, changes: dict[str, Any], field: str) -> None:
+    write_model_of(packed, packed.read_bytes(), **changes)
+    with pytest.raises(CheckpointError, match=field):
+        read_checkpoint(packed)
+
+
+def test_deep_json_is_one_line(packed: Path) -> None:
+    raw = packed.read_bytes()
+    body = split(raw)[1]
+    deep = nested()
+    for content in (
+        join(deep, body),
+        join('{"a":' * DEEP + "}" * DEEP, body),
+        with_header(raw, lambda _: deep),
+        with_header(raw, lambda _: '{"format_version": 2, "provenance": ' + deep + "}"),
+    ):
+        packed.write_bytes(content)
+        with pytest.raises(CheckpointError, match=packed.name) as refused:
+            read_checkpoint(packed)
+        assert len(str(refused.value).splitlines()) == 1
+        assert len(str(refused.value)) < 1000
+
+
+def test_headers_that_would_fill_memory_are_not_read(packed: Path) -> None:
+    raw = packed.read_bytes()
+    body = split(raw)[1]
+    packed.write_bytes(join("[" + "[]," * 10**6 + "[]]", body))
+    with pytest.raises(CheckpointError, match="values"):
+        read_header(packed)
+    packed.write_bytes(join('{"__metadata__": {"robuq": "' + " " * MAX_HEADER_BYTES + '"}}', body))
+    with pytest.raises(CheckpointError, match="above the limit"):
+        read_header(packed)
+    with packed.open("wb") as file:
+        file.write(struct.pack("<Q", 2**63))
+    with pytest.raises(CheckpointError, match="longer than the file"):
+        read_header(packed)
+
+
+@pytest.mark.parametrize(
+    ("entry", "fault"),
+    [
+        ({"dtype": "F16", "shape": [4], "data_offsets": [0, 8]}, "overlap or leave gaps"),
+        ({"dtype": "F16", "shape": [2**40], "data_offsets": [0, 2**41]}, "overlap or leave gaps"),
+        ({"dtype": "F16", "shape": [-4], "data_offsets": [0, 8]}, "impossible"),
+        ({"dtype": "F16", "shape": [1] * 1000, "data_offsets": [0, 2]}, "impossible"),
+        ({"dtype": "F16", "shape": [True], "data_offsets": [0, 2]}, "impossible"),
+        ({"dtype": "F16", "shape": [5], "data_offsets": [0, 8]}, "does not fit"),
+        ({"dtype": "C64", "shape": [1], "data_offsets": [0, 8]}, "no usable"),
+        ({"dtype": ["F16"], "shape": [1], "data_offsets": [0, 8]}, "no usable"),
+        ("nothing", "no usable"),
+    ],
+)
+def test_places_of_tensors_are_checked(packed: Path, entry: Any, fault: str) -> None:
+    outer, body = split(packed.read_bytes())
+    packed.write_bytes(join(outer | {"more": entry}, body))
+    with pytest.raises(CheckpointError, match=fault):
+        read_header(packed)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blocks.1.attn.qkv.alpha",
+        "blocks.0.mlp.fc1.bias",
+        "blocks.1.attn.proj.lowrank_a",
+        "blocks.0.attn.qkv.lowrank_b",
+        "x_embedder.weight",
+        "y_embedder.embedding_table.weight",
+        "final_layer.linear.bias",
+    ],
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused(packed: Path, name: str, value: float) -> None:
+    def spoil(tensor: torch.Tensor) -> None:
+        tensor.reshape(-1)[-1] = value
+
+    packed.write_bytes(with_tensor(packed.read_bytes(), name, spoil))
+    read_header(packed)
+    with pytest.raises(CheckpointError, match=name):
+        read_checkpoint(packed)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("blocks.0.attn.qkv.signs", torch.int8),
+        ("blocks.0.attn.qkv.trits", torch.int8),
+        ("blocks.0.attn.qkv.alpha", torch.float32),
+        ("blocks.0.attn.qkv.bias", torch.float64),
+        ("x_embedder.weight", torch.bfloat16),
+    ],
+)
+def test_a_tensor_of_another_type_is_named(packed: Path, name: str, dtype: torch.dtype) -> None:
+    packed.write_bytes(with_tensor(packed.read_bytes(), name, lambda tensor: tensor.to(dtype)))
+    with pytest.raises(CheckpointError, match=name):
+        read_checkpoint(packed)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_an_error_and_not_a_signal(packed: Path) -> None:
+    size = packed.stat().st_size
+    with SafetensorsFile(packed) as file:
+        os.truncate(packed, size // 4)
+        last = max(file.tensors, key=lambda name: file.tensors[name].start)
+        with pytest.raises(ValueError, match="ends too early"):
+            file.read(last)
+
+
+def test_what_was_checked_is_what_is_used(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is overwritten in place as soon as each tensor has been read."""
+    expected = read_checkpoint(packed)
+    raw = packed.read_bytes()
+    read = SafetensorsFile.read
+
+    def read_and_overwrite(file: SafetensorsFile, name: str) -> torch.Tensor:
+        tensor, stored = read(file, name), file.tensors[name]
+        with packed.open("r+b") as stream:
+            stream.seek(stored.start)
+            stream.write(bytes(255 - byte for byte in raw[stored.start : stored.stop]))
+        return tensor
+
+    monkeypatch.setattr(SafetensorsFile, "read", read_and_overwrite)
+    found = read_checkpoint(packed)
+    assert found.header == expected.header
+    assert all(torch.equal(found.dense[name], tensor) for name, tensor in expected.dense.items())
+    for name, layer in expected.layers.items():
+        assert torch.equal(found.layers[name].planar, layer.planar)
+        assert torch.equal(found.layers[name].alpha, layer.alpha)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_checkpoint(packed)

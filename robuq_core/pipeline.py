@@ -176,6 +176,17 @@ class Sampler:
         """Sizes, in rows of the model, that a forward should have seen before its first request, ascending."""
         return self.model.warm_up_rows(max_rows) if isinstance(self.model, PackedDiT) else (max_rows,)
 
+    @property
+    def forward_limit_s(self) -> float | None:
+        """Seconds that a forward may take before it is given up with :class:`~robuq_core.errors.TooSlowError`; None
+        for no limit. Only a packed network on a CPU keeps to it, and only between its blocks."""
+        return self.model.limit_s if isinstance(self.model, PackedDiT) else None
+
+    @forward_limit_s.setter
+    def forward_limit_s(self, seconds: float | None) -> None:
+        if isinstance(self.model, PackedDiT):
+            self.model.limit_s = seconds
+
     def start(self, spec: RowSpec, noise: Tensor | None = None) -> Row:
         """A new row at its first step: pure noise from its seed, or ``noise [C, H, W]`` instead.
 
@@ -276,7 +287,14 @@ class Sampler:
         following[noisy] += std * torch.stack([rows[i].noise() for i in noisy]).to(self.device)
 
     def decode(self, row: Row) -> np.ndarray:
-        """Pixels of a row, uint8 ``[H, W, 3]``: ``127.5 x + 128``, cut to 0..255, of what the decoder gives."""
+        """Pixels of a row, uint8 ``[H, W, 3]``: ``127.5 x + 128``, cut to 0..255, of what the decoder gives.
+
+        Raises:
+            CheckpointError: the network's values have overflowed, which would be a black picture.
+        """
+        if not bool(torch.isfinite(row.x).all()):
+            raise CheckpointError(f"{self.checkpoint_name}: its network gives values that are not finite; "
+                                  "export the file again, or train on")  # fmt: skip
         return to_pixels(self.decoder.decode(row.x))
 
     def estimate(self, row: Row) -> Tensor:

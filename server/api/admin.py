@@ -138,6 +138,8 @@ class CheckpointSwitch:
             self._engine.swap(self._load(self._folder.find(name)))
         except (ApiError, EngineError):
             raise
+        except UserError as error:  # of the warm-up
+            raise _unusable(f"{name}: {error}") from error
         except BaseException as error:  # a SystemExit would end the server that is to go on as before
             logger.exception("checkpoint %s does not run", name)
             raise _unusable(f"{name}: it loads but does not run; the server's log has why") from error

@@ -70,6 +70,7 @@ class Engine:
         self._phase: Status = "starting"
         self._ids = itertools.count()
         self._max_batch_rows = max_batch_rows
+        self._stall_timeout_s = stall_timeout_s
         self._ledger = Ledger(scheduler or ContinuousScheduler(max_queue_images, priority_ageing_s), metrics, clock)
         self._delivery = Delivery(self._ledger, threads=decode_threads, max_pending=2 * max_batch_rows * len(samplers))
         self._replicas = tuple(
@@ -271,9 +272,11 @@ class Engine:
     def _warm_up(self, generation: Generation) -> None:
         """Run every size on every replica; raises what the first one to fail raised."""
         warm_ups = []
+        # Before a first checkpoint nobody waits. Later the requests in flight do, between the forwards of the new one.
+        limit_s = None if generation is self._generation else self._stall_timeout_s / 2
         with self._ledger.lock:
             for replica in self._replicas:
-                replica.warm_up = WarmUp(generation, replica.number, self._max_batch_rows)
+                replica.warm_up = WarmUp(generation, replica.number, self._max_batch_rows, limit_s)
                 warm_ups.append(replica.warm_up)
             self._ledger.work.notify_all()
         for warm_up in warm_ups:

@@ -46,6 +46,7 @@ class FakeSampler:
     backend_name = "fake"
     average_activation_bits = 2.0
     weight_bytes = 0
+    forward_limit_s: float | None = None
     decoder: Decoder = PixelDecoder()
 
     def __init__(

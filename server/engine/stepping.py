@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from robuq_core.errors import TooSlowError
 from server.engine.model import StepSampler
 
 logger = logging.getLogger(__name__)
@@ -96,9 +97,9 @@ class Stepper:
         if is_out_of_memory(error):
             self.budget.out_of_memory(size)
             logger.warning("no memory for a step of %d rows; at most %d from now on", size, self.budget.rows)
-        elif len(part) > 1:
+        elif len(part) > 1 and not isinstance(error, TooSlowError):
             logger.warning("a step of %d rows failed (%r); retrying its halves", size, error)
-        if len(part) == 1:
+        if len(part) == 1 or isinstance(error, TooSlowError):  # halves would take as long, one after the other
             faulty.update((i, error) for i in unmoved)
             return ()
         # The error ends here: its traceback keeps the failed forward's tensors, whose room the next one needs.

@@ -18,12 +18,16 @@ _GUIDED, _UNGUIDED = 1.5, 1.0
 
 
 class WarmUp:
-    """Runs every size on one replica, a size at a time, between the steps of the requests in flight."""
+    """Runs every size on one replica, a size at a time, between the steps of the requests in flight.
 
-    def __init__(self, generation: Generation, replica: int, max_rows: int) -> None:
+    ``limit_s``: a forward that takes longer fails the warm-up with ``TooSlowError``; None for no limit.
+    """
+
+    def __init__(self, generation: Generation, replica: int, max_rows: int, limit_s: float | None = None) -> None:
         self.generation = generation
         self.sampler = generation.samplers[replica]
         self.curve = generation.curves[replica]
+        self._limit_s = limit_s
         self._sizes = deque(self.sampler.warm_up_rows(max_rows))
         self._ended = threading.Event()
         self.failure: BaseException | None = None
@@ -53,13 +57,17 @@ class WarmUp:
 
     def _run(self, size: int, stepper: Stepper) -> None:
         rows = self._rows(size)
-        for _ in range(2):
-            faulty = stepper.step(self.sampler, rows)
-            if faulty:
-                raise faulty[0]
-            measured = stepper.take_measured()
-            if sum(seconds for _, seconds in measured) > QUICK_S:
-                break
+        self.sampler.forward_limit_s = self._limit_s
+        try:
+            for _ in range(2):
+                faulty = stepper.step(self.sampler, rows)
+                if faulty:
+                    raise faulty[0]
+                measured = stepper.take_measured()
+                if sum(seconds for _, seconds in measured) > QUICK_S:
+                    break
+        finally:
+            self.sampler.forward_limit_s = None
         for forward_rows, seconds in measured:
             self.curve.observe(forward_rows, seconds)
         if not self._sizes:

@@ -27,8 +27,8 @@ _STATUS = Path("/proc/self/status")
 
 HOSTILE: tuple[Any, ...] = (
     None, True, False, -1, 0, 1, 2, 3, 255, 2**20, 10**8, 2**31, 2**63, 2**64, 10**400, -(2**63), 0.5, 1e308,
-    float("nan"), float("inf"), "", "x", "x" * 100_000, "\ud800", "\0", "F64", [], [[]], [0] * 50_000, ["x"] * 50_000, {}, {"a": {}},
-    {str(i): 0 for i in range(20_000)},
+    float("nan"), float("inf"), "", "x", "x" * 100_000, "\ud800", "\0", "F64", [], [[]], [0] * 50_000,
+    ["x"] * 50_000, {}, {"a": {}}, {str(i): 0 for i in range(20_000)},
 )  # fmt: skip
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
+from crafted import nested, with_header, with_tensor
 from serving_harness import WAIT_S, live_server, until
 from tiny import TINY, write_tiny
 
 from robuq_core.pipeline import Sampler
+from robuq_core.safetensors_file import SafetensorsFile
 from server.engine import Engine
 from server.keys import create_key
 
@@ -125,6 +129,82 @@ def test_a_damaged_file_is_told_and_the_old_one_goes_on(
     assert client.get("/info").json()["checkpoint"] == "old"
     assert client.post("/generate", json=DRAW).status_code == 200
     assert swap(client, "new.safetensors").status_code == 200  # and nothing is left locked
+
+
+def _spoil(tensor: torch.Tensor) -> None:
+    tensor.reshape(-1)[0] = float("nan")
+
+
+def _overflow(tensor: torch.Tensor) -> None:
+    tensor.fill_(3e38)
+
+
+def _model(**changes: int) -> Callable[[bytes], bytes]:
+    return lambda raw: with_header(raw, lambda inner: inner["model"].update(changes))
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (_model(depth=10**8), "depth"),
+        (_model(input_size=4096), "input_size"),
+        (_model(input_size=2**20), "input_size"),
+        (lambda raw: with_header(raw, lambda inner: inner.update(class_names=["x"] * 11)), "class_names"),
+        (lambda raw: with_header(raw, lambda _: nested()), "hostile.safetensors"),
+        (lambda raw: with_tensor(raw, "blocks.0.attn.qkv.alpha", _spoil), "blocks.0.attn.qkv.alpha"),
+        (lambda raw: with_tensor(raw, "final_layer.linear.weight", _spoil), "final_layer.linear.weight"),
+        (lambda raw: with_tensor(raw, "blocks.0.mlp.fc2.lowrank_a", _overflow), "not finite"),
+    ],
+)
+def test_a_hostile_file_is_refused_and_the_old_one_stays(
+    server: tuple[httpx.Client, Engine], folder: Path, edit: Callable[[bytes], bytes], named: str
+) -> None:
+    client, _ = server
+    path = folder / "hostile.safetensors"
+    path.write_bytes(edit((folder / "old.safetensors").read_bytes()))
+    try:
+        answer = swap(client, path.name)
+    finally:
+        path.unlink()
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["field"]) == (422, "checkpoint_unusable", "path")
+    assert named in error["message"]
+    assert client.get("/info").json()["checkpoint"] == "old"
+    assert client.post("/generate", json=DRAW).status_code == 200
+
+
+def test_a_file_that_is_overwritten_in_place_while_it_is_loaded(
+    server: tuple[httpx.Client, Engine], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``cp other.safetensors served.safetensors`` does: the file is cut to nothing, then filled."""
+    client, _ = server
+    path = folder / "growing.safetensors"
+    whole = (folder / "new.safetensors").read_bytes()
+    path.write_bytes(whole)
+    read = SafetensorsFile.read
+    kept = [0, len(whole) // 2, len(whole) - 1]
+
+    def cut_and_read(file: SafetensorsFile, name: str) -> torch.Tensor:
+        os.truncate(path, kept[0])
+        return read(file, name)
+
+    monkeypatch.setattr(SafetensorsFile, "read", cut_and_read)
+    try:
+        while kept:
+            path.write_bytes(whole)
+            answer = swap(client, path.name)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (422, "checkpoint_unusable")
+            assert client.get("/info").json()["checkpoint"] == "old"
+            assert client.post("/generate", json=DRAW).status_code == 200
+            del kept[0]
+        monkeypatch.undo()
+        path.write_bytes(whole)
+        assert swap(client, path.name).status_code == 200
+        # What is served needs its file no more.
+        os.truncate(path, 0)
+        assert client.post("/generate", json=DRAW).status_code == 200
+    finally:
+        path.unlink()
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,17 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 from serving_harness import WAIT_S, WatchedSampler, make_settings, outcome, running_engine, spec, until
 from tiny import write_tiny
 
+from robuq_core.errors import TooSlowError
 from server.collector import settle
 from server.engine import NotReady
 from server.engine.create import create_engine
@@ -177,6 +180,30 @@ def test_a_model_that_hangs_in_its_warm_up_is_given_up() -> None:
         assert outcome(engine.submit([spec()], "png")) is None
         assert len(hanging.batches) <= 2  # the first size's; the second one was not run any more
         engine.swap([Checkpoint(3)])
+
+
+def test_a_forward_of_a_warm_up_has_a_limit_and_the_old_model_stays() -> None:
+    """Without one a swap to a model with too many tokens would keep the replica for hours."""
+
+    class Slow(Checkpoint):
+        limits: ClassVar[list[float | None]] = []
+
+        def step(self, rows: Sequence[FakeRow]) -> None:
+            self.limits.append(self.forward_limit_s)
+            if self.forward_limit_s is not None and len(rows) > 1:
+                raise TooSlowError(f"takes longer than {self.forward_limit_s:g} s")
+            super().step(rows)
+
+    slow, old = Slow(2), Slow(1)
+    with running_engine(old, stall_timeout_s=2 * WAIT_S) as engine:
+        assert set(Slow.limits) == {None}, "at the start nobody waits"
+        Slow.limits.clear()
+        with pytest.raises(TooSlowError):
+            engine.swap([slow])
+        assert set(Slow.limits) == {WAIT_S}
+        assert slow.forward_limit_s is None
+        assert engine.sampler is old
+        assert outcome(engine.submit([spec()], "png")) is None
 
 
 def test_stopping_ends_a_swap() -> None:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from robuq_core.errors import TooSlowError
 from robuq_core.pipeline import RowSpec
 from server.engine.fake import FakeRow, FakeSampler
 from server.engine.stepping import GROW_AFTER, RowBudget, Stepper, is_out_of_memory
@@ -150,3 +151,14 @@ def test_the_running_time_is_that_of_the_forward_under_way() -> None:
     assert seen == [3.0]
     assert stepper.running_s() == 0
     assert stepper.take_measured() == [(1, 3.0)]
+
+
+def test_a_forward_that_is_too_slow_is_not_tried_again_in_halves() -> None:
+    def give_up(rows: Sequence[FakeRow]) -> None:
+        tried.append(len(rows))
+        raise TooSlowError("a forward of 4 rows takes longer than 1 s")
+
+    tried: list[int] = []
+    faulty = Stepper(16).step(FakeSampler(on_step=give_up), make_rows([False] * 4))
+    assert tried == [4]
+    assert set(faulty) == {0, 1, 2, 3}

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from robuq_core.classes import MAX_NAME
 from robuq_core.config import DecoderKind, DiffusionConfig, ModelConfig, QuantConfig, SamplerConfig, StrictModel
 from robuq_core.cpus import available_cpus
 from robuq_core.errors import UserError
@@ -56,7 +57,7 @@ _EXPONENTS = {
     torch.bfloat16: (torch.int16, 0x7F80),
     torch.float32: (torch.int32, 0x7F800000),
 }
-ClassName = Annotated[str, StringConstraints(max_length=1000)]
+ClassName = Annotated[str, StringConstraints(max_length=MAX_NAME)]
 
 
 class CheckpointError(UserError):
@@ -206,6 +207,8 @@ def write_packed(
                               "is there to be compared in training; train with quant.activation gaussian")  # fmt: skip
     if about.class_names and len(about.class_names) != model.num_classes:
         raise CheckpointError(f"{len(about.class_names)} class names for {model.num_classes} classes")
+    if long := next((name for name in about.class_names if len(name) > MAX_NAME), None):
+        raise CheckpointError(f"class_names: {_shown(long)} has {len(long)} characters; at most {MAX_NAME} are read")
     decoder = decoder_kind(model, about.decoder)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
@@ -232,6 +235,7 @@ def _save(path: Path, header: Header, tensors: dict[str, Tensor]) -> None:
             save_file(tensors, temporary, metadata={_METADATA_KEY: header.model_dump_json()})
         except SafetensorError as error:
             raise CheckpointError(f"{path}: cannot be written ({error}); is the disk full?") from error
+        read_header(temporary)  # else nobody could: names or provenance beyond the limits of a header
 
 
 def renew_checkpoint(source: Path, target: Path) -> Header:

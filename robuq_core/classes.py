@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from robuq_core.errors import UserError
+from robuq_core.files import read_bounded
+
+# Characters of a class name, synonyms and all.
+MAX_NAME = 1000
 
 
 def normalise(name: str) -> str:
@@ -23,16 +27,22 @@ def read_names(path: Path) -> tuple[str, ...]:
     """The names in a text file, one a line, in the order of the classes; blank lines at its end are none.
 
     Raises:
-        UserError: it cannot be read, or is not UTF-8.
+        UserError: it cannot be read, is not UTF-8, or has a name longer than :data:`MAX_NAME`.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_bounded(path).decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"cannot read {path}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
+    except ValueError as error:
+        raise UserError(f"cannot read {path}: {error}; give a text file, one class name a line") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; give a text file, one class name a line") from error
     while lines and not lines[-1].strip():
         lines.pop()
+    for number, line in enumerate(lines, 1):
+        if len(line) > MAX_NAME:
+            raise UserError(f"cannot read {path}: line {number} has {len(line)} characters; at most {MAX_NAME} make a "
+                            "class name")  # fmt: skip
     return tuple(lines)
 
 

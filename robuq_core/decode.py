@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import json
 import pickle
 import threading
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from robuq_core.errors import UserError
+from robuq_core.files import read_json
 
 # The autoencoders that a folder may hold: SD-VAE's class, and TAESD's, which is a fraction of the work.
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
@@ -196,6 +196,7 @@ def load_decoder(
             torch_dtype=dtype,
             local_files_only=True,
             output_loading_info=True,
+            disable_mmap=True,  # a mapped file that is overwritten while a server loads it would kill the server
             low_cpu_mem_usage=False,  # else the library asks for one of its own extras, on every load
         )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, EOFError, SafetensorError,
@@ -205,6 +206,9 @@ def load_decoder(
     if absent:
         # The library fills them with random numbers.
         raise DecoderError(f"{folder}: the weights lack {absent[0]} and {len(absent) - 1} more; copy the folder again")
+    for name, tensor in autoencoder.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise DecoderError(f"{folder}: weights {name} has values that are not finite; copy the folder again")
     return LatentDecoder(autoencoder.to(device), folder.name, tile_above=tile_above)
 
 
@@ -223,8 +227,8 @@ def _autoencoder_folder(path: Path) -> Path:
 
 def _class_name(folder: Path) -> str:
     try:
-        kind = json.loads((folder / "config.json").read_bytes())["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
+        kind = read_json(folder / "config.json")["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DecoderError(f"{folder}/config.json: field _class_name cannot be read; give {_FOLDER}") from error
     if kind not in AUTOENCODERS:
         raise DecoderError(f"{folder}/config.json: field _class_name is {kind!r}; give {_FOLDER}")

@@ -11,8 +11,8 @@ from typing import Any
 
 from robuq_core.checkpoint import Header, read_checkpoint
 from robuq_core.errors import UserError
-from robuq_core.files import flush, publish_folder
-from robuq_core.hub import CONFIG_NAME, LIBRARY_NAME, SUFFIX
+from robuq_core.files import flush, publish_folder, read_json
+from robuq_core.hub import CONFIG_NAME, LIBRARY_NAME, SUFFIX, is_bare_name
 from robuq_core.inspection import inspect_checkpoint
 from robuq_core.model_card import model_card
 
@@ -42,6 +42,8 @@ def export_hub(checkpoint: Path, folder: Path, *, licence: str | None = None, fo
     header = read_checkpoint(checkpoint).header
     chosen = _licence(header, licence)
     name = checkpoint.stem + SUFFIX
+    if not is_bare_name(name):
+        raise ExportError(f"{checkpoint}: a name with wildcards or control characters cannot be downloaded; rename it")
     former = _former_checkpoint(folder)
     if not force and former is None and folder.exists() and not _is_empty(folder):
         raise ExportError(f"{folder}: not empty, and not a former export; give another folder, or --force")
@@ -50,6 +52,8 @@ def export_hub(checkpoint: Path, folder: Path, *, licence: str | None = None, fo
         staging = Path(made) / "folder"
         staging.mkdir()
         shutil.copyfile(checkpoint, staging / name)
+        if read_checkpoint(staging / name).header != header:
+            raise ExportError(f"{checkpoint}: was changed while it was copied; export it again")
         (staging / CONFIG_NAME).write_text(json.dumps(_config(header, name), indent=2) + "\n", encoding="utf-8")
         card = model_card(inspect_checkpoint(staging / name), name, chosen)
         (staging / CARD_NAME).write_text(card, encoding="utf-8")
@@ -89,11 +93,11 @@ def _config(header: Header, name: str) -> dict[str, Any]:
 def _former_checkpoint(folder: Path) -> str | None:
     """The checkpoint's name in a former export; None if ``folder`` is none."""
     try:
-        tree = json.loads((folder / CONFIG_NAME).read_bytes())
+        tree = read_json(folder / CONFIG_NAME)
         name = tree["checkpoint"] if tree["library_name"] == LIBRARY_NAME else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return name if isinstance(name, str) and Path(name).name == name and name.endswith(SUFFIX) else None
+    return name if is_bare_name(name) else None
 
 
 def _is_empty(folder: Path) -> bool:

@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import stat
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,6 +69,22 @@ def flush(path: Path) -> None:
     except OSError as error:
         if not path.is_dir() or error.errno not in _NO_FLUSH:
             raise
+
+
+def check_torch_archive(path: Path) -> None:
+    """Compare the checksums that ``torch.save`` wrote, which ``torch.load`` does not.
+
+    Raises:
+        zipfile.BadZipFile: one differs, or a member is compressed, which ``torch.save`` never does: its size would be
+            what it claims.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise zipfile.BadZipFile(f"{member.filename} is compressed")
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"checksum of {damaged}")
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -7,14 +7,14 @@ is downloaded, least of all from a repository that holds something else.
 from __future__ import annotations
 
 import importlib
-import json
 import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from robuq_core.checkpoint import CheckpointError, read_header
+from robuq_core.files import read_json
 
 BUNDLED_CHECKPOINT = "imagenet-1-per-class-w1.58a2.safetensors"
 SUFFIX = ".safetensors"
@@ -112,15 +112,26 @@ def _downloaded(
 
 def _checkpoint_name(repo: str, config: Path) -> str:
     try:
-        tree: Any = json.loads(config.read_bytes())
+        tree: Any = read_json(config)
         library, name = tree["library_name"], tree["checkpoint"]
     except (OSError, ValueError, KeyError, TypeError):
         library = name = None
-    # A bare name: what a stranger wrote must not lead out of the folder.
-    if library != LIBRARY_NAME or not isinstance(name, str) or Path(name).name != name or not name.endswith(SUFFIX):
+    if library != LIBRARY_NAME or not is_bare_name(name):
         raise CheckpointError(f"{repo}: not a RobuQ checkpoint (its {CONFIG_NAME} is not one of robuq export-hub); "
                               "give another repository, or convert the weights first")  # fmt: skip
     return name
+
+
+def is_bare_name(name: object) -> TypeGuard[str]:
+    """Whether ``name``, which a stranger wrote, is that of a checkpoint: it must not lead out of its folder, nor be a
+    pattern of many files."""
+    return (
+        isinstance(name, str)
+        and Path(name).name == name
+        and name.endswith(SUFFIX)
+        and name.isprintable()
+        and not set(name) & set("*?[]\\:")
+    )
 
 
 def _huggingface_hub(repo: str) -> Any:

@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 
 from robuq_core.config import DiffusionConfig, ModelConfig, QuantConfig, SamplerConfig, StrictModel
 from robuq_core.errors import UserError
+from robuq_core.files import read_bounded
 from robuq_core.quant.hadamard import decompose_order
 from train.messages import one_line
 
@@ -178,6 +179,20 @@ class TrainConfig(StrictModel):
         return self
 
 
+def parse_yaml(text: str | bytes) -> Any:
+    """``yaml.safe_load`` of text that a stranger may have written.
+
+    Raises:
+        ValueError: malformed, not UTF-8, or nested deeper than the interpreter can follow.
+    """
+    try:
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except yaml.YAMLError as error:
+        raise ValueError(one_line(error)) from error
+
+
 def load_config(path: Path, overrides: list[str]) -> TrainConfig:
     """Read a YAML file and apply ``section.key=value`` overrides (values are YAML too).
 
@@ -185,8 +200,8 @@ def load_config(path: Path, overrides: list[str]) -> TrainConfig:
         ConfigError: unreadable file, malformed override, unknown key or value out of range.
     """
     try:
-        tree = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        tree = parse_yaml(read_bounded(path))
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot read the configuration: {one_line(error)}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping at the top level")
@@ -221,6 +236,6 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise ConfigError(f"override {override!r}: {section} is not a section")
     try:
-        tree[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        tree[leaf] = parse_yaml(value)
+    except ValueError as error:
         raise ConfigError(f"override {override!r}: the value is not YAML: {one_line(error)}") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from robuq_core.files import replacing
+from robuq_core.files import parse_json, replacing
 
 _FLUSH_SECONDS = 10
 
@@ -50,6 +50,6 @@ class TrainingLog:
 def _logged_step(line: str) -> float:
     """The step of a record; infinite for a line that a kill cut short."""
     try:
-        return int(json.loads(line)["step"])
+        return int(parse_json(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf

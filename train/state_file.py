@@ -5,14 +5,13 @@ Nothing in it can run code. What the parts mean is :mod:`train.state`'s and :mod
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from robuq_core.errors import UserError
-from robuq_core.files import replacing
+from robuq_core.files import check_torch_archive, replacing
 from train.messages import one_line
 
 _WHOLE = {"step", "model", "ema", "optimiser", "history"}
@@ -52,14 +51,10 @@ def read_state_file(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise StateError(f"{path} does not exist: run the stage that writes it first")
     try:
-        # torch.load does not compare the checksums that torch.save wrote.
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        state = torch.load(path, map_location="cpu", weights_only=True) if damaged is None else None
+        check_torch_archive(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file leads the unpickler to raise almost anything
         raise StateError(f"{path}: not a whole training state ({one_line(error)}); {_REMEDY}") from error
-    if damaged is not None:
-        raise StateError(f"{path}: damaged (checksum of {damaged!r}); {_REMEDY}")
     if not isinstance(state, dict) or not (set(state) >= _WHOLE or set(state) >= _SHARDED):
         raise StateError(f"{path}: not a training state of this project; {_REMEDY}")
     return state

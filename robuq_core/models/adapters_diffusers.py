@@ -133,9 +133,11 @@ def _class_names(folder: Path, classes: int) -> tuple[str, ...]:
     """The names of ``model_index.json``, if there is one for every class."""
     path = folder / "model_index.json"
     names = read_json(path).get("id2label") if path.is_file() else None
-    if not isinstance(names, dict) or set(names) != {str(i) for i in range(classes)}:
+    if not isinstance(names, dict) or len(names) != classes or set(names) != {str(i) for i in range(classes)}:
         return ()
-    return tuple(str(names[str(i)]) for i in range(classes))
+    if not all(isinstance(name, str) for name in names.values()):
+        raise WeightsError(f"{path}: id2label has names that are not text; mend or remove it")
+    return tuple(names[str(i)] for i in range(classes))
 
 
 def write_pipeline(

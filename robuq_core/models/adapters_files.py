@@ -6,7 +6,6 @@ Nothing is unpickled but tensors, plain containers and ``argparse.Namespace``, w
 from __future__ import annotations
 
 import argparse
-import json
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from robuq_core import files
 from robuq_core.errors import UserError
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
@@ -52,11 +52,7 @@ def load_pickle(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             if not zipfile.is_zipfile(path):  # files of old torch are no archives and cannot be mapped
                 return torch.load(path, map_location="cpu", weights_only=True)
-            # torch.load does not compare the checksums that torch.save wrote.
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise zipfile.BadZipFile(f"checksum of {damaged}")
+            files.check_torch_archive(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged or foreign file leads the unpickler to raise almost anything
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -72,6 +68,10 @@ def tensors_of(path: Path, tree: Any) -> TensorTable:
     """
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise WeightsError(f"{path}: not a state dict; save the model's state_dict() with torch.save")
+    for key, value in tree.items():
+        # A view may repeat a few stored numbers as often as it likes; what is computed from it would take the room.
+        if isinstance(value, Tensor) and value.nbytes > value.untyped_storage().nbytes():
+            raise WeightsError(f"{path}: {key} claims more values than the file holds; save the model's state_dict()")
     strangers = [key for key, value in tree.items() if not isinstance(value, Tensor)]
     if strangers:
         raise WeightsError(f"{path}: {', '.join(strangers[:3])} is no tensor; save the model's state_dict() alone")
@@ -152,7 +152,7 @@ def read_json(path: Path) -> dict[str, Any]:
         WeightsError: unreadable, or not an object.
     """
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = files.read_json(path)
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(tree, dict):

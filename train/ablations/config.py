@@ -6,12 +6,12 @@ import hashlib
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from robuq_core.config import DiffusionConfig, ModelConfig, QuantConfig, SamplerConfig, StrictModel
+from robuq_core.files import read_bounded
 from train.allocate import Method
-from train.config import ConfigError, SensitivityConfig, StageConfig
+from train.config import ConfigError, SensitivityConfig, StageConfig, parse_yaml
 from train.messages import one_line
 
 DIGEST_LENGTH = 12
@@ -135,9 +135,9 @@ def load_study(path: Path) -> StudyConfig:
         ConfigError: unreadable file, unknown key or value out of range.
     """
     try:
-        return StudyConfig.model_validate(yaml.safe_load(path.read_text()))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot read the configuration: {one_line(error)}") from error
+        return StudyConfig.model_validate(parse_yaml(read_bounded(path)))
     except ValidationError as error:
         complaints = (f"{'.'.join(map(str, e['loc'])) or 'study'}: {e['msg']}" for e in error.errors())
         raise ConfigError(f"{path}: " + "; ".join(complaints)) from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot read the configuration: {one_line(error)}") from error

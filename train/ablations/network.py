@@ -5,6 +5,8 @@ Distances on its features are comparable within a study and with nothing else; t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,26 @@ from train.ablations.config import ClassifierConfig
 from train.ablations.dataset import GreyImages, to_unit
 from train.data import step_generator
 from train.evaluation.frechet import Moments, RunningMoments
+from train.messages import one_line
+from train.state_file import StateError
 
 FEATURES = 128
 _BATCH = 500
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """What fails while ``path``, a piece of a study, is read.
+
+    Raises:
+        StateError: the file is damaged.
+    """
+    try:
+        yield
+    except Exception as error:  # a damaged file leads its reader to raise almost anything
+        raise StateError(
+            f"{path}: not a whole piece of a study ({one_line(error)}); delete it, and it is made again"
+        ) from error
 
 
 class FeatureClassifier(nn.Module):
@@ -73,7 +92,8 @@ def prepare_network(data: GreyImages, config: ClassifierConfig, path: Path) -> d
     """The content of ``path``, made first if it is not there: ``weights``, ``moments`` of the training images,
     and ``accuracy`` on the test images."""
     if path.exists():
-        content: dict[str, Any] = torch.load(path, weights_only=True)
+        with readable(path):
+            content: dict[str, Any] = torch.load(path, weights_only=True)
         return content
     network = train_classifier(data, config)
     reference, _ = network.moments_and_verdicts(to_unit(data.train))

@@ -58,7 +58,7 @@ def plot_samples(study: Study, path: Path) -> None:
     strips = [(name, strip) for name, strip in strips if strip.exists()]
     if not strips:
         return
-    images = [np.asarray(Image.open(strip)) for _, strip in strips]
+    images = [np.asarray(Image.open(strip, formats=("PNG",))) for _, strip in strips]
     height, width = images[0].shape
     gap = np.full((_GAP, width), 255, dtype=np.uint8)
     sheet = np.concatenate([part for image in images for part in (image, gap)])

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from robuq_core.checkpoint import layer_macs
 from robuq_core.config import QuantConfig
-from robuq_core.files import replacing
+from robuq_core.files import read_json, replacing
 from robuq_core.models.dit import DiT
 from robuq_core.models.quant_linear import quantize_model
 from train.ablations.config import AllocationSpec, ClassifierConfig, RunSpec, TeacherSpec
 from train.ablations.dataset import GreyImages, load_grey_images, to_unit
-from train.ablations.network import FeatureClassifier, load_network, prepare_network
+from train.ablations.network import FeatureClassifier, load_network, prepare_network, readable
 from train.ablations.training import DivergedError, draw_samples, train_model
 from train.allocate import METHODS, Allocation, allocate
 from train.evaluation.frechet import Moments, frechet_distance_of_moments
@@ -68,7 +68,8 @@ class Workplace:
         path = self.path("teacher", spec.digest, ".pt")
         model = _new_model(spec)
         if path.exists():
-            model.load_state_dict(torch.load(path, weights_only=True))
+            with readable(path):
+                model.load_state_dict(torch.load(path, weights_only=True))
             return model.eval()
         path.parent.mkdir(parents=True, exist_ok=True)
         state = path.with_suffix(".state")
@@ -136,7 +137,10 @@ def strip_path(place: Workplace, spec: RunSpec) -> Path:
 def read_result(place: Workplace, spec: RunSpec) -> RunResult | None:
     """The result of a run that is done; none if it is not."""
     path = result_path(place, spec)
-    return RunResult(**json.loads(path.read_text())["result"]) if path.exists() else None
+    if not path.exists():
+        return None
+    with readable(path):
+        return RunResult(**read_json(path)["result"])
 
 
 def run(place: Workplace, spec: RunSpec) -> RunResult:
@@ -199,9 +203,10 @@ def read_allocation(place: Workplace, spec: AllocationSpec) -> RowAllocation | N
     path = allocation_path(place, spec)
     if not path.exists():
         return None
-    content = json.loads(path.read_text())
-    allocations = {method: Allocation(**each) for method, each in content["allocations"].items()}
-    return RowAllocation(Sensitivity.model_validate(content["sensitivity"]), allocations)
+    with readable(path):
+        content = read_json(path)
+        allocations = {method: Allocation(**each) for method, each in content["allocations"].items()}
+        return RowAllocation(Sensitivity.model_validate(content["sensitivity"]), allocations)
 
 
 def find_widths(place: Workplace, spec: AllocationSpec) -> RowAllocation:

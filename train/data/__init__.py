@@ -5,9 +5,10 @@ from train.data.digest import data_digest
 from train.data.errors import DataError
 from train.data.images import ImageDataset, centre_images, load_dataset
 from train.data.latents import LatentDataset
+from train.data.pictures import IMAGE_SUFFIXES
 from train.data.preparation import Dataset, data_folder, open_dataset, prepare, read_images
 from train.data.shards import Index, ShardedTensor
-from train.data.sources import IMAGE_SUFFIXES, Source, open_source
+from train.data.sources import Source, open_source
 
 __all__ = [
     "IMAGE_SUFFIXES",

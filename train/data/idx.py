@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from train.data.errors import DataError
+from train.data.pictures import DEFLATE_RATIO
 from train.messages import one_line
 
 _PREFIX = {"train": "train", "test": "t10k"}
@@ -48,15 +50,20 @@ def _find(folder: Path, prefix: str, kind: str) -> Path | None:
 
 
 def _read(path: Path, dimensions: int) -> np.ndarray:
+    """The array of a file, of which no more is unpacked than its header says."""
+    packed = path.suffix == ".gz"
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if packed else path.open("rb") as stream:
+            header = stream.read(4 + 4 * dimensions)
+            if len(header) < 4 + 4 * dimensions or header[:4] != bytes((0, 0, _UNSIGNED_BYTE, dimensions)):
+                raise DataError(f"{path}: not an IDX file of bytes in {dimensions} dimension(s); fetch it again")
+            shape = struct.unpack(f">{dimensions}I", header[4:])
+            size = math.prod(shape)
+            most = path.stat().st_size * (DEFLATE_RATIO if packed else 1)
+            content = stream.read(size + 1) if size <= most else b""
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: not a readable gzip file ({one_line(error)}); fetch it again") from error
-    header = 4 + 4 * dimensions
-    if len(content) < header or content[:4] != bytes((0, 0, _UNSIGNED_BYTE, dimensions)):
-        raise DataError(f"{path}: not an IDX file of unsigned bytes in {dimensions} dimension(s); fetch it again")
-    shape = struct.unpack(f">{dimensions}I", content[4:header])
-    if len(content) - header != int(np.prod(shape, dtype=object)):
-        raise DataError(f"{path}: {len(content) - header} bytes where its header says {'x'.join(map(str, shape))}; "
-                        "fetch it again")  # fmt: skip
-    return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape)
+    if len(content) != size:
+        found = f"more than {size}" if len(content) > size else f"fewer than {size}"
+        raise DataError(f"{path}: {found} bytes where its header says {'x'.join(map(str, shape))}; fetch it again")
+    return np.frombuffer(content, dtype=np.uint8).reshape(shape)

@@ -6,7 +6,6 @@ Kept are the mean and the deviation of the encoder's normal, for each image and 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robuq_core.files import read_json
 from train.data.errors import DataError
 from train.data.images import to_unit
 from train.data.shards import ShardedTensor
@@ -110,7 +110,7 @@ def vae_downscale(folder: Path) -> int:
 def _read_settings(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        settings = json.loads(path.read_text())
+        settings = read_json(path)
         if not isinstance(settings, dict) or not isinstance(settings["block_out_channels"], list):
             raise ValueError("no block_out_channels")
     except (OSError, ValueError, KeyError) as error:

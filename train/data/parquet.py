@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import io
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -14,7 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from robuq_core.files import parse_json
 from train.data.errors import DataError
+from train.data.pictures import open_image
 from train.messages import one_line
 
 # Readers run a little apart from each other: at a boundary two groups are in use.
@@ -76,7 +76,7 @@ class ParquetImages:
     def open(self, index: int) -> Image.Image:
         number, row = self._place(index)
         content = self._column(number)[row].as_py()
-        return Image.open(io.BytesIO(content["bytes"] if isinstance(content, dict) else content))
+        return open_image(content["bytes"] if isinstance(content, dict) else content)
 
     def _place(self, index: int) -> tuple[int, int]:
         number = bisect.bisect_right(self._starts, index) - 1
@@ -120,7 +120,7 @@ def _is_binary(kind: Any) -> bool:
 def _class_names(schema: Any, label: str) -> tuple[str, ...] | None:
     """The names that the Hub's own metadata gives the labels, if it does."""
     try:
-        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        features = parse_json(schema.metadata[b"huggingface"])["info"]["features"]
         return tuple(str(name) for name in features[label]["names"])
     except (KeyError, TypeError, ValueError):
         return None

@@ -5,7 +5,7 @@ Nothing here knows the size that a model wants; :mod:`train.data.images` does.
 
 from __future__ import annotations
 
-import io
+import math
 import threading
 import zipfile
 import zlib
@@ -20,9 +20,11 @@ from PIL import Image
 from train.data.errors import DataError
 from train.data.idx import holds_idx, read_idx
 from train.data.parquet import ParquetImages, parquet_files
+from train.data.pictures import DEFLATE_RATIO, IMAGE_SUFFIXES, open_image
 from train.messages import one_line
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+# No photo is larger; a member of a zip says how large it is before it is unpacked.
+MAX_IMAGE_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def _is_image(path: Path) -> bool:
 def _folder_entries(path: Path) -> Iterator[_Entry]:
     for file in path.glob("*/*"):
         if _is_image(file):
-            yield _Entry(file.parent.name, str(file), partial(Image.open, file))
+            yield _Entry(file.parent.name, str(file), partial(open_image, file))
 
 
 def _zip_entries(path: Path) -> Iterator[_Entry]:
@@ -127,13 +129,34 @@ def _zip_entries(path: Path) -> Iterator[_Entry]:
 
 def _open_member(archive: zipfile.ZipFile, name: str, lock: threading.Lock) -> Image.Image:
     with lock:  # an archive counts its open members, and not safely for threads
+        if archive.getinfo(name).file_size > MAX_IMAGE_BYTES:
+            raise DataError(f"unpacks to more than {MAX_IMAGE_BYTES} bytes")
         content = archive.read(name)
-    return Image.open(io.BytesIO(content))
+    return open_image(content)
+
+
+def _check_sizes(archive: zipfile.ZipFile) -> None:
+    """No array may ask for more memory than the file can hold.
+
+    Raises:
+        ValueError: a member that does.
+    """
+    for member in archive.infolist():
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{member.filename} is neither stored nor deflated")
+        with archive.open(member) as stream:
+            version = np.lib.format.read_magic(stream)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(stream)
+            claimed = stream.tell() + math.prod(shape) * dtype.itemsize
+        if claimed != member.file_size or claimed > DEFLATE_RATIO * (member.compress_size + 1):
+            raise ValueError(f"{member.filename} claims {claimed} bytes, which it has not")
 
 
 def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
+            _check_sizes(archive.zip)
             keys = ("images", "labels") if "images" in archive else ("arr_0", "arr_1")
             images, labels = archive[keys[0]], archive[keys[1]]
     except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, zipfile.BadZipFile, zlib.error) as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from robuq_core.config import SamplerConfig
-from robuq_core.files import replacing
+from robuq_core.files import read_json, replacing
 from robuq_core.pipeline import Sampler
 from train.config import TrainConfig
 from train.evaluation.agreement import IMAGENET_CLASSES, agreement
@@ -158,7 +158,7 @@ def _keep(path: Path, name: str, entry: dict[str, Any]) -> None:
 def read_entries(path: Path) -> dict[str, Any]:
     """The entries of an earlier ``evaluation.json``, by model; none if it is missing or not one."""
     try:
-        models = json.loads(path.read_text())["models"]
+        models = read_json(path)["models"]
         return dict(models)
     except (OSError, ValueError, KeyError, TypeError):
         return {}

@@ -16,7 +16,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from robuq_core.config import MAX_SEED, SamplerConfig, image_seed
-from robuq_core.files import replacing
+from robuq_core.files import read_json, replacing
 from robuq_core.pipeline import Sampler
 from train.evaluation.errors import EvaluationError
 from train.messages import one_line
@@ -158,7 +158,7 @@ def _open_images(path: Path, shape: tuple[int, ...], new: bool) -> np.memmap:
 def _samples_done(folder: Path, described: dict[str, Any]) -> int:
     """How many samples an earlier call with the same settings has finished."""
     try:
-        found = json.loads((folder / "progress.json").read_text())
+        found = read_json(folder / "progress.json")
         done = int(found.pop("done"))
         images = np.lib.format.open_memmap(folder / "images.npy", "r")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

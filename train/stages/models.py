@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from robuq_core.classes import read_names
 from robuq_core.config import QuantConfig
 from robuq_core.errors import UserError
+from robuq_core.files import read_json
 from robuq_core.models.dit import DiT
 from robuq_core.models.quant_linear import quantize_model
 from train.config import ConfigError, TrainConfig
@@ -51,7 +51,7 @@ def resolved_quant(config: TrainConfig) -> QuantConfig:
         return config.quant
     path = bits_path(config)
     try:
-        table = json.loads(path.read_bytes())
+        table = read_json(path)
         quant = config.quant.model_validate({**config.quant.model_dump(), "bits": table["bits"]})
         made = {"average_bits": table["budget_bits"], "method": table["method"]}
     except FileNotFoundError as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from robuq_core.errors import UserError
-from robuq_core.files import replacing
+from robuq_core.files import read_json, replacing
 from robuq_core.kernels.triton.config import LaunchConfig
 from robuq_core.kernels.triton.ternary_linear import row_bucket
 
@@ -60,7 +60,7 @@ def load_table(gpu: str) -> Table:
 
 def _read(path: Path) -> Table:
     try:
-        return {key: _config(entry) for key, entry in json.loads(path.read_text()).items()}
+        return {key: _config(entry) for key, entry in read_json(path).items()}
     except (OSError, UnicodeDecodeError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise TuningTableError(
             f"{path} is no table of launch shapes ({error!r}): delete it or measure again"

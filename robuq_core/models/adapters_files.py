@@ -68,14 +68,10 @@ def tensors_of(path: Path, tree: Any) -> TensorTable:
     """
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise WeightsError(f"{path}: not a state dict; save the model's state_dict() with torch.save")
-    for key, value in tree.items():
-        # A view may repeat a few stored numbers as often as it likes; what is computed from it would take the room.
-        if isinstance(value, Tensor) and value.nbytes > value.untyped_storage().nbytes():
-            raise WeightsError(f"{path}: {key} claims more values than the file holds; save the model's state_dict()")
     strangers = [key for key, value in tree.items() if not isinstance(value, Tensor)]
     if strangers:
         raise WeightsError(f"{path}: {', '.join(strangers[:3])} is no tensor; save the model's state_dict() alone")
-    return {key: Stored(tuple(value.shape), partial(_given, value)) for key, value in tree.items()}
+    return {key: Stored(tuple(value.shape), partial(_given, path, key, value)) for key, value in tree.items()}
 
 
 def unwrapped(table: TensorTable) -> TensorTable:
@@ -86,7 +82,10 @@ def unwrapped(table: TensorTable) -> TensorTable:
     return table
 
 
-def _given(tensor: Tensor) -> Tensor:
+def _given(path: Path, key: str, tensor: Tensor) -> Tensor:
+    # A view may repeat a few stored numbers as often as it likes; what is computed from it would take the room.
+    if tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise WeightsError(f"{path}: {key} claims more values than the file holds; save the model's state_dict()")
     return tensor
 
 

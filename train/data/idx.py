@@ -64,6 +64,6 @@ def _read(path: Path, dimensions: int) -> np.ndarray:
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: not a readable gzip file ({one_line(error)}); fetch it again") from error
     if len(content) != size:
-        found = f"more than {size}" if len(content) > size else f"fewer than {size}"
+        found = f"more than {size}" if len(content) > size else str(len(content) or "fewer")
         raise DataError(f"{path}: {found} bytes where its header says {'x'.join(map(str, shape))}; fetch it again")
     return np.frombuffer(content, dtype=np.uint8).reshape(shape)

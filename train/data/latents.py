@@ -22,6 +22,9 @@ from train.messages import one_line
 
 _BATCH = 16
 
+# Each but the first halves the picture; SD-VAE has four.
+_MOST_BLOCKS = 8
+
 
 @dataclass(frozen=True)
 class LatentDataset:
@@ -110,9 +113,10 @@ def vae_downscale(folder: Path) -> int:
 def _read_settings(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        settings = read_json(path)
-        if not isinstance(settings, dict) or not isinstance(settings["block_out_channels"], list):
-            raise ValueError("no block_out_channels")
+        settings: dict[str, Any] = read_json(path)
+        blocks = settings["block_out_channels"] if isinstance(settings, dict) else None
+        if not isinstance(blocks, list) or not 1 <= len(blocks) <= _MOST_BLOCKS:
+            raise ValueError("no usable block_out_channels")
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"data.vae {folder}: not the folder of an AutoencoderKL ({one_line(error)}); give one with "
                         "config.json and its weights") from error  # fmt: skip

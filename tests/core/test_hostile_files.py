@@ -1,0 +1,138 @@
+"""Configurations, indices, lists of names and weights of other code bases that a stranger might have written."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from crafted import DEEP, nested, with_header
+from tiny import TINY, tiny_model, write_tiny
+
+from robuq_core.checkpoint import CheckpointError, Description, write_checkpoint
+from robuq_core.classes import MAX_NAME, read_names
+from robuq_core.config import DiffusionConfig, ModelConfig, QuantConfig, SamplerConfig
+from robuq_core.decode import load_decoder
+from robuq_core.errors import UserError
+from robuq_core.files import MAX_TEXT_BYTES, check_torch_archive
+from robuq_core.hub import CONFIG_NAME, LIBRARY_NAME, _checkpoint_name, resolve_checkpoint
+from robuq_core.kernels.triton.tuning import _read
+from robuq_core.models.adapters import read_weights
+from robuq_core.models.adapters_files import load_pickle, read_json, tensors_of
+
+BROKEN = {
+    "list in list": nested(),
+    "object in object": '{"a":' * DEEP,
+    "zero byte": "\0",
+    "nothing": "",
+    "number": "7",
+    "cut short": "{",
+    "long number": '{"a": ' + "9" * 5000 + "}",
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize(
+    "reader",
+    [
+        lambda path: read_json(path),
+        lambda path: _checkpoint_name("someone/tiny", path),
+        lambda path: _read(path),
+        lambda path: load_decoder(path.parent),
+        lambda path: read_weights(path.parent),
+    ],
+)
+def test_broken_json_is_one_line(tmp_path: Path, kind: str, reader: Callable[[Path], object]) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(BROKEN[kind])
+    with pytest.raises(UserError) as refused:
+        reader(path)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_an_index_of_shards_that_only_nests(tmp_path: Path) -> None:
+    folder = tmp_path / "transformer"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"_class_name": "DiTTransformer2DModel"}))
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text('{"weight_map": ' + nested() + "}")
+    with pytest.raises(UserError, match=index.name):
+        read_weights(tmp_path)
+
+
+def test_one_bad_file_does_not_hide_the_good_one(tmp_path: Path) -> None:
+    good = tmp_path / "good.safetensors"
+    write_tiny(good)
+    raw = good.read_bytes()
+    (tmp_path / "a-deep.safetensors").write_bytes(with_header(raw, lambda _: nested()))
+    (tmp_path / "b-huge.safetensors").write_bytes(with_header(raw, lambda inner: inner["model"].update(depth=10**8)))
+    (tmp_path / "c-empty.safetensors").touch()
+    (tmp_path / "d-folder.safetensors").mkdir()
+    (tmp_path / "z-circle.safetensors").symlink_to("z-circle.safetensors")
+    assert resolve_checkpoint(tmp_path) == good
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["*.safetensors", "?.safetensors", "[a-z].safetensors", "a/../b.safetensors", "..\\x.safetensors",
+     "a\n.safetensors", "c:x.safetensors", "weights.bin", ".", 7, None, ["a.safetensors"]],
+)  # fmt: skip
+def test_a_name_from_the_hub_is_one_file(tmp_path: Path, name: object) -> None:
+    config = tmp_path / CONFIG_NAME
+    config.write_text(json.dumps({"library_name": LIBRARY_NAME, "checkpoint": name}))
+    with pytest.raises(CheckpointError, match="someone/tiny"):
+        _checkpoint_name("someone/tiny", config)
+
+
+def test_a_list_of_names_is_read_within_limits(tmp_path: Path) -> None:
+    path = tmp_path / "names.txt"
+    path.write_text("tench\n" + "x" * (MAX_NAME + 1) + "\n")
+    with pytest.raises(UserError, match="line 2"):
+        read_names(path)
+    with path.open("wb") as stream:
+        stream.truncate(MAX_TEXT_BYTES + 1)
+    with pytest.raises(UserError, match=path.name):
+        read_names(path)
+
+
+def test_a_pickle_cannot_claim_more_than_it_holds(tmp_path: Path) -> None:
+    path = tmp_path / "wide.pt"
+    torch.save({"x_embedder.proj.weight": torch.zeros(1).expand(10**6, 4, 2, 2)}, path)
+    table = tensors_of(path, load_pickle(path))
+    with pytest.raises(UserError, match=r"x_embedder\.proj\.weight"):
+        table["x_embedder.proj.weight"].read()
+    packed = tmp_path / "packed.pt"
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+        for member in source.namelist():
+            target.writestr(member, source.read(member))
+    with pytest.raises(zipfile.BadZipFile, match="compressed"):
+        check_torch_archive(packed)
+    with pytest.raises(UserError, match=packed.name):
+        read_weights(packed)
+
+
+def test_a_pipeline_cannot_ask_for_endless_classes(tmp_path: Path) -> None:
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(
+        json.dumps({"_class_name": "DiTTransformer2DModel", "num_embeds_ada_norm": 10**15, "num_layers": 10**15})
+    )
+    (tmp_path / "model_index.json").write_text(json.dumps({"id2label": {"0": "tench"}}))
+    with pytest.raises(UserError):
+        read_weights(tmp_path)
+
+
+def test_what_could_not_be_read_is_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    about = Description(QuantConfig(rank=4), DiffusionConfig(), SamplerConfig())
+    for beyond in ({"class_names": ("x" * (MAX_NAME + 1),) * TINY.num_classes}, {"provenance": {"log": "x" * 2**23}}):
+        with pytest.raises(CheckpointError):
+            write_checkpoint(path, tiny_model(), Description(**(vars(about) | beyond)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_bounds_leave_room_for_every_published_shape() -> None:
+    for size, patch, channels in ((32, 2, 4), (64, 2, 4), (128, 2, 32), (256, 2, 4), (1024, 8, 3), (2048, 16, 3)):
+        assert ModelConfig(input_size=size, patch_size=patch, in_channels=channels).num_tokens <= 16_384

@@ -25,6 +25,11 @@
 #
 #   docker build -t robuq-serve --build-arg EXTRAS=vae,hub .
 #
+# A tag may come to mean another image; a digest may not. Name the base by the digest that your registry gives for it:
+#
+#   docker buildx imagetools inspect python:3.12-slim --format '{{.Manifest.Digest}}'
+#   docker build -t robuq-serve --build-arg BASE_IMAGE=python:3.12-slim@sha256:... .
+#
 # BASE_IMAGE may be any Debian or Ubuntu image that has Python 3.11 or later as `python`. docs/containers.md has sizes
 # and what is in which layer.
 ARG BASE_IMAGE=python:3.12-slim
@@ -39,25 +44,27 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/robuq
 ENV PATH=/opt/robuq/bin:$PATH
 WORKDIR /src
-# What changes least comes first: torch, nearly all of the image, and what it needs (NVIDIA's libraries and triton for the
-# CUDA build). Its own tests are 80 MB.
+# What changes least comes first. Every file is compared with its SHA-256, save that of torch's CPU build: its version is
+# pinned and its index is PyTorch's own or TORCH_INDEX_URL. torch is nearly all of the image; its own tests are 80 MB.
 ARG TORCH=cpu
 ARG TORCH_INDEX_URL=
-COPY constraints.txt ./
+COPY constraints.txt requirements.lock requirements-cuda.lock ./
+RUN pip install --no-deps --require-hashes --requirement requirements.lock
 COPY scripts/install-torch.sh scripts/
-RUN scripts/install-torch.sh python \
+RUN if [ "${TORCH}" = cuda ]; then pip install --no-deps --require-hashes --requirement requirements-cuda.lock; fi \
+    && scripts/install-torch.sh python \
     && rm -rf /opt/robuq/lib/python3*/site-packages/torch/test
-# Then whatever else pyproject.toml asks for, and extras by name.
+# Then extras by name, at the versions of constraints.txt.
 ARG EXTRAS=
 COPY pyproject.toml ./
-RUN python -c "import os, tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; extras = [name for name in os.environ.get('EXTRAS', '').split(',') if name]; print(*sum((project['optional-dependencies'][name] for name in extras), project['dependencies']), sep='\n')" > /tmp/requirements.txt \
+RUN python -c "import os, tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; print(*sum((extras[name] for name in os.environ.get('EXTRAS', '').split(',') if name), []), sep='\n')" > /tmp/requirements.txt \
     && pip install --constraint constraints.txt --requirement /tmp/requirements.txt
 # The project itself lies apart, so that a change of it is a layer of a few MB.
 COPY setup.py README.md LICENSE THIRD_PARTY.md ./
 COPY robuq_core robuq_core
 COPY server server
 COPY train train
-RUN pip install --no-deps --target /opt/app .
+RUN pip install --no-deps --no-build-isolation --target /opt/app .
 ENV PYTHONPATH=/opt/app
 # Fail here rather than fall back to the slow reference kernels in production.
 WORKDIR /

@@ -5,12 +5,15 @@
     python scripts/sbom.py --third-party THIRD_PARTY.md        # write the list's table anew
 
 Both describe the environment that runs this: install the extras in question first. Only what robuq needs is listed, not
-all that lies around.
+all that lies around. A package has the SHA-256 of every file that is published of its version, as the lock files list
+them; a local build, such as torch's for the CPU, and what only extras need has none. The bundled weights are there too,
+with the SHA-256 of their file.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
@@ -24,11 +27,16 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from robuq_core import __version__
+from robuq_core.checkpoint import read_checkpoint
 from robuq_core.errors import UserError
 from robuq_core.files import replacing
+from robuq_core.hub import bundled_checkpoint
 
 PROJECT = "robuq"
-PYPROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+ROOT = Path(__file__).parents[1]
+LOCKS = (ROOT / "requirements.lock", ROOT / "requirements-cuda.lock")
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Extras that serve work on robuq itself; nobody who uses it installs them.
 DEVELOPMENT = {"dev", "dev-all", "docs"}
 TABLE = re.compile(r"(?<=<!-- packages -->\n).*?(?=<!-- end -->)", re.S)
@@ -116,6 +124,36 @@ def extras_for_users() -> list[str]:
     return [extra for extra in PYPROJECT["optional-dependencies"] if extra not in DEVELOPMENT]
 
 
+def locked() -> dict[tuple[str, str], list[str]]:
+    """SHA-256 of the files that are published of a package, by its canonical name and version."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for path in LOCKS:
+        for name, version, hashes in re.findall(
+            r"^([\w.-]+)==([\w.+!]+)[^\n]*\n((?:    --hash=sha256:\w+.*\n)+)", path.read_text(), re.M
+        ):
+            found[canonicalize_name(name), version] = re.findall(r"sha256:(\w+)", hashes)
+    return found
+
+
+def weights() -> dict[str, object]:
+    """The checkpoint that the package ships, as a component.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    path = bundled_checkpoint()
+    read_checkpoint(path)
+    return {
+        "type": "machine-learning-model",
+        "bom-ref": path.name,
+        "name": path.stem,
+        "version": __version__,
+        "description": "the checkpoint that the package ships",
+        "hashes": [{"alg": "SHA-256", "content": hashlib.sha256(path.read_bytes()).hexdigest()}],
+        "licenses": [{"license": {"name": "see THIRD_PARTY.md"}}],
+    }
+
+
 def bill(extras: Iterable[str]) -> dict[str, object]:
     """A CycloneDX document by cyclonedx-bom, cut down to what robuq needs with ``extras``."""
     packages = needed(extras)
@@ -137,13 +175,26 @@ def bill(extras: Iterable[str]) -> dict[str, object]:
     if missing:
         raise UserError(f"cyclonedx-bom lists no {', '.join(sorted(missing))}")
     kept = {c["bom-ref"] for c in components}
-    document["components"] = [c for c in components if canonicalize_name(c["name"]) != PROJECT]
+    hashes = locked()
+    for component in components:
+        published = hashes.get((canonicalize_name(component["name"]), component["version"]), [])
+        if published:
+            component["hashes"] = [{"alg": "SHA-256", "content": each} for each in published]
+    model = weights()
+    document["components"] = [*(c for c in components if canonicalize_name(c["name"]) != PROJECT), model]
     (document["metadata"])["component"] = next(c for c in components if canonicalize_name(c["name"]) == PROJECT)  # type: ignore[index]
+    root = document["metadata"]["component"]["bom-ref"]  # type: ignore[index]
     document["dependencies"] = [
-        {**d, "dependsOn": [ref for ref in d.get("dependsOn", ()) if ref in kept]}
+        {
+            **d,
+            "dependsOn": [
+                *(ref for ref in d.get("dependsOn", ()) if ref in kept),
+                *([model["bom-ref"]] if d["ref"] == root else []),
+            ],
+        }
         for d in document["dependencies"]  # type: ignore[attr-defined]
         if d["ref"] in kept
-    ]
+    ] + [{"ref": model["bom-ref"], "dependsOn": []}]
     return document
 
 

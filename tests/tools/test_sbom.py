@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import subprocess
@@ -17,6 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from robuq_core.errors import UserError
+from robuq_core.hub import bundled_checkpoint
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -71,10 +73,16 @@ def test_the_bill_of_materials(sbom: ModuleType, tmp_path: Path, monkeypatch: py
     document = json.loads(out.read_text())
     assert document["metadata"]["component"]["name"] == "robuq"
     components = {canonicalize_name(c["name"]): c for c in document["components"]}
+    references = {c["bom-ref"] for c in (*components.values(), document["metadata"]["component"])}
+    (model,) = [components.pop(name) for name in list(components) if components[name]["type"] != "library"]
     assert names(PROJECT["dependencies"]) <= set(components)
     assert set(components) == set(sbom.needed())
     assert all(c["version"] and c["purl"].startswith("pkg:pypi/") for c in components.values())
-    references = {c["bom-ref"] for c in (*components.values(), document["metadata"]["component"])}
+    # Local builds are in no registry.
+    without = {name for name, component in components.items() if not component.get("hashes")}
+    assert without <= {name for name in components if "+" in components[name]["version"]}
+    content = bundled_checkpoint().read_bytes()
+    assert model["hashes"] == [{"alg": "SHA-256", "content": hashlib.sha256(content).hexdigest()}]
     assert {d["ref"] for d in document["dependencies"]} == references
     assert all(set(d["dependsOn"]) <= references for d in document["dependencies"])
 

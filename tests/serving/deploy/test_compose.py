@@ -18,7 +18,7 @@ SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 # Keys of a service in the Compose specification, as far as they are used here: a misspelt one must not pass.
 KNOWN = {
     *("build", "image", "command", "environment", "ports", "volumes", "depends_on", "restart", "read_only", "tmpfs"),
-    *("cap_drop", "security_opt", "stop_grace_period"),
+    *("cap_drop", "security_opt", "stop_grace_period", "user", "mem_limit", "pids_limit"),
 }
 
 
@@ -32,7 +32,25 @@ def test_the_services() -> None:
 
 @pytest.mark.parametrize("name", ["prometheus", "grafana"])
 def test_images_are_of_one_version(name: str) -> None:
-    assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+", SERVICES[name]["image"])
+    """Unless a variable names another, say by its digest."""
+    image = re.fullmatch(r"\$\{(\w+):-([^}]+)\}", SERVICES[name]["image"])
+    assert image is not None
+    assert image[1] == f"{name.upper()}_IMAGE"
+    assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+", image[2])
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_every_container_has_as_few_rights_as_the_server(name: str) -> None:
+    service = SERVICES[name]
+    assert service["read_only"] is True
+    assert service["tmpfs"] == ["/tmp"]
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert re.fullmatch(r"\d+[gm]", service["mem_limit"])
+    assert 0 < service["pids_limit"] <= 1000
+    assert not {"privileged", "cap_add", "devices", "network_mode", "pid"} & set(service)
+    if "build" not in service:  # the server's user is its image's
+        assert int(service["user"].split(":")[0]) > 0
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -64,7 +82,10 @@ def test_the_server_is_built_from_the_repository() -> None:
 
 
 def test_the_image_has_the_cpu_build_of_torch_by_default() -> None:
-    assert SERVICES["server"]["build"]["args"] == {"TORCH": "${TORCH:-cpu}"}
+    assert SERVICES["server"]["build"]["args"] == {
+        "TORCH": "${TORCH:-cpu}",
+        "BASE_IMAGE": "${BASE_IMAGE:-python:3.12-slim}",
+    }
     assert re.search(r"^ARG TORCH=cpu$", (DEPLOY.parent / "Dockerfile").read_text(), re.M)
 
 

@@ -47,6 +47,8 @@ def test_serve_takes_the_file() -> None:
     assert (module, name) == (app.__module__, app.__name__)
     settings = ClusterSettings.model_validate(application.args)
     assert settings.max_replicas == application.args["max_replicas"]
+    # It listens on every address: nobody may use it without a key.
+    assert settings.api_keys_file is not None or CONFIG["http_options"]["host"] == "127.0.0.1"
     # Those that are commented out are settings, too.
     for name in re.findall(r"^ +# (\w+): ", (DEPLOY / "ray" / "serve.yaml").read_text(), re.M):
         assert name in ClusterSettings.model_fields

@@ -25,6 +25,8 @@ from robuq_core.files import read_json
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 
 _FOLDER = "a diffusers folder of an AutoencoderKL (SD-VAE) or an AutoencoderTiny (TAESD)"
+# Of one block of a network; SD-VAE has two.
+_MOST_LAYERS = 32
 # Not needed to decode.
 _ENCODER_PARTS = ("encoder", "quant_conv")
 
@@ -189,9 +191,10 @@ def load_decoder(
     """
     folder = _autoencoder_folder(Path(path))
     kind = _class_name(folder)
-    library = _diffusers()
+    library = getattr(_diffusers(), kind)
+    _check_size(folder, library)
     try:
-        autoencoder, loading = getattr(library, kind).from_pretrained(
+        autoencoder, loading = library.from_pretrained(
             folder,
             torch_dtype=dtype,
             local_files_only=True,
@@ -233,6 +236,36 @@ def _class_name(folder: Path) -> str:
     if kind not in AUTOENCODERS:
         raise DecoderError(f"{folder}/config.json: field _class_name is {kind!r}; give {_FOLDER}")
     return str(kind)
+
+
+def _check_size(folder: Path, library: Any) -> None:
+    """The network that ``config.json`` describes, built without memory: no number in it may ask for more than the files
+    hold. The encoder, which they may lack, is about as large as the decoder.
+
+    Raises:
+        DecoderError: it does, or describes no network.
+    """
+    config = {key: value for key, value in read_json(folder / "config.json").items() if not key.startswith("_")}
+    for key, value in config.items():
+        counts = value if isinstance(value, list) else [value]
+        if "blocks" in key or key == "layers_per_block":  # each is a module, and takes time even without memory
+            fits = all(type(count) is int and 0 <= count <= _MOST_LAYERS for count in counts)
+        else:
+            fits = not isinstance(value, list) or len(value) <= _MOST_LAYERS**2
+        if not fits:
+            raise DecoderError(f"{folder}/config.json: field {key} is beyond the limits; give {_FOLDER}")
+    try:
+        with torch.device("meta"):
+            values = sum(tensor.numel() for tensor in library.from_config(config).state_dict().values())
+    except Exception as error:  # whatever the library makes of a foreign configuration
+        raise DecoderError(f"{folder}/config.json: describes no {library.__name__} ({_first_line(error)}); "
+                           f"give {_FOLDER}") from error  # fmt: skip
+    stored = sum(path.stat().st_size for path in folder.glob("diffusion_pytorch_model*") if path.is_file())
+    if values > 2 * stored:
+        raise DecoderError(
+            f"{folder}: weights that cannot be read (config.json describes {values} values, the files have {stored} "
+            "bytes); copy it again"
+        )
 
 
 def _diffusers() -> Any:

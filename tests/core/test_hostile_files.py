@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from autoencoders import save_autoencoder_kl
 from crafted import DEEP, nested, with_header
+from safetensors.torch import load_file, save_file
 from tiny import TINY, tiny_model, write_tiny
 
 from robuq_core.checkpoint import CheckpointError, Description, write_checkpoint
@@ -136,3 +138,38 @@ def test_what_could_not_be_read_is_not_written(tmp_path: Path) -> None:
 def test_the_bounds_leave_room_for_every_published_shape() -> None:
     for size, patch, channels in ((32, 2, 4), (64, 2, 4), (128, 2, 32), (256, 2, 4), (1024, 8, 3), (2048, 16, 3)):
         assert ModelConfig(input_size=size, patch_size=patch, in_channels=channels).num_tokens <= 16_384
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"block_out_channels": [2**20, 2**20]}, "weights"),
+        ({"block_out_channels": [4] * 5000}, "block_out_channels"),
+        ({"layers_per_block": 10**9}, "layers_per_block"),
+        ({"latent_channels": 2**40}, "AutoencoderKL"),
+        ({"block_out_channels": "x"}, "describes no"),
+    ],
+)
+def test_the_configuration_of_a_decoder_cannot_ask_for_more_than_its_file_holds(
+    tmp_path: Path, changes: dict[str, object], named: str
+) -> None:
+    pytest.importorskip("diffusers")
+    save_autoencoder_kl(tmp_path)
+    assert load_decoder(tmp_path).channels
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=named):
+        load_decoder(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_decoder_whose_weights_are_not_finite(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    save_autoencoder_kl(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["decoder.conv_in.weight"].reshape(-1)[0] = float("nan")
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(UserError, match=r"decoder\.conv_in\.weight"):
+        load_decoder(tmp_path)

@@ -178,7 +178,7 @@ class Sampler:
 
     @property
     def forward_limit_s(self) -> float | None:
-        """Seconds that a forward may take before it is given up with :class:`~robuq_core.errors.TooSlowError`; None
+        """Seconds that a forward may take before it raises :class:`~robuq_core.errors.TooSlowError`; None
         for no limit. Only a packed network on a CPU keeps to it, and only between its blocks."""
         return self.model.limit_s if isinstance(self.model, PackedDiT) else None
 

@@ -66,7 +66,7 @@ class StepSampler(Protocol):
     def decoder(self) -> Decoder: ...
 
     forward_limit_s: float | None
-    """Seconds after which ``step`` gives up with ``TooSlowError``, as far as the model can be interrupted."""
+    """Seconds after which ``step`` raises ``TooSlowError``, as far as the model can be interrupted."""
 
     def warm_up_rows(self, max_rows: int) -> tuple[int, ...]:
         """Sizes, in rows of the model, ascending, that a forward should have seen before the first request."""

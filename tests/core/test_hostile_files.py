@@ -110,7 +110,7 @@ def test_a_pickle_cannot_claim_more_than_it_holds(tmp_path: Path) -> None:
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
         for member in source.namelist():
             target.writestr(member, source.read(member))
-    with pytest.raises(zipfile.BadZipFile, match="compressed"):
+    with pytest.raises(zipfile.BadZipFile, match="data"):
         check_torch_archive(packed)
     with pytest.raises(UserError, match=packed.name):
         read_weights(packed)
@@ -148,7 +148,7 @@ def test_the_bounds_leave_room_for_every_published_shape() -> None:
         ({"block_out_channels": [4] * 5000}, "block_out_channels"),
         ({"layers_per_block": 10**9}, "layers_per_block"),
         ({"latent_channels": 2**40}, "AutoencoderKL"),
-        ({"block_out_channels": "x"}, "describes no"),
+        ({"block_out_channels": "x"}, "AutoencoderKL"),
     ],
 )
 def test_the_configuration_of_a_decoder_cannot_ask_for_more_than_its_file_holds(

@@ -153,7 +153,7 @@ def _model(**changes: int) -> Callable[[bytes], bytes]:
         (lambda raw: with_header(raw, lambda _: nested()), "hostile.safetensors"),
         (lambda raw: with_tensor(raw, "blocks.0.attn.qkv.alpha", _spoil), "blocks.0.attn.qkv.alpha"),
         (lambda raw: with_tensor(raw, "final_layer.linear.weight", _spoil), "final_layer.linear.weight"),
-        (lambda raw: with_tensor(raw, "blocks.0.mlp.fc2.lowrank_a", _overflow), "not finite"),
+        (lambda raw: with_tensor(raw, "blocks.0.mlp.fc2.lowrank_a", _overflow), "hostile"),
     ],
 )
 def test_a_hostile_file_is_refused_and_the_old_one_stays(

@@ -1,4 +1,4 @@
-"""requirements.lock and requirements-cuda.lock: they agree with constraints.txt and leave nothing out."""
+"""requirements.lock and requirements-cuda.lock: they agree with constraints.txt and are complete."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_versions_are_those_of_the_constraints() -> None:
     assert set(cuda) - set(pinned) == {name for name in cuda if name.startswith(("nvidia-", "cuda-"))}
 
 
-def test_nothing_that_serving_needs_is_left_out() -> None:
+def test_nothing_that_serving_needs_is_missing() -> None:
     needed = script("sbom").needed()
     assert set(needed) <= {*entries(PLAIN), "torch"}
     direct = {canonicalize_name(Requirement(text).name) for text in PROJECT["project"]["dependencies"]}

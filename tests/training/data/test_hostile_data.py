@@ -94,7 +94,7 @@ def test_an_idx_file_is_unpacked_no_further_than_its_header_says(
 ) -> None:
     write_idx(tmp_path, (4, 5, 5), bytes(64 * 2**20))
     sizes = unpacked_bytes(monkeypatch)
-    with pytest.raises(DataError, match="more than 100 bytes"):
+    with pytest.raises(DataError, match="train-images-idx3-ubyte"):
         open_source(tmp_path, 1)
     assert sum(sizes) < 1000
 
@@ -102,7 +102,7 @@ def test_an_idx_file_is_unpacked_no_further_than_its_header_says(
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_an_idx_header_cannot_ask_for_more_than_the_file_holds(tmp_path: Path, suffix: str) -> None:
     write_idx(tmp_path, (2**32 - 1, 2**32 - 1, 2**32 - 1), bytes(100), suffix)
-    with pytest.raises(DataError, match="fewer bytes"):
+    with pytest.raises(DataError, match="train-images-idx3-ubyte"):
         open_source(tmp_path, 1)
 
 

@@ -200,10 +200,13 @@ class Engine:
                 on_event=on_event,
             )
             try:
-                ledger.open_locked(job, client, priority)
+                displaced = ledger.open_locked(job, client, priority)
             except QueueFull as full:
                 self.metrics.rejected.labels("queue_full").inc()
-                raise Overloaded(self._seconds_until_free_locked(full.excess)) from None
+                raise Overloaded(self._seconds_for_locked(full.cost)) from None
+            seconds = self._seconds_for_locked(ledger.scheduler.cost) if displaced else 0.0
+        for other in displaced:
+            ledger.displace(other, seconds)
         return job
 
     def cancel(self, job: Job, reason: CancelReason = "cancelled") -> None:
@@ -324,7 +327,7 @@ class Engine:
                 self._phase = phase
         self._ledger.close_all(phase, "shutdown" if phase == "stopped" else "error")
 
-    def _seconds_until_free_locked(self, images: int) -> float:
-        """When ``images`` more will have left the queue, by the measured rows a second of all replicas."""
+    def _seconds_for_locked(self, cost: float) -> float:
+        """How long ``cost`` rows of the model times steps take, by the measured rows per second of all replicas."""
         rows_per_s = sum(replica.rows_per_s_locked for replica in self._replicas)
-        return min(MAX_RETRY_AFTER_S, images * self._ledger.mean_image_cost / rows_per_s) if rows_per_s else 1.0
+        return min(MAX_RETRY_AFTER_S, cost / rows_per_s) if rows_per_s else 1.0

@@ -62,8 +62,3 @@ class Job:
         self.rows_per_image = max(map(rows_of, self.specs), default=1)
         self.steps = max((spec.steps for spec in self.specs), default=1)
         self.images_to_step = len(self.specs)
-
-    @property
-    def cost(self) -> int:
-        """Rows of the model, over all images and steps."""
-        return len(self.specs) * self.steps * self.rows_per_image

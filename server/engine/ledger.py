@@ -10,7 +10,7 @@ import logging
 import threading
 from collections.abc import Callable
 
-from server.engine.errors import Cancelled, DeadlineExceeded, EngineError, GenerationFailed, NotReady
+from server.engine.errors import Cancelled, DeadlineExceeded, EngineError, GenerationFailed, NotReady, Overloaded
 from server.engine.job import CancelReason, Job, Result, Timings
 from server.metrics import Metrics
 from server.scheduler import Demand, RowKey, Scheduler
@@ -35,16 +35,10 @@ class Ledger:
         self.rows_to_step = 0  # rows of the model in the next step, if all images were in it
         self.images_to_step = 0  # that have a step to make
         self.images = 0  # of all jobs in flight
-        self._cost = 0  # rows times steps of all jobs in flight
 
-    @property
-    def mean_image_cost(self) -> float:
-        """Rows of the model times steps of an image, over the requests in flight."""
-        return self._cost / max(1, self.images)
-
-    def open_locked(self, job: Job, client: str, priority: int) -> None:
-        """Queue a job, or raise :class:`server.scheduler.QueueFull`."""
-        self.scheduler.submit(
+    def open_locked(self, job: Job, client: str, priority: int) -> list[Job]:
+        """Queue a job, or raise :class:`server.scheduler.QueueFull`. Returns those that had to make room for it."""
+        displaced = self.scheduler.submit(
             Demand(
                 request_id=job.id,
                 num_images=len(job.specs),
@@ -62,10 +56,10 @@ class Ledger:
         self.rows_to_step += len(job.specs) * job.rows_per_image
         self.images_to_step += len(job.specs)
         self.images += len(job.specs)
-        self._cost += job.cost
         self.work.notify(len(job.specs))
         if job.deadline < self.alarm_at:
             self.alarm.notify()
+        return [self.jobs[request_id] for request_id in displaced]
 
     def stepped_locked(self, job: Job, image: int) -> None:
         """Image ``image`` has made its last step."""
@@ -112,6 +106,11 @@ class Ledger:
         if self._close(job, reason):
             job.future.set_exception(Cancelled(f"request {reason}"))
 
+    def displace(self, job: Job, retry_after_s: float) -> None:
+        """It had to make room for another client's request."""
+        if self._close(job, "displaced"):
+            job.future.set_exception(Overloaded(retry_after_s))
+
     def expire(self, job: Job) -> None:
         """Its deadline has passed."""
         if self._close(job, "timeout"):
@@ -140,7 +139,6 @@ class Ledger:
             self.changes += 1
             self._leave_locked(job, job.images_to_step)
             self.images -= len(job.specs)
-            self._cost -= job.cost
             job.generation.jobs -= 1
             if job.generation.retired_at is not None and job.generation.jobs == 0:
                 self.alarm.notify()

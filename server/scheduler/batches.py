@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from server.scheduler.fair_queue import FairQueue
 from server.scheduler.heap import Heap
-from server.scheduler.interface import Demand, RowKey
+from server.scheduler.interface import Demand, QueueFull, RowKey
 
 
 @dataclass
@@ -54,16 +54,27 @@ class BatchScheduler(ABC):
     def waiting_images(self) -> int:
         return self._queue.images
 
+    @property
+    def cost(self) -> int:
+        running = sum(len(request.running) * request.demand.image_cost for request in self._requests.values())
+        return self._queue.cost + running
+
     def running_rows(self, replica: int) -> int:
         return self._batch(replica).rows
 
-    def submit(self, demand: Demand) -> None:
+    def submit(self, demand: Demand) -> list[int]:
         if demand.request_id in self._requests:
             raise ValueError(f"request {demand.request_id} has been submitted already")
-        self._queue.push(demand)
+        try:
+            displaced = self._queue.push(demand)
+        except QueueFull as full:
+            raise QueueFull(full.excess, full.cost + self.cost - self._queue.cost) from None
         self._requests[demand.request_id] = _Request(demand)
         if demand.deadline < float("inf"):
             self._deadlines.push(demand.deadline, demand.request_id)
+        for request_id in displaced:
+            self._forget(request_id)
+        return displaced
 
     def schedule(self, replica: int, max_rows: int, now: float, *, admit: bool = True) -> tuple[RowKey, ...]:
         batch = self._batch(replica)

@@ -5,6 +5,10 @@ with each of its images that is admitted, and the client with the least service 
 service of the clients who wait; whoever was away starts there, so that idleness earns no credit. Clients with images
 waiting all the time are never further apart than one image of each.
 
+The room is shared, too: when it is full, a client with fewer images waiting displaces the requests whose turn is last
+of the client with most (McKenney, Stochastic Fairness Queuing, 1990: the longest queue drops). So a client may take all
+the room that nobody else asks for, and is refused only when it would have as many images waiting as any other.
+
 Within a client: by ``arrived_at - priority * ageing_s``. The key never changes, so a request is overtaken only by those
 that arrive less than ``(MAX_PRIORITY - priority) * ageing_s`` after it.
 """
@@ -21,6 +25,7 @@ from server.scheduler.interface import Demand, QueueFull, RowKey
 @dataclass
 class _Client:
     service: float = 0.0
+    images: int = 0  # that wait
     requests: Heap[int] = field(default_factory=Heap)
 
 
@@ -35,7 +40,7 @@ class _Waiting:
 
 
 class FairQueue:
-    """Not thread-safe. Every operation takes O(log n) for n requests.
+    """Not thread-safe. Every operation takes O(log n) for n requests, :meth:`push` into a full queue O(n).
 
     Args:
         max_images: most images that may wait, over all requests.
@@ -47,6 +52,7 @@ class FairQueue:
         self.ageing_s = ageing_s
         self.images = 0
         self.rows = 0
+        self.cost = 0  # of the images that wait, in rows of the model times steps
         self.untouched_requests = 0  # none of whose images has been admitted
         self._waiting: OrderedDict[int, _Waiting] = OrderedDict()  # by arrival
         self._clients: dict[str, _Client] = {}
@@ -62,16 +68,18 @@ class FairQueue:
         """When the request that waits longest arrived; inf if none waits."""
         return next(iter(self._waiting.values())).demand.arrived_at if self._waiting else float("inf")
 
-    def push(self, demand: Demand) -> None:
-        """Queue all images of a request, or raise :class:`QueueFull` and queue none."""
-        excess = self.images + demand.num_images - self.max_images
-        if excess > 0:
-            raise QueueFull(excess)
+    def push(self, demand: Demand) -> list[int]:
+        """Queue all images of a request, or raise :class:`QueueFull` and queue none.
+
+        Returns the requests that it has displaced, none of whose images had been admitted.
+        """
+        displaced = self._make_room(demand)
         client = self._arrive(demand.client)
-        client.requests.push(demand.arrived_at - demand.priority * self.ageing_s, demand.request_id)
+        client.requests.push(self._turn(demand), demand.request_id)
         self._waiting[demand.request_id] = _Waiting(demand)
         self.untouched_requests += 1
         self._count(demand, demand.num_images)
+        return displaced
 
     def head(self) -> Demand | None:
         """The request whose image is next."""
@@ -94,7 +102,7 @@ class FairQueue:
         waiting.next_image += 1
         self._count(demand, -1)
         client = self._clients[demand.client]
-        client.service += demand.steps * demand.rows_per_image
+        client.service += demand.image_cost
         self._highest_service = max(self._highest_service, client.service)
         self._turns.push(client.service, demand.client)
         if not waiting.images:
@@ -113,8 +121,37 @@ class FairQueue:
         self._leave(waiting.demand)
         self._forget_the_settled()
 
+    def _make_room(self, demand: Demand) -> list[int]:
+        """Displace what is in the way of ``demand``, or raise :class:`QueueFull` and displace nothing."""
+        missing = excess = self.images + demand.num_images - self.max_images
+        if excess <= 0:
+            return []
+        images = {name: client.images for name, client in self._clients.items()}
+        images[demand.client] = wanted = images.get(demand.client, 0) + demand.num_images
+        displaced: list[int] = []
+        untouched: dict[str, list[Demand]] = {}  # by client, in the order of their turns
+        for waiting in sorted(self._waiting.values(), key=lambda waiting: self._turn(waiting.demand)):
+            if waiting.next_image == 0:
+                untouched.setdefault(waiting.demand.client, []).append(waiting.demand)
+        while missing > 0:
+            longest = max(images, key=images.__getitem__)
+            if images[longest] <= wanted or not untouched.get(longest):
+                raise QueueFull(excess, excess * self.cost / max(1, self.images))
+            last = untouched[longest].pop()
+            displaced.append(last.request_id)
+            images[longest] -= last.num_images
+            missing -= last.num_images
+        for request_id in displaced:
+            self.discard(request_id)
+        return displaced
+
+    def _turn(self, demand: Demand) -> float:
+        return demand.arrived_at - demand.priority * self.ageing_s
+
     def _count(self, demand: Demand, images: int) -> None:
+        self._clients[demand.client].images += images
         self.images += images
+        self.cost += images * demand.image_cost
         self.rows += images * demand.rows_per_image
 
     def _virtual_time(self) -> float:

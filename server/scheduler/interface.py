@@ -19,11 +19,16 @@ class RowKey(NamedTuple):
 
 
 class QueueFull(Exception):
-    """The queue has no room for all images of a request. ``excess``: by how many images it is too long."""
+    """The queue has no room for all images of a request.
 
-    def __init__(self, excess: int) -> None:
+    ``excess``: images that must leave it first. ``cost``: rows of the model times steps that are expected to be run
+    until they have left; those of the images that run count in full.
+    """
+
+    def __init__(self, excess: int, cost: float) -> None:
         super().__init__(f"the queue is {excess} image(s) too full")
         self.excess = excess
+        self.cost = cost
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,11 @@ class Demand:
     client: str = ""
     deadline: float = float("inf")
 
+    @property
+    def image_cost(self) -> int:
+        """Rows of the model times steps of one image."""
+        return self.steps * self.rows_per_image
+
     def __post_init__(self) -> None:
         for name in ("num_images", "steps", "rows_per_image"):
             if getattr(self, name) < 1:
@@ -69,12 +79,17 @@ class Scheduler(Protocol):
     def waiting_images(self) -> int:
         """Images that have not been admitted."""
 
+    @property
+    def cost(self) -> int:
+        """Rows of the model times steps of the images that wait or run; those that run count in full."""
+
     def running_rows(self, replica: int) -> int:
         """Rows of the model that the replica's admitted images take in a step."""
 
-    def submit(self, demand: Demand) -> None:
+    def submit(self, demand: Demand) -> list[int]:
         """Queue all images of a request, or raise :class:`QueueFull` and queue none.
 
+        Returns the requests of other clients that had to make room; the scheduler has forgotten them.
         The scheduler knows the request until its last image is finished, or until it is cancelled.
         """
 

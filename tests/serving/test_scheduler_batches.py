@@ -62,7 +62,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         steps=st.integers(1, 9),
         rows_per_image=st.integers(1, 2),
         priority=st.integers(0, MAX_PRIORITY),
-        client=st.sampled_from("abc"),
+        client=st.sampled_from(["", *"abc"]),
         patience=st.one_of(st.just(INF), st.floats(0, 20)),
     )
     def submit(
@@ -71,15 +71,41 @@ class SchedulerMachine(RuleBasedStateMachine):
         number = len(self.known) + len(self.ended)
         demand = Demand(number, num_images, steps, self.now, rows_per_image, priority, client, self.now + patience)
         excess = self.waiting_images + num_images - self.scheduler.max_queue_images
-        if excess > 0:
-            with pytest.raises(QueueFull) as full:
-                self.scheduler.submit(demand)
-            assert full.value.excess == excess
+        mine = self.images_of(client) + num_images
+        running = sum(len(known.running) * known.demand.image_cost for known in self.known.values())
+        assert self.scheduler.cost >= running
+        refused = None
+        try:
+            displaced = self.scheduler.submit(demand)
+        except QueueFull as full:
+            refused = full
+        if refused is not None:
+            assert refused.excess == excess > 0
+            assert running <= refused.cost
+            # The client would have more than its share, or others have requests that are partly admitted.
+            clients = [other for other in ("", *"abc") if other == client or self.images_of(other)]
+            touched = any(self.untouched_of(other) < self.images_of(other) for other in clients)
+            assert mine * len(clients) > self.scheduler.max_queue_images or touched
             return
-        self.scheduler.submit(demand)
+        assert (displaced != []) == (excess > 0)
+        for number_displaced in displaced:
+            other = self.known[number_displaced]
+            assert self.images_of(other.demand.client) > mine
+            assert len(other.waiting) == other.demand.num_images
+            self.end(number_displaced)
         self.known[number] = Known(demand, set(range(num_images)))
         with pytest.raises(ValueError, match="already"):
             self.scheduler.submit(demand)
+
+    def images_of(self, client: str) -> int:
+        return sum(len(known.waiting) for known in self.known.values() if known.demand.client == client)
+
+    def untouched_of(self, client: str) -> int:
+        return sum(
+            known.demand.num_images
+            for known in self.known.values()
+            if known.demand.client == client and len(known.waiting) == known.demand.num_images
+        )
 
     @rule(replica=REPLICAS, max_rows=st.integers(1, 6), admit=st.booleans())
     def schedule(self, replica: int, max_rows: int, admit: bool) -> None:

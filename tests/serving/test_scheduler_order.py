@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.scheduler import MAX_PRIORITY, ContinuousScheduler, Demand, RowKey
+from server.scheduler import MAX_PRIORITY, ContinuousScheduler, Demand, QueueFull, RowKey
 
 QUEUE = 10_000
 COSTS = st.tuples(st.integers(1, 20), st.integers(1, 2))  # steps, rows per image
@@ -161,3 +161,56 @@ def test_clients_who_have_gone_are_forgotten(one_waits: bool) -> None:
         if not one_waits:
             admit_one(scheduler)
     assert len(scheduler._queue._clients) <= 3
+
+
+def test_a_client_with_less_displaces_the_last_turns_of_the_one_with_most() -> None:
+    scheduler = ContinuousScheduler(256)
+    for number in range(16):
+        assert scheduler.submit(Demand(number, 16, 1000, float(number), rows_per_image=2, client="greedy")) == []
+    with pytest.raises(QueueFull) as full:
+        scheduler.submit(Demand(16, 16, 1000, 16.0, rows_per_image=2, client="greedy"))
+    assert (full.value.excess, full.value.cost) == (16, 16 * 2000)
+    displaced = []
+    for number in range(15):  # as many clients as there is room for whole requests, with the one that has it all
+        displaced += scheduler.submit(Demand(100 + number, 16, 20, 20.0, client=f"other{number}"))
+    assert displaced == list(range(15, 0, -1))
+    assert scheduler.waiting_images == 256
+    with pytest.raises(QueueFull):
+        scheduler.submit(Demand(200, 16, 20, 30.0, client="late"))
+    with pytest.raises(QueueFull):
+        scheduler.submit(Demand(201, 1, 1, 30.0, client="other1"))
+
+
+@given(asked=st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 16)), max_size=60))
+def test_only_those_who_have_their_share_are_refused_or_displaced(asked: list[tuple[str, int]]) -> None:
+    scheduler = ContinuousScheduler(64)
+    requests: dict[int, tuple[str, int]] = {}
+
+    def images_of(client: str) -> int:
+        return sum(images for name, images in requests.values() if name == client)
+
+    for number, (client, images) in enumerate(asked):
+        wanted = images_of(client) + images
+        try:
+            displaced = scheduler.submit(Demand(number, images, 5, float(number), client=client))
+        except QueueFull:
+            clients = {name for name, _ in requests.values()} | {client}
+            assert wanted * len(clients) > 64
+            continue
+        for other in displaced:
+            assert images_of(requests[other][0]) > wanted
+            del requests[other]
+        requests[number] = client, images
+        assert scheduler.waiting_images == sum(images for _, images in requests.values()) <= 64
+
+
+def test_clients_without_a_name_are_one_and_displace_nothing() -> None:
+    scheduler = ContinuousScheduler(100)
+    scheduler.submit(Demand(0, 100, 5, 0.0))
+    with pytest.raises(QueueFull) as full:
+        scheduler.submit(Demand(1, 4, 9, 0.0))
+    assert (full.value.excess, full.value.cost) == (4, 20)
+    scheduler.schedule(0, 10, 0.0)
+    with pytest.raises(QueueFull) as full:
+        scheduler.submit(Demand(1, 12, 9, 0.0))
+    assert (full.value.excess, full.value.cost) == (2, 10 + 50)  # ten run, each of five steps

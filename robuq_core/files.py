@@ -24,18 +24,18 @@ _NO_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EACCES}
 
 
 @contextmanager
-def replacing(path: Path, mode: int = 0o666) -> Iterator[Path]:
+def replacing(path: Path, mode: int | None = None) -> Iterator[Path]:
     """A temporary path in the folder of ``path``; renamed over it if the block ends well, removed if it does not.
 
     The content is on the disk before the rename, and the rename before the function returns.
 
     Args:
-        mode: permissions of the file; those that the user's umask takes away are absent.
+        mode: permissions of the file; if not given, read and write for all, less the user's umask.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    handle = os.open(temporary, os.O_CREAT | os.O_EXCL, mode)
-    permissions = stat.S_IMODE(os.fstat(handle).st_mode)
+    handle = os.open(temporary, os.O_CREAT | os.O_EXCL, 0o666 if mode is None else 0o600)
+    permissions = stat.S_IMODE(os.fstat(handle).st_mode) if mode is None else mode
     os.close(handle)
     try:
         yield temporary

@@ -14,12 +14,9 @@ from robuq_core.cli_support import reported
 from robuq_core.errors import UserError
 from server import capacity_cli, keys_cli
 from server.keys import read_keys
-from server.settings import LogFormat, LogLevel, Settings, load_settings
+from server.settings import LogFormat, LogLevel, Settings, is_loopback, load_settings
 
 logger = logging.getLogger(__name__)
-
-# Hosts that only this machine can reach.
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 app.add_typer(keys_cli.app, name="keys")
@@ -83,6 +80,9 @@ def main(
     decode_threads: Annotated[int | None, _option("decode_threads")] = None,
     max_body_bytes: Annotated[int | None, _option("max_body_bytes")] = None,
     max_connections: Annotated[int | None, _option("max_connections")] = None,
+    max_connections_per_peer: Annotated[int | None, _option("max_connections_per_peer")] = None,
+    trusted_proxies: Annotated[list[str] | None, _option("trusted_proxies")] = None,
+    allowed_hosts: Annotated[list[str] | None, _option("allowed_hosts")] = None,
     api_keys_file: Annotated[Path | None, _option("api_keys_file")] = None,
     checkpoint_dir: Annotated[Path | None, _option("checkpoint_dir")] = None,
     cors_origins: Annotated[list[str] | None, _option("cors_origins")] = None,
@@ -105,7 +105,7 @@ def main(
     configure_logging(settings.log_level, settings.log_format)
     if settings.api_keys_file is not None:
         read_keys(settings.api_keys_file)  # before the checkpoint, so that a mistake is told at once
-    elif settings.host not in LOOPBACK:
+    elif not is_loopback(settings.host):
         logger.warning("open to whoever reaches this port: listening on %s without --api-keys-file", settings.host)
     with bind(settings.host, settings.port) as sock:
         try:

@@ -12,7 +12,9 @@ import hmac
 import logging
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+import stat
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,6 +37,9 @@ RateUnit = Literal["requests", "images"]
 # A fixed start lets scanners of source code and logs find keys that leaked.
 KEY_PREFIX = "robuq_"
 _KEY_BYTES = 32
+
+# For which keys stay valid though their file cannot be read.
+GRACE_S = 60.0
 
 
 class ApiKey(BaseModel):
@@ -72,8 +77,8 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
     """
     try:
         keys = KeyFile.model_validate_json(path.read_bytes()).keys
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; make it with: robuq-serve keys create NAME") from None
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; make it with: robuq-serve keys create NAME") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except ValidationError as error:
@@ -90,20 +95,35 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Keep other writers of ``path`` out. The folder is locked: the file itself is replaced by each write."""
+def _locked(path: Path) -> Iterator[Path]:
+    """Keep other writers of ``path`` out; yields the file that it leads to, for a link must stay one.
+
+    The folder is locked: the file itself is replaced by each write.
+    """
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path.parent, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        yield path
     finally:
         os.close(handle)
 
 
 def _write(path: Path, keys: Sequence[ApiKey]) -> None:
-    with replacing(path, mode=0o600) as temporary:
+    """Replace the file; its owner, group and mode stay, or servers that run as another user could not read it."""
+    before = path.stat() if path.exists() else None
+    with replacing(path, mode=0o600 if before is None else stat.S_IMODE(before.st_mode)) as temporary:
         temporary.write_text(KeyFile(keys=tuple(keys)).model_dump_json(indent=2) + "\n")
+        written = temporary.stat()
+        if before is not None and (before.st_uid, before.st_gid) != (written.st_uid, written.st_gid):
+            try:
+                os.chown(temporary, before.st_uid, before.st_gid)
+            except OSError as error:
+                raise UserError(
+                    f"{path}: cannot keep its owner (user {before.st_uid}, group {before.st_gid}): {error.strerror}; "
+                    "nothing was changed: run this as that user or as root"
+                ) from error
 
 
 def create_key(
@@ -134,7 +154,7 @@ def create_key(
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         raise UserError(f"{fault['loc'][0]}: {fault['msg']}, got {fault['input']!r}") from None
-    with _locked(path):
+    with _locked(path) as path:
         keys = read_keys(path) if path.exists() else ()
         if any(other.name == name for other in keys):
             raise UserError(f"{path}: there is a key named {name!r}; revoke it first or choose another name")
@@ -143,12 +163,12 @@ def create_key(
 
 
 def revoke_key(path: Path, name: str) -> None:
-    """Take a key out of the file; running servers refuse it from their next request on.
+    """Take a key out of the file; running servers that can read it refuse the key from their next request on.
 
     Raises:
         UserError: no key has that name, or the file cannot be read.
     """
-    with _locked(path):
+    with _locked(path) as path:
         keys = read_keys(path)
         kept = [key for key in keys if key.name != name]
         if len(kept) == len(keys):
@@ -159,17 +179,33 @@ def revoke_key(path: Path, name: str) -> None:
 class KeyStore:
     """The keys of a file, read again whenever it has changed. Not thread-safe.
 
-    A file that has become unreadable leaves the keys of the last good one in force, for a typing mistake must not lock
-    everybody out; a file that is gone lets nobody in.
+    A file that cannot be read is tried again at every call. For :data:`GRACE_S` the keys of the last good one stay
+    valid, for a typing mistake must not lock everybody out; then none is, for it may hold the revocation of one. A file
+    that is gone makes every key invalid at once.
 
     Raises:
         UserError: on construction, if the file cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self.path = path
+        self._clock = clock
+        self._unreadable_since: float | None = None
+        self._closed = False
         self._seen = self._stamp()
         self._keys = read_keys(path)
+
+    @property
+    def unreadable_s(self) -> float:
+        """Seconds for which the file could not be read; 0 if it can be now."""
+        self._reload()
+        return 0.0 if self._unreadable_since is None else max(1e-3, self._clock() - self._unreadable_since)
+
+    @property
+    def closed(self) -> bool:
+        """Whether all keys are invalid because the file cannot be read."""
+        self._reload()
+        return self._closed
 
     def find(self, key: str) -> ApiKey | None:
         """The entry of ``key``. Every entry is compared, each in constant time, so that timing tells nothing."""
@@ -182,6 +218,7 @@ class KeyStore:
         return found
 
     def _stamp(self) -> tuple[int, int, int] | None:
+        """What changes with the file's content; None if there is no telling."""
         try:
             status = self.path.stat()
         except OSError:
@@ -191,13 +228,25 @@ class KeyStore:
 
     def _reload(self) -> None:
         stamp = self._stamp()
-        if stamp == self._seen:
+        if stamp is not None and stamp == self._seen:
             return
-        self._seen = stamp
         try:
-            self._keys = read_keys(self.path)
-            logger.info("API keys read again", extra={"keys": len(self._keys)})
+            keys = read_keys(self.path)
         except UserError as error:
-            if stamp is None:
-                self._keys = ()
-            logger.error("API keys: %s; %s", error, "nobody can come in" if stamp is None else "the old keys stay")
+            self._keep_or_close(error)
+            return
+        self._keys, self._seen, self._unreadable_since, self._closed = keys, stamp, None, False
+        logger.info("API keys read again", extra={"keys": len(keys)})
+
+    def _keep_or_close(self, error: UserError) -> None:
+        now = self._clock()
+        first, self._seen = self._unreadable_since is None, None
+        if self._unreadable_since is None:
+            self._unreadable_since = now
+        # A file that is gone was taken away: it is no typing mistake.
+        late = now - self._unreadable_since >= GRACE_S or isinstance(error.__cause__, FileNotFoundError)
+        if late and not self._closed:
+            self._keys, self._closed = (), True
+            logger.error("API keys: %s; all requests will be rejected until the file can be read", error)
+        elif first and not late:
+            logger.error("API keys: %s; the old keys stay valid for %g s", error, GRACE_S)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import socket
 import sys
 import time
@@ -17,7 +18,7 @@ from fastapi import FastAPI
 
 from robuq_core.errors import UserError
 from server.api.app import create_app
-from server.api.connection import GuardedProtocol
+from server.api.connection import PROBE_RESERVE, guarded
 from server.collector import settle
 from server.engine import Engine
 from server.engine.create import create_engine
@@ -88,6 +89,21 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
 
+def allow_open_files(settings: Settings) -> None:
+    """Raise this process's limit of open files to what its connections may need, as far as it may."""
+    needed = settings.max_connections + PROBE_RESERVE + 256
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if most < needed:
+        logger.warning(
+            "at most %d open files are allowed (ulimit -n), but --max-connections %d may need %d",
+            *(most, settings.max_connections, needed),
+        )
+
+
 def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     """How uvicorn runs ``app``: its own log lines, headers and limits are replaced by ours."""
     return uvicorn.Config(
@@ -95,9 +111,9 @@ def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
-        http=GuardedProtocol,
+        proxy_headers=False,  # the app reads them, where it still knows the peer
+        http=guarded(settings),
         ws="none",
-        limit_concurrency=settings.max_connections,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=DELIVERY_TIMEOUT_S,
     )
@@ -108,6 +124,7 @@ def serve(
 ) -> int:
     """Serve until told to end; the exit code. ``scheduler`` replaces the continuous one."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    allow_open_files(settings)
     engine = create_engine(samplers, settings, scheduler=scheduler)
     watch_gpu_memory(engine.metrics)
     config = uvicorn_config(create_app(engine, settings), settings)

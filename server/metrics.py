@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -64,7 +65,14 @@ class Metrics:
         self._info = Info("robuq", "The server and its model.", registry=registry)
         memory = Gauge("robuq_process_resident_memory_bytes", "Resident memory of the server.", registry=registry)
         process = psutil.Process()
-        memory.set_function(lambda: process.memory_info().rss)
+
+        def resident() -> float:
+            try:
+                return float(process.memory_info().rss)
+            except OSError:  # too many open files: the other series are needed now
+                return math.nan
+
+        memory.set_function(resident)
 
     def observe_step(self, rows: int, seconds: float) -> None:
         """One forward for requests, ``rows`` rows of the model going through its blocks; a warm-up's do not count."""
@@ -106,6 +114,15 @@ class Metrics:
         """Tell Prometheus what /ready tells a load balancer, which alone can see it else."""
         gauge = Gauge("robuq_ready", "1 while requests are taken, else 0.", registry=self.registry)
         gauge.set_function(ready)
+
+    def watch_keys(self, unreadable_s: Callable[[], float]) -> None:
+        """For how long revocations could not be noticed."""
+        gauge = Gauge(
+            "robuq_api_keys_unreadable_seconds",
+            "Seconds for which the file of API keys could not be read, else 0.",
+            registry=self.registry,
+        )
+        gauge.set_function(unreadable_s)
 
     def watch_gpu_memory(
         self, gpus: int, *, used: Callable[[int], float], reserved: Callable[[int], float], peak: Callable[[int], float]

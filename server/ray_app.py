@@ -41,7 +41,7 @@ _READY_POLL_S = 0.05
 
 
 class ClusterSettings(Settings):
-    """Settings of every replica, and of their number. ``host``, ``port`` and ``max_connections`` are Ray's business."""
+    """Settings of every replica, and of their number. ``host``, ``port`` and connections are Ray's business."""
 
     model_config = SettingsConfigDict(extra="forbid")
 
@@ -73,8 +73,9 @@ class ClusterSettings(Settings):
     def of_a_replica(self) -> dict[str, Any]:
         """The settings of :class:`Settings` as plain data, each given, so that no node's own variables come in."""
         given = self.model_dump(mode="json", include=set(Settings.model_fields))
-        # Ray knows what it has reserved; torch would take every core of the node.
-        return {**given, "threads": self.threads or max(1, int(self.cpus))}
+        # Ray knows what it has reserved; torch would take every core of the node. Its proxies, not a loopback address,
+        # are what clients call.
+        return {**given, "threads": self.threads or max(1, int(self.cpus)), "host": "0.0.0.0"}
 
 
 @serve.deployment(name="robuq")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from functools import lru_cache
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -16,6 +19,35 @@ MAX_IMAGES = 16
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["json", "text"]
+
+_NO_HOST = re.compile(r"[/?#@\\\s]")
+# What a browser on this machine may call a server that listens on a loopback address, beside its addresses.
+LOOPBACK_HOSTS = ("localhost", "*.localhost")
+
+
+@lru_cache(maxsize=64)
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach ``host``, a name or an address."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@lru_cache(maxsize=64)
+def split_host(header: str) -> tuple[str, int | None]:
+    """Name or address in lower case, without brackets or a final dot, and port of a ``Host`` header.
+
+    What cannot be read is returned as an empty name.
+    """
+    header = header.strip()
+    if _NO_HOST.search(header):
+        return "", None
+    try:
+        parts = urlsplit("//" + header)
+        return (parts.hostname or "").removesuffix("."), parts.port
+    except ValueError:
+        return "", None
 
 
 class Settings(BaseSettings):
@@ -67,7 +99,22 @@ class Settings(BaseSettings):
         1, ge=1, le=64, description="Threads that decode and encode images; more only where they cannot keep up."
     )
     max_body_bytes: int = Field(65536, ge=1024, description="Longest request body; beyond it clients get 413.")
-    max_connections: int = Field(1000, ge=1, description="Most open connections; beyond it clients get 503.")
+    max_connections: int = Field(
+        1000, ge=1, description="Most open connections; beyond it clients get 503, but probes are answered."
+    )
+    max_connections_per_peer: int = Field(
+        500, ge=1, description="As --max-connections, for the connections of one client address (IPv6: one /64)."
+    )
+    trusted_proxies: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Addresses or networks of reverse proxies. Their X-Forwarded-For is logged, and "
+        "--max-connections-per-peer does not apply to them.",
+    )
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Values of the Host header to accept, without the port; *.example.org for subdomains, * for any. "
+        "If not given: the names of this machine when --host is a loopback address, else any.",
+    )
     api_keys_file: Path | None = Field(
         None, description="File of hashed API keys, made by robuq-serve keys; without it the server is open."
     )
@@ -87,11 +134,30 @@ class Settings(BaseSettings):
     log_level: LogLevel = Field("info", description="Least severe log line: debug, info, warning or error.")
     log_format: LogFormat = Field("json", description="json (one object a line) or text.")
 
-    @field_validator("cors_origins", mode="before")
+    @field_validator("cors_origins", "trusted_proxies", "allowed_hosts", mode="before")
     @classmethod
-    def _split(cls, origins: Any) -> Any:
+    def _split(cls, values: Any) -> Any:
         """A variable holds several with spaces between them."""
-        return origins.split() if isinstance(origins, str) else origins
+        return values.split() if isinstance(values, str) else values
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _are_networks(cls, networks: tuple[str, ...]) -> tuple[str, ...]:
+        for network in networks:
+            try:
+                ip_network(network, strict=False)
+            except ValueError:
+                raise ValueError(f"{network!r} must be an address or a network, such as 10.0.0.0/8") from None
+        return networks
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _are_hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        for host in hosts:
+            name = host.removeprefix("*.")
+            if host != "*" and (not name or split_host(f"[{name}]" if ":" in name else name) != (name, None)):
+                raise ValueError(f"{host!r} must be a host in lower case without a port, such as example.org")
+        return hosts
 
     @field_validator("cors_origins")
     @classmethod
@@ -102,6 +168,24 @@ class Settings(BaseSettings):
             if origin != "*" and (not parts.scheme or not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}"):
                 raise ValueError(f"{origin!r} is no origin; write it like https://example.org, without a path")
         return origins
+
+    def trusts(self, address: str) -> bool:
+        """Whether ``address`` is a trusted proxy's."""
+        try:
+            return any(ip_address(address) in ip_network(proxy, strict=False) for proxy in self.trusted_proxies)
+        except ValueError:
+            return False
+
+    def accepts_host(self, header: str) -> bool:
+        """Whether a request with this ``Host`` header may be meant for this server.
+
+        DNS rebinding makes a page of another site the same origin as this server, but it cannot change the header.
+        """
+        name = split_host(header)[0]
+        hosts = self.allowed_hosts or (LOOPBACK_HOSTS if is_loopback(self.host) else ("*",))
+        return any(host in ("*", name) or (host[:2] == "*." and name.endswith(host[1:])) for host in hosts) or (
+            not self.allowed_hosts and is_loopback(name)
+        )
 
 
 def load_settings(given: dict[str, Any]) -> Settings:

@@ -41,7 +41,7 @@ class Connection:
 
     def send(self, body: Body, *, accept: str = "application/json", path: str = "/generate") -> None:
         content = json.dumps(body).encode()
-        head = f"POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nAccept: {accept}\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nAccept: {accept}\r\n"
         self.writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
 
     async def ask(self, body: Body, *, accept: str = "application/json", path: str = "/generate") -> Answer:

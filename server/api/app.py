@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 import robuq_core
 from server.api.admin import admin_router
@@ -54,24 +55,28 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         # They would send clients to whatever host the request names.
         redirect_slashes=False,
     )
-    intake = Intake(engine, settings, Catalog(settings.request_timeout_s), telemetry)
+    store = None if settings.api_keys_file is None else KeyStore(settings.api_keys_file)
+    intake = Intake(engine, settings, Catalog(settings.request_timeout_s), telemetry, store)
+    engine.metrics.watch_ready(lambda: intake.status == "ready")
+    engine.metrics.watch_keys(lambda: 0.0 if store is None else store.unreadable_s)
     images, openai = generate_router(intake), openai_router(intake)
     app.include_router(images, tags=["images"])
     app.include_router(openai, tags=["OpenAI"])
     app.include_router(kserve_router(intake), tags=["KServe"])
     app.include_router(discovery_router(intake), tags=["discovery"])
-    app.include_router(operations_router(engine), tags=["operations"])
+    app.include_router(operations_router(intake), tags=["operations"])
     app.include_router(admin_router(engine, settings), tags=["administration"])
     app.include_router(web_router())
     shorten(app, images, openai)
     install_document(app, intake)
     install_error_handlers(app)
     # The last one added is the outermost.
-    store = None if settings.api_keys_file is None else KeyStore(settings.api_keys_file)
     app.add_middleware(Authentication, store=store, metrics=engine.metrics)
-    app.add_middleware(RequestLimits, max_body_bytes=settings.max_body_bytes, allowed_origins=settings.cors_origins)
+    app.add_middleware(RequestLimits, settings=settings)
     if settings.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **CORS)
+    if settings.trusted_proxies:
+        app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=list(settings.trusted_proxies))
     app.add_middleware(RequestContext, telemetry=telemetry)
     if telemetry is not None:
         telemetry.instrument(app)

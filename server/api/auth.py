@@ -15,11 +15,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server import keys
 from server.api.errors import ApiError
 from server.api.rates import RateLimits
+from server.api.security import PROBE_PATHS
 from server.keys import ApiKey, KeyStore
 from server.metrics import Metrics
 
 # Probes, which carry no key, and the pages, which hold nothing of the model and ask their user for a key.
-PUBLIC_PATHS = frozenset({"/", "/docs", "/health", "/ready", "/v2/health/live", "/v2/health/ready"})
+PUBLIC_PATHS = PROBE_PATHS | {"/", "/docs"}
 PUBLIC_FOLDER = "/web/"
 _ADMIN_FOLDER = "/admin/"
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -44,7 +45,7 @@ def presented_key(headers: Headers) -> str | None:
     scheme, _, credentials = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer" and credentials.strip():
         return credentials.strip()
-    return headers.get("x-api-key")
+    return headers.get("x-api-key", "").strip() or None  # the parser leaves blanks at the end
 
 
 class _Access:
@@ -112,10 +113,9 @@ class Authentication:
             access = self._admit(scope)
             if access is not None:
                 scope[_ACCESS] = access
-                if scope["method"] not in _SAFE_METHODS:
-                    access.check("requests")
-                    access.rates.charge(access.key, "requests")
-                    send = _telling_rates(access, send)
+                access.check("requests")
+                access.rates.charge(access.key, "requests")
+                send = _telling_rates(access, send)
         except ApiError as error:
             await error.response(scope["path"])(scope, receive, send)
             return

@@ -15,6 +15,7 @@ from server.api.order import Order
 from server.api.schemas import MIN_TIMEOUT_S
 from server.engine import Engine
 from server.engine.model import StepSampler
+from server.keys import KeyStore
 from server.logs import current_request_id
 from server.settings import Settings
 from server.telemetry import Telemetry
@@ -24,18 +25,30 @@ class Intake:
     """What the routes that draw share."""
 
     def __init__(
-        self, engine: Engine, settings: Settings, catalog: Catalog, telemetry: Telemetry | None = None
+        self,
+        engine: Engine,
+        settings: Settings,
+        catalog: Catalog,
+        telemetry: Telemetry | None = None,
+        keys: KeyStore | None = None,
     ) -> None:
         self.engine = engine
         self.settings = settings
         self.catalog = catalog
         self._telemetry = telemetry
+        self._keys = keys
         self._replays = idempotency.Replays(settings.idempotency_ttl_s)
 
     @property
     def model(self) -> Model:
         """Tables of the model that is served now; it may be swapped from one call to the next."""
         return self.catalog.of(self.engine.sampler)
+
+    @property
+    def status(self) -> str:
+        """The engine's, or ``keys_unreadable`` while all requests are rejected for that."""
+        status = self.engine.status
+        return "keys_unreadable" if status == "ready" and self._keys is not None and self._keys.closed else status
 
     def timeout(self, asked_s: float | None) -> float:
         """Seconds for a request that asks for so many, or for none.

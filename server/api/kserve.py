@@ -142,7 +142,7 @@ def kserve_router(intake: Intake) -> APIRouter:
     @router.get("/health/ready", responses={503: {"model": ServerReady, "description": "send no requests here"}})
     async def server_ready(response: Response) -> ServerReady:
         """As /ready."""
-        ready = engine.status == "ready"
+        ready = intake.status == "ready"
         response.status_code = 200 if ready else 503
         return ServerReady(ready=ready, live=ready)
 
@@ -160,7 +160,7 @@ def kserve_router(intake: Intake) -> APIRouter:
     async def model_ready(name: str, response: Response) -> ModelReady:
         """Whether that model takes requests."""
         _check_name(name, intake.model)
-        ready = engine.status == "ready"
+        ready = intake.status == "ready"
         response.status_code = 200 if ready else 503
         return ModelReady(name=name, ready=ready)
 

@@ -26,6 +26,14 @@ MAX_LOGGED_PATH = 256
 _QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
 
 
+def _shown(client: tuple[str, int] | None) -> str:
+    """An address and, if known, its port."""
+    if client is None:
+        return "-"
+    host = client[0][:64]
+    return f"[{host}]:{client[1]}" if ":" in host else f"{host}:{client[1]}" if client[1] else host
+
+
 class RequestContext:
     """Plain ASGI, since a wrapper that buffers would hide the client's disconnect from the routes."""
 
@@ -38,6 +46,7 @@ class RequestContext:
             await self.app(scope, receive, send)
             return
         began = time.perf_counter()
+        peer = _shown(scope.get("client"))  # a middleware within replaces it by what a trusted proxy says
         asked = Headers(scope=scope)
         request_id = asked.get("x-request-id", "")
         if not _REQUEST_ID.fullmatch(request_id):
@@ -72,13 +81,17 @@ class RequestContext:
             # As it was sent: an encoded line break must not begin a line of a text log.
             path = (scope.get("raw_path") or scope["path"].encode()).decode("latin-1")[:MAX_LOGGED_PATH]
             quiet = scope["path"] in _QUIET_PATHS and status < 500
+            forwarded = _shown(scope.get("client"))
             logger.log(
                 logging.DEBUG if quiet else logging.INFO,
-                "%s %s %d",
+                "%s %s %s %d",
+                peer if forwarded == peer else f"{forwarded} by {peer}",
                 scope["method"],
                 path,
                 status,
                 extra={
+                    "peer": peer,
+                    **({"forwarded_for": forwarded} if forwarded != peer else {}),
                     "method": scope["method"],
                     "path": path,
                     "status": status,

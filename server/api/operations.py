@@ -6,13 +6,14 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from server.api.intake import Intake
 from server.api.schemas import StatusResponse
-from server.engine import Engine
 
 
-def operations_router(engine: Engine) -> APIRouter:
+def operations_router(intake: Intake) -> APIRouter:
     """The routes, bound to an engine."""
     router = APIRouter()
+    engine = intake.engine
 
     @router.get("/health", responses={503: {"model": StatusResponse, "description": "restart the process"}})
     async def health(response: Response) -> StatusResponse:
@@ -24,8 +25,8 @@ def operations_router(engine: Engine) -> APIRouter:
 
     @router.get("/ready", responses={503: {"model": StatusResponse, "description": "send no requests here"}})
     async def ready(response: Response) -> StatusResponse:
-        """Readiness: 200 after warm-up, 503 while starting, stalled or draining."""
-        status = engine.status
+        """Readiness: 200 after warm-up, 503 while starting, stalled or draining, or without readable API keys."""
+        status = intake.status
         if status != "ready":
             response.status_code = 503
         return StatusResponse(status=status)

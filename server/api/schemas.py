@@ -135,7 +135,7 @@ class ErrorResponse(BaseModel):
 
 
 class StatusResponse(BaseModel):
-    """State of the engine: starting, ready, draining, stalled, failed or stopped."""
+    """State of the server: starting, ready, draining, stalled, keys_unreadable, failed or stopped."""
 
     status: str
 

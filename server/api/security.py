@@ -1,4 +1,4 @@
-"""What a request may look like, whoever sends it, and what every answer tells browsers.
+"""What any request may look like, and the headers of every answer that browsers obey.
 
 The limits are far above what any client of these routes sends. Heads that never end, and connections that send
 nothing, do not get this far: ``server.api.connection`` ends them.
@@ -7,13 +7,16 @@ nothing, do not get this far: ``server.api.connection`` ends them.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import ApiError
+from server.settings import Settings, split_host
+
+# What orchestrators and load balancers ask, without a key and under any name.
+PROBE_PATHS = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/ready"})
 
 MAX_TARGET_BYTES = 4096
 MAX_HEADERS = 100
@@ -48,22 +51,36 @@ def body_too_large(max_body_bytes: int) -> ApiError:
     return ApiError(413, "body_too_large", f"the body may have at most {max_body_bytes} bytes")
 
 
-def check_origin(scope: Scope, allowed: Sequence[str]) -> None:
-    """Refuse what a page of another site makes a browser send without asking first (a form, or text by fetch).
+def check_site(scope: Scope, settings: Settings) -> None:
+    """Refuse what a page of another site makes a browser send: under a name of its own that leads here (DNS rebinding),
+    or without asking first (a form, or text by fetch).
 
-    CORS only keeps such a page from reading the answer; an open server would still draw for it.
+    CORS only keeps such a page from reading the answer; an open server would still generate images for it.
 
     Raises:
         ApiError: 403.
     """
     headers = Headers(scope=scope)
-    if scope["method"] not in ("GET", "HEAD", "OPTIONS") and headers.get("sec-fetch-site") in (
-        "cross-site",
-        "same-site",
-    ):
-        origin = headers.get("origin")
-        if origin not in allowed and "*" not in allowed:
-            raise ApiError(403, "foreign_origin", "pages of this site may not call this server; see --cors-origins")
+    host, origin = headers.get("host"), headers.get("origin", "").strip()
+    if host is not None and not settings.accepts_host(host):
+        raise ApiError(403, "foreign_host", "this server is not called by this Host; see --allowed-hosts")
+    if scope["method"] in ("GET", "HEAD", "OPTIONS") or {origin, "*"} & set(settings.cors_origins):
+        return
+    # No page can change Sec-Fetch-Site. Over plain http browsers do not send it, but always the Origin.
+    site = headers.get("sec-fetch-site")
+    if site in ("cross-site", "same-site") or (site is None and origin and not _same_site(origin, host or "")):
+        raise ApiError(403, "foreign_origin", "pages of this site may not call this server; see --cors-origins")
+
+
+def _same_site(origin: str, host: str) -> bool:
+    """Whether a page of ``origin`` came from ``host``. A TLS proxy in front hides the scheme, so it is not compared."""
+    scheme, _, netloc = origin.partition("://")
+    name, port = split_host(netloc)
+    ports = (80, 443, None)
+    host_name, host_port = split_host(host)
+    if port is None:
+        port = {"http": 80, "https": 443}.get(scheme)
+    return bool(name) and name == host_name and (port == host_port or (host_port is None and port in ports))
 
 
 def check_head(scope: Scope, max_body_bytes: int) -> None:
@@ -84,18 +101,11 @@ def check_head(scope: Scope, max_body_bytes: int) -> None:
 
 
 class RequestLimits:
-    """Refuses heads and bodies that are too large, bodies that take too long, and pages of other sites."""
+    """Refuses heads and bodies that are too large, slow bodies, foreign hosts and pages of other sites."""
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        max_body_bytes: int,
-        allowed_origins: Sequence[str] = (),
-        body_timeout_s: float = BODY_TIMEOUT_S,
-    ) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, body_timeout_s: float = BODY_TIMEOUT_S) -> None:
         self.app = app
-        self.max_body_bytes = max_body_bytes
-        self.allowed_origins = allowed_origins
+        self.settings = settings
         self.body_timeout_s = body_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -118,14 +128,15 @@ class RequestLimits:
                 raise ApiError(408, "body_timeout", text, headers={"Connection": "close"}) from None
             if message["type"] == "http.request":
                 body_bytes += len(message.get("body", b""))
-                if body_bytes > self.max_body_bytes:
-                    raise body_too_large(self.max_body_bytes)
+                if body_bytes > self.settings.max_body_bytes:
+                    raise body_too_large(self.settings.max_body_bytes)
                 complete = not message.get("more_body", False)
             return message
 
         try:
-            check_head(scope, self.max_body_bytes)
-            check_origin(scope, self.allowed_origins)
+            check_head(scope, self.settings.max_body_bytes)
+            if scope["path"] not in PROBE_PATHS:
+                check_site(scope, self.settings)
         except ApiError as error:
             await error.response(scope["path"])(scope, limited_receive, send)
         else:

@@ -90,7 +90,6 @@ class Engine:
         self._generation = Generation(samplers)
         self._serve(self._generation)
         metrics.watch_requests(running=lambda: self.requests_running, waiting=lambda: self.requests_waiting)
-        metrics.watch_ready(lambda: self.status == "ready")
 
     # What others may ask.
 

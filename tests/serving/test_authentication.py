@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from limits.storage import memory
 from serving_harness import WatchedSampler, live_server, make_settings, until
+from test_connection_limits import connected, read_all
 from test_rate_limits import Clock
 
 from server.api.app import create_app
@@ -229,7 +230,25 @@ def test_requests_of_a_minute(keys_file: Path) -> None:
     with live_server(FakeSampler(), api_keys_file=keys_file) as (client, _):
         statuses = [client.post("/generate", json=DRAW, headers=bearer(key)).status_code for _ in range(3)]
         assert statuses == [200, 200, 429]
-        assert client.get("/info", headers=bearer(key)).status_code == 200  # looking is free
+
+
+def test_reading_counts_as_requests_too(keys_file: Path) -> None:
+    key = create_key(keys_file, "alice", requests_per_minute=5)
+    with live_server(FakeSampler(), api_keys_file=keys_file) as (client, _):
+        answers = [client.get("/info", headers=bearer(key)) for _ in range(25)]
+        assert [answer.status_code for answer in answers] == [200] * 5 + [429] * 20
+        assert answers[0].headers["ratelimit"].startswith('"requests";r=4')
+        assert client.post("/generate", json=DRAW, headers=bearer(key)).status_code == 429
+        assert client.get("/health", headers=bearer(key)).status_code == 200
+
+
+def test_blanks_around_a_key_are_not_part_of_it(keys_file: Path) -> None:
+    key = create_key(keys_file, "alice")
+    with live_server(FakeSampler(), api_keys_file=keys_file) as (client, _):
+        for header in (f"X-API-Key: {key} \t", f"X-API-Key:\t{key}", f"Authorization: Bearer  {key} "):
+            with connected(client) as sock:
+                sock.sendall(f"GET /info HTTP/1.1\r\nHost: localhost\r\n{header}\r\nConnection: close\r\n\r\n".encode())
+                assert read_all(sock).startswith(b"HTTP/1.1 200 "), header
 
 
 def test_a_failed_request_frees_nobody_elses_budget(keys_file: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,7 +14,7 @@ import pytest
 from serving_harness import WAIT_S, live_server, until
 
 from server.api import connection
-from server.api.security import MAX_HEAD_BYTES, MAX_HEADERS, MAX_TARGET_BYTES
+from server.api.security import MAX_HEAD_BYTES, MAX_HEADERS, MAX_TARGET_BYTES, PROBE_PATHS, SECURITY_HEADERS
 from server.engine.fake import FakeSampler
 
 
@@ -29,6 +30,12 @@ def connected(client: httpx.Client) -> Iterator[socket.socket]:
         yield sock
 
 
+def consume(pieces: Iterator[object]) -> None:
+    """Run ``pieces`` to its end, or until it raises."""
+    for _ in pieces:
+        pass
+
+
 def read_all(sock: socket.socket) -> bytes:
     """What comes until the server closes; a reset counts as that."""
     received = b""
@@ -40,11 +47,21 @@ def read_all(sock: socket.socket) -> bytes:
     return received
 
 
+def probe(client: httpx.Client, path: str = "/health") -> int:
+    """The status that a new connection gets."""
+    with connected(client) as sock:
+        sock.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        return int(read_all(sock).split(b" ", 2)[1])
+
+
 def answered(raw: bytes) -> tuple[int, str]:
     """Status and code of a whole answer in our shape."""
     head, _, body = raw.partition(b"\r\n\r\n")
     assert b"connection: close" in head.lower()
     assert b"content-type: application/json" in head.lower()
+    headers = dict(line.split(": ", 1) for line in head.decode().lower().split("\r\n")[1:])
+    assert {name.lower(): value.lower() for name, value in SECURITY_HEADERS.items()}.items() <= headers.items()
+    assert re.fullmatch("[0-9a-f]{32}", headers["x-request-id"])
     return int(head.split(b" ")[1]), json.loads(body)["error"]["code"]
 
 
@@ -52,10 +69,10 @@ def answered(raw: bytes) -> tuple[int, str]:
     "garbage",
     [b"hello\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00",
      b"GET / HTTP/1.1\r\nno colon\r\n\r\n",
-     b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n",
-     b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
-     b"POST /generate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\nabc",
-     b"POST /generate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+     b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n",
+     b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+     b"POST /generate HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\nabc",
+     b"POST /generate HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
      b"GET /\xff HTTP/1.1\r\n\r\n"],
 )  # fmt: skip
 def test_what_is_no_http_gets_400_in_our_shape(client: httpx.Client, garbage: bytes) -> None:
@@ -105,7 +122,7 @@ def test_whole_heads_that_are_too_large(client: httpx.Client) -> None:
 def test_a_slow_head_gets_408(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 0.2)
     with connected(client) as sock:
-        sock.sendall(b"GET /info HTTP/1.1\r\nHost: x\r\n")
+        sock.sendall(b"GET /info HTTP/1.1\r\nHost: localhost\r\n")
         assert answered(read_all(sock)) == (408, "head_timeout")
 
 
@@ -114,7 +131,7 @@ def test_a_slow_second_head_does_not_disturb_the_first_answer(
 ) -> None:
     monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 0.2)
     with connected(client) as sock:
-        sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /info HTT")
+        sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /info HTT")
         first, _, second = read_all(sock).partition(b'{"status":"ready"}')
         assert first.startswith(b"HTTP/1.1 200 ")
         assert answered(second) == (408, "head_timeout")
@@ -124,7 +141,7 @@ def test_a_body_that_goes_on_after_its_answer_is_cut_off(client: httpx.Client, m
     monkeypatch.setattr(connection, "BODY_TIMEOUT_S", 0.1)
     monkeypatch.setattr(connection, "_BODY_GRACE_S", 0.1)
     with connected(client) as sock:
-        sock.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 900000\r\n\r\n{")
+        sock.sendall(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900000\r\n\r\n{")
         raw = read_all(sock)  # ends, so the connection was closed
         assert raw.startswith(b"HTTP/1.1 413 ")
 
@@ -138,29 +155,93 @@ def test_a_client_that_sends_nothing_is_let_go(client: httpx.Client, monkeypatch
 
     monkeypatch.setattr(connection.GuardedProtocol, "__init__", impatient)
     with connected(client) as sock:
-        assert read_all(sock) == b""
+        sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n\r\n")  # a blank line is no request
+        assert read_all(sock).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_client_that_never_begins_is_let_go_soon(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "FIRST_REQUEST_S", 0.2)
+    with connected(client) as silent, connected(client) as blank:
+        blank.sendall(b"\r\n")
+        assert read_all(silent) == read_all(blank) == b""
 
 
 def test_a_client_that_reads_nothing_is_let_go(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "WRITE_TIMEOUT_S", 0.2)
-    one = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
+    one = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with connected(client) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         with pytest.raises(ConnectionError):  # reset: nothing more is taken from it
-            sock.sendall(one * 1_000_000)
+            consume(iter(lambda: sock.sendall(one), 0))
 
 
-def test_more_connections_than_allowed_are_turned_away(client: httpx.Client) -> None:
+def test_more_requests_at_once_than_a_client_may_send_ahead_end_the_connection(client: httpx.Client) -> None:
+    for number, whole in ((connection.MAX_PIPELINED, True), (20_000, False)):
+        with connected(client) as sock:
+            # At once: the server sees them all before it can answer one.
+            sock.sendall(b"GET /health HTTP/1.1\r\n\r\n" * number + b"GET /health HTTP/1.0\r\n\r\n" * whole)
+            assert (read_all(sock).count(b"HTTP/1.1 200 ") == number + 1) == whole
+
+
+def test_more_connections_than_allowed_are_turned_away_but_probes_are_answered(client: httpx.Client) -> None:
     with ExitStack() as crowd:
+        accepted = 0
         for _ in range(21):
             sock = crowd.enter_context(connected(client))
-            sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            sock.sendall(b"GET /info HTTP/1.1\r\nHost: localhost\r\n\r\n")
             raw = sock.recv(65536)
             if not raw.startswith(b"HTTP/1.1 200 "):
                 break
+            accepted += 1
+        assert accepted >= 18  # the other tests' connections may not have ended yet
         assert answered(raw) == (503, "too_many_connections")
-        assert b"Retry-After: 1\r\n" in raw
-    until(lambda: client.get("/health").status_code == 200)
+        assert b"retry-after: 1\r\n" in raw
+        for path in sorted(PROBE_PATHS):
+            with connected(client) as sock:
+                sock.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+                raw = read_all(sock)
+                assert raw.startswith(b"HTTP/1.1 200 ")
+                assert b"connection: close" in raw
+    until(lambda: client.get("/info").status_code == 200)
+
+
+def test_one_peer_does_not_take_the_connections_of_the_others() -> None:
+    with (
+        live_server(FakeSampler(), max_connections=20, max_connections_per_peer=5) as (client, _),
+        ExitStack() as crowd,
+    ):
+        address = (client.base_url.host, client.base_url.port or 80)
+
+        def info(source: str) -> int:
+            sock = crowd.enter_context(socket.create_connection(address, WAIT_S, (source, 0)))
+            sock.sendall(b"GET /info HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            return int(sock.recv(65536).split(b" ")[1])
+
+        assert [info("127.0.0.1") for _ in range(8)] == [200] * 5 + [503] * 3
+        assert [info("127.0.0.2") for _ in range(6)] == [200] * 5 + [503]
+
+
+def test_a_trusted_proxy_may_have_all_connections() -> None:
+    options = {"max_connections_per_peer": 2, "trusted_proxies": ("127.0.0.0/8",)}
+    with live_server(FakeSampler(), **options) as (client, _), ExitStack() as crowd:
+        for _ in range(8):
+            sock = crowd.enter_context(connected(client))
+            sock.sendall(b"GET /info HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize(
+    ("address", "peer"),
+    [
+        ("10.1.2.3", "10.1.2.3"),
+        ("::ffff:10.1.2.3", "10.1.2.3"),
+        ("2001:db8:1:2:3::4", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2::9", "2001:db8:1:2::/64"),
+        ("", ""),
+    ],
+)
+def test_addresses_of_one_peer(address: str, peer: str) -> None:
+    assert connection._peer_of((address, 1)) == peer
 
 
 def test_an_upgrade_is_not_taken_up(client: httpx.Client) -> None:
@@ -172,3 +253,10 @@ def test_an_upgrade_is_not_taken_up(client: httpx.Client) -> None:
             "Sec-WebSocket-Version": "13",
         }
         assert client.get("/health", headers=headers).status_code == 200
+
+
+def test_what_follows_an_upgrade_is_the_next_request(client: httpx.Client) -> None:
+    upgrade = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"
+    with connected(client) as sock:
+        sock.sendall(upgrade + upgrade + b"GET /ready HTTP/1.0\r\n\r\n")
+        assert read_all(sock).count(b"HTTP/1.1 200 ") == 3

@@ -24,7 +24,7 @@ from server.engine.fake import FakeRow
 def raw_request(client: httpx.Client, body: dict[str, object], headers: str = "") -> Iterator[socket.socket]:
     """A request on a socket of its own, whose answer nobody reads; the socket closes at the end."""
     content = json.dumps(body).encode()
-    head = f"POST /generate HTTP/1.1\r\nHost: test\r\n{headers}Content-Length: {len(content)}\r\n\r\n".encode()
+    head = f"POST /generate HTTP/1.1\r\nHost: localhost\r\n{headers}Content-Length: {len(content)}\r\n\r\n".encode()
     with socket.create_connection((client.base_url.host, client.base_url.port or 80)) as sock:
         sock.sendall(head + content)
         yield sock
@@ -80,7 +80,7 @@ def test_a_client_that_hangs_up_within_its_body_is_no_fault_of_ours(
 ) -> None:
     caplog.set_level(logging.INFO)
     with socket.create_connection((client.base_url.host, client.base_url.port or 80)) as sock:
-        sock.sendall(b"POST /generate HTTP/1.1\r\nHost: test\r\nContent-Length: 50\r\n\r\n{")
+        sock.sendall(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{")
         time.sleep(0.05)
     until(lambda: any(getattr(record, "status", 0) == 499 for record in caplog.records))
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]

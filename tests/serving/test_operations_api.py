@@ -11,6 +11,7 @@ import robuq_core
 
 # What dashboards are built on; see the metrics section of the serving documents.
 METRICS = {
+    "robuq_api_keys_unreadable_seconds",
     "robuq_ready",
     "robuq_requests_running",
     "robuq_requests_waiting",

@@ -43,7 +43,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(checkpoint: Path) -> Iterator[TestClient]:
     """The server of one process."""
-    settings = Settings(checkpoint=checkpoint, max_batch_rows=8, log_level="warning")
+    settings = Settings(checkpoint=checkpoint, max_batch_rows=8, log_level="warning", host="0.0.0.0")
     engine = create_engine(load_samplers(checkpoint, settings), settings)
     with TestClient(create_app(engine, settings)) as client:
         until(lambda: engine.status == "ready", "the warm-up")

@@ -169,9 +169,9 @@ def test_the_wait_that_is_told_shrinks_with_the_number_of_replicas() -> None:
             assert not running.future.done()
             return refused.value.retry_after_s
 
-    # Four rounds of two images, 100 steps of 30 ms each; one round if there are four replicas.
-    assert told(1) == pytest.approx(4 * 100 * 0.03)
-    assert told(4) == pytest.approx(100 * 0.03)
+    # A round that runs and four of two images, 100 steps of 30 ms each; one and one if there are four replicas.
+    assert told(1) == pytest.approx(5 * 100 * 0.03)
+    assert told(4) == pytest.approx(2 * 100 * 0.03)
 
 
 def test_no_two_replicas_ever_step_the_same_row() -> None:

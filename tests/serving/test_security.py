@@ -182,7 +182,7 @@ def test_no_answer_tells_of_the_inside(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_body_that_comes_too_slowly_gets_408(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(security.RequestLimits.__init__, "__defaults__", ((), 0.2))
     with live_server(FakeSampler()) as (client, engine), connected(client) as sock:
-        sock.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 20\r\n\r\n{")
+        sock.sendall(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 20\r\n\r\n{")
         raw = read_all(sock)
         assert raw.startswith(b"HTTP/1.1 408 ")
         assert b'"code": "body_timeout"' in raw
@@ -190,7 +190,7 @@ def test_a_body_that_comes_too_slowly_gets_408(monkeypatch: pytest.MonkeyPatch) 
         # The limit is on the body alone, not on the answer.
         slow = WatchedSampler(step_s=0.05)
         body = json.dumps(DRAW | {"steps": 8}).encode()
-        head = f"POST /generate HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST /generate HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
         with live_server(slow) as (patient, _), connected(patient) as sock:
             sock.sendall(head.encode() + body)  # at once, which httpx does not
             assert read_all(sock).startswith(b"HTTP/1.1 200 ")
@@ -212,6 +212,7 @@ def test_chunked_bodies_are_measured_as_they_come(client: httpx.Client, chunk: i
 
 def test_a_client_that_waits_for_100_is_told_before_it_sends(client: httpx.Client) -> None:
     with connected(client) as sock:
-        sock.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 999999\r\n\r\n")
+        head = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 999999\r\n\r\n"
+        sock.sendall(head)
         assert sock.recv(4096).startswith(b"HTTP/1.1 413 ")
         sock.shutdown(socket.SHUT_RDWR)

@@ -42,6 +42,23 @@ def test_origins_come_from_options_and_from_a_variable(monkeypatch: pytest.Monke
             load_settings({"cors_origins": [wrong]})
 
 
+def test_hosts_and_proxies_come_from_options_and_from_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROBUQ_ALLOWED_HOSTS", "example.org *.example.org ::1")
+    monkeypatch.setenv("ROBUQ_TRUSTED_PROXIES", "10.0.0.0/8 fd00::1")
+    settings = Settings()
+    assert settings.allowed_hosts == ("example.org", "*.example.org", "::1")
+    for header, accepted in (("example.org:80", True), ("a.example.org", True), ("[::1]:8000", True), ("b.org", False)):
+        assert settings.accepts_host(header) == accepted, header
+    for address, trusted in (("10.9.8.7", True), ("fd00::1", True), ("11.0.0.1", False), ("", False)):
+        assert settings.trusts(address) == trusted, address
+    for wrong in ("https://example.org", "example.org:80", "Example.org", "a b", "", "[::1]"):
+        with pytest.raises(UserError, match="--allowed-hosts"):
+            load_settings({"allowed_hosts": [wrong]})
+    for wrong in ("proxy", "10.0.0.0/99", ""):
+        with pytest.raises(UserError, match="--trusted-proxies"):
+            load_settings({"trusted_proxies": [wrong]})
+
+
 def test_a_checkpoint_folder_must_exist(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--checkpoint-dir"):
         load_settings({"checkpoint_dir": tmp_path / "missing"})

@@ -106,10 +106,16 @@ class LeftOut:
         self.counts |= Counter(counts)  # each worker collects all tests
         self.packages |= set(packages)
 
+    @staticmethod
+    def skipped(terminalreporter: Any) -> list[Any]:
+        return [report for report in terminalreporter.stats.get("skipped", []) if isinstance(report.longrepr, tuple)]
+
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         parts = [f"{self.counts[name]} {text}" for name, text in COMMANDS.items() if self.counts[name]]
         if self.counts["fast"]:
             parts.append(f"{self.counts['fast']} fast tests (make test)")
+        skipped = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in self.skipped(terminalreporter))
+        parts += [f"{count} skipped: {reason}" for reason, count in skipped.most_common()]
         if self.packages:
             parts.append(f"files that need {', '.join(sorted(self.packages))} (make test-all)")
         if parts:

@@ -157,6 +157,7 @@ async function followSwaps(strip) {
   try {
     if ((await getJson("info", { ask: false })).checkpoint !== info?.checkpoint) await describeServer();
     strip.checkpoint = info.checkpoint;
+    loupe.changed(strip);
   } catch {
     // Drawing meets the same trouble and tells it.
   }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser
 
 import robuq_core
 from server.api.app import create_app
@@ -158,26 +158,19 @@ def address(site: Path) -> Iterator[str]:
 
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [360, 1440])
-def test_pages_in_a_browser(site: Path, address: str, width: int) -> None:
+def test_pages_in_a_browser(site: Path, address: str, chromium: Browser, width: int) -> None:
     """No request to anybody else, no error of a script, no page that scrolls sideways."""
-    from playwright.sync_api import sync_playwright
-
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("needs a browser")
     requests: list[str] = []
     faults: list[str] = []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        tab = browser.new_page(viewport={"width": width, "height": 900})
-        tab.on("request", lambda request: requests.append(request.url))
-        tab.on("pageerror", lambda error: faults.append(str(error)))
-        tab.on("console", lambda m: faults.append(m.text) if m.type == "error" else None)
-        for path in sorted(site.glob("*.html")):
-            tab.goto(f"{address}/{path.name}")
-            assert tab.evaluate("document.documentElement.scrollWidth") <= width, path.name
-        tab.goto(f"{address}/index.html?q=drain")
-        tab.wait_for_selector(".md-search-result__item")
-        browser.close()
+    tab = chromium.new_page(viewport={"width": width, "height": 900})
+    tab.on("request", lambda request: requests.append(request.url))
+    tab.on("pageerror", lambda error: faults.append(str(error)))
+    tab.on("console", lambda m: faults.append(m.text) if m.type == "error" else None)
+    for path in sorted(site.glob("*.html")):
+        tab.goto(f"{address}/{path.name}")
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width, path.name
+    tab.goto(f"{address}/index.html?q=drain")
+    tab.wait_for_selector(".md-search-result__item")
+    tab.close()
     assert [url for url in requests if not url.startswith((address, "data:", "blob:"))] == []
     assert not faults

@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable
 
 from playwright.sync_api import BrowserContext, Locator, Page, expect
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-# No sandbox: tests run as root in containers. The rest keeps Chromium from calling home.
-ARGUMENTS = [
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
-    *("--disable-component-update", "--disable-sync"),
-]
 # Long, for machines that share their cores; nothing waits for it when all is well.
 TIMEOUT_MS = 20_000
 WIDTHS = (360, 768, 1440)

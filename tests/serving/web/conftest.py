@@ -1,22 +1,12 @@
-"""A browser for the tests of the playground; without one they are skipped."""
+"""Pages of the playground in the browser of tests/conftest.py."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
-from browser_harness import ARGUMENTS, CHROMIUM, TIMEOUT_MS, OpenPage, Playground
-from playwright.sync_api import Browser, sync_playwright
-
-
-@pytest.fixture(scope="session")
-def chromium() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("needs a browser: install Chromium (apt install chromium) or Chrome")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
+from browser_harness import TIMEOUT_MS, OpenPage, Playground
+from playwright.sync_api import Browser
 
 
 @pytest.fixture

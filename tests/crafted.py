@@ -61,3 +61,15 @@ def nested(depth: int = DEEP) -> str:
 def write_model_of(path: Path, raw: bytes, **changes: Any) -> None:
     """``raw`` at ``path`` with other numbers in its header's ``model``."""
     path.write_bytes(with_header(raw, lambda inner: inner["model"].update(changes)))
+
+
+# Texts that are no JSON object, or none that may be read.
+BROKEN = {
+    "list in list": nested(),
+    "object in object": '{"a":' * DEEP,
+    "zero byte": "\0",
+    "nothing": "",
+    "number": "7",
+    "cut short": "{",
+    "long number": '{"a": ' + "9" * 5000 + "}",
+}

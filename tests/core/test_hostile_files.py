@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from autoencoders import save_autoencoder_kl
-from crafted import DEEP, nested, with_header
+from crafted import BROKEN, nested, with_header
 from safetensors.torch import load_file, save_file
 from tiny import TINY, tiny_model, write_tiny
 
@@ -21,19 +21,8 @@ from robuq_core.decode import load_decoder
 from robuq_core.errors import UserError
 from robuq_core.files import MAX_TEXT_BYTES, check_torch_archive
 from robuq_core.hub import CONFIG_NAME, LIBRARY_NAME, _checkpoint_name, resolve_checkpoint
-from robuq_core.kernels.triton.tuning import _read
 from robuq_core.models.adapters import read_weights
 from robuq_core.models.adapters_files import load_pickle, read_json, tensors_of
-
-BROKEN = {
-    "list in list": nested(),
-    "object in object": '{"a":' * DEEP,
-    "zero byte": "\0",
-    "nothing": "",
-    "number": "7",
-    "cut short": "{",
-    "long number": '{"a": ' + "9" * 5000 + "}",
-}
 
 
 @pytest.mark.parametrize("kind", BROKEN)
@@ -42,7 +31,6 @@ BROKEN = {
     [
         lambda path: read_json(path),
         lambda path: _checkpoint_name("someone/tiny", path),
-        lambda path: _read(path),
         lambda path: load_decoder(path.parent),
         lambda path: read_weights(path.parent),
     ],

@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
+from crafted import BROKEN
 
 pytest.importorskip("triton")
 
+from robuq_core.errors import UserError
 from robuq_core.kernels.triton import tuning
 from robuq_core.kernels.triton.aot import SHARED_LIMIT
 from robuq_core.kernels.triton.config import LaunchConfig
@@ -97,3 +99,11 @@ def test_candidates_fit_the_gpu(limit: int, rows: int, packed: bool) -> None:
         # 64 outputs for each four warps: one tensor-core instruction, and one order of the low-rank sum, for all.
         assert config.blocks["OUTPUTS"] >= 16 * config.num_warps
         assert config.blocks["ROWS"] == 16 or config.blocks["ROWS"] < 2 * rows
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_table_that_is_no_json_object_names_its_file(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "table.json"
+    path.write_text(BROKEN[kind])
+    with pytest.raises(UserError, match=path.name):
+        tuning._read(path)

@@ -12,7 +12,15 @@ import typer
 from robuq_core.bench.cli import app as bench_app
 from robuq_core.classes import read_names
 from robuq_core.cli_support import reported
-from robuq_core.config import MAX_SEED, NUM_TRAIN_TIMESTEPS, DecoderKind, Flavour, SamplerConfig, SamplerName
+from robuq_core.config import (
+    MAX_SEED,
+    NUM_TRAIN_TIMESTEPS,
+    DecoderKind,
+    Flavour,
+    PredictionType,
+    SamplerConfig,
+    SamplerName,
+)
 from robuq_core.errors import UserError
 
 app = typer.Typer(
@@ -122,7 +130,7 @@ def compare(
     from robuq_core.pipeline import Sampler
 
     loaded = Sampler.from_checkpoint(checkpoint, decoder=decoder, backend=backend, threads=threads, device=device)
-    classes = [i % loaded.num_classes for i in range(images)]
+    classes = [i % loaded.drawn_classes for i in range(images)]
     result = compare_short_cuts(
         loaded,
         classes,
@@ -190,7 +198,10 @@ def inspect_command(
 @reported
 def convert(
     source: Annotated[
-        Path, typer.Argument(help="Official DiT .pt, diffusers folder, teacher.pt of robuq-train, or old packed file.")
+        Path,
+        typer.Argument(
+            help="Official .pt of DiT, SiT or REPA; diffusers folder; teacher.pt of robuq-train; or old packed file."
+        ),
     ],
     target: Annotated[Path, typer.Argument(help="x.pt: official; x.safetensors: packed; else: diffusers.")],
     ptq: Annotated[bool, typer.Option("--ptq", help="Quantise without training: to try the runtime.")] = False,
@@ -200,9 +211,14 @@ def convert(
     activation_bits: Annotated[int | None, typer.Option(min=1, max=8, help="Of the packed model; default: 8.")] = None,
     rank: Annotated[int | None, typer.Option(min=0, help="Of the low-rank branch, by SVD; default: 16.")] = None,
     heads: Annotated[int | None, typer.Option(min=1, help="Attention heads, where the file leaves them open.")] = None,
-    flavour: Annotated[
-        Flavour | None, typer.Option(help="Numerics of the packed model; default: the source's.")
+    prediction: Annotated[
+        PredictionType | None,
+        typer.Option(help="What the network predicts, where the file does not say: epsilon (DiT), flow (SiT, REPA)."),
     ] = None,
+    classes: Annotated[
+        int | None, typer.Option(min=0, help="Classes of the network, without that of none, if the file does not say.")
+    ] = None,
+    flavour: Annotated[Flavour | None, typer.Option(help="Whose numerics to run with; default: the source's.")] = None,
     decoder_kind: Annotated[
         DecoderKind | None,
         typer.Option(help="What the model draws; default: pixels if it has three channels, latent if more."),
@@ -228,16 +244,19 @@ def convert(
     if ptq:
         _refuse({"vae": vae}, "a diffusers folder, which is made without --ptq")
     else:
-        others = {"flavour": flavour, "decoder_kind": decoder_kind, "class_names": class_names}
+        others = {"decoder_kind": decoder_kind, "class_names": class_names}
         _refuse({**quant, **defaults, **others}, "--ptq")
         if renews and packs:
             from robuq_core.checkpoint import renew_checkpoint
 
-            _refuse({"heads": heads, "vae": vae}, "other conversions than that of a packed file")
+            said = {"heads": heads, "prediction": prediction, "classes": classes, "flavour": flavour, "vae": vae}
+            _refuse(said, "other conversions than that of a packed file")
             renewed = renew_checkpoint(source, target)
             typer.echo(f"wrote {target} (format_version {renewed.format_version})")
             return
-        conversion.convert_full_precision(source, target, num_heads=heads, vae=vae)
+        conversion.convert_full_precision(
+            source, target, num_heads=heads, prediction=prediction, num_classes=classes, flavour=flavour, vae=vae
+        )
         typer.echo(f"wrote {target}")
         return
     from rich.progress import Progress
@@ -252,6 +271,8 @@ def convert(
             sampler=SamplerConfig.model_validate(_given(defaults)),
             class_names=names,
             num_heads=heads,
+            prediction=prediction,
+            num_classes=classes,
             flavour=flavour,
             decoder=decoder_kind,
             on_layer=lambda name: progress.update(task, description=name, advance=1),

@@ -249,7 +249,7 @@ class RobuQPipeline:
         ]
 
     def _decoded(self, rows: Sequence[Row], output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
-        pictures = [self.sampler.decoder.decode(row.x) for row in rows]
+        pictures = [self.sampler.decode_float(row.x) for row in rows]
         if output_type == "pil":
             return [Image.fromarray(to_pixels(picture)) for picture in pictures]
         # A tensor of inference mode would not take part in a gradient of the caller's.

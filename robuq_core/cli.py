@@ -65,7 +65,9 @@ ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; def
 @app.command()
 @reported
 def sample(
-    class_ids: Annotated[list[str], typer.Argument(help="One image a class, by id or name, e.g. 207 goldfish.")],
+    class_ids: Annotated[
+        list[str] | None, typer.Argument(help="One image a class, by id or name, e.g. 207 goldfish; 0 if it has none.")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNG files.")] = Path("samples"),
     seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="Image i uses seed + i.")] = None,
     steps: StepsOption = None,
@@ -85,7 +87,8 @@ def sample(
     from robuq_core.pipeline import Sampler
 
     loaded = Sampler.from_checkpoint(checkpoint, decoder=decoder, backend=backend, threads=threads, device=device)
-    classes = [loaded.class_id(int(name) if name.lstrip("-").isdigit() else name) for name in class_ids]
+    asked: list[int | str | None] = [int(name) if name.lstrip("-").isdigit() else name for name in class_ids or ()]
+    classes = [loaded.class_id(name) for name in asked or [None]]
     with Progress() as progress:
         task = progress.add_task("sampling", total=steps or loaded.defaults.steps)
         images = loaded.generate(

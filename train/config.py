@@ -208,6 +208,9 @@ class TrainConfig(StrictModel):
             check_fit(model, self.diffusion.prediction_type, self.sampler.sampler, self.sampler.guidance_scale)
         except ValueError as error:
             raise ValueError(f"sampler.{error}") from error
+        if self.sensitivity.guidance_scale != 1 and not model.can_guide:
+            raise ValueError(f"sensitivity.guidance_scale must be 1, not {self.sensitivity.guidance_scale:g}: without "
+                             "classes and a null class there is no guidance")  # fmt: skip
         if self.class_init == "pca" and not model.num_classes:
             raise ValueError("class_init pca needs classes, and model.num_classes is 0; set normal")
         return self

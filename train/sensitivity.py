@@ -188,7 +188,7 @@ def _prediction(model: DiT, batch: FixedBatch, scale: float) -> tuple[Tensor, Te
     if scale == 1:
         return output, output[:, :channels]
     config = model.config
-    unconditional = model(batch.x_t, batch.timesteps, torch.full_like(batch.classes, config.null_class))
+    unconditional = model(batch.x_t, batch.timesteps, torch.full_like(batch.classes, config.null_row))
     scales = torch.full((len(output),), scale, device=output.device)
     return output, guide(output, unconditional, scales, channels, config.flavour)[:, :channels]
 

@@ -68,6 +68,7 @@ def test_a_flow_learns(tmp_path: Path) -> None:
         ({"class_dropout": 0.1, "model": {"null_class": False}}, "null_class"),
         ({"class_dropout": 0, "model": {"null_class": True}}, "null_class"),
         ({"class_dropout": 0.1, "model": {"num_classes": 0}}, "class_dropout"),
+        ({"class_dropout": 0, "sensitivity": {"guidance_scale": 2}}, r"sensitivity\.guidance_scale"),
         ({"class_dropout": 0, "sampler": {"guidance_scale": 2}}, r"sampler\.guidance_scale"),
         (merged(FLOW, {"sampler": {"sampler": "ddim"}}), r"sampler\.sampler"),
         ({"sampler": {"sampler": "heun"}}, r"sampler\.sampler"),

@@ -168,9 +168,8 @@ else:
 
     def test_512_px_is_the_references(tmp_path: Path) -> None:
         """Latents of 64 x 64 in patches of 2: 1,024 tokens."""
-        config = TINY.model_copy(
-            update={"input_size": 64, "patch_size": 2, "depth": 1, "num_heads": 1, "hidden_size": 16}
-        )
+        shape = {"input_size": 64, "patch_size": 2, "depth": 1, "num_heads": 1, "hidden_size": 16}
+        config = TINY.model_copy(update=shape)
         write_tiny(tmp_path / "model.safetensors", config, QuantConfig(activation_bits=8, rank=4))
         checkpoint = read_checkpoint(tmp_path / "model.safetensors")
         x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))

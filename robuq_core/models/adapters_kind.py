@@ -17,6 +17,7 @@ from robuq_core.models.adapters_files import TensorTable, WeightsError
 
 # The state dict within what training scripts save; an average before the raw weights.
 _STATE_DICTS = ("ema", "ema_model", "state_dict_ema", "model", "state_dict", "delta")
+_MOST_WRAPPERS = 4
 _PROJECTORS = "projectors."
 _IMAGENET_CLASSES = 1000
 _ASK = ("say what the network predicts with prediction (--prediction): epsilon for DiT, flow for SiT, flow and "
@@ -33,11 +34,11 @@ class Kind:
 
 def state_dict_in(tree: Any) -> Any:
     """The state dict in what ``torch.save`` was given, which may be wrapped more than once."""
-    while isinstance(tree, dict):
-        inner = next((tree[key] for key in _STATE_DICTS if isinstance(tree.get(key), dict)), None)
-        if inner is None:
-            return tree
-        tree = inner
+    for _ in range(_MOST_WRAPPERS):  # a file may hold a mapping that holds itself
+        inner = [tree[key] for key in _STATE_DICTS if isinstance(tree.get(key), dict)] if isinstance(tree, dict) else []
+        if not inner:
+            break
+        tree = inner[0]
     return tree
 
 
@@ -119,7 +120,7 @@ def classes_of(path: Path, rows: int, arguments: object, num_classes: int | None
     if rows == 1:
         return 0, True
     said = argument(arguments, "num_classes") if num_classes is None else num_classes
-    if said is None:
+    if not isinstance(said, int):
         if rows not in (_IMAGENET_CLASSES, _IMAGENET_CLASSES + 1):
             raise WeightsError(f"{path}: the class table has {rows} rows, for {rows} classes, or for {rows - 1} and "
                                "one for no class; say how many classes with num_classes (--classes)")  # fmt: skip

@@ -180,3 +180,16 @@ def test_diffusers_has_no_flow_and_no_table_without_a_null_row(tmp_path: Path) -
     scheduler.write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler"}')
     with pytest.raises(WeightsError, match="_class_name"):
         read_weights(tmp_path / "c")
+
+
+def test_a_mapping_that_holds_itself_ends(tmp_path: Path) -> None:
+    tree: dict[str, Any] = {"step": 1}
+    tree["ema"] = tree
+    with pytest.raises(WeightsError, match=r"weights\.pt"):
+        read_weights(saved(tmp_path, tree))
+
+
+@pytest.mark.parametrize("classes", ["7", -1, 7.0, [7], 10**30, torch.ones(3)])
+def test_arguments_that_are_no_number_of_classes_say_nothing(tmp_path: Path, classes: Any) -> None:
+    with pytest.raises(WeightsError, match="--classes"):
+        read_weights(trained(tmp_path, model="DiT-S/2", num_classes=classes))

@@ -12,6 +12,9 @@ from robuq_core.checkpoint import CheckpointError, Description, read_header, wri
 from robuq_core.cli import app
 from robuq_core.config import FLOW_SAMPLERS, DiffusionConfig, ModelConfig, QuantConfig, SamplerConfig
 from robuq_core.convert import pack_untrained, untrained_quant
+from robuq_core.diffusers_pipeline import RobuQPipeline
+from robuq_core.errors import UserError
+from robuq_core.export_hub import export_hub
 from robuq_core.models.adapters import save_official
 from robuq_core.models.dit import DiT, timestep_features
 from robuq_core.pipeline import RowSpec, Sampler
@@ -177,3 +180,24 @@ def test_a_picture_that_is_not_finite_is_an_error(tmp_path: Path, bad: float) ->
         sampler.decode(row)
     with pytest.raises(CheckpointError, match="finite"):
         sampler.decode_estimate(torch.full((3, 16, 16), bad))
+
+
+def test_the_calls_of_diffusers_draw_every_kind(flow: Sampler, tmp_path: Path) -> None:
+    pipe = RobuQPipeline(flow)
+    (image,) = pipe([3], num_inference_steps=3, generator=torch.Generator().manual_seed(1)).images
+    assert image.size == (16, 16)
+    with pytest.raises(UserError, match="scheduler"):
+        _ = pipe.scheduler
+    model = TINY.model_copy(update={"num_classes": 0})
+    unguided = written(tmp_path / "x.safetensors", model, DiffusionConfig(), SamplerConfig(steps=2, guidance_scale=1))
+    assert len(RobuQPipeline(unguided)([0, 0], num_inference_steps=2).images) == 2
+    with pytest.raises(ValueError, match="guidance_scale"):
+        RobuQPipeline(unguided)([0], num_inference_steps=2, guidance_scale=4.0)
+
+
+def test_the_model_card_of_a_model_without_classes_does_not_speak_of_them(tmp_path: Path) -> None:
+    model = TINY.model_copy(update={"num_classes": 0})
+    written(tmp_path / "x.safetensors", model, DiffusionConfig(), SamplerConfig(steps=2, guidance_scale=1))
+    card = export_hub(tmp_path / "x.safetensors", tmp_path / "hub", licence="mit").read_text()
+    assert "class-conditional" not in card
+    assert "0 classes" not in card

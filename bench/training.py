@@ -79,9 +79,9 @@ class _Training:
         shape = (batch, config.in_channels, config.input_size, config.input_size)
         self.x0 = torch.rand(shape, generator=generator) * 2 - 1
         self.noise = torch.randn(shape, generator=generator)
-        self.timesteps = draw_timesteps(batch, generator)
+        self.timesteps = draw_timesteps(batch, generator, "epsilon")
         self.classes = torch.randint(config.num_classes, (batch,), generator=generator)
-        self.x_t = add_noise(self.x0, self.noise, self.timesteps)
+        self.x_t = add_noise(self.x0, self.noise, self.timesteps, "epsilon")
         self.forward: Callable[..., Tensor] = torch.compile(model) if compiled else model
         self.optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         self.average, self.steps = EMA(model, 0.999), 0

@@ -17,13 +17,21 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import FailFast, Field, StringConstraints, ValidationError
+from pydantic import FailFast, Field, StringConstraints, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from robuq_core.classes import MAX_NAME
-from robuq_core.config import DecoderKind, DiffusionConfig, ModelConfig, QuantConfig, SamplerConfig, StrictModel
+from robuq_core.config import (
+    DecoderKind,
+    DiffusionConfig,
+    ModelConfig,
+    QuantConfig,
+    SamplerConfig,
+    StrictModel,
+    check_fit,
+)
 from robuq_core.cpus import available_cpus
 from robuq_core.errors import UserError
 from robuq_core.files import replacing
@@ -84,6 +92,11 @@ class Header(StrictModel):
     decoder: DecoderKind = "pixels"
     provenance: dict[str, Any] = Field(default_factory=dict)
     tensors: dict[str, TensorEntry]
+
+    @model_validator(mode="after")
+    def _sampler_fits(self) -> Header:
+        check_fit(self.model, self.diffusion.prediction_type, self.sampler.sampler, self.sampler.guidance_scale)
+        return self
 
     @property
     def bits(self) -> dict[str, int]:
@@ -160,7 +173,7 @@ def dense_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         "final_layer.linear": (patch * model.out_channels, d),
         "final_layer.adaLN_modulation.1": (2 * d, d),
     }
-    shapes: dict[str, tuple[int, ...]] = {"y_embedder.embedding_table.weight": (model.num_classes + 1, d)}
+    shapes: dict[str, tuple[int, ...]] = {"y_embedder.embedding_table.weight": (model.class_rows, d)}
     for name, shape in linears.items():
         shapes[f"{name}.weight"], shapes[f"{name}.bias"] = shape, shape[:1]
     return shapes
@@ -205,6 +218,10 @@ def write_packed(
     if about.quant.activation != "gaussian":
         raise CheckpointError(f"quant.activation {about.quant.activation} has no packed form, only gaussian has: it "
                               "is there to be compared in training; train with quant.activation gaussian")  # fmt: skip
+    try:
+        check_fit(model, about.diffusion.prediction_type, about.sampler.sampler, about.sampler.guidance_scale)
+    except ValueError as error:
+        raise CheckpointError(f"sampler.{error}") from error
     if about.class_names and len(about.class_names) != model.num_classes:
         raise CheckpointError(f"{len(about.class_names)} class names for {model.num_classes} classes")
     if long := next((name for name in about.class_names if len(name) > MAX_NAME), None):

@@ -77,6 +77,8 @@ class ClassNames:
         """
         if not isinstance(class_id, str):
             return int(class_id)
+        if not self.num_classes:
+            raise ValueError(f"{class_id!r}: this checkpoint has no classes; name none")
         if not self.whole:
             raise ValueError(f"{class_id!r}: this checkpoint has no class names; give the class id, "
                              f"0..{self.num_classes - 1}")  # fmt: skip

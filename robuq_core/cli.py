@@ -12,7 +12,15 @@ import typer
 from robuq_core.bench.cli import app as bench_app
 from robuq_core.classes import read_names
 from robuq_core.cli_support import reported
-from robuq_core.config import MAX_SEED, NUM_TRAIN_TIMESTEPS, DecoderKind, Flavour, SamplerConfig, SamplerName
+from robuq_core.config import (
+    MAX_SEED,
+    NUM_TRAIN_TIMESTEPS,
+    DecoderKind,
+    Flavour,
+    PredictionType,
+    SamplerConfig,
+    SamplerName,
+)
 from robuq_core.errors import UserError
 
 app = typer.Typer(
@@ -57,7 +65,9 @@ ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; def
 @app.command()
 @reported
 def sample(
-    class_ids: Annotated[list[str], typer.Argument(help="One image a class, by id or name, e.g. 207 goldfish.")],
+    class_ids: Annotated[
+        list[str] | None, typer.Argument(help="One image a class, by id or name, e.g. 207 goldfish; 0 if it has none.")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNG files.")] = Path("samples"),
     seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="Image i uses seed + i.")] = None,
     steps: StepsOption = None,
@@ -77,7 +87,8 @@ def sample(
     from robuq_core.pipeline import Sampler
 
     loaded = Sampler.from_checkpoint(checkpoint, decoder=decoder, backend=backend, threads=threads, device=device)
-    classes = [loaded.class_id(int(name) if name.lstrip("-").isdigit() else name) for name in class_ids]
+    asked: list[int | str | None] = [int(name) if name.lstrip("-").isdigit() else name for name in class_ids or ()]
+    classes = [loaded.class_id(name) for name in asked or [None]]
     with Progress() as progress:
         task = progress.add_task("sampling", total=steps or loaded.defaults.steps)
         images = loaded.generate(
@@ -122,7 +133,7 @@ def compare(
     from robuq_core.pipeline import Sampler
 
     loaded = Sampler.from_checkpoint(checkpoint, decoder=decoder, backend=backend, threads=threads, device=device)
-    classes = [i % loaded.num_classes for i in range(images)]
+    classes = [i % loaded.drawn_classes for i in range(images)]
     result = compare_short_cuts(
         loaded,
         classes,
@@ -190,7 +201,10 @@ def inspect_command(
 @reported
 def convert(
     source: Annotated[
-        Path, typer.Argument(help="Official DiT .pt, diffusers folder, teacher.pt of robuq-train, or old packed file.")
+        Path,
+        typer.Argument(
+            help="Official .pt of DiT, SiT or REPA; diffusers folder; teacher.pt of robuq-train; or old packed file."
+        ),
     ],
     target: Annotated[Path, typer.Argument(help="x.pt: official; x.safetensors: packed; else: diffusers.")],
     ptq: Annotated[bool, typer.Option("--ptq", help="Quantise without training: to try the runtime.")] = False,
@@ -200,9 +214,14 @@ def convert(
     activation_bits: Annotated[int | None, typer.Option(min=1, max=8, help="Of the packed model; default: 8.")] = None,
     rank: Annotated[int | None, typer.Option(min=0, help="Of the low-rank branch, by SVD; default: 16.")] = None,
     heads: Annotated[int | None, typer.Option(min=1, help="Attention heads, where the file leaves them open.")] = None,
-    flavour: Annotated[
-        Flavour | None, typer.Option(help="Numerics of the packed model; default: the source's.")
+    prediction: Annotated[
+        PredictionType | None,
+        typer.Option(help="What the network predicts, where the file does not say: epsilon (DiT), flow (SiT, REPA)."),
     ] = None,
+    classes: Annotated[
+        int | None, typer.Option(min=0, help="Classes of the network, without that of none, if the file does not say.")
+    ] = None,
+    flavour: Annotated[Flavour | None, typer.Option(help="Whose numerics to run with; default: the source's.")] = None,
     decoder_kind: Annotated[
         DecoderKind | None,
         typer.Option(help="What the model draws; default: pixels if it has three channels, latent if more."),
@@ -228,16 +247,19 @@ def convert(
     if ptq:
         _refuse({"vae": vae}, "a diffusers folder, which is made without --ptq")
     else:
-        others = {"flavour": flavour, "decoder_kind": decoder_kind, "class_names": class_names}
+        others = {"decoder_kind": decoder_kind, "class_names": class_names}
         _refuse({**quant, **defaults, **others}, "--ptq")
         if renews and packs:
             from robuq_core.checkpoint import renew_checkpoint
 
-            _refuse({"heads": heads, "vae": vae}, "other conversions than that of a packed file")
+            said = {"heads": heads, "prediction": prediction, "classes": classes, "flavour": flavour, "vae": vae}
+            _refuse(said, "other conversions than that of a packed file")
             renewed = renew_checkpoint(source, target)
             typer.echo(f"wrote {target} (format_version {renewed.format_version})")
             return
-        conversion.convert_full_precision(source, target, num_heads=heads, vae=vae)
+        conversion.convert_full_precision(
+            source, target, num_heads=heads, prediction=prediction, num_classes=classes, flavour=flavour, vae=vae
+        )
         typer.echo(f"wrote {target}")
         return
     from rich.progress import Progress
@@ -252,6 +274,8 @@ def convert(
             sampler=SamplerConfig.model_validate(_given(defaults)),
             class_names=names,
             num_heads=heads,
+            prediction=prediction,
+            num_classes=classes,
             flavour=flavour,
             decoder=decoder_kind,
             on_layer=lambda name: progress.update(task, description=name, advance=1),

@@ -12,13 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from robuq_core.quant.choices import ActivationRule, Grid, LowRankInit, WeightScale
 
-Flavour = Literal["official", "diffusers"]
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
-SamplerName = Literal["ddpm", "ddim", "dpmsolver++"]
+Flavour = Literal["official", "diffusers", "sit", "repa"]
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
+SamplerName = Literal["ddpm", "ddim", "dpmsolver++", "euler", "heun", "sde"]
 # What a network draws: pictures themselves, or what an autoencoder makes pictures of.
 DecoderKind = Literal["pixels", "latent"]
 RotatedLinears = Literal["all", "proj_fc2", "none"]
-SAMPLERS: tuple[SamplerName, ...] = ("ddpm", "ddim", "dpmsolver++")
+DIFFUSION_SAMPLERS: tuple[SamplerName, ...] = ("ddpm", "ddim", "dpmsolver++")
+FLOW_SAMPLERS: tuple[SamplerName, ...] = ("euler", "heun", "sde")
 
 NUM_TRAIN_TIMESTEPS = 1000
 MAX_SEED = 2**32 - 1
@@ -33,6 +34,11 @@ def image_seed(seed: int, index: int) -> int:
     return (seed + index) % (MAX_SEED + 1)
 
 
+def samplers_of(prediction_type: PredictionType) -> tuple[SamplerName, ...]:
+    """The samplers that draw with a network of this prediction."""
+    return FLOW_SAMPLERS if prediction_type == "flow" else DIFFUSION_SAMPLERS
+
+
 class StrictModel(BaseModel):
     """Base of every config section: frozen, closed to unknown keys and to numbers that are not finite."""
 
@@ -40,7 +46,10 @@ class StrictModel(BaseModel):
 
 
 class ModelConfig(StrictModel):
-    """Shape of a DiT. Sizes in pixels or latent cells; ``flavour`` picks between the numerics of two code bases.
+    """Shape of a DiT. Sizes in pixels or latent cells; ``flavour`` says whose numerics it has, of four code bases.
+
+    ``num_classes`` 0 is a network without classes. ``null_class``: the class table has one row more, for no class,
+    which guidance needs; the one row of ``num_classes`` 0 is that.
 
     ``position_scale`` is the distance between neighbours in the sin-cos table: 1 in DiT. With few tokens a side most
     of its frequencies hardly move from 0 to 1, and the network cannot tell its tokens apart; 100 spreads them.
@@ -53,7 +62,8 @@ class ModelConfig(StrictModel):
     depth: int = Field(28, ge=1, le=256)
     num_heads: int = Field(16, ge=1, le=1024)
     mlp_ratio: int = Field(4, ge=1, le=64)
-    num_classes: int = Field(1000, ge=1, le=1_000_000)
+    num_classes: int = Field(1000, ge=0, le=1_000_000)
+    null_class: bool = True
     learn_sigma: bool = True
     position_scale: float = Field(1.0, gt=0, le=10_000)
     flavour: Flavour = "official"
@@ -74,6 +84,8 @@ class ModelConfig(StrictModel):
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads} and of 4"
             )
+        if not self.class_rows:
+            raise ValueError("null_class must be true with num_classes 0: the class table has that one row")
         return self
 
     @property
@@ -85,9 +97,24 @@ class ModelConfig(StrictModel):
         return self.in_channels * (2 if self.learn_sigma else 1)
 
     @property
-    def null_class(self) -> int:
-        """Row of the class table that stands for "no class" in classifier-free guidance."""
+    def class_rows(self) -> int:
+        """Rows of the class table; the last one is that of no class, if there is one."""
+        return self.num_classes + self.null_class
+
+    @property
+    def null_row(self) -> int:
+        """Row of the class table that stands for "no class"; of use with :attr:`null_class` alone."""
         return self.num_classes
+
+    @property
+    def drawn_classes(self) -> int:
+        """How many ids a picture may be asked for with: ``num_classes``, or the one id 0 of a network without."""
+        return max(1, self.num_classes)
+
+    @property
+    def can_guide(self) -> bool:
+        """Classifier-free guidance has both of what it compares: classes and no class."""
+        return self.null_class and self.num_classes > 0
 
 
 class QuantConfig(StrictModel):
@@ -117,7 +144,11 @@ class QuantConfig(StrictModel):
 
 
 class DiffusionConfig(StrictModel):
-    """The training-time process: linear betas 1e-4..0.02 over 1,000 timesteps, and what the network predicts."""
+    """The training-time process, and what the network predicts.
+
+    ``flow``: the velocity along ``x = (1 - s) x_0 + s noise``, s from 0 to 1 (arXiv 2209.03003, 2401.08740); timesteps
+    are 1000 s. The others: linear betas 1e-4..0.02 over 1,000 timesteps.
+    """
 
     prediction_type: PredictionType = "epsilon"
     clip_sample: bool = False
@@ -129,3 +160,34 @@ class SamplerConfig(StrictModel):
     sampler: SamplerName = "ddim"
     steps: int = Field(50, ge=1, le=NUM_TRAIN_TIMESTEPS)
     guidance_scale: float = Field(1.5, ge=0, le=20)
+
+
+def fitting_defaults(sampler: SamplerConfig, model: ModelConfig, prediction_type: PredictionType) -> SamplerConfig:
+    """``sampler`` with what nobody has set in it chosen for a network that predicts ``prediction_type``.
+
+    Raises:
+        ValueError: what is set does not fit; the message names the field.
+    """
+    chosen: dict[str, SamplerName | float] = {}
+    if "sampler" not in sampler.model_fields_set and prediction_type == "flow":
+        chosen["sampler"] = FLOW_SAMPLERS[0]
+    if "guidance_scale" not in sampler.model_fields_set and not model.can_guide:
+        chosen["guidance_scale"] = 1.0
+    fitting = sampler.model_copy(update=chosen)
+    check_fit(model, prediction_type, fitting.sampler, fitting.guidance_scale)
+    return fitting
+
+
+def check_fit(model: ModelConfig, prediction_type: PredictionType, sampler: SamplerName, guidance_scale: float) -> None:
+    """Refuse a sampler or a guidance that the network cannot be drawn with.
+
+    Raises:
+        ValueError: the message names the field.
+    """
+    allowed = samplers_of(prediction_type)
+    if sampler not in allowed:
+        raise ValueError(f"sampler must be one of {', '.join(allowed)} for a network that predicts {prediction_type}, "
+                         f"not {sampler}")  # fmt: skip
+    if guidance_scale != 1 and not model.can_guide:
+        why = "was trained without dropped labels" if model.num_classes else "has no classes"
+        raise ValueError(f"guidance_scale must be 1, not {guidance_scale:g}: the network {why}")

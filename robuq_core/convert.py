@@ -7,7 +7,7 @@ planes, layer after layer, without data or training. What that costs is measured
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,10 @@ from robuq_core.config import (
     DecoderKind,
     DiffusionConfig,
     Flavour,
+    PredictionType,
     QuantConfig,
     SamplerConfig,
+    fitting_defaults,
 )
 from robuq_core.freed_memory import give_freed_memory_back
 from robuq_core.kernels.backends import select_backend
@@ -89,7 +91,14 @@ def untrained_quant(weight_planes: int = 3, activation_bits: int = 8, rank: int 
 
 
 def convert_full_precision(
-    source: Path, target: Path, *, num_heads: int | None = None, vae: Path | None = None
+    source: Path,
+    target: Path,
+    *,
+    num_heads: int | None = None,
+    prediction: PredictionType | None = None,
+    num_classes: int | None = None,
+    flavour: Flavour | None = None,
+    vae: Path | None = None,
 ) -> Weights:
     """Write the weights of ``source`` as an official ``.pt``, or as a diffusers folder if ``target`` is not called so.
 
@@ -100,12 +109,12 @@ def convert_full_precision(
     if target.suffix.lower() in _OTHER_SUFFIXES:
         raise WeightsError(f"{target}: full precision is written as {' or '.join(OFFICIAL_SUFFIXES)}, or as a folder "
                            f"of diffusers, which is not to be called {target.suffix}")  # fmt: skip
-    weights = read_weights(source, num_heads)
+    weights = read_weights(source, num_heads, prediction=prediction, num_classes=num_classes, flavour=flavour)
     model = weights.model(mapped=True)
     if target.suffix.lower() in OFFICIAL_SUFFIXES:
         if vae is not None:
             raise WeightsError(f"{target}: an official .pt holds no decoder; leave out vae (--vae)")
-        save_official(model, target)
+        save_official(model, target, weights.diffusion)
     else:
         save_diffusers(model, target, diffusion=weights.diffusion, class_names=weights.class_names, vae=vae)
     return weights
@@ -119,6 +128,8 @@ def pack_untrained(
     sampler: SamplerConfig | None = None,
     class_names: tuple[str, ...] = (),
     num_heads: int | None = None,
+    prediction: PredictionType | None = None,
+    num_classes: int | None = None,
     flavour: Flavour | None = None,
     decoder: DecoderKind | None = None,
     on_layer: Progress | None = None,
@@ -129,7 +140,9 @@ def pack_untrained(
 
     Args:
         quant: how; see :func:`untrained_quant`.
-        sampler: defaults of requests. class_names: ``()`` keeps those of the source, if it has any.
+        sampler: defaults of requests; a field that is not set in it takes what fits the network.
+        class_names: ``()`` keeps those of the source, if it has any.
+        num_heads, prediction, num_classes: as :func:`robuq_core.models.adapters.read_weights` takes them.
         flavour: whose numerics to run with; default: those of the source's layout.
         decoder: what the network draws; default: by its channels, as :func:`robuq_core.checkpoint.decoder_kind` says.
         on_layer: called with each layer's name when it is done.
@@ -138,9 +151,12 @@ def pack_untrained(
         WeightsError, CheckpointError: the source cannot be used, or does not fit the packed form.
         ValueError: a width without a Hadamard matrix, or a rank that leaves nothing to quantise.
     """
-    weights = read_weights(source, num_heads)
-    if flavour is not None:
-        weights = replace(weights, config=weights.config.model_copy(update={"flavour": flavour}))
+    weights = read_weights(source, num_heads, prediction=prediction, num_classes=num_classes, flavour=flavour)
+    diffusion = weights.diffusion or DiffusionConfig()
+    try:
+        defaults = fitting_defaults(sampler or SamplerConfig(), weights.config, diffusion.prediction_type)
+    except ValueError as unfit:
+        raise CheckpointError(f"{source}: {unfit}") from unfit
     names = class_names or weights.class_names
     if names and len(names) != weights.config.num_classes:
         raise CheckpointError(f"{len(names)} class names for {weights.config.num_classes} classes")
@@ -149,8 +165,7 @@ def pack_untrained(
     dense = {name: weights.tensor(name) for name in dense_shapes(weights.config)}
     error = relative_error(weights, quant, dense, layers, select_backend())
     give_freed_memory_back()
-    diffusion = weights.diffusion or DiffusionConfig()
-    about = Description(quant, diffusion, sampler or SamplerConfig(), names, _provenance(weights, error), draws)
+    about = Description(quant, diffusion, defaults, names, _provenance(weights, error), draws)
     return PackedResult(write_packed(target, weights.config, dense, layers, about), error)
 
 
@@ -195,7 +210,7 @@ def relative_error(
     packed = PackedDiT(config, stored, layers, backend, quant.attention_bits is not None)
     size, fractions = config.input_size, (torch.arange(_PROBE_IMAGES) + 0.5) / _PROBE_IMAGES
     x = torch.randn(_PROBE_IMAGES, config.in_channels, size, size, generator=torch.Generator().manual_seed(0))
-    timesteps, classes = (fractions * NUM_TRAIN_TIMESTEPS).long(), (fractions * config.num_classes).long()
+    timesteps, classes = (fractions * NUM_TRAIN_TIMESTEPS).long(), (fractions * config.drawn_classes).long()
     original = weights.model(mapped=True)(x, timesteps, classes)[:, : config.in_channels]
     output = packed.forward(x.to(backend.device), timesteps, classes).cpu()[:, : config.in_channels]
     size_of_original = float(original.norm())

@@ -54,8 +54,10 @@ def scheduler_of(sampler: SamplerName, header: Header) -> Any:
     """diffusers' scheduler that does what ``sampler`` does with the checkpoint of ``header``.
 
     Raises:
-        UserError: diffusers is not installed.
+        UserError: diffusers is not installed, or the checkpoint is a flow.
     """
+    if sampler not in _SCHEDULERS:
+        raise UserError(f"scheduler: {sampler} draws from a flow, for which DiTPipeline has none; use Sampler")
     if importlib.util.find_spec("diffusers") is None:
         raise UserError("a scheduler is an object of diffusers; from a checkout: pip install '.[vae]'")
     diffusion = header.diffusion
@@ -71,6 +73,8 @@ def sampler_of(scheduler: Any, header: Header) -> SamplerName:
     Raises:
         ValueError: its class has no counterpart here, or it is configured to another process.
     """
+    if header.diffusion.prediction_type == "flow":
+        raise ValueError("scheduler: a DiTPipeline's are not for a flow; leave it as it is")
     name = type(scheduler).__name__
     if name not in _SAMPLERS:
         raise ValueError(f"scheduler {name} has no counterpart here; set one of {', '.join(_SAMPLERS)}")

@@ -13,7 +13,6 @@ from robuq_core.inspection import Report
 
 _TAGS = (
     "image-generation",
-    "class-conditional",
     "diffusion",
     "diffusion-transformer",
     "quantized",
@@ -50,7 +49,11 @@ def _front_matter(header: Header, licence: str) -> str:
         "license": licence,
         "library_name": LIBRARY_NAME,
         "pipeline_tag": "unconditional-image-generation",
-        "tags": [*_TAGS, *(_TERNARY_TAGS if header.quant.weight_planes == 1 else ())],
+        "tags": [
+            *_TAGS,
+            *(("class-conditional",) if header.model.num_classes else ()),
+            *(_TERNARY_TAGS if header.quant.weight_planes == 1 else ()),
+        ],
     }
     # A JSON value is a YAML value.
     return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in tree.items()), "---", ""])
@@ -61,11 +64,14 @@ def _introduction(report: Report, title: str) -> str:
     side, kind = header.model.input_size, "pixels" if header.decoder == "pixels" else "latent cells"
     planes = header.quant.weight_planes
     weights = "ternary weights" if planes == 1 else f"weights of {3**planes} levels ({planes} ternary planes)"
+    count = header.model.num_classes
+    model = "A class-conditional diffusion transformer" if count else "A diffusion transformer"
+    classes = f"{count} classes" if count else "no classes"
     bits, megabytes = f"{header.average_activation_bits:.2f}", f"{report.file_bytes / 1e6:.2f} MB"
     return f"""# {title}
 
-A class-conditional diffusion transformer with **{weights} and {bits}-bit activations** (MAC-weighted average),
-packed for the RobuQ runtime: {header.model.num_classes} classes, samples of {side}x{side} {kind}, {megabytes},
+{model} with **{weights} and {bits}-bit activations** (MAC-weighted average),
+packed for the RobuQ runtime: {classes}, samples of {side}x{side} {kind}, {megabytes},
 {report.compression:.1f} times smaller than the same network in FP32. After the method of
 [RobuQ, arXiv 2509.23582](https://arxiv.org/abs/2509.23582).
 """

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from robuq_core.checkpoint import CheckpointError, Header, read_checkpoint, read_header
 from robuq_core.classes import ClassNames
-from robuq_core.config import MAX_SEED, NUM_TRAIN_TIMESTEPS, SamplerName, image_seed
+from robuq_core.config import MAX_SEED, NUM_TRAIN_TIMESTEPS, PredictionType, SamplerName, check_fit, image_seed
 from robuq_core.decode import Decoder, PixelDecoder, load_decoder, to_pixels
 from robuq_core.diffusion.guidance import guide
 from robuq_core.diffusion.samplers import Coefficients
@@ -86,6 +86,7 @@ class Sampler:
         self.defaults = header.sampler
         self.class_names = header.class_names
         self.num_classes = header.model.num_classes
+        self.drawn_classes = header.model.drawn_classes
         self.image_size = self.decoder.image_size(header.model.input_size)
         self.average_activation_bits = header.average_activation_bits
         self.timings: Timings | None = None
@@ -172,6 +173,16 @@ class Sampler:
         return self._of_packed(self.model.replica(ops), self.header, self.checkpoint_name, self._backend_choice,
                                self.decoder.replica(ops.device))  # fmt: skip
 
+    @property
+    def prediction_type(self) -> PredictionType:
+        """What the network predicts."""
+        return self.header.diffusion.prediction_type
+
+    @property
+    def can_guide(self) -> bool:
+        """Whether a guidance_scale other than 1 is possible."""
+        return self.header.model.can_guide
+
     def warm_up_rows(self, max_rows: int) -> tuple[int, ...]:
         """Sizes, in rows of the model, that a forward should have seen before its first request, ascending."""
         return self.model.warm_up_rows(max_rows) if isinstance(self.model, PackedDiT) else (max_rows,)
@@ -191,11 +202,13 @@ class Sampler:
         """A new row at its first step: pure noise from its seed, or ``noise [C, H, W]`` instead.
 
         Raises:
-            ValueError: class, seed, steps, guidance interval or cache interval out of range, or a cache interval above
-                1 for a network that is not packed.
+            ValueError: class, seed, steps, guidance interval or cache interval out of range, a cache interval above 1
+                for a network that is not packed, or a sampler or guidance that this network cannot be drawn with.
         """
-        if not 0 <= spec.class_id < self.num_classes:
-            raise ValueError(f"class_id must be 0..{self.num_classes - 1}, not {spec.class_id}")
+        classes = self.header.model.drawn_classes
+        if not 0 <= spec.class_id < classes:
+            raise ValueError(f"class_id must be 0..{classes - 1}, not {spec.class_id}")
+        check_fit(self.header.model, self.prediction_type, spec.sampler, spec.guidance_scale)
         if not 0 <= spec.seed <= MAX_SEED:
             raise ValueError(f"seed must be 0..{MAX_SEED}, not {spec.seed}")
         low, high = spec.guidance_interval
@@ -207,7 +220,7 @@ class Sampler:
                              f"not {spec.cache_interval}")  # fmt: skip
         if spec.cache_interval > 1 and not isinstance(self.model, PackedDiT):
             raise ValueError("cache_interval must be 1 for a network that is not packed")
-        row = Row(spec, self._shape, self.header.diffusion.prediction_type, self.device)
+        row = Row(spec, self._shape, self.prediction_type, self.device)
         if noise is not None:
             row.x = noise.to(self.device, torch.float32).reshape(self._shape)
         return row
@@ -242,7 +255,7 @@ class Sampler:
         deltas that rows are to keep."""
         guided = [i for i, row in enumerate(rows) if row.guided]
         timesteps = [row.timestep for row in rows]
-        classes = [row.spec.class_id for row in rows] + [self.header.model.null_class] * len(guided)
+        classes = [row.spec.class_id for row in rows] + [self.header.model.null_row] * len(guided)
         if guided:
             timesteps += [timesteps[i] for i in guided]
             x = torch.cat([x, x if len(guided) == len(rows) else x[guided]])
@@ -277,7 +290,8 @@ class Sampler:
         if not noisy:
             return
         std = c.std[noisy]
-        if self.header.model.learn_sigma:
+        # A flow's second half of channels, where SiT's weights have one, was not trained.
+        if self.header.model.learn_sigma and self.prediction_type != "flow":
             fraction = (variance[noisy] + 1) / 2
             log_variance = fraction * c.log_beta[noisy] + (1 - fraction) * c.log_posterior[noisy]
             std = 0.5 * log_variance
@@ -290,12 +304,24 @@ class Sampler:
         """Pixels of a row, uint8 ``[H, W, 3]``: ``127.5 x + 128``, cut to 0..255, of what the decoder gives.
 
         Raises:
-            CheckpointError: the network's values have overflowed, which would be a black picture.
+            CheckpointError: as :meth:`decode_float`.
         """
-        if not bool(torch.isfinite(row.x).all()):
+        return to_pixels(self.decode_float(row.x))
+
+    def decode_float(self, x: Tensor) -> Tensor:
+        """The picture of ``x [C, H, W]`` as the decoder gives it, float32 ``[3, H', W']``.
+
+        Raises:
+            CheckpointError: values that are not finite, in ``x`` or in the picture.
+        """
+        if not bool(x.isfinite().all()):
             raise CheckpointError(f"{self.checkpoint_name}: its network gives values that are not finite; "
                                   "export the file again, or train on")  # fmt: skip
-        return to_pixels(self.decoder.decode(row.x))
+        picture = self.decoder.decode(x)
+        if not bool(picture.isfinite().all()):
+            raise CheckpointError(f"{self.checkpoint_name}: the decoder {self.decoder.name} gives values that are not "
+                                  "finite; let it compute in float32")  # fmt: skip
+        return picture
 
     def estimate(self, row: Row) -> Tensor:
         """The clean picture that the network saw behind the noise at the row's latest step, for
@@ -303,12 +329,12 @@ class Sampler:
         return row.previous_x0
 
     def decode_estimate(self, estimate: Tensor) -> np.ndarray:
-        """Pixels of what :meth:`estimate` gave, uint8 ``[H, W, 3]``."""
-        return to_pixels(self.decoder.decode(estimate))
+        """Pixels of what :meth:`estimate` gave, uint8 ``[H, W, 3]``. Errors: as :meth:`decode`."""
+        return to_pixels(self.decode_float(estimate))
 
     def generate(
         self,
-        class_ids: Sequence[int | str],
+        class_ids: Sequence[int | str | None],
         seed: int | None = None,
         *,
         steps: int | None = None,
@@ -318,7 +344,8 @@ class Sampler:
         cache_interval: int = 1,
         on_step: Callable[[], None] | None = None,
     ) -> list[Image.Image]:
-        """One image a class, given by its id or its name; image i uses ``seed + i``. What is ``None`` takes the
+        """One image a class, given by its id or its name, or None where the network has no classes; image i uses
+        ``seed + i``. What is ``None`` takes the
         checkpoint's default.
 
         ``on_step`` is called after each step, for a progress bar. How long it took is in :attr:`timings`.
@@ -352,12 +379,16 @@ class Sampler:
         self.timings = Timings(sampled - began, time.perf_counter() - sampled)
         return images
 
-    def class_id(self, class_id: int | str) -> int:
-        """The id of a class by its name, or by itself.
+    def class_id(self, class_id: int | str | None) -> int:
+        """The id of a class by its name, or by itself; None, of a network without classes, is 0.
 
         Raises:
-            ValueError: a name that no class has, or several have.
+            ValueError: a name that no class has, or several have; None where there are classes.
         """
+        if class_id is None:
+            if self.num_classes:
+                raise ValueError(f"class_id must be 0..{self.num_classes - 1}, or a name: this network has classes")
+            return 0
         return self._classes.resolve(class_id)
 
     def finish(self, rows: Sequence[Row], on_step: Callable[[], None] | None = None) -> None:

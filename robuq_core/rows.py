@@ -57,15 +57,16 @@ class Row:
         return self.steps_done == len(self.table)
 
     @property
-    def timestep(self) -> int:
-        """The original index 0..999 of the next step."""
+    def timestep(self) -> float:
+        """What the network sees at the next step: an original index 0..999 or, of a flow, 1000 s."""
         return self.table.timesteps[self.steps_done]
 
     @property
     def guided(self) -> bool:
         """The next step needs the unconditional output too."""
         low, high = self.spec.guidance_interval
-        return self.spec.guidance_scale != 1 and low <= self.timestep <= high
+        # A flow starts at 1000, above the highest index.
+        return self.spec.guidance_scale != 1 and low <= min(self.timestep, ALL_TIMESTEPS[1]) <= high
 
     @property
     def reuses_blocks(self) -> bool:

@@ -88,7 +88,7 @@ class Telemetry:
             start_time=began,
             attributes={
                 "robuq.model": order.model,
-                "robuq.class_id": order.class_id,
+                "robuq.class_id": -1 if order.class_id is None else order.class_id,
                 "robuq.num_images": len(order.specs),
                 "robuq.steps": spec.steps,
                 "robuq.guidance_scale": spec.guidance_scale,

@@ -9,7 +9,15 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from robuq_core.config import DiffusionConfig, ModelConfig, QuantConfig, SamplerConfig, StrictModel
+from robuq_core.config import (
+    DiffusionConfig,
+    ModelConfig,
+    QuantConfig,
+    SamplerConfig,
+    StrictModel,
+    check_fit,
+    fitting_defaults,
+)
 from robuq_core.errors import UserError
 from robuq_core.files import read_bounded
 from robuq_core.quant.hadamard import decompose_order
@@ -150,6 +158,26 @@ class TrainConfig(StrictModel):
     qat: QATConfig = QATConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _chosen_by_others(cls, tree: Any) -> Any:
+        """Fill in what follows from other keys where it is not given: ``class_dropout`` 0 and no null class belong
+        together, and the sampler's defaults are those of the network."""
+        if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
+            return tree
+        model = tree["model"]
+        if tree.get("class_dropout") == 0 and model.get("num_classes") != 0:
+            tree = {**tree, "model": {"null_class": False, **model}}
+        elif "class_dropout" not in tree and (model.get("num_classes") == 0 or model.get("null_class") is False):
+            tree = {**tree, "class_dropout": 0}
+        try:
+            diffusion = DiffusionConfig.model_validate(tree.get("diffusion", {}))
+            given = SamplerConfig.model_validate(tree.get("sampler", {}))
+            shape = ModelConfig.model_validate(tree["model"])
+            return {**tree, "sampler": fitting_defaults(given, shape, diffusion.prediction_type)}
+        except ValueError:  # said by the fields' own validation, with their names
+            return tree
+
     @model_validator(mode="after")
     def _sizes_fit(self) -> TrainConfig:
         crop = self.model.input_size * self.data.supersample
@@ -166,6 +194,25 @@ class TrainConfig(StrictModel):
                 decompose_order(width)
             except ValueError as error:
                 raise ValueError(f"model.hidden_size {self.model.hidden_size} cannot be quantised: {error}") from error
+        return self
+
+    @model_validator(mode="after")
+    def _classes_agree(self) -> TrainConfig:
+        model, drops = self.model, self.class_dropout > 0
+        if drops != model.can_guide:
+            if not model.num_classes:
+                raise ValueError(f"class_dropout must be 0, not {self.class_dropout}: model.num_classes is 0")
+            raise ValueError(f"class_dropout {self.class_dropout} and model.null_class {model.null_class} contradict "
+                             "each other: dropped labels are what trains the null class")  # fmt: skip
+        try:
+            check_fit(model, self.diffusion.prediction_type, self.sampler.sampler, self.sampler.guidance_scale)
+        except ValueError as error:
+            raise ValueError(f"sampler.{error}") from error
+        if self.sensitivity.guidance_scale != 1 and not model.can_guide:
+            raise ValueError(f"sensitivity.guidance_scale must be 1, not {self.sensitivity.guidance_scale:g}: without "
+                             "classes and a null class there is no guidance")  # fmt: skip
+        if self.class_init == "pca" and not model.num_classes:
+            raise ValueError("class_init pca needs classes, and model.num_classes is 0; set normal")
         return self
 
     @model_validator(mode="after")

@@ -10,36 +10,42 @@ import math
 import torch
 from torch import Tensor
 
-from robuq_core.config import NUM_TRAIN_TIMESTEPS, DiffusionConfig
-from robuq_core.diffusion.schedule import alphas_cumprod, to_sample_coefficients, training_target
+from robuq_core.config import NUM_TRAIN_TIMESTEPS, DiffusionConfig, PredictionType
+from robuq_core.diffusion.schedule import alphas_cumprod, mixture, to_sample_coefficients, training_target
 
 
-def add_noise(x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """``x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise`` for ``[B, C, H, W]`` images and ``[B]`` timesteps."""
-    alpha_bar = _alpha_bar(timesteps, x0)
-    return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
+def add_noise(x0: Tensor, noise: Tensor, timesteps: Tensor, prediction_type: PredictionType) -> Tensor:
+    """``x_t`` of ``[B, C, H, W]`` images and ``[B]`` timesteps: see :func:`robuq_core.diffusion.schedule.mixture`."""
+    signal, sigma = _mixture(timesteps, x0, prediction_type)
+    return signal * x0 + sigma * noise
 
 
-def _alpha_bar(timesteps: Tensor, like: Tensor) -> Tensor:
-    return alphas_cumprod().to(like.device)[timesteps].to(like.dtype)[:, None, None, None]
+def _mixture(timesteps: Tensor, like: Tensor, prediction_type: PredictionType) -> tuple[Tensor, Tensor]:
+    signal, sigma = mixture(timesteps.to(like.device), prediction_type)
+    return signal.to(like.dtype)[:, None, None, None], sigma.to(like.dtype)[:, None, None, None]
 
 
-def draw_timesteps(count: int, generator: torch.Generator) -> Tensor:
-    """Uniform timesteps 0..999, int64 ``[count]``."""
+def draw_timesteps(count: int, generator: torch.Generator, prediction_type: PredictionType) -> Tensor:
+    """Uniform timesteps ``[count]``: int64 0..999 or, of a flow, float32 from 0 to below 1000."""
+    if prediction_type == "flow":
+        return NUM_TRAIN_TIMESTEPS * torch.rand(count, generator=generator)
     return torch.randint(0, NUM_TRAIN_TIMESTEPS, (count,), generator=generator)
 
 
 def diffusion_loss(
     output: Tensor, x0: Tensor, x_t: Tensor, noise: Tensor, timesteps: Tensor, config: DiffusionConfig
 ) -> Tensor:
-    """Mean loss of a batch: MSE of the prediction, plus the bound if the output has variance channels."""
+    """Mean loss of a batch: MSE of the prediction, plus the bound if the output has variance channels.
+
+    A flow has no such bound; the spare channels of SiT's weights stay untrained, as there.
+    """
     channels = x0.shape[1]
     prediction = output[:, :channels]
-    alpha_bar = _alpha_bar(timesteps, x0)
-    loss = (prediction - training_target(x0, noise, alpha_bar, config.prediction_type)).square().mean()
-    if output.shape[1] == channels:
+    signal, sigma = _mixture(timesteps, x0, config.prediction_type)
+    loss = (prediction - training_target(x0, noise, signal, sigma, config.prediction_type)).square().mean()
+    if output.shape[1] == channels or config.prediction_type == "flow":
         return loss
-    a, b = to_sample_coefficients(alpha_bar, config.prediction_type)
+    a, b = to_sample_coefficients(signal, sigma, config.prediction_type)
     predicted_x0 = a * x_t + b * prediction.detach()
     return loss + variational_bound(predicted_x0, output[:, channels:], x0, x_t, timesteps)
 

@@ -20,7 +20,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from robuq_core.config import NUM_TRAIN_TIMESTEPS, DiffusionConfig, StrictModel
+from robuq_core.config import NUM_TRAIN_TIMESTEPS, DiffusionConfig, PredictionType, StrictModel
 from robuq_core.diffusion.guidance import guide
 from robuq_core.errors import UserError
 from robuq_core.files import replacing
@@ -83,7 +83,7 @@ class FixedBatch:
     classes: Tensor
 
 
-def fixed_batch(x0: Tensor, classes: Tensor, seed: int, index: int) -> FixedBatch:
+def fixed_batch(x0: Tensor, classes: Tensor, seed: int, index: int, prediction_type: PredictionType) -> FixedBatch:
     """Points for images ``x0`` of ``classes``: timesteps and noise depend on ``(seed, index)`` alone.
 
     Timesteps are spread evenly over the process, from a random start, so that few points cover it.
@@ -93,15 +93,17 @@ def fixed_batch(x0: Tensor, classes: Tensor, seed: int, index: int) -> FixedBatc
     start = torch.rand(1, generator=generator, dtype=torch.float64)
     fractions = (torch.arange(len(x0), dtype=torch.float64) + start) / len(x0)
     timesteps = (fractions * NUM_TRAIN_TIMESTEPS).long().clamp(max=NUM_TRAIN_TIMESTEPS - 1).to(x0.device)
-    return FixedBatch(x0, noise, add_noise(x0, noise, timesteps), timesteps, classes)
+    return FixedBatch(x0, noise, add_noise(x0, noise, timesteps, prediction_type), timesteps, classes)
 
 
-def fixed_set(source: BatchSource, samples: int, seed: int, device: torch.device) -> list[FixedBatch]:
+def fixed_set(
+    source: BatchSource, samples: int, seed: int, device: torch.device, prediction_type: PredictionType
+) -> list[FixedBatch]:
     """The first ``samples`` images of ``source`` (its batches 0, 1, ...) as fixed points, the same in every call."""
     batches: list[FixedBatch] = []
     for index in range(-(-samples // source.batch_size)):
         x0, classes = (each[: samples - index * source.batch_size].to(device) for each in source.batch(index))
-        batches.append(fixed_batch(x0, classes, seed, index))
+        batches.append(fixed_batch(x0, classes, seed, index, prediction_type))
     return batches
 
 
@@ -186,7 +188,7 @@ def _prediction(model: DiT, batch: FixedBatch, scale: float) -> tuple[Tensor, Te
     if scale == 1:
         return output, output[:, :channels]
     config = model.config
-    unconditional = model(batch.x_t, batch.timesteps, torch.full_like(batch.classes, config.null_class))
+    unconditional = model(batch.x_t, batch.timesteps, torch.full_like(batch.classes, config.null_row))
     scales = torch.full((len(output),), scale, device=output.device)
     return output, guide(output, unconditional, scales, channels, config.flavour)[:, :channels]
 

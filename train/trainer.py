@@ -84,7 +84,7 @@ def batch_loss(
     distill_weight: float = 0.0,
 ) -> Tensor:
     """Mean loss of ``batch``, plus ``distill_weight`` times the MSE to what ``teach`` says; both run in ``context``."""
-    x_t = add_noise(batch.x0, batch.noise, batch.timesteps)
+    x_t = add_noise(batch.x0, batch.noise, batch.timesteps, diffusion.prediction_type)
     with context:
         output = forward(x_t, batch.timesteps, batch.classes).float()
         if teach is not None:
@@ -302,9 +302,9 @@ class Trainer:
         x0, classes = self.source.batch(step, rank, world)
         generator = step_generator(self.config.seed, step)
         noise = torch.randn((size, *x0.shape[1:]), generator=generator)[mine]
-        timesteps = draw_timesteps(size, generator)[mine]
+        timesteps = draw_timesteps(size, generator, self.config.diffusion.prediction_type)[mine]
         dropped = torch.rand(size, generator=generator)[mine] < self.config.class_dropout
-        classes = torch.where(dropped, self.config.model.null_class, classes)
+        classes = torch.where(dropped, self.config.model.null_row, classes)
         parts = zip(*(each.chunk(self.stage.accumulate) for each in (x0, noise, timesteps, classes)), strict=True)
         return (NoisyBatch(*(each.to(self.device) for each in part)) for part in parts)
 

@@ -46,7 +46,12 @@ def memory(
         dtype = torch.bfloat16 if side == "bf16" else torch.float32
         model = _Plain(plain_network(header.model, ops.device, dtype), dtype)
     sampler = header_sampler(header, model, side, ops.name, ops.device)
-    rows = [sampler.start(RowSpec(i % sampler.num_classes, i, steps, 1.5, "ddim")) for i in range(batch)]
+    rows = [
+        sampler.start(
+            RowSpec(i % sampler.drawn_classes, i, steps, 1.5 if sampler.can_guide else 1.0, sampler.defaults.sampler)
+        )
+        for i in range(batch)
+    ]
     while not rows[0].done:
         sampler.step(rows)
     return {"idle_bytes": idle, "over_idle_bytes": peak(ops.device) - idle}

@@ -12,10 +12,10 @@ GUIDED_CHANNELS_OFFICIAL = 3
 def guide(cond: Tensor, uncond: Tensor, scale: Tensor, channels: int, flavour: Flavour) -> Tensor:
     """Guided output ``[B, C_out, H, W]``; ``scale`` float32 ``[B]``.
 
-    Flavour ``official`` guides the first 3 of the ``channels`` prediction channels, ``diffusers`` all of them; the
+    Flavours ``official`` and ``sit`` guide the first 3 of the ``channels`` prediction channels, the others all; the
     rest (and a learned variance) is the conditional half's.
     """
-    guided = min(GUIDED_CHANNELS_OFFICIAL, channels) if flavour == "official" else channels
+    guided = min(GUIDED_CHANNELS_OFFICIAL, channels) if flavour in ("official", "sit") else channels
     out = cond.clone()
     weight = scale[:, None, None, None]
     out[:, :guided] = uncond[:, :guided] + weight * (cond[:, :guided] - uncond[:, :guided])

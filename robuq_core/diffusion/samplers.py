@@ -1,9 +1,9 @@
-"""DDPM, DDIM and DPM-Solver++(2M) as tables: one step of each is a linear map with coefficients of its own.
+"""DDPM, DDIM, DPM-Solver++(2M) and the samplers of a flow as tables: one step is a linear map of its own coefficients.
 
     x_next = on_xt x_t + on_x0 x_0 + on_previous_x0 x_0' + std noise
 
 where ``x_0`` is the network's estimate at this step and ``x_0'`` the one before. So rows at any timestep of any sampler
-advance in one expression. Tables are built in float64 from ``alpha_bar`` at the visited timesteps.
+advance in one expression. Tables are built in float64 from the mixture of image and noise at the visited timesteps.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from robuq_core.config import PredictionType, SamplerName
+from robuq_core.config import FLOW_SAMPLERS, NUM_TRAIN_TIMESTEPS, PredictionType, SamplerName
 from robuq_core.diffusion.schedule import (
     alphas_cumprod,
     interior_timesteps,
@@ -23,18 +23,22 @@ from robuq_core.diffusion.schedule import (
     to_sample_coefficients,
 )
 
+# Where the SDE of a flow takes its last step, without noise: towards s = 0 its score has no bound.
+_LAST_SDE_STEP = 0.04
+
 
 @dataclass(frozen=True)
 class StepTable:
-    """The steps of one sampler run, first to last (descending timesteps); every tensor is float64 ``[steps]``.
+    """The steps of one sampler run, first to last, timesteps not rising; every tensor is float64 ``[steps]``.
 
-    ``timesteps``: the original indices 0..999 that the network sees. ``std``: of the noise added (0: none) where the
-    network learns no variance. ``log_beta`` and ``log_posterior``: the bounds between which a learned variance
-    interpolates (DDPM only).
+    ``timesteps``: what the network sees, original indices 0..999 or, of a flow, 1000 s. ``signal`` and ``sigma``: of
+    ``x_t = signal x_0 + sigma noise`` there. ``std``: of the noise added (0: none) where the network learns no
+    variance. ``log_beta`` and ``log_posterior``: the bounds between which a learned variance interpolates (DDPM only).
     """
 
-    timesteps: tuple[int, ...]
-    alpha_bar: Tensor
+    timesteps: tuple[float, ...]
+    signal: Tensor
+    sigma: Tensor
     on_xt: Tensor
     on_x0: Tensor
     on_previous_x0: Tensor
@@ -74,7 +78,7 @@ def step_coefficients(sampler: SamplerName, steps: int, prediction_type: Predict
     """
     table = step_table(sampler, steps)
     columns = Coefficients(
-        *to_sample_coefficients(table.alpha_bar, prediction_type),
+        *to_sample_coefficients(table.signal, table.sigma, prediction_type),
         table.on_xt,
         table.on_x0,
         table.on_previous_x0,
@@ -92,6 +96,8 @@ def step_table(sampler: SamplerName, steps: int) -> StepTable:
     Raises:
         ValueError: steps out of range or an unknown sampler.
     """
+    if sampler in FLOW_SAMPLERS:
+        return _flow_table(sampler, steps)
     timesteps = (interior_timesteps if sampler == "dpmsolver++" else respaced_timesteps)(steps)[::-1]
     alpha_bar = alphas_cumprod()[timesteps]
     # Past the last step the image is clean.
@@ -115,8 +121,9 @@ def step_table(sampler: SamplerName, steps: int) -> StepTable:
     elif sampler == "dpmsolver++":
         coefficients = (*_dpm_solver_2m(alpha_bar, following), zeros)
     else:
-        raise ValueError(f"sampler must be ddpm, ddim or dpmsolver++, not {sampler!r}")
-    return StepTable(tuple(timesteps), alpha_bar, *coefficients, beta.log(), clipped.log(), sampler == "ddpm")
+        raise ValueError(f"sampler must be ddpm, ddim, dpmsolver++, euler, heun or sde, not {sampler!r}")
+    signal, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    return StepTable(tuple(timesteps), signal, sigma, *coefficients, beta.log(), clipped.log(), sampler == "ddpm")
 
 
 def _dpm_solver_2m(alpha_bar: Tensor, following: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,3 +143,57 @@ def _dpm_solver_2m(alpha_bar: Tensor, following: Tensor) -> tuple[Tensor, Tensor
         previous[i] = -extrapolation * data[i]
         data[i] = (1 + extrapolation) * data[i]
     return on_xt, data, previous
+
+
+def _flow_table(sampler: SamplerName, steps: int) -> StepTable:
+    """Samplers of ``dx/ds = v`` from s = 1 to 0, by the image that the velocity stands for: ``v = (x - x_0) / s``."""
+    if not 1 <= steps <= NUM_TRAIN_TIMESTEPS:
+        raise ValueError(f"steps must be 1..{NUM_TRAIN_TIMESTEPS}, not {steps}")
+    stochastic = sampler == "sde" and steps > 1
+    if sampler == "heun":
+        sigma, coefficients = _heun(steps)
+    elif stochastic:
+        sigma, coefficients = _euler_maruyama(steps)
+    else:
+        times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        sigma, zeros = times[:-1], torch.zeros(steps, dtype=torch.float64)
+        coefficients = (*_euler(sigma, times[1:]), zeros, zeros)
+    timesteps = tuple((NUM_TRAIN_TIMESTEPS * sigma).tolist())
+    none = torch.zeros_like(sigma)
+    return StepTable(timesteps, 1 - sigma, sigma, *coefficients, none, none, stochastic)
+
+
+def _euler(sigma: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+    """``x + (s' - s) v``: factors of x and x_0."""
+    on_xt = following / sigma
+    return on_xt, 1 - on_xt
+
+
+def _heun(steps: int) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Heun's method as steps of one forward each: one that predicts, and one at its end that corrects.
+
+    The prediction lies on the line from x to x_0', so there ``v' = (x - x_0') / s`` still is the velocity it was made
+    with, and ``x + (s_end - s_start) (v - v') / 2`` is the mean of both. The last interval, whose end is s = 0, has no
+    correction, nor has the one before where ``steps`` is even.
+    """
+    intervals, corrected = steps // 2 + 1, (steps - 1) // 2
+    times = torch.linspace(1, 0, intervals + 1, dtype=torch.float64)
+    predicted = torch.stack([times[:-1], *_euler(times[:-1], times[1:]), torch.zeros_like(times[1:])], dim=1)
+    ends = times[1 : corrected + 1]
+    half = (times[:corrected] - ends) / (2 * ends)
+    mended = torch.stack([ends, torch.ones_like(ends), half, -half], dim=1)
+    pairs = torch.stack([predicted[:corrected], mended], dim=1).flatten(0, 1)
+    sigma, *coefficients = torch.cat([pairs, predicted[corrected:]]).unbind(1)
+    return sigma, (coefficients[0], coefficients[1], coefficients[2], torch.zeros_like(sigma))
+
+
+def _euler_maruyama(steps: int) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """``dx = (v - s score) ds + sqrt(2 s) dw`` (arXiv 2401.08740, eq. 5 with w = 2 s), backwards from s = 1.
+
+    ``score = -noise / s`` and the noise is ``(x - (1 - s) x_0) / s``. The last step is the mean alone.
+    """
+    sigma = torch.linspace(1, _LAST_SDE_STEP, steps, dtype=torch.float64)
+    step = torch.cat([sigma[1:], sigma.new_zeros(1)]) - sigma
+    std = (2 * sigma * -step).sqrt()
+    std[-1] = 0
+    return sigma, (1 + 2 * step / sigma, -step * (2 - sigma) / sigma, torch.zeros_like(sigma), std)

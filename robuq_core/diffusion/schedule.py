@@ -1,4 +1,4 @@
-"""Schedule tables of the linear-beta process, float64, and the timestep subsets that samplers visit."""
+"""Schedule tables of the two processes, float64, and the timestep subsets that samplers visit."""
 
 from __future__ import annotations
 
@@ -48,24 +48,45 @@ def interior_timesteps(steps: int) -> list[int]:
     return [round(i * (NUM_TRAIN_TIMESTEPS - 1) / steps) for i in range(1, steps + 1)]
 
 
-def to_sample_coefficients(alpha_bar: Tensor, prediction_type: PredictionType) -> tuple[Tensor, Tensor]:
+def mixture(timesteps: Tensor, prediction_type: PredictionType) -> tuple[Tensor, Tensor]:
+    """``(signal, sigma)`` of ``x_t = signal x_0 + sigma noise``, float64 in the shape of ``timesteps``.
+
+    flow: ``1 - s`` and ``s`` for timesteps ``1000 s``, of any type; the others: ``sqrt(abar_t)`` and
+    ``sqrt(1 - abar_t)`` for indices 0..999.
+    """
+    if prediction_type == "flow":
+        sigma = timesteps.double() / NUM_TRAIN_TIMESTEPS
+        return 1 - sigma, sigma
+    alpha_bar = alphas_cumprod().to(timesteps.device)[timesteps]
+    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+
+def to_sample_coefficients(signal: Tensor, sigma: Tensor, prediction_type: PredictionType) -> tuple[Tensor, Tensor]:
     """``(a, b)`` such that ``x_0 = a x_t + b output`` for a network that predicts ``prediction_type``.
 
-    epsilon: ``x_0 = (x_t - sqrt(1 - abar) eps) / sqrt(abar)``; v: ``x_0 = sqrt(abar) x_t - sqrt(1 - abar) v``;
-    sample: the output itself.
+    With ``x_t = signal x_0 + sigma noise``. epsilon: ``x_0 = (x_t - sigma eps) / signal``; v:
+    ``x_0 = signal x_t - sigma v``; flow: ``x_0 = x_t - sigma v``; sample: the output itself.
     """
-    signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     if prediction_type == "epsilon":
-        return 1 / signal, -noise / signal
+        return 1 / signal, -sigma / signal
     if prediction_type == "v_prediction":
-        return signal, -noise
+        return signal, -sigma
+    if prediction_type == "flow":
+        return torch.ones_like(signal), -sigma
     return torch.zeros_like(signal), torch.ones_like(signal)
 
 
-def training_target(x0: Tensor, noise: Tensor, alpha_bar: Tensor, prediction_type: PredictionType) -> Tensor:
-    """What the network should output for ``x_t = sqrt(abar) x_0 + sqrt(1 - abar) noise``; ``alpha_bar`` broadcasts."""
+def training_target(
+    x0: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor, prediction_type: PredictionType
+) -> Tensor:
+    """What the network should output for ``x_t = signal x_0 + sigma noise``; ``signal`` and ``sigma`` broadcast.
+
+    flow: ``dx_t / ds = noise - x_0``, from the image to the noise.
+    """
     if prediction_type == "epsilon":
         return noise
     if prediction_type == "v_prediction":
-        return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0
+        return signal * noise - sigma * x0
+    if prediction_type == "flow":
+        return noise - x0
     return x0

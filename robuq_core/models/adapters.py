@@ -1,15 +1,15 @@
 """Full-precision DiT weights of other code bases, in and out.
 
-Read: the DiT authors' ``.pt`` (a flat state dict, or ``{model, ema, opt, args}``), the same as safetensors, a diffusers
-pipeline folder or its ``transformer`` folder, and ``teacher.pt`` of this project's training. Written: the first and the
-third. The same tensors come back, bit for bit; ``flavour`` says whose numerics they run with.
+Read: the ``.pt`` of DiT, SiT and REPA (a flat state dict, or one in what their training saves), the same as
+safetensors, a diffusers pipeline folder or its ``transformer`` folder, and ``teacher.pt`` of this project's training.
+Written: the first and the third. The same tensors come back, bit for bit; ``flavour`` says whose numerics they have.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isqrt
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from robuq_core.config import DiffusionConfig, ModelConfig
+from robuq_core.config import DiffusionConfig, Flavour, ModelConfig, PredictionType
 from robuq_core.files import replacing
 from robuq_core.models.adapters_diffusers import read_pipeline, write_pipeline
 from robuq_core.models.adapters_files import (
@@ -32,6 +32,7 @@ from robuq_core.models.adapters_files import (
     unwrapped,
 )
 from robuq_core.models.adapters_keys import PATCH_WEIGHT, POSITIONS, Layout, foreign_keys
+from robuq_core.models.adapters_kind import argument, classes_of, kind_of, network_alone, state_dict_in
 from robuq_core.models.adapters_positions import position_scale
 from robuq_core.models.dit import DiT, position_table
 from robuq_core.models.presets import PRESETS
@@ -100,54 +101,96 @@ class Weights:
         return model
 
 
-def read_weights(path: Path | str, num_heads: int | None = None) -> Weights:
+def read_weights(
+    path: Path | str,
+    num_heads: int | None = None,
+    *,
+    prediction: PredictionType | None = None,
+    num_classes: int | None = None,
+    flavour: Flavour | None = None,
+) -> Weights:
     """Find out what ``path`` holds; see the module for what is understood.
 
     Args:
         num_heads: attention heads, for an official file of a width that leaves them open.
+        prediction, num_classes: for an official file that does not say them.
+        flavour: whose numerics to run with; default: those of the file's kind.
 
     Raises:
-        WeightsError: nothing usable; the message names the file, the key and the fix.
+        WeightsError: nothing usable, or not enough to know what it is; the message names the file, the key and the fix.
     """
     path = Path(path)
+    given = Given(num_heads, prediction, num_classes, flavour)
     if path.is_dir():
-        return _read_diffusers(path, num_heads)
+        return given.compared(_read_diffusers(path, num_heads))
     if path.suffix == ".safetensors" and path.is_file():
         table, metadata = safetensors_of(path)
         if "robuq" in metadata:
             raise WeightsError(
                 f"{path}: a packed checkpoint, whose full-precision weights are gone; give what it was made from"
             )
-        return _read_official(path, table, None, num_heads)
+        return _read_official(path, table, None, given)
     tree = load_pickle(path)
     if isinstance(tree, dict) and {"ema", "optimiser", "history"} <= set(tree):
-        return _read_trained(path, tree)
+        return given.compared(_read_trained(path, tree))
     if isinstance(tree, dict) and {"shards", "history"} <= set(tree):
         raise WeightsError(
             f"{path}: a training state in shards; go on with the stage in one process, which saves whole"
         )
-    arguments = None
-    if isinstance(tree, dict):
-        arguments = tree.get("args")
-        tree = next((tree[key] for key in ("ema", "model") if isinstance(tree.get(key), dict)), tree)
-    return _read_official(path, tensors_of(path, tree), arguments, num_heads)
+    arguments = tree.get("args") if isinstance(tree, dict) else None
+    return _read_official(path, tensors_of(path, state_dict_in(tree)), arguments, given)
 
 
-def load_dit(path: Path | str, num_heads: int | None = None) -> tuple[ModelConfig, DiT]:
+@dataclass(frozen=True)
+class Given:
+    """What the caller of :func:`read_weights` says about a file."""
+
+    num_heads: int | None
+    prediction: PredictionType | None
+    num_classes: int | None
+    flavour: Flavour | None
+
+    def compared(self, weights: Weights) -> Weights:
+        """``weights`` of a file that says what it is, in the flavour asked for.
+
+        Raises:
+            WeightsError: it is something else than what is said here.
+        """
+        found = (weights.diffusion or DiffusionConfig()).prediction_type
+        if self.prediction not in (None, found):
+            raise WeightsError(f"{weights.path}: prediction is {found} there, not {self.prediction}; leave it out")
+        if self.num_classes not in (None, weights.config.num_classes):
+            raise WeightsError(f"{weights.path}: num_classes is {weights.config.num_classes} there, not "
+                               f"{self.num_classes}; leave it out")  # fmt: skip
+        if self.flavour is None:
+            return weights
+        return replace(weights, config=weights.config.model_copy(update={"flavour": self.flavour}))
+
+
+def load_dit(path: Path | str, num_heads: int | None = None, **said: Any) -> tuple[ModelConfig, DiT]:
     """The network in ``path`` and its shape, parameters float32. Arguments and errors: as :func:`read_weights`."""
-    weights = read_weights(path, num_heads)
+    weights = read_weights(path, num_heads, **said)
     return weights.config, weights.model()
 
 
-def save_official(model: DiT, path: Path) -> None:
-    """Write a full-precision ``model`` as the DiT authors' flat ``.pt``, positions included.
+def save_official(model: DiT, path: Path, diffusion: DiffusionConfig | None = None) -> None:
+    """Write a full-precision ``model`` as the DiT authors' ``.pt``, positions included.
+
+    It is the form that their training saves, ``{ema, args}``: the arguments say what the tensors do not. ``diffusion``
+    defaults to DiT's.
 
     Raises:
         WeightsError: the model is quantised.
     """
     tensors = {POSITIONS: model.pos_embed.detach(), **_foreign_tensors(model, "official")}
+    config = model.config
+    arguments = {
+        "prediction_type": (diffusion or DiffusionConfig()).prediction_type,
+        "flavour": "official" if config.flavour == "diffusers" else config.flavour,
+        "num_classes": config.num_classes,
+    }
     with replacing(path) as temporary:
-        torch.save(tensors, temporary)
+        torch.save({"ema": tensors, "args": arguments}, temporary)
 
 
 def save_diffusers(
@@ -240,8 +283,8 @@ def _depth(table: Mapping[str, object], prefix: str) -> int:
     return len({found[1] for key in table if (found := re.match(rf"{prefix}\.(\d+)\.", key))})
 
 
-def _read_official(path: Path, table: TensorTable, arguments: object, num_heads: int | None) -> Weights:
-    table = unwrapped(table)
+def _read_official(path: Path, table: TensorTable, arguments: object, given: Given) -> Weights:
+    table, projectors = network_alone(unwrapped(table))
     if "pos_embed.proj.weight" in table:
         raise WeightsError(f"{path}: tensors of diffusers; give the folder that holds this file and its config.json")
     try:
@@ -250,13 +293,15 @@ def _read_official(path: Path, table: TensorTable, arguments: object, num_heads:
             raise WeightsError(f"{path}: {POSITIONS} is missing, which alone tells the size of the pictures; "
                                "save the whole state_dict() of the authors' model")  # fmt: skip
         _, tokens, _ = table[POSITIONS].shape
-        classes = table["y_embedder.embedding_table.weight"].shape[0] - 1
+        rows = table["y_embedder.embedding_table.weight"].shape[0]
         outputs, hidden = table["final_layer.linear.weight"].shape[0], table["blocks.0.mlp.fc1.weight"].shape[0]
     except KeyError as error:
         raise WeightsError(f"{path}: not the tensors of a class-conditional DiT: {error.args[0]} is missing") from error
     except ValueError as error:
         raise WeightsError(f"{path}: not the tensors of a class-conditional DiT: {error}") from error
     positions = table[POSITIONS].read()
+    kind = kind_of(path, arguments, projectors, given.prediction, given.flavour)
+    classes, null_class = classes_of(path, rows, arguments, given.num_classes)
     config = _config(
         path,
         input_size=isqrt(tokens) * patch,
@@ -264,20 +309,22 @@ def _read_official(path: Path, table: TensorTable, arguments: object, num_heads:
         in_channels=channels,
         hidden_size=width,
         depth=_depth(table, "blocks"),
-        num_heads=num_heads or _official_heads(path, width, arguments),
+        num_heads=given.num_heads or _official_heads(path, width, arguments),
         mlp_ratio=hidden // width,
         num_classes=classes,
+        null_class=null_class,
+        flavour=kind.flavour,
         learn_sigma=outputs != channels * patch**2,
         position_scale=position_scale(path, POSITIONS, positions),
     )
     # Half precision has blurred the table: the exact one is known.
     kept = positions if positions.dtype is torch.float32 else None
-    return _checked(Weights(path, "official", config, table, kept))
+    return _checked(Weights(path, "official", config, table, kept, DiffusionConfig(prediction_type=kind.prediction)))
 
 
 def _official_heads(path: Path, width: int, arguments: object) -> int:
     """No tensor tells: the published sizes do, or the one of DiT's head widths that divides ``width``."""
-    named = PRESETS.get(str(getattr(arguments, "model", "")))
+    named = PRESETS.get(str(argument(arguments, "model")).replace("SiT", "DiT"))
     if named is not None and named.hidden_size == width:
         return named.num_heads
     published = {shape.hidden_size: shape.num_heads for shape in PRESETS.values()}

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from safetensors.torch import save_file
 from torch import Tensor
 
-from robuq_core.config import NUM_TRAIN_TIMESTEPS, DiffusionConfig, ModelConfig, PredictionType
+from robuq_core.config import NUM_TRAIN_TIMESTEPS, DiffusionConfig, ModelConfig
 from robuq_core.files import publish_folder, replacing
 from robuq_core.models.adapters_files import WEIGHTS_NAME, WeightsError, read_json
 
@@ -42,7 +42,7 @@ class _Transformer(BaseModel):
     num_layers: int = 28
     sample_size: int = 32
     patch_size: int = 2
-    num_embeds_ada_norm: int = 1000
+    num_embeds_ada_norm: int = Field(1000, ge=0)
     activation_fn: Literal["gelu-approximate"] = "gelu-approximate"
     norm_type: Literal["ada_norm_zero"] = "ada_norm_zero"
     attention_bias: Literal[True] = True
@@ -55,16 +55,24 @@ class _Scheduler(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
+    class_name: str = Field("", alias="_class_name")
     num_train_timesteps: Literal[1000] = 1000
     beta_start: float = Field(_BETA_START, ge=0.999 * _BETA_START, le=1.001 * _BETA_START)
     beta_end: float = Field(_BETA_END, ge=0.999 * _BETA_END, le=1.001 * _BETA_END)
     beta_schedule: Literal["linear"] = "linear"
     trained_betas: None = None
     rescale_betas_zero_snr: Literal[False] = False
-    prediction_type: PredictionType = "epsilon"
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
     thresholding: Literal[False] = False
     clip_sample: bool = False
     clip_sample_range: float = 1.0
+
+    @field_validator("class_name")
+    @classmethod
+    def _diffusion(cls, value: str) -> str:
+        if value.startswith("FlowMatch"):
+            raise ValueError("a flow; give the original .pt file")
+        return value
 
     @field_validator("clip_sample_range")
     @classmethod
@@ -156,6 +164,9 @@ def write_pipeline(
     if model.position_scale != 1 or model.mlp_ratio != 4:
         raise WeightsError("diffusers' DiT has a position_scale of 1 and an mlp_ratio of 4, not "
                            f"{model.position_scale:g} and {model.mlp_ratio}; write the official format")  # fmt: skip
+    if diffusion.prediction_type == "flow" or not model.null_class:
+        reason = "prediction_type flow" if model.null_class else "a class table without a row for no class"
+        raise WeightsError(f"diffusers has no DiT with {reason}; write the official format")
     vae_class = None if vae is None else read_json(vae / "config.json").get("_class_name")
     index: dict[str, Any] = {
         "_class_name": "DiTPipeline",

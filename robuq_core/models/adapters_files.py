@@ -21,8 +21,8 @@ from robuq_core import files
 from robuq_core.errors import UserError
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
-# What DistributedDataParallel and torch.compile put before every name.
-_WRAPPERS = ("module.", "_orig_mod.")
+# What DistributedDataParallel, torch.compile and trainers put before every name.
+_WRAPPERS = ("module.", "_orig_mod.", "ema_model.", "model.")
 
 
 class WeightsError(UserError):
@@ -76,7 +76,7 @@ def tensors_of(path: Path, tree: Any) -> TensorTable:
 
 def unwrapped(table: TensorTable) -> TensorTable:
     """``table`` without the prefixes that wrappers of a model leave on all its names."""
-    for prefix in _WRAPPERS * 2:  # either may be within the other
+    for prefix in _WRAPPERS * 2:  # each may be within another
         if table and all(key.startswith(prefix) for key in table):
             table = {key.removeprefix(prefix): stored for key, stored in table.items()}
     return table

@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robuq_core.config import ModelConfig
+from robuq_core.config import NUM_TRAIN_TIMESTEPS, ModelConfig
 from robuq_core.kernels.ops import Backend, TernaryLayer, whole_layer
 from robuq_core.models.dit import timestep_features
 
 TABLE_BYTES = 32 * 2**20
 BLOCK_ENTRIES = 6
 
-Pair = tuple[int, int]
+Pair = tuple[float, int]
 
 
 class ConditioningTable:
@@ -46,7 +46,7 @@ class ConditioningTable:
     ) -> None:
         self._config, self._dense, self._adaln, self._backend = config, dense, tuple(adaln), backend
         self._ternary = whole_layer(backend)
-        self._timestep_embeddings: dict[int, Tensor] = {}
+        self._timestep_embeddings: dict[float, Tensor] = {}
         self._allocate(max(1, max_bytes // (4 * self._height * config.hidden_size)))
 
     @property
@@ -63,7 +63,7 @@ class ConditioningTable:
         self._slot_of.clear()
         self._free = list(reversed(range(self.table.shape[1])))
 
-    def slots(self, timesteps: Sequence[int], classes: Sequence[int]) -> Tensor:
+    def slots(self, timesteps: Sequence[float], classes: Sequence[int]) -> Tensor:
         """Where each row's entry lies in :attr:`table`, int64 ``[B]`` on its device; what is missing is computed.
 
         Holds until the next call.
@@ -82,7 +82,7 @@ class ConditioningTable:
             self._add(missing)
         return torch.tensor([self._slot_of[pair] for pair in pairs], device=self.table.device)
 
-    def final(self, timesteps: Sequence[int], classes: Sequence[int]) -> Tensor:
+    def final(self, timesteps: Sequence[float], classes: Sequence[int]) -> Tensor:
         """The final layer's shift and scale alone, ``[2, B, D]``: the same values, computed and not kept."""
         modulation = self._final(self._embeddings(list(zip(timesteps, classes, strict=True))))
         return modulation.reshape(len(timesteps), 2, -1).transpose(0, 1)
@@ -120,8 +120,10 @@ class ConditioningTable:
         parts = modulation.reshape(len(slots), -1, self._config.hidden_size).transpose(0, 1)
         self.table[first : first + len(parts)].index_copy_(1, slots, parts)
 
-    def _timestep_embedding(self, timestep: int) -> Tensor:
+    def _timestep_embedding(self, timestep: float) -> Tensor:
         if timestep not in self._timestep_embeddings:
+            if len(self._timestep_embeddings) >= NUM_TRAIN_TIMESTEPS:  # the times of a flow are any numbers
+                self._timestep_embeddings.clear()
             features = timestep_features(torch.tensor([timestep]), self._config.flavour).to(self.table.device)
             hidden = F.silu(self._linear(features, "t_embedder.mlp.0"))
             self._timestep_embeddings[timestep] = self._linear(hidden, "t_embedder.mlp.2")[0]

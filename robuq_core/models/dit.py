@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robuq_core.config import ModelConfig
+from robuq_core.config import NUM_TRAIN_TIMESTEPS, ModelConfig
 from robuq_core.quant.attention import quantized_attention
 
 FREQUENCY_SIZE = 256
@@ -43,12 +43,19 @@ def position_table(config: ModelConfig) -> Tensor:
 def timestep_features(timesteps: Tensor, flavour: str) -> Tensor:
     """Sinusoids ``[cos|sin]`` of timesteps ``[B]`` -> ``[B, 256]``, float32.
 
-    Frequencies ``exp(-ln(10000) k / 128)``; the ``diffusers`` flavour divides by 127 instead.
+    Frequencies ``exp(-ln(10000) k / 128)``; the ``diffusers`` flavour divides by 127 instead. What is encoded is the
+    timestep itself; in the flavour ``repa`` its thousandth, the time from image to noise, and in ``sit`` that from
+    noise to image.
     """
     half = FREQUENCY_SIZE // 2
-    divisor = half if flavour == "official" else half - 1
+    divisor = half - 1 if flavour == "diffusers" else half
     frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32) / divisor)
-    angle = timesteps.float()[:, None] * frequencies.to(timesteps.device)
+    time = timesteps.float()
+    if flavour in ("sit", "repa"):
+        time = time / NUM_TRAIN_TIMESTEPS
+    if flavour == "sit":
+        time = 1 - time
+    angle = time[:, None] * frequencies.to(timesteps.device)
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
@@ -82,11 +89,11 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class table ``[num_classes + 1, D]``; the last row stands for no class."""
+    """Class table ``[rows, D]``."""
 
-    def __init__(self, num_classes: int, width: int) -> None:
+    def __init__(self, rows: int, width: int) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, width)
+        self.embedding_table = nn.Embedding(rows, width)
 
     def forward(self, classes_B: Tensor) -> Tensor:
         return self.embedding_table(classes_B)  # type: ignore[no-any-return]
@@ -137,7 +144,12 @@ class DiTBlock(nn.Module):
 
 def norm2_eps(config: ModelConfig) -> float:
     """Epsilon of the second norm of a block: 1e-6, or diffusers' class default of 1e-5."""
-    return 1e-6 if config.flavour == "official" else 1e-5
+    return 1e-5 if config.flavour == "diffusers" else 1e-6
+
+
+def negates_output(config: ModelConfig) -> bool:
+    """Whether the final layer gives the velocity from noise to image: here it runs from image to noise."""
+    return config.flavour == "sit"
 
 
 class FinalLayer(nn.Module):
@@ -167,7 +179,7 @@ class DiT(nn.Module):
         width = config.hidden_size
         self.x_embedder = nn.Linear(config.in_channels * config.patch_size**2, width)
         self.t_embedder = TimestepEmbedder(width, config.flavour)
-        self.y_embedder = LabelEmbedder(config.num_classes, width)
+        self.y_embedder = LabelEmbedder(config.class_rows, width)
         self.register_buffer("pos_embed", position_table(config)[None], persistent=False)
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
@@ -194,4 +206,5 @@ class DiT(nn.Module):
         c_BD = self.t_embedder(timesteps_B.to(device)) + self.y_embedder(classes_B.to(device))
         for block in self.blocks:
             x_BLD = block(x_BLD, c_BD)
-        return unpatchify(self.final_layer(x_BLD, c_BD), config.patch_size, config.out_channels)
+        out = unpatchify(self.final_layer(x_BLD, c_BD), config.patch_size, config.out_channels)
+        return -out if negates_output(config) else out

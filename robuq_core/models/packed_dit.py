@@ -18,7 +18,7 @@ from robuq_core.errors import TooSlowError
 from robuq_core.kernels.ops import Backend, FusedBackend, Modulation, Prologue, TernaryLayer, whole_layer
 from robuq_core.kernels.reference import ReferenceBackend
 from robuq_core.models.conditioning import BLOCK_ENTRIES, ConditioningTable
-from robuq_core.models.dit import norm2_eps, patchify, position_table, unpatchify
+from robuq_core.models.dit import negates_output, norm2_eps, patchify, position_table, unpatchify
 from robuq_core.models.graphs import CudaRecorder, Denoise, DenoiseKeeping, GraphedDenoise, buckets
 from robuq_core.openmp import on_one_thread
 
@@ -168,7 +168,8 @@ class PackedDiT:
         normed = F.layer_norm(x_BLD, x_BLD.shape[-1:], eps=1e-6)
         modulated = normed.mul_(1 + scale[:, None]).add_(shift[:, None])
         out = self._dense_linear(modulated.flatten(0, 1), "final_layer.linear").reshape(*x_BLD.shape[:2], -1)
-        return unpatchify(out, self.config.patch_size, self.config.out_channels)
+        image = unpatchify(out, self.config.patch_size, self.config.out_channels)
+        return image.neg_() if negates_output(self.config) else image
 
     def _dense_linear(self, x: Tensor, name: str) -> Tensor:
         return self.backend.linear(x, self.dense[f"{name}.weight"], self.dense[f"{name}.bias"])

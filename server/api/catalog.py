@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from robuq_core.config import SamplerConfig
+from robuq_core.config import PredictionType, SamplerConfig
 from server.api.classes import ClassIndex
 from server.api.openai_schemas import openai_schema
 from server.api.schemas import request_schema
@@ -25,6 +25,8 @@ class Model:
 
     name: str
     num_classes: int
+    prediction_type: PredictionType
+    can_guide: bool
     size: str
     defaults: SamplerConfig
     classes: ClassIndex
@@ -52,10 +54,12 @@ class Catalog:
             model = self._models[sampler] = Model(
                 name=name,
                 num_classes=sampler.num_classes,
+                prediction_type=sampler.prediction_type,
+                can_guide=sampler.can_guide,
                 size=size,
                 defaults=sampler.defaults,
                 classes=ClassIndex(sampler.class_names, sampler.num_classes),
-                schema=request_schema(sampler.num_classes, self._max_timeout_s),
+                schema=request_schema(sampler.num_classes, sampler.prediction_type, self._max_timeout_s),
                 openai_schema=openai_schema(name, size, self._max_timeout_s),
                 created=int(time.time()),
             )

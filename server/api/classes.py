@@ -60,12 +60,21 @@ class ClassIndex:
         return list(found)[:limit]
 
     def resolve(self, class_id: int | None, class_name: str | None) -> int:
-        """The class id of a request that has one of the two, or the 422 that tells why there is none."""
+        """The class id of a request that has at most one of the two, or the 422 that tells why there is none.
+
+        0 where the model has no classes, and the request names none.
+        """
+        if not self.num_classes:
+            for field, value in (("class_id", class_id), ("class_name", class_name)):
+                if value is not None:
+                    raise invalid(field, f"{field}: this model has no classes; leave it out")
+            return 0
         if class_id is not None:
             if class_id >= self.num_classes:
                 raise invalid("class_id", f"class_id must be an integer from 0 to {self.num_classes - 1}")
             return class_id
-        assert class_name is not None
+        if class_name is None:
+            raise invalid("class_id", "give class_id or class_name")
         return self.by_name(class_name, "class_name", "give one of these as class_id")
 
     def by_name(self, name: str, field: str, instead: str) -> int:

@@ -8,6 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 
 import robuq_core
+from robuq_core.config import samplers_of
 from server.api.intake import Intake
 from server.api.responses import documented
 from server.api.schemas import (
@@ -45,8 +46,11 @@ def describe(engine: Engine, settings: Settings) -> InfoResponse:
         decoder=DecoderSchema(name=sampler.decoder.name, weight_bytes=sampler.decoder.weight_bytes),
         image_size=sampler.image_size,
         num_classes=sampler.num_classes,
+        prediction_type=sampler.prediction_type,
+        guidance=sampler.can_guide,
         replicas=len(engine.load().replicas),
         features=features,
+        samplers=list(samplers_of(sampler.prediction_type)),
         defaults=DefaultsSchema(**sampler.defaults.model_dump()),
         priorities=PrioritiesSchema(ageing_s=settings.priority_ageing_s),
         limits=LimitsSchema(

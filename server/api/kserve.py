@@ -26,7 +26,7 @@ from server.api.kserve_schemas import (
     ServerReady,
     TensorMetadata,
 )
-from server.api.order import Order, make_order
+from server.api.order import Order, check_choices, make_order
 from server.api.responses import documented, documented_headers, result_headers
 from server.api.tensors import INPUTS, read_inputs
 from server.engine import Result
@@ -73,6 +73,8 @@ def _order(body: InferRequest, model: Model, intake: Intake) -> Order:
         given = values.get(name, [otherwise])
         return given[i if len(given) > 1 else 0]
 
+    for scale in values.get("guidance_scale", ()):
+        check_choices(model, order.specs[0].sampler, scale)
     # One seed for several images counts up from image to image, as in POST /generate.
     order.specs = tuple(
         RowSpec(

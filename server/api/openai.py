@@ -73,6 +73,8 @@ def check_model(name: str | None, model: Model) -> None:
 
 def _class_of(prompt: str, model: Model) -> int:
     """The class that ``prompt`` names, or its number; a class whose name is a number wins over that number."""
+    if not model.num_classes:
+        return 0  # its clients must send a prompt, and there is nothing to choose
     number = prompt.strip()
     if number.isascii() and number.isdigit() and len(number) < 9 and not model.classes.has_name(number):
         if int(number) >= model.num_classes:

@@ -73,7 +73,7 @@ class ImagesResponse(BaseModel):
     output_format: ImageFormat
     size: str
     seed: int
-    class_id: int
+    class_id: int | None
     steps: int
     guidance_scale: float
     sampler: SamplerName

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from robuq_core.config import MAX_SEED, NUM_TRAIN_TIMESTEPS, SAMPLERS, SamplerName
+from robuq_core.config import MAX_SEED, NUM_TRAIN_TIMESTEPS, PredictionType, SamplerName, samplers_of
 from server.engine.images import IMAGE_FORMATS, ImageFormat
 from server.engine.model import ALL_TIMESTEPS
 from server.scheduler.interface import MAX_PRIORITY
@@ -19,7 +19,7 @@ Timestep = Annotated[int, Field(ge=0, le=NUM_TRAIN_TIMESTEPS - 1)]
 
 
 class GenerateRequest(BaseModel):
-    """What to draw. Either ``class_id`` or ``class_name`` is needed; everything else has a default."""
+    """What to draw. ``class_id`` or ``class_name`` is needed where the model has classes; the rest has a default."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, json_schema_extra={"examples": [{"class_id": 207}]}
@@ -84,8 +84,6 @@ class GenerateRequest(BaseModel):
 
     @model_validator(mode="after")
     def _one_class(self) -> GenerateRequest:
-        if self.class_id is None and self.class_name is None:
-            raise PydanticCustomError("class_choice", "give class_id or class_name")
         if self.class_id is not None and self.class_name is not None:
             raise PydanticCustomError("class_choice", "give class_id or class_name, not both")
         if self.preview_every and not self.stream:
@@ -109,7 +107,7 @@ class GenerateResponse(BaseModel):
 
     images: list[str] = Field(description="Files in base64, in order of their seeds.")
     seed: int
-    class_id: int
+    class_id: int | None = Field(description="null where the model has no classes.")
     class_name: str
     steps: int
     guidance_scale: float
@@ -218,20 +216,23 @@ class InfoResponse(BaseModel):
     weight_bytes: int
     decoder: DecoderSchema
     image_size: int
-    num_classes: int
+    num_classes: int = Field(description="0 where the model has no classes: requests name none.")
+    prediction_type: PredictionType = Field(description="What the network predicts; flow: a velocity (SiT, REPA).")
+    guidance: bool = Field(description="Whether guidance_scale may be another than 1.")
     replicas: int
     features: list[str]
-    samplers: list[SamplerName] = list(SAMPLERS)
+    samplers: list[SamplerName]
     formats: list[ImageFormat] = list(IMAGE_FORMATS)
     defaults: DefaultsSchema
     priorities: PrioritiesSchema
     limits: LimitsSchema
 
 
-def request_schema(num_classes: int, max_timeout_s: float) -> dict[str, Any]:
+def request_schema(num_classes: int, prediction_type: PredictionType, max_timeout_s: float) -> dict[str, Any]:
     """JSON schema of :class:`GenerateRequest` for a model of ``num_classes`` classes."""
     schema = GenerateRequest.model_json_schema()
-    schema["properties"]["class_id"]["anyOf"][0]["maximum"] = num_classes - 1
+    schema["properties"]["sampler"]["anyOf"][0]["enum"] = list(samplers_of(prediction_type))
+    schema["properties"]["class_id"]["anyOf"][0]["maximum"] = max(0, num_classes - 1)
     schema["properties"]["timeout_s"]["anyOf"][0]["maximum"] = max_timeout_s
     return schema
 

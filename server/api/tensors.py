@@ -30,7 +30,8 @@ INPUTS = {tensor.name: tensor for tensor in (CLASS_ID, SEED, STEPS, GUIDANCE_SCA
 
 
 def read_inputs(body: InferRequest, num_classes: int) -> dict[str, list[Any]]:
-    """Values by the tensor's name, one for each image or a single one for all; ``class_id`` tells how many images.
+    """Values by the tensor's name, one for each image or a single one for all; ``class_id`` tells how many images, and
+    is all zeros for a model without classes.
 
     Raises:
         ApiError: 422 that names the input.
@@ -58,7 +59,7 @@ def _values(tensor: InferInput, kind: InputTensor, num_classes: int) -> list[Any
     data = _flat(tensor.data)
     if data is None or math.prod(tensor.shape) != len(data) or tensor.shape[1:] not in ([], [1]):
         raise invalid(kind.name, f"input {kind.name} must have the shape [n] or [n, 1], and n values in data")
-    most = num_classes - 1 if kind is CLASS_ID else kind.most
+    most = max(0, num_classes - 1) if kind is CLASS_ID else kind.most
     number = (int,) if kind.datatype == "INT64" else (int, float)
     for value in data:
         if isinstance(value, bool) or not isinstance(value, number) or not kind.least <= value <= most:

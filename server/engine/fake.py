@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from robuq_core.config import SamplerConfig
+from robuq_core.config import PredictionType, SamplerConfig
 from robuq_core.decode import Decoder, PixelDecoder
 from server.engine.model import RowSpec
 
@@ -41,12 +41,12 @@ class FakeSampler:
         on_step: called with the rows before they advance; what it raises, ``step`` raises.
     """
 
-    defaults = SamplerConfig(sampler="ddim", steps=4, guidance_scale=1.5)
     checkpoint_name = "fake"
     backend_name = "fake"
     average_activation_bits = 2.0
     weight_bytes = 0
     forward_limit_s: float | None = None
+    prediction_type: PredictionType = "epsilon"
     decoder: Decoder = PixelDecoder()
 
     def __init__(
@@ -61,7 +61,10 @@ class FakeSampler:
         self.image_size = image_size
         self.class_names = class_names
         self.num_classes = len(class_names)
+        self.drawn_classes = max(1, self.num_classes)
+        self.can_guide = self.num_classes > 0
         self.on_step = on_step
+        self.defaults = SamplerConfig(sampler="ddim", steps=4, guidance_scale=1.5 if self.can_guide else 1.0)
 
     def replica(self, **_: object) -> FakeSampler:
         """Another one like it."""

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from robuq_core.config import SamplerConfig
+from robuq_core.config import PredictionType, SamplerConfig
 from robuq_core.decode import Decoder
 from robuq_core.pipeline import ALL_TIMESTEPS, RowSpec
 
@@ -50,6 +50,16 @@ class StepSampler(Protocol):
     def class_names(self) -> tuple[str, ...]: ...
     @property
     def num_classes(self) -> int: ...
+    @property
+    def drawn_classes(self) -> int:
+        """How many ids a row may have: ``num_classes``, or one where there are no classes."""
+
+    @property
+    def prediction_type(self) -> PredictionType: ...
+    @property
+    def can_guide(self) -> bool:
+        """Whether a guidance_scale other than 1 is possible."""
+
     @property
     def image_size(self) -> int: ...
     @property

@@ -77,8 +77,9 @@ class WarmUp:
     def _rows(self, size: int) -> list[Any]:
         """Images that take ``size`` rows of the model."""
         sampler_name = self.sampler.defaults.sampler
-        guidance = [_GUIDED] * (size // 2) + [_UNGUIDED] * (size % 2)
+        pairs = size // 2 if self.sampler.can_guide else 0
+        guidance = [_GUIDED] * pairs + [_UNGUIDED] * (size - 2 * pairs)
         return [
-            self.sampler.start(RowSpec(i % self.sampler.num_classes, i, 2, scale, sampler_name))
+            self.sampler.start(RowSpec(i % self.sampler.drawn_classes, i, 2, scale, sampler_name))
             for i, scale in enumerate(guidance)
         ]

@@ -100,7 +100,7 @@ async function draw() {
   settings.clearErrors();
   const body = settings.read();
   if (!body) return;
-  const strip = makeStrip({ class_name: picker.chosen?.name, ...body }, picker.label() || "?");
+  const strip = makeStrip({ class_name: picker.chosen?.name, ...body }, picker.label() || (info?.num_classes === 0 ? "no class" : "?"));
   addStrip(strip);
   loupe.show(strip, 0);
   bringIntoView(byId("loupe"));
@@ -146,9 +146,12 @@ async function describeServer() {
       ["weights", bytes(info.weight_bytes)],
       ["images", `${info.image_size} × ${info.image_size}`],
       ["classes", info.num_classes.toLocaleString("en")],
+      ["predicts", info.prediction_type],
     ]),
   );
-  if (!byId("class").value) await randomClass();
+  byId("class").closest(".field").hidden = !info.num_classes;
+  if (!info.num_classes) picker.clear();
+  else if (!byId("class").value) await randomClass();
 }
 
 /** Note what draws a strip: another checkpoint may have been loaded since the page was opened. */

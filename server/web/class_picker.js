@@ -42,6 +42,13 @@ export class ClassPicker {
     this.input.dispatchEvent(new Event("change", { bubbles: true }));
   }
 
+  /** Of a model without classes. */
+  clear() {
+    this.chosen = null;
+    this.input.value = "";
+    this.close();
+  }
+
   /** Show the name that the server gave to the number that is still in the field. */
   learn({ class_id, class_name }) {
     if (this.input.value.trim() !== String(class_id) || document.activeElement === this.input) return;

@@ -19,7 +19,7 @@ export function curlLine(request, seed) {
   ].join(" \\\n  ");
 }
 
-const fileName = ({ class_id, format }, seed) => `robuq-${class_id}-${seed}.${format === "jpeg" ? "jpg" : format}`;
+const fileName = ({ class_id, format }, seed) => `robuq-${class_id ?? "image"}-${seed}.${format === "jpeg" ? "jpg" : format}`;
 
 export class Loupe {
   /** `reuse(settings)` fills the form. */
@@ -87,7 +87,7 @@ export class Loupe {
   facts() {
     const { request, checkpoint } = this.strip;
     const known = [
-      ["class", request.class_id === undefined ? null : `${request.class_id} ${request.class_name ?? ""}`],
+      ["class", request.class_id == null ? null : `${request.class_id} ${request.class_name ?? ""}`],
       ["seed", this.frame.seed],
       ["steps", request.steps],
       ["guidance", request.guidance_scale],

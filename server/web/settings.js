@@ -22,10 +22,11 @@ export class Settings {
   }
 
   /** Offer what the server does, with its defaults. */
-  describe({ defaults, limits, samplers, formats }) {
+  describe({ defaults, limits, samplers, formats, guidance }) {
     const options = (names) => names.map((name) => element("option", { value: name }, name));
     byId("sampler").replaceChildren(...options(samplers));
     byId("format").replaceChildren(...options(formats));
+    byId("guidance_scale").disabled = !guidance;
     byId("num_images").max = limits.max_images_per_request;
     for (const [name, value] of Object.entries(defaults)) byId(name).value = value;
   }

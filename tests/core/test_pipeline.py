@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_model, write_tiny
 
-from robuq_core.config import SAMPLERS
+from robuq_core.config import DIFFUSION_SAMPLERS
 from robuq_core.models.packed_dit import PackedDiT
 from robuq_core.pipeline import Row, RowSpec, Sampler
 
@@ -18,7 +18,7 @@ SPECS = st.builds(
     seed=st.integers(0, 2**32 - 1),
     steps=st.integers(1, 6),
     guidance_scale=st.sampled_from([0.0, 1.0, 1.5, 4.0]),
-    sampler=st.sampled_from(SAMPLERS),
+    sampler=st.sampled_from(DIFFUSION_SAMPLERS),
     guidance_interval=st.sampled_from([(0, 999), (300, 800), (999, 999), (0, 0)]),
     cache_interval=st.integers(1, 4),
 )

@@ -13,7 +13,7 @@ import pytest
 from serving_harness import live_server
 from tiny import write_tiny
 
-from robuq_core.config import SAMPLERS
+from robuq_core.config import DIFFUSION_SAMPLERS
 from robuq_core.pipeline import Sampler
 
 NEIGHBOURS = 32
@@ -46,7 +46,7 @@ def test_a_class_alone_draws_an_image(real_client: httpx.Client) -> None:
     assert by_name.json()["class_id"] == class_id
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", DIFFUSION_SAMPLERS)
 def test_the_same_bytes_alone_and_among_random_neighbours(real_client: httpx.Client, sampler: str) -> None:
     num_classes = real_client.get("/info").json()["num_classes"]
     rng = random.Random(7)
@@ -59,7 +59,7 @@ def test_the_same_bytes_alone_and_among_random_neighbours(real_client: httpx.Cli
             "guidance_scale": rng.choice([0, 1, 1.5, 7]),
             "guidance_interval": rng.choice([[0, 999], [200, 800]]),
             "cache_interval": rng.randint(1, 3),
-            "sampler": rng.choice(SAMPLERS),
+            "sampler": rng.choice(DIFFUSION_SAMPLERS),
         }
         for _ in range(NEIGHBOURS)
     ]

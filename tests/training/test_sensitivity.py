@@ -32,7 +32,7 @@ def _pair() -> tuple[DiT, DiT]:
 def _batches(count: int = 2, size: int = 8) -> list[FixedBatch]:
     generator = torch.Generator().manual_seed(5)
     images = torch.rand(count, size, 3, 16, 16, generator=generator) * 2 - 1
-    return [fixed_batch(each, torch.arange(size) % 10, 1, i) for i, each in enumerate(images)]
+    return [fixed_batch(each, torch.arange(size) % 10, 1, i, "epsilon") for i, each in enumerate(images)]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_fixed_points_repeat_and_cover_the_process() -> None:
     first, again = _batches(1, 50)[0], _batches(1, 50)[0]
     assert torch.equal(first.x_t, again.x_t)
     assert bool((first.timesteps.diff() == 20).all())
-    assert not torch.equal(first.noise, fixed_batch(first.x0, first.classes, 1, 1).noise)
+    assert not torch.equal(first.noise, fixed_batch(first.x0, first.classes, 1, 1, "epsilon").noise)
 
 
 def test_tables_are_kept_whole_and_feed_the_allocation(measured: Sensitivity, tmp_path: Path) -> None:

@@ -10,20 +10,23 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from robuq_core.config import DiffusionConfig, PredictionType
-from robuq_core.diffusion.schedule import alphas_cumprod, to_sample_coefficients, training_target
+from robuq_core.diffusion.schedule import alphas_cumprod, mixture, to_sample_coefficients, training_target
 from train.data import step_generator
 from train.loss import add_noise, diffusion_loss, draw_timesteps, variational_bound
 
 PREDICTION_TYPES: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample")
+ALL_TYPES: tuple[PredictionType, ...] = (*PREDICTION_TYPES, "flow")
 
 
-def noisy_batch(timesteps: list[int], seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def noisy_batch(
+    timesteps: list[int], seed: int = 0, prediction_type: PredictionType = "epsilon"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``x0, noise, x_t, t``, float64; x0 on the grid of 8-bit pixels."""
     generator = torch.Generator().manual_seed(seed)
     t = torch.tensor(timesteps)
     x0 = torch.randint(0, 256, (len(t), 3, 4, 4), generator=generator).double() / 127.5 - 1
     noise = torch.randn(x0.shape, generator=generator, dtype=torch.float64)
-    return x0, noise, add_noise(x0, noise, t), t
+    return x0, noise, add_noise(x0, noise, t, prediction_type), t
 
 
 def posterior(x0: Tensor, x_t: Tensor, t: int) -> Normal:
@@ -38,16 +41,16 @@ def posterior(x0: Tensor, x_t: Tensor, t: int) -> Normal:
 @given(
     t=st.lists(st.integers(0, 999), min_size=1, max_size=4),
     seed=st.integers(0, 1000),
-    prediction_type=st.sampled_from(PREDICTION_TYPES),
+    prediction_type=st.sampled_from(ALL_TYPES),
 )
 def test_a_perfect_prediction_costs_nothing_and_recovers_the_image(
     t: list[int], seed: int, prediction_type: PredictionType
 ) -> None:
-    x0, noise, x_t, timesteps = noisy_batch(t, seed)
-    alpha_bar = alphas_cumprod()[timesteps][:, None, None, None]
-    output = training_target(x0, noise, alpha_bar, prediction_type)
+    x0, noise, x_t, timesteps = noisy_batch(t, seed, prediction_type)
+    signal, sigma = (each[:, None, None, None] for each in mixture(timesteps, prediction_type))
+    output = training_target(x0, noise, signal, sigma, prediction_type)
     assert diffusion_loss(output, x0, x_t, noise, timesteps, DiffusionConfig(prediction_type=prediction_type)) == 0
-    a, b = to_sample_coefficients(alpha_bar, prediction_type)
+    a, b = to_sample_coefficients(signal, sigma, prediction_type)
     assert torch.allclose(a * x_t + b * output, x0, atol=1e-9)
 
 
@@ -55,10 +58,10 @@ def test_a_perfect_prediction_costs_nothing_and_recovers_the_image(
 def test_the_same_error_in_the_image_is_seen_by_all_three(t: int, error: float) -> None:
     """An output off by ``e / b`` moves x_0 by e whatever the network predicts: the MSE is ``(e / b)^2``."""
     x0, noise, x_t, timesteps = noisy_batch([t])
-    alpha_bar = alphas_cumprod()[timesteps][:, None, None, None]
     for prediction_type in PREDICTION_TYPES:
-        _, b = to_sample_coefficients(alpha_bar, prediction_type)
-        output = training_target(x0, noise, alpha_bar, prediction_type) + error / b
+        signal, sigma = (each[:, None, None, None] for each in mixture(timesteps, prediction_type))
+        _, b = to_sample_coefficients(signal, sigma, prediction_type)
+        output = training_target(x0, noise, signal, sigma, prediction_type) + error / b
         loss = diffusion_loss(output, x0, x_t, noise, timesteps, DiffusionConfig(prediction_type=prediction_type))
         assert float(loss) == pytest.approx((error / float(b)) ** 2, rel=1e-6, abs=1e-18)
 
@@ -67,7 +70,10 @@ def test_the_same_error_in_the_image_is_seen_by_all_three(t: int, error: float) 
 def test_noising_keeps_unit_variance_and_ends(t: int) -> None:
     bar = float(alphas_cumprod()[t])
     one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-    signal, noise = add_noise(one, 0 * one, torch.tensor([t])), add_noise(0 * one, one, torch.tensor([t]))
+    signal, noise = (
+        add_noise(one, 0 * one, torch.tensor([t]), "epsilon"),
+        add_noise(0 * one, one, torch.tensor([t]), "epsilon"),
+    )
     assert float(signal) == pytest.approx(math.sqrt(bar))
     assert float(signal) ** 2 + float(noise) ** 2 == pytest.approx(1)
 
@@ -133,7 +139,7 @@ def test_the_bound_trains_the_variance_and_not_the_mean(prediction_type: Predict
 
 
 def test_timesteps_are_uniform_over_all_thousand() -> None:
-    drawn = draw_timesteps(100_000, step_generator(0, 0))
+    drawn = draw_timesteps(100_000, step_generator(0, 0), "epsilon")
     assert drawn.min() == 0
     assert drawn.max() == 999
     assert len(drawn.unique()) == 1000
@@ -150,3 +156,20 @@ def test_no_two_seeds_share_a_stream() -> None:
     assert first == noise(3)
     for other in (noise(3 + 2**28), noise(3 + 2**31), noise(4), noise(3, step=8), noise(3, stream=1)):
         assert other != first
+
+
+def test_the_times_of_a_flow_are_uniform_and_continuous() -> None:
+    drawn = draw_timesteps(100_000, step_generator(0, 0), "flow")
+    assert 0 <= float(drawn.min()) < 1
+    assert 999 < float(drawn.max()) < 1000
+    assert len(drawn.unique()) > 90_000
+    assert float(drawn.mean()) == pytest.approx(500, abs=5)
+
+
+def test_a_flow_trains_no_variance() -> None:
+    x0, noise, x_t, timesteps = noisy_batch([5, 500], prediction_type="flow")
+    output = torch.randn(2, 6, 4, 4, dtype=torch.float64, requires_grad=True)
+    config = DiffusionConfig(prediction_type="flow")
+    (gradient,) = torch.autograd.grad(diffusion_loss(output, x0, x_t, noise, timesteps, config), output)
+    assert gradient[:, :3].abs().min() > 0
+    assert gradient[:, 3:].abs().max() == 0

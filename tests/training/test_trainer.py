@@ -351,7 +351,7 @@ def test_every_class_and_the_null_class_are_drawn(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(stages.DiT, "forward", watched)
     train_teacher(config)
     assert set(seen) == set(range(config.model.num_classes + 1))
-    assert seen.count(config.model.null_class) / len(seen) == pytest.approx(0.4, abs=0.15)
+    assert seen.count(config.model.null_row) / len(seen) == pytest.approx(0.4, abs=0.15)
 
 
 @given(

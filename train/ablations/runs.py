@@ -221,7 +221,7 @@ def find_widths(place: Workplace, spec: AllocationSpec) -> RowAllocation:
     sensitivity = spec.sensitivity
     rows = torch.arange(sensitivity.samples) % len(data.train)
     batches = [
-        fixed_batch(to_unit(data.train[index]), data.train_labels[index], 0, i)
+        fixed_batch(to_unit(data.train[index]), data.train_labels[index], 0, i, diffusion.prediction_type)
         for i, index in enumerate(torch.split(rows, sensitivity.batch_size))
     ]
     width = spec.quant.activation_bits

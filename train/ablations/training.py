@@ -62,7 +62,9 @@ def train_model(
     for step in range(first, stage.steps):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(stage, step)
-        batch = _noisy_batch(data, stage.batch_size, class_dropout, model.config.null_class, step_generator(seed, step))
+        batch = _noisy_batch(
+            data, stage.batch_size, class_dropout, model.config.null_row, step_generator(seed, step), diffusion
+        )
         loss = batch_loss(model, batch, diffusion, nullcontext(), teach, stage.distill_weight)
         loss.backward()  # type: ignore[no-untyped-call]
         limit = math.inf if stage.grad_clip is None else stage.grad_clip
@@ -82,14 +84,19 @@ def train_model(
 
 
 def _noisy_batch(
-    data: GreyImages, size: int, class_dropout: float, null_class: int, generator: torch.Generator
+    data: GreyImages,
+    size: int,
+    class_dropout: float,
+    null_row: int,
+    generator: torch.Generator,
+    diffusion: DiffusionConfig,
 ) -> NoisyBatch:
     index = torch.randint(len(data.train), (size,), generator=generator)
     x0 = to_unit(data.train[index])
     noise = torch.randn(x0.shape, generator=generator)
-    timesteps = draw_timesteps(size, generator)
+    timesteps = draw_timesteps(size, generator, diffusion.prediction_type)
     dropped = torch.rand(size, generator=generator) < class_dropout
-    return NoisyBatch(x0, noise, timesteps, torch.where(dropped, null_class, data.train_labels[index]))
+    return NoisyBatch(x0, noise, timesteps, torch.where(dropped, null_row, data.train_labels[index]))
 
 
 def _save(path: Path, model: DiT, optimiser: torch.optim.Optimizer, average: EMA, step: int) -> None:

@@ -62,6 +62,8 @@ def open_source(path: Path, num_classes: int, split: str = "train") -> Source:
 
     Raises:
         DataError: no images, or classes that are not ``0 .. num_classes - 1``, each at least once.
+
+    With ``num_classes`` 0 labels are left alone, all are 0, and the images of a folder or zip may lie anywhere in it.
     """
     if not path.exists():
         raise DataError(f"data.path {path} does not exist")
@@ -73,7 +75,9 @@ def open_source(path: Path, num_classes: int, split: str = "train") -> Source:
         rows = ParquetImages(files)
         source = Source(rows.labels, rows.open, rows.name, rows.class_names)
     else:
-        source = _of_entries(path)
+        source = _of_entries(path, anywhere=num_classes == 0)
+    if num_classes == 0:
+        return Source(np.zeros_like(source.labels), source.open, source.name)
     classes = np.unique(source.labels)
     if classes[0] < 0 or classes[-1] >= num_classes or len(classes) != num_classes:
         raise wrong_classes(path, source.labels, num_classes)
@@ -92,12 +96,13 @@ def _of_arrays(path: Path, images: np.ndarray, labels: np.ndarray) -> Source:
     return Source(labels.astype(np.int64), lambda i: Image.fromarray(images[i]), lambda i: f"{path}[{i}]")
 
 
-def _of_entries(path: Path) -> Source:
-    found = _folder_entries(path) if path.is_dir() else _zip_entries(path)
+def _of_entries(path: Path, anywhere: bool) -> Source:
+    found = _folder_entries(path, anywhere) if path.is_dir() else _zip_entries(path, anywhere)
     # One order for a folder and its zip: the same seed then draws the same batches from either.
     entries = sorted(found, key=lambda entry: (entry.class_name, entry.name))
     if not entries:
-        raise DataError(f"data.path {path} holds no class folder with images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        wanted = "image" if anywhere else "class folder with images"
+        raise DataError(f"data.path {path} holds no {wanted} ({', '.join(sorted(IMAGE_SUFFIXES))})")
     names = tuple(sorted({entry.class_name for entry in entries}))
     number = {name: i for i, name in enumerate(names)}
     labels = np.array([number[entry.class_name] for entry in entries], dtype=np.int64)
@@ -109,13 +114,13 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(".") for part in path.parts[-2:])
 
 
-def _folder_entries(path: Path) -> Iterator[_Entry]:
-    for file in path.glob("*/*"):
+def _folder_entries(path: Path, anywhere: bool) -> Iterator[_Entry]:
+    for file in path.rglob("*") if anywhere else path.glob("*/*"):
         if _is_image(file):
             yield _Entry(file.parent.name, str(file), partial(open_image, file))
 
 
-def _zip_entries(path: Path) -> Iterator[_Entry]:
+def _zip_entries(path: Path, anywhere: bool) -> Iterator[_Entry]:
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
@@ -123,8 +128,8 @@ def _zip_entries(path: Path) -> Iterator[_Entry]:
     lock = threading.Lock()
     for name in archive.namelist():
         member = Path(name)
-        if _is_image(member) and len(member.parts) > 1:
-            yield _Entry(member.parts[-2], f"{path}:{name}", partial(_open_member, archive, name, lock))
+        if _is_image(member) and (anywhere or len(member.parts) > 1):
+            yield _Entry(member.parent.name, f"{path}:{name}", partial(_open_member, archive, name, lock))
 
 
 def _open_member(archive: zipfile.ZipFile, name: str, lock: threading.Lock) -> Image.Image:

@@ -109,7 +109,7 @@ def _run_on_photos(config: TrainConfig, model: Denoiser, device: torch.device) -
     dataset = open_dataset(config, prepare(config, note=lambda _: None))
     still = config.data.model_copy(update={"flip_probability": 0.0, "colour_jitter": 0.0})
     source = BatchSource(dataset, still, config.model.input_size, settings.batch_size, config.seed)
-    watched = fixed_set(source, settings.samples, config.seed, torch.device("cpu"))
+    watched = fixed_set(source, settings.samples, config.seed, torch.device("cpu"), config.diffusion.prediction_type)
     with tracked(watched, "watching layers") as batches:
         for batch in batches:
             model.forward(batch.x_t.to(device), batch.timesteps, batch.classes)
@@ -118,7 +118,7 @@ def _run_on_photos(config: TrainConfig, model: Denoiser, device: torch.device) -
 
 def _run_on_samples(config: TrainConfig, sampler: Sampler) -> str:
     defaults = sampler.defaults
-    classes = random_classes(_DRAWN, sampler.num_classes, config.seed)
+    classes = random_classes(_DRAWN, sampler.drawn_classes, config.seed)
     sampler.generate(classes, config.seed)
     return f"{len(classes)} images drawn by the model itself, at all {defaults.steps} steps of {defaults.sampler}"
 

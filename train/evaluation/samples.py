@@ -120,7 +120,7 @@ def draw_to_disk(
         "num_classes": sampler.num_classes,
         "sampler": settings.model_dump(mode="json"),
     }
-    labels = np.array(balanced_classes(count, sampler.num_classes, seed), dtype=np.int64)
+    labels = np.array(balanced_classes(count, sampler.drawn_classes, seed), dtype=np.int64)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         done = _samples_done(folder, described)

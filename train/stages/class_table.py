@@ -28,7 +28,7 @@ def initialise_class_table(model: DiT, config: TrainConfig, dataset: Dataset) ->
         return
     codes = _principal_codes(_class_means(dataset, config), table.shape[1])
     table.zero_()
-    table[:-1, : codes.shape[1]] = codes / codes.std() * config.class_init_std
+    table[: len(codes), : codes.shape[1]] = codes / codes.std() * config.class_init_std
 
 
 def _class_means(dataset: Dataset, config: TrainConfig) -> Tensor:

@@ -124,10 +124,16 @@ def _take_over(config: TrainConfig, path: Path, note: Note) -> None:
     """
     from robuq_core.models.adapters import read_weights
 
-    # A folder says how many heads it has; an official file may not.
-    weights = read_weights(path, None if path.is_dir() else config.model.num_heads)
+    # A folder says what it holds; an official file may not.
+    said: dict[str, Any] = {}
+    if not path.is_dir():
+        said = {"num_heads": config.model.num_heads, "prediction": config.diffusion.prediction_type,
+                "num_classes": config.model.num_classes}  # fmt: skip
+        if config.diffusion.prediction_type == "flow":
+            said["flavour"] = config.model.flavour
+    weights = read_weights(path, **said)
     different = _differences("model", config.model, weights.config)
-    if weights.diffusion is not None:
+    if weights.diffusion is not None and weights.layout != "official":  # whose process says nothing of clipping
         different += _differences("diffusion", config.diffusion, weights.diffusion)
     if different:
         raise ConfigError(f"teacher.pretrained {path}: {'; '.join(different)}; write into the configuration what the "
@@ -191,7 +197,7 @@ def sensitivity_now(config: TrainConfig, note: Note) -> None:
     still = config.data.model_copy(update={"flip_probability": 0.0, "colour_jitter": 0.0})
     dataset = open_dataset(config, prepare(config, note))
     source = BatchSource(dataset, still, config.model.input_size, settings.batch_size, config.seed)
-    batches = fixed_set(source, settings.samples, config.seed, device)
+    batches = fixed_set(source, settings.samples, config.seed, device, config.diffusion.prediction_type)
     found = measure_sensitivity(student.to(device), load_teacher(config).to(device), batches, config.diffusion,
                                 bits=settings.bits, reference_bits=config.quant.activation_bits,
                                 guidance_scale=settings.guidance_scale)  # fmt: skip

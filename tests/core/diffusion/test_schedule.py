@@ -7,6 +7,7 @@ from robuq_core.config import PredictionType
 from robuq_core.diffusion.schedule import (
     alphas_cumprod,
     interior_timesteps,
+    mixture,
     respaced_timesteps,
     to_sample_coefficients,
     training_target,
@@ -57,14 +58,27 @@ def test_step_counts_out_of_range_are_refused(steps: int) -> None:
         respaced_timesteps(steps)
 
 
-@given(st.sampled_from(["epsilon", "v_prediction", "sample"]), st.integers(0, 999))
+@given(st.sampled_from(["epsilon", "v_prediction", "sample", "flow"]), st.integers(0, 999))
 def test_a_perfect_prediction_gives_the_sample_back(kind: PredictionType, timestep: int) -> None:
     generator = torch.Generator().manual_seed(timestep)
     x0, noise = torch.randn(2, 3, 4, 4, generator=generator, dtype=torch.float64).unbind(0)
-    bar = alphas_cumprod()[timestep]
-    x_t = bar.sqrt() * x0 + (1 - bar).sqrt() * noise
-    a, b = to_sample_coefficients(bar, kind)
-    torch.testing.assert_close(a * x_t + b * training_target(x0, noise, bar, kind), x0, atol=1e-9, rtol=1e-9)
+    signal, sigma = mixture(torch.tensor(timestep), kind)
+    x_t = signal * x0 + sigma * noise
+    a, b = to_sample_coefficients(signal, sigma, kind)
+    target = training_target(x0, noise, signal, sigma, kind)
+    torch.testing.assert_close(a * x_t + b * target, x0, atol=1e-9, rtol=1e-9)
+
+
+def test_a_flow_is_a_straight_line_at_a_constant_velocity() -> None:
+    x0, noise = torch.randn(2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind(0)
+    times = torch.tensor([0.0, 250.0, 999.5, 1000.0])
+    signal, sigma = mixture(times, "flow")
+    assert torch.equal(sigma, times.double() / 1000)
+    points = signal[:, None] * x0 + sigma[:, None] * noise
+    assert torch.equal(points[0], x0)
+    assert torch.equal(points[-1], noise)
+    velocity = training_target(x0, noise, signal[:, None], sigma[:, None], "flow")
+    torch.testing.assert_close((points[2] - points[1]) / 0.7495, velocity, atol=1e-12, rtol=1e-9)
 
 
 @given(st.integers(1, 999))

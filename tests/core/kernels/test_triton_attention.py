@@ -59,7 +59,14 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         assert "fma.rn.f32" in compiled.ptx
 
 else:
-    from agreement import REFERENCE, Run, assert_attention_agrees, assert_networks_agree, run_packed
+    from agreement import (
+        REFERENCE,
+        Run,
+        assert_attention_agrees,
+        assert_networks_agree,
+        relative_errors,
+        run_packed,
+    )
     from layer_cases import make_linear, tokens
     from tiny import TINY, write_tiny
 
@@ -158,3 +165,15 @@ else:
         alone = run_packed(TINY, checkpoint, backend, x[1:2], timesteps[1:2], classes[1:2])
         second = Run(result.output[1:2], [codes.reshape(3, -1, codes.shape[1])[1] for codes in result.codes])
         assert_networks_agree(alone, second, bits)
+
+    def test_512_px_is_the_references(tmp_path: Path) -> None:
+        """Latents of 64 x 64 in patches of 2: 1,024 tokens."""
+        shape = {"input_size": 64, "patch_size": 2, "depth": 1, "num_heads": 1, "hidden_size": 16}
+        config = TINY.model_copy(update=shape)
+        write_tiny(tmp_path / "model.safetensors", config, QuantConfig(activation_bits=8, rank=4))
+        checkpoint = read_checkpoint(tmp_path / "model.safetensors")
+        x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+        timesteps, classes = torch.tensor([400]), torch.tensor([3])
+        expected = run_packed(config, checkpoint, REFERENCE, x, timesteps, classes)
+        result = run_packed(config, checkpoint, select_backend("triton"), x, timesteps, classes)
+        assert float(relative_errors(result.output, expected.output).max()) < 0.02

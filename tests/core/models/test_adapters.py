@@ -3,6 +3,7 @@
 import argparse
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,12 @@ from robuq_core.models.dit import DiT
 from robuq_core.models.presets import preset
 
 SMALL = {"width": 64, "depth": 2, "patch": 2, "channels": 4, "classes": 7, "side": 3}
+# What the tensors alone do not say.
+SAID: dict[str, Any] = {"prediction": "epsilon", "num_classes": 7}
+
+
+def load_small(path: Path, **options: Any) -> tuple[ModelConfig, DiT]:
+    return load_dit(path, **{**SAID, **options})
 
 
 def _random_dit(config: ModelConfig, seed: int = 0) -> DiT:
@@ -56,7 +63,7 @@ def test_published_checkpoints_have_these_keys() -> None:
 
 def test_official_weights_compute_what_the_equations_say(tmp_path: Path) -> None:
     state = random_state(**SMALL)
-    config, model = load_dit(_saved(tmp_path, state))
+    config, model = load_small(_saved(tmp_path, state))
     assert config == ModelConfig(
         input_size=6, patch_size=2, in_channels=4, hidden_size=64, depth=2, num_heads=1, num_classes=7
     )
@@ -68,7 +75,7 @@ def test_official_weights_compute_what_the_equations_say(tmp_path: Path) -> None
 
 def test_heads_split_as_the_equations_say(tmp_path: Path) -> None:
     state = random_state(**SMALL)
-    _, model = load_dit(_saved(tmp_path, state), num_heads=4)
+    _, model = load_small(_saved(tmp_path, state), num_heads=4)
     x, timesteps, classes = torch.randn(2, 4, 6, 6), torch.tensor([10, 900]), torch.tensor([1, 7])
     with torch.no_grad():
         expected = forward(state, x, timesteps, classes, heads=4)
@@ -80,10 +87,10 @@ def test_the_average_of_a_training_checkpoint_is_preferred(tmp_path: Path) -> No
     arguments = argparse.Namespace(model="DiT-XL/2", image_size=256)
     tree = {"model": raw, "ema": averaged, "opt": {"state": {}, "param_groups": []}, "args": arguments}
     path = _saved(tmp_path, tree)
-    _, model = load_dit(path)
+    _, model = load_small(path)
     assert torch.equal(model.get_parameter("blocks.1.mlp.fc2.bias"), averaged["blocks.1.mlp.fc2.bias"])
     del tree["ema"]
-    _, model = load_dit(_saved(tmp_path, tree))
+    _, model = load_small(_saved(tmp_path, tree))
     assert torch.equal(model.get_parameter("blocks.1.mlp.fc2.bias"), raw["blocks.1.mlp.fc2.bias"])
 
 
@@ -93,7 +100,7 @@ def test_the_average_of_a_training_checkpoint_is_preferred(tmp_path: Path) -> No
 def test_heads_follow_the_published_sizes(tmp_path: Path, width: int, model: str, heads: int) -> None:
     shapes = {name: t.new_zeros(1).expand(t.shape) for name, t in _meta_state(width).items() if name != "pos_embed"}
     state = {**shapes, "pos_embed": random_state(**{**SMALL, "width": width, "depth": 1})["pos_embed"]}
-    assert read_weights(_saved(tmp_path, state)).config.num_heads == heads
+    assert read_weights(_saved(tmp_path, state), **SAID).config.num_heads == heads
 
 
 def _meta_state(width: int) -> dict[str, Tensor]:
@@ -109,10 +116,10 @@ def _meta_state(width: int) -> dict[str, Tensor]:
 def test_heads_that_nothing_tells_are_asked_for(tmp_path: Path) -> None:
     path = _saved(tmp_path, random_state(**{**SMALL, "width": 48}))
     with pytest.raises(WeightsError, match="how many attention heads a width of 48"):
-        load_dit(path)
-    assert load_dit(path, num_heads=4)[0].num_heads == 4
+        load_small(path)
+    assert load_small(path, num_heads=4)[0].num_heads == 4
     with pytest.raises(WeightsError, match="multiple of num_heads 5"):
-        load_dit(path, num_heads=5)
+        load_small(path, num_heads=5)
 
 
 @settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -155,7 +162,7 @@ def test_round_trips_are_exact(
     assert diffusers_config == config.model_copy(update={"flavour": "diffusers"})
     assert _same(again, model)
     save_official(again, folder / "again.pt")
-    first, second = torch.load(folder / "model.pt"), torch.load(folder / "again.pt")
+    first, second = (torch.load(folder / name)["ema"] for name in ("model.pt", "again.pt"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
 
@@ -166,7 +173,7 @@ def test_half_precision_weights_are_widened(tmp_path: Path, dtype: torch.dtype, 
     state = random_state(**{**SMALL, "side": side})
     halved = {key: value.to(dtype) for key, value in state.items()}
     save_file(halved, tmp_path / "half.safetensors")
-    config, model = load_dit(tmp_path / "half.safetensors")
+    config, model = load_small(tmp_path / "half.safetensors")
     assert config.position_scale == 1
     assert torch.equal(model.pos_embed, state["pos_embed"])  # the exact table, not the rounded one
     for key in ("blocks.0.attn.qkv.weight", "final_layer.linear.bias"):
@@ -181,8 +188,8 @@ def test_half_precision_weights_are_widened(tmp_path: Path, dtype: torch.dtype, 
 def test_half_precision_blurs_no_position_scale(tmp_path: Path, dtype: torch.dtype, scale: float) -> None:
     config = ModelConfig(input_size=8, hidden_size=64, depth=1, num_heads=1, num_classes=3, position_scale=scale)
     save_official(DiT(config), tmp_path / "model.pt")
-    halved = {key: value.to(dtype) for key, value in torch.load(tmp_path / "model.pt").items()}
-    assert load_dit(_saved(tmp_path, halved))[0] == config
+    halved = {key: value.to(dtype) for key, value in torch.load(tmp_path / "model.pt")["ema"].items()}
+    assert load_dit(_saved(tmp_path, halved), prediction="epsilon", num_classes=3)[0] == config
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -190,18 +197,18 @@ def test_learned_positions_in_half_precision_are_told_too(tmp_path: Path, dtype:
     state = {key: value.to(dtype) for key, value in random_state(**SMALL).items()}
     state["pos_embed"][0, 4, 7] += 0.1
     with pytest.raises(WeightsError, match=r"not DiT's sin-cos table; .* keep pos_embed in float32"):
-        load_dit(_saved(tmp_path, state))
+        load_small(_saved(tmp_path, state))
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 def test_the_names_of_wrapped_models_are_unwrapped(tmp_path: Path, prefix: str) -> None:
     state = random_state(**SMALL)
     wrapped = {f"{prefix}{key}": value for key, value in state.items()}
-    _, model = load_dit(_saved(tmp_path, {"model": wrapped}))
+    _, model = load_small(_saved(tmp_path, {"model": wrapped}))
     assert torch.equal(model.get_parameter("blocks.1.mlp.fc2.bias"), state["blocks.1.mlp.fc2.bias"])
     wrapped["pos_embed"] = wrapped.pop(f"{prefix}pos_embed")
     with pytest.raises(WeightsError, match=r"x_embedder\.proj\.weight is missing"):
-        load_dit(_saved(tmp_path, wrapped))
+        load_small(_saved(tmp_path, wrapped))
 
 
 def test_weights_of_this_projects_training_come_in(tmp_path: Path) -> None:
@@ -221,7 +228,7 @@ def test_weights_of_this_projects_training_come_in(tmp_path: Path) -> None:
 def test_loaded_weights_are_not_tied_to_the_file(tmp_path: Path) -> None:
     path = _saved(tmp_path, random_state(**SMALL))
     before = path.read_bytes()
-    _, model = load_dit(path)
+    _, model = load_small(path)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1)
@@ -249,7 +256,7 @@ def test_foreign_tensors_are_named(tmp_path: Path, change: object, message: str)
     state = random_state(**SMALL)
     change(state)  # type: ignore[operator]
     with pytest.raises(WeightsError, match=message):
-        load_dit(_saved(tmp_path, state))
+        load_small(_saved(tmp_path, state))
 
 
 class _Stranger:
@@ -258,7 +265,7 @@ class _Stranger:
 
 def test_nothing_but_weights_is_unpickled(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="not a file of plain torch weights"):
-        load_dit(_saved(tmp_path, {"model": _Stranger()}))
+        load_small(_saved(tmp_path, {"model": _Stranger()}))
 
 
 def test_unusable_files_give_one_clear_error(tmp_path: Path) -> None:
@@ -277,9 +284,9 @@ def test_unusable_files_give_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="a packed checkpoint"):
         load_dit(tmp_path / "packed.safetensors")
     with pytest.raises(WeightsError, match="in shards"):
-        load_dit(_saved(tmp_path, {"step": 1, "shards": "x", "files": [], "history": []}))
+        load_small(_saved(tmp_path, {"step": 1, "shards": "x", "files": [], "history": []}))
     with pytest.raises(WeightsError, match="not a state dict"):
-        load_dit(_saved(tmp_path, [torch.zeros(1)]))
+        load_small(_saved(tmp_path, [torch.zeros(1)]))
 
 
 def test_quantised_models_are_not_written(tmp_path: Path) -> None:
@@ -298,5 +305,5 @@ def test_files_of_old_torch_are_read(tmp_path: Path) -> None:
     state, buffer = random_state(**SMALL), io.BytesIO()
     torch.save(state, buffer, _use_new_zipfile_serialization=False)
     (tmp_path / "old.pt").write_bytes(buffer.getvalue())
-    _, model = load_dit(tmp_path / "old.pt")
+    _, model = load_small(tmp_path / "old.pt")
     assert torch.equal(model.get_parameter("final_layer.linear.weight"), state["final_layer.linear.weight"])

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from agreement import assert_networks_agree, relative_errors, run_packed, run_training
+from agreement import Run, assert_networks_agree, relative_errors, run_packed, run_training
 from tiny import TINY, write_tiny
+from torch import Tensor
 
 from robuq_core.checkpoint import read_checkpoint
-from robuq_core.config import QuantConfig
+from robuq_core.config import ModelConfig, QuantConfig
 from robuq_core.errors import TooSlowError
 from robuq_core.kernels.backends import select_backend
 from robuq_core.pipeline import Sampler
@@ -37,6 +38,37 @@ def test_packed_forward_is_the_training_forward(
     timesteps, classes = torch.tensor([0, 1, 250, 998, 999] * 3), torch.tensor([0, 3, 9, 10, 4] * 3)
     packed = run_packed(config, read_checkpoint(path), select_backend(backend), x, timesteps, classes)
     assert_networks_agree(packed, run_training(model, x, timesteps, classes), bits)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("flavour", ["sit", "repa"])
+def test_the_flavours_of_a_flow_are_the_training_forward(tmp_path: Path, backend: str, flavour: str) -> None:
+    config = TINY.model_copy(update={"flavour": flavour})
+    assert_networks_agree(*_both(tmp_path, backend, config, torch.tensor([0, 3.7, 250, 998.5, 1000] * 3)), 8)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_512_px_is_the_training_forward(tmp_path: Path, backend: str) -> None:
+    """Latents of 64 x 64 in patches of 2: 1,024 tokens."""
+    config = TINY.model_copy(update={"input_size": 64, "patch_size": 2, "depth": 1, "num_classes": 3})
+    assert config.num_tokens == 1024
+    packed, trained = _both(tmp_path, backend, config, torch.tensor([3, 500, 990]))
+    # Of so many codes a few tip over an edge in every image; each moves its own token.
+    assert float(relative_errors(packed.output, trained.output).max()) < 0.02
+
+
+def _both(folder: Path, backend: str, config: ModelConfig, timesteps: Tensor) -> tuple[Run, Run]:
+    """``config`` packed and as in training, on one image a timestep."""
+    path, rows = folder / "model.safetensors", len(timesteps)
+    model = write_tiny(path, config, QuantConfig(activation_bits=8, rank=4))
+    with torch.no_grad():  # the file keeps embedders and final layer in fp16
+        for name, parameter in model.named_parameters():
+            if not name.startswith("blocks."):
+                parameter.copy_(parameter.half().float())
+    x = torch.randn(rows, 3, config.input_size, config.input_size, generator=torch.Generator().manual_seed(1))
+    classes = torch.arange(rows) % config.class_rows
+    packed = run_packed(config, read_checkpoint(path), select_backend(backend), x, timesteps, classes)
+    return packed, run_training(model, x, timesteps, classes)
 
 
 def test_a_student_trained_in_bf16_is_its_packed_file(tmp_path: Path) -> None:

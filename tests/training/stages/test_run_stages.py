@@ -333,7 +333,7 @@ def test_qat_starts_from_a_run_at_other_bits(copied: Path, tmp_path_factory: pyt
 def official_weights(config: TrainConfig, path: Path) -> Path:
     from robuq_core.models.adapters import save_official
 
-    save_official(load_teacher(config), path)
+    save_official(load_teacher(config), path, config.diffusion)
     return path
 
 

@@ -1,0 +1,195 @@
+"""A file is taken for what it is, or its reader is asked: never for another kind of DiT."""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from official_dit import random_state
+from torch import Tensor
+
+from robuq_core.config import DiffusionConfig, ModelConfig
+from robuq_core.models.adapters import load_dit, read_weights, save_diffusers, save_official
+from robuq_core.models.adapters_files import WeightsError
+from robuq_core.models.dit import DiT
+
+SHAPE = {"width": 64, "depth": 2, "patch": 2, "channels": 4, "side": 3}
+REPA_ARGS = {"model": "SiT-XL/2", "enc_type": "dinov2-vit-b", "path_type": "linear", "prediction": "v"}
+SIT_ARGS = {"model": "SiT-XL/2", "path_type": "Linear", "prediction": "velocity"}
+
+
+def table(rows: int) -> dict[str, Tensor]:
+    return random_state(**SHAPE, classes=rows - 1)
+
+
+def saved(folder: Path, tree: object, name: str = "weights.pt") -> Path:
+    torch.save(tree, folder / name)
+    return folder / name
+
+
+def trained(folder: Path, rows: int = 8, **arguments: Any) -> Path:
+    return saved(folder, {"ema": table(rows), "args": Namespace(**{"num_classes": 7, **arguments})})
+
+
+def kind(path: Path, **options: Any) -> tuple[str, str]:
+    weights = read_weights(path, **options)
+    assert weights.diffusion is not None
+    return weights.diffusion.prediction_type, weights.config.flavour
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"model": "DiT-XL/2"}, ("epsilon", "official")),
+        (SIT_ARGS, ("flow", "sit")),
+        ({"model": "SiT-B/4"}, ("flow", "sit")),
+        (REPA_ARGS, ("flow", "repa")),
+    ],
+)
+def test_the_arguments_of_training_say_the_kind(
+    tmp_path: Path, arguments: dict[str, Any], expected: tuple[str, str]
+) -> None:
+    path = trained(tmp_path, **arguments)
+    assert kind(path) == expected
+    other = "flow" if expected[0] == "epsilon" else "epsilon"
+    with pytest.raises(WeightsError, match=r"weights\.pt: prediction"):
+        read_weights(path, prediction=other)
+
+
+def test_a_flow_of_one_direction_is_not_read_as_the_other(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"flavour is repa .* not sit"):
+        read_weights(trained(tmp_path, **REPA_ARGS), flavour="sit")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("DiT-XL-2-256x256.pt", ("epsilon", "official")),
+        ("SiT-XL-2-256x256.pt", ("flow", "sit")),
+        ("repa-sit-b.pt", ("flow", "repa")),
+    ],
+)
+def test_a_file_that_says_nothing_else_may_say_it_by_its_name(
+    tmp_path: Path, name: str, expected: tuple[str, str]
+) -> None:
+    path = saved(tmp_path, table(8), name)
+    assert kind(path, num_classes=7) == expected
+    assert kind(path, num_classes=7, prediction="v_prediction") == ("v_prediction", "official")
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "dit-or-sit.pt", "repa-vs-dit.pt", "transit.pt", "audit.pt"])
+def test_a_file_of_which_nothing_says_the_kind_is_asked_for_it(tmp_path: Path, name: str) -> None:
+    path = saved(tmp_path, table(8), name)
+    with pytest.raises(WeightsError, match="--prediction"):
+        read_weights(path, num_classes=7)
+    assert kind(path, num_classes=7, prediction="epsilon") == ("epsilon", "official")
+    assert kind(path, num_classes=7, prediction="flow") == ("flow", "sit")
+    assert kind(path, num_classes=7, prediction="flow", flavour="repa") == ("flow", "repa")
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"), [({"path_type": "GVP"}, "path_type"), ({"path_type": "cosine"}, "path_type"),
+                         ({"prediction": "noise"}, "prediction"), ({"prediction": "score"}, "prediction")],
+)  # fmt: skip
+def test_another_path_or_prediction_is_refused(tmp_path: Path, changes: dict[str, str], key: str) -> None:
+    with pytest.raises(WeightsError, match=rf"args\.{key}"):
+        read_weights(trained(tmp_path, **{**SIT_ARGS, **changes}))
+
+
+def test_what_repa_trains_beside_the_network_is_left_alone(tmp_path: Path) -> None:
+    state = table(8)
+    beside = {f"projectors.0.{i}.weight": torch.zeros(3, 3) for i in (0, 2, 4)}
+    path = saved(tmp_path, {**state, **beside})
+    assert kind(path, num_classes=7) == ("flow", "repa")
+    legacy = {key.replace("blocks.1.", "decoder_blocks.0."): value for key, value in state.items()}
+    _, model = load_dit(saved(tmp_path, {**legacy, **beside}), num_classes=7)
+    for name in ("blocks.0.mlp.fc1.weight", "blocks.1.mlp.fc1.weight"):
+        assert torch.equal(model.get_parameter(name), state[name])
+
+
+@pytest.mark.parametrize("path_to_it", [("state_dict",), ("ema_model",), ("delta",), ("state_dict_ema",),
+                                        ("ema", "state_dict"), ("model",)])  # fmt: skip
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "ema_model.module."])
+def test_wrappers_are_taken_off(tmp_path: Path, path_to_it: tuple[str, ...], prefix: str) -> None:
+    state = table(8)
+    tree: Any = {f"{prefix}{key}": value for key, value in state.items()}
+    for key in reversed(path_to_it):
+        tree = {key: tree, "step": 3}
+    _, model = load_dit(saved(tmp_path, tree), prediction="epsilon", num_classes=7)
+    assert torch.equal(model.get_parameter("blocks.1.mlp.fc2.bias"), state["blocks.1.mlp.fc2.bias"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "said", "expected"),
+    [
+        (8, 7, (7, True)),
+        (7, 7, (7, False)),
+        (1001, None, (1000, True)),
+        (1000, None, (1000, False)),
+        (1000, 999, (999, True)),
+        (2, 1, (1, True)),
+        (1, None, (0, True)),
+        (1, 1, (0, True)),
+    ],
+)
+def test_rows_of_the_class_table(tmp_path: Path, rows: int, said: int | None, expected: tuple[int, bool]) -> None:
+    flat = read_weights(saved(tmp_path, table(rows), "dit.pt"), num_classes=said).config
+    assert (flat.num_classes, flat.null_class) == expected
+    if said is not None:
+        by_arguments = read_weights(trained(tmp_path, rows, model="DiT-S/2", num_classes=said)).config
+        assert (by_arguments.num_classes, by_arguments.null_class) == expected
+    assert flat.can_guide == (expected[0] > 0 and expected[1])
+
+
+def test_rows_that_may_mean_either_are_asked_for(tmp_path: Path) -> None:
+    path = saved(tmp_path, table(10), "dit.pt")
+    with pytest.raises(WeightsError, match=r"10 rows.*--classes"):
+        read_weights(path)
+    for wrong in (8, 11):
+        with pytest.raises(WeightsError, match=f"num_classes {wrong}"):
+            read_weights(path, num_classes=wrong)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample", "flow"])
+@pytest.mark.parametrize(("classes", "null_class"), [(5, True), (5, False), (0, True)])
+@pytest.mark.parametrize("flavour", ["official", "sit", "repa"])
+def test_the_official_form_written_here_says_all_of_it(
+    tmp_path: Path, prediction: Any, classes: int, null_class: bool, flavour: Any
+) -> None:
+    config = ModelConfig(
+        input_size=4, hidden_size=16, depth=1, num_heads=2, num_classes=classes, null_class=null_class, flavour=flavour
+    )
+    save_official(DiT(config), tmp_path / "x.pt", DiffusionConfig(prediction_type=prediction))
+    weights = read_weights(tmp_path / "x.pt", num_heads=2)
+    assert weights.config == config
+    assert weights.diffusion == DiffusionConfig(prediction_type=prediction)
+
+
+def test_diffusers_has_no_flow_and_no_table_without_a_null_row(tmp_path: Path) -> None:
+    shape = {"input_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}
+    with pytest.raises(WeightsError, match="flow"):
+        save_diffusers(DiT(ModelConfig(**shape)), tmp_path / "a", diffusion=DiffusionConfig(prediction_type="flow"))
+    with pytest.raises(WeightsError, match="no class"):
+        save_diffusers(DiT(ModelConfig(**shape, num_classes=3, null_class=False)), tmp_path / "b")
+    save_diffusers(DiT(ModelConfig(**shape, num_classes=0)), tmp_path / "c")
+    assert read_weights(tmp_path / "c").config.num_classes == 0
+    with pytest.raises(WeightsError, match="prediction"):
+        read_weights(tmp_path / "c", prediction="flow")
+    scheduler = tmp_path / "c" / "scheduler" / "scheduler_config.json"
+    scheduler.write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler"}')
+    with pytest.raises(WeightsError, match="_class_name"):
+        read_weights(tmp_path / "c")
+
+
+def test_a_mapping_that_holds_itself_ends(tmp_path: Path) -> None:
+    tree: dict[str, Any] = {"step": 1}
+    tree["ema"] = tree
+    with pytest.raises(WeightsError, match=r"weights\.pt"):
+        read_weights(saved(tmp_path, tree))
+
+
+@pytest.mark.parametrize("classes", ["7", -1, 7.0, [7], 10**30, torch.ones(3)])
+def test_arguments_that_are_no_number_of_classes_say_nothing(tmp_path: Path, classes: Any) -> None:
+    with pytest.raises(WeightsError, match="--classes"):
+        read_weights(trained(tmp_path, model="DiT-S/2", num_classes=classes))

@@ -1,0 +1,123 @@
+"""Every kind of DiT trains, quantised too, and is exported as what it is."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from synthetic_run import make_config, merged
+from typer.testing import CliRunner
+
+from robuq_core.checkpoint import read_header
+from robuq_core.config import DiffusionConfig
+from robuq_core.models.adapters import save_official
+from robuq_core.pipeline import Sampler
+from train.config import ConfigError, TrainConfig
+from train.evaluation.models import load_sampler
+from train.evaluation.samples import balanced_classes
+from train.stages import load_teacher, run_stage, train_teacher
+
+FLOW: dict[str, Any] = {
+    "model": {"flavour": "sit"},
+    "diffusion": {"prediction_type": "flow", "clip_sample": False},
+}
+KINDS: dict[str, tuple[dict[str, Any], tuple[int, bool, str, float]]] = {
+    "flow": (FLOW, (4, True, "euler", 1.5)),
+    "repa": (merged(FLOW, {"model": {"flavour": "repa"}}), (4, True, "euler", 1.5)),
+    "no dropout": ({"class_dropout": 0}, (4, False, "ddim", 1.0)),
+    "unconditional": ({"model": {"num_classes": 0}}, (0, True, "ddim", 1.0)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_of_each_kind_is_exported_as_what_it_is(tmp_path: Path, kind: str) -> None:
+    changes, (classes, null_class, sampler, scale) = KINDS[kind]
+    config = make_config(tmp_path, changes)
+    for stage in ("teacher", "warmup", "sensitivity", "qat", "export"):
+        run_stage(stage, config, lambda _: None)
+    path = config.run_dir / "model.safetensors"
+    header = read_header(path)
+    assert (header.model.num_classes, header.model.null_class) == (classes, null_class)
+    assert (header.sampler.sampler, header.sampler.guidance_scale) == (sampler, scale)
+    assert header.tensors["y_embedder.embedding_table.weight"].shape[0] == classes + null_class
+    assert header.diffusion == config.diffusion
+    packed = Sampler.from_checkpoint(path)
+    ids = balanced_classes(2, packed.drawn_classes, 0)
+    pictures = packed.generate(ids, seed=1)
+    student, _ = load_sampler(config, "student")
+    assert [picture.size for picture in pictures] == [picture.size for picture in student.generate(ids, seed=1)]
+
+
+def test_a_flow_learns(tmp_path: Path) -> None:
+    """Photos of one colour each: the velocity that explains them is found within a few hundred steps."""
+    stage = {"steps": 200, "batch_size": 16, "lr": 3e-3, "log_every": 20, "save_every": 200}
+    config = make_config(tmp_path, merged(FLOW, {"teacher": stage, "data": {"colour_jitter": 0}}))
+    train_teacher(config)
+    model = load_teacher(config)
+    x = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        velocity = model(x, torch.full((8,), 1000.0), torch.arange(8) % 4)
+    # At pure noise the velocity is the noise less the mean image, and so much like the noise itself.
+    similarity = torch.nn.functional.cosine_similarity(velocity.flatten(), x.flatten(), dim=0)
+    assert float(similarity) > 0.6
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"class_dropout": 0.1, "model": {"null_class": False}}, "null_class"),
+        ({"class_dropout": 0, "model": {"null_class": True}}, "null_class"),
+        ({"class_dropout": 0.1, "model": {"num_classes": 0}}, "class_dropout"),
+        ({"class_dropout": 0, "sensitivity": {"guidance_scale": 2}}, r"sensitivity\.guidance_scale"),
+        ({"class_dropout": 0, "sampler": {"guidance_scale": 2}}, r"sampler\.guidance_scale"),
+        (merged(FLOW, {"sampler": {"sampler": "ddim"}}), r"sampler\.sampler"),
+        ({"sampler": {"sampler": "heun"}}, r"sampler\.sampler"),
+        ({"model": {"num_classes": 0}, "class_init": "pca"}, "class_init"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_named(tmp_path: Path, changes: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        make_config(tmp_path, changes)
+
+
+@pytest.mark.parametrize(("flavour", "wrong"), [("sit", "repa"), ("repa", "sit")])
+def test_weights_of_a_flow_are_trained_on(tmp_path: Path, flavour: str, wrong: str) -> None:
+    def config_for(root: Path, flavour: str, weights: Path | None) -> TrainConfig:
+        model = {"model": {"flavour": flavour}, "teacher": {"pretrained": None if weights is None else str(weights)}}
+        return make_config(root, merged(FLOW, model))
+
+    made = config_for(tmp_path, flavour, None)
+    train_teacher(made)
+    teacher = load_teacher(made)
+    save_official(teacher, tmp_path / "weights.pt", made.diffusion)
+    taken = config_for(tmp_path / "taken", flavour, tmp_path / "weights.pt")
+    run_stage("teacher", taken, lambda _: None)
+    assert all(
+        torch.equal(value, load_teacher(taken).get_parameter(name)) for name, value in teacher.named_parameters()
+    )
+    with pytest.raises(Exception, match="flavour"):
+        run_stage("teacher", config_for(tmp_path / "other", wrong, tmp_path / "weights.pt"), lambda _: None)
+    save_official(teacher, tmp_path / "noise.pt", DiffusionConfig())
+    with pytest.raises(Exception, match="prediction"):
+        run_stage("teacher", config_for(tmp_path / "noise", flavour, tmp_path / "noise.pt"), lambda _: None)
+
+
+def test_a_folder_of_images_without_classes_is_enough(tmp_path: Path) -> None:
+    config = make_config(tmp_path, {"model": {"num_classes": 0}})
+    photos = Path(config.data.path)
+    for file in sorted(photos.glob("*/*")):
+        file.rename(photos / f"{file.parent.name}-{file.name}")
+    run_stage("teacher", config, lambda _: None)
+    with pytest.raises(Exception, match=r"data\.path"):
+        run_stage("teacher", make_config(tmp_path, {"run_dir": str(tmp_path / "again")}), lambda _: None)
+
+
+def test_the_commands_run_on_a_flow(tmp_path: Path) -> None:
+    from robuq_core.cli import app
+
+    config = make_config(tmp_path, FLOW)
+    train_teacher(config)
+    target = tmp_path / "x.safetensors"
+    result = CliRunner().invoke(app, ["convert", str(config.run_dir / "teacher.pt"), str(target), "--ptq"])
+    assert result.exit_code == 0, result.output
+    assert read_header(target).diffusion.prediction_type == "flow"

@@ -19,7 +19,7 @@ from server.engine.images import encode_image
 from server.engine.model import RowSpec
 
 BODY = {"class_id": 1, "steps": 1, "guidance_scale": 1.0, "seed": 7}
-SPEC = RowSpec(1, 7, 1, 1.0, NoOpSampler.defaults.sampler)
+SPEC = RowSpec(1, 7, 1, 1.0, NoOpSampler().defaults.sampler)
 
 
 def _milliseconds(seconds: list[float]) -> dict[str, float]:

@@ -34,7 +34,7 @@ pipe = RobuQPipeline.from_pretrained("owner/name").to("cpu")
 reveal_type(pipe.get_label_ids(["tench"]))
 reveal_type(pipe.labels)
 sampler.generate(class_ids=207)
-RowSpec(class_id=1, seed=0, steps=4, guidance_scale=1.5, sampler="euler")
+RowSpec(class_id=1, seed=0, steps=4, guidance_scale=1.5, sampler="plms")
 RobuQPipeline.from_pretrained("owner/name", custom_pipeline="x")
 """
 

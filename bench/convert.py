@@ -31,6 +31,7 @@ from robuq_core.config import ModelConfig
 from robuq_core.errors import UserError
 from robuq_core.files import replacing
 from robuq_core.models.adapters_files import load_pickle
+from robuq_core.models.adapters_kind import state_dict_in
 from robuq_core.models.presets import preset
 
 PLANES = (1, 3)
@@ -98,7 +99,7 @@ def check_same(first: Path, second: Path) -> None:
     Raises:
         BenchError: they do not.
     """
-    one, other = load_pickle(first), load_pickle(second)
+    one, other = state_dict_in(load_pickle(first)), state_dict_in(load_pickle(second))
     if one.keys() != other.keys():
         raise BenchError(f"tensors of {first.name} and {second.name} are not the same")
     for key, tensor in one.items():

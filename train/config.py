@@ -65,6 +65,10 @@ class StageConfig(StrictModel):
     grad_clip: float | None = Field(default=1.0, gt=0)
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
     distill_weight: float = Field(default=0.0, ge=0, description="qat only: weight of the MSE to the teacher's output")
+    own_samples: float = Field(
+        default=0.0, ge=0, le=1,
+        description="share of inputs that are the model's own one-step sample, noised, in place of the image",
+    )  # fmt: skip
     save_every: int = Field(default=1000, ge=1)
     log_every: int = Field(default=50, ge=1)
     accumulate: int = Field(
@@ -131,6 +135,9 @@ class EvaluationConfig(StrictModel):
     """How samples are drawn to be measured; steps, guidance and sampler are ``sampler``'s."""
 
     samples: int = Field(default=2000, ge=2, description="drawn for each seed")
+    split: Literal["train", "test"] = Field(
+        default="train", description="which part of the data samples are compared with; test: never trained on"
+    )
     photos: int = Field(default=50_000, ge=2, description="photos of the data that they are compared with, at most")
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 1, 2), min_length=1)
     batch_size: int = Field(default=64, ge=1)
@@ -185,9 +192,9 @@ class TrainConfig(StrictModel):
             raise ValueError(
                 f"data.resize {self.data.resize} is below the crop, model.input_size x data.supersample = {crop}"
             )
-        if self.data.vae is None and self.model.in_channels != 3:
-            raise ValueError(f"model.in_channels must be 3, not {self.model.in_channels}: training reads RGB images, "
-                             "unless data.vae makes latents of them")  # fmt: skip
+        if self.data.vae is None and self.model.in_channels not in (1, 3):
+            raise ValueError(f"model.in_channels must be 1 (grey) or 3 (RGB), not {self.model.in_channels}, unless "
+                             "data.vae makes latents of images")  # fmt: skip
         # Said before the teacher trains, not after: quantisation rotates the inputs of every block linear.
         for width in (self.model.hidden_size, self.model.hidden_size * self.model.mlp_ratio):
             try:
@@ -221,6 +228,11 @@ class TrainConfig(StrictModel):
                    if getattr(self.data, key) != type(self.data).model_fields[key].default]  # fmt: skip
         if self.data.vae is not None and changed:
             raise ValueError(f"data.{changed[0]} is for pixels: with data.vae images are encoded once, as they are")
+        for name, stage in (("teacher", self.teacher), ("warmup", self.warmup), ("qat", self.qat)):
+            if stage.own_samples and self.diffusion.prediction_type != "sample":
+                raise ValueError(f"{name}.own_samples needs diffusion.prediction_type sample, not "
+                                 f"{self.diffusion.prediction_type}: what others predict grows without bound as the "
+                                 "noise fades")  # fmt: skip
         if self.allocate.average_bits is not None and self.quant.bits:
             raise ValueError("quant.bits and allocate.average_bits both choose the widths of layers: leave one out")
         return self

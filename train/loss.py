@@ -32,6 +32,19 @@ def draw_timesteps(count: int, generator: torch.Generator, prediction_type: Pred
     return torch.randint(0, NUM_TRAIN_TIMESTEPS, (count,), generator=generator)
 
 
+def own_sample(x_t: Tensor, output: Tensor, start: Tensor, timesteps: Tensor, config: DiffusionConfig) -> Tensor:
+    """Where DDIM takes ``x_t`` of timesteps ``start [B]`` to: ``[B, C, H, W]`` at ``timesteps [B]``, in one step.
+
+    ``output``: the network's of ``x_t``, whose estimate of the image is clipped as it is when sampling.
+    """
+    signal, sigma = _mixture(start, x_t, config.prediction_type)
+    a, b = to_sample_coefficients(signal, sigma, config.prediction_type)
+    x0 = a * x_t + b * output[:, : x_t.shape[1]]
+    if config.clip_sample:
+        x0 = x0.clamp(-1, 1)
+    return add_noise(x0, (x_t - signal * x0) / sigma, timesteps, config.prediction_type)
+
+
 def diffusion_loss(
     output: Tensor, x0: Tensor, x_t: Tensor, noise: Tensor, timesteps: Tensor, config: DiffusionConfig
 ) -> Tensor:

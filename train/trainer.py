@@ -17,14 +17,14 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from robuq_core.config import DiffusionConfig
+from robuq_core.config import NUM_TRAIN_TIMESTEPS, DiffusionConfig
 from robuq_core.errors import UserError
 from robuq_core.models.dit import DiT
 from train import parallel
 from train.config import ConfigError, StageConfig, TrainConfig
 from train.data import BatchSource, step_generator
 from train.logs import TrainingLog
-from train.loss import add_noise, diffusion_loss, draw_timesteps
+from train.loss import add_noise, diffusion_loss, draw_timesteps, own_sample
 from train.messages import one_line
 from train.provenance import run_provenance
 from train.state import EMA, StateError, check_settings
@@ -67,12 +67,16 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Non
 
 @dataclass(frozen=True)
 class NoisyBatch:
-    """What a step trains on: images and noise ``[B, C, H, W]``, timesteps and classes ``[B]``."""
+    """What a step trains on: images and noise ``[B, C, H, W]``, timesteps and classes ``[B]``.
+
+    ``own``, if given: bool ``[B]``, the rows whose input is the model's own sample (see :func:`batch_loss`).
+    """
 
     x0: Tensor
     noise: Tensor
     timesteps: Tensor
     classes: Tensor
+    own: Tensor | None = None
 
 
 def batch_loss(
@@ -83,9 +87,20 @@ def batch_loss(
     teach: Callable[..., Tensor] | None = None,
     distill_weight: float = 0.0,
 ) -> Tensor:
-    """Mean loss of ``batch``, plus ``distill_weight`` times the MSE to what ``teach`` says; both run in ``context``."""
+    """Mean loss of ``batch``, plus ``distill_weight`` times the MSE to what ``teach`` says; both run in ``context``.
+
+    Rows of ``batch.own`` see what the model meets when it samples: not the noised image, but what one step of DDIM
+    makes of pure noise and the model's own estimate. They teach it to mend its estimate. Noised images teach it to
+    trust ``x_t``, so that its errors grow with the number of steps (the idea of arXiv 2312.00210).
+    """
     x_t = add_noise(batch.x0, batch.noise, batch.timesteps, diffusion.prediction_type)
     with context:
+        if batch.own is not None:
+            last = torch.full_like(batch.timesteps, NUM_TRAIN_TIMESTEPS - 1)
+            with torch.no_grad():
+                estimate = forward(batch.noise, last, batch.classes).float()
+            own = own_sample(batch.noise, estimate, last, batch.timesteps, diffusion)
+            x_t = torch.where(batch.own[:, None, None, None], own, x_t)
         output = forward(x_t, batch.timesteps, batch.classes).float()
         if teach is not None:
             with torch.no_grad():
@@ -305,7 +320,10 @@ class Trainer:
         timesteps = draw_timesteps(size, generator, self.config.diffusion.prediction_type)[mine]
         dropped = torch.rand(size, generator=generator)[mine] < self.config.class_dropout
         classes = torch.where(dropped, self.config.model.null_row, classes)
-        parts = zip(*(each.chunk(self.stage.accumulate) for each in (x0, noise, timesteps, classes)), strict=True)
+        drawn = [x0, noise, timesteps, classes]
+        if self.stage.own_samples:
+            drawn.append(torch.rand(size, generator=generator)[mine] < self.stage.own_samples)
+        parts = zip(*(each.chunk(self.stage.accumulate) for each in drawn), strict=True)
         return (NoisyBatch(*(each.to(self.device) for each in part)) for part in parts)
 
     def _loss(self, batch: NoisyBatch) -> Tensor:

@@ -49,7 +49,8 @@ from robuq_core.safetensors_file import MalformedFileError, SafetensorsFile, par
 FORMAT_VERSION = 3
 _METADATA_KEY = "robuq"
 _READERS = 4
-_RGB = 3
+# Grey or RGB.
+_PICTURE_CHANNELS = (1, 3)
 # Of the parts of a packed layer; the other tensors are fp16.
 _DTYPES = {
     "trits": torch.uint8,
@@ -135,19 +136,19 @@ class Description:
 
 
 def decoder_kind(model: ModelConfig, said: DecoderKind | None = None) -> DecoderKind:
-    """What ``model`` draws, if nobody has ``said`` it: pixels with three channels, latents with more.
+    """What ``model`` draws, if nobody has ``said`` it: grey pixels with one channel, RGB with three, latents with more.
 
     Raises:
-        CheckpointError: pixels that are not RGB.
+        CheckpointError: pixels that are neither grey nor RGB.
     """
     channels = model.in_channels
-    if said == "pixels" and channels != _RGB:
-        raise CheckpointError(f"decoder pixels: pictures have {_RGB} channels, not {channels}; say latent for those "
-                              f"of an autoencoder, or train a model of in_channels {_RGB}")  # fmt: skip
-    if said is None and channels < _RGB:
-        raise CheckpointError(f"in_channels {channels}: pictures have {_RGB}; train a model of {_RGB}, or say that its "
-                              "decoder is latent (--decoder-kind), if an autoencoder takes them")  # fmt: skip
-    return said or ("pixels" if channels == _RGB else "latent")
+    if said == "pixels" and channels not in _PICTURE_CHANNELS:
+        raise CheckpointError(f"decoder pixels: pictures have 1 or 3 channels, not {channels}; say latent for those "
+                              "of an autoencoder, or train a model of in_channels 1 or 3")  # fmt: skip
+    if said is None and channels == 2:
+        raise CheckpointError("in_channels 2: pictures have 1 or 3; train a model of those, or say that its decoder "
+                              "is latent (--decoder-kind), if an autoencoder takes them")  # fmt: skip
+    return said or ("pixels" if channels in _PICTURE_CHANNELS else "latent")
 
 
 def layer_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:

@@ -224,7 +224,7 @@ def convert(
     flavour: Annotated[Flavour | None, typer.Option(help="Whose numerics to run with; default: the source's.")] = None,
     decoder_kind: Annotated[
         DecoderKind | None,
-        typer.Option(help="What the model draws; default: pixels if it has three channels, latent if more."),
+        typer.Option(help="What the model draws; default: pixels if it has one channel or three, latent if more."),
     ] = None,
     steps: StepsOption = None,
     guidance_scale: ScaleOption = None,

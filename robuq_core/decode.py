@@ -61,23 +61,22 @@ class Decoder(Protocol):
 
 
 class PixelDecoder:
-    """The identity: the network draws pixels."""
+    """The identity: the network draws pixels, RGB or, with one channel, grey."""
 
     name = "pixels"
-    channels = 3
     weight_bytes = 0
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.device = torch.device(device)
+    def __init__(self, device: torch.device | str = "cpu", channels: int = 3) -> None:
+        self.device, self.channels = torch.device(device), channels
 
     def image_size(self, sample_size: int) -> int:
         return sample_size
 
     def decode(self, sample: Tensor) -> Tensor:
-        return sample
+        return sample.expand(3, -1, -1) if self.channels == 1 else sample
 
     def replica(self, device: torch.device | str) -> PixelDecoder:
-        return PixelDecoder(device)
+        return PixelDecoder(device, self.channels)
 
 
 class LatentDecoder:

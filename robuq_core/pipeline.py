@@ -96,11 +96,11 @@ class Sampler:
         self._x, self._x0 = LatestBatch(), LatestBatch()
 
     def _fitting(self, decoder: Decoder | None) -> Decoder:
+        channels = self.header.model.in_channels
         if self.header.decoder == "pixels":
-            return PixelDecoder(self.device)
+            return PixelDecoder(self.device, channels)
         if decoder is None:
             raise CheckpointError(f"{self.checkpoint_name}: {NO_DECODER}")
-        channels = self.header.model.in_channels
         if decoder.channels != channels:
             raise CheckpointError(f"{self.checkpoint_name}: draws latents of {channels} channels, but the decoder "
                                   f"{decoder.name} takes {decoder.channels}; "

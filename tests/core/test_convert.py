@@ -193,7 +193,7 @@ def test_no_folder_is_called_like_a_file(source: Path, tmp_path: Path, name: str
 
 @pytest.mark.parametrize(
     ("channels", "said", "expected"),
-    [(3, None, "pixels"), (3, "latent", "latent"), (4, None, "latent"), (1, "latent", "latent")],
+    [(1, None, "pixels"), (3, None, "pixels"), (3, "latent", "latent"), (4, None, "latent"), (1, "latent", "latent")],
 )
 def test_command_says_what_the_model_draws(tmp_path: Path, channels: int, said: str | None, expected: str) -> None:
     source, target = save_random(tmp_path / "model.pt", in_channels=channels), tmp_path / "packed.safetensors"
@@ -205,9 +205,9 @@ def test_command_says_what_the_model_draws(tmp_path: Path, channels: int, said: 
 
 @pytest.mark.parametrize(
     ("channels", "said", "message"),
-    [(1, None, "in_channels 1: pictures have 3"), (4, "pixels", "pictures have 3 channels, not 4; say latent")],
+    [(2, None, "in_channels 2"), (4, "pixels", "not 4; say latent")],
 )
-def test_pictures_that_are_not_rgb_are_refused_before_the_work(
+def test_pictures_that_are_neither_grey_nor_rgb_are_refused_before_the_work(
     tmp_path: Path, channels: int, said: DecoderKind | None, message: str
 ) -> None:
     source, done = save_random(tmp_path / "model.pt", in_channels=channels), []

@@ -212,6 +212,15 @@ def test_pixels_are_cut_and_rounded_as_documented() -> None:
     assert to_pixels(PixelDecoder().decode(picture))[0, :, 0].tolist() == [0, 0, 128, 255, 255]
 
 
+def test_grey_pixels_are_three_equal_channels() -> None:
+    sample = torch.linspace(-1, 1, 6).reshape(1, 2, 3)
+    pixels = to_pixels(PixelDecoder(channels=1).decode(sample))
+    assert pixels.shape == (2, 3, 3)
+    assert (pixels[..., 0] == pixels[..., 1]).all()
+    assert (pixels[..., 0] == pixels[..., 2]).all()
+    assert (pixels[0, 0, 0], pixels[1, 2, 0]) == (0, 255)
+
+
 # In a sampler.
 
 

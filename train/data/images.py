@@ -23,7 +23,8 @@ Fit = Literal["resize", "pad"]
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """``images`` uint8 ``[N, 3, S, S]``, short side resized and centre-cropped to S; ``labels`` int64 ``[N]``.
+    """``images`` uint8 ``[N, C, S, S]``, RGB or grey, short side resized and centre-cropped to S; ``labels`` int64
+    ``[N]``.
 
     Crops are taken at ``supersample`` times the wanted size and averaged down.
     """
@@ -48,30 +49,31 @@ def load_dataset(path: Path, size: int, num_classes: int, split: str = "train", 
     return ImageDataset(torch.from_numpy(np.stack(images)), torch.from_numpy(source.labels))
 
 
-def read_square(source: Source, index: int, size: int, fit: Fit = "resize") -> np.ndarray:
-    """Image ``index`` as uint8 ``[3, size, size]``: its middle square, resized; or a smaller one centred on black.
+def read_square(source: Source, index: int, size: int, fit: Fit = "resize", channels: int = 3) -> np.ndarray:
+    """Image ``index`` as uint8 ``[channels, size, size]``: its middle square, resized; or a smaller one centred on
+    black. Three ``channels`` are RGB, one is grey.
 
     Raises:
         DataError: it is unreadable.
     """
     try:
-        image = source.open(index).convert("RGB")
+        image = source.open(index).convert("L" if channels == 1 else "RGB")
     except Exception as error:  # a damaged file leads decoders to raise almost anything
         raise DataError(
             f"{source.name(index)}: not a readable image ({one_line(error)}); remove it or replace it"
         ) from error
     if fit == "pad" and max(image.size) <= size:
-        square = Image.new("RGB", (size, size))
+        square = Image.new(image.mode, (size, size))
         square.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
     else:
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         square = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
-    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+    return np.ascontiguousarray(np.asarray(square).reshape(size, size, channels).transpose(2, 0, 1))
 
 
 def centre_images(dataset: ImageDataset, size: int, rows: slice = slice(None)) -> Tensor:
-    """Centre crops, float32 in [-1, 1], ``[N, 3, size, size]`` of ``rows``; mind the memory that all of them need."""
+    """Centre crops, float32 in [-1, 1], ``[N, C, size, size]`` of ``rows``; mind the memory that all of them need."""
     side = size * dataset.supersample
     margin = (dataset.images.shape[-1] - side) // 2
     crops = dataset.images[rows][..., margin : margin + side, margin : margin + side]

@@ -28,7 +28,8 @@ Note = Callable[[str], None]
 
 
 def data_folder(config: TrainConfig) -> Path:
-    return config.run_dir / "data"
+    """Of the split that is read: the one that is held out lies beside the one that is trained on."""
+    return config.run_dir / ("data" if config.data.split == "train" else f"data-{config.data.split}")
 
 
 def image_size(config: TrainConfig) -> int:
@@ -36,6 +37,11 @@ def image_size(config: TrainConfig) -> int:
     if config.data.vae is not None:
         return config.model.input_size * vae_downscale(config.data.vae)
     return config.data.resize or config.model.input_size * config.data.supersample
+
+
+def picture_channels(config: TrainConfig) -> int:
+    """Of the images that are kept or encoded: 1 grey, 3 RGB, which is what an autoencoder takes."""
+    return config.model.in_channels if config.data.vae is None else 3
 
 
 def prepare(config: TrainConfig, note: Note = print, verify: bool = False) -> Index:
@@ -166,7 +172,7 @@ def _make(config: TrainConfig, source: Source, note: Note) -> None:
         count=len(source),
         classes=config.model.num_classes,
         class_names=source.class_names,
-        shape=(3, size, size),
+        shape=(picture_channels(config), size, size),
         dtype="uint8",
     )
     make: Callable[[range], np.ndarray] = squares
@@ -189,8 +195,10 @@ def _make(config: TrainConfig, source: Source, note: Note) -> None:
 
 
 def _reader(source: Source, size: int, config: TrainConfig) -> Callable[[range | list[int]], np.ndarray]:
+    fit, channels = config.data.fit, picture_channels(config)
+
     def read(rows: range | list[int]) -> np.ndarray:
         with ThreadPoolExecutor() as pool:
-            return np.stack(list(pool.map(lambda i: read_square(source, i, size, config.data.fit), rows)))
+            return np.stack(list(pool.map(lambda i: read_square(source, i, size, fit, channels), rows)))
 
     return read

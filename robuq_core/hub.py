@@ -1,4 +1,5 @@
-"""Where a checkpoint comes from: a file, a folder that holds one, an id of the Hugging Face hub, or the package itself.
+"""Where a checkpoint comes from: a file, a folder that holds one, an id of the Hugging Face hub, or the package itself,
+by the names of :data:`BUNDLED`.
 
 A folder of the hub is what ``robuq export-hub`` makes: its ``config.json`` names the checkpoint, so that nothing else
 is downloaded, least of all from a repository that holds something else.
@@ -16,7 +17,10 @@ from typing import Any, TypeGuard
 from robuq_core.checkpoint import CheckpointError, read_header
 from robuq_core.files import read_json
 
-BUNDLED_CHECKPOINT = "imagenet-1-per-class-w1.58a2.safetensors"
+# Names of the checkpoints that come with the package, the default first, and their files.
+BUNDLED = {
+    "imagenet": "imagenet-1-per-class-w1.58a2.safetensors",
+}
 SUFFIX = ".safetensors"
 CONFIG_NAME = "config.json"
 LIBRARY_NAME = "robuq"
@@ -26,9 +30,14 @@ DECODER_FOLDER = "vae"
 _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 
 
-def bundled_checkpoint() -> Path:
-    """Path of the checkpoint that comes with the package."""
-    return Path(str(resources.files("robuq_core") / "assets" / BUNDLED_CHECKPOINT))
+def bundled_checkpoint(name: str | None = None) -> Path:
+    """Path of the checkpoint that comes with the package as ``name``, a key of :data:`BUNDLED`; none is the first.
+
+    Raises:
+        KeyError: no checkpoint has that name.
+    """
+    chosen = next(iter(BUNDLED)) if name is None else name
+    return Path(str(resources.files("robuq_core") / "assets" / BUNDLED[chosen]))
 
 
 def resolve_checkpoint(
@@ -42,9 +51,9 @@ def resolve_checkpoint(
     """The packed file that ``source`` means.
 
     Args:
-        source: a file; a folder with exactly one packed file; ``owner/name`` or ``owner/name@revision`` on the hub,
-            downloaded at the first time; ``None`` for the bundled checkpoint. What exists here is never looked for
-            on the hub.
+        source: a file; a folder with exactly one packed file; a name of :data:`BUNDLED`; ``owner/name`` or
+            ``owner/name@revision`` on the hub, downloaded at the first time; ``None`` for the default of the package.
+            What exists here is never looked for elsewhere.
         revision, cache_dir, token, local_files_only: of a hub id, as ``huggingface_hub.snapshot_download`` takes them.
 
     Raises:
@@ -56,6 +65,8 @@ def resolve_checkpoint(
     path = Path(source)
     if path.is_dir():
         return _only_checkpoint(path)
+    if str(source) in BUNDLED and not path.exists():
+        return bundled_checkpoint(str(source))
     match = _HUB_ID.fullmatch(str(source))
     if path.exists() or match is None or str(source).endswith(SUFFIX):
         return path  # who reads it tells if it is missing

@@ -20,12 +20,13 @@ from robuq_core.checkpoint import (
 )
 from robuq_core.config import DiffusionConfig, ModelConfig, QuantConfig, SamplerConfig
 from robuq_core.errors import UserError
+from robuq_core.hub import resolve_checkpoint
 from robuq_core.kernels.ops import Backend, TernaryLayer
 from robuq_core.models.dit import DiT, TimestepEmbedder, position_table
 from robuq_core.models.packed_dit import PackedDiT
 from robuq_core.models.presets import preset
 from robuq_core.models.quant_linear import is_adaln, layer_bits
-from robuq_core.pipeline import Denoiser, Sampler, bundled_checkpoint
+from robuq_core.pipeline import Denoiser, Sampler
 from robuq_core.quant.hadamard import random_signs
 from robuq_core.quant.packing import pack_planar
 
@@ -64,7 +65,7 @@ def header_sampler(header: Header, model: Denoiser, name: str, backend_name: str
 
 
 def open_source(preset_name: str | None, path: Path | None) -> Source:
-    """Random weights of a preset, or a packed file; the bundled one where neither is given.
+    """Random weights of a preset, or what :func:`robuq_core.hub.resolve_checkpoint` makes of ``path``.
 
     Raises:
         UserError: both are given. ValueError: unknown preset. CheckpointError: the file cannot be used.
@@ -73,7 +74,7 @@ def open_source(preset_name: str | None, path: Path | None) -> Source:
         raise UserError("--preset and --checkpoint exclude each other: random weights of a shape, or a packed file")
     if preset_name is not None:
         return Source(preset_name, random_checkpoint(preset(preset_name), QuantConfig()))
-    chosen = path or bundled_checkpoint()
+    chosen = resolve_checkpoint(path)
     return Source(chosen.stem, read_checkpoint(chosen), chosen)
 
 

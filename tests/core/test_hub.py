@@ -21,7 +21,7 @@ from robuq_core import cli as robuq
 from robuq_core.checkpoint import CheckpointError, read_header
 from robuq_core.config import QuantConfig
 from robuq_core.export_hub import ExportError, export_hub
-from robuq_core.hub import bundled_checkpoint, resolve_checkpoint
+from robuq_core.hub import BUNDLED, bundled_checkpoint, resolve_checkpoint
 from robuq_core.pipeline import Sampler
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,6 +49,26 @@ def cache(checkpoint: Path, tmp_path: Path) -> Path:
 
 def offline(cache: Path, source: str = REPO, **options: str) -> Path:
     return resolve_checkpoint(source, cache_dir=cache, local_files_only=True, **options)  # type: ignore[arg-type]
+
+
+# Of the package.
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_a_bundled_checkpoint_goes_by_its_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    monkeypatch.chdir(tmp_path)
+    path = resolve_checkpoint(name)
+    assert path == resolve_checkpoint(Path(name)) == bundled_checkpoint(name)
+    assert read_header(path).class_names
+    # What exists here comes first.
+    Path(name).touch()
+    assert resolve_checkpoint(name) == Path(name)
+
+
+def test_every_checkpoint_of_the_package_has_a_name() -> None:
+    assert {path.name for path in bundled_checkpoint().parent.glob("*.safetensors")} == set(BUNDLED.values())
+    assert bundled_checkpoint() == bundled_checkpoint(next(iter(BUNDLED)))
 
 
 # Local.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import signal
+import struct
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -29,6 +31,18 @@ def write_photos(folder: Path, classes: int = CLASSES, per_class: int = PER_CLAS
         for i in range(per_class):
             pixels = random.integers(0, 256, (side + 2, side, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f"class_{c}" / f"{i}.png")
+    return folder
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def write_idx(folder: Path, prefix: str, images: np.ndarray, labels: np.ndarray) -> Path:
+    """Grey ``images`` uint8 ``[N, H, W]`` and ``labels`` as the gzipped IDX files of one split."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, array in ((f"{prefix}-images-idx3-ubyte", images), (f"{prefix}-labels-idx1-ubyte", labels)):
+        (folder / f"{name}.gz").write_bytes(gzip.compress(idx_bytes(array.astype(np.uint8)), 1))
     return folder
 
 

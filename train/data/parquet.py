@@ -22,11 +22,10 @@ _GROUPS_KEPT = 2
 
 
 def parquet_files(path: Path, split: str) -> list[Path]:
-    """``path`` itself, or the folder's files: those called ``SPLIT-*.parquet`` if there are any, else all."""
-    if path.is_file():
-        return [path] if path.suffix == ".parquet" else []
-    files = sorted(path.glob("*.parquet"))
-    return [file for file in files if file.name.startswith(f"{split}-")] or files
+    """``path`` itself, or the folder's files called ``SPLIT-*.parquet``; for ``train`` all of them, if none is."""
+    files = [each for each in ([path] if path.is_file() else sorted(path.iterdir())) if each.suffix == ".parquet"]
+    named = [file for file in files if file.name.startswith(f"{split}-")]
+    return named or (files if split == "train" else [])
 
 
 class ParquetImages:

@@ -58,21 +58,25 @@ def open_source(path: Path, num_classes: int, split: str = "train") -> Source:
     A folder or zip holds one sub-folder a class, numbered in sorted order; an npz holds ``arr_0`` (uint8
     ``[N, H, W, 3]``) and ``arr_1`` (labels), or the same as ``images`` and ``labels``; a folder with IDX files holds
     ``train-images-idx3-ubyte`` and ``train-labels-idx1-ubyte`` (``t10k-`` for ``split`` test), gzipped or not; Parquet
-    files hold a column of encoded images and an integer column ``label``.
+    files hold a column of encoded images and an integer column ``label``, in ``test-*`` for ``split`` test.
 
     Raises:
-        DataError: no images, or classes that are not ``0 .. num_classes - 1``, each at least once.
+        DataError: no images, no such split, or classes that are not ``0 .. num_classes - 1``, each at least once.
 
     With ``num_classes`` 0 labels are left alone, all are 0, and the images of a folder or zip may lie anywhere in it.
     """
     if not path.exists():
         raise DataError(f"data.path {path} does not exist")
-    if path.is_dir() and holds_idx(path):
+    is_idx, parquet = path.is_dir() and holds_idx(path), parquet_files(path, split)
+    if split != "train" and not (is_idx or parquet):
+        raise DataError(f"data.path {path} has no split {split}: give a folder of IDX files, or of Parquet files "
+                        f"named {split}-*")  # fmt: skip
+    if is_idx:
         source = _of_arrays(path, *read_idx(path, split))
     elif path.is_file() and path.suffix == ".npz":
         source = _of_arrays(path, *_read_npz(path))
-    elif files := parquet_files(path, split):
-        rows = ParquetImages(files)
+    elif parquet:
+        rows = ParquetImages(parquet)
         source = Source(rows.labels, rows.open, rows.name, rows.class_names)
     else:
         source = _of_entries(path, anywhere=num_classes == 0)

@@ -45,14 +45,21 @@ def sample_side(config: TrainConfig) -> int:
     return config.model.input_size if config.data.vae is None else image_size(config)
 
 
+def compared_with(config: TrainConfig) -> TrainConfig:
+    """``config`` with the data that samples are compared with: ``evaluation.split``."""
+    data = config.data.model_copy(update={"split": config.evaluation.split})
+    return config.model_copy(update={"data": data})
+
+
 def reference(config: TrainConfig, network: FeatureNetwork) -> Reference:
-    """The reference of the configured data: read from the run folder if it is there, else made and kept.
+    """The reference of the data that :func:`compared_with` gives: read from the run folder, or made and kept there.
 
     Of at most ``evaluation.photos`` (10,000 where the model works on latents), picked by a fixed seed.
 
     Raises:
         DataError: the data cannot be used. EvaluationError: the run folder cannot be written to.
     """
+    config = compared_with(config)
     index = prepare(config, note=lambda _: None)
     made_of: dict[str, Any] = {
         "data": index.digests,
@@ -88,7 +95,8 @@ def measure_photos(dataset: ImageDataset, count: int, side: int, network: Featur
     with tracked(torch.split(picked, _BATCH), f"photos through {network.name}") as batches:
         for rows in batches:
             photos = ImageDataset(dataset.images[rows], dataset.labels[rows], dataset.supersample)
-            features = network(centre_images(photos, side))
+            # Networks see RGB: grey is three equal channels.
+            features = network(centre_images(photos, side).expand(-1, 3, -1, -1))
             pool.add(features.pool)
             if features.spatial is not None:
                 spatial.add(features.spatial)

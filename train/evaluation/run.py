@@ -11,6 +11,7 @@ from robuq_core.config import SamplerConfig
 from robuq_core.files import read_json, replacing
 from robuq_core.pipeline import Sampler
 from train.config import TrainConfig
+from train.data import read_images
 from train.evaluation.agreement import IMAGENET_CLASSES, agreement
 from train.evaluation.errors import EvaluationError
 from train.evaluation.figures import effnet_figures, inception_figures
@@ -18,7 +19,8 @@ from train.evaluation.inception import Inception
 from train.evaluation.intervals import Estimate, ratio
 from train.evaluation.models import Which, default_model, load_sampler
 from train.evaluation.networks import EfficientNetLite0, FeatureNetwork
-from train.evaluation.reference import Reference, reference
+from train.evaluation.pixels import pixel_agreement
+from train.evaluation.reference import GALLERY_PHOTOS, Reference, compared_with, reference
 from train.evaluation.samples import SampleSet, draw, draw_to_disk, random_classes
 from train.evaluation.sheet import write_sheet
 from train.messages import one_line
@@ -101,7 +103,11 @@ def _agreement(
     if sheet is not None:
         write_sheet(samples, sheet)
     fits = config.model.num_classes == IMAGENET_CLASSES
-    return agreement(network(samples), classes, photos.gallery, classifier=fits).as_dict()
+    found = agreement(network(samples), classes, photos.gallery, classifier=fits).as_dict()
+    # A run on latents keeps no pixels, and its model does not repeat them.
+    if config.data.vae is None:
+        found |= pixel_agreement(samples, classes, read_images(compared_with(config), GALLERY_PHOTOS)).as_dict()
+    return found
 
 
 def _samples(

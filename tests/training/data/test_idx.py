@@ -1,12 +1,12 @@
 """IDX folders, as MNIST and Fashion-MNIST ship: read whole, or one line says which file is at fault."""
 
 import gzip
-import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from synthetic_run import idx_bytes, write_idx
 
 from train.data import DataError, load_dataset
 
@@ -19,26 +19,19 @@ def zipped(data: bytes, level: int = 1) -> bytes:
     return gzip.compress(data, level, mtime=0)
 
 
-def idx_bytes(array: np.ndarray) -> bytes:
-    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
-
-
-def write_idx(folder: Path, prefix: str = "train", images: np.ndarray = IMAGES, labels: np.ndarray = LABELS) -> Path:
-    folder.mkdir(exist_ok=True)
-    for name, array in ((f"{prefix}-images-idx3-ubyte", images), (f"{prefix}-labels-idx1-ubyte", labels)):
-        (folder / f"{name}.gz").write_bytes(zipped(idx_bytes(array), 1))
-    return folder
+def write(folder: Path, prefix: str = "train", images: np.ndarray = IMAGES, labels: np.ndarray = LABELS) -> Path:
+    return write_idx(folder, prefix, images, labels)
 
 
 def test_grey_images_become_rgb_in_their_order(tmp_path: Path) -> None:
-    dataset = load_dataset(write_idx(tmp_path / "idx"), 5, 3)
+    dataset = load_dataset(write(tmp_path / "idx"), 5, 3)
     assert dataset.images.dtype == torch.uint8
     assert torch.equal(dataset.images, torch.from_numpy(IMAGES)[:, None].expand(6, 3, 5, 5))
     assert dataset.labels.tolist() == LABELS.tolist()
 
 
 def test_a_split_is_picked_and_gzip_is_optional(tmp_path: Path) -> None:
-    folder = write_idx(write_idx(tmp_path / "idx"), "t10k", 255 - IMAGES, LABELS[::-1].copy())
+    folder = write(write(tmp_path / "idx"), "t10k", 255 - IMAGES, LABELS[::-1].copy())
     for packed in folder.glob("t10k-*.gz"):
         packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
         packed.unlink()
@@ -48,7 +41,7 @@ def test_a_split_is_picked_and_gzip_is_optional(tmp_path: Path) -> None:
 
 
 def test_small_images_are_enlarged_or_centred_on_black(tmp_path: Path) -> None:
-    folder = write_idx(tmp_path / "idx")
+    folder = write(tmp_path / "idx")
     padded = load_dataset(folder, 8, 3, fit="pad").images
     assert torch.equal(padded[:, 0, 1:6, 1:6], torch.from_numpy(IMAGES))
     assert int(padded.sum()) == 3 * int(IMAGES.astype(int).sum())
@@ -76,7 +69,7 @@ def test_small_images_are_enlarged_or_centred_on_black(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_file_is_named(tmp_path: Path, name: str, content: bytes | None, expected: str) -> None:
-    folder = write_idx(write_idx(tmp_path / "idx"), "t10k")
+    folder = write(write(tmp_path / "idx"), "t10k")
     (folder / name).unlink()
     if content is not None:
         (folder / name).write_bytes(content)
@@ -89,4 +82,4 @@ def test_a_bad_file_is_named(tmp_path: Path, name: str, content: bytes | None, e
 @pytest.mark.parametrize("num_classes", [2, 4])
 def test_a_wrong_number_of_classes_is_named(tmp_path: Path, num_classes: int) -> None:
     with pytest.raises(DataError, match=f"has 3 classes .* but model.num_classes is {num_classes}"):
-        load_dataset(write_idx(tmp_path / "idx"), 5, num_classes)
+        load_dataset(write(tmp_path / "idx"), 5, num_classes)

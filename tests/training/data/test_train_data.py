@@ -86,6 +86,13 @@ def test_hidden_and_foreign_files_are_left_out(tmp_path: Path) -> None:
     assert len(load_dataset(zip_folder(folder, tmp_path / "p.zip"), 8, CLASSES)) == CLASSES * PER_CLASS
 
 
+def test_data_of_one_part_have_no_test_split(tmp_path: Path) -> None:
+    folder = write_photos(tmp_path / "photos")
+    for path in (folder, zip_folder(folder, tmp_path / "p.zip")):
+        with pytest.raises(DataError, match="split test"):
+            load_dataset(path, 8, CLASSES, split="test")
+
+
 def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
     folder = write_photos(tmp_path / "photos")
     bad = folder / "class_2" / "broken.jpg"

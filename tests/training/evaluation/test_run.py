@@ -9,12 +9,14 @@ import pytest
 from click.testing import Result
 from PIL import Image
 from stand_in import PixelNetwork
-from synthetic_run import CLASSES, make_config, write_config
+from synthetic_run import CLASSES, make_config, write_config, write_idx
 from tiny import write_tiny
 from typer.testing import CliRunner
 
+from robuq_core.checkpoint import read_header
 from train.cli import app
-from train.config import TrainConfig
+from train.config import TrainConfig, load_config
+from train.data import read_images
 from train.evaluation import run as module
 from train.evaluation.models import load_sampler
 from train.evaluation.samples import draw
@@ -62,6 +64,8 @@ def test_teacher_student_and_packed_file_go_through_one_interface(trained: tuple
         assert len(set(figures["fd_effnet"]["by_seed"])) == 3
         assert entry["agreement"]["samples"] == CLASSES
         assert entry["agreement"]["top1"] is None  # these are not ImageNet's classes
+        assert 0 <= entry["agreement"]["pixel_nearest"] <= 1
+        assert 5 < entry["agreement"]["psnr"] < 40
         assert any("not FID" in caution for caution in entry["cautions"])
         assert any("singular" in caution for caution in entry["cautions"])
     ratios = kept["ratio_to_teacher"]
@@ -107,6 +111,32 @@ def test_agreement_alone_draws_no_sets(trained: tuple[Path, TrainConfig], tmp_pa
     assert entry["agreement"]["samples"] == 2
     assert "figures" not in entry
     assert not (tmp_path / "evaluation" / "samples").exists()
+
+
+@pytest.mark.usefixtures("pixels")
+def test_a_grey_model_is_compared_with_images_that_it_was_not_trained_on(tmp_path: Path) -> None:
+    random, labels = np.random.default_rng(0), np.arange(4 * CLASSES) % CLASSES
+    for prefix, level in (("train", 0), ("t10k", 200)):
+        images = random.integers(level, level + 56, (len(labels), 8, 8), dtype=np.uint8)
+        write_idx(tmp_path / "grey", prefix, images, labels)
+    data = {"path": str(tmp_path / "grey"), "resize": None, "colour_jitter": 0.0}
+    path = write_config(tmp_path, {**SETS, "model": {"in_channels": 1}, "data": data})
+    config = load_config(path, [])
+    train_teacher(config)
+    train_qat(config)
+    export(config, config.run_dir / "model.safetensors")
+    assert read_header(config.run_dir / "model.safetensors").decoder == "pixels"
+    found = {}
+    for split in ("train", "test"):
+        result = measure(path, "--model", "packed", "--set", f"evaluation.split={split}")
+        assert result.exit_code == 0, result.output
+        found[split] = json.loads(result.stdout[result.stdout.index("{") :])
+    # What hardly was trained is grey, and so nearer to the dark images than to the bright ones.
+    assert found["train"]["agreement"]["psnr"] > found["test"]["agreement"]["psnr"] + 3
+    assert found["train"]["figures"]["fd_effnet"]["mean"] < found["test"]["figures"]["fd_effnet"]["mean"]
+    # Both stay prepared, and training does not take one for the other.
+    assert {folder.name for folder in config.run_dir.glob("data*")} >= {"data", "data-test"}
+    assert float(read_images(config).images[:].float().mean()) < 60
 
 
 def test_samples_of_the_teacher_depend_on_their_seed_alone(trained: tuple[Path, TrainConfig]) -> None:

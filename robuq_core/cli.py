@@ -35,7 +35,9 @@ app.add_typer(bench_app, name="bench")
 CheckpointOption = Annotated[
     Path | None,
     typer.Option(
-        "--checkpoint", "-c", help="Packed file, a folder that holds one, or a hub id; default: the bundled one."
+        "--checkpoint",
+        "-c",
+        help="Packed file, a folder that holds one, a bundled one's name, or a hub id; default: imagenet (bundled).",
     ),
 ]
 DecoderOption = Annotated[
@@ -154,7 +156,10 @@ def compare(
 @reported
 def inspect_command(
     checkpoint: Annotated[
-        Path | None, typer.Argument(help="Packed file, a folder that holds one, or a hub id; default: the bundled one.")
+        Path | None,
+        typer.Argument(
+            help="Packed file, a folder that holds one, a bundled one's name, or a hub id; default: imagenet (bundled)."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole header as JSON.")] = False,
 ) -> None:

@@ -57,8 +57,8 @@ class Settings(BaseSettings):
 
     checkpoint: Path | None = Field(
         None,
-        description="Packed checkpoint to serve: a file, a folder that holds one, or an id of the Hugging Face hub; "
-        "the bundled one if not given.",
+        description="Packed checkpoint to serve: a file, a folder that holds one, the name of a bundled one, or an id "
+        "of the Hugging Face hub; imagenet, which is bundled, if not given.",
     )
     decoder: Path | None = Field(
         None,

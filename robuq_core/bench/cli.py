@@ -21,7 +21,8 @@ def bench(
     context: typer.Context,
     preset: Annotated[str | None, typer.Option(help="Random weights of this shape, e.g. DiT-XL/2.")] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option("--checkpoint", "-c", help="Packed .safetensors file; default: the bundled one.")
+        Path | None,
+        typer.Option("--checkpoint", "-c", help="Packed file, or what else robuq sample takes."),
     ] = None,
     level: Annotated[
         list[str] | None, typer.Option(help=f"One of {', '.join(LEVELS)}; repeatable; default: all.")

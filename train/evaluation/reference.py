@@ -71,7 +71,8 @@ def reference(config: TrainConfig, network: FeatureNetwork) -> Reference:
         "gallery": GALLERY_PHOTOS,
     }
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-    path = config.run_dir / "evaluation" / f"reference-{network.name}.npz"
+    part = "" if config.data.split == "train" else f"-{config.data.split}"
+    path = config.run_dir / "evaluation" / f"reference-{network.name}{part}.npz"
     found = read_reference(path, digest)
     if found is None:
         # Prepared pixels are mapped: taken batch by batch, they are never in memory together.

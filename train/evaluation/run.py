@@ -15,6 +15,7 @@ from train.data import read_images
 from train.evaluation.agreement import IMAGENET_CLASSES, agreement
 from train.evaluation.errors import EvaluationError
 from train.evaluation.figures import effnet_figures, inception_figures
+from train.evaluation.frechet import frechet_distance_of_moments
 from train.evaluation.inception import Inception
 from train.evaluation.intervals import Estimate, ratio
 from train.evaluation.models import Which, default_model, load_sampler
@@ -81,6 +82,8 @@ def evaluate_run(
         entry |= {"samples": config.evaluation.samples, "seeds": list(config.evaluation.seeds)}
         entry["photos"] = photos.pool.count
         entry["figures"] = _over_seeds(effnet_figures, sets, network, photos)
+        if config.evaluation.split != "train":
+            entry["training_images"] = _training_images(config, network, photos)
         if spectator is not None:
             entry["figures"] |= _over_seeds(inception_figures, sets, spectator, reference(config, spectator))
         entry["cautions"] = _cautions(config, photos, with_inception=spectator is not None)
@@ -122,6 +125,14 @@ def _samples(
         identity=digest,
         settings=settings,
     )
+
+
+def _training_images(config: TrainConfig, network: FeatureNetwork, held_out: Reference) -> dict[str, float]:
+    """What as many training images as there are samples would get: real, and of the same families, unlike the held-out
+    ones. A model that learnt all that there is to learn can hardly get less."""
+    settings = config.evaluation.model_copy(update={"split": "train", "photos": config.evaluation.samples})
+    trained = reference(config.model_copy(update={"evaluation": settings}), network)
+    return {"fd_effnet": frechet_distance_of_moments(trained.pool, held_out.pool), "photos": trained.pool.count}
 
 
 def _over_seeds(measure: Measure, sets: list[SampleSet], network: FeatureNetwork, photos: Reference) -> dict[str, Any]:

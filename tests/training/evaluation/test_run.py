@@ -134,6 +134,11 @@ def test_a_grey_model_is_compared_with_images_that_it_was_not_trained_on(tmp_pat
     # What hardly was trained is grey, and so nearer to the dark images than to the bright ones.
     assert found["train"]["agreement"]["psnr"] > found["test"]["agreement"]["psnr"] + 3
     assert found["train"]["figures"]["fd_effnet"]["mean"] < found["test"]["figures"]["fd_effnet"]["mean"]
+    assert "training_images" not in found["train"]
+    assert found["test"]["training_images"]["photos"] == SETS["evaluation"]["samples"]
+    # Dark images are farther from bright ones than what is grey.
+    real, drawn = found["test"]["training_images"]["fd_effnet"], found["test"]["figures"]["fd_effnet"]["mean"]
+    assert real > drawn > 0
     # Both stay prepared, and training does not take one for the other.
     assert {folder.name for folder in config.run_dir.glob("data*")} >= {"data", "data-test"}
     assert float(read_images(config).images[:].float().mean()) < 60

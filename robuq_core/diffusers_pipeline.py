@@ -204,7 +204,7 @@ class RobuQPipeline:
     def __call__(
         self,
         class_labels: list[int],
-        guidance_scale: float | None = None,
+        guidance_scale: float = 4.0,
         generator: Generators = None,
         num_inference_steps: int = 50,
         output_type: str | None = "pil",
@@ -213,7 +213,7 @@ class RobuQPipeline:
         """Draw one image a label, all of them together.
 
         Args:
-            guidance_scale: guides above 1; default: 4, as there, or 1 for a network that cannot be guided.
+            guidance_scale: guides above 1; the default counts as 1 for a network that cannot be guided.
             generator: draws the initial noise as diffusers does: one for the batch, or a list of one an image.
             output_type: ``pil`` images, ``np`` float32 ``[B, H, W, 3]`` or ``pt`` ``[B, 3, H, W]``, both 0 to 1;
                 ``None`` is ``np``.
@@ -232,7 +232,7 @@ class RobuQPipeline:
         if not len(class_labels):
             raise ValueError("class_labels is empty; give one class id an image")
         with torch.inference_mode():
-            scale = (4.0 if self.sampler.can_guide else 1.0) if guidance_scale is None else guidance_scale
+            scale = guidance_scale if self.sampler.can_guide or guidance_scale != 4.0 else 1.0
             rows = self._start([int(label) for label in class_labels], scale, generator, num_inference_steps)
             for _ in self.progress_bar(total=num_inference_steps):
                 self.sampler.step(rows)

@@ -16,23 +16,29 @@ _KEYS = {
 }
 
 
-def _header(name: str, text: str, pattern: str, **schema: Any) -> dict[str, Any]:
+def _header(name: str, text: str, **schema: Any) -> dict[str, Any]:
     return {
         "name": name,
         "in": "header",
         "description": text,
-        "schema": {"type": "string", "pattern": pattern, **schema},
+        "schema": {"type": "string", **schema},
     }
 
 
 _REQUEST_HEADERS = [
-    _header("X-Request-Id", "Comes back in the answer and stands in the log.", "^[A-Za-z0-9._:/+=-]*$", maxLength=128),
-    _header("traceparent", "The caller's place in a W3C trace; the answer has traceresponse.", "^[0-9a-f-]*$"),
+    _header(
+        "X-Request-Id",
+        "Comes back in the answer and stands in the log.",
+        pattern="^[A-Za-z0-9._:/+=-]*$",
+        maxLength=128,
+    ),
+    # No pattern: W3C asks servers to ignore one that is malformed, not to refuse the request.
+    _header("traceparent", "The caller's place in a W3C trace; the answer has traceresponse."),
 ]
 _IDEMPOTENCY_KEY = _header(
     "Idempotency-Key",
     "The same key with the same body gets the same answer: while it is being drawn, and for some minutes after.",
-    "^[!-~]+$",
+    pattern="^[!-~]+$",
     minLength=1,
     maxLength=255,
 )

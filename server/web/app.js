@@ -100,7 +100,7 @@ async function draw() {
   settings.clearErrors();
   const body = settings.read();
   if (!body) return;
-  const strip = makeStrip({ class_name: picker.chosen?.name, ...body }, picker.label() || (info?.num_classes === 0 ? "no class" : "?"));
+  const strip = makeStrip({ class_name: picker.chosen?.name, ...body }, picker.label() || (info?.num_classes ? "?" : "no class"));
   addStrip(strip);
   loupe.show(strip, 0);
   bringIntoView(byId("loupe"));
@@ -154,7 +154,7 @@ async function describeServer() {
   else if (!byId("class").value) await randomClass();
 }
 
-/** Note what draws a strip: another checkpoint may have been loaded since the page was opened. */
+/** Another checkpoint may have been loaded since the page was opened. */
 async function followSwaps(strip) {
   strip.checkpoint = info?.checkpoint;
   try {
@@ -162,7 +162,7 @@ async function followSwaps(strip) {
     strip.checkpoint = info.checkpoint;
     loupe.changed(strip);
   } catch {
-    // Drawing meets the same trouble and tells it.
+    // Drawing reports it.
   }
 }
 

@@ -42,7 +42,6 @@ export class ClassPicker {
     this.input.dispatchEvent(new Event("change", { bubbles: true }));
   }
 
-  /** Of a model without classes. */
   clear() {
     this.chosen = null;
     this.input.value = "";

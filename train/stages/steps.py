@@ -121,6 +121,7 @@ def _take_over(config: TrainConfig, path: Path, note: Note) -> None:
 
     Raises:
         ConfigError: they are of another shape than ``model``, or of another process than ``diffusion``.
+        WeightsError: the file cannot be read, or says that its network predicts something else.
     """
     from robuq_core.models.adapters import read_weights
 

@@ -89,7 +89,7 @@ def batch_loss(
 ) -> Tensor:
     """Mean loss of ``batch``, plus ``distill_weight`` times the MSE to what ``teach`` says; both run in ``context``.
 
-    Rows of ``batch.own`` see what the model meets when it samples: not the noised image, but what one step of DDIM
+    Rows of ``batch.own`` see what the model sees when it samples: not the noised image, but what one step of DDIM
     makes of pure noise and the model's own estimate. They teach it to mend its estimate. Noised images teach it to
     trust ``x_t``, so that its errors grow with the number of steps (the idea of arXiv 2312.00210).
     """

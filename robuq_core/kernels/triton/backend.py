@@ -10,13 +10,11 @@ from robuq_core.errors import UserError
 from robuq_core.kernels.ops import Modulation, Prologue, Quantized, TernaryLayer
 from robuq_core.kernels.triton import attention as attention_kernels
 from robuq_core.kernels.triton import dense_linear, rotate_quantize, ternary_linear, tuning
-from robuq_core.kernels.triton.config import checked, is_interpreted
+from robuq_core.kernels.triton.config import checked, emulated_architecture
 
 MIN_CAPABILITY = (8, 0)
 _PROLOGUES = ("gelu", "silu")
 _ACTIVATIONS = (torch.float32, torch.bfloat16)
-# What the interpreter takes launch shapes of.
-_INTERPRETED_ARCHITECTURE = 90
 
 
 class TritonUnavailableError(UserError, RuntimeError):
@@ -54,23 +52,23 @@ def _checked_activations(dtype: torch.dtype) -> torch.dtype:
 class TritonBackend:
     """See :class:`robuq_core.kernels.ops.NarrowBackend`.
 
-    In Triton's interpreter (``TRITON_INTERPRET=1``) it runs on the CPU, slowly, to test the kernels.
+    Where a Triton driver for CPU tensors is active (the emulator of the tests), it runs on the CPU.
 
     Args:
         activations: float32, or bfloat16 for less traffic; not the default while no GPU has measured it.
 
     Raises:
         ValueError: ``activations`` of another dtype.
-        TritonUnavailableError: no GPU of compute capability 8.0 or later, outside of the interpreter.
+        TritonUnavailableError: no GPU of compute capability 8.0 or later.
         TuningTableError: the GPU's table of launch shapes cannot be read.
     """
 
     def __init__(self, device: torch.device | str | None = None, activations: torch.dtype = torch.float32) -> None:
         self.activations = _checked_activations(activations)
-        if is_interpreted():
-            self.device = torch.device("cpu" if device is None else device)
-            self.architecture, self.name = _INTERPRETED_ARCHITECTURE, "triton-interpreted"
-            self._tuned: tuning.Table = {}
+        emulated = emulated_architecture()
+        if emulated is not None:
+            self.device, self.architecture = torch.device("cpu"), emulated
+            self.name, self._tuned = f"triton-sm{emulated}-emulated", tuning.Table()
             return
         self.device = torch.device("cuda" if device is None else device)
         self.architecture = _architecture(self.device)

@@ -93,7 +93,7 @@ def _products(architecture: int) -> Iterator[Case]:
             f"ternary_linear, {form}, {rows} rows, {width} x {outputs}{name}",
             ternary_linear.ternary_linear_kernel,
             {**_LINEAR_TYPES, "weight_ptr": "*u8" if packed else "*i8", **types},
-            ternary_linear.constants(width, RANK, packed, True),
+            ternary_linear.constants(width, RANK, packed),
             ternary_linear.default_config(rows, outputs, architecture),
             multiples_of_16=("N",),
         )

@@ -38,9 +38,14 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def is_interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1`` before the first import)."""
-    return bool(triton.knobs.runtime.interpret)
+def emulated_architecture() -> int | None:
+    """Compute capability (90 is 9.0) of the active Triton driver if it takes CPU tensors in place of a GPU's."""
+    try:
+        driver = triton.runtime.driver.active
+        on_cpu = driver.get_active_torch_device().type == "cpu"
+    except (RuntimeError, AssertionError):  # no driver, or no CUDA in this build of torch
+        return None
+    return int(driver.get_current_target().arch) if on_cpu else None
 
 
 # Held while Triton may compile: replicas launch and warm up in threads of their own, and ``ast.parse``, which Triton

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from robuq_core.kernels.ops import Quantized, TernaryLayer
-from robuq_core.kernels.triton.config import LaunchConfig, is_interpreted, launching, next_power_of_2
+from robuq_core.kernels.triton.config import LaunchConfig, launching, next_power_of_2
 from robuq_core.kernels.triton.rounding import rounded_for
 from robuq_core.quant.packing import PLANAR_GROUP, PLANAR_GROUP_BYTES
 
@@ -39,19 +39,11 @@ _DECODE = tl.constexpr(
 
 
 @triton.jit
-def _decode(packed, ASSEMBLY: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Bytes ``[n, 32]`` -> the four planes, int8 ``[n, 32]`` each. The assembly does the same, four bytes at a time."""
-    if ASSEMBLY:
-        return tl.inline_asm_elementwise(
-            _DECODE, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4
-        )
-    else:
-        return (
-            (packed & 3).to(tl.int8) - 1,
-            ((packed >> 2) & 3).to(tl.int8) - 1,
-            ((packed >> 4) & 3).to(tl.int8) - 1,
-            ((packed >> 6) & 3).to(tl.int8) - 1,
-        )
+def _decode(packed):  # type: ignore[no-untyped-def]
+    """Bytes ``[n, 32]`` -> the four planes, int8 ``[n, 32]`` each."""
+    return tl.inline_asm_elementwise(
+        _DECODE, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4
+    )
 
 
 @triton.jit
@@ -77,7 +69,6 @@ def ternary_linear_kernel(  # type: ignore[no-untyped-def]
     RANK: tl.constexpr,
     RANK_TILE: tl.constexpr,
     PACKED: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -111,7 +102,7 @@ def ternary_linear_kernel(  # type: ignore[no-untyped-def]
         else:
             codes = tl.load(codes_ptrs + group * 128, mask=(step < K - group * 128)[None, :], other=0)
         if PACKED:
-            p0, p1, p2, p3 = _decode(tl.load(weight_ptrs + group * 32), ASSEMBLY)
+            p0, p1, p2, p3 = _decode(tl.load(weight_ptrs + group * 32))
             planes = tl.join(tl.join(p0, p1), tl.join(p2, p3))
             weight = tl.reshape(tl.permute(planes, (0, 3, 2, 1)), [OUTPUTS, 128])
         elif K % 128 == 0:
@@ -180,7 +171,7 @@ def candidate_configs(rows: int, shared_limit: int, packed: bool = True) -> list
     return found
 
 
-def constants(width: int, rank: int, packed: bool, assembly: bool) -> dict[str, int | bool]:
+def constants(width: int, rank: int, packed: bool) -> dict[str, int | bool]:
     """The kernel's compile-time arguments for a layer, but for the launch shape."""
     rank_tile = max(MIN_RANK_TILE, next_power_of_2(rank))
     return {
@@ -188,7 +179,6 @@ def constants(width: int, rank: int, packed: bool, assembly: bool) -> dict[str, 
         "RANK": rank,
         "RANK_TILE": rank_tile,
         "PACKED": packed,
-        "ASSEMBLY": assembly,
     }
 
 
@@ -214,7 +204,7 @@ def ternary_linear(
         with launching(x.codes):
             ternary_linear_kernel[grid](
                 *(x.codes, x.scales, x.lowrank, weight, layer.alpha, layer.bias, layer.lowrank_a, y, rows, outputs),
-                **constants(layer.in_features, rank, expanded is None, not is_interpreted()),
+                **constants(layer.in_features, rank, expanded is None),
                 **config.options(),
             )
     return y

@@ -6,6 +6,7 @@ Operands are parsed once: a register is a string, a constant an int (floats as t
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass, field
 
@@ -54,6 +55,12 @@ class Program:
         if found is None:
             raise PtxError(f"register {register} is not declared")
         return found
+
+    def without(self, index: int) -> Program:
+        """The program less one instruction."""
+        labels = {name: at - (at > index) for name, at in self.labels.items()}
+        left = self.instructions[:index] + self.instructions[index + 1 :]
+        return dataclasses.replace(self, instructions=left, labels=labels)
 
 
 def parse(text: str) -> Program:

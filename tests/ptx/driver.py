@@ -134,14 +134,11 @@ class EmulatedDriver:
 @contextlib.contextmanager
 def emulated(architecture: int, strict: bool = True) -> Iterator[EmulatedDriver]:
     """Run launches on a GPU of compute capability ``architecture`` that is not there."""
-    driver = triton.runtime.driver
-    previous = driver._active if hasattr(driver, "_active") else None
+    config = triton.runtime.driver
+    previous = config._active  # there may be none: then ``config.active`` would look for a GPU
     stand_in = EmulatedDriver(architecture, strict)
-    driver.set_active(stand_in)
+    config.set_active(stand_in)
     try:
         yield stand_in
     finally:
-        if previous is None:
-            driver.reset_active() if hasattr(driver, "_default") and driver._default else setattr(driver, "_active", None)
-        else:
-            driver.set_active(previous)
+        config.set_active(previous)

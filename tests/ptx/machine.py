@@ -4,7 +4,8 @@ A register is an array ``[blocks, threads]`` of bits. Blocks that take different
 own; threads of one block must branch together, as they do in Triton's code without warp specialisation.
 
 Arithmetic is exact IEEE, rounded once: ``fma`` in float64 and then to float32, and so are the approximate functions
-(``ex2.approx``, ``div.full`` ...), whose last bits differ on a GPU. Subnormals are kept where ``.ftz`` would flush them.
+(``ex2.approx``, ``div.full`` ...), whose last bits differ on a GPU. Subnormals are kept where
+``.ftz`` would flush them.
 """
 
 from __future__ import annotations
@@ -572,7 +573,7 @@ def _of_floats(name: str, values: list[Array]) -> Array | None:
 
 
 def _permuted(a: Array, b: Array, selector: Array) -> Array:
-    """Bytes of ``a`` (0..3) and ``b`` (4..7) by four digits; the top bit of a digit asks for the byte's sign instead."""
+    """Bytes of ``a`` (0..3) and ``b`` (4..7) by four digits; a digit's top bit asks for the byte's sign."""
     both, result = a | b << np.uint64(32), np.zeros(np.broadcast_shapes(a.shape, b.shape, selector.shape), np.uint64)
     for i in range(4):
         digit = selector >> np.uint64(4 * i) & np.uint64(15)

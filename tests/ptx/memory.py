@@ -1,7 +1,7 @@
 """Memory of the emulated GPU, and who may touch which byte when.
 
-Two threads that touch a byte of shared memory with no barrier between them, one of them writing, race: the result depends
-on which one is faster. So each byte keeps its last writer and its readers, with the time: a count of barriers
+Two threads that touch a byte of shared memory with no barrier between them, one of them writing, race: the result
+depends on which one is faster. So each byte keeps its last writer and its readers, with the time: a count of barriers
 (``bar.sync``, and ``bar.warp.sync`` between threads of one warp). Faults, which are counted by instruction:
 
 - an access after another thread's, one of them a write of another value, without a barrier between them;

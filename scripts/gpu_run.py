@@ -30,6 +30,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILERS = max(1, min(14, (os.cpu_count() or 1) - 2))
+SLOWER = 10  # how much longer a job may take in a rehearsal
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,13 @@ class Run:
 
     def __init__(self, out: Path, rehearse: bool) -> None:
         out.mkdir(parents=True, exist_ok=True)
-        self.out, self.rehearse = out, rehearse
+        self.out, self.rehearse, self.slower = out, rehearse, SLOWER if rehearse else 1
         self.results, self.log = out / "results.jsonl", out / "log.txt"
         self.environment = {
             **os.environ,
             "OUT": str(out),
             "ROBUQ_CACHE_DIR": str(out),
-            "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(ROOT / ".triton-cache")),
+            "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir(), "robuq-gpu-run"))),
             "PYTHONUNBUFFERED": "1",
             "PYTHONPATH": os.pathsep.join(
                 [*filter(None, [os.environ.get("PYTHONPATH")]), *map(str, (ROOT, ROOT / "scripts", ROOT / "tests"))]
@@ -136,7 +138,7 @@ class Run:
                 good = False
                 continue
             with ThreadPoolExecutor(len(stage)) as pool:
-                ended = list(pool.map(lambda job, left=left: self.run(job, min(job.seconds, left)), stage))
+                ended = list(pool.map(lambda job, left=left: self.run(job, min(self.slower * job.seconds, left)), stage))
             good &= all(ended)
             if not all(ok for ok, job in zip(ended, stage, strict=True) if job.needed):
                 self.record(event="stopped", reason="a needed job failed")
@@ -163,7 +165,7 @@ def main() -> int:
     stages = [[job for job in stage if not arguments.jobs or job.name in arguments.jobs]
               for stage in PARTS[arguments.part]]  # fmt: skip
     run.record(event="start", part=arguments.part, rehearse=arguments.rehearse)
-    good = run.part(tuple(map(tuple, filter(None, stages))), arguments.seconds or SECONDS[arguments.part])
+    good = run.part(tuple(map(tuple, filter(None, stages))), arguments.seconds or SECONDS[arguments.part] * run.slower)
     return 0 if good else 1
 
 

@@ -74,9 +74,10 @@ class Blocks:
         self.registers: dict[str, Array] = {}
         self.pc = self.steps = 0
         self.ordered = False  # through an atomic operation
-        # cp.async: copies that are not committed, then groups of them. wgmma: the same, with registers.
-        self.copies: list[list[tuple[Array, Array, Array]]] = [[]]
-        self.products: list[list[tuple[Array, Array, frozenset[str], frozenset[str]]]] = [[]]
+        # Groups of cp.async: bytes, values, threads; of wgmma: bytes, threads, sums, first operand. The last of them are
+        # not committed.
+        self.copies: list[list[tuple[Any, ...]]] = [[]]
+        self.products: list[list[tuple[Any, ...]]] = [[]]
         self.accumulating: frozenset[str] = frozenset()
         self.feeding: frozenset[str] = frozenset()
         self.written: dict[str, int] = {}  # step at which a register was last written, but for by wgmma
@@ -106,9 +107,16 @@ class Blocks:
         part.written = dict(self.written)
         part.specials = {k: v[chosen] if v.ndim == 2 else v for k, v in self.specials.items()}
         part.shared = self.shared.select(chosen)
-        if any(self.copies) or any(self.products):
-            raise PtxError("blocks branch apart under unfinished cp.async or wgmma")
-        part.copies, part.products = [[]], [[]]
+        # Unfinished copies and products of these blocks, by their new places in shared memory.
+        size, renumbered = self.shared.size, np.cumsum(chosen) - 1
+
+        def moved(places: Array, *values: Any) -> tuple[Any, ...]:
+            kept = chosen[places // size]
+            at = renumbered[places[kept] // size] * size + places[kept] % size
+            return (at, *(value[kept] if isinstance(value, np.ndarray) else value for value in values))
+
+        part.copies = [[moved(*each) for each in group] for group in self.copies]
+        part.products = [[moved(*each) for each in group] for group in self.products]
         part._set_up()
         return part
 
@@ -324,6 +332,8 @@ class Blocks:
             self.write(target, np.stack(parts, axis=-1).view(dtype)[..., 0], mask)
         else:
             self.write(target, self.read(source, dtype), mask)
+            # A copy: the compiler renames accumulators between wgmma.fence and wgmma, which ptxas undoes.
+            self.written[str(target)] = self.written.get(source, -1) if isinstance(source, str) else -1
 
     def _selp(self, instruction: Instruction, mask: Array | None) -> None:
         dtype = np.dtype(f"u{int(instruction.parts[-1][1:]) // 8}")

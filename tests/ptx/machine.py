@@ -74,8 +74,7 @@ class Blocks:
         self.registers: dict[str, Array] = {}
         self.pc = self.steps = 0
         self.ordered = False  # through an atomic operation
-        # Groups of cp.async: bytes, values, threads; of wgmma: bytes, threads, sums, first operand. The last of them are
-        # not committed.
+        # Groups of cp.async: bytes, values, threads; of wgmma: bytes, threads, sums, first operand. The last is open.
         self.copies: list[list[tuple[Any, ...]]] = [[]]
         self.products: list[list[tuple[Any, ...]]] = [[]]
         self.accumulating: frozenset[str] = frozenset()

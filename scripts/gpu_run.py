@@ -13,7 +13,7 @@ reached (the wheels are 4 MB; name the version of Python that the GPU machine ha
 
     pip download --only-binary=:all: --python-version 3.12 --no-deps -d .whl -c constraints.txt \\
         pydantic pydantic_core annotated_types typing_inspection fastapi starlette uvicorn httptools sse_starlette \\
-        limits deprecated wrapt pydantic_settings python-dotenv annotated-doc h11 anyio idna click
+        limits deprecated wrapt pydantic_settings python-dotenv annotated-doc h11 anyio idna click opentelemetry-api
 
 and on the GPU machine, from the root of the repository::
 

@@ -35,7 +35,7 @@ else:
     from robuq_core.kernels.reference import NarrowReferenceBackend
     from robuq_core.kernels.triton import ternary_linear as product
     from robuq_core.kernels.triton.backend import TritonBackend
-    from robuq_core.kernels.triton.rounding import rounded_for
+    from robuq_core.kernels.triton.elementwise import rounded_for
     from robuq_core.quant.activation import GAUSSIAN_STEP
 
     BF16 = torch.bfloat16

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from robuq_core.quant.choices import Grid
 
-_TENSORS = ("planar", "alpha", "bias", "signs", "lowrank_a", "lowrank_b")
-
 
 @dataclass(frozen=True)
 class TernaryLayer:
@@ -60,12 +58,17 @@ class TernaryLayer:
 
     def to(self, device: torch.device) -> TernaryLayer:
         """The layer on ``device``; its tensors are shared where they lie there already."""
-        moved = {name: getattr(self, name).to(device) for name in _TENSORS}
-        return replace(self, **moved, finer=tuple(plane.to(device) for plane in self.finer))
+        moved = self.with_tensors([tensor.to(device) for tensor in self.tensors()])
+        return replace(moved, finer=tuple(plane.to(device) for plane in self.finer))
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Its own, without those of further planes."""
-        return tuple(getattr(self, name) for name in _TENSORS)
+        return self.planar, self.alpha, self.bias, self.signs, self.lowrank_a, self.lowrank_b
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> TernaryLayer:
+        """The same quantiser and rotation around other :meth:`tensors`."""
+        planar, alpha, bias, signs, a, b = tensors
+        return replace(self, planar=planar, alpha=alpha, bias=bias, signs=signs, lowrank_a=a, lowrank_b=b)
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,9 @@ class LayerGroup:
         }
         if len(kinds) != 1 or any(layer.finer for layer in layers):
             return None
-        first = layers[0]
         stacks = [torch.stack(tensors) for tensors in zip(*(layer.tensors() for layer in layers), strict=True)]
-        stacked = replace(first, **dict(zip(_TENSORS, stacks, strict=True)))
-        views = [dict(zip(_TENSORS, each, strict=True)) for each in zip(*stacks, strict=True)]
-        return LayerGroup(tuple(replace(first, **view) for view in views), stacked)
+        views = tuple(layers[0].with_tensors(each) for each in zip(*stacks, strict=True))
+        return LayerGroup(views, layers[0].with_tensors(stacks))
 
 
 @dataclass(frozen=True)

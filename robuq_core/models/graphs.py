@@ -38,7 +38,7 @@ def buckets(max_rows: int) -> tuple[int, ...]:
 
 
 class CudaRecorder:
-    """Records CUDA graphs on one device, on a stream of its own; they share a pool of memory and never run side by side.
+    """Records CUDA graphs on one device, on its own stream; they share a pool of memory and never run side by side.
 
     Without ``stream``, torch captures on a stream that it makes once per process, on whichever device is current then:
     recordings for another device would be empty.

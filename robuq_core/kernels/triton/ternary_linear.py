@@ -29,7 +29,7 @@ from robuq_core.quant.packing import PLANAR_GROUP, PLANAR_GROUP_BYTES
 
 MIN_RANK_TILE = 16
 ROW_BUCKETS = (16, 64, 256, 1024, 4096)
-# About as many programs as a large GPU has multiprocessors; a part of K takes a few groups of 128, or its end costs more.
+# About as many programs as a large GPU has multiprocessors. A part of K takes a few groups, or its end costs more.
 FEW_PROGRAMS, MIN_GROUPS, MAX_SPLIT = 160, 3, 4
 
 # What follows the product: nothing, GELU, or ``y[i] += gate * result`` in place.
@@ -198,8 +198,8 @@ def ternary_linear_kernel(  # type: ignore[no-untyped-def]
         digits = tl.reshape(tl.permute(planes, (0, 3, 2, 1)), [OUTPUTS, 128])
         total = tl.dot(digits, tl.trans(codes), total, out_dtype=tl.int32)
 
-    # From here on a piece of the tile at a time: the low-rank term and what is read for the whole one would not fit into
-    # the registers beside it.
+    # From here on a piece of the tile at a time: the low-rank term and what is read for the whole one would not fit
+    # into the registers beside it.
     PIECES: tl.constexpr = pieces(ROWS)
     PIECE: tl.constexpr = ROWS // PIECES
     parts = _pieces(total, PIECES, PIECE, OUTPUTS)

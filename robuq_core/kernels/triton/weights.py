@@ -1,4 +1,4 @@
-"""A layer, or a group of equal layers, as the kernels read it: with rotation matrices and the folded low-rank factor."""
+"""A layer, or a group of equal layers, as the kernels read it: with rotation matrices and folded low-rank factor."""
 
 from __future__ import annotations
 

@@ -1,0 +1,173 @@
+"""One command for a rare GPU: what must be known of the Triton backend, most valuable first.
+
+    python scripts/gpu_run.py a          # 400 s: correct, repeatable, times, memory, an image, a server, training
+    python scripts/gpu_run.py b          # 300 s: tunes launch shapes and times forwards with the table
+
+Each job is a process with a time limit of its own: one that hangs or ends in a CUDA error costs the others nothing.
+What a job finds is appended to ``$OUT/results.jsonl`` at once, what it prints to ``$OUT/log.txt``. Ends with 1 if a job
+failed. ``--rehearse`` runs every job at tiny sizes on a CPU: kernels in the emulator of the tests, networks on a CPU
+backend; its times mean nothing. A package that a comparison needs and that is missing is recorded as absent.
+
+A machine that has torch, Triton and little else can be given the rest as wheels. Beforehand, where a registry can be
+reached (the wheels are 4 MB; name the version of Python that the GPU machine has)::
+
+    pip download --only-binary=:all: --python-version 3.12 --no-deps -d .whl -c constraints.txt \\
+        pydantic pydantic_core annotated_types typing_inspection fastapi starlette uvicorn httptools sse_starlette \\
+        limits deprecated wrapt pydantic_settings python-dotenv annotated-doc h11 anyio idna click
+
+and on the GPU machine, from the root of the repository::
+
+    python3 -m pip install -q --no-index --no-deps --target .site .whl/*.whl
+    export OUT=$PWD/out PYTHONPATH=$PWD/.site:$PWD && timeout 420 python3 scripts/gpu_run.py a
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COMPILERS = max(1, min(14, (os.cpu_count() or 1) - 2))
+SLOWER = 10  # how much longer a job may take in a rehearsal
+
+
+@dataclass(frozen=True)
+class Job:
+    """``name`` of a function of :mod:`gpu_jobs`, seconds it may take. ``needed``: the run ends if it fails."""
+
+    name: str
+    seconds: float
+    needed: bool = False
+    share: str = "0/1"
+
+
+# Jobs of one stage run at the same time, so only jobs that time nothing share a stage.
+PARTS: dict[str, tuple[tuple[Job, ...], ...]] = {
+    "a": (
+        (Job("machine", 25),),
+        (Job("smoke", 60, needed=True),),
+        tuple(Job("compile", 60, share=f"{i}/{COMPILERS}") for i in range(COMPILERS)),
+        tuple(Job(name, 60) for name in ("rotation", "product", "attention", "rows")),
+        (Job("repeats", 25), Job("graphs", 40)),
+        (Job("ops", 60),),
+        (Job("forwards", 50),),
+        (Job("forwards_fp32", 40),),
+        (Job("forwards_bf16", 70),),
+        (Job("image", 60), Job("sanitizer", 60)),
+        (Job("server", 60),),
+        (Job("counters", 50),),
+        (Job("training", 50),),
+    ),
+    "b": (
+        (Job("smoke", 60, needed=True),),
+        (Job("tune", 110),),
+        (Job("forwards", 60),),
+        (Job("forwards_again", 60),),
+        (Job("tests", 60),),
+        (Job("bench", 60),),
+        (Job("server", 60),),
+    ),
+}
+SECONDS = {"a": 400.0, "b": 300.0}
+
+
+class Run:
+    """One part, into folder ``out``."""
+
+    def __init__(self, out: Path, rehearse: bool) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self.out, self.rehearse, self.slower = out, rehearse, SLOWER if rehearse else 1
+        self.results, self.log = out / "results.jsonl", out / "log.txt"
+        self.environment = {
+            **os.environ,
+            "OUT": str(out),
+            "ROBUQ_CACHE_DIR": str(out),
+            "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir(), "robuq-gpu-run"))),
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": os.pathsep.join(
+                [*filter(None, [os.environ.get("PYTHONPATH")]), *map(str, (ROOT, ROOT / "scripts", ROOT / "tests"))]
+            ),
+        }
+
+    def record(self, **found: object) -> None:
+        with self.results.open("a") as file:
+            file.write(json.dumps(found) + "\n")
+
+    def run(self, job: Job, seconds: float) -> bool:
+        """Whether it ended well within ``seconds``."""
+        command = [sys.executable, __file__, "job", job.name, "--share", job.share, "--out", str(self.out)]
+        command += ["--rehearse"] if self.rehearse else []
+        began = time.monotonic()
+        with self.log.open("a") as log:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=self.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )  # fmt: skip
+            try:
+                code: int | str = process.wait(max(1.0, seconds))
+            except subprocess.TimeoutExpired:
+                code = "out of time"
+            finally:
+                # With what it has started, such as a server.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        taken = round(time.monotonic() - began, 1)
+        self.record(job=job.name, event="end", code=code, seconds=taken)
+        print(f"{job.name}: {'ok' if code == 0 else f'FAILED ({code})'} in {taken} s", flush=True)
+        return code == 0
+
+    def part(self, stages: tuple[tuple[Job, ...], ...], seconds: float) -> bool:
+        """Whether every job ended well."""
+        deadline, good = time.monotonic() + seconds, True
+        for stage in stages:
+            left = deadline - time.monotonic()
+            if left < 5:
+                for job in stage:
+                    self.record(job=job.name, event="skipped", reason="no time left")
+                good = False
+                continue
+            with ThreadPoolExecutor(len(stage)) as pool:
+                ended = list(pool.map(lambda job, left=left: self.run(job, min(self.slower * job.seconds, left)), stage))
+            good &= all(ended)
+            if not all(ok for ok, job in zip(ended, stage, strict=True) if job.needed):
+                self.record(event="stopped", reason="a needed job failed")
+                return False
+        return good
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=[*PARTS, "job"])
+    parser.add_argument("name", nargs="?", help="after 'job': run one here, in this process")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-run")))
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on the CPU")
+    parser.add_argument("--jobs", nargs="+", help="only these")
+    parser.add_argument("--seconds", type=float, help="for the whole part")
+    parser.add_argument("--share", default="0/1", help="I/N: the I-th of N shares of a job that can be split")
+    arguments = parser.parse_args()
+    if arguments.part == "job":
+        from gpu_jobs import run_job
+
+        run_job(arguments.name, arguments.out, arguments.rehearse, arguments.share)
+        return 0
+    run = Run(arguments.out.resolve(), arguments.rehearse)
+    stages = [[job for job in stage if not arguments.jobs or job.name in arguments.jobs]
+              for stage in PARTS[arguments.part]]  # fmt: skip
+    run.record(event="start", part=arguments.part, rehearse=arguments.rehearse)
+    good = run.part(tuple(map(tuple, filter(None, stages))), arguments.seconds or SECONDS[arguments.part] * run.slower)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,240 @@
+"""The Triton kernels of a ternary layer, compiled for sm_80 and sm_90 and executed in the emulator of ``tests/ptx``:
+against the reference or float64, rows alone and among others to the bit. Any race or stray access fails a test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from agreement import REFERENCE, assert_quantized_agree
+from layer_cases import make_linear, prologues, tokens
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from ptx.driver import EmulatedDriver, emulated
+
+from robuq_core.kernels.ops import FusedBackend, Modulation, Prologue, Quantized, TernaryLayer, whole_layer
+from robuq_core.kernels.pack_layer import pack_layer
+from robuq_core.kernels.triton import ternary_linear as product
+from robuq_core.kernels.triton import tuning
+from robuq_core.kernels.triton.aot import SHARED_LIMIT
+from robuq_core.kernels.triton.backend import TritonBackend
+from robuq_core.kernels.triton.config import LaunchConfig
+from robuq_core.quant.choices import Grid
+from robuq_core.quant.packing import pack_planar, unpack_planar
+
+BF16 = torch.bfloat16
+GRIDS: tuple[Grid, Grid] = ("midrise", "midtread")
+# Every base order (1, 12, 20, 28, 36), one and several columns a token, with and without a tail.
+WIDTHS = (4, 12, 28, 36, 80, 256, 288)
+
+
+@pytest.fixture(scope="module", params=[80, 90], ids="sm{}".format)
+def gpu(request: pytest.FixtureRequest) -> Iterator[EmulatedDriver]:
+    with emulated(request.param) as driver:
+        yield driver
+
+
+@pytest.fixture(params=[torch.float32, BF16], ids=["float32", "bfloat16"])
+def ops(request: pytest.FixtureRequest, gpu: EmulatedDriver) -> TritonBackend:
+    return TritonBackend(activations=request.param)
+
+
+@pytest.fixture
+def wide(gpu: EmulatedDriver) -> TritonBackend:
+    return TritonBackend(activations=torch.float32)
+
+
+def assert_codes_agree(x: Tensor, layer: TernaryLayer, prologue: Prologue, actual: Quantized) -> None:
+    differ = assert_quantized_agree(x.float(), layer, prologue, actual)
+    # Rounding in another order moves few values over an edge: a wrong kernel would move many.
+    assert float(differ.float().mean()) < 1e-2
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_codes_scales_and_low_rank_at_every_bit_width(wide: TritonBackend, bits: int) -> None:
+    for i, grid in enumerate(GRIDS):
+        width, rows, rank = WIDTHS[(bits + 3 * i) % 7], (1, 3, 9)[bits % 3], (0, 2, 3)[(bits + i) % 3]
+        layer = pack_layer(make_linear(width, 7, bits=bits, grid=grid, rank=rank))
+        x, prologue = tokens(rows, width, seed=bits), prologues(1, width)[(bits + i) % 4]
+        assert_codes_agree(x, layer, prologue, wide.rotate_quantize(x, layer, prologue))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_prologue_at_every_kind_of_width(ops: TritonBackend, width: int) -> None:
+    layer, x = pack_layer(make_linear(width, 7, bits=3, rank=2)), tokens(9, width)
+    for prologue in prologues(3, width)[width // 4 % 2 :: 2]:
+        read = x if isinstance(prologue, Modulation) else x.to(ops.activations)
+        assert_codes_agree(read, layer, prologue, ops.rotate_quantize(read, layer, prologue))
+
+
+@pytest.mark.parametrize("width", [1152, 4608])
+def test_widths_of_the_published_models(wide: TritonBackend, width: int) -> None:
+    layer, x = pack_layer(make_linear(width, 33, bits=3, rank=16)), tokens(3, width)
+    prologue = prologues(1, width)[3 if width == 1152 else 1]
+    assert_codes_agree(x, layer, prologue, wide.rotate_quantize(x, layer, prologue))
+
+
+@pytest.mark.parametrize(("width", "block"), [(36, 1), (384, 128), (1152, 128)])
+def test_rotation_by_blocks(wide: TritonBackend, width: int, block: int) -> None:
+    layer, x = pack_layer(make_linear(width, 5, bits=3, rank=2, rotation_block=block)), tokens(3, width)
+    assert_codes_agree(x, layer, None, wide.rotate_quantize(x, layer))
+
+
+def test_a_rotation_block_that_the_kernel_cannot_split_is_named(wide: TritonBackend) -> None:
+    layer = pack_layer(make_linear(144, 5, bits=3, rotation_block=36))
+    with pytest.raises(ValueError, match=r"144.*36"):
+        wide.rotate_quantize(tokens(1, 144), layer, None)
+
+
+@pytest.mark.parametrize("width", [36, 128, 1152])
+def test_the_integer_product_is_exact_at_every_bit_width(wide: TritonBackend, width: int) -> None:
+    """Unit scales, no bias and no low-rank term leave the bare product."""
+    generator = torch.Generator().manual_seed(width)
+    weight = torch.randint(-1, 2, (37, width), generator=generator).to(torch.int8)
+    weight[0], weight[1] = 1, -1
+    for bits in range(1, 9):
+        top = 127 if bits == 8 else 2**bits - 1
+        codes = torch.randint(-top, top + 1, (5, width), generator=generator).to(torch.int8)
+        codes[0], codes[1] = top, -128 if bits == 8 else -top
+        ones, zeros = torch.ones(37), torch.zeros(37)
+        rank_0 = torch.zeros(37, 0), torch.zeros(0, width)
+        layer = TernaryLayer(pack_planar(weight), ones, zeros, torch.ones(width), *rank_0, bits, "midrise")
+        y = wide.ternary_linear(Quantized(codes, torch.ones(5), torch.zeros(5, 0)), layer)
+        assert torch.equal(y.long(), codes.long() @ weight.long().T)
+
+
+@pytest.mark.parametrize(("rows", "outputs", "rank"), [(1, 1, 0), (3, 33, 5), (17, 70, 16), (70, 131, 1)])
+def test_a_product_is_as_exact_as_torchs(wide: TritonBackend, rows: int, outputs: int, rank: int) -> None:
+    """At most twice torch's own float32 error, against float64; in bfloat16 it is that result, rounded once."""
+    for width in (36, 288):
+        layer = pack_layer(make_linear(width, outputs, bits=3, rank=min(rank, outputs - 1)))
+        if layer.rank:  # factors that are not rounded to bf16 as a file's are
+            layer = replace(
+                layer, lowrank_a=torch.randn(outputs, layer.rank, generator=torch.Generator().manual_seed(0))
+            )
+        x = REFERENCE.rotate_quantize(tokens(rows, width), layer)
+        exact = x.codes.double() @ unpack_planar(layer.planar, width).double().T
+        exact = exact * (x.scales[:, None].double() * layer.alpha.double())
+        exact = exact + x.lowrank.double() @ layer.lowrank_a.double().T + layer.bias.double()
+        own = float((REFERENCE.ternary_linear(x, layer) - exact).abs().max())
+        rounding = float(exact.abs().max()) * 2**-23
+        y = wide.ternary_linear(x, layer)
+        assert float((y - exact).abs().max()) <= 2 * own + rounding
+        assert torch.equal(wide.ternary_linear(x, layer, BF16), y.to(BF16))
+
+
+@pytest.mark.parametrize("width", [36, 288])
+def test_rows_are_byte_equal_alone_and_among_others(ops: TritonBackend, width: int) -> None:
+    """Tiles for one row, for 36 and for 80 differ; the modulated rows are of four images."""
+    layer = pack_layer(make_linear(width, 70, bits=2, rank=3))
+    for prologue in prologues(4, width)[0::3]:
+        x = tokens(80, width) if isinstance(prologue, Modulation) else tokens(80, width).to(ops.activations)
+        whole = ops.rotate_quantize(x, layer, prologue)
+        y = ops.ternary_linear(whole, layer, ops.activations)
+        for first, count in ((0, 1), (60, 20), (79, 1)):
+            part, own = slice(first, first + count), prologue
+            if isinstance(prologue, Modulation):
+                image = slice(first // 20, first // 20 + 1)
+                own = Modulation(prologue.shift[image], prologue.scale[image], prologue.eps)
+            alone = ops.rotate_quantize(x[part], layer, own)
+            for name in ("codes", "scales", "lowrank"):
+                assert torch.equal(getattr(alone, name), getattr(whole, name)[part]), name
+            assert torch.equal(ops.ternary_linear(alone, layer, ops.activations), y[part])
+
+
+def test_adding_to_a_residual_is_the_layer_and_a_sum(ops: TritonBackend) -> None:
+    if not isinstance(ops, FusedBackend):
+        pytest.skip("the backend has no fused layers")
+    layer, x = pack_layer(make_linear(288, 70, bits=2, rank=3)), tokens(6, 288).to(ops.activations)
+    residual, gate = tokens(6, 70, seed=1), tokens(2, 70, seed=2)
+    expected = residual + gate.repeat_interleave(3, dim=0) * whole_layer(REFERENCE)(x.float(), layer)
+    alone = residual[4:5].clone()
+    ops.add_ternary(residual, gate, x, layer)
+    torch.testing.assert_close(residual, expected, rtol=1e-5, atol=1e-5)
+    ops.add_ternary(alone, gate[1:], x[4:5], layer)
+    assert torch.equal(alone[0], residual[4])
+
+
+def measured_shapes(layer: TernaryLayer, rows: int, architecture: int) -> list[LaunchConfig]:
+    """Some of what tuning tries, and what the shipped tables hold, whose tiles fit so few rows."""
+    limit = SHARED_LIMIT[architecture]
+    tried = product.candidate_configs(rows, limit)[::9]
+    tables = [tuning._read(path) for path in tuning.SHIPPED.glob("*.json")]
+    shipped = [config for table in tables for config in table.values()]
+    return tried + list({str(config): config for config in shipped}.values())
+
+
+def test_launch_shapes_do_not_change_a_byte(wide: TritonBackend) -> None:
+    """What is tuned on a GPU keeps rows their own: in every tile the low-rank sum has one order."""
+    layer = pack_layer(make_linear(288, 150, bits=4, rank=5))
+    x = REFERENCE.rotate_quantize(tokens(70, 288), layer)
+    expected = wide.ternary_linear(x, layer)
+    for config in measured_shapes(layer, 70, wide.architecture):
+        wide._tuned = {tuning.ternary_linear_key(70, 150, 288, 5): config}
+        assert torch.equal(wide.ternary_linear(x, layer), expected), config
+
+
+def test_a_measured_launch_shape_is_used(wide: TritonBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = pack_layer(make_linear(36, 40, bits=2, rank=3))
+    x, used, launch = wide.rotate_quantize(tokens(5, 36), layer), [], product.ternary_linear
+
+    def watched(*args: Any, **named: Any) -> Tensor:
+        used.extend(each for each in (*args, *named.values()) if isinstance(each, LaunchConfig))
+        return launch(*args, **named)
+
+    monkeypatch.setattr(product, "ternary_linear", watched)
+    wide.ternary_linear(x, layer)
+    measured = replace(used[0], num_stages=2)
+    wide._tuned = {tuning.ternary_linear_key(5, 40, 36, 3): measured}
+    wide.ternary_linear(x, layer)
+    assert used[1:] == [measured]
+
+
+def test_no_rows_give_no_rows_and_a_token_of_zeros_the_bias(ops: TritonBackend) -> None:
+    layer = pack_layer(make_linear(36, 8, bits=2, rank=1))
+    none = ops.rotate_quantize(torch.zeros(0, 36, dtype=ops.activations), layer)
+    assert ops.ternary_linear(none, layer).shape == (0, 8)
+    zeros = ops.rotate_quantize(torch.zeros(1, 36, dtype=ops.activations), layer)
+    assert torch.equal(ops.ternary_linear(zeros, layer)[0], layer.bias)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_tokens_stay_in_their_rows(ops: TritonBackend, value: float) -> None:
+    layer, x = pack_layer(make_linear(288, 8, bits=2, rank=1)), tokens(3, 288).to(ops.activations)
+    clean = ops.ternary_linear(ops.rotate_quantize(x, layer), layer)
+    x[1, 4] = value
+    for prologue in (None, "gelu"):
+        quantized = ops.rotate_quantize(x, layer, prologue)
+        assert quantized.scales.isfinite().tolist() == [True, False, True]
+        assert quantized.lowrank.isfinite().all(dim=1).tolist() == [True, False, True]
+    y = ops.ternary_linear(ops.rotate_quantize(x, layer), layer)
+    assert torch.equal(y[[0, 2]], clean[[0, 2]])
+    assert not y[1].isfinite().any()
+
+
+def test_planes_are_added_before_they_are_rounded(wide: TritonBackend) -> None:
+    narrow = TritonBackend(activations=BF16)
+    for planes in (1, 2):
+        layer, x = pack_layer(make_linear(36, 8, bits=3, planes=planes)), tokens(5, 36)
+        exact = whole_layer(wide)(x, layer)
+        assert exact.dtype is torch.float32
+        torch.testing.assert_close(exact, whole_layer(REFERENCE)(x, layer), rtol=1e-5, atol=1e-5)
+        assert torch.equal(whole_layer(narrow, handed_on=True)(x, layer), exact.to(BF16))
+
+
+def test_other_dtypes_are_refused(wide: TritonBackend) -> None:
+    layer, x = pack_layer(make_linear(36, 8, bits=2)), tokens(1, 36)
+    quantized = wide.rotate_quantize(x, layer)
+    with pytest.raises(ValueError, match=r"torch.float16"):
+        TritonBackend(activations=torch.float16)
+    with pytest.raises(ValueError, match=r"torch.float16"):
+        wide.ternary_linear(quantized, layer, torch.float16)
+    with pytest.raises(ValueError, match="x must"):
+        wide.rotate_quantize(x.half(), layer)
+    with pytest.raises(ValueError, match="scales must"):
+        wide.ternary_linear(replace(quantized, scales=quantized.scales.to(BF16)), layer)

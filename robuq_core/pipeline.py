@@ -29,6 +29,7 @@ from robuq_core.kernels.backends import select_backend
 from robuq_core.models.packed_dit import PackedDiT
 from robuq_core.openmp import on_one_thread
 from robuq_core.rows import ALL_TIMESTEPS, LatestBatch, Row, RowSpec
+from robuq_core.staging import staged_together
 from robuq_core.step_cache import cached_forward
 
 NO_DECODER = (
@@ -235,10 +236,19 @@ class Sampler:
             self._step(rows)
 
     def _step(self, rows: Sequence[Row]) -> None:
-        columns = torch.stack([row.coefficients[row.steps_done] for row in rows]).to(self.device)
+        guided = [i for i, row in enumerate(rows) if row.guided]
+        noisy = [i for i, row in enumerate(rows) if row.needs_noise]
+        columns, scale, noise = staged_together(
+            [
+                torch.stack([row.coefficients[row.steps_done] for row in rows]),
+                torch.tensor([rows[i].spec.guidance_scale for i in guided]),
+                torch.stack([rows[i].noise() for i in noisy]) if noisy else torch.empty(0),
+            ],
+            self.device,
+        )
         c = Coefficients(*columns[..., None, None, None].unbind(1))
         x = self._x.of([row.x for row in rows])
-        output, block_deltas = self._guided_output(rows, x)
+        output, block_deltas = self._guided_output(rows, x, guided, scale)
         channels = self._shape[0]
         # Products and sums stay apart: a fused multiply-add would round by where an element lies in the tensor.
         x0 = (c.x0_on_xt * x).add_(c.x0_on_output * output[:, :channels])
@@ -246,14 +256,15 @@ class Sampler:
             x0.clamp_(-1, 1)
         following = (c.on_xt * x).add_(c.on_x0 * x0)
         self._add_previous(rows, following, c)
-        self._add_noise(rows, following, output[:, channels:], c)
+        self._add_noise(noisy, noise, following, output[:, channels:], c)
         for i, (row_x, row_x0) in enumerate(zip(self._x.parts(following), self._x0.parts(x0), strict=True)):
             rows[i].advance(row_x, row_x0, block_deltas.get(i))
 
-    def _guided_output(self, rows: Sequence[Row], x: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        """The network's output for ``x [B, C, H, W]``, the rows' ``x_t``, after guidance; and by position the block
-        deltas that rows are to keep."""
-        guided = [i for i, row in enumerate(rows) if row.guided]
+    def _guided_output(
+        self, rows: Sequence[Row], x: Tensor, guided: Sequence[int], scale: Tensor
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """The network's output for ``x [B, C, H, W]``, the rows' ``x_t``, after guidance of the rows ``guided`` by
+        ``scale``; and by position the block deltas that rows are to keep."""
         timesteps = [row.timestep for row in rows]
         classes = [row.spec.class_id for row in rows] + [self.header.model.null_row] * len(guided)
         if guided:
@@ -263,7 +274,6 @@ class Sampler:
         if not guided:
             return output, block_deltas
         cond, uncond = output[: len(rows)], output[len(rows) :]
-        scale = torch.tensor([rows[i].spec.guidance_scale for i in guided], device=self.device)
         flavour = self.header.model.flavour
         if len(guided) == len(rows):
             return guide(cond, uncond, scale, self._shape[0], flavour), block_deltas
@@ -285,8 +295,9 @@ class Sampler:
             previous = torch.stack([rows[i].previous_x0 for i in multistep])
             following[multistep] += c.on_previous_x0[multistep] * previous
 
-    def _add_noise(self, rows: Sequence[Row], following: Tensor, variance: Tensor, c: Coefficients) -> None:
-        noisy = [i for i, row in enumerate(rows) if row.needs_noise]
+    def _add_noise(
+        self, noisy: Sequence[int], noise: Tensor, following: Tensor, variance: Tensor, c: Coefficients
+    ) -> None:
         if not noisy:
             return
         std = c.std[noisy]
@@ -298,7 +309,7 @@ class Sampler:
             # Row by row: torch's vector and scalar exponentials differ, and the tensor's size decides where each runs.
             for row in std.unbind():
                 row.exp_()
-        following[noisy] += std * torch.stack([rows[i].noise() for i in noisy]).to(self.device)
+        following[noisy] += std * noise
 
     def decode(self, row: Row) -> np.ndarray:
         """Pixels of a row, uint8 ``[H, W, 3]``: ``127.5 x + 128``, cut to 0..255, of what the decoder gives.

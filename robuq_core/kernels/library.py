@@ -32,7 +32,8 @@ class TraceableBackend:
 
     def __init__(self, backend: Backend) -> None:
         self.name, self.device = backend.name, backend.device
-        self.activations = backend.activations if isinstance(backend, NarrowBackend) else torch.float32
+        if isinstance(backend, NarrowBackend):
+            self.activations = backend.activations
         self._backend = backend
         self._key = f"{backend.name}#{next(_KEYS)}"
         _BACKENDS[self._key] = backend
@@ -47,9 +48,11 @@ class TraceableBackend:
             *rotate_quantize(x, _tensors(layer), layer.bits, layer.grid, block, kind, modulation, eps, self._key)
         )
 
-    def ternary_linear(self, x: Quantized, layer: TernaryLayer, dtype: torch.dtype = torch.float32) -> Tensor:
+    def ternary_linear(
+        self, x: Quantized, layer: TernaryLayer, dtype: torch.dtype = torch.float32, gelu: bool = False
+    ) -> Tensor:
         parts = [x.codes, x.scales, x.lowrank]
-        return ternary_linear(parts, _tensors(layer), layer.bits, layer.grid, dtype, self._key)  # type: ignore[no-any-return]
+        return ternary_linear(parts, _tensors(layer), layer.bits, layer.grid, dtype, gelu, self._key)  # type: ignore[no-any-return]
 
     def attention(self, qkv: Tensor, num_heads: int, quantized: bool) -> Tensor:
         return attention(qkv, num_heads, quantized, self._key)  # type: ignore[no-any-return]
@@ -101,15 +104,21 @@ def _rotate_quantize_shapes(
 
 @torch.library.custom_op("robuq::ternary_linear", mutates_args=())
 def ternary_linear(
-    quantized: Sequence[Tensor], layer: Sequence[Tensor], bits: int, grid: str, dtype: torch.dtype, backend: str
+    quantized: Sequence[Tensor],
+    layer: Sequence[Tensor],
+    bits: int,
+    grid: str,
+    dtype: torch.dtype,
+    gelu: bool,
+    backend: str,
 ) -> Tensor:
     """``quantized`` is what :func:`rotate_quantize` gives -> ``[M, N]``.
 
-    ``dtype``: float32, or what a :class:`~robuq_core.kernels.ops.NarrowBackend` rounds to.
+    ``dtype``: float32, or what a :class:`~robuq_core.kernels.ops.NarrowBackend` rounds to, after ``gelu``.
     """
     x, chosen = Quantized(*quantized), _BACKENDS[backend]
     if isinstance(chosen, NarrowBackend):
-        return chosen.ternary_linear(x, _layer(layer, bits, grid), dtype)
+        return chosen.ternary_linear(x, _layer(layer, bits, grid), dtype, gelu)
     return chosen.ternary_linear(x, _layer(layer, bits, grid))
 
 

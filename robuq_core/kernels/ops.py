@@ -6,10 +6,12 @@ change with the number of rows beside it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from robuq_core.quant.choices import Grid
@@ -52,16 +54,44 @@ class TernaryLayer:
     @property
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
-        return sum(tensor.nbytes for tensor in self._tensors()) + sum(plane.nbytes for plane in self.finer)
+        return sum(tensor.nbytes for tensor in self.tensors()) + sum(plane.nbytes for plane in self.finer)
 
     def to(self, device: torch.device) -> TernaryLayer:
         """The layer on ``device``; its tensors are shared where they lie there already."""
-        planar, alpha, bias, signs, a, b = (tensor.to(device) for tensor in self._tensors())
-        finer = tuple(plane.to(device) for plane in self.finer)
-        return TernaryLayer(planar, alpha, bias, signs, a, b, self.bits, self.grid, self.rotation_block, finer)
+        moved = self.with_tensors([tensor.to(device) for tensor in self.tensors()])
+        return replace(moved, finer=tuple(plane.to(device) for plane in self.finer))
 
-    def _tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Its own, without those of further planes."""
         return self.planar, self.alpha, self.bias, self.signs, self.lowrank_a, self.lowrank_b
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> TernaryLayer:
+        """The same quantiser and rotation around other :meth:`tensors`."""
+        planar, alpha, bias, signs, a, b = tensors
+        return replace(self, planar=planar, alpha=alpha, bias=bias, signs=signs, lowrank_a=a, lowrank_b=b)
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Equal layers that read one input, such as the modulations of every block.
+
+    ``stacked``: their tensors, each with the layer as its first dimension. ``layers``: views of it.
+    """
+
+    layers: tuple[TernaryLayer, ...]
+    stacked: TernaryLayer
+
+    @staticmethod
+    def of(layers: Sequence[TernaryLayer]) -> LayerGroup | None:
+        """The group, which copies the tensors; ``None`` where layers differ in shape or quantiser, or have planes."""
+        kinds = {
+            (layer.bits, layer.grid, layer.rotation_block, *(t.shape for t in layer.tensors())) for layer in layers
+        }
+        if len(kinds) != 1 or any(layer.finer for layer in layers):
+            return None
+        stacks = [torch.stack(tensors) for tensors in zip(*(layer.tensors() for layer in layers), strict=True)]
+        views = tuple(layers[0].with_tensors(each) for each in zip(*stacks, strict=True))
+        return LayerGroup(views, layers[0].with_tensors(stacks))
 
 
 @dataclass(frozen=True)
@@ -82,11 +112,15 @@ Prologue = Modulation | Literal["gelu", "silu"] | None
 @dataclass(frozen=True)
 class Quantized:
     """A layer's input as it enters the integer product: int8 ``codes [M, K]``, float32 ``scales [M]`` and
-    ``lowrank [M, r]`` (the rotated, unquantised activation times ``lowrank_b^T``)."""
+    ``lowrank [M, r]`` (the rotated, unquantised activation times ``lowrank_b^T``).
+
+    ``sums``: int32 ``[M]``, of each row's codes, from backends that multiply weights plus one.
+    """
 
     codes: Tensor
     scales: Tensor
     lowrank: Tensor
+    sums: Tensor | None = None
 
 
 class Backend(Protocol):
@@ -123,13 +157,26 @@ class NarrowBackend(Backend, Protocol):
     """A backend whose kernels can hand values to each other in bfloat16: half the traffic.
 
     Its ``rotate_quantize`` and ``attention`` read float32 or bfloat16, as exactly; attention gives what it reads.
-    ``activations``: what it wants qkv, heads and the MLP's hidden values in, float32 or bfloat16.
+    ``activations``: what it wants qkv, heads and the MLP's hidden values in, float32 or bfloat16. The hidden values
+    are rounded after their GELU.
     """
 
     activations: torch.dtype
 
-    def ternary_linear(self, x: Quantized, layer: TernaryLayer, dtype: torch.dtype = torch.float32) -> Tensor:
-        """As of :class:`Backend`; the float32 result is rounded to ``dtype`` once, to the nearest, ties to even."""
+    def ternary_linear(
+        self, x: Quantized, layer: TernaryLayer, dtype: torch.dtype = torch.float32, gelu: bool = False
+    ) -> Tensor:
+        """As of :class:`Backend`, then GELU (tanh form) if asked for; the float32 result is rounded to ``dtype`` once,
+        to the nearest, ties to even."""
+        ...
+
+
+@runtime_checkable
+class GroupingBackend(Backend, Protocol):
+    """A backend that runs a group of layers on one input at once, with the same bits as one after the other."""
+
+    def ternary_each(self, x: Tensor, group: LayerGroup, prologue: Prologue = None) -> Tensor:
+        """``x [M, K]`` -> float32 ``[layers, M, N]``."""
         ...
 
 
@@ -160,25 +207,27 @@ class WholeLayer(Protocol):
     def __call__(self, x: Tensor, layer: TernaryLayer, prologue: Prologue = None) -> Tensor: ...
 
 
-def whole_layer(backend: Backend, handed_on: bool = False) -> WholeLayer:
+def whole_layer(backend: Backend, handed_on: bool = False, gelu: bool = False) -> WholeLayer:
     """How ``backend`` runs a whole layer: in one call where it can, else in two; further planes take one more each.
 
     ``handed_on``: the result goes into the next kernel, in the ``activations`` of a :class:`NarrowBackend`. Otherwise,
-    and on other backends, it is float32.
+    and on other backends, it is float32. ``gelu``: of the result, before it is rounded.
     """
-    fused = backend.ternary if isinstance(backend, FusedBackend) else None
-    narrow = backend if handed_on and isinstance(backend, NarrowBackend) else None
+    narrow = backend if isinstance(backend, NarrowBackend) else None
+    in_one_call = not gelu and (narrow is None or not handed_on)
+    fused = backend.ternary if isinstance(backend, FusedBackend) and in_one_call else None
+    dtype = narrow.activations if narrow is not None and handed_on else torch.float32
 
     def run(x: Tensor, layer: TernaryLayer, prologue: Prologue = None) -> Tensor:
         if fused is not None and not layer.finer:
             return fused(x, layer, prologue)
         quantized = backend.rotate_quantize(x, layer, prologue)
         if narrow is not None and not layer.finer:
-            return narrow.ternary_linear(quantized, layer, narrow.activations)
+            return narrow.ternary_linear(quantized, layer, dtype, gelu)
         y = backend.ternary_linear(quantized, layer)
-        bare = Quantized(quantized.codes, quantized.scales, quantized.lowrank.new_empty(x.shape[0], 0))
+        bare = replace(quantized, lowrank=quantized.lowrank.new_empty(x.shape[0], 0))
         for plane in layer.finer:
             y = y.add_(backend.ternary_linear(bare, plane))
-        return y if narrow is None else y.to(narrow.activations)
+        return (F.gelu(y, approximate="tanh") if gelu else y).to(dtype)
 
     return run

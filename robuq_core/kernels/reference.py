@@ -82,15 +82,18 @@ class ReferenceBackend:
 
 
 class NarrowReferenceBackend(ReferenceBackend):
-    """The law of activations in bfloat16; see :class:`robuq_core.kernels.ops.NarrowBackend`."""
+    """The reference of activations in bfloat16; see :class:`robuq_core.kernels.ops.NarrowBackend`."""
 
     activations = torch.bfloat16
 
     def rotate_quantize(self, x: Tensor, layer: TernaryLayer, prologue: Prologue = None) -> Quantized:
         return super().rotate_quantize(x.float(), layer, prologue)
 
-    def ternary_linear(self, x: Quantized, layer: TernaryLayer, dtype: torch.dtype = torch.float32) -> Tensor:
-        return super().ternary_linear(x, layer).to(dtype)
+    def ternary_linear(
+        self, x: Quantized, layer: TernaryLayer, dtype: torch.dtype = torch.float32, gelu: bool = False
+    ) -> Tensor:
+        y = super().ternary_linear(x, layer)
+        return (F.gelu(y, approximate="tanh") if gelu else y).to(dtype)
 
     def attention(self, qkv: Tensor, num_heads: int, quantized: bool) -> Tensor:
         return super().attention(qkv.float(), num_heads, quantized).to(qkv.dtype)

@@ -14,11 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robuq_core.config import NUM_TRAIN_TIMESTEPS, ModelConfig
-from robuq_core.kernels.ops import Backend, TernaryLayer, whole_layer
+from robuq_core.kernels.ops import Backend, GroupingBackend, LayerGroup, TernaryLayer, whole_layer
 from robuq_core.models.dit import timestep_features
+from robuq_core.staging import staged
 
 TABLE_BYTES = 32 * 2**20
 BLOCK_ENTRIES = 6
+# Of a GPU's memory, at most.
+_TABLE_SHARE = 32
+# Beside the null class at every timestep: what rows under way need.
+_SPARE_SLOTS = 128
+# Numbers of pairs beyond which a product of that many rows has another launch shape.
+_PAIR_BUCKETS = (1, 17, 33, 65)
 
 Pair = tuple[float, int]
 
@@ -31,7 +38,9 @@ class ConditioningTable:
 
     Args:
         dense: the embedders and the final layer, by DiT name. adaln: the packed linear of every block.
-        max_bytes: of the table; a forward with more pairs than that makes it grow.
+        max_bytes: of the table; a forward with more pairs than that makes it grow. None: 32 MiB, or on a GPU room for
+            the null class at every timestep, up to 1/32 of its memory.
+        group: ``adaln`` stacked, for a backend that runs them in one launch.
     """
 
     table: Tensor
@@ -42,12 +51,32 @@ class ConditioningTable:
         dense: dict[str, Tensor],
         adaln: Sequence[TernaryLayer],
         backend: Backend,
-        max_bytes: int = TABLE_BYTES,
+        max_bytes: int | None = None,
+        group: LayerGroup | None = None,
     ) -> None:
         self._config, self._dense, self._adaln, self._backend = config, dense, tuple(adaln), backend
+        self._group, self._grouping = group, backend if isinstance(backend, GroupingBackend) else None
         self._ternary = whole_layer(backend)
         self._timestep_embeddings: dict[float, Tensor] = {}
-        self._allocate(max(1, max_bytes // (4 * self._height * config.hidden_size)))
+        entry_bytes = 4 * self._height * config.hidden_size
+        max_bytes = self._default_bytes(entry_bytes) if max_bytes is None else max_bytes
+        self._allocate(max(1, max_bytes // entry_bytes))
+        if group is None and self.table.is_cuda:
+            self._compile()
+
+    def _default_bytes(self, entry_bytes: int) -> int:
+        """:data:`TABLE_BYTES`; on a GPU, room for the null class at every timestep, as far as its memory allows."""
+        device = self._backend.device
+        if device.type != "cuda":
+            return TABLE_BYTES
+        share = torch.cuda.get_device_properties(device).total_memory // _TABLE_SHARE
+        return max(TABLE_BYTES, min(share, (NUM_TRAIN_TIMESTEPS + _SPARE_SLOTS) * entry_bytes))
+
+    def _compile(self) -> None:
+        """Run every launch shape once, so that none is compiled while requests wait."""
+        for layer in {(each.rank, each.bits, each.grid): each for each in self._adaln}.values():
+            for pairs in _PAIR_BUCKETS:
+                self._ternary(torch.zeros(pairs, layer.in_features, device=self.table.device), layer, "silu")
 
     @property
     def _height(self) -> int:
@@ -80,7 +109,7 @@ class ConditioningTable:
                 missing.append(pair)
         if missing:
             self._add(missing)
-        return torch.tensor([self._slot_of[pair] for pair in pairs], device=self.table.device)
+        return staged(torch.tensor([self._slot_of[pair] for pair in pairs]), self.table.device)
 
     def final(self, timesteps: Sequence[float], classes: Sequence[int]) -> Tensor:
         """The final layer's shift and scale alone, ``[2, B, D]``: the same values, computed and not kept."""
@@ -91,7 +120,7 @@ class ConditioningTable:
         # What this forward uses was moved to the end, so it is never what goes.
         slots = [self._free.pop() if self._free else self._slot_of.popitem(last=False)[1] for _ in pairs]
         try:
-            self._fill(pairs, torch.tensor(slots, device=self.table.device))
+            self._fill(pairs, staged(torch.tensor(slots), self.table.device))
         except BaseException:
             self._free += slots
             raise
@@ -99,13 +128,17 @@ class ConditioningTable:
 
     def _fill(self, pairs: list[Pair], slots: Tensor) -> None:
         c_UD = self._embeddings(pairs)
-        for i, layer in enumerate(self._adaln):
-            self._put(BLOCK_ENTRIES * i, slots, self._ternary(c_UD, layer, "silu"))
+        if self._grouping is not None and self._group is not None:
+            every = self._grouping.ternary_each(c_UD, self._group, "silu")
+            self._put(0, slots, every.transpose(0, 1).flatten(1))
+        else:
+            for i, layer in enumerate(self._adaln):
+                self._put(BLOCK_ENTRIES * i, slots, self._ternary(c_UD, layer, "silu"))
         self._put(BLOCK_ENTRIES * len(self._adaln), slots, self._final(c_UD))
 
     def _embeddings(self, pairs: list[Pair]) -> Tensor:
         """Timestep and class of each pair, embedded and added: ``[U, D]``."""
-        classes = torch.tensor([label for _, label in pairs], device=self.table.device)
+        classes = staged(torch.tensor([label for _, label in pairs]), self.table.device)
         embeddings = torch.stack([self._timestep_embedding(timestep) for timestep, _ in pairs])
         return embeddings + self._dense["y_embedder.embedding_table.weight"][classes]
 
@@ -124,7 +157,7 @@ class ConditioningTable:
         if timestep not in self._timestep_embeddings:
             if len(self._timestep_embeddings) >= NUM_TRAIN_TIMESTEPS:  # the times of a flow are any numbers
                 self._timestep_embeddings.clear()
-            features = timestep_features(torch.tensor([timestep]), self._config.flavour).to(self.table.device)
+            features = staged(timestep_features(torch.tensor([timestep]), self._config.flavour), self.table.device)
             hidden = F.silu(self._linear(features, "t_embedder.mlp.0"))
             self._timestep_embeddings[timestep] = self._linear(hidden, "t_embedder.mlp.2")[0]
         return self._timestep_embeddings[timestep]

@@ -6,6 +6,7 @@ it up are computed and thrown away, which changes no other row's result.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -21,6 +22,7 @@ DenoiseKeeping = Callable[[Tensor, Tensor, Tensor], Pair]
 Record = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]
 
 _WARM_UP_RUNS = 2
+_recording = threading.Lock()
 
 
 def bucket(rows: int) -> int:
@@ -36,27 +38,49 @@ def buckets(max_rows: int) -> tuple[int, ...]:
 
 
 class CudaRecorder:
-    """Records CUDA graphs on one device; all share one pool of memory, as they never run side by side."""
+    """Records CUDA graphs on one device, on its own stream; they share a pool of memory and never run side by side.
+
+    Without ``stream``, torch captures on a stream that it makes once per process, on whichever device is current then:
+    recordings for another device would be empty.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._stream: Any = None
         self._pool: Any = None
 
     def __call__(self, run: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
-        with torch.cuda.device(self._device):
-            # Kernels are compiled and tuned before the recording, which must not wait for the device.
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+        """Raises RuntimeError if a replay leaves the outputs as they are."""
+        # torch allows one capture at a time per process.
+        with _recording, torch.cuda.device(self._device):
+            if self._stream is None:
+                self._stream, self._pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+            # Kernels are compiled before the recording, which must not wait for the device.
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
                 for _ in range(_WARM_UP_RUNS):
                     run()
-            torch.cuda.current_stream().wait_stream(stream)
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
             # Other threads, other replicas' among them, may use CUDA meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 outputs = run()
+            torch.cuda.current_stream().wait_stream(self._stream)
+            self._check(graph.replay, (outputs,) if isinstance(outputs, Tensor) else outputs)
         return graph.replay, outputs
+
+    def _check(self, replay: Callable[[], None], outputs: tuple[Tensor, ...]) -> None:
+        untouched = [True] * len(outputs)
+        for poison in (1.0, 2.0):  # a result may happen to be one of them, not both
+            for output in outputs:
+                output.fill_(poison)
+            replay()
+            untouched = [
+                before and bool((output == poison).all()) for before, output in zip(untouched, outputs, strict=True)
+            ]
+        if any(output.numel() and same for output, same in zip(outputs, untouched, strict=True)):
+            raise RuntimeError(
+                f"the CUDA graph recorded on {self._device} is empty: a replay does not change its outputs"
+            )
 
 
 @dataclass(frozen=True)

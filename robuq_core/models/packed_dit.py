@@ -7,7 +7,7 @@ computed (:mod:`robuq_core.models.conditioning`), and :meth:`PackedDiT.denoise`,
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,17 @@ from torch import Tensor
 
 from robuq_core.config import ModelConfig
 from robuq_core.errors import TooSlowError
-from robuq_core.kernels.ops import Backend, FusedBackend, Modulation, Prologue, TernaryLayer, whole_layer
+from robuq_core.kernels.ops import (
+    Backend,
+    FusedBackend,
+    GroupingBackend,
+    LayerGroup,
+    Modulation,
+    NarrowBackend,
+    Prologue,
+    TernaryLayer,
+    whole_layer,
+)
 from robuq_core.kernels.reference import ReferenceBackend
 from robuq_core.models.conditioning import BLOCK_ENTRIES, ConditioningTable
 from robuq_core.models.dit import negates_output, norm2_eps, patchify, position_table, unpatchify
@@ -74,16 +84,28 @@ class PackedDiT:
         pos_embed: Tensor,
         backend: Backend,
         quantized_attention: bool,
+        group: LayerGroup | None = None,
     ) -> None:
         self.config, self.backend, self.quantized_attention = config, backend, quantized_attention
         self._ternary, self._handed_on = whole_layer(backend), whole_layer(backend, handed_on=True)
+        # GELU follows fc1 where that is one kernel, so that fc2 reads rounded values; otherwise fc2 begins with it.
+        self._gelu_follows = isinstance(backend, NarrowBackend)
+        self._hidden = whole_layer(backend, handed_on=True, gelu=self._gelu_follows)
         self._fused = backend if isinstance(backend, FusedBackend) else None
         self.dense = {name: tensor.to(backend.device) for name, tensor in dense.items()}
         self.blocks = [block.to(backend.device) for block in blocks]
         self.pos_embed = pos_embed.to(backend.device)
-        self.conditioning = ConditioningTable(config, self.dense, [block.adaln for block in self.blocks], backend)
+        if not isinstance(backend, GroupingBackend):
+            group = None
+        elif group is None or group.stacked.planar.device != backend.device:
+            group = LayerGroup.of([block.adaln for block in self.blocks])
+        self._group = group
+        if group is not None:  # one copy of the weights: those of the group
+            self.blocks = [replace(block, adaln=each) for block, each in zip(self.blocks, group.layers, strict=True)]
+        adaln = [block.adaln for block in self.blocks]
+        self.conditioning = ConditioningTable(config, self.dense, adaln, backend, group=group)
         # Between native kernels torch has little to do, and its threads would be in the way of theirs.
-        self.has_own_threads = self._fused is not None
+        self.has_own_threads = self._fused is not None and self.device.type == "cpu"
         # Seconds that a forward may take, or None. It is compared before each block: an op cannot be interrupted.
         self.limit_s: float | None = None
         self._run: Denoise = self.denoise
@@ -98,7 +120,9 @@ class PackedDiT:
     def replica(self, backend: Backend) -> PackedDiT:
         """The same network on another backend; weights are shared where both run on one device."""
         copy = object.__new__(PackedDiT)
-        copy._build(self.config, self.dense, self.blocks, self.pos_embed, backend, self.quantized_attention)
+        copy._build(
+            self.config, self.dense, self.blocks, self.pos_embed, backend, self.quantized_attention, self._group
+        )
         return copy
 
     @property
@@ -147,15 +171,14 @@ class PackedDiT:
     def denoise_keeping(self, x_BCHW: Tensor, slots_B: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`denoise`, and beside its output the tokens ``[B, L, D]`` that the blocks leave."""
         x_BLD = self._embedded(x_BCHW)
+        modulations = table.index_select(1, slots_B)
         until = None if self.limit_s is None else time.monotonic() + self.limit_s
         for i, block in enumerate(self.blocks):
             if until is not None and time.monotonic() >= until:
                 raise TooSlowError(f"a forward of {len(x_BCHW)} rows takes longer than {self.limit_s:g} s on this "
                                    "machine; serve a smaller model, or fewer rows at once")  # fmt: skip
-            entries = table[BLOCK_ENTRIES * i : BLOCK_ENTRIES * (i + 1)]
-            x_BLD = self.run_block(x_BLD, entries.index_select(1, slots_B), block)
-        final = table[BLOCK_ENTRIES * self.config.depth :].index_select(1, slots_B)
-        return self._output(x_BLD, final), x_BLD
+            x_BLD = self.run_block(x_BLD, modulations[BLOCK_ENTRIES * i : BLOCK_ENTRIES * (i + 1)], block)
+        return self._output(x_BLD, modulations[BLOCK_ENTRIES * self.config.depth :]), x_BLD
 
     def _embedded(self, x_BCHW: Tensor) -> Tensor:
         """Tokens ``[B, L, D]`` before the first block."""
@@ -198,5 +221,5 @@ class PackedDiT:
         heads = self.backend.attention(qkv, self.config.num_heads, self.quantized_attention)
         self._add_ternary(x_BLD, gate1, heads.flatten(0, 1), block.proj)
         norm2 = Modulation(shift2, scale2, norm2_eps(self.config))
-        hidden = self._handed_on(x_BLD.flatten(0, 1), block.fc1, norm2)
-        self._add_ternary(x_BLD, gate2, hidden, block.fc2, "gelu")
+        hidden = self._hidden(x_BLD.flatten(0, 1), block.fc1, norm2)
+        self._add_ternary(x_BLD, gate2, hidden, block.fc2, None if self._gelu_follows else "gelu")

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from robuq_core.kernels.triton.config import LaunchConfig, launching, next_power_of_2, round_up
-from robuq_core.kernels.triton.rounding import rounded_for
+from robuq_core.kernels.triton.elementwise import rounded_for
 
 # An int8 product on the tensor cores takes at least 32 values of the inner dimension.
 # 255 * 127 * 65536 < 2^31.

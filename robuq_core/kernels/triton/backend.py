@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import weakref
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from robuq_core.errors import UserError
-from robuq_core.kernels.ops import Modulation, Prologue, Quantized, TernaryLayer
+from robuq_core.kernels.ops import LayerGroup, Modulation, Prologue, Quantized, TernaryLayer
 from robuq_core.kernels.triton import attention as attention_kernels
 from robuq_core.kernels.triton import dense_linear, rotate_quantize, ternary_linear, tuning
 from robuq_core.kernels.triton.config import checked, emulated_architecture
+from robuq_core.kernels.triton.weights import Weights, weights_of
 
 MIN_CAPABILITY = (8, 0)
+# What kernels hand to each other.
+ACTIVATIONS_VARIABLE = "ROBUQ_ACTIVATIONS"
 _PROLOGUES = ("gelu", "silu")
 _ACTIVATIONS = (torch.float32, torch.bfloat16)
 
@@ -43,6 +50,14 @@ def _architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def _chosen_activations() -> torch.dtype:
+    name = os.environ.get(ACTIVATIONS_VARIABLE) or "bfloat16"
+    found = {str(dtype).removeprefix("torch."): dtype for dtype in _ACTIVATIONS}.get(name)
+    if found is None:
+        raise UserError(f"{ACTIVATIONS_VARIABLE} must be bfloat16 or float32, not {name!r}")
+    return found
+
+
 def _checked_activations(dtype: torch.dtype) -> torch.dtype:
     if dtype not in _ACTIVATIONS:
         raise ValueError(f"activations must be {' or '.join(map(str, _ACTIVATIONS))}, not {dtype}")
@@ -50,48 +65,70 @@ def _checked_activations(dtype: torch.dtype) -> torch.dtype:
 
 
 class TritonBackend:
-    """See :class:`robuq_core.kernels.ops.NarrowBackend`.
+    """See :class:`robuq_core.kernels.ops.NarrowBackend`, ``FusedBackend`` and ``GroupingBackend``.
 
     Where a Triton driver for CPU tensors is active (the emulator of the tests), it runs on the CPU.
 
+    One thread at a time may use an object, on one stream: parts of split products are counted in a buffer of its own.
+
     Args:
-        activations: float32, or bfloat16 for less traffic; not the default while no GPU has measured it.
+        activations: bfloat16, or float32 for twice the traffic; None takes :data:`ACTIVATIONS_VARIABLE`, else bfloat16.
 
     Raises:
         ValueError: ``activations`` of another dtype.
         TritonUnavailableError: no GPU of compute capability 8.0 or later.
         TuningTableError: the GPU's table of launch shapes cannot be read.
+        UserError: the variable holds another dtype.
     """
 
-    def __init__(self, device: torch.device | str | None = None, activations: torch.dtype = torch.float32) -> None:
-        self.activations = _checked_activations(activations)
+    rows_at_once = 2**31  # a GPU wants all rows at once
+
+    def __init__(self, device: torch.device | str | None = None, activations: torch.dtype | None = None) -> None:
+        self.activations = _chosen_activations() if activations is None else _checked_activations(activations)
+        self._tuned: tuning.Table = {}
         emulated = emulated_architecture()
         if emulated is not None:
             self.device, self.architecture = torch.device("cpu"), emulated
-            self.name, self._tuned = f"triton-sm{emulated}-emulated", tuning.Table()
-            return
-        self.device = torch.device("cuda" if device is None else device)
-        self.architecture = _architecture(self.device)
-        self.name = f"triton-sm{self.architecture}"
-        if self.device.index is None:
-            self.device = torch.device("cuda", torch.cuda.current_device())
-        self._tuned = tuning.load_table(torch.cuda.get_device_name(self.device))
+            self.name = f"triton-sm{emulated}-emulated"
+        else:
+            self.device = torch.device("cuda" if device is None else device)
+            self.architecture = _architecture(self.device)
+            self.name = f"triton-sm{self.architecture}"
+            if self.device.index is None:
+                self.device = torch.device("cuda", torch.cuda.current_device())
+            self._tuned = tuning.load_table(torch.cuda.get_device_name(self.device))
+        self._arrived = torch.zeros(ternary_linear.MAX_SPLIT_TILES, dtype=torch.int32, device=self.device)
+        # What graphs hold the addresses of: by width and block, and by id of a layer for as long as it lives.
+        self._rotations: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = {}
+        self._weights: dict[int, Weights] = {}
+
+    def _weights_of(self, layer: TernaryLayer | LayerGroup) -> Weights:
+        found = self._weights.get(id(layer))
+        if found is None:
+            first = layer.layers[0] if isinstance(layer, LayerGroup) else layer
+            key = first.in_features, first.rotation_block
+            if key not in self._rotations:
+                left, right = rotate_quantize.left_matrix(*key), rotate_quantize.right_matrix(*key)
+                self._rotations[key] = left.to(self.device), right.to(self.device)
+            found = self._weights[id(layer)] = weights_of(layer, *self._rotations[key])
+            weakref.finalize(layer, self._weights.pop, id(layer), None).atexit = False
+        return found
 
     def _checked(self, tensor: Tensor, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
         """Float32 unless ``dtypes`` are given."""
         return checked(tensor, name, shape, self.device, *(dtypes or (torch.float32,)))
 
     def rotate_quantize(self, x: Tensor, layer: TernaryLayer, prologue: Prologue = None) -> Quantized:
-        rows, width = x.shape[0], layer.in_features
+        return self._rotate_quantize(x, self._weights_of(layer), prologue)
+
+    def _rotate_quantize(self, x: Tensor, weights: Weights, prologue: Prologue) -> Quantized:
+        rows, width = x.shape[0], weights.width
         x = self._checked(x, "x", (rows, width), *_ACTIVATIONS)
-        config = rotate_quantize.default_config(width)
-        return rotate_quantize.rotate_quantize(x, layer, self._prologue(prologue, rows, width), config)
+        return rotate_quantize.rotate_quantize(x, weights, self._prologue(prologue, rows, width))
 
     def _prologue(self, prologue: Prologue, rows: int, width: int) -> Prologue:
         if isinstance(prologue, Modulation):
-            images = prologue.shift.shape[0]
-            if images == 0 or rows % images:
-                raise ValueError(f"{rows} rows do not divide among {images} images")
+            images = _images(prologue.shift, rows)
             shift = self._checked(prologue.shift, "shift", (images, width))
             scale = self._checked(prologue.scale, "scale", (images, width))
             return Modulation(shift, scale, prologue.eps)
@@ -99,15 +136,45 @@ class TritonBackend:
             raise ValueError(f"prologue must be a Modulation, 'gelu', 'silu' or None, not {prologue!r}")
         return prologue
 
-    def ternary_linear(self, x: Quantized, layer: TernaryLayer, dtype: torch.dtype = torch.float32) -> Tensor:
-        rows = x.codes.shape[0]
-        codes = self._checked(x.codes, "codes", (rows, layer.in_features), torch.int8)
+    def ternary_linear(
+        self, x: Quantized, layer: TernaryLayer, dtype: torch.dtype = torch.float32, gelu: bool = False
+    ) -> Tensor:
+        weights, rows = self._weights_of(layer), x.codes.shape[0]
+        codes = self._checked(x.codes, "codes", (rows, weights.width), torch.int8)
         scales = self._checked(x.scales, "scales", (rows,))
-        lowrank = self._checked(x.lowrank, "lowrank", (rows, layer.rank))
-        key = tuning.ternary_linear_key(rows, layer.out_features, layer.in_features, layer.rank)
-        config = self._tuned.get(key) or ternary_linear.default_config(rows, layer.out_features, self.architecture)
-        dtype = _checked_activations(dtype)
-        return ternary_linear.ternary_linear(Quantized(codes, scales, lowrank), layer, config, dtype=dtype)
+        lowrank = self._checked(x.lowrank, "lowrank", (rows, weights.rank))
+        checked_x = Quantized(codes, scales, lowrank, x.sums)
+        epilogue = ternary_linear.GELU if gelu else ternary_linear.PLAIN
+        return self._product(checked_x, weights, dtype=_checked_activations(dtype), epilogue=epilogue)
+
+    def _product(self, x: Quantized, weights: Weights, **named: Any) -> Tensor:
+        sums = x.codes.sum(-1, dtype=torch.int32) if x.sums is None else x.sums
+        rows, outputs = x.codes.shape[-2], weights.outputs
+        if weights.lead:
+            config = ternary_linear.group_config(self.architecture)
+        else:
+            key = tuning.ternary_linear_key(rows, outputs, weights.width, weights.rank)
+            default = ternary_linear.default_config(rows, outputs, weights.width, self.architecture)
+            config = self._tuned.get(key) or default
+        return ternary_linear.ternary_linear(x, sums, weights, config, self._arrived, **named)
+
+    def ternary(self, x: Tensor, layer: TernaryLayer, prologue: Prologue = None) -> Tensor:
+        weights = self._weights_of(layer)
+        return self._product(self._rotate_quantize(x, weights, prologue), weights)
+
+    def ternary_each(self, x: Tensor, group: LayerGroup, prologue: Prologue = None) -> Tensor:
+        weights = self._weights_of(group)
+        return self._product(self._rotate_quantize(x, weights, prologue), weights)
+
+    def add_ternary(
+        self, residual: Tensor, gate: Tensor, x: Tensor, layer: TernaryLayer, prologue: Prologue = None
+    ) -> None:
+        weights, rows = self._weights_of(layer), x.shape[0]
+        gate = self._checked(gate, "gate", (_images(gate, rows), weights.outputs))
+        if self._checked(residual, "residual", (rows, weights.outputs)) is not residual:
+            raise ValueError("residual must be contiguous: it is changed in place")
+        quantized = self._rotate_quantize(x, weights, prologue)
+        self._product(quantized, weights, epilogue=ternary_linear.ADD, gate=gate, residual=residual)
 
     def attention(self, qkv: Tensor, num_heads: int, quantized: bool) -> Tensor:
         images, length, triple = qkv.shape
@@ -129,3 +196,10 @@ class TritonBackend:
         x = self._checked(x, "x", (x.shape[0], width))
         weight = self._checked(weight, "weight", (outputs, width))
         return dense_linear.dense_linear(x, weight, self._checked(bias, "bias", (outputs,)))
+
+
+def _images(modulation: Tensor, rows: int) -> int:
+    images = modulation.shape[0]
+    if images == 0 or rows % images:
+        raise ValueError(f"{rows} rows do not divide among {images} images")
+    return images

@@ -10,21 +10,20 @@ from robuq_core.kernels.triton import attention, dense_linear, rotate_quantize, 
 from robuq_core.kernels.triton.aot import Compiled, compile_ahead
 from robuq_core.kernels.triton.config import LaunchConfig
 
-RANK, BITS, HEAD_DIM = 16, 3, 72
+RANK, HEAD_DIM = 16, 72
 
 _BF16 = "*bf16"
 _ROTATE_TYPES = {
-    **dict.fromkeys(("x_ptr", "shift_ptr", "scale_ptr", "signs_ptr", "lowrank_b_ptr"), "*fp32"),
-    **dict.fromkeys(("left_ptr", "right_ptr"), "*fp16"),
-    **dict.fromkeys(("scales_ptr", "lowrank_ptr"), "*fp32"),
+    **{f"{name}_ptr": "*fp32" for name in ("x", "shift", "scale", "signs", "folded", "scales", "lowrank")},
+    **{"left_ptr": "*fp16", "right_ptr": "*fp16", "codes_ptr": "*i8", "sums_ptr": "*i32"},
     **dict.fromkeys(("tokens_total", "tokens_per_image"), "i32"),
-    "codes_ptr": "*i8",
-    "eps": "fp32",
+    **dict.fromkeys(("eps", "step_factor", "top"), "fp32"),
 }
 _LINEAR_TYPES = {
-    **dict.fromkeys(("scales_ptr", "lowrank_ptr", "alpha_ptr", "bias_ptr", "lowrank_a_ptr", "y_ptr"), "*fp32"),
-    **dict.fromkeys(("rows", "N"), "i32"),
-    "codes_ptr": "*i8",
+    **{f"{name}_ptr": "*fp32" for name in ("scales", "lowrank", "alpha", "bias", "lowrank_a", "gate", "y")},
+    **{f"{name}_ptr": "*i32" for name in ("sums", "partial", "arrived")},
+    **dict.fromkeys(("rows", "rows_per_image", "N"), "i32"),
+    **{"codes_ptr": "*i8", "planar_ptr": "*u8"},
 }
 
 
@@ -60,43 +59,52 @@ def cases(architecture: int) -> Iterator[Case]:
 
 
 def _rotations() -> Iterator[Case]:
-    """What reads bfloat16 where activations are: proj's input and fc2's."""
+    """In front of qkv and fc1, of proj and of fc2, which read bfloat16 unless activations are float32, and of adaLN."""
     for width, kind, block, name, types in (
         (1152, rotate_quantize.MODULATE, None, "LayerNorm, 1152", {}),
         (1152, rotate_quantize.MODULATE, 128, "LayerNorm, 1152 in blocks of 128", {}),
-        (1152, rotate_quantize.NO_PROLOGUE, None, "1152", {}),
         (1152, rotate_quantize.SILU, None, "SiLU, 1152", {}),
-        (4608, rotate_quantize.GELU, None, "GELU, 4608", {}),
         (1152, rotate_quantize.NO_PROLOGUE, None, "1152, from bf16", {"x_ptr": _BF16}),
-        (4608, rotate_quantize.GELU, None, "GELU, 4608, from bf16", {"x_ptr": _BF16}),
+        (4608, rotate_quantize.NO_PROLOGUE, None, "4608, from bf16", {"x_ptr": _BF16}),
+        (1152, rotate_quantize.NO_PROLOGUE, None, "1152", {}),
+        (4608, rotate_quantize.NO_PROLOGUE, None, "4608", {}),
     ):
         yield Case(
             f"rotate_quantize, {name}",
             rotate_quantize.rotate_quantize_kernel,
             {**_ROTATE_TYPES, **types},
-            rotate_quantize.constants(width, RANK, kind, BITS, True, block),
+            rotate_quantize.constants(width, RANK, kind, True, block),
             rotate_quantize.default_config(width),
         )
 
 
 def _products(architecture: int) -> Iterator[Case]:
-    """What writes bfloat16 where activations are: qkv and fc1, which are one kernel to the compiler."""
-    for rows, width, outputs, packed, name, types in (
-        (2048, 1152, 3456, True, "", {}),
-        (2048, 4608, 1152, True, "", {}),
-        (16, 1152, 6912, True, "", {}),
-        (2048, 1152, 3456, False, "", {}),
-        (2048, 1152, 3456, True, ", to bf16", {"y_ptr": _BF16}),
+    """8 images and 1: qkv, proj and fc2 into the residual, fc1 with its GELU; and adaLN of all blocks at once."""
+    plain, gelu, add = ternary_linear.PLAIN, ternary_linear.GELU, ternary_linear.ADD
+    for rows, width, outputs, epilogue, name, types in (
+        (2048, 1152, 3456, plain, "to bf16", {"y_ptr": _BF16}),
+        (2048, 1152, 4608, gelu, "GELU, to bf16", {"y_ptr": _BF16}),
+        (2048, 4608, 1152, add, "into the residual", {}),
+        (256, 4608, 1152, add, "into the residual", {}),
+        (256, 1152, 1152, add, "into the residual", {}),
+        (2048, 1152, 3456, plain, "to float32", {}),
     ):
-        form = "2-bit" if packed else "int8"
         yield Case(
-            f"ternary_linear, {form}, {rows} rows, {width} x {outputs}{name}",
+            f"ternary_linear, {rows} rows, {width} x {outputs}, {name}",
             ternary_linear.ternary_linear_kernel,
-            {**_LINEAR_TYPES, "weight_ptr": "*u8" if packed else "*i8", **types},
-            ternary_linear.constants(width, RANK, packed),
-            ternary_linear.default_config(rows, outputs, architecture),
+            {**_LINEAR_TYPES, **types},
+            ternary_linear.constants(width, RANK, epilogue, epilogue == add),
+            ternary_linear.default_config(rows, outputs, width, architecture),
             multiples_of_16=("N",),
         )
+    yield Case(
+        "ternary_linear, adaLN of all blocks",
+        ternary_linear.ternary_linear_kernel,
+        _LINEAR_TYPES,
+        ternary_linear.constants(1152, RANK, plain, False),
+        ternary_linear.group_config(architecture),
+        multiples_of_16=("N",),
+    )
 
 
 def _attentions() -> Iterator[Case]:

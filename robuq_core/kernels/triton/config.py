@@ -14,18 +14,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """``blocks``: the kernel's tile sizes by name. ``num_stages``: buffers of its software pipeline."""
+    """``blocks``: the kernel's tile sizes by name. ``num_stages``: buffers of its software pipeline. ``max_registers``
+    per thread: None for no limit."""
 
     blocks: dict[str, int] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 3
+    max_registers: int | None = None
 
-    def options(self) -> dict[str, int | bool]:
+    def options(self) -> dict[str, int | bool | None]:
         """Keyword arguments of the launch. Fused multiply-add is on: Triton's own default differs by version."""
         return {
             **self.blocks,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
+            "maxnreg": self.max_registers,
             "enable_fp_fusion": True,
         }
 
@@ -64,12 +67,12 @@ def launching(tensor: Tensor) -> Iterator[None]:
 
 
 def checked(tensor: Tensor, name: str, shape: tuple[int, ...], device: torch.device, *dtypes: torch.dtype) -> Tensor:
-    """``tensor``, contiguous, if it is what the kernels read.
+    """``tensor``, contiguous, if it is what the kernels on ``device`` read.
 
     Raises:
         ValueError: another shape, dtype or device.
     """
-    if tensor.shape != shape or tensor.dtype not in dtypes or tensor.device.type != device.type:
+    if tensor.shape != shape or tensor.dtype not in dtypes or tensor.device != device:
         wanted = " or ".join(map(str, dtypes))
         raise ValueError(
             f"{name} must be {wanted} {shape} on {device}, not {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"

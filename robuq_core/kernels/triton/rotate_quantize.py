@@ -1,4 +1,4 @@
-"""Prologue, rotation, per-token quantisation and low-rank projection in one pass over the tokens, eq. (1), (2), (4).
+"""Prologue, rotation and per-token quantisation of the tokens, eq. (1), (4), and beside it the low-rank projection.
 
 A token of K = L R values is seen as an L x R matrix, value k = l R + r; a tile holds several tokens side by side, [L,
 tokens R]. Its rotation by ``H_L (x) H_R`` is ``H_L^T X (I (x) H_R)``: two small products on the tensor cores. For a
@@ -6,8 +6,12 @@ rotation by blocks, the same matrices have zeros between the blocks: ``I (x) H``
 are +-1 and 0, exact in fp16; the activation is scaled to fp16's range by token and split into a high and a low fp16
 part, 22 bits together, so that codes differ from the reference's only on the edges of cells.
 
-L is split into ``main`` and ``tail`` rows (72 = 64 + 8) since tiles are powers of two. The tile size depends on K
-alone, never on the number of tokens: every sum over a token has one order.
+L is split into ``main`` and ``tail`` rows (72 = 64 + 8) since tiles are powers of two. Tokens of up to 16 columns take
+one warp, which needs no barrier. The tile size depends on K alone, never on the number of tokens: every sum over a
+token has one order.
+
+The first programs of a launch project 32 tokens each (:mod:`robuq_core.kernels.triton.lowrank`), the others rotate. The
+second axis of the grid is the layer of a group: one input, several layers.
 """
 
 from __future__ import annotations
@@ -20,13 +24,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from robuq_core.kernels.ops import Modulation, Prologue, Quantized, TernaryLayer
+from robuq_core.kernels.ops import Modulation, Prologue, Quantized
 from robuq_core.kernels.triton.config import LaunchConfig, launching, next_power_of_2
+from robuq_core.kernels.triton.elementwise import gelu, silu
+from robuq_core.kernels.triton.lowrank import PROJECTED_TOKENS, STEP, project, span
+from robuq_core.kernels.triton.weights import Weights
 from robuq_core.quant.activation import GAUSSIAN_STEP, SIGMA_PER_MEAN_ABS, is_midrise
 from robuq_core.quant.hadamard import decompose_order, hadamard_matrix
 
 NO_PROLOGUE, MODULATE, GELU, SILU = range(4)
-MAIN_ROWS, MIN_TILE, TILE_COLUMNS = 64, 16, 32
+MAIN_ROWS, MIN_TILE, TILE_COLUMNS = 64, 16, 16
+VALUES_PER_WARP, MAX_WARPS = 1536, 16
 
 
 @dataclass(frozen=True)
@@ -63,11 +71,12 @@ def token_shape(width: int) -> TokenShape:
 
 
 def default_config(width: int) -> LaunchConfig:
-    """Tokens a program: 16 values a thread, where nothing spills."""
+    """Tokens per program, and parts of a projection: up to 48 values per thread, where nothing spills."""
     shape = token_shape(width)
     tokens = max(1, TILE_COLUMNS // shape.columns)
-    num_warps = 4 if shape.main_tile * tokens * shape.columns <= 2048 else 8
-    return LaunchConfig({"TOKENS": tokens}, num_warps, 1)
+    values = (shape.main_tile + shape.tail_tile) * tokens * shape.columns
+    warps = min(MAX_WARPS, next_power_of_2(-(-values // VALUES_PER_WARP)))
+    return LaunchConfig({"TOKENS": tokens, "PARTS": min(warps, 8)}, warps, 1)
 
 
 def block_orders(width: int, block: int | None) -> tuple[int, int]:
@@ -90,8 +99,7 @@ def _diagonal_blocks(size: int, order: int) -> Tensor:
     return torch.kron(torch.eye(size // order), hadamard_matrix(order).float())
 
 
-@lru_cache(maxsize=64)
-def left_matrix(width: int, block: int | None, device: torch.device) -> Tensor:
+def left_matrix(width: int, block: int | None) -> Tensor:
     """H_L transposed, fp16 ``[main_tile + tail_tile, same]``, zero where rows are padding."""
     shape = token_shape(width)
     matrix = _diagonal_blocks(shape.rows, block_orders(width, block)[0]).T
@@ -99,23 +107,21 @@ def left_matrix(width: int, block: int | None, device: torch.device) -> Tensor:
     kept = torch.cat([torch.arange(shape.main), shape.main_tile + torch.arange(shape.tail)])
     padded = torch.zeros(size, size, dtype=torch.float16)
     padded[kept[:, None], kept[None, :]] = matrix.half()
-    return padded.to(device)
+    return padded
 
 
-@lru_cache(maxsize=64)
-def right_matrix(width: int, block: int | None, tokens: int, device: torch.device) -> Tensor:
-    """``I_tokens (x) H_R``, fp16, square."""
-    matrix = _diagonal_blocks(tokens * token_shape(width).columns, block_orders(width, block)[1])
-    return matrix.half().to(device)
+def right_matrix(width: int, block: int | None) -> Tensor:
+    """``I_tokens (x) H_R`` for the tokens of a program, fp16, square."""
+    columns = default_config(width).blocks["TOKENS"] * token_shape(width).columns
+    return _diagonal_blocks(columns, block_orders(width, block)[1]).half()
 
 
 @triton.jit
 def _prologue(x, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
     if KIND == 2:
-        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-        x = x / (1.0 + tl.exp(-2.0 * inner))
+        x = gelu(x)
     elif KIND == 3:
-        x = x / (1.0 + tl.exp(-x))
+        x = silu(x)
     return x
 
 
@@ -123,11 +129,14 @@ def _prologue(x, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
 def _sum_by_token(total, column, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Sums of columns ``[columns]`` added up over each token, in every column of the token.
 
-    Columns exchange partial sums: a reshape to tokens and back would end in a layout that spills the whole tile.
+    Columns of several tokens exchange partial sums: a reshape to tokens and back would spill the whole tile.
     """
-    for i in tl.static_range(10):
-        if (1 << i) < COLUMNS:
-            total += tl.gather(total, column ^ (1 << i), axis=0)
+    if total.shape[0] == COLUMNS:
+        total = tl.zeros_like(total) + tl.sum(total, 0)
+    else:
+        for i in tl.static_range(10):
+            if (1 << i) < COLUMNS:
+                total += tl.gather(total, column ^ (1 << i), axis=0)
     return total
 
 
@@ -139,9 +148,12 @@ def _magnitude(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _max_by_token(largest, column, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    for i in tl.static_range(10):
-        if (1 << i) < COLUMNS:
-            largest = tl.maximum(largest, tl.gather(largest, column ^ (1 << i), axis=0))
+    if largest.shape[0] == COLUMNS:
+        largest = tl.zeros_like(largest) + tl.max(largest, 0)
+    else:
+        for i in tl.static_range(10):
+            if (1 << i) < COLUMNS:
+                largest = tl.maximum(largest, tl.gather(largest, column ^ (1 << i), axis=0))
     return largest
 
 
@@ -166,31 +178,34 @@ def _mix_columns(x, right):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _codes(z, inverse_step, MIDRISE: tl.constexpr, TOP: tl.constexpr):  # type: ignore[no-untyped-def]
+def _codes(z, inverse_step, top, real, MIDRISE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Codes as floats, 0 where there is no value."""
     v = z * inverse_step
     if MIDRISE:
-        v = tl.minimum(tl.maximum(tl.floor(v) * 2.0 + 1.0, -TOP), TOP)
+        v = tl.minimum(tl.maximum(tl.floor(v) * 2.0 + 1.0, -top), top)
     else:
         # Adding 1.5 * 2^23 rounds to the nearest integer, ties to even.
-        v = (tl.minimum(tl.maximum(v, -TOP - 1.0), TOP) + 12582912.0) - 12582912.0
-    return v.to(tl.int8)
+        v = (tl.minimum(tl.maximum(v, -top - 1.0), top) + 12582912.0) - 12582912.0
+    return tl.where(real, v, 0.0)
 
 
 @triton.jit
-def rotate_quantize_kernel(  # type: ignore[no-untyped-def]
+def _rotate(  # type: ignore[no-untyped-def]
     x_ptr,
     shift_ptr,
     scale_ptr,
     signs_ptr,
     left_ptr,
     right_ptr,
-    lowrank_b_ptr,
     codes_ptr,
+    sums_ptr,
     scales_ptr,
-    lowrank_ptr,
+    tile,
     tokens_total,
     tokens_per_image,
     eps,
+    step_factor,
+    top,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -198,21 +213,17 @@ def rotate_quantize_kernel(  # type: ignore[no-untyped-def]
     TAIL: tl.constexpr,
     MAIN_TILE: tl.constexpr,
     TAIL_TILE: tl.constexpr,
-    RANK: tl.constexpr,
-    RANK_TILE: tl.constexpr,
     KIND: tl.constexpr,
-    STEP: tl.constexpr,
     MIDRISE: tl.constexpr,
-    TOP: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     SIZE: tl.constexpr = MAIN_TILE + TAIL_TILE
     WIDTH: tl.constexpr = TOKENS * COLUMNS
     column = tl.arange(0, WIDTH)
-    token = tl.program_id(0) * TOKENS + column // COLUMNS
+    token = tile * TOKENS + column // COLUMNS
     live = token < tokens_total
     # One 64-bit base for the program, 32-bit offsets within it.
-    start = tl.program_id(0).to(tl.int64) * (TOKENS * K)
+    start = tile.to(tl.int64) * (TOKENS * K)
     x_ptr += start
     codes_ptr += start
     base = (column // COLUMNS) * K
@@ -275,31 +286,112 @@ def rotate_quantize_kernel(  # type: ignore[no-untyped-def]
     total = tl.sum(tl.abs(z), 0)
     if TAIL > 0:
         total += tl.sum(tl.abs(zt), 0)
-    step = _sum_by_token(total, column, COLUMNS) * (1.0 / K) * STEP
+    step = _sum_by_token(total, column, COLUMNS) * (1.0 / K) * step_factor
     inverse_step = tl.div_rn(1.0, tl.maximum(step, 1e-30))[None, :]
-    tl.store(codes_ptr + base[None, :] + k, _codes(z, inverse_step, MIDRISE, TOP), mask=here)
+    codes = _codes(z, inverse_step, top, real, MIDRISE)
+    total = tl.sum(codes, 0)
+    tl.store(codes_ptr + base[None, :] + k, codes.to(tl.int8), mask=here)
     if TAIL > 0:
-        tl.store(codes_ptr + base[None, :] + tail_k, _codes(zt, inverse_step, MIDRISE, TOP), mask=tail_here)
-    tl.store(scales_ptr + token, step * (0.5 if MIDRISE else 1.0), mask=live & (column % COLUMNS == 0))
-
-    if RANK > 0:
-        rank = tl.arange(0, RANK_TILE)
-        sums = tl.zeros([RANK_TILE, WIDTH], tl.float32)
-        for j in range(RANK):
-            total = tl.sum(z * tl.load(lowrank_b_ptr + j * K + k, mask=real, other=0.0), 0)
-            if TAIL > 0:
-                total += tl.sum(zt * tl.load(lowrank_b_ptr + j * K + tail_k, mask=tail_real, other=0.0), 0)
-            sums = tl.where(rank[:, None] == j, total[None, :], sums)
-        projected = tl.sum(tl.reshape(sums, [RANK_TILE, TOKENS, COLUMNS]), 2)
-        own = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-        inside = (rank < RANK)[:, None] & (own < tokens_total)[None, :]
-        tl.store(lowrank_ptr + own[None, :] * RANK + rank[:, None], projected, mask=inside)
+        codes = _codes(zt, inverse_step, top, tail_real, MIDRISE)
+        total += tl.sum(codes, 0)
+        tl.store(codes_ptr + base[None, :] + tail_k, codes.to(tl.int8), mask=tail_here)
+    first = live & (column % COLUMNS == 0)
+    tl.store(scales_ptr + token, step * (0.5 if MIDRISE else 1.0), mask=first)
+    # Integers below 2^24: exact in any order.
+    tl.store(sums_ptr + token, _sum_by_token(total, column, COLUMNS).to(tl.int32), mask=first)
 
 
-def constants(
-    width: int, rank: int, kind: int, bits: int, midrise: bool, block: int | None = None
-) -> dict[str, int | float | bool]:
-    """The kernel's compile-time arguments for a layer, but for the launch shape."""
+@triton.jit(do_not_specialize=["tokens_total", "tokens_per_image", "eps", "step_factor", "top"])
+def rotate_quantize_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    shift_ptr,
+    scale_ptr,
+    signs_ptr,
+    left_ptr,
+    right_ptr,
+    folded_ptr,
+    codes_ptr,
+    sums_ptr,
+    scales_ptr,
+    lowrank_ptr,
+    tokens_total,
+    tokens_per_image,
+    eps,
+    step_factor,
+    top,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    MAIN_TILE: tl.constexpr,
+    TAIL_TILE: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_TILE: tl.constexpr,
+    KIND: tl.constexpr,
+    MIDRISE: tl.constexpr,
+    PROJECTED: tl.constexpr,
+    STEP: tl.constexpr,
+    SPAN: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    layer = tl.program_id(1).to(tl.int64)
+    projections = tl.cdiv(tokens_total, PROJECTED) if RANK > 0 else 0
+    tile = tl.program_id(0) - projections
+    if tile < 0:
+        if RANK > 0:
+            project(
+                x_ptr,
+                shift_ptr,
+                scale_ptr,
+                folded_ptr + layer * (RANK * K),
+                lowrank_ptr + layer * (RANK * tokens_total),
+                tl.program_id(0),
+                tokens_total,
+                tokens_per_image,
+                eps,
+                K,
+                RANK,
+                RANK_TILE,
+                KIND,
+                PARTS,
+                SPAN,
+                PROJECTED,
+                STEP,
+            )
+    else:
+        _rotate(
+            x_ptr,
+            shift_ptr,
+            scale_ptr,
+            signs_ptr + layer * K,
+            left_ptr,
+            right_ptr,
+            codes_ptr + layer * tokens_total * K,
+            sums_ptr + layer * tokens_total,
+            scales_ptr + layer * tokens_total,
+            tile,
+            tokens_total,
+            tokens_per_image,
+            eps,
+            step_factor,
+            top,
+            K,
+            BLOCK,
+            COLUMNS,
+            MAIN,
+            TAIL,
+            MAIN_TILE,
+            TAIL_TILE,
+            KIND,
+            MIDRISE,
+            TOKENS,
+        )
+
+
+def constants(width: int, rank: int, kind: int, midrise: bool, block: int | None = None) -> dict[str, int | bool]:
+    """The kernel's compile-time arguments for a layer, but for the launch shape. Bit widths share a kernel."""
     shape = token_shape(width)
     return {
         "K": width,
@@ -310,26 +402,25 @@ def constants(
         "MAIN_TILE": shape.main_tile,
         "TAIL_TILE": shape.tail_tile,
         "RANK": rank,
-        "RANK_TILE": next_power_of_2(rank),
+        "RANK_TILE": max(MIN_TILE, next_power_of_2(rank)),
         "KIND": kind,
-        "STEP": SIGMA_PER_MEAN_ABS * GAUSSIAN_STEP[bits],
         "MIDRISE": midrise,
-        "TOP": 2**bits - 1 if midrise else 2 ** (bits - 1) - 1,
+        "PROJECTED": PROJECTED_TOKENS,
+        "STEP": STEP,
+        "SPAN": span(width, default_config(width).blocks["PARTS"]),
     }
 
 
-def candidate_configs(width: int) -> list[LaunchConfig]:
-    """What tuning tries for a token of ``width`` values."""
-    tokens = default_config(width).blocks["TOKENS"]
-    choices = sorted({max(1, tokens // 2), tokens, tokens * 2})
-    return [LaunchConfig({"TOKENS": n}, warps, 1) for n in choices for warps in (4, 8)]
+def rotate_quantize(x: Tensor, weights: Weights, prologue: Prologue) -> Quantized:
+    """Launch the kernel on checked, contiguous tensors; see :class:`robuq_core.kernels.ops.NarrowBackend`.
 
-
-def rotate_quantize(x: Tensor, layer: TernaryLayer, prologue: Prologue, config: LaunchConfig) -> Quantized:
-    """Launch the kernel on checked, contiguous tensors; see :class:`robuq_core.kernels.ops.NarrowBackend`."""
-    rows, width, rank = x.shape[0], layer.in_features, layer.rank
-    codes = torch.empty(rows, width, dtype=torch.int8, device=x.device)
-    scales, lowrank = (torch.empty(shape, device=x.device) for shape in ((rows,), (rows, rank)))
+    Of a group of layers, every result has their number as its first dimension.
+    """
+    rows, width, rank = x.shape[0], weights.width, weights.rank
+    lead = weights.lead
+    codes = torch.empty(*lead, rows, width, dtype=torch.int8, device=x.device)
+    sums = torch.empty(*lead, rows, dtype=torch.int32, device=x.device)
+    scales, lowrank = (torch.empty(*lead, *shape, device=x.device) for shape in ((rows,), (rows, rank)))
     kind, shift, scale, per_image, eps = NO_PROLOGUE, x, x, 1, 0.0
     if isinstance(prologue, Modulation):
         shift, scale, eps = prologue.shift, prologue.scale, prologue.eps
@@ -337,15 +428,17 @@ def rotate_quantize(x: Tensor, layer: TernaryLayer, prologue: Prologue, config: 
     elif prologue is not None:
         kind = GELU if prologue == "gelu" else SILU
     if rows:
-        midrise, block = is_midrise(layer.bits, layer.grid), layer.rotation_block
-        tokens = config.blocks["TOKENS"]
-        grid = (triton.cdiv(rows, tokens),)
+        bits, midrise = weights.bits, is_midrise(weights.bits, weights.grid)
+        config = default_config(width)
+        projections = triton.cdiv(rows, PROJECTED_TOKENS) if rank else 0
+        grid = (projections + triton.cdiv(rows, config.blocks["TOKENS"]), *lead)
         with launching(x):
             rotate_quantize_kernel[grid](
-                *(x, shift, scale, layer.signs),
-                *(left_matrix(width, block, x.device), right_matrix(width, block, tokens, x.device)),
-                *(layer.lowrank_b, codes, scales, lowrank, rows, per_image, eps),
-                **constants(width, rank, kind, layer.bits, midrise, block),
+                *(x, shift, scale, weights.signs, weights.left, weights.right, weights.folded),
+                *(codes, sums, scales, lowrank, rows, per_image, eps),
+                SIGMA_PER_MEAN_ABS * GAUSSIAN_STEP[bits],
+                float(2**bits - 1 if midrise else 2 ** (bits - 1) - 1),
+                **constants(width, rank, kind, midrise, weights.block),
                 **config.options(),
             )
-    return Quantized(codes, scales, lowrank)
+    return Quantized(codes, scales, lowrank, sums)

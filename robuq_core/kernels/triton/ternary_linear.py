@@ -1,12 +1,15 @@
-"""``y = (q . T) scale alpha + low rank + bias``, eq. (5), from 2-bit weights decoded in registers.
+"""``y = (q . T) scale alpha + low rank + bias``, eq. (5), from 2-bit weights that stay digits 0, 1, 2.
 
-The product is W X^T, not X W^T: decoded weights stay in registers as the first operand of the tensor cores, and int8
-sums are exact in int32. A byte of a 128-group holds one weight of each of four planes; a plane's 32 bytes, decoded,
-already lie where a tensor-core step of 32 int8 values wants them, so that nothing is shuffled.
+The product is W X^T, not X W^T: weights stay in registers as the first operand of the tensor cores, and int8 sums are
+exact in int32. A byte of a 128-group holds one weight of each of four planes; a plane's 32 bytes, masked, already lie
+where a tensor-core step of 32 int8 values wants them, so that nothing is shuffled. Digits are weights plus one, so the
+row's sum of codes is subtracted afterwards.
 
-The integer sum is exact in any order, so tile sizes may follow the number of rows. The low-rank term is a product over
-the whole rank, added onto the scaled sum: its order is the same for every tile size. Its float32 factors enter as two
-tf32 parts each.
+The integer sum is exact in any order: tile sizes may follow the number of rows, and K may be split among programs. Each
+leaves its part, and the last to arrive adds them up. The low-rank term is a product over the whole rank, added onto the
+scaled sum: its order is the same for every tile size. Its float32 factors enter as two tf32 parts each.
+
+The second axis of the grid is the layer of a group, the third the part of K.
 """
 
 from __future__ import annotations
@@ -18,61 +21,156 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from robuq_core.kernels.ops import Quantized, TernaryLayer
+from robuq_core.kernels.ops import Quantized
 from robuq_core.kernels.triton.config import LaunchConfig, launching, next_power_of_2
-from robuq_core.kernels.triton.rounding import rounded_for
+from robuq_core.kernels.triton.elementwise import gelu, rounded_for, tf32_parts
+from robuq_core.kernels.triton.weights import Weights
 from robuq_core.quant.packing import PLANAR_GROUP, PLANAR_GROUP_BYTES
 
 MIN_RANK_TILE = 16
 ROW_BUCKETS = (16, 64, 256, 1024, 4096)
+# About as many programs as a large GPU has multiprocessors. A part of K takes a few groups, or its end costs more.
+FEW_PROGRAMS, MIN_GROUPS, MAX_SPLIT = 160, 3, 4
 
-# Four weights at once: the low two bits of each byte less one, without a borrow between bytes.
-_DECODE = tl.constexpr(
-    "{\n.reg .b32 t;\n"
-    + "".join(
-        f"shr.u32 t, $4, {2 * i};\nand.b32 t, t, 0x03030303;\nor.b32 t, t, 0x80808080;\n"
-        f"sub.u32 t, t, 0x01010101;\nxor.b32 ${i}, t, 0x80808080;\n"
-        for i in range(4)
-    )
+# What follows the product: nothing, GELU, or ``y[i] += gate * result`` in place.
+PLAIN, GELU, ADD = range(3)
+
+# Split products leave partial sums and count arrivals; tiles of one launch that may be split.
+MAX_SPLIT_TILES = 4096
+
+
+@triton.constexpr_function
+def pieces(rows: int) -> int:
+    """In how many pieces a tile of ``rows`` rows is finished."""
+    return 4 if rows >= 64 else 2
+
+
+# Four digits at once.
+_UNPACK = tl.constexpr(
+    "{\n.reg .b32 t;\nand.b32 $0, $4, 0x03030303;\n"
+    + "".join(f"shr.u32 t, $4, {2 * i};\nand.b32 ${i}, t, 0x03030303;\n" for i in (1, 2, 3))
     + "}"
 )
 
 
 @triton.jit
-def _decode(packed):  # type: ignore[no-untyped-def]
-    """Bytes ``[n, 32]`` -> the four planes, int8 ``[n, 32]`` each."""
+def _unpack(packed):  # type: ignore[no-untyped-def]
+    """Bytes ``[n, 32]`` -> the digits of the four planes, int8 ``[n, 32]`` each."""
     return tl.inline_asm_elementwise(
-        _DECODE, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4
+        _UNPACK, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4
     )
 
 
 @triton.jit
-def _tf32_parts(x):  # type: ignore[no-untyped-def]
-    """``x`` as a sum of two values of tf32's 11 significant bits (the second is cut by the product itself)."""
-    high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-    return high, x - high
+def _pieces(total, PIECES: tl.constexpr, PIECE: tl.constexpr, OUTPUTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``[OUTPUTS, PIECES PIECE]`` as a tuple of ``[OUTPUTS, PIECE]``, two or four of them."""
+    if PIECES == 2:
+        return tl.split(tl.permute(tl.reshape(total, [OUTPUTS, 2, PIECE]), (0, 2, 1)))
+    else:
+        split = tl.permute(tl.reshape(total, [OUTPUTS, 2, 2, PIECE]), (0, 3, 2, 1))
+        low, high = tl.split(split)
+        first, second = tl.split(low)
+        third, fourth = tl.split(high)
+        return first, second, third, fourth
 
 
-@triton.jit(do_not_specialize=["rows"])
-def ternary_linear_kernel(  # type: ignore[no-untyped-def]
-    codes_ptr,
+@triton.jit
+def _finish(  # type: ignore[no-untyped-def]
+    total,
+    sums_ptr,
     scales_ptr,
     lowrank_ptr,
-    weight_ptr,
     alpha_ptr,
     bias_ptr,
     lowrank_a_ptr,
+    gate_ptr,
     y_ptr,
+    first_row,
+    first_output,
     rows,
+    rows_per_image,
+    N,
+    RANK: tl.constexpr,
+    RANK_TILE: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    ONE_IMAGE: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
+    """From the sums of digits times codes, int32 ``[OUTPUTS, ROWS]``, to what is stored. ``ROWS``: of a piece."""
+    row = first_row + tl.arange(0, ROWS)
+    output = first_output + tl.arange(0, OUTPUTS)
+    row_in = tl.minimum(row, rows - 1)
+    output_in = tl.minimum(output, N - 1)
+    total -= tl.load(sums_ptr + row_in)[None, :]
+    scale = tl.load(scales_ptr + row_in)
+    alpha = tl.load(alpha_ptr + output_in)
+    y = total.to(tl.float32) * (scale[None, :] * alpha[:, None])
+    if RANK > 0:
+        j = tl.arange(0, RANK_TILE)
+        x_ptrs = lowrank_ptr + (row_in.to(tl.int64) * RANK)[None, :] + j[:, None]
+        x = tl.load(x_ptrs, mask=(j < RANK)[:, None], other=0.0)
+        a = tl.load(lowrank_a_ptr + (output_in * RANK)[:, None] + j[None, :], mask=(j < RANK)[None, :], other=0.0)
+        x_high, x_low = tf32_parts(x)
+        a_high, a_low = tf32_parts(a)
+        y = tl.dot(a_high, x_low, y, input_precision="tf32")
+        y = tl.dot(a_low, x_high, y, input_precision="tf32")
+        y = tl.dot(a_high, x_high, y, input_precision="tf32")
+    y += tl.load(bias_ptr + output_in)[:, None]
+    # One 64-bit base for the tile, 32-bit offsets within it.
+    y_ptrs = y_ptr + (first_row.to(tl.int64) * N + first_output)
+    y_ptrs += (tl.arange(0, ROWS) * N)[None, :] + tl.arange(0, OUTPUTS)[:, None]
+    inside = (output < N)[:, None] & (row < rows)[None, :]
+    if EPILOGUE == 1:
+        y = gelu(y)
+    elif EPILOGUE == 2:
+        if ONE_IMAGE:
+            gate = tl.load(gate_ptr + tl.minimum(first_row, rows - 1) // rows_per_image * N + output_in)[:, None]
+        else:
+            image = row_in // rows_per_image
+            gate = tl.load(gate_ptr + (image * N)[None, :] + output[:, None], mask=inside, other=0.0)
+        y = tl.fma(gate, y, tl.load(y_ptrs, mask=inside, other=0.0))
+    tl.store(y_ptrs, rounded_for(y_ptr, y), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "rows_per_image"])
+def ternary_linear_kernel(  # type: ignore[no-untyped-def]
+    codes_ptr,
+    sums_ptr,
+    scales_ptr,
+    lowrank_ptr,
+    planar_ptr,
+    alpha_ptr,
+    bias_ptr,
+    lowrank_a_ptr,
+    gate_ptr,
+    y_ptr,
+    partial_ptr,
+    arrived_ptr,
+    rows,
+    rows_per_image,
     N,
     K: tl.constexpr,
     RANK: tl.constexpr,
     RANK_TILE: tl.constexpr,
-    PACKED: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    ONE_IMAGE: tl.constexpr,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     GROUP: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
+    layer = tl.program_id(1).to(tl.int64)
+    groups: tl.constexpr = (K + 127) // 128
+    codes_ptr += layer * rows * K
+    sums_ptr += layer * rows
+    scales_ptr += layer * rows
+    lowrank_ptr += layer * rows * RANK
+    planar_ptr += layer * N * (groups * 32)
+    alpha_ptr += layer * N
+    bias_ptr += layer * N
+    lowrank_a_ptr += layer * N * RANK
+    y_ptr += layer * rows * N
     # Programs that share weights run side by side, GROUP blocks of outputs at a time, for the sake of the L2 cache.
     row_blocks = tl.cdiv(rows, ROWS)
     output_blocks = tl.cdiv(N, OUTPUTS)
@@ -81,53 +179,71 @@ def ternary_linear_kernel(  # type: ignore[no-untyped-def]
     within = tl.program_id(0) % (GROUP * row_blocks)
     first_row = within // height * ROWS
     first_output = (first + within % height) * OUTPUTS
-    row = first_row + tl.arange(0, ROWS)
-    output = first_output + tl.arange(0, OUTPUTS)
-    live, real = row < rows, output < N
     # Rows beyond the last read the last row: their results are dropped, and loads need no mask.
-    row_in = tl.minimum(row, rows - 1).to(tl.int64)
-    output_in = tl.minimum(output, N - 1).to(tl.int64)
+    row_in = tl.minimum(first_row + tl.arange(0, ROWS), rows - 1).to(tl.int64)
+    output_in = tl.minimum(first_output + tl.arange(0, OUTPUTS), N - 1).to(tl.int64)
 
-    groups: tl.constexpr = (K + 127) // 128
     step = tl.arange(0, 128)
     codes_ptrs = codes_ptr + (row_in * K)[:, None] + step[None, :]
-    if PACKED:
-        weight_ptrs = weight_ptr + (output_in * (groups * 32))[:, None] + tl.arange(0, 32)[None, :]
-    else:
-        weight_ptrs = weight_ptr + (output_in * K)[:, None] + step[None, :]
+    planar_ptrs = planar_ptr + (output_in * (groups * 32))[:, None] + tl.arange(0, 32)[None, :]
     total = tl.zeros([OUTPUTS, ROWS], tl.int32)
-    for group in range(groups):
+    part = tl.program_id(2)
+    for group in range(part * groups // SPLIT, (part + 1) * groups // SPLIT):
         if K % 128 == 0:
             codes = tl.load(codes_ptrs + group * 128)
         else:
             codes = tl.load(codes_ptrs + group * 128, mask=(step < K - group * 128)[None, :], other=0)
-        if PACKED:
-            p0, p1, p2, p3 = _decode(tl.load(weight_ptrs + group * 32))
-            planes = tl.join(tl.join(p0, p1), tl.join(p2, p3))
-            weight = tl.reshape(tl.permute(planes, (0, 3, 2, 1)), [OUTPUTS, 128])
-        elif K % 128 == 0:
-            weight = tl.load(weight_ptrs + group * 128)
-        else:
-            weight = tl.load(weight_ptrs + group * 128, mask=(step < K - group * 128)[None, :], other=0)
-        total = tl.dot(weight, tl.trans(codes), total, out_dtype=tl.int32)
+        p0, p1, p2, p3 = _unpack(tl.load(planar_ptrs + group * 32))
+        planes = tl.join(tl.join(p0, p1), tl.join(p2, p3))
+        digits = tl.reshape(tl.permute(planes, (0, 3, 2, 1)), [OUTPUTS, 128])
+        total = tl.dot(digits, tl.trans(codes), total, out_dtype=tl.int32)
 
-    scale = tl.load(scales_ptr + row_in)
-    alpha = tl.load(alpha_ptr + output_in)
-    y = total.to(tl.float32) * (scale[None, :] * alpha[:, None])
-    if RANK > 0:
-        j = tl.arange(0, RANK_TILE)
-        x = tl.load(lowrank_ptr + (row_in * RANK)[None, :] + j[:, None], mask=(j < RANK)[:, None], other=0.0)
-        a = tl.load(lowrank_a_ptr + (output_in * RANK)[:, None] + j[None, :], mask=(j < RANK)[None, :], other=0.0)
-        x_high, x_low = _tf32_parts(x)
-        a_high, a_low = _tf32_parts(a)
-        y = tl.dot(a_high, x_low, y, input_precision="tf32")
-        y = tl.dot(a_low, x_high, y, input_precision="tf32")
-        y = tl.dot(a_high, x_high, y, input_precision="tf32")
-    y += tl.load(bias_ptr + output_in)[:, None]
-    # One 64-bit base for the tile, 32-bit offsets within it.
-    y_ptr += first_row.to(tl.int64) * N + first_output
-    within_tile = (tl.arange(0, ROWS) * N)[None, :] + tl.arange(0, OUTPUTS)[:, None]
-    tl.store(y_ptr + within_tile, rounded_for(y_ptr, y), mask=real[:, None] & live[None, :])
+    # From here on a piece of the tile at a time: the low-rank term and what is read for the whole one would not fit
+    # into the registers beside it.
+    PIECES: tl.constexpr = pieces(ROWS)
+    PIECE: tl.constexpr = ROWS // PIECES
+    parts = _pieces(total, PIECES, PIECE, OUTPUTS)
+    last = True
+    if SPLIT > 1:
+        size: tl.constexpr = OUTPUTS * PIECE
+        at = tl.arange(0, OUTPUTS)[:, None] * PIECE + tl.arange(0, PIECE)[None, :]
+        partial_ptrs = partial_ptr + tl.program_id(0).to(tl.int64) * (SPLIT * PIECES * size) + at
+        for i in tl.static_range(PIECES):
+            tl.store(partial_ptrs + (part * PIECES + i) * size, parts[i])
+        tl.debug_barrier()  # every thread's part is stored before the arrival is counted
+        last = tl.atomic_add(arrived_ptr + tl.program_id(0), 1, sem="acq_rel", scope="gpu") == SPLIT - 1
+    if last:
+        if SPLIT > 1:
+            tl.store(arrived_ptr + tl.program_id(0), 0)  # as the next launch expects it
+            tl.debug_barrier()
+        for i in tl.static_range(PIECES):
+            piece = parts[i]
+            if SPLIT > 1:
+                piece = tl.load(partial_ptrs + i * size, cache_modifier=".cg")
+                for other in tl.static_range(1, SPLIT):
+                    piece += tl.load(partial_ptrs + (other * PIECES + i) * size, cache_modifier=".cg")
+            _finish(
+                piece,
+                sums_ptr,
+                scales_ptr,
+                lowrank_ptr,
+                alpha_ptr,
+                bias_ptr,
+                lowrank_a_ptr,
+                gate_ptr,
+                y_ptr,
+                first_row + i * PIECE,
+                first_output,
+                rows,
+                rows_per_image,
+                N,
+                RANK,
+                RANK_TILE,
+                EPILOGUE,
+                ONE_IMAGE,
+                PIECE,
+                OUTPUTS,
+            )
 
 
 def row_bucket(rows: int) -> int:
@@ -136,75 +252,105 @@ def row_bucket(rows: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def default_config(rows: int, outputs: int, architecture: int) -> LaunchConfig:
+def default_config(rows: int, outputs: int, width: int, architecture: int) -> LaunchConfig:
     """A launch shape for ``rows`` rows where nothing was measured: small tiles while there are few rows.
 
-    Every tile has 64 outputs or more: what picks the tensor-core instruction, and so the order of the low-rank sum, is
-    the same for every number of rows.
+    Each four warps have 64 outputs: what picks the tensor-core instruction, and so the order of the low-rank sum, is
+    the same for every number of rows. On 9.0 many rows take 128 outputs, which halves what is read of the codes, in
+    128 registers: two programs share a multiprocessor. (Elsewhere that spills.) K is split while programs are fewer
+    than :data:`FEW_PROGRAMS`, and for narrow layers of 128 outputs a program, whose last step would spill otherwise.
     """
     block = min(128, max(16, next_power_of_2(rows)))
-    wide = block >= 64 and outputs >= 128
+    groups = -(-width // PLANAR_GROUP)
     stages = 3 if architecture in (86, 89, 120) else 4
-    return LaunchConfig({"ROWS": block, "OUTPUTS": 128 if wide else 64, "GROUP": 8}, 8 if wide else 4, stages)
+    if architecture == 90 and rows >= 1024 and (outputs >= 2048 or (outputs >= 128 and width >= 4096)):
+        split = 1 if outputs >= 2048 else 2
+        return LaunchConfig({"ROWS": block, "OUTPUTS": 128, "GROUP": 8, "SPLIT": split}, 8, stages, max_registers=128)
+    tiles, split = -(-rows // block) * -(-outputs // 64), 1
+    while split < MAX_SPLIT and split * tiles <= FEW_PROGRAMS and groups >= 2 * split * MIN_GROUPS:
+        split *= 2
+    return LaunchConfig({"ROWS": block, "OUTPUTS": 64, "GROUP": 8, "SPLIT": split}, 4, stages)
 
 
-def shared_bytes(config: LaunchConfig, packed: bool) -> int:
+def group_config(architecture: int) -> LaunchConfig:
+    """The launch shape of a group of layers: one for every number of rows, so that none compiles while serving."""
+    stages = 3 if architecture in (86, 89, 120) else 4
+    return LaunchConfig({"ROWS": 16, "OUTPUTS": 64, "GROUP": 8, "SPLIT": 1}, 4, stages)
+
+
+def shared_bytes(config: LaunchConfig) -> int:
     """Shared memory of the pipeline's buffers, an estimate from above."""
-    per_output = PLANAR_GROUP_BYTES if packed else PLANAR_GROUP
     blocks = config.blocks
-    return config.num_stages * (blocks["ROWS"] * PLANAR_GROUP + blocks["OUTPUTS"] * per_output)
+    return config.num_stages * (blocks["ROWS"] * PLANAR_GROUP + blocks["OUTPUTS"] * PLANAR_GROUP_BYTES)
 
 
-def candidate_configs(rows: int, shared_limit: int, packed: bool = True) -> list[LaunchConfig]:
-    """What tuning tries for ``rows`` rows: tiles no taller than the rows, buffers that fit, 128 sums a thread."""
-    found = []
-    for block in (16, 32, 64, 128, 256):
+def candidate_configs(rows: int, width: int, shared_limit: int) -> list[LaunchConfig]:
+    """What tuning tries for ``rows`` rows, likely ones first: tall tiles that are not taller than the rows."""
+    groups, found = -(-width // PLANAR_GROUP), []
+    for block in (128, 64, 32, 16):
         if block > 16 and block >= 2 * rows:
             continue
-        for outputs in (64, 128):
-            for warps in (4, 8):
-                for stages in (2, 3, 4, 5):
-                    config = LaunchConfig({"ROWS": block, "OUTPUTS": outputs, "GROUP": 8}, warps, stages)
-                    sums = block * outputs // (32 * warps)
-                    if sums <= 128 and outputs >= 16 * warps and shared_bytes(config, packed) <= shared_limit:
+        for outputs, warps in ((64, 4), (128, 8)):
+            for split in (1, 2, 4):
+                for stages in (4, 3, 5):
+                    blocks = {"ROWS": block, "OUTPUTS": outputs, "GROUP": 8, "SPLIT": split}
+                    config = LaunchConfig(blocks, warps, stages)
+                    if split * MIN_GROUPS <= max(groups, MIN_GROUPS) and shared_bytes(config) <= shared_limit:
                         found.append(config)
     return found
 
 
-def constants(width: int, rank: int, packed: bool) -> dict[str, int | bool]:
-    """The kernel's compile-time arguments for a layer, but for the launch shape."""
-    rank_tile = max(MIN_RANK_TILE, next_power_of_2(rank))
+def constants(width: int, rank: int, epilogue: int, one_image: bool) -> dict[str, int | bool]:
+    """The kernel's compile-time arguments for a layer, but for the launch shape.
+
+    ``one_image``: every piece of a tile has rows of one image.
+    """
     return {
         "K": width,
         "RANK": rank,
-        "RANK_TILE": rank_tile,
-        "PACKED": packed,
+        "RANK_TILE": max(MIN_RANK_TILE, next_power_of_2(rank)),
+        "EPILOGUE": epilogue,
+        "ONE_IMAGE": one_image,
     }
 
 
 def ternary_linear(
     x: Quantized,
-    layer: TernaryLayer,
+    sums: Tensor,
+    weights: Weights,
     config: LaunchConfig,
-    expanded: Tensor | None = None,
+    arrived: Tensor,
+    *,
     dtype: torch.dtype = torch.float32,
+    epilogue: int = PLAIN,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Launch the kernel on checked, contiguous tensors; see :class:`robuq_core.kernels.ops.NarrowBackend`.
 
     Args:
-        expanded: the ternary codes as int8 ``[N, K]``, read in place of the packed ones: four times the bytes, no
-            decoding.
+        sums: of each row's codes, int32.
+        arrived: int32 ``[MAX_SPLIT_TILES]``, zeros before and after.
+        gate, residual: of the epilogue ``ADD``, float32 ``[B, N]`` and ``[M, N]``; the residual is returned.
     """
-    rows, outputs, rank = x.codes.shape[0], layer.out_features, layer.rank
-    y = torch.empty(rows, outputs, dtype=dtype, device=x.codes.device)
+    rows, outputs, lead = x.codes.shape[-2], weights.outputs, weights.lead
+    device = x.codes.device
+    y = torch.empty(*lead, rows, outputs, dtype=dtype, device=device) if residual is None else residual
     if rows and outputs:
         blocks = config.blocks
-        grid = (triton.cdiv(rows, blocks["ROWS"]) * triton.cdiv(outputs, blocks["OUTPUTS"]),)
-        weight = layer.planar if expanded is None else expanded
+        tiles, split = triton.cdiv(rows, blocks["ROWS"]) * triton.cdiv(outputs, blocks["OUTPUTS"]), blocks["SPLIT"]
+        if split > 1 and (lead or tiles > MAX_SPLIT_TILES):
+            raise ValueError(f"{tiles} tiles of {lead or 1} layers cannot be split in {split}")
+        partial = arrived if split == 1 else torch.empty(
+            tiles * split * blocks["ROWS"] * blocks["OUTPUTS"], dtype=torch.int32, device=device
+        )  # fmt: skip
+        per_image = 1 if gate is None else max(1, rows // gate.shape[0])
+        one_image = epilogue == ADD and per_image % (blocks["ROWS"] // pieces(blocks["ROWS"])) == 0
         with launching(x.codes):
-            ternary_linear_kernel[grid](
-                *(x.codes, x.scales, x.lowrank, weight, layer.alpha, layer.bias, layer.lowrank_a, y, rows, outputs),
-                **constants(layer.in_features, rank, expanded is None),
+            ternary_linear_kernel[(tiles, *(lead or (1,)), split)](
+                *(x.codes, sums, x.scales, x.lowrank, weights.planar, weights.alpha, weights.bias, weights.lowrank_a),
+                *(weights.alpha if gate is None else gate, y, partial, arrived, rows, per_image, outputs),
+                **constants(weights.width, weights.rank, epilogue, one_image),
                 **config.options(),
             )
     return y

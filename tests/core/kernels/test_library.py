@@ -44,7 +44,7 @@ def test_operators_pass_opcheck(backend: str, rank: int) -> None:
             torch.library.opcheck(library.rotate_quantize, arguments)
     quantized = wrapper.rotate_quantize(x, layer)
     codes = [quantized.codes, quantized.scales, quantized.lowrank]
-    torch.library.opcheck(library.ternary_linear, (codes, parts, 2, "midrise", torch.float32, key))
+    torch.library.opcheck(library.ternary_linear, (codes, parts, 2, "midrise", torch.float32, False, key))
     torch.library.opcheck(library.attention, (torch.randn(2, 5, 36), 3, True, key))
     torch.library.opcheck(library.linear, (x, torch.randn(7, 48), torch.randn(7), key))
 
@@ -56,7 +56,7 @@ def test_operators_of_activations_in_bfloat16_pass_opcheck() -> None:
     torch.library.opcheck(library.rotate_quantize, (x, parts, 2, "midrise", 0, "gelu", [], 0.0, wrapper._key))
     quantized = wrapper.rotate_quantize(x, layer)
     codes = [quantized.codes, quantized.scales, quantized.lowrank]
-    torch.library.opcheck(library.ternary_linear, (codes, parts, 2, "midrise", torch.bfloat16, wrapper._key))
+    torch.library.opcheck(library.ternary_linear, (codes, parts, 2, "midrise", torch.bfloat16, True, wrapper._key))
     torch.library.opcheck(library.attention, (torch.randn(2, 5, 36).bfloat16(), 3, True, wrapper._key))
 
 

@@ -1,0 +1,112 @@
+"""The low-rank projection ``x_H B^T`` of eq. (2) from the unrotated input.
+
+``x_H = (p(x) D) H`` for a prologue p, so that ``x_H B^T = p(x) B'^T`` with ``B' = (B H^T) D``: folded once per layer. A
+program takes 32 tokens and the whole width, in :data:`PARTS` fixed parts that are added up at the end, on the
+tensor cores in pairs of tf32 values. Every sum has one order, whatever the number of tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from robuq_core.kernels.triton.elementwise import gelu, silu, tf32_parts
+from robuq_core.quant.hadamard import hadamard_matrix, rotation_factors
+
+PROJECTED_TOKENS = 32
+STEP = 32
+
+
+@torch.no_grad()
+def folded(lowrank_b: Tensor, signs: Tensor, block: int | None) -> Tensor:
+    """B' of ``lowrank_b [r, K]``, computed in float64: float32 ``[r, K]``."""
+    rank, width = lowrank_b.shape
+    copies, left, right = rotation_factors(width, block)
+    b_rCLR = lowrank_b.double().cpu().reshape(rank, copies, left, right)
+    rotated = hadamard_matrix(left) @ b_rCLR @ hadamard_matrix(right).T
+    scaled = rotated.reshape(rank, width) * signs.double().cpu() / math.sqrt(left * right)
+    return scaled.float().to(lowrank_b.device)
+
+
+def span(width: int, parts: int) -> int:
+    """Values of each part, a multiple of :data:`STEP`."""
+    return -(-width // (parts * STEP)) * STEP
+
+
+@triton.jit
+def _loaded(pointers, k, K: tl.constexpr, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
+    if MASKED:
+        return tl.load(pointers, mask=k < K, other=0.0).to(tl.float32)
+    else:
+        return tl.load(pointers).to(tl.float32)
+
+
+@triton.jit
+def project(  # type: ignore[no-untyped-def]
+    x_ptr,
+    shift_ptr,
+    scale_ptr,
+    folded_ptr,
+    out_ptr,
+    tile,
+    tokens_total,
+    tokens_per_image,
+    eps,
+    K: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_TILE: tl.constexpr,
+    KIND: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPAN: tl.constexpr,
+    TOKENS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Tile ``tile`` of the tokens. ``KIND``: of the prologue, as of the rotation."""
+    MASKED: tl.constexpr = PARTS * SPAN != K
+    row = tile * TOKENS + tl.arange(0, TOKENS)
+    # Rows beyond the last read the last row: their results are dropped.
+    row_in = tl.minimum(row, tokens_total - 1)
+    x_row = x_ptr + (row_in.to(tl.int64) * K)[None, :, None]
+    k0 = tl.arange(0, PARTS)[:, None] * SPAN + tl.arange(0, STEP)[None, :]
+    j = tl.arange(0, RANK_TILE)
+
+    if KIND == 1:
+        total = tl.zeros([PARTS, TOKENS, STEP], tl.float32)
+        for start in range(0, SPAN, STEP):
+            k = (k0 + start)[:, None, :]
+            total += _loaded(x_row + k, k, K, MASKED)
+        mean = (tl.sum(tl.sum(total, 2), 0) * (1.0 / K))[None, :, None]
+        total = tl.zeros([PARTS, TOKENS, STEP], tl.float32)
+        for start in range(0, SPAN, STEP):
+            k = (k0 + start)[:, None, :]
+            x = _loaded(x_row + k, k, K, MASKED) - mean
+            total += tl.where(k < K, x * x, 0.0) if MASKED else x * x
+        variance = tl.sum(tl.sum(total, 2), 0) * (1.0 / K)
+        inverse = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))[None, :, None]
+        image = ((row_in // tokens_per_image) * K)[None, :, None]
+
+    product = tl.zeros([PARTS, TOKENS, RANK_TILE], tl.float32)
+    for start in range(0, SPAN, STEP):
+        k = (k0 + start)[:, None, :]
+        x = _loaded(x_row + k, k, K, MASKED)
+        if KIND == 1:
+            scale = _loaded(scale_ptr + image + k, k, K, MASKED)
+            x = (x - mean) * inverse * (1.0 + scale) + _loaded(shift_ptr + image + k, k, K, MASKED)
+        elif KIND == 2:
+            x = gelu(x)
+        elif KIND == 3:
+            x = silu(x)
+        k = (k0 + start)[:, :, None]
+        inside = (j < RANK)[None, None, :] & (k < K)
+        b = tl.load(folded_ptr + j[None, None, :] * K + k, mask=inside, other=0.0)
+        x_high, x_low = tf32_parts(x)
+        b_high, b_low = tf32_parts(b)
+        product = tl.dot(x_high, b_low, product, input_precision="tf32")
+        product = tl.dot(x_low, b_high, product, input_precision="tf32")
+        product = tl.dot(x_high, b_high, product, input_precision="tf32")
+    where = out_ptr + (row.to(tl.int64) * RANK)[:, None] + j[None, :]
+    tl.store(where, tl.sum(product, 0), mask=(row < tokens_total)[:, None] & (j < RANK)[None, :])

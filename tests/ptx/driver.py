@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,10 @@ from ptx import machine
 from ptx.memory import Heap
 from ptx.program import Program, PtxError, parse
 
-_programs: dict[tuple[str, str], Program] = {}
+
+@cache
+def _program(path: Path) -> Program:
+    return parse(path.read_text())
 
 
 class KernelFault(PtxError):
@@ -37,14 +42,23 @@ class Launcher:
         kinds = source.signature
         self.runtime = [i for i, name in enumerate(kinds) if kinds[name] != "constexpr"]
         self.floats = [kinds[name] in ("fp32", "f32") for name in kinds]
-        self.key = (metadata.hash, metadata.name)
-        if self.key not in _programs:
-            files = get_cache_manager(metadata.hash).get_group(f"{metadata.name}.json") or {}
-            _programs[self.key] = parse(Path(files[f"{metadata.name}.ptx"]).read_text())
+        self.constants = dict(getattr(source, "constants", {}))
+        files = get_cache_manager(metadata.hash).get_group(f"{metadata.name}.json") or {}
+        self.ptx, self.cubin = (Path(files[f"{metadata.name}.{kind}"]) for kind in ("ptx", "cubin"))
 
     def __call__(self, x: int, y: int, z: int, stream: Any, function: Any, packed: Any, described: Any, enter: Any,
                  leave: Any, *arguments: Any) -> None:  # fmt: skip
-        program = self.driver.change(_programs[self.key])
+        self.driver.launches[self.metadata.name] += 1
+        if self.driver.only_compile:
+            self.driver.compiled.append(
+                Launched(
+                    self,
+                    (x, y, z),
+                    sum(each.numel() * each.element_size() for each in arguments if isinstance(each, torch.Tensor)),
+                )
+            )
+            return
+        program = self.driver.change(_program(self.ptx))
         faults: Counter[str] = Counter()
         heap = Heap(faults)
         tensors: dict[int, tuple[int, torch.Tensor]] = {}
@@ -63,7 +77,7 @@ class Launcher:
             found = torch.from_numpy(heap.data[address : address + len(storage)])
             if not torch.equal(found, storage):
                 storage.copy_(found)
-        self.driver.launched(program, (x, y, z), faults, ended)
+        self.driver.finished(program, (x, y, z), faults, ended)
 
 
 def _place(heap: Heap, tensors: dict[int, tuple[int, torch.Tensor]], tensor: torch.Tensor) -> int:
@@ -80,6 +94,15 @@ def _place(heap: Heap, tensors: dict[int, tuple[int, torch.Tensor]], tensor: tor
     return start
 
 
+@dataclass(frozen=True)
+class Launched:
+    """A launch that was compiled only: its kernel, its grid, and the bytes of its tensors."""
+
+    kernel: Launcher
+    grid: tuple[int, int, int]
+    nbytes: int
+
+
 class _Utils:
     """``CudaUtils``: what Triton asks of a device."""
 
@@ -94,20 +117,20 @@ class EmulatedDriver:
     """``architecture``: compute capability, 90 for 9.0. ``change``: what is done to a program before each launch.
 
     ``faults`` holds what the launches so far have done wrong, ``launches`` how often each kernel ran. ``strict``: raise
-    :class:`KernelFault` at once.
+    :class:`KernelFault` at once. ``only_compile``: launches run nothing and are kept in ``compiled``.
     """
 
     launcher_cls = Launcher
 
     def __init__(self, architecture: int, strict: bool = True) -> None:
-        self.architecture, self.strict = architecture, strict
+        self.architecture, self.strict, self.only_compile = architecture, strict, False
+        self.compiled: list[Launched] = []
         self.utils = _Utils()
         self.change: Callable[[Program], Program] = lambda program: program
         self.faults: Counter[str] = Counter()
         self.launches: Counter[str] = Counter()
 
-    def launched(self, program: Program, grid: tuple[int, int, int], faults: Counter[str], ended: Any) -> None:
-        self.launches[program.name] += 1
+    def finished(self, program: Program, grid: tuple[int, int, int], faults: Counter[str], ended: Any) -> None:
         self.faults.update({f"{program.name}: {fault}": count for fault, count in faults.items()})
         if self.strict and faults:
             raise KernelFault(f"{program.name}, grid {grid}: {'; '.join(list(faults)[:5])}")

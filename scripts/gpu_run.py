@@ -138,7 +138,9 @@ class Run:
                 good = False
                 continue
             with ThreadPoolExecutor(len(stage)) as pool:
-                ended = list(pool.map(lambda job, left=left: self.run(job, min(self.slower * job.seconds, left)), stage))
+                ended = list(
+                    pool.map(lambda job, left=left: self.run(job, min(self.slower * job.seconds, left)), stage)
+                )
             good &= all(ended)
             if not all(ok for ok, job in zip(ended, stage, strict=True) if job.needed):
                 self.record(event="stopped", reason="a needed job failed")

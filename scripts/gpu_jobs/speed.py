@@ -266,13 +266,13 @@ def tune(context: Context) -> None:
         width, outputs = context.sizes.shapes[name]
         layer = context.layer(width, outputs, rank=QuantConfig().rank)
         inputs = [context.ours.rotate_quantize(each, layer) for each in context.copies(context.tokens(rows, width))]
-        default = product.default_config(rows, outputs, architecture)
-        configs = product.candidate_configs(rows, SHARED_LIMIT.get(architecture, min(SHARED_LIMIT.values())))
+        default = product.default_config(rows, outputs, width, architecture)
+        configs = product.candidate_configs(rows, width, SHARED_LIMIT.get(architecture, min(SHARED_LIMIT.values())))
         # Like the default in tile sizes first: a GPU runs well what fills it about as well.
         configs.sort(key=lambda config: sum(config.blocks[key] != size for key, size in default.blocks.items()))
         configs = configs[: 2 if context.rehearse else 12]
         deadline = time.monotonic() + (limit - (time.monotonic() - began)) / (len(targets) - i)
-        run = functools.partial(product.ternary_linear, layer=layer)
+        run = functools.partial(context.ours.ternary_linear, layer=layer)
         expected = run(inputs[0], config=default)
         best = tuning.fastest(
             [default, *configs],

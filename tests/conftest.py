@@ -23,6 +23,7 @@ TESTS = Path(__file__).parent
 NEEDS = {
     "core/benchmarks/test_bench_peers.py": "torchao",
     "core/kernels/test_triton_attention.py": "triton",
+    "core/kernels/test_triton_budgets.py": "triton",
     "core/kernels/test_triton_compile.py": "triton",
     "core/kernels/test_triton_layers.py": "triton",
     "core/kernels/test_triton_tuning.py": "triton",

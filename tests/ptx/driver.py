@@ -72,12 +72,12 @@ class Launcher:
             values.append(int(value))
         values += [0] * (len(program.parameters) - len(values))  # scratch memory, which no kernel has asked for
         named = dict(zip(program.parameters, values, strict=True))
-        ended = machine.run(program, heap, named, (x, y, z), self.metadata.shared, faults)
+        machine.run(program, heap, named, (x, y, z), self.metadata.shared, faults, self.driver.statistics)
         for address, storage in tensors.values():
             found = torch.from_numpy(heap.data[address : address + len(storage)])
             if not torch.equal(found, storage):
                 storage.copy_(found)
-        self.driver.finished(program, (x, y, z), faults, ended)
+        self.driver.finished(program, (x, y, z), faults)
 
 
 def _place(heap: Heap, tensors: dict[int, tuple[int, torch.Tensor]], tensor: torch.Tensor) -> int:
@@ -118,6 +118,7 @@ class EmulatedDriver:
 
     ``faults`` holds what the launches so far have done wrong, ``launches`` how often each kernel ran. ``strict``: raise
     :class:`KernelFault` at once. ``only_compile``: launches run nothing and are kept in ``compiled``.
+    ``statistics``: a counter to count barriers and wavefronts in.
     """
 
     launcher_cls = Launcher
@@ -125,12 +126,13 @@ class EmulatedDriver:
     def __init__(self, architecture: int, strict: bool = True) -> None:
         self.architecture, self.strict, self.only_compile = architecture, strict, False
         self.compiled: list[Launched] = []
+        self.statistics: Counter[str] | None = None
         self.utils = _Utils()
         self.change: Callable[[Program], Program] = lambda program: program
         self.faults: Counter[str] = Counter()
         self.launches: Counter[str] = Counter()
 
-    def finished(self, program: Program, grid: tuple[int, int, int], faults: Counter[str], ended: Any) -> None:
+    def finished(self, program: Program, grid: tuple[int, int, int], faults: Counter[str]) -> None:
         self.faults.update({f"{program.name}: {fault}": count for fault, count in faults.items()})
         if self.strict and faults:
             raise KernelFault(f"{program.name}, grid {grid}: {'; '.join(list(faults)[:5])}")

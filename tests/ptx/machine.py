@@ -67,10 +67,10 @@ class Blocks:
     """Some blocks of a launch, at one instruction."""
 
     def __init__(self, program: Program, heap: Heap, arguments: dict[str, int], blocks: Array, grid: tuple[int, ...],
-                 shared: int, faults: Counter[str]) -> None:  # fmt: skip
+                 shared: int, faults: Counter[str], statistics: Counter[str] | None) -> None:  # fmt: skip
         self.program, self.heap, self.arguments, self.faults = program, heap, arguments, faults
         self.blocks, self.shape = blocks, (len(blocks), program.threads)
-        self.shared = Shared(len(blocks), shared, faults)
+        self.shared = Shared(len(blocks), shared, faults, statistics)
         self.registers: dict[str, Array] = {}
         self.pc = self.steps = 0
         self.ordered = False  # through an atomic operation
@@ -423,6 +423,8 @@ class Blocks:
         if whole and (len(instruction.operands) > 1 or mask is not None):
             raise PtxError(f"unsupported barrier of some threads: {instruction.text}")
         self.shared.barrier(whole)
+        if self.shared.statistics is not None:
+            self.shared.statistics["barriers"] += len(self.blocks) * whole
 
     _barrier = _bar
 
@@ -451,7 +453,7 @@ class Blocks:
         size = dtype.itemsize * len(targets)
         at, block, thread, chosen = self._active(address, mask)
         if instruction.parts[1].startswith("shared"):
-            places = self.shared.at(block, at, size, instruction.text)
+            places = self.shared.at(block, thread, at, size, instruction.text)
             found = self.shared.read(places, np.repeat(thread, size), instruction.text).reshape(-1, size)
         elif instruction.parts[1] == "global":
             found = self.heap.read(at, size, self.blocks[block], instruction.text, self.ordered)
@@ -476,7 +478,7 @@ class Blocks:
         values = values[chosen]
         size = values.shape[1]
         if instruction.parts[1].startswith("shared"):
-            places = self.shared.at(block, at, size, instruction.text)
+            places = self.shared.at(block, thread, at, size, instruction.text)
             self.shared.write(places, values.reshape(-1), np.repeat(thread, size), instruction.text)
         elif instruction.parts[1] == "global":
             self.heap.write(at, values, self.blocks[block], instruction.text)
@@ -547,7 +549,7 @@ class Blocks:
         origin = self._active(source, mask)[0]
         full = wanted == size
         values[full] = self.heap.read(origin[full], size, self.blocks[block[full]], instruction.text, self.ordered)
-        places, threads = self.shared.at(block, at, size, instruction.text), np.repeat(thread, size)
+        places, threads = self.shared.at(block, thread, at, size, instruction.text), np.repeat(thread, size)
         self.shared.check_write(places, threads, instruction.text)
         self.shared.copying[places] = True
         self.copies[-1].append((places, values.reshape(-1), threads))
@@ -593,15 +595,13 @@ def _permuted(a: Array, b: Array, selector: Array) -> Array:
 
 
 def run(program: Program, heap: Heap, arguments: dict[str, int], grid: tuple[int, int, int], shared: int,
-        faults: Counter[str], at_once: int = 4096) -> Blocks | None:  # fmt: skip
-    """All blocks of a launch, about ``at_once`` threads at a time; returns the last group that ended."""
+        faults: Counter[str], statistics: Counter[str] | None = None, at_once: int = 4096) -> None:  # fmt: skip
+    """All blocks of a launch, about ``at_once`` threads at a time. ``statistics``: counts barriers, and passes
+    through shared memory ("wavefronts"), of all blocks together."""
     total = int(np.prod(grid))
     step = max(1, at_once // program.threads)
-    ended = None
     for first in range(0, total, step):
         blocks = np.arange(first, min(total, first + step))
-        waiting = [Blocks(program, heap, arguments, blocks, grid, shared, faults)]
+        waiting = [Blocks(program, heap, arguments, blocks, grid, shared, faults, statistics)]
         while waiting:
-            ended = waiting.pop()
-            waiting += reversed(ended.run())
-    return ended
+            waiting += reversed(waiting.pop().run())

@@ -32,8 +32,8 @@ class Shared:
     """Shared memory of several blocks, ``size`` bytes each. ``at`` stands for flat indices of bytes, ``[n * bytes]``,
     in ascending order of threads; ``thread``: the thread within its block of each."""
 
-    def __init__(self, blocks: int, size: int, faults: Counter[str]) -> None:
-        self.size, self.faults = size, faults
+    def __init__(self, blocks: int, size: int, faults: Counter[str], statistics: Counter[str] | None = None) -> None:
+        self.size, self.faults, self.statistics = size, faults, statistics
         total = blocks * size
         self.data = np.full(total, 0xA5, np.uint8)
         # Tags of the last writer; of the reader with the highest number; with the lowest (TAGS - 1 less its number).
@@ -56,11 +56,13 @@ class Shared:
         if whole_block:
             self.block_time = self.time
 
-    def at(self, block: Array, address: Array, size: int, text: str) -> Array:
+    def at(self, block: Array, thread: Array, address: Array, size: int, text: str) -> Array:
         if (address % size).any():
             raise PtxError(f"misaligned address in shared memory: {text}")
         if (address < 0).any() or (address + size > self.size).any():
             raise PtxError(f"address outside of the kernel's {self.size} bytes of shared memory: {text}")
+        if self.statistics is not None and len(address):
+            self.statistics["wavefronts"] += _wavefronts(block * 1024 + thread, address, size)
         return ((block * self.size + address)[:, None] + np.arange(size)).reshape(-1)
 
     def fault(self, bad: Array, kind: str, text: str) -> Array:
@@ -108,6 +110,17 @@ class Shared:
         self.fault(self.data[at] != values, "threads write different values to one byte", text)
         self.writer[at] = self.time * TAGS + thread
         self.unfenced[at] = not copied
+
+
+def _wavefronts(thread: Array, address: Array, size: int) -> int:
+    """Passes through the 32 banks of 4 bytes: of 32 threads at a time, of 16 with 8 bytes each, of 8 with 16. Each
+    takes as many as the busiest bank has different words."""
+    words = address[:, None] // 4 + np.arange(max(1, size // 4))
+    together = thread // (128 // max(4, size))
+    pairs = np.unique(together[:, None] << 32 | words)
+    _, passes = np.unique(pairs >> 32, return_inverse=True)
+    busy = np.bincount(passes * 32 + pairs % 32, minlength=32 * (passes[-1] + 1))
+    return int(busy.reshape(-1, 32).max(axis=1).sum())
 
 
 class Heap:

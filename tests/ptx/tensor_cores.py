@@ -111,7 +111,7 @@ def multiply_in_warp(blocks: Blocks, instruction: Instruction, mask: Array | Non
 def _matrix_places(blocks: Blocks, instruction: Instruction, address: Address, i: int) -> tuple[Array, Array]:
     at, block, thread, _ = blocks._active(address, None)
     rows = (blocks.thread % 32 // 8) == i
-    places = blocks.shared.at(block[rows], at[rows], 16, instruction.text)
+    places = blocks.shared.at(block[rows], thread[rows], at[rows], 16, instruction.text)
     return places, np.repeat(thread[rows], 16)
 
 

@@ -14,7 +14,7 @@ from robuq_core.errors import UserError
 from robuq_core.kernels.ops import LayerGroup, Modulation, Prologue, Quantized, TernaryLayer
 from robuq_core.kernels.triton import attention as attention_kernels
 from robuq_core.kernels.triton import dense_linear, rotate_quantize, ternary_linear, tuning
-from robuq_core.kernels.triton.config import checked, emulated_architecture
+from robuq_core.kernels.triton.config import LaunchConfig, checked, emulated_architecture
 from robuq_core.kernels.triton.weights import Weights, weights_of
 
 MIN_CAPABILITY = (8, 0)
@@ -137,22 +137,28 @@ class TritonBackend:
         return prologue
 
     def ternary_linear(
-        self, x: Quantized, layer: TernaryLayer, dtype: torch.dtype = torch.float32, gelu: bool = False
+        self,
+        x: Quantized,
+        layer: TernaryLayer,
+        dtype: torch.dtype = torch.float32,
+        gelu: bool = False,
+        config: LaunchConfig | None = None,
     ) -> Tensor:
+        """As of :class:`~robuq_core.kernels.ops.NarrowBackend`; ``config``: a launch shape to try."""
         weights, rows = self._weights_of(layer), x.codes.shape[0]
         codes = self._checked(x.codes, "codes", (rows, weights.width), torch.int8)
         scales = self._checked(x.scales, "scales", (rows,))
         lowrank = self._checked(x.lowrank, "lowrank", (rows, weights.rank))
         checked_x = Quantized(codes, scales, lowrank, x.sums)
         epilogue = ternary_linear.GELU if gelu else ternary_linear.PLAIN
-        return self._product(checked_x, weights, dtype=_checked_activations(dtype), epilogue=epilogue)
+        return self._product(checked_x, weights, config, dtype=_checked_activations(dtype), epilogue=epilogue)
 
-    def _product(self, x: Quantized, weights: Weights, **named: Any) -> Tensor:
+    def _product(self, x: Quantized, weights: Weights, config: LaunchConfig | None = None, **named: Any) -> Tensor:
         sums = x.codes.sum(-1, dtype=torch.int32) if x.sums is None else x.sums
         rows, outputs = x.codes.shape[-2], weights.outputs
         if weights.lead:
             config = ternary_linear.group_config(self.architecture)
-        else:
+        elif config is None:
             key = tuning.ternary_linear_key(rows, outputs, weights.width, weights.rank)
             default = ternary_linear.default_config(rows, outputs, weights.width, self.architecture)
             config = self._tuned.get(key) or default

@@ -1,0 +1,139 @@
+"""What the launches of a DiT-XL/2 block may take: registers, barriers, instructions, bytes, shared memory.
+
+The launches are those of the network itself, compiled as Triton compiles them for a GPU, for GPUs that are not there. A
+kernel that became slower fails here. ``budgets.json`` holds what each took when it was last accepted; after a change
+that is meant: ``python tests/core/kernels/test_triton_budgets.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+from layer_cases import make_linear, prologues, tokens
+from ptx.driver import Launched, emulated
+
+from robuq_core.bench.source import random_checkpoint
+from robuq_core.config import ModelConfig, QuantConfig
+from robuq_core.kernels.pack_layer import pack_layer
+from robuq_core.kernels.triton.aot import SHARED_LIMIT, _resource_usage
+from robuq_core.kernels.triton.backend import TritonBackend
+from robuq_core.models.packed_dit import PackedDiT
+
+BUDGETS = Path(__file__).with_name("budgets.json")
+IMAGES = {80: (8,), 86: (8,), 89: (8,), 90: (1, 8), 100: (8,)}
+# Other versions of Triton differ a little.
+TOLERANCE = 1.1
+REGISTERS, SHARED = 65536, 228 * 1024  # of an SM of 9.0
+LAUNCHES, MEGABYTES = 10, 260  # of a block of 8 images
+WAVEFRONTS = {1152: 1400, 4608: 6000}  # a token, with its low rank
+
+
+def disassembled(cubin: Path) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    return subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout
+
+
+def figures(launched: Launched) -> dict[str, int]:
+    kernel = launched.kernel
+    registers, stack = _resource_usage(kernel.cubin.read_bytes())
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", disassembled(kernel.cubin), re.M)
+    return {
+        "registers": registers,
+        "stack": stack,
+        "threads": 32 * kernel.metadata.num_warps,
+        "shared": kernel.metadata.shared,
+        "barriers": sum(each.startswith("BAR.SYNC") for each in opcodes),
+        "instructions": sum(not each.startswith("NOP") for each in opcodes),
+        "integer products": sum(each.startswith(("IGMMA", "IMMA", "UTCIMMA")) for each in opcodes),
+    }
+
+
+def block(architecture: int, images: int) -> list[Launched]:
+    """The launches of one block, in order."""
+    config = ModelConfig(depth=1)
+    found = random_checkpoint(config, QuantConfig())
+    with emulated(architecture) as driver, torch.inference_mode():
+        driver.only_compile = True
+        network = PackedDiT(config, found.dense, found.layers, TritonBackend())
+        x = torch.zeros(images, config.num_tokens, config.hidden_size)
+        network.run_block(x, torch.zeros(6, images, config.hidden_size), network.blocks[0])
+        return driver.compiled
+
+
+def measured(architecture: int) -> dict[str, dict[str, int]]:
+    """By images, position in the block and kernel."""
+    found = {}
+    for images in IMAGES[architecture]:
+        for i, launched in enumerate(block(architecture, images)):
+            name = f"{images} images, launch {i}, {launched.kernel.metadata.name}"
+            found[name] = {"bytes": launched.nbytes, **figures(launched)}
+    return found
+
+
+@pytest.fixture(scope="module", params=list(IMAGES), ids="sm{}".format)
+def launches(request: pytest.FixtureRequest) -> tuple[int, dict[str, dict[str, int]]]:
+    return request.param, measured(request.param)
+
+
+def test_no_launch_takes_more_than_it_did(launches: tuple[int, dict[str, dict[str, int]]]) -> None:
+    architecture, found = launches
+    budgets = json.loads(BUDGETS.read_text())[f"sm_{architecture}"]
+    assert list(found) == list(budgets)
+    for name, each in found.items():
+        assert each["stack"] == 0, name
+        assert each["shared"] <= SHARED_LIMIT[architecture], name
+        for kind in ("registers", "barriers", "instructions", "bytes", "shared"):
+            assert each[kind] <= TOLERANCE * budgets[name][kind], (name, kind)
+
+
+def test_products_run_on_the_tensor_cores_and_blocks_share_an_sm(
+    launches: tuple[int, dict[str, dict[str, int]]],
+) -> None:
+    architecture, found = launches
+    for name, each in found.items():
+        if "ternary_linear" in name:
+            assert each["integer products"], name
+        if architecture == 90 and name.endswith(("ternary_linear_kernel", "rotate_quantize_kernel")):
+            assert 2 * each["registers"] * each["threads"] <= REGISTERS, name
+            assert 2 * (each["shared"] + 1024) <= SHARED, name
+
+
+def test_a_block_is_few_launches_and_moves_few_bytes() -> None:
+    launched = block(90, 8)
+    assert len(launched) <= LAUNCHES
+    assert sum(each.nbytes for each in launched) <= MEGABYTES * 1e6
+
+
+@pytest.mark.parametrize("width", list(WAVEFRONTS))
+def test_a_rotation_passes_through_shared_memory_seldom(width: int) -> None:
+    assert wavefronts(width) <= WAVEFRONTS[width]
+
+
+def wavefronts(width: int) -> float:
+    """A token on sm_90, with its low rank."""
+    layer, rows = pack_layer(make_linear(width, 17, bits=3, rank=16)), 16
+    with emulated(90) as driver:
+        driver.statistics = Counter()
+        TritonBackend().rotate_quantize(tokens(rows, width), layer, prologues(1, width)[3] if width == 1152 else None)
+    return driver.statistics["wavefronts"] / rows
+
+
+def main() -> None:
+    table: dict[str, Any] = {f"sm_{architecture}": measured(architecture) for architecture in IMAGES}
+    BUDGETS.write_text(json.dumps(table, indent=1) + "\n")
+    print(f"Triton {triton.__version__}; wavefronts a token: { {width: wavefronts(width) for width in WAVEFRONTS} }")
+
+
+if __name__ == "__main__":
+    main()

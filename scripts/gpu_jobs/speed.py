@@ -268,11 +268,7 @@ def tune(context: Context) -> None:
         inputs = [context.ours.rotate_quantize(each, layer) for each in context.copies(context.tokens(rows, width))]
         default = product.default_config(rows, outputs, width, architecture)
         configs = product.candidate_configs(rows, width, SHARED_LIMIT.get(architecture, min(SHARED_LIMIT.values())))
-<<<<<<< HEAD
         # Those like the default in most sizes first.
-=======
-        # Like the default in tile sizes first: a GPU runs well what fills it about as well.
->>>>>>> triton
         configs.sort(key=lambda config: sum(config.blocks[key] != size for key, size in default.blocks.items()))
         configs = configs[: 2 if context.rehearse else 12]
         deadline = time.monotonic() + (limit - (time.monotonic() - began)) / (len(targets) - i)

@@ -103,14 +103,16 @@ class Run:
         with self.results.open("a") as file:
             file.write(json.dumps(found) + "\n")
 
+    def command(self, job: Job) -> list[str]:
+        command = [sys.executable, __file__, "job", job.name, "--share", job.share, "--out", str(self.out)]
+        return [*command, "--rehearse"] if self.rehearse else command
+
     def run(self, job: Job, seconds: float) -> bool:
         """Whether it ended well within ``seconds``."""
-        command = [sys.executable, __file__, "job", job.name, "--share", job.share, "--out", str(self.out)]
-        command += ["--rehearse"] if self.rehearse else []
         began = time.monotonic()
         with self.log.open("a") as log:
             process = subprocess.Popen(
-                command, cwd=ROOT, env=self.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                self.command(job), cwd=ROOT, env=self.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )  # fmt: skip
             try:

@@ -296,7 +296,8 @@ class Blocks:
         if name == "bfe":
             # To the top, and back with the sign or zeros.
             first, length = (np.minimum(self.read(each, INTEGERS["u32"]) & 255, bits) for each in operands[1:])
-            up = np.maximum(bits - (first + length).astype(np.int64), 0).astype(dtype)
+            length = np.minimum(length, bits - first)
+            up = (bits - first - length).astype(dtype)
             down = (bits - length).astype(dtype)
             return np.where(length > 0, (value << up) >> down, np.zeros_like(value))
         distance = self.read(operands[1], INTEGERS["u32"])

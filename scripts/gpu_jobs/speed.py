@@ -157,8 +157,9 @@ def rows_of(context: Context, count: int) -> RowInputs:
 
 def forwards(context: Context) -> None:
     """Ours, as it serves: recorded graphs. ``new_pairs_ms``: with timesteps and classes that were not met before."""
+    packed: PackedDiT | None = None
     for name, backend in context.network_backends.items():
-        packed = network(context, backend)
+        packed = network(context, backend) if packed is None else packed.replica(backend)
         _reset_peak(context)
         for count in context.sizes.batches:
             inputs = rows_of(context, count)

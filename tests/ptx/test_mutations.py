@@ -27,9 +27,9 @@ NOTICED = {"rotation": 0.5, "product": 0.5, "attention": 0.5}
 
 
 def launches(ops: TritonBackend) -> dict[str, Callable[[], Tensor]]:
-    narrow, wide = pack_layer(make_linear(288, 70, bits=2, rank=3)), pack_layer(make_linear(768, 130, bits=2, rank=3))
+    narrow, wide = pack_layer(make_linear(288, 70, bits=2, rank=3)), pack_layer(make_linear(768, 40, bits=2, rank=3))
     x, modulation = tokens(3, 288), prologues(1, 288)[3]
-    quantized = ops.rotate_quantize(tokens(70, 768), wide)
+    quantized = ops.rotate_quantize(tokens(17, 768), wide)
     qkv = tokens(67, 3 * 72).reshape(1, 67, -1)
 
     def rotation() -> Tensor:

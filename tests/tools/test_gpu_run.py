@@ -83,7 +83,7 @@ def test_every_job_of_the_parts_is_there(script: ModuleType) -> None:
     # Beside others only jobs that time nothing.
     for stages in script.PARTS.values():
         beside = {job.name for stage in stages if len(stage) > 1 for job in stage}
-        assert not beside & {"ops", "forwards", "forwards_fp32", "forwards_bf16", "tune", "server"}
+        assert not beside & {"ops", "forwards", "forwards_fp32", "forwards_bf16", "tune"}
 
 
 @pytest.mark.slow

@@ -86,6 +86,7 @@ FLOATS = np.concatenate([np.random.default_rng(1).normal(size=60) * 100, [0.5, -
         ("redux.sync.max.u32 %r7, %r8, -1;", lambda x: np.repeat(x.reshape(2, 32).max(1), 32)),
         ("mov.b32 {%rs1, %rs2}, %r8; mov.b32 %r7, {%rs2, %rs1};", lambda x: x >> 16 | x << 16),
         ("{ .reg .b32 t; shr.u32 t, %r8, 2; and.b32 %r7, t, 3; }", lambda x: x >> 2 & 3),
+        ("add.s16x2 %r7, %r8, 65539;", lambda x: (x.view(np.uint16) + np.tile([3, 1], 64).astype("u2")).view("u4")),
         ("setp.lt.s32 %p1, %r8, 0; selp.b32 %r7, 1, 2, %p1;", lambda x: np.where(x >> 31, 1, 2)),
         ("setp.gt.u32 %p1, %r1, 9; mov.b32 %r7, 0; @%p1 mov.b32 %r7, 5;", lambda x: np.where(np.arange(64) > 9, 5, 0)),
     ],

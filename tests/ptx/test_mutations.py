@@ -1,7 +1,7 @@
 """The emulator notices barriers, fences and waits that are missing: each one of the project's kernels, in turn.
 
-What is not noticed is redundant where it stands: a fence or a wait that another one follows before anything depends on
-it, a barrier between two others, and a copy's group of its own that the next group's wait covers.
+What is not noticed: a fence or a wait that another one follows before anything depends on it, a barrier before anything
+has been read, a copy's group that the next group's wait covers, and a ``fence.proxy.async`` after copies alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from robuq_core.kernels.pack_layer import pack_layer
 from robuq_core.kernels.triton.backend import TritonBackend
 
 # Of a kernel's synchronising instructions.
-NOTICED = {"rotation": 0.5, "product": 0.5, "attention": 0.5}
+NOTICED = {"rotation": 0.9, "product": 0.7, "attention": 0.7}
 
 
 def launches(ops: TritonBackend) -> dict[str, Callable[[], Tensor]]:

@@ -1,11 +1,12 @@
 """Eight-bit attention as :mod:`robuq_core.quant.attention` defines it: exact products on the tensor cores.
 
-A first kernel finds scales and codes of Q and K (by token) and V (by head) and lays them out by head, padded with
-zeros. The second one goes over the keys twice: first for a row's largest logit, then for the codes of its exponentials
-times the codes of V.
+On 9.0 and up to 256 tokens, one kernel takes a block of queries of a head against all its keys at once, and quantises what it
+reads in registers. A head of 72 values is 64 and 8 of them there, not 128. Otherwise, a first kernel finds scales
+and codes of Q and K (by token) and V (by head) and lays them out by head, padded with zeros. The second one goes over
+the keys twice: first for a row's largest logit, then for the codes of its exponentials times the codes of V.
 
 Every product multiplies int8 into int32. Codes of exponentials, 0..255, enter less 128, which fits int8; 128 times the
-sums of V's codes, which the first kernel leaves by blocks of tokens, puts it back. Integers: exact in any order.
+sums of V's codes puts it back. Integers: exact in any order.
 
 Tiles depend on the head alone, so a picture's result does not depend on the pictures beside it.
 """
@@ -23,6 +24,8 @@ from robuq_core.kernels.triton.elementwise import rounded_for
 # An int8 product on the tensor cores takes at least 32 values of the inner dimension.
 # 255 * 127 * 65536 < 2^31.
 MIN_HEAD_TILE, MAX_HEAD_DIM, MAX_LENGTH = 32, 256, 2**16
+# What one kernel takes: its logits lie in registers.
+SHORT_LENGTH, SHORT_HEAD_DIM = 256, 128
 
 # Triton's types of the run-time arguments of both kernels, for compiling ahead.
 SIGNATURE = {
@@ -30,6 +33,38 @@ SIGNATURE = {
     **{"q_ptr": "*i8", "k_ptr": "*i8", "v_ptr": "*i8", "v_sums_ptr": "*i32", "padded": "i32", "heads": "i32"},
     "blocks": "i32",
 }
+
+
+def is_short(head_dim: int, length: int, architecture: int) -> bool:
+    """Whether one kernel runs the attention: on 9.0, since its codes move between ``mma.sync``'s layouts by way of
+    more registers than there are."""
+    return architecture == 90 and length <= SHORT_LENGTH and head_dim <= SHORT_HEAD_DIM
+
+
+def head_split(head_dim: int) -> tuple[int, int]:
+    """Values of a head in its two tiles, (72, 0) or (64, 8): a tile is a power of two of 32 or more."""
+    main = 1 << (head_dim.bit_length() - 1)
+    return (main, head_dim - main) if main >= 64 and 0 < head_dim - main <= MIN_HEAD_TILE else (head_dim, 0)
+
+
+def short_constants(head_dim: int, length: int) -> dict[str, int]:
+    """Compile-time arguments of :func:`short_attention_kernel`, but for the launch shape."""
+    main, tail = head_split(head_dim)
+    return {
+        "LENGTH": length,
+        "KEYS": max(MIN_HEAD_TILE, next_power_of_2(length)),
+        "HEAD": head_dim,
+        "MAIN": main,
+        "MAIN_TILE": max(MIN_HEAD_TILE, next_power_of_2(main)),
+        "TAIL": tail,
+        "TAIL_TILE": MIN_HEAD_TILE,
+        "TAIL_OUT": max(16, next_power_of_2(tail)),
+    }
+
+
+def short_config(length: int) -> LaunchConfig:
+    """Of :func:`short_attention_kernel`: queries per program."""
+    return LaunchConfig({"BLOCK_M": 64 if length > 32 else 32}, 8 if length > 128 else 4, 1)
 
 
 def default_config(head_dim: int) -> LaunchConfig:
@@ -47,8 +82,8 @@ def candidate_configs(head_dim: int) -> list[LaunchConfig]:
 
 
 def quantize_config(head_dim: int) -> LaunchConfig:
-    """Of :func:`quantize_heads_kernel`: tokens a tile, 16 values a thread."""
-    return LaunchConfig({"BLOCK": max(16, 2048 // head_tile(head_dim))}, 4, 1)
+    """Of :func:`quantize_heads_kernel`: tokens per program, each of which reads all of its head's V."""
+    return LaunchConfig({"BLOCK": 64 if head_tile(head_dim) <= 128 else 32}, 8, 1)
 
 
 def head_tile(head_dim: int) -> int:
@@ -97,7 +132,7 @@ def quantize_heads_kernel(  # type: ignore[no-untyped-def]
     token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     column = tl.arange(0, HEAD_TILE)
     real = (token < LENGTH)[:, None] & (column < HEAD)[None, :]
-    here = token[:, None] * stride + column[None, :]
+    here = token[:, None].to(tl.int64) * stride + column[None, :]
     out = head * padded * HEAD_TILE + token[:, None] * HEAD_TILE + column[None, :]
 
     codes, scale = _codes_by_token(tl.load(qkv_ptr + here, mask=real, other=0.0).to(tl.float32))
@@ -112,7 +147,9 @@ def quantize_heads_kernel(  # type: ignore[no-untyped-def]
     for start in range(0, LENGTH, BLOCK):
         t = start + tl.arange(0, BLOCK)
         inside = (t < LENGTH)[:, None] & (column < HEAD)[None, :]
-        v = tl.load(v_in_ptr + t[:, None] * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(v_in_ptr + t[:, None].to(tl.int64) * stride + column[None, :], mask=inside, other=0.0).to(
+            tl.float32
+        )
         largest = tl.maximum(largest, tl.abs(v))
     v_scale = tl.maximum(tl.div_rn(tl.max(tl.max(largest, 1), 0), 127.0), 1e-30)
     v = tl.load(v_in_ptr + here, mask=real, other=0.0).to(tl.float32)
@@ -196,7 +233,136 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + query[:, None] * width + column[None, :], out, mask=real)
 
 
-def attention(qkv: Tensor, num_heads: int, config: LaunchConfig | None = None) -> Tensor:
+@triton.jit
+def _scaled(largest):  # type: ignore[no-untyped-def]
+    return tl.maximum(tl.div_rn(largest, 127.0), 1e-30)
+
+
+@triton.jit
+def _values(pointer, token, stride, first, WIDTH: tl.constexpr, TILE: tl.constexpr, LENGTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Values ``first .. first + WIDTH`` of the tokens' heads, zeros around them."""
+    column = tl.arange(0, TILE)
+    real = (token < LENGTH)[:, None] & (column < WIDTH)[None, :]
+    here = token[:, None] * stride + (first + column)[None, :]
+    return tl.load(pointer + here, mask=real, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _quantized(x, scale):  # type: ignore[no-untyped-def]
+    return _round(tl.div_rn(x, scale)).to(tl.int8)
+
+
+@triton.jit
+def _largest_by_token(  # type: ignore[no-untyped-def]
+    pointer,
+    token,
+    stride,
+    MAIN: tl.constexpr,
+    MAIN_TILE: tl.constexpr,
+    TAIL: tl.constexpr,
+    TAIL_TILE: tl.constexpr,
+    LENGTH: tl.constexpr,
+):
+    largest = tl.max(tl.abs(_values(pointer, token, stride, 0, MAIN, MAIN_TILE, LENGTH)), 1)
+    if TAIL > 0:
+        tail = tl.max(tl.abs(_values(pointer, token, stride, MAIN, TAIL, TAIL_TILE, LENGTH)), 1)
+        largest = tl.maximum(largest, tail)
+    return largest
+
+
+@triton.jit
+def _scale_by_token(  # type: ignore[no-untyped-def]
+    pointer,
+    token,
+    stride,
+    MAIN: tl.constexpr,
+    MAIN_TILE: tl.constexpr,
+    TAIL: tl.constexpr,
+    TAIL_TILE: tl.constexpr,
+    LENGTH: tl.constexpr,
+):
+    return _scaled(_largest_by_token(pointer, token, stride, MAIN, MAIN_TILE, TAIL, TAIL_TILE, LENGTH))
+
+
+@triton.jit
+def _store_heads(  # type: ignore[no-untyped-def]
+    p_codes,
+    v_codes,
+    factor,
+    out_ptr,
+    query,
+    width,
+    first,
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+    LENGTH: tl.constexpr,
+):
+    """Outputs ``first .. first + WIDTH`` of the queries. ``v_codes``: as floats, whose sums are exact."""
+    v_sums = tl.sum(v_codes, 0).to(tl.int32)
+    product = tl.dot(p_codes, v_codes.to(tl.int8), out_dtype=tl.int32) + 128 * v_sums[None, :]
+    column = tl.arange(0, TILE)
+    real = (query < LENGTH)[:, None] & (column < WIDTH)[None, :]
+    here = out_ptr + query[:, None] * width + (first + column)[None, :]
+    tl.store(here, rounded_for(out_ptr, product.to(tl.float32) * factor), mask=real)
+
+
+@triton.jit(do_not_specialize=["heads"])
+def short_attention_kernel(  # type: ignore[no-untyped-def]
+    qkv_ptr,
+    out_ptr,
+    heads,
+    LENGTH: tl.constexpr,
+    KEYS: tl.constexpr,
+    HEAD: tl.constexpr,
+    MAIN: tl.constexpr,
+    MAIN_TILE: tl.constexpr,
+    TAIL: tl.constexpr,
+    TAIL_TILE: tl.constexpr,
+    TAIL_OUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """One block of queries of one head of one image against all its keys, up to 256 tokens."""
+    head = tl.program_id(0).to(tl.int64)
+    width = heads * HEAD
+    stride = 3 * width
+    qkv_ptr += (head // heads) * LENGTH * stride + (head % heads) * HEAD
+    k_ptr = qkv_ptr + width
+    v_ptr = k_ptr + width
+    query = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    key = tl.arange(0, KEYS)
+
+    # Values are read again after their largest one is known: kept till then, they would not fit into the registers.
+    q_scale = _scale_by_token(qkv_ptr, query, stride, MAIN, MAIN_TILE, TAIL, TAIL_TILE, LENGTH)[:, None]
+    k_scale = _scale_by_token(k_ptr, key, stride, MAIN, MAIN_TILE, TAIL, TAIL_TILE, LENGTH)[:, None]
+    tl.debug_barrier()
+    q = _quantized(_values(qkv_ptr, query, stride, 0, MAIN, MAIN_TILE, LENGTH), q_scale)
+    k = _quantized(_values(k_ptr, key, stride, 0, MAIN, MAIN_TILE, LENGTH), k_scale)
+    logits = tl.dot(q, tl.trans(k), out_dtype=tl.int32)
+    if TAIL > 0:
+        tl.debug_barrier()
+        q = _quantized(_values(qkv_ptr, query, stride, MAIN, TAIL, TAIL_TILE, LENGTH), q_scale)
+        k = _quantized(_values(k_ptr, key, stride, MAIN, TAIL, TAIL_TILE, LENGTH), k_scale)
+        logits = tl.dot(q, tl.trans(k), logits, out_dtype=tl.int32)
+    x = logits.to(tl.float32) * (q_scale * (HEAD**-0.5)) * tl.trans(k_scale)
+    x = tl.where((key < LENGTH)[None, :], x, float("-inf"))
+    p = _round(tl.exp(tl.minimum(x - tl.max(x, 1)[:, None], 0.0)) * 255.0)
+    total = tl.sum(p.to(tl.int32), 1)
+    p_codes = (p - 128.0).to(tl.int8)
+
+    tl.debug_barrier()  # or the compiler reads V before all that, and spills
+    largest = tl.max(_largest_by_token(v_ptr, key, stride, MAIN, MAIN_TILE, TAIL, TAIL_TILE, LENGTH), 0)
+    v_scale = _scaled(largest)
+    factor = tl.div_rn(v_scale, total.to(tl.float32))[:, None]
+    out_ptr += (head // heads) * LENGTH * width + (head % heads) * HEAD
+    tl.debug_barrier()
+    v = _round(tl.div_rn(_values(v_ptr, key, stride, 0, MAIN, MAIN_TILE, LENGTH), v_scale))
+    _store_heads(p_codes, v, factor, out_ptr, query, width, 0, MAIN, MAIN_TILE, LENGTH)
+    if TAIL > 0:
+        v = _round(tl.div_rn(_values(v_ptr, key, stride, MAIN, TAIL, TAIL_OUT, LENGTH), v_scale))
+        _store_heads(p_codes, v, factor, out_ptr, query, width, MAIN, TAIL, TAIL_OUT, LENGTH)
+
+
+def attention(qkv: Tensor, num_heads: int, architecture: int, config: LaunchConfig | None = None) -> Tensor:
     """Launch the kernels on contiguous ``qkv [B, L, 3 D]``, float32 or bfloat16 -> ``[B, L, D]`` of the same dtype.
 
     Raises:
@@ -207,6 +373,15 @@ def attention(qkv: Tensor, num_heads: int, config: LaunchConfig | None = None) -
     if head_dim > MAX_HEAD_DIM or length > MAX_LENGTH:
         raise ValueError(f"attention takes head_dim up to {MAX_HEAD_DIM} and {MAX_LENGTH} tokens, "
                          f"not {head_dim} and {length}")  # fmt: skip
+    out = torch.empty(images, length, triple // 3, dtype=qkv.dtype, device=qkv.device)
+    if not out.numel():
+        return out
+    if config is None and is_short(head_dim, length, architecture):
+        short = short_config(length)
+        grid = (images * num_heads, triton.cdiv(length, short.blocks["BLOCK_M"]))
+        with launching(qkv):
+            short_attention_kernel[grid](*(qkv, out, num_heads), **short_constants(head_dim, length), **short.options())
+        return out
     config = config or default_config(head_dim)
     first = quantize_config(head_dim)
     block, block_m = first.blocks["BLOCK"], config.blocks["BLOCK_M"]

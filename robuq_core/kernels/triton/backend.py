@@ -189,7 +189,7 @@ class TritonBackend:
             raise ValueError(f"qkv of width {triple} does not split into q, k, v of {num_heads} heads")
         qkv = self._checked(qkv, "qkv", (images, length, triple), *_ACTIVATIONS)
         if quantized:
-            return attention_kernels.attention(qkv, num_heads)
+            return attention_kernels.attention(qkv, num_heads, self.architecture)
         # Picture by picture: a library's choice of algorithm, and so its rounding, may depend on how many there are.
         out = torch.empty(images, length, width, dtype=qkv.dtype, device=qkv.device)
         for picture, result in zip(qkv, out, strict=True):

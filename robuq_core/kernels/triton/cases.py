@@ -48,7 +48,7 @@ def cases(architecture: int) -> Iterator[Case]:
     """Every kernel in the launch shapes that untuned DiT-XL/2 meets on ``architecture``."""
     yield from _rotations()
     yield from _products(architecture)
-    yield from _attentions()
+    yield from _attentions(architecture)
     yield Case(
         "dense_linear, final layer",
         dense_linear.dense_linear_kernel,
@@ -107,9 +107,18 @@ def _products(architecture: int) -> Iterator[Case]:
     )
 
 
-def _attentions() -> Iterator[Case]:
+def _attentions(architecture: int) -> Iterator[Case]:
+    """Of 256 tokens, which one kernel takes on 9.0."""
     fixed = attention.constants(HEAD_DIM)
     for ends, types in (("", {}), (", bf16", {"qkv_ptr": _BF16, "out_ptr": _BF16})):
+        if attention.is_short(HEAD_DIM, attention.SHORT_LENGTH, architecture):
+            yield Case(
+                f"short attention, {HEAD_DIM}{ends}",
+                attention.short_attention_kernel,
+                {**attention.SIGNATURE, **types},
+                attention.short_constants(HEAD_DIM, attention.SHORT_LENGTH),
+                attention.short_config(attention.SHORT_LENGTH),
+            )
         yield Case(
             f"quantize_heads, {HEAD_DIM}{ends}",
             attention.quantize_heads_kernel,

@@ -51,20 +51,23 @@ class Job:
     share: str = "0/1"
 
 
-# Jobs of one stage run at the same time, so only jobs that time nothing share a stage.
+# Jobs of one stage run at the same time, so what is to be timed well has one of its own.
 PARTS: dict[str, tuple[tuple[Job, ...], ...]] = {
     "a": (
         (Job("machine", 25),),
         (Job("smoke", 60, needed=True),),
         tuple(Job("compile", 60, share=f"{i}/{COMPILERS}") for i in range(COMPILERS)),
-        tuple(Job(name, 60) for name in ("rotation", "product", "attention", "rows")),
+        tuple(
+            Job(name, 60, share=f"{i}/{shares}")
+            for name, shares in (("rotation", 3), ("product", 4), ("attention", 2), ("rows", 4))
+            for i in range(shares)
+        ),
         (Job("repeats", 25), Job("graphs", 40)),
         (Job("ops", 60),),
         (Job("forwards", 50),),
         (Job("forwards_fp32", 40),),
         (Job("forwards_bf16", 70),),
-        (Job("image", 60), Job("sanitizer", 60)),
-        (Job("server", 60),),
+        (Job("server", 60), Job("image", 60), Job("sanitizer", 60)),
         (Job("counters", 50),),
         (Job("training", 50),),
     ),
@@ -103,14 +106,16 @@ class Run:
         with self.results.open("a") as file:
             file.write(json.dumps(found) + "\n")
 
+    def command(self, job: Job) -> list[str]:
+        command = [sys.executable, __file__, "job", job.name, "--share", job.share, "--out", str(self.out)]
+        return [*command, "--rehearse"] if self.rehearse else command
+
     def run(self, job: Job, seconds: float) -> bool:
         """Whether it ended well within ``seconds``."""
-        command = [sys.executable, __file__, "job", job.name, "--share", job.share, "--out", str(self.out)]
-        command += ["--rehearse"] if self.rehearse else []
         began = time.monotonic()
         with self.log.open("a") as log:
             process = subprocess.Popen(
-                command, cwd=ROOT, env=self.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                self.command(job), cwd=ROOT, env=self.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )  # fmt: skip
             try:

@@ -38,6 +38,7 @@ NEEDS = {
     "documentation/test_wheel.py": "build",
     "load/test_locustfile.py": "locust",
     "load/test_scenarios.py": "locust",
+    "ptx/test_mutations.py": "triton",
     "serving/deploy": "promql_parser",
     "serving/test_latent_serving.py": "diffusers",
     "serving/test_openai_api.py": "openai",

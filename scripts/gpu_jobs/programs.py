@@ -116,7 +116,8 @@ def _generate(base: str, body: dict[str, Any]) -> tuple[float, bytes]:
 
 
 def training(context: Context) -> None:
-    """Steps of quantisation-aware training: seconds a step, memory, and a loss that falls."""
+    """Steps of quantisation-aware training: seconds a step, memory, and a loss that falls. Low rank starts from zero:
+    the decomposition of all weights would take longer than the steps."""
     from robuq_core.config import QuantConfig
     from robuq_core.models.dit import DiT
     from robuq_core.models.quant_linear import quantize_model
@@ -126,7 +127,7 @@ def training(context: Context) -> None:
         torch.manual_seed(0)
         with torch.device(context.device):
             model = DiT(config)
-        model = quantize_model(model, QuantConfig()).to(context.device).train()
+        model = quantize_model(model, QuantConfig(lowrank_init="zero")).to(context.device).train()
         optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         # One batch, again and again: its loss must fall.
         x, noise = (torch.randn(batch, config.in_channels, config.input_size, config.input_size,

@@ -227,6 +227,11 @@ class Blocks:
         elif kind == "pred" or kind in INTEGERS:
             dtype = np.dtype(bool) if kind == "pred" else INTEGERS[kind]
             result = self._of_integers(name, instruction, dtype)
+        elif kind in ("s16x2", "u16x2") and name in BINARY:
+            words = (np.broadcast_to(self.read(each, INTEGERS["u32"]), self.shape) for each in operands[1:])
+            halves = [np.ascontiguousarray(each).view(np.int16 if kind[0] == "s" else np.uint16) for each in words]
+            both = (np.maximum if name == "max" else np.minimum if name == "min" else BINARY[name])(*halves)
+            return self.write(operands[0], np.ascontiguousarray(both).view(np.uint32), mask)
         else:
             result = None
         if result is None:
@@ -235,6 +240,7 @@ class Blocks:
             self.write(operands[0], np.asarray(result), mask)
         else:
             self.write_floats(operands[0], np.asarray(result), kind, mask)
+        return None
 
     def _of_integers(self, name: str, instruction: Instruction, dtype: np.dtype[Any]) -> Array | None:
         operands = instruction.operands[1:]
@@ -296,7 +302,8 @@ class Blocks:
         if name == "bfe":
             # To the top, and back with the sign or zeros.
             first, length = (np.minimum(self.read(each, INTEGERS["u32"]) & 255, bits) for each in operands[1:])
-            up = np.maximum(bits - (first + length).astype(np.int64), 0).astype(dtype)
+            length = np.minimum(length, bits - first)
+            up = (bits - first - length).astype(dtype)
             down = (bits - length).astype(dtype)
             return np.where(length > 0, (value << up) >> down, np.zeros_like(value))
         distance = self.read(operands[1], INTEGERS["u32"])

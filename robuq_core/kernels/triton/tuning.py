@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -69,20 +70,18 @@ def _read(path: Path) -> Table:
 
 def _config(entry: Mapping[str, Any]) -> LaunchConfig:
     blocks, num_warps, num_stages = entry["blocks"], entry["num_warps"], entry["num_stages"]
-    sizes = [num_warps, num_stages, *blocks.values()]
+    registers = entry.get("max_registers")
+    sizes = [num_warps, num_stages, *blocks.values(), *([] if registers is None else [registers])]
     if not all(type(size) is int and size > 0 for size in sizes):
         raise ValueError("sizes must be positive integers")
-    return LaunchConfig(dict(blocks), num_warps, num_stages)
+    return LaunchConfig(dict(blocks), num_warps, num_stages, registers)
 
 
 def save_table(gpu: str, measured: Table) -> Path:
     """Add ``measured`` to the user's table of ``gpu``, whole or not at all; returns the file."""
     path = user_table(gpu)
     merged = (_read(path) if path.is_file() else {}) | measured
-    entries = {
-        key: {"blocks": config.blocks, "num_warps": config.num_warps, "num_stages": config.num_stages}
-        for key, config in sorted(merged.items())
-    }
+    entries = {key: asdict(config) for key, config in sorted(merged.items())}
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(entries, indent=1) + "\n")
     return path

@@ -19,7 +19,7 @@ from robuq_core.kernels.triton.ternary_linear import candidate_configs, shared_b
 
 GPU = "NVIDIA Test 9000"
 SMALL = LaunchConfig({"ROWS": 16, "OUTPUTS": 64, "GROUP": 8}, 4, 3)
-LARGE = LaunchConfig({"ROWS": 128, "OUTPUTS": 128, "GROUP": 8}, 8, 4)
+LARGE = LaunchConfig({"ROWS": 128, "OUTPUTS": 128, "GROUP": 8}, 8, 4, 128)
 
 
 @pytest.fixture(autouse=True)
@@ -90,12 +90,12 @@ def test_the_fastest_that_agrees_wins() -> None:
 
 @pytest.mark.parametrize("limit", sorted(set(SHARED_LIMIT.values())))
 @pytest.mark.parametrize("rows", [1, 16, 100, 4096])
-@pytest.mark.parametrize("packed", [True, False])
-def test_candidates_fit_the_gpu(limit: int, rows: int, packed: bool) -> None:
-    configs = candidate_configs(rows, limit, packed)
+@pytest.mark.parametrize("width", [36, 1152, 4608])
+def test_candidates_fit_the_gpu(limit: int, rows: int, width: int) -> None:
+    configs = candidate_configs(rows, width, limit)
     assert configs
     for config in configs:
-        assert shared_bytes(config, packed) <= limit
+        assert shared_bytes(config) <= limit
         # 64 outputs for each four warps: one tensor-core instruction, and one order of the low-rank sum, for all.
         assert config.blocks["OUTPUTS"] >= 16 * config.num_warps
         assert config.blocks["ROWS"] == 16 or config.blocks["ROWS"] < 2 * rows

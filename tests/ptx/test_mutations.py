@@ -1,0 +1,56 @@
+"""The emulator notices barriers, fences and waits that are missing: each one of the project's kernels, in turn.
+
+What is not noticed: a fence or a wait that another one follows before anything depends on it, a barrier before anything
+has been read, a copy's group that the next group's wait covers, and a ``fence.proxy.async`` after copies alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from core.kernels.layer_cases import make_linear, prologues, tokens
+
+from ptx.driver import emulated
+from ptx.mutations import mutations
+from robuq_core.kernels.pack_layer import pack_layer
+from robuq_core.kernels.triton.backend import TritonBackend
+
+# Of a kernel's synchronising instructions.
+NOTICED = {"rotation": 0.9, "product": 0.7, "attention": 0.7}
+
+
+def launches(ops: TritonBackend) -> dict[str, Callable[[], Tensor]]:
+    narrow, wide = pack_layer(make_linear(288, 70, bits=2, rank=3)), pack_layer(make_linear(768, 40, bits=2, rank=3))
+    x, modulation = tokens(3, 288), prologues(1, 288)[3]
+    quantized = ops.rotate_quantize(tokens(17, 768), wide)
+    qkv = tokens(67, 3 * 72).reshape(1, 67, -1)
+
+    def rotation() -> Tensor:
+        found = ops.rotate_quantize(x, narrow, modulation)
+        return torch.cat([found.codes.flatten().float(), found.scales, found.lowrank.flatten()])
+
+    return {
+        "rotation": rotation,
+        "product": lambda: ops.ternary_linear(quantized, wide),
+        "attention": lambda: ops.attention(qkv, 1, True),
+    }
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("name", list(NOTICED))
+def test_missing_barriers_and_fences_are_noticed(architecture: int, name: str) -> None:
+    found: Counter[tuple[str, bool]] = Counter()
+    with emulated(architecture) as driver:
+        for _, _, instruction, noticed in mutations(driver, launches(TritonBackend())[name]):
+            found[instruction.name, noticed] += 1
+    total, seen = found.total(), sum(count for (_, noticed), count in found.items() if noticed)
+    print(architecture, name, f"{seen} of {total}", dict(found))
+    assert total
+    assert seen >= NOTICED[name] * total, found

@@ -1,9 +1,9 @@
 """Eight-bit attention as :mod:`robuq_core.quant.attention` defines it: exact products on the tensor cores.
 
-On 9.0 and up to 256 tokens, one kernel takes a block of queries of a head against all its keys at once, and quantises what it
-reads in registers. A head of 72 values is 64 and 8 of them there, not 128. Otherwise, a first kernel finds scales
-and codes of Q and K (by token) and V (by head) and lays them out by head, padded with zeros. The second one goes over
-the keys twice: first for a row's largest logit, then for the codes of its exponentials times the codes of V.
+On 9.0 and up to 256 tokens, one kernel takes a block of queries of a head against all its keys at once, and quantises
+what it reads in registers. A head of 72 values is 64 and 8 of them there, not 128. Otherwise, a first kernel finds
+scales and codes of Q and K (by token) and V (by head) and lays them out by head, padded with zeros. The second one goes
+over the keys twice: first for a row's largest logit, then for the codes of its exponentials times the codes of V.
 
 Every product multiplies int8 into int32. Codes of exponentials, 0..255, enter less 128, which fits int8; 128 times the
 sums of V's codes puts it back. Integers: exact in any order.

@@ -42,7 +42,7 @@ MAX_SPLIT_TILES = 4096
 @triton.constexpr_function
 def pieces(rows: int) -> int:
     """In how many pieces a tile of ``rows`` rows is finished."""
-    return 4 if rows >= 64 else 2
+    return 8 if rows >= 128 else 4 if rows >= 64 else 2
 
 
 # Four digits at once.
@@ -63,15 +63,12 @@ def _unpack(packed):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _pieces(total, PIECES: tl.constexpr, PIECE: tl.constexpr, OUTPUTS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``[OUTPUTS, PIECES PIECE]`` as a tuple of ``[OUTPUTS, PIECE]``, two or four of them."""
+    """``[OUTPUTS, PIECES PIECE]`` as a tuple of ``[OUTPUTS, PIECE]``, from the first rows on."""
+    low, high = tl.split(tl.permute(tl.reshape(total, [OUTPUTS, 2, PIECES // 2 * PIECE]), (0, 2, 1)))
     if PIECES == 2:
-        return tl.split(tl.permute(tl.reshape(total, [OUTPUTS, 2, PIECE]), (0, 2, 1)))
+        return low, high
     else:
-        split = tl.permute(tl.reshape(total, [OUTPUTS, 2, 2, PIECE]), (0, 3, 2, 1))
-        low, high = tl.split(split)
-        first, second = tl.split(low)
-        third, fourth = tl.split(high)
-        return first, second, third, fourth
+        return _pieces(low, PIECES // 2, PIECE, OUTPUTS) + _pieces(high, PIECES // 2, PIECE, OUTPUTS)
 
 
 @triton.jit
@@ -256,16 +253,15 @@ def default_config(rows: int, outputs: int, width: int, architecture: int) -> La
     """A launch shape for ``rows`` rows where nothing was measured: small tiles while there are few rows.
 
     Each four warps have 64 outputs: what picks the tensor-core instruction, and so the order of the low-rank sum, is
-    the same for every number of rows. On 9.0 many rows take 128 outputs, which halves what is read of the codes, in
-    128 registers: two programs share a multiprocessor. (Elsewhere that spills.) K is split while programs are fewer
-    than :data:`FEW_PROGRAMS`, and for narrow layers of 128 outputs a program, whose last step would spill otherwise.
+    the same for every number of rows. On 9.0 many rows take 128 outputs where that leaves enough programs or long
+    ones: it halves what is read of the codes, in 128 registers, so that two programs share a multiprocessor. (Elsewhere
+    that spills.) K is split while there are no more programs than :data:`FEW_PROGRAMS`.
     """
     block = min(128, max(16, next_power_of_2(rows)))
     groups = -(-width // PLANAR_GROUP)
     stages = 3 if architecture in (86, 89, 120) else 4
     if architecture == 90 and rows >= 1024 and (outputs >= 2048 or (outputs >= 128 and width >= 4096)):
-        split = 1 if outputs >= 2048 else 2
-        return LaunchConfig({"ROWS": block, "OUTPUTS": 128, "GROUP": 8, "SPLIT": split}, 8, stages, max_registers=128)
+        return LaunchConfig({"ROWS": block, "OUTPUTS": 128, "GROUP": 8, "SPLIT": 1}, 8, stages, max_registers=128)
     tiles, split = -(-rows // block) * -(-outputs // 64), 1
     while split < MAX_SPLIT and split * tiles <= FEW_PROGRAMS and groups >= 2 * split * MIN_GROUPS:
         split *= 2
@@ -294,7 +290,7 @@ def candidate_configs(rows: int, width: int, shared_limit: int) -> list[LaunchCo
             for split in (1, 2, 4):
                 for stages in (4, 3, 5):
                     blocks = {"ROWS": block, "OUTPUTS": outputs, "GROUP": 8, "SPLIT": split}
-                    config = LaunchConfig(blocks, warps, stages)
+                    config = LaunchConfig(blocks, warps, stages, max_registers=128 if warps == 8 else None)
                     if split * MIN_GROUPS <= max(groups, MIN_GROUPS) and shared_bytes(config) <= shared_limit:
                         found.append(config)
     return found

@@ -6,7 +6,6 @@ the tables is the kernel's default. The user's table, in ``$ROBUQ_CACHE_DIR`` or
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -82,10 +81,7 @@ def save_table(gpu: str, measured: Table) -> Path:
     """Add ``measured`` to the user's table of ``gpu``, whole or not at all; returns the file."""
     path = user_table(gpu)
     merged = (_read(path) if path.is_file() else {}) | measured
-    entries = {
-        key: {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
-        for key, config in sorted(merged.items())
-    }
+    entries = {key: asdict(config) for key, config in sorted(merged.items())}
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(entries, indent=1) + "\n")
     return path

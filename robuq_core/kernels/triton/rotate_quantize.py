@@ -132,7 +132,7 @@ def _sum_by_token(total, column, COLUMNS: tl.constexpr):  # type: ignore[no-unty
     Columns of several tokens exchange partial sums: a reshape to tokens and back would spill the whole tile.
     """
     if total.shape[0] == COLUMNS:
-        total = tl.zeros_like(total) + tl.sum(total, 0)
+        total = tl.broadcast_to(tl.sum(tl.reshape(total, [1, COLUMNS]), 1), [COLUMNS])
     else:
         for i in tl.static_range(10):
             if (1 << i) < COLUMNS:
@@ -149,7 +149,7 @@ def _magnitude(x):  # type: ignore[no-untyped-def]
 @triton.jit
 def _max_by_token(largest, column, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
     if largest.shape[0] == COLUMNS:
-        largest = tl.zeros_like(largest) + tl.max(largest, 0)
+        largest = tl.broadcast_to(tl.max(tl.reshape(largest, [1, COLUMNS]), 1), [COLUMNS])
     else:
         for i in tl.static_range(10):
             if (1 << i) < COLUMNS:

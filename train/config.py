@@ -35,9 +35,13 @@ class DataConfig(StrictModel):
     """Images and their augmentation: resize the short side to ``resize``, crop to the model's size."""
 
     path: Path = Field(description="class folders, a zip of them, an npz, Parquet files, or a folder of IDX files")
-    split: Literal["train", "test"] = Field(default="train", description="which part of a data set that has both")
-    fit: Literal["resize", "pad"] = Field(
-        default="resize", description="pad: an image no larger than the wanted size is centred on black, not enlarged"
+    split: Literal["train", "val", "test"] = Field(
+        default="train", description="which part of a data set that has several"
+    )
+    fit: Literal["resize", "pad", "adm"] = Field(
+        default="resize",
+        description="pad: an image no larger than the wanted size is centred on black, not enlarged; adm: box "
+        "halvings, then bicubic, as published ImageNet figures crop",
     )
     resize: int | None = Field(default=None, ge=2, description="short side before the crop; default: the crop's size")
     supersample: int = Field(
@@ -135,7 +139,7 @@ class EvaluationConfig(StrictModel):
     """How samples are drawn to be measured; steps, guidance and sampler are ``sampler``'s."""
 
     samples: int = Field(default=2000, ge=2, description="drawn for each seed")
-    split: Literal["train", "test"] = Field(
+    split: Literal["train", "val", "test"] = Field(
         default="train", description="which part of the data samples are compared with; test: never trained on"
     )
     photos: int = Field(default=50_000, ge=2, description="photos of the data that they are compared with, at most")

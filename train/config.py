@@ -75,6 +75,12 @@ class StageConfig(StrictModel):
     )  # fmt: skip
     save_every: int = Field(default=1000, ge=1)
     log_every: int = Field(default=50, ge=1)
+    eval_every: int | None = Field(
+        default=None, ge=1, description="steps between held-out losses and sheets of samples; null: none"
+    )
+    eval_samples: int = Field(
+        default=0, ge=0, description="samples of which eval_every also measures FD-EffNet; 0: none"
+    )
     accumulate: int = Field(
         default=1, ge=1, description="batch_size is worked through in this many parts, one after another: less memory"
     )
@@ -83,6 +89,9 @@ class StageConfig(StrictModel):
     )
     parallel: Literal["ddp", "fsdp"] = Field(
         default="ddp", description="several processes (torchrun): each holds the whole model, or a shard of it (FSDP2)"
+    )
+    gradients: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="what gradients travel in between processes; bf16 is half the traffic"
     )
 
     @model_validator(mode="after")

@@ -32,6 +32,19 @@ class EMA:
         shadow = [local(value) for value in self.shadow.values()]
         torch._foreach_lerp_(shadow, [local(p.detach()) for p in model.parameters()], 1 - decay)
 
+    @contextmanager
+    def applied_to(self, model: nn.Module) -> Iterator[None]:
+        """Inside, ``model`` has the averaged weights."""
+        own = [local(p.detach()) for p in model.parameters()]
+        kept = [value.clone() for value in own]
+        with torch.no_grad():
+            torch._foreach_copy_(own, [local(value) for value in self.shadow.values()])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(own, kept)
+
     def restore(self, shadow: dict[str, Tensor]) -> None:
         """Go on from a saved average.
 

@@ -99,6 +99,8 @@ def several(root: Path, one: Path) -> dict[str, Path]:
         "fsdp-parts": configure(root, "fsdp-parts", {"qat": {"parallel": "fsdp", **parts}, "compile": True}),
         "halfway": configure(root, "halfway", {"teacher": {"parallel": "fsdp", "steps": 3}}),
         "from-one": configure(root, "from-one", {"teacher": {"parallel": "fsdp"}}),
+        "bf16": configure(root, "bf16", {"teacher": {"gradients": "bf16"}}),
+        "bf16-fsdp": configure(root, "bf16-fsdp", {"teacher": {"gradients": "bf16", "parallel": "fsdp"}}),
         "spoiled": configure(root, "spoiled", {"teacher": {"save_every": 1}}),
     }
     train_stage("teacher", load_config(paths["from-one"], ["teacher.steps=3"]))
@@ -109,6 +111,7 @@ def several(root: Path, one: Path) -> dict[str, Path]:
     for name in ("ddp", "fsdp"):
         plan += ["teacher", paths[name], "qat", paths[name]]
     plan += ["qat", paths["fsdp-parts"], "teacher", paths["halfway"], "teacher", paths["from-one"]]
+    plan += ["teacher", paths["bf16"], "teacher", paths["bf16-fsdp"]]
     ends = several_processes.train(*plan, "spoiled", paths["spoiled"], TEST_BACKEND="aot_eager", TEST_SPOIL="1")
     assert [code for code, _ in ends] == [2, 2], ends  # the last of them ends all
     (root / "ends.json").write_text(json.dumps(ends))
@@ -123,6 +126,13 @@ def test_two_processes_train_a_teacher_as_one_does(one: Path, several: dict[str,
 @pytest.mark.parametrize("how", ["ddp", "fsdp", "fsdp-parts"])
 def test_two_processes_quantise_as_one_does(one: Path, several: dict[str, Path], how: str) -> None:
     assert_same_training(one, several[how], "qat")
+
+
+@pytest.mark.parametrize("how", ["bf16", "bf16-fsdp"])
+def test_gradients_in_bf16_train_nearly_the_same(one: Path, several: dict[str, Path], how: str) -> None:
+    """Rounding to 8 bits moves a gradient by up to 0.4%: seen, and small."""
+    apart = distance(state_of(one)["model"], state_of(several[how])["model"])
+    assert 1e-4 < apart < 5e-2
 
 
 def test_gradients_are_clipped_by_the_norm_of_the_whole_batch(several: dict[str, Path]) -> None:
@@ -237,8 +247,9 @@ def test_a_killed_and_a_terminated_process_lose_nothing(root: Path, one: Path) -
     processes = several_processes.start(*arguments, **signalled("teacher", 30, signal.SIGTERM, rank=1))
     (first, said), (second, repeated) = several_processes.finish(processes)
     assert first == second == 2, said + repeated
-    assert load_state(path)["step"] == 31
-    assert "stopped by SIGTERM at step 31 of 150" in said
+    stopped = load_state(path)["step"]
+    assert 31 <= stopped <= 40  # the processes agree every 10 steps
+    assert f"stopped by SIGTERM at step {stopped} of 150" in said
     assert "error" not in repeated
 
     train_teacher(load_config(broken, []))

@@ -1,6 +1,6 @@
 """Data of a run: where images come from, how they are kept, and how a step draws its batch."""
 
-from train.data.batches import BatchSource, step_generator
+from train.data.batches import BatchSource, sample_noise, step_generator
 from train.data.digest import data_digest
 from train.data.errors import DataError
 from train.data.images import ImageDataset, centre_images, load_dataset
@@ -28,5 +28,6 @@ __all__ = [
     "open_source",
     "prepare",
     "read_images",
+    "sample_noise",
     "step_generator",
 ]

@@ -182,20 +182,42 @@ def evaluate(
     ] = None,
     npz: Annotated[Path | None, typer.Option(help="Also write the samples as npz files into this folder.")] = None,
     agreement_only: Annotated[bool, typer.Option("--agreement-only", help="Leave out the distances.")] = False,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="Settings of published figures: ddpm-cfg-1.5, ddpm-cfg-4.0 (250 steps, 50,000 samples) or "
+            "quick (50 steps, 10,000)."
+        ),
+    ] = None,
     override: SetOption = None,
 ) -> None:
     """Measure samples: agreement with their class, and distances to the photos with intervals over seeds.
 
     Prints JSON and keeps it in RUN_DIR/evaluation.json. Needs no download: FD-EffNet is on EfficientNet-Lite0 features.
+    Under torchrun every process draws its share of the samples.
     """
-    loaded = _load(config, override)
+    loaded = _load(config, [*_protocol(protocol), *(override or [])])
     from train.evaluation.models import known_model
     from train.evaluation.run import evaluate_run
 
     which = None if model is None else known_model(model)
     options: dict[str, Any] = {"sheet": sheet, "inception": inception, "npz": npz, "agreement_only": agreement_only}
-    entry = evaluate_run(loaded, which, checkpoint=checkpoint, classes=classes, seed=seed, **options)
-    typer.echo(json.dumps(entry, indent=2))
+    from train.parallel import processes, rank
+
+    with processes():
+        entry = evaluate_run(loaded, which, checkpoint=checkpoint, classes=classes, seed=seed, **options)
+        if rank() == 0:
+            typer.echo(json.dumps(entry, indent=2))
+
+
+def _protocol(name: str | None) -> tuple[str, ...]:
+    if name is None:
+        return ()
+    from train.config import PROTOCOLS
+
+    if name not in PROTOCOLS:
+        raise UserError(f"--protocol {name}: choose one of {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[name]
 
 
 @app.command()

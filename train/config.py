@@ -154,6 +154,22 @@ class EvaluationConfig(StrictModel):
     photos: int = Field(default=50_000, ge=2, description="photos of the data that they are compared with, at most")
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 1, 2), min_length=1)
     batch_size: int = Field(default=64, ge=1)
+    inception: Path | None = Field(
+        default=None, description="torch-fidelity's Inception-v3 weights: also FID, sFID, IS, precision and recall"
+    )
+    reference: Path | None = Field(
+        default=None, description="ADM's reference npz that they compare with in place of data.path"
+    )
+
+
+# Overrides of a run for figures that are compared with published ones.
+PROTOCOLS = {
+    "ddpm-cfg-1.5": ("sampler.sampler=ddpm", "sampler.steps=250", "sampler.guidance_scale=1.5",
+                     "evaluation.samples=50000", "evaluation.seeds=[0]"),
+    "ddpm-cfg-4.0": ("sampler.sampler=ddpm", "sampler.steps=250", "sampler.guidance_scale=4.0",
+                     "evaluation.samples=50000", "evaluation.seeds=[0]"),
+    "quick": ("sampler.steps=50", "evaluation.samples=10000", "evaluation.seeds=[0]"),
+}  # fmt: skip
 
 
 class TrainConfig(StrictModel):

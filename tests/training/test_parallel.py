@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import several_processes
@@ -111,7 +112,7 @@ def several(root: Path, one: Path) -> dict[str, Path]:
     for name in ("ddp", "fsdp"):
         plan += ["teacher", paths[name], "qat", paths[name]]
     plan += ["qat", paths["fsdp-parts"], "teacher", paths["halfway"], "teacher", paths["from-one"]]
-    plan += ["teacher", paths["bf16"], "teacher", paths["bf16-fsdp"]]
+    plan += ["samples", paths["ddp"], "teacher", paths["bf16"], "teacher", paths["bf16-fsdp"]]
     ends = several_processes.train(*plan, "spoiled", paths["spoiled"], TEST_BACKEND="aot_eager", TEST_SPOIL="1")
     assert [code for code, _ in ends] == [2, 2], ends  # the last of them ends all
     (root / "ends.json").write_text(json.dumps(ends))
@@ -126,6 +127,17 @@ def test_two_processes_train_a_teacher_as_one_does(one: Path, several: dict[str,
 @pytest.mark.parametrize("how", ["ddp", "fsdp", "fsdp-parts"])
 def test_two_processes_quantise_as_one_does(one: Path, several: dict[str, Path], how: str) -> None:
     assert_same_training(one, several[how], "qat")
+
+
+def test_two_processes_draw_the_samples_of_one(several: dict[str, Path]) -> None:
+    """The file that both have written, and what one process makes of it, which must find nothing left to do."""
+    config = load_config(several["ddp"], [])
+    both = np.load(config.run_dir / "samples" / "images.npy")
+    notes = {rank: json.loads((config.run_dir / "samples" / f"progress-{rank}.json").read_text()) for rank in (0, 1)}
+    assert sorted(notes[0]["done"] + notes[1]["done"]) == [0, 4, 8, 12]
+    shutil.rmtree(config.run_dir / "samples")
+    alone = np.load(several_processes.draw_samples(config))
+    assert np.abs(both.astype(int) - alone.astype(int)).max() <= 2  # products round by the number of threads
 
 
 @pytest.mark.parametrize("how", ["bf16", "bf16-fsdp"])

@@ -123,7 +123,7 @@ def execute(stage: Stage, config: TrainConfig, note: Note = print, redo: bool = 
     inputs = stage.inputs(config, note)
     if not from_first(lambda: _begin(stage, config, inputs, note, redo)):
         return
-    if stage.trains:
+    if stage.trains or stage.together:
         stage.work(config, note)
     else:
         on_first(lambda: _work_alone(stage, config, note))

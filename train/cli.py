@@ -64,10 +64,11 @@ RedoOption = Annotated[bool, typer.Option("--redo", help="Throw away what this s
 
 def _stage(name: str, config: Path, overrides: list[str] | None, redo: bool) -> None:
     loaded = _load(config, overrides)
+    from train.data import looked_at_once
     from train.parallel import processes
     from train.stages import run_stage
 
-    with processes():
+    with processes(), looked_at_once():
         run_stage(name, loaded, typer.echo, redo)
 
 
@@ -82,6 +83,7 @@ def run(
 ) -> None:
     """Run every stage, in order; those that are up to date are left alone."""
     loaded = _load(config, override)
+    from train.data import looked_at_once
     from train.parallel import processes
     from train.stages import STAGES
     from train.stages import run as run_stages
@@ -89,7 +91,7 @@ def run(
     unknown = sorted(set(redo or ()) - {stage.name for stage in STAGES})
     if unknown:
         raise UserError(f"--redo {unknown[0]}: no such stage; one of {', '.join(stage.name for stage in STAGES)}")
-    with processes():
+    with processes(), looked_at_once():
         run_stages(loaded, typer.echo, redo or ())
 
 
@@ -202,9 +204,10 @@ def evaluate(
 
     which = None if model is None else known_model(model)
     options: dict[str, Any] = {"sheet": sheet, "inception": inception, "npz": npz, "agreement_only": agreement_only}
+    from train.data import looked_at_once
     from train.parallel import processes, rank
 
-    with processes():
+    with processes(), looked_at_once():
         entry = evaluate_run(loaded, which, checkpoint=checkpoint, classes=classes, seed=seed, **options)
         if rank() == 0:
             typer.echo(json.dumps(entry, indent=2))
@@ -257,13 +260,17 @@ def memory(
     config: ConfigOption,
     stage: Annotated[str, typer.Option(help="teacher, warmup or qat.")] = "qat",
     processes: Annotated[int, typer.Option(min=1, help="Among how many the batch and, with fsdp, the model go.")] = 1,
+    teraflops: Annotated[
+        float, typer.Option(min=1e-3, help="What one process sustains; 51 is an A100 at half of fast-DiT's speed.")
+    ] = 51.0,
     override: SetOption = None,
 ) -> None:
-    """Count the memory that a training step takes in one process; needs neither the data nor a GPU."""
+    """Count the memory that a training step takes in one process, and the time of the stage. Needs no data."""
     loaded = _load(config, override)
-    from train.memory import memory_table
+    from train.memory import memory_table, time_line
 
     typer.echo(memory_table(loaded, stage, processes))
+    typer.echo(time_line(loaded, stage, processes, teraflops))
 
 
 @app.command()

@@ -175,7 +175,9 @@ def evaluate(
     model: Annotated[
         str | None, typer.Option(help="teacher, student or packed; default: the last that the run has made.")
     ] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="A packed file from elsewhere, instead of --model.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A packed file from elsewhere; or, with --model, a state in RUN_DIR/kept.")
+    ] = None,
     classes: Annotated[int, typer.Option(min=1, help="Agreement: how many classes to draw at random.")] = 200,
     seed: Annotated[int, typer.Option(help="Agreement: seed of the classes and of the samples.")] = 0,
     sheet: Annotated[Path | None, typer.Option(help="Also write a contact sheet of the first 64 samples.")] = None,

@@ -74,6 +74,9 @@ class StageConfig(StrictModel):
         description="share of inputs that are the model's own one-step sample, noised, in place of the image",
     )  # fmt: skip
     save_every: int = Field(default=1000, ge=1)
+    keep_every: int | None = Field(
+        default=None, ge=1, description="also keep the state of every so many steps, as kept/STAGE-STEP.pt; null: none"
+    )
     log_every: int = Field(default=50, ge=1)
     eval_every: int | None = Field(
         default=None, ge=1, description="steps between held-out losses and sheets of samples; null: none"
@@ -95,9 +98,11 @@ class StageConfig(StrictModel):
     )
 
     @model_validator(mode="after")
-    def _parts_are_even(self) -> StageConfig:
+    def _counts_agree(self) -> StageConfig:
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}")
+        if self.keep_every is not None and self.keep_every % self.save_every:
+            raise ValueError(f"keep_every {self.keep_every} must be a multiple of save_every {self.save_every}")
         return self
 
 

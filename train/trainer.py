@@ -28,7 +28,7 @@ from train.loss import add_noise, diffusion_loss, draw_timesteps, own_sample
 from train.messages import one_line
 from train.prefetch import Prefetcher
 from train.provenance import run_provenance
-from train.state import EMA, StateError, check_settings
+from train.state import EMA, StateError, check_settings, keep_state
 from train.state_file import read_state_file, save_state
 from train.state_shards import is_pointer, read_shards_into, read_whole, save_shards, shards_folder
 from train.watch import Watch
@@ -322,6 +322,8 @@ class Trainer:
                 if saves:
                     self.save()
                     saved = self.step
+                    if stage.keep_every is not None and self.step % stage.keep_every == 0:
+                        parallel.on_first(lambda: keep_state(self.state_path, self.step))
                 if watch is not None and watches:
                     with self.ema.applied_to(self.model):
                         figures = watch(self.model, self.step)

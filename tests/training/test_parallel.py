@@ -96,7 +96,9 @@ def several(root: Path, one: Path) -> dict[str, Path]:
     parts = {"accumulate": 2, "activation_checkpointing": True}
     paths = {
         "ddp": configure(root, "ddp", {"teacher": parts, "qat": parts, "compile": True}),
-        "fsdp": configure(root, "fsdp", {"teacher": {"parallel": "fsdp"}, "qat": {"parallel": "fsdp"}}),
+        "fsdp": configure(
+            root, "fsdp", {"teacher": {"parallel": "fsdp", "keep_every": 4}, "qat": {"parallel": "fsdp"}}
+        ),
         "fsdp-parts": configure(root, "fsdp-parts", {"qat": {"parallel": "fsdp", **parts}, "compile": True}),
         "halfway": configure(root, "halfway", {"teacher": {"parallel": "fsdp", "steps": 3}}),
         "from-one": configure(root, "from-one", {"teacher": {"parallel": "fsdp"}}),
@@ -138,6 +140,13 @@ def test_two_processes_draw_the_samples_of_one(several: dict[str, Path]) -> None
     shutil.rmtree(config.run_dir / "samples")
     alone = np.load(several_processes.draw_samples(config))
     assert np.abs(both.astype(int) - alone.astype(int)).max() <= 2  # products round by the number of threads
+
+
+def test_a_kept_state_of_shards_is_whole(several: dict[str, Path]) -> None:
+    run_dir = load_config(several["fsdp"], []).run_dir
+    state = load_state(run_dir / "kept" / "teacher-0000004.pt")
+    assert state["step"] == 4
+    assert distance(state["model"], load_state(run_dir / "teacher.pt")["model"]) > 1e-3
 
 
 @pytest.mark.parametrize("how", ["bf16", "bf16-fsdp"])

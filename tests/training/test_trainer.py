@@ -19,6 +19,8 @@ from torch import Tensor
 from train import stages, trainer
 from train.config import StageConfig, TrainConfig, load_config
 from train.data import BatchSource
+from train.evaluation.models import load_sampler
+from train.evaluation.samples import draw
 from train.stages import read_images, train_teacher
 from train.state import EMA, StateError, exclusive, load_state, save_state
 from train.trainer import Trainer, TrainingError, learning_rate
@@ -223,6 +225,23 @@ def test_held_out_figures_change_nothing_in_the_training(tmp_path: Path) -> None
     assert found[3] != found[6]
     sheets = sorted(path.name for path in (watched.run_dir / "samples").iterdir())
     assert sheets == ["teacher-0000003.png", "teacher-0000006.png"]
+
+
+def test_states_are_kept_by_step(tmp_path: Path) -> None:
+    """A kept state is what a run of so many steps ends with, also when later steps have replaced the last one."""
+    short = make_config(
+        tmp_path, {"run_dir": str(tmp_path / "short"), "teacher": {"lr_schedule": "constant", "steps": 4}}
+    )
+    stage = {"lr_schedule": "constant", "keep_every": 4, "save_every": 2}
+    kept = make_config(tmp_path, {"run_dir": str(tmp_path / "kept"), "teacher": stage})
+    train_teacher(short)
+    train_teacher(kept)
+    assert [path.name for path in (kept.run_dir / "kept").iterdir()] == ["teacher-0000004.pt"]
+    assert_equal_states(kept.run_dir / "kept" / "teacher-0000004.pt", short.run_dir / "teacher.pt")
+    assert load_state(kept.run_dir / "teacher.pt")["step"] == 6
+    sampler, _ = load_sampler(kept, "teacher", kept.run_dir / "kept" / "teacher-0000004.pt")
+    expected, _ = load_sampler(short, "teacher")
+    assert torch.equal(draw(sampler, [0, 1], 0), draw(expected, [0, 1], 0))
 
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,19 +87,22 @@ def model_path(config: TrainConfig, which: Which) -> Path:
 
 
 def load_sampler(config: TrainConfig, which: Which, checkpoint: Path | None = None) -> tuple[Sampler, str]:
-    """The sampler of ``which``, and the SHA-256 of the file it is from; ``checkpoint``: a packed file elsewhere.
+    """The sampler of ``which``, and the SHA-256 of the file it is from.
+
+    ``checkpoint``: a packed file elsewhere, or a kept state of ``which``, by its suffix ``.pt``.
 
     Raises:
         StateError, CheckpointError: the file is missing or damaged. EvaluationError: it is of another shape.
     """
     path = checkpoint or model_path(config, which)
-    if checkpoint is not None or which == "packed":
+    kept = checkpoint if checkpoint is not None and checkpoint.suffix == ".pt" else None
+    if which == "packed" or (checkpoint is not None and kept is None):
         sampler = Sampler.from_checkpoint(path, decoder=config.data.vae)
     elif which == "student":
         quantised = config.model_copy(update={"quant": resolved_quant(config)})
-        sampler = plain_sampler(load_student(config)[0], quantised, which)
+        sampler = plain_sampler(load_student(config, kept)[0], quantised, which)
     else:
-        sampler = plain_sampler(load_teacher(config), config, which)
+        sampler = plain_sampler(load_teacher(config, kept), config, which)
     model, side = config.model, sample_side(config)
     if (sampler.image_size, sampler.num_classes) != (side, model.num_classes):
         raise EvaluationError(

@@ -52,7 +52,8 @@ def evaluate_run(
     Every process of a run calls this: each draws its share of the samples, and the first one measures them.
 
     Args:
-        which: the model of the run; none is the last that it has made. ``checkpoint``: a packed file instead.
+        which: the model of the run; none is the last that it has made. ``checkpoint``: a packed file instead, or a
+            kept state of the teacher or student.
         classes, seed: agreement is that of one sample each of so many random classes.
         sheet: also write a contact sheet of the first 64 of them there.
         inception: weights of Inception-v3, for FID, sFID, Inception score, precision and recall; by default
@@ -75,7 +76,7 @@ def evaluate_run(
 
     parallel.on_first(ready)
     sampler, digest = load_sampler(config, chosen, checkpoint)
-    settings = config.sampler if checkpoint is None else sampler.defaults
+    settings = sampler.defaults
     name = chosen if checkpoint is None else checkpoint.stem
     seeds = () if agreement_only else config.evaluation.seeds
     sets = [_samples(config, sampler, settings, name, digest, each) for each in seeds]

@@ -40,8 +40,8 @@ from train.state import StateError, load_state, locked
 from train.state_shards import shards_folder
 
 # Keys of a training stage that do not change its numbers beyond rounding, or whose file's content is compared instead.
-_IDLE = {"save_every", "log_every", "eval_every", "eval_samples", "accumulate", "activation_checkpointing", "parallel",
-         "pretrained", "warm_start"}  # fmt: skip
+_IDLE = {"save_every", "keep_every", "log_every", "eval_every", "eval_samples", "accumulate",
+         "activation_checkpointing", "parallel", "pretrained", "warm_start"}  # fmt: skip
 
 Changed = dict[str, tuple[Any, Any]]
 

@@ -64,10 +64,11 @@ RedoOption = Annotated[bool, typer.Option("--redo", help="Throw away what this s
 
 def _stage(name: str, config: Path, overrides: list[str] | None, redo: bool) -> None:
     loaded = _load(config, overrides)
+    from train.data import looked_at_once
     from train.parallel import processes
     from train.stages import run_stage
 
-    with processes():
+    with processes(), looked_at_once():
         run_stage(name, loaded, typer.echo, redo)
 
 
@@ -82,6 +83,7 @@ def run(
 ) -> None:
     """Run every stage, in order; those that are up to date are left alone."""
     loaded = _load(config, override)
+    from train.data import looked_at_once
     from train.parallel import processes
     from train.stages import STAGES
     from train.stages import run as run_stages
@@ -89,7 +91,7 @@ def run(
     unknown = sorted(set(redo or ()) - {stage.name for stage in STAGES})
     if unknown:
         raise UserError(f"--redo {unknown[0]}: no such stage; one of {', '.join(stage.name for stage in STAGES)}")
-    with processes():
+    with processes(), looked_at_once():
         run_stages(loaded, typer.echo, redo or ())
 
 
@@ -173,7 +175,9 @@ def evaluate(
     model: Annotated[
         str | None, typer.Option(help="teacher, student or packed; default: the last that the run has made.")
     ] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="A packed file from elsewhere, instead of --model.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A packed file from elsewhere; or, with --model, a state in RUN_DIR/kept.")
+    ] = None,
     classes: Annotated[int, typer.Option(min=1, help="Agreement: how many classes to draw at random.")] = 200,
     seed: Annotated[int, typer.Option(help="Agreement: seed of the classes and of the samples.")] = 0,
     sheet: Annotated[Path | None, typer.Option(help="Also write a contact sheet of the first 64 samples.")] = None,
@@ -182,20 +186,43 @@ def evaluate(
     ] = None,
     npz: Annotated[Path | None, typer.Option(help="Also write the samples as npz files into this folder.")] = None,
     agreement_only: Annotated[bool, typer.Option("--agreement-only", help="Leave out the distances.")] = False,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="Settings of published figures: ddpm-cfg-1.5, ddpm-cfg-4.0 (250 steps, 50,000 samples) or "
+            "quick (50 steps, 10,000)."
+        ),
+    ] = None,
     override: SetOption = None,
 ) -> None:
     """Measure samples: agreement with their class, and distances to the photos with intervals over seeds.
 
     Prints JSON and keeps it in RUN_DIR/evaluation.json. Needs no download: FD-EffNet is on EfficientNet-Lite0 features.
+    Under torchrun every process draws its share of the samples.
     """
-    loaded = _load(config, override)
+    loaded = _load(config, [*_protocol(protocol), *(override or [])])
     from train.evaluation.models import known_model
     from train.evaluation.run import evaluate_run
 
     which = None if model is None else known_model(model)
     options: dict[str, Any] = {"sheet": sheet, "inception": inception, "npz": npz, "agreement_only": agreement_only}
-    entry = evaluate_run(loaded, which, checkpoint=checkpoint, classes=classes, seed=seed, **options)
-    typer.echo(json.dumps(entry, indent=2))
+    from train.data import looked_at_once
+    from train.parallel import processes, rank
+
+    with processes(), looked_at_once():
+        entry = evaluate_run(loaded, which, checkpoint=checkpoint, classes=classes, seed=seed, **options)
+        if rank() == 0:
+            typer.echo(json.dumps(entry, indent=2))
+
+
+def _protocol(name: str | None) -> tuple[str, ...]:
+    if name is None:
+        return ()
+    from train.config import PROTOCOLS
+
+    if name not in PROTOCOLS:
+        raise UserError(f"--protocol {name}: choose one of {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[name]
 
 
 @app.command()
@@ -235,13 +262,17 @@ def memory(
     config: ConfigOption,
     stage: Annotated[str, typer.Option(help="teacher, warmup or qat.")] = "qat",
     processes: Annotated[int, typer.Option(min=1, help="Among how many the batch and, with fsdp, the model go.")] = 1,
+    teraflops: Annotated[
+        float, typer.Option(min=1e-3, help="What one process sustains; 51 is an A100 at half of fast-DiT's speed.")
+    ] = 51.0,
     override: SetOption = None,
 ) -> None:
-    """Count the memory that a training step takes in one process; needs neither the data nor a GPU."""
+    """Count the memory that a training step takes in one process, and the time of the stage. Needs no data."""
     loaded = _load(config, override)
-    from train.memory import memory_table
+    from train.memory import memory_table, time_line
 
     typer.echo(memory_table(loaded, stage, processes))
+    typer.echo(time_line(loaded, stage, processes, teraflops))
 
 
 @app.command()

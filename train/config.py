@@ -35,9 +35,13 @@ class DataConfig(StrictModel):
     """Images and their augmentation: resize the short side to ``resize``, crop to the model's size."""
 
     path: Path = Field(description="class folders, a zip of them, an npz, Parquet files, or a folder of IDX files")
-    split: Literal["train", "test"] = Field(default="train", description="which part of a data set that has both")
-    fit: Literal["resize", "pad"] = Field(
-        default="resize", description="pad: an image no larger than the wanted size is centred on black, not enlarged"
+    split: Literal["train", "val", "test"] = Field(
+        default="train", description="which part of a data set that has several"
+    )
+    fit: Literal["resize", "pad", "adm"] = Field(
+        default="resize",
+        description="pad: an image no larger than the wanted size is centred on black, not enlarged; adm: box "
+        "halvings, then bicubic, as published ImageNet figures crop",
     )
     resize: int | None = Field(default=None, ge=2, description="short side before the crop; default: the crop's size")
     supersample: int = Field(
@@ -70,7 +74,16 @@ class StageConfig(StrictModel):
         description="share of inputs that are the model's own one-step sample, noised, in place of the image",
     )  # fmt: skip
     save_every: int = Field(default=1000, ge=1)
+    keep_every: int | None = Field(
+        default=None, ge=1, description="also keep the state of every so many steps, as kept/STAGE-STEP.pt; null: none"
+    )
     log_every: int = Field(default=50, ge=1)
+    eval_every: int | None = Field(
+        default=None, ge=1, description="steps between held-out losses and sheets of samples; null: none"
+    )
+    eval_samples: int = Field(
+        default=0, ge=0, description="samples of which eval_every also measures FD-EffNet; 0: none"
+    )
     accumulate: int = Field(
         default=1, ge=1, description="batch_size is worked through in this many parts, one after another: less memory"
     )
@@ -80,11 +93,16 @@ class StageConfig(StrictModel):
     parallel: Literal["ddp", "fsdp"] = Field(
         default="ddp", description="several processes (torchrun): each holds the whole model, or a shard of it (FSDP2)"
     )
+    gradients: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="what gradients travel in between processes; bf16 is half the traffic"
+    )
 
     @model_validator(mode="after")
-    def _parts_are_even(self) -> StageConfig:
+    def _counts_agree(self) -> StageConfig:
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}")
+        if self.keep_every is not None and self.keep_every % self.save_every:
+            raise ValueError(f"keep_every {self.keep_every} must be a multiple of save_every {self.save_every}")
         return self
 
 
@@ -135,12 +153,28 @@ class EvaluationConfig(StrictModel):
     """How samples are drawn to be measured; steps, guidance and sampler are ``sampler``'s."""
 
     samples: int = Field(default=2000, ge=2, description="drawn for each seed")
-    split: Literal["train", "test"] = Field(
+    split: Literal["train", "val", "test"] = Field(
         default="train", description="which part of the data samples are compared with; test: never trained on"
     )
     photos: int = Field(default=50_000, ge=2, description="photos of the data that they are compared with, at most")
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 1, 2), min_length=1)
     batch_size: int = Field(default=64, ge=1)
+    inception: Path | None = Field(
+        default=None, description="torch-fidelity's Inception-v3 weights: also FID, sFID, IS, precision and recall"
+    )
+    reference: Path | None = Field(
+        default=None, description="ADM's reference npz that they compare with in place of data.path"
+    )
+
+
+# Overrides of a run for figures that are compared with published ones.
+PROTOCOLS = {
+    "ddpm-cfg-1.5": ("sampler.sampler=ddpm", "sampler.steps=250", "sampler.guidance_scale=1.5",
+                     "evaluation.samples=50000", "evaluation.seeds=[0]"),
+    "ddpm-cfg-4.0": ("sampler.sampler=ddpm", "sampler.steps=250", "sampler.guidance_scale=4.0",
+                     "evaluation.samples=50000", "evaluation.seeds=[0]"),
+    "quick": ("sampler.steps=50", "evaluation.samples=10000", "evaluation.seeds=[0]"),
+}  # fmt: skip
 
 
 class TrainConfig(StrictModel):

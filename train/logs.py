@@ -1,11 +1,15 @@
-"""What a stage logs of its training: lines of JSON beside its state, and the same curves for TensorBoard."""
+"""What a stage logs of its training: lines of JSON beside its state, curves for TensorBoard, progress on the screen."""
 
 from __future__ import annotations
 
 import json
 import math
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from robuq_core.files import parse_json, replacing
@@ -16,12 +20,14 @@ _FLUSH_SECONDS = 10
 class TrainingLog:
     """The records of the stage whose state is at ``path``: ``STAGE.log.jsonl`` and ``tensorboard/STAGE``.
 
+    Where standard output is no terminal, every record is also a plain line there: a bar would show nothing.
+
     Records of steps after ``step``, the saved one, are dropped: a killed run logged them and this one takes those
     steps again.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
-        self._path = path.with_suffix(".log.jsonl")
+    def __init__(self, path: Path, step: int, steps: int) -> None:
+        self._path, self._steps = path.with_suffix(".log.jsonl"), steps
         self._forget_after(step)
         folder = path.parent / "tensorboard" / path.stem
         self._curves = SummaryWriter(str(folder), purge_step=step + 1, flush_secs=_FLUSH_SECONDS)
@@ -33,6 +39,14 @@ class TrainingLog:
             file.write(json.dumps({"step": step, **rounded}) + "\n")
         for name, value in values.items():
             self._curves.add_scalar(name, value, step)
+        if not is_terminal():
+            print(f"{self._path.name.split('.')[0]} {step}/{self._steps}", *self._shown(step, rounded), flush=True)
+
+    def _shown(self, step: int, values: dict[str, float]) -> Iterator[str]:
+        for name, value in values.items():
+            yield f"{name} {value:.4g}"
+        if rate := values.get("steps_per_second"):
+            yield f"left {timedelta(seconds=round((self._steps - step) / rate))}"
 
     def close(self) -> None:
         self._curves.close()
@@ -45,6 +59,16 @@ class TrainingLog:
         if kept != lines:
             with replacing(self._path) as temporary:
                 temporary.write_text("".join(f"{line}\n" for line in kept))
+
+
+def is_terminal() -> bool:
+    return sys.stdout.isatty()
+
+
+def progress_bar(log: TrainingLog | None) -> Progress:
+    """A bar of steps with the time to go; hidden without a ``log`` (not the first process) or a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, disable=log is None or not is_terminal())
 
 
 def _logged_step(line: str) -> float:

@@ -25,7 +25,7 @@ from robuq_core.models.dit import DiT
 from robuq_core.models.quant_linear import quantize_model
 from train.config import ConfigError, StageConfig, TrainConfig
 from train.parallel import checkpoint_blocks
-from train.trainer import NoisyBatch, batch_loss, check_shares
+from train.trainer import NoisyBatch, batch_loss, check_shares, step_flops
 
 FP32 = 4
 # Blocks whose weights FSDP holds whole at once: the one that computes and the next, which is being gathered.
@@ -196,6 +196,24 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
+def _stage(config: TrainConfig, name: str) -> StageConfig:
+    stages = {"teacher": config.teacher, "warmup": config.warmup, "qat": config.qat}
+    if name not in stages:
+        raise ConfigError(f"stage {name!r}: not one of {', '.join(stages)}")
+    return stages[name]
+
+
+def time_line(config: TrainConfig, name: str, world: int, teraflops: float) -> str:
+    """How long the stage takes ``world`` processes that each sustain ``teraflops``, as text."""
+    stage = _stage(config, name)
+    flops = step_flops(config, stage) * stage.steps
+    hours = flops / (teraflops * 1e12 * world) / 3600
+    return (
+        f"Time of {stage.steps} steps: {flops:.3g} operations, {hours:.3g} hours at {teraflops:g} TFLOP/s sustained in "
+        f"each of {world} process(es). The log's model_teraflops says what a machine sustains."
+    )
+
+
 def memory_table(config: TrainConfig, name: str, world: int) -> str:
     """The memory of one of ``world`` processes in GB (1e9 bytes), with and without activation checkpointing, as text.
 
@@ -204,10 +222,7 @@ def memory_table(config: TrainConfig, name: str, world: int) -> str:
     Raises:
         ConfigError: no stage ``name`` trains, or the batch does not divide between the processes.
     """
-    stages = {"teacher": config.teacher, "warmup": config.warmup, "qat": config.qat}
-    if name not in stages:
-        raise ConfigError(f"stage {name!r}: not one of {', '.join(stages)}")
-    stage, quant = stages[name], None if name == "teacher" else config.quant
+    stage, quant = _stage(config, name), None if name == "teacher" else config.quant
     bf16 = config.precision != "fp32"
     columns = [
         step_memory(config, stage.model_copy(update={"activation_checkpointing": again}), quant, world=world, bf16=bf16)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -168,20 +168,22 @@ def from_first(action: Callable[[], T]) -> T:
     return result
 
 
-def agree(loss: Tensor, asked_to_stop: signal.Signals | None) -> tuple[float, signal.Signals | None]:
-    """The mean loss of all processes, and the signal that any of them has got.
+def agree(losses: Tensor, asked_to_stop: signal.Signals | None) -> tuple[list[float], signal.Signals | None]:
+    """The means over all processes of ``losses [n]``, and the signal that any of them has got.
 
-    All of them thus stop after the same step, and none goes on with a loss that is not finite in one.
+    All of them thus stop after the same step, and none continues with a loss that is not finite in one. Waits for the
+    device once.
     """
     if world_size() == 1:
-        return loss.item(), asked_to_stop
+        return losses.tolist(), asked_to_stop
     numbers = (signal.SIGTERM, signal.SIGINT)
-    asked = [float(asked_to_stop == number) for number in numbers]
-    message = torch.tensor([0.0, *asked], dtype=torch.float64, device=loss.device)
-    message[0] = loss
+    asked = torch.tensor([float(asked_to_stop == number) for number in numbers], dtype=torch.float64)
+    message = torch.cat([losses.double(), asked.to(losses.device)])
     dist.all_reduce(message)
-    total, *votes = message.tolist()
-    return total / world_size(), next((n for n, vote in zip(numbers, votes, strict=True) if vote), None)
+    found = message.tolist()
+    votes = found[len(losses) :]
+    means = [total / world_size() for total in found[: len(losses)]]
+    return means, next((n for n, vote in zip(numbers, votes, strict=True) if vote), None)
 
 
 def same_everywhere(number: int) -> bool:
@@ -201,11 +203,14 @@ def checkpoint_blocks(model: DiT) -> None:
         block.forward = again
 
 
-def spread(model: DiT, how: Parallel, compiled: bool, device: torch.device) -> Callable[..., Tensor]:
+def spread(
+    model: DiT, how: Parallel, compiled: bool, device: torch.device, *, bf16_gradients: bool = False
+) -> Callable[..., Tensor]:
     """Share ``model``, already on ``device``, between the processes; returns what to call in its place.
 
     ``ddp``: every process holds all of it, and gradients are averaged as they come. ``fsdp``: each holds a slice of
     every matrix, gathered block by block when needed; the parameters of ``model`` become DTensors.
+    ``bf16_gradients``: gradients travel between the processes in bfloat16: half the traffic, rounded once.
     """
     if world_size() == 1:
         return torch.compile(model) if compiled else model
@@ -221,15 +226,27 @@ def spread(model: DiT, how: Parallel, compiled: bool, device: torch.device) -> C
             tensor.data = tensor.data.contiguous()  # the factors that come of an SVD are not
             dist.broadcast(tensor.data, 0)
         mesh = init_device_mesh(device.type, (world_size(),))
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if bf16_gradients else None)
         for block in model.blocks:
-            fully_shard(block, mesh=mesh, ignored_params=empty)
-        fully_shard(model, mesh=mesh, ignored_params=empty)
+            fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=empty)
+        fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=empty)
         return model
     if not any(p.requires_grad for p in model.parameters()):
         return model
     for parameter in empty:  # a low-rank branch of rank 0 has no gradient to wait for
         parameter.requires_grad_(False)
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    shared = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    if bf16_gradients:
+        shared.register_comm_hook(None, lambda _, bucket: _mean_in_bf16(bucket.buffer()))
+    return shared
+
+
+def _mean_in_bf16(gradients: Tensor) -> torch.futures.Future[Tensor]:
+    """As torch's ``bf16_compress_hook``, which refuses gloo."""
+    rounded = (gradients / world_size()).to(torch.bfloat16)
+    sums = dist.all_reduce(rounded, async_op=True).get_future()
+    mean: torch.futures.Future[Tensor] = sums.then(lambda done: gradients.copy_(done.value()[0]))
+    return mean
 
 
 def without_averaging(forward: Callable[..., Tensor]) -> AbstractContextManager[Any]:
@@ -253,7 +270,7 @@ def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def clip_gradients(model: nn.Module, limit: float) -> float:
-    """Scale the gradients of ``model`` to a Euclidean norm of at most ``limit``; returns the norm before."""
+def clip_gradients(model: nn.Module, limit: float) -> Tensor:
+    """Scale the gradients of ``model`` to a Euclidean norm of at most ``limit``; returns the norm before, a scalar."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

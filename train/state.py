@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,10 +15,10 @@ from torch import Tensor, nn
 
 from train.messages import one_line
 from train.parallel import local, on_first
-from train.state_file import StateError, read_state_file, save_state
-from train.state_shards import is_pointer, read_whole
+from train.state_file import StateError, cannot_write, read_state_file, save_state
+from train.state_shards import is_pointer, read_whole, shards_folder
 
-__all__ = ["EMA", "StateError", "check_settings", "exclusive", "load_ema", "load_state", "save_state"]
+__all__ = ["EMA", "StateError", "check_settings", "exclusive", "keep_state", "load_ema", "load_state", "save_state"]
 
 
 class EMA:
@@ -31,6 +33,19 @@ class EMA:
         decay = min(self.decay, (1 + step) / (10 + step))
         shadow = [local(value) for value in self.shadow.values()]
         torch._foreach_lerp_(shadow, [local(p.detach()) for p in model.parameters()], 1 - decay)
+
+    @contextmanager
+    def applied_to(self, model: nn.Module) -> Iterator[None]:
+        """Inside, ``model`` has the averaged weights."""
+        own = [local(p.detach()) for p in model.parameters()]
+        kept = [value.clone() for value in own]
+        with torch.no_grad():
+            torch._foreach_copy_(own, [local(value) for value in self.shadow.values()])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(own, kept)
 
     def restore(self, shadow: dict[str, Tensor]) -> None:
         """Go on from a saved average.
@@ -89,6 +104,28 @@ def load_state(path: Path) -> dict[str, Any]:
     """
     state = read_state_file(path)
     return read_whole(path, state) if is_pointer(state) else state
+
+
+def keep_state(path: Path, step: int) -> None:
+    """Keep the state at ``path``, of ``step``, as ``kept/STAGE-STEP.pt``: a hard link, or a copy where there is none.
+
+    Raises:
+        StateError: it cannot be written.
+    """
+    kept = path.parent / "kept" / f"{path.stem}-{step:07d}.pt"
+    shards = shards_folder(path)
+    try:
+        kept.parent.mkdir(exist_ok=True)
+        for file in [*shards.rglob("*.safetensors"), path]:
+            target = shards_folder(kept) / file.relative_to(shards) if file != path else kept
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)  # of a run that was killed and takes these steps again
+            try:
+                os.link(file, target)
+            except OSError:
+                shutil.copyfile(file, target)
+    except OSError as error:
+        raise cannot_write(kept, error) from error
 
 
 def check_settings(path: Path, state: dict[str, Any], settings: Mapping[str, Any]) -> None:

@@ -7,29 +7,34 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from robuq_core.checkpoint import layer_macs
 from robuq_core.config import NUM_TRAIN_TIMESTEPS, DiffusionConfig
 from robuq_core.errors import UserError
 from robuq_core.models.dit import DiT
 from train import parallel
 from train.config import ConfigError, StageConfig, TrainConfig
-from train.data import BatchSource, step_generator
-from train.logs import TrainingLog
+from train.data import BatchSource, sample_noise, step_generator
+from train.logs import TrainingLog, progress_bar
 from train.loss import add_noise, diffusion_loss, draw_timesteps, own_sample
 from train.messages import one_line
+from train.prefetch import Prefetcher
 from train.provenance import run_provenance
-from train.state import EMA, StateError, check_settings
+from train.state import EMA, StateError, check_settings, keep_state
 from train.state_file import read_state_file, save_state
 from train.state_shards import is_pointer, read_shards_into, read_whole, save_shards, shards_folder
+from train.watch import Watch
+
+# Steps between looks at the loss, and at the signals of other processes: each look waits for the device.
+_CHECK_EVERY = 10
 
 
 class TrainingError(UserError):
@@ -78,6 +83,21 @@ class NoisyBatch:
     classes: Tensor
     own: Tensor | None = None
 
+    def parts(self, count: int) -> Iterator[NoisyBatch]:
+        """The batch in ``count`` equal parts."""
+        for i in range(count):
+            yield self._each(lambda tensor: tensor.chunk(count)[i])  # noqa: B023  # called at once
+
+    def to(self, device: torch.device) -> NoisyBatch:
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> NoisyBatch:
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> NoisyBatch:
+        own = None if self.own is None else change(self.own)
+        return NoisyBatch(change(self.x0), change(self.noise), change(self.timesteps), change(self.classes), own)
+
 
 def batch_loss(
     forward: Callable[..., Tensor],
@@ -123,6 +143,16 @@ def check_shares(stage: StageConfig, key: str, world: int) -> None:
                           f"accumulate {stage.accumulate}")  # fmt: skip
 
 
+def step_flops(config: TrainConfig, stage: StageConfig) -> int:
+    """Operations of the products in one step of ``stage``, two for a multiply-accumulate.
+
+    Of every image one forward and twice that backward; one forward more each for recomputed activations, a distilled
+    teacher and a model's own samples. The low-rank branch and attention are not counted: some 5%.
+    """
+    forwards = 3 + stage.activation_checkpointing + bool(stage.distill_weight) + bool(stage.own_samples)
+    return 2 * forwards * sum(layer_macs(config.model).values()) * stage.batch_size
+
+
 class Trainer:
     """Runs one stage of ``model`` on ``source`` and keeps ``state_path`` up to date.
 
@@ -149,7 +179,10 @@ class Trainer:
         self.model = model.to(self.device)
         if stage.activation_checkpointing:
             parallel.checkpoint_blocks(self.model)
-        self._forward = parallel.spread(self.model, stage.parallel, config.compile, self.device)
+        if self.device.type == "cuda" and config.precision != "fp32":
+            torch.set_float32_matmul_precision("high")  # TF32
+        bf16 = stage.gradients == "bf16"
+        self._forward = parallel.spread(self.model, stage.parallel, config.compile, self.device, bf16_gradients=bf16)
         self.teacher = self._teach = None
         if teacher is not None and stage.distill_weight:
             self.teacher = teacher.to(self.device).eval().requires_grad_(False)
@@ -161,6 +194,7 @@ class Trainer:
         self.step = 0
         # One entry a start of this stage: a resumed run may have another commit or configuration.
         self.history: list[dict[str, Any]] = []
+        self._unchecked: list[tuple[Tensor, Tensor]] = []  # loss and gradient norm of each step since the last check
         self._asked_to_stop: signal.Signals | None = None
         self._stopped_by: signal.Signals | None = None
         if state_path.exists():
@@ -236,7 +270,7 @@ class Trainer:
             TrainingError: the loss is no longer finite, or a signal ended the run. StateError: the disk is full.
         """
         self.state_path.parent.mkdir(parents=True, exist_ok=True)
-        log = TrainingLog(self.state_path, self.step) if parallel.rank() == 0 else None
+        log = TrainingLog(self.state_path, self.step, self.stage.steps) if parallel.rank() == 0 else None
         previous = {number: signal.signal(number, self._request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         ended = False
         try:
@@ -252,79 +286,107 @@ class Trainer:
         if self.step < self.stage.steps and self._stopped_by is not None:
             parallel.stop_all(
                 TrainingError(f"stopped by {self._stopped_by.name} at step {self.step} of {self.stage.steps}, which "
-                              f"{self.state_path} holds; run again to go on")
+                              f"{self.state_path} holds; run again to continue")
             )  # fmt: skip
 
     def _request_stop(self, number: int, frame: FrameType | None) -> None:
         self._asked_to_stop = signal.Signals(number)
 
     def _loop(self, log: TrainingLog | None) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        running, since, started, saved = 0.0, 0, time.perf_counter(), -1
-        with Progress(*columns, disable=log is None) as progress:
-            task = progress.add_task(self.state_path.stem, total=self.stage.steps, completed=self.step)
-            while self.step < self.stage.steps and self._stopped_by is None:
-                loss, norm = self._train_step()
-                running += loss
-                since += 1
+        stage, losses, started, saved = self.stage, list[float](), time.perf_counter(), -1
+        watch = None if stage.eval_every is None else Watch(self.config, stage, self.state_path, self.device)
+        with closing(Prefetcher(self._batch, self.step, stage.steps)) as batches, progress_bar(log) as bar:
+            task = bar.add_task(self.state_path.stem, total=stage.steps, completed=self.step)
+            while self.step < stage.steps and self._stopped_by is None:
+                self._train_step(batches.next())
                 self.step += 1
-                progress.update(task, completed=self.step)
-                if self.step % self.stage.log_every == 0:
+                bar.update(task, completed=self.step)
+                logs, saves = self.step % stage.log_every == 0, self.step % stage.save_every == 0
+                watches = stage.eval_every is not None and self.step % stage.eval_every == 0
+                if logs or saves or watches or self._is_check_due():
+                    found, norm = self._check()
+                    losses += found
+                if logs:
                     if log is not None:
-                        rate = since / (time.perf_counter() - started)
-                        lr = learning_rate(self.stage, self.step - 1)
-                        log.write(self.step, loss=running / since, lr=lr, grad_norm=norm, steps_per_second=rate)
-                    running, since, started = 0.0, 0, time.perf_counter()
-                if self.step % self.stage.save_every == 0:
+                        rate = len(losses) / (time.perf_counter() - started)
+                        log.write(
+                            self.step,
+                            loss=sum(losses) / len(losses),
+                            lr=learning_rate(stage, self.step - 1),
+                            grad_norm=norm,
+                            steps_per_second=rate,
+                            images_per_second=rate * stage.batch_size,
+                            model_teraflops=rate * step_flops(self.config, stage) / 1e12,
+                        )
+                    losses, started = [], time.perf_counter()
+                if saves:
                     self.save()
                     saved = self.step
+                    if stage.keep_every is not None and self.step % stage.keep_every == 0:
+                        parallel.on_first(lambda: keep_state(self.state_path, self.step))
+                if watch is not None and watches:
+                    with self.ema.applied_to(self.model):
+                        figures = watch(self.model, self.step)
+                    if log is not None:
+                        log.write(self.step, **figures)
         if saved != self.step:
             self.save()
 
-    def _train_step(self) -> tuple[float, float]:
-        """One step of all processes; the loss and the gradient's norm before it was clipped."""
+    def _is_check_due(self) -> bool:
+        if self.step == self.stage.steps or self.step % _CHECK_EVERY == 0:
+            return True
+        return parallel.world_size() == 1 and self._asked_to_stop is not None
+
+    def _check(self) -> tuple[list[float], float]:
+        """Mean losses of the steps since the last check, and the last gradient norm; waits for the device once.
+
+        Before every save: weights that a loss or gradient has spoiled are never written.
+        """
+        pending, self._unchecked = self._unchecked, []
+        norms = torch.stack([norm for _, norm in pending])
+        losses, self._stopped_by = parallel.agree(torch.stack([loss for loss, _ in pending]), self._asked_to_stop)
+        for i, (loss, norm) in enumerate(zip(losses, norms.tolist(), strict=True)):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                parallel.stop_all(
+                    TrainingError(f"loss is {loss} and the gradient's norm {norm} at step "
+                                  f"{self.step - len(pending) + i}; lower {self.state_path.stem}.lr and run again: "
+                                  "training continues from the last saved state")
+                )  # fmt: skip
+        return losses, norm
+
+    def _train_step(self, batch: NoisyBatch) -> None:
+        """One step of all processes, without waiting for the device."""
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.stage, self.step)
         loss = torch.zeros((), device=self.device)
-        for i, batch in enumerate(self._batches(self.step)):
+        for i, part in enumerate(batch.parts(self.stage.accumulate)):
             last = i == self.stage.accumulate - 1
             with nullcontext() if last else parallel.without_averaging(self._forward):
-                part = self._loss(batch) / self.stage.accumulate
-                part.backward()  # type: ignore[no-untyped-call]
-            loss += part.detach()
-        # Without a limit this only measures: a gradient that overflowed would spoil the weights one step before
-        # the loss shows it, and that step may be one that is saved.
-        limit = math.inf if self.stage.grad_clip is None else self.stage.grad_clip
-        norm = parallel.clip_gradients(self.model, limit)
-        value, self._stopped_by = parallel.agree(loss, self._asked_to_stop)
-        if not (math.isfinite(value) and math.isfinite(norm)):
-            parallel.stop_all(
-                TrainingError(f"loss is {value} and the gradient's norm {norm} at step {self.step}; lower "
-                              f"{self.state_path.stem}.lr and run again: training goes on from the last saved state")
-            )  # fmt: skip
+                share = self._loss(part.to(self.device)) / self.stage.accumulate
+                share.backward()  # type: ignore[no-untyped-call]
+            loss += share.detach()
+        # Without a limit this only measures.
+        norm = parallel.clip_gradients(self.model, math.inf if self.stage.grad_clip is None else self.stage.grad_clip)
+        self._unchecked.append((loss, norm))
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.ema.update(self.model, self.step)
-        return value, norm
 
-    def _batches(self, step: int) -> Iterator[NoisyBatch]:
-        """The parts of the batch of ``step`` that are this process's.
-
-        The numbers of the whole batch are drawn, whoever needs which: they do not depend on how many share it.
-        """
+    def _batch(self, step: int) -> NoisyBatch:
+        """This process's share of the batch of ``step``, in page-locked memory where a GPU is to read it."""
         rank, world, size = parallel.rank(), parallel.world_size(), self.stage.batch_size
         mine = slice(rank * size // world, (rank + 1) * size // world)
         x0, classes = self.source.batch(step, rank, world)
+        noise = sample_noise(self.config.seed, step, size, mine, x0.shape[1:], stream=3)
         generator = step_generator(self.config.seed, step)
-        noise = torch.randn((size, *x0.shape[1:]), generator=generator)[mine]
         timesteps = draw_timesteps(size, generator, self.config.diffusion.prediction_type)[mine]
         dropped = torch.rand(size, generator=generator)[mine] < self.config.class_dropout
         classes = torch.where(dropped, self.config.model.null_row, classes)
-        drawn = [x0, noise, timesteps, classes]
+        own = None
         if self.stage.own_samples:
-            drawn.append(torch.rand(size, generator=generator)[mine] < self.stage.own_samples)
-        parts = zip(*(each.chunk(self.stage.accumulate) for each in drawn), strict=True)
-        return (NoisyBatch(*(each.to(self.device) for each in part)) for part in parts)
+            own = torch.rand(size, generator=generator)[mine] < self.stage.own_samples
+        batch = NoisyBatch(x0, noise, timesteps, classes, own)
+        return batch.pinned() if self.device.type == "cuda" else batch
 
     def _loss(self, batch: NoisyBatch) -> Tensor:
         context = autocast(self.config.precision, self.device)

@@ -2,6 +2,7 @@
 
 Usage: ``python several_processes.py STAGE CONFIG [STAGE CONFIG ...]``, started by :func:`start`. ``TEST_BACKEND`` names
 the compiler that ``compile: true`` uses, ``TEST_SPOIL`` the rank whose loss is NaN in step 2 of a stage ``spoiled``.
+``samples`` draws those of the teacher.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from robuq_core.models.quant_linear import quantize_model  # noqa: E402
 from train import parallel, trainer  # noqa: E402
 from train.config import TrainConfig, load_config  # noqa: E402
 from train.data import BatchSource, ImageDataset  # noqa: E402
+from train.evaluation.models import load_sampler  # noqa: E402
+from train.evaluation.samples import draw_to_disk  # noqa: E402
 from train.state import exclusive, load_ema  # noqa: E402
 from train.trainer import Trainer, meaning_of_weights  # noqa: E402
 
@@ -83,6 +86,14 @@ def train_stage(stage: str, config: TrainConfig) -> None:
         Trainer(config, section, model, source, path, teacher).run()
 
 
+def draw_samples(config: TrainConfig) -> Path:
+    """The samples of the run's teacher that an evaluation measures; returns the file that holds them."""
+    folder = config.run_dir / "samples"
+    sampler, digest = load_sampler(config, "teacher")
+    draw_to_disk(sampler, folder, count=14, seed=0, batch_size=4, identity=digest, settings=config.sampler)
+    return folder / "images.npy"
+
+
 def _main(arguments: list[str]) -> None:
     torch.compile = partial(torch.compile, backend=os.environ.get("TEST_BACKEND", "inductor"))
     compute = trainer.diffusion_loss
@@ -96,6 +107,9 @@ def _main(arguments: list[str]) -> None:
     try:
         with parallel.processes():
             for stage, path in zip(arguments[::2], arguments[1::2], strict=True):
+                if stage == "samples":
+                    draw_samples(load_config(Path(path), []))
+                    continue
                 if stage == "spoiled":
                     trainer.diffusion_loss = spoiled
                 train_stage(stage.replace("spoiled", "teacher"), load_config(Path(path), []))

@@ -12,9 +12,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from robuq_core.models.dit import DiT
 from robuq_core.models.quant_linear import quantize_model
 from train.config import ConfigError, TrainConfig
-from train.memory import LiveBytes, StepMemory, memory_table, step_memory
+from train.memory import LiveBytes, StepMemory, memory_table, step_memory, time_line
 from train.parallel import checkpoint_blocks
-from train.trainer import NoisyBatch, batch_loss
+from train.trainer import NoisyBatch, batch_loss, step_flops
 
 pytestmark = pytest.mark.slow
 
@@ -118,6 +118,17 @@ def test_the_table_adds_up(tmp_path: Path) -> None:
     assert "activations are recomputed" in lines[-2]
     with pytest.raises(ConfigError, match="stage 'export': not one of teacher, warmup, qat"):
         memory_table(config, "export", 1)
+
+
+def test_the_time_is_that_of_the_products_of_all_steps(tmp_path: Path) -> None:
+    """One block of width 24: qkv, proj, fc1 and fc2 are 12 D^2 a token, adaLN 6 D^2 an image, of 4 tokens."""
+    config = make_config(tmp_path)
+    macs = 12 * 24**2 * 4 + 6 * 24**2
+    assert step_flops(config, config.qat) == 2 * 3 * macs * 4
+    again = config.qat.model_copy(update={"activation_checkpointing": True, "distill_weight": 1.0})
+    assert step_flops(config, again) == 2 * 5 * macs * 4
+    hours = 2 * 3 * macs * 4 * config.qat.steps / 2e6 / 3600  # two processes at 1 MFLOP/s
+    assert f"{hours:.3g} hours" in time_line(config, "qat", 2, 1e-6)
 
 
 def test_live_bytes_come_and_go() -> None:

@@ -57,14 +57,14 @@ def test_own_rows_see_the_models_sample_and_the_others_the_noised_image(tmp_path
     model = DiT(config.model)
     source = BatchSource(read_images(config), config.data, config.model.input_size, 32, config.seed)
     trainer = Trainer(config, config.teacher, model, source, tmp_path / "teacher.pt")
-    (batch,) = trainer._batches(0)
-    (again,) = trainer._batches(0)
+    batch = trainer._batch(0)
+    again = trainer._batch(0)
     assert batch.own is not None
     assert again.own is not None
     assert torch.equal(batch.own, again.own)
     assert 4 < int(batch.own.sum()) < 28
     plain = Trainer(config, config.teacher.model_copy(update={"own_samples": 0.0}), model, source, tmp_path / "x.pt")
-    (without,) = plain._batches(0)
+    without = plain._batch(0)
     assert without.own is None
     assert torch.equal(without.noise, batch.noise)
 
@@ -88,7 +88,7 @@ def test_the_estimate_is_not_trained_through(tmp_path: Path) -> None:
     source = BatchSource(read_images(config), config.data, config.model.input_size, 4, config.seed)
     model = DiT(config.model)
     torch.nn.init.normal_(model.final_layer.linear.weight)
-    (batch,) = Trainer(config, config.teacher, model, source, tmp_path / "teacher.pt")._batches(0)
+    batch = Trainer(config, config.teacher, model, source, tmp_path / "teacher.pt")._batch(0)
     last = torch.full_like(batch.timesteps, LAST)
     with torch.no_grad():
         estimate = model(batch.noise, last, batch.classes)

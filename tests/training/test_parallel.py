@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import several_processes
@@ -95,10 +96,14 @@ def several(root: Path, one: Path) -> dict[str, Path]:
     parts = {"accumulate": 2, "activation_checkpointing": True}
     paths = {
         "ddp": configure(root, "ddp", {"teacher": parts, "qat": parts, "compile": True}),
-        "fsdp": configure(root, "fsdp", {"teacher": {"parallel": "fsdp"}, "qat": {"parallel": "fsdp"}}),
+        "fsdp": configure(
+            root, "fsdp", {"teacher": {"parallel": "fsdp", "keep_every": 4}, "qat": {"parallel": "fsdp"}}
+        ),
         "fsdp-parts": configure(root, "fsdp-parts", {"qat": {"parallel": "fsdp", **parts}, "compile": True}),
         "halfway": configure(root, "halfway", {"teacher": {"parallel": "fsdp", "steps": 3}}),
         "from-one": configure(root, "from-one", {"teacher": {"parallel": "fsdp"}}),
+        "bf16": configure(root, "bf16", {"teacher": {"gradients": "bf16"}}),
+        "bf16-fsdp": configure(root, "bf16-fsdp", {"teacher": {"gradients": "bf16", "parallel": "fsdp"}}),
         "spoiled": configure(root, "spoiled", {"teacher": {"save_every": 1}}),
     }
     train_stage("teacher", load_config(paths["from-one"], ["teacher.steps=3"]))
@@ -109,6 +114,7 @@ def several(root: Path, one: Path) -> dict[str, Path]:
     for name in ("ddp", "fsdp"):
         plan += ["teacher", paths[name], "qat", paths[name]]
     plan += ["qat", paths["fsdp-parts"], "teacher", paths["halfway"], "teacher", paths["from-one"]]
+    plan += ["samples", paths["ddp"], "teacher", paths["bf16"], "teacher", paths["bf16-fsdp"]]
     ends = several_processes.train(*plan, "spoiled", paths["spoiled"], TEST_BACKEND="aot_eager", TEST_SPOIL="1")
     assert [code for code, _ in ends] == [2, 2], ends  # the last of them ends all
     (root / "ends.json").write_text(json.dumps(ends))
@@ -123,6 +129,31 @@ def test_two_processes_train_a_teacher_as_one_does(one: Path, several: dict[str,
 @pytest.mark.parametrize("how", ["ddp", "fsdp", "fsdp-parts"])
 def test_two_processes_quantise_as_one_does(one: Path, several: dict[str, Path], how: str) -> None:
     assert_same_training(one, several[how], "qat")
+
+
+def test_two_processes_draw_the_samples_of_one(several: dict[str, Path]) -> None:
+    """The file that both have written, and what one process makes of it, which must find nothing left to do."""
+    config = load_config(several["ddp"], [])
+    both = np.load(config.run_dir / "samples" / "images.npy")
+    notes = {rank: json.loads((config.run_dir / "samples" / f"progress-{rank}.json").read_text()) for rank in (0, 1)}
+    assert sorted(notes[0]["done"] + notes[1]["done"]) == [0, 4, 8, 12]
+    shutil.rmtree(config.run_dir / "samples")
+    alone = np.load(several_processes.draw_samples(config))
+    assert np.abs(both.astype(int) - alone.astype(int)).max() <= 2  # products round by the number of threads
+
+
+def test_a_kept_state_of_shards_is_whole(several: dict[str, Path]) -> None:
+    run_dir = load_config(several["fsdp"], []).run_dir
+    state = load_state(run_dir / "kept" / "teacher-0000004.pt")
+    assert state["step"] == 4
+    assert distance(state["model"], load_state(run_dir / "teacher.pt")["model"]) > 1e-3
+
+
+@pytest.mark.parametrize("how", ["bf16", "bf16-fsdp"])
+def test_gradients_in_bf16_train_nearly_the_same(one: Path, several: dict[str, Path], how: str) -> None:
+    """Rounding to 8 bits moves a gradient by up to 0.4%: seen, and small."""
+    apart = distance(state_of(one)["model"], state_of(several[how])["model"])
+    assert 1e-4 < apart < 5e-2
 
 
 def test_gradients_are_clipped_by_the_norm_of_the_whole_batch(several: dict[str, Path]) -> None:
@@ -237,8 +268,9 @@ def test_a_killed_and_a_terminated_process_lose_nothing(root: Path, one: Path) -
     processes = several_processes.start(*arguments, **signalled("teacher", 30, signal.SIGTERM, rank=1))
     (first, said), (second, repeated) = several_processes.finish(processes)
     assert first == second == 2, said + repeated
-    assert load_state(path)["step"] == 31
-    assert "stopped by SIGTERM at step 31 of 150" in said
+    stopped = load_state(path)["step"]
+    assert 31 <= stopped <= 40  # the processes agree every 10 steps
+    assert f"stopped by SIGTERM at step {stopped} of 150" in said
     assert "error" not in repeated
 
     train_teacher(load_config(broken, []))

@@ -19,6 +19,8 @@ from torch import Tensor
 from train import stages, trainer
 from train.config import StageConfig, TrainConfig, load_config
 from train.data import BatchSource
+from train.evaluation.models import load_sampler
+from train.evaluation.samples import draw
 from train.stages import read_images, train_teacher
 from train.state import EMA, StateError, exclusive, load_state, save_state
 from train.trainer import Trainer, TrainingError, learning_rate
@@ -192,6 +194,61 @@ def test_a_value_that_is_not_finite_ends_the_run_and_keeps_the_state(
     train_teacher(unclipped)
     train_teacher(config)
     assert_equal_states(config.run_dir / "teacher.pt", whole.run_dir / "teacher.pt")
+
+
+def test_a_spoiled_step_is_found_before_the_next_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses are looked at every few steps; the step that is named is still the right one."""
+    config = make_config(tmp_path, {"teacher": {"steps": 20, "save_every": 8, "log_every": 20}})
+    compute = trainer.diffusion_loss
+    calls = iter(range(100))
+
+    def spoiled(output: Tensor, *rest: Any) -> Tensor:
+        return compute(output, *rest) * (math.nan if next(calls) == 9 else 1)
+
+    monkeypatch.setattr(trainer, "diffusion_loss", spoiled)
+    with pytest.raises(TrainingError, match=r"at step 9; lower teacher\.lr"):
+        train_teacher(config)
+    state = load_state(config.run_dir / "teacher.pt")
+    assert state["step"] == 8
+    assert all(bool(value.isfinite().all()) for value in state["model"].values())
+
+
+def test_held_out_figures_change_nothing_in_the_training(tmp_path: Path) -> None:
+    plain = make_config(tmp_path, {"run_dir": str(tmp_path / "plain")})
+    watched = make_config(tmp_path, {"run_dir": str(tmp_path / "watched"), "teacher": {"eval_every": 3}})
+    train_teacher(plain)
+    train_teacher(watched)
+    assert_equal_states(plain.run_dir / "teacher.pt", watched.run_dir / "teacher.pt")
+    lines = [json.loads(line) for line in (watched.run_dir / "teacher.log.jsonl").read_text().splitlines()]
+    found = {line["step"]: line["held_out_loss"] for line in lines if "held_out_loss" in line}
+    assert found.keys() == {3, 6}
+    assert found[3] != found[6]
+    sheets = sorted(path.name for path in (watched.run_dir / "samples").iterdir())
+    assert sheets == ["teacher-0000003.png", "teacher-0000006.png"]
+
+
+def test_states_are_kept_by_step(tmp_path: Path) -> None:
+    """A kept state is what a run of so many steps ends with, also when later steps have replaced the last one."""
+    short = make_config(
+        tmp_path, {"run_dir": str(tmp_path / "short"), "teacher": {"lr_schedule": "constant", "steps": 4}}
+    )
+    stage = {"lr_schedule": "constant", "keep_every": 4, "save_every": 2}
+    kept = make_config(tmp_path, {"run_dir": str(tmp_path / "kept"), "teacher": stage})
+    train_teacher(short)
+    train_teacher(kept)
+    assert [path.name for path in (kept.run_dir / "kept").iterdir()] == ["teacher-0000004.pt"]
+    assert_equal_states(kept.run_dir / "kept" / "teacher-0000004.pt", short.run_dir / "teacher.pt")
+    assert load_state(kept.run_dir / "teacher.pt")["step"] == 6
+    sampler, _ = load_sampler(kept, "teacher", kept.run_dir / "kept" / "teacher-0000004.pt")
+    expected, _ = load_sampler(short, "teacher")
+    assert torch.equal(draw(sampler, [0, 1], 0), draw(expected, [0, 1], 0))
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_teacher(make_config(tmp_path, {"teacher": {"log_every": 3}}))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("teacher ")]
+    assert [line.split()[1] for line in lines] == ["3/6", "6/6"]
+    assert all({"loss", "steps_per_second", "left"} <= set(line.split()) for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -394,5 +451,5 @@ def test_a_teacher_pulls_the_student_only_with_a_weight(tmp_path: Path) -> None:
     )
     assert alone.teacher is None
     with torch.no_grad():
-        (batch,) = alone._batches(0)
+        batch = alone._batch(0)
         assert float(pulled._loss(batch)) > float(alone._loss(batch))

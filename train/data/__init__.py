@@ -1,7 +1,7 @@
 """Data of a run: where images come from, how they are kept, and how a step draws its batch."""
 
-from train.data.batches import BatchSource, step_generator
-from train.data.digest import data_digest
+from train.data.batches import BatchSource, sample_noise, step_generator
+from train.data.digest import data_digest, looked_at_once
 from train.data.errors import DataError
 from train.data.images import ImageDataset, centre_images, load_dataset
 from train.data.latents import LatentDataset
@@ -24,9 +24,11 @@ __all__ = [
     "data_digest",
     "data_folder",
     "load_dataset",
+    "looked_at_once",
     "open_dataset",
     "open_source",
     "prepare",
     "read_images",
+    "sample_noise",
     "step_generator",
 ]

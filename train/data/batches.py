@@ -6,6 +6,8 @@ sees what the unbroken one would have seen.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,6 +22,18 @@ def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
     # Hashed, since torch's CPU generator takes the low 32 bits of a seed alone.
     mixed = np.random.SeedSequence((seed, step, stream)).generate_state(1)[0]
     return torch.Generator().manual_seed(int(mixed))
+
+
+def sample_noise(seed: int, step: int, count: int, mine: slice, shape: Sequence[int], stream: int) -> Tensor:
+    """Standard normal noise float32 ``[n, *shape]`` of the samples ``mine`` of a batch of ``count``.
+
+    Each sample has a generator of its own, so that a process makes no noise for the others' samples.
+    """
+    seeds = np.random.SeedSequence((seed, step, stream)).generate_state(count)[mine].tolist()
+    noise, generator = torch.empty(len(seeds), *shape), torch.Generator()
+    for row, own in zip(noise, seeds, strict=True):
+        torch.randn(row.shape, generator=generator.manual_seed(own), out=row)
+    return noise
 
 
 class BatchSource:
@@ -51,19 +65,17 @@ class BatchSource:
         if size % world:
             raise ValueError(f"batch_size {size} is no multiple of the {world} processes that share it")
         mine = slice(rank * size // world, (rank + 1) * size // world)
-        # Every draw is of the whole batch, whoever wants which part: the numbers do not depend on ``world``.
+        # One number a sample is drawn for the whole batch, so that none depends on ``world``.
         generator = step_generator(self.seed, step, stream=2)
         index = torch.tensor([self._sample_index(first + i) for i in range(size)])
         if isinstance(self.dataset, LatentDataset):
-            samples = self._latents(self.dataset, index, generator, mine)
+            mirrored = torch.rand(size, generator=generator) < self.config.flip_probability
+            shape = (self.dataset.channels, self.crop, self.crop)
+            noise = sample_noise(self.seed, step, size, mine, shape, stream=4)
+            samples = self.dataset.draw(index[mine], mirrored[mine], noise)
         else:
             samples = self._crops(self.dataset, index, generator, mine)
         return samples, self.dataset.labels[index[mine]]
-
-    def _latents(self, dataset: LatentDataset, index: Tensor, generator: torch.Generator, mine: slice) -> Tensor:
-        mirrored = torch.rand(len(index), generator=generator) < self.config.flip_probability
-        noise = torch.randn(len(index), dataset.channels, self.crop, self.crop, generator=generator)
-        return dataset.draw(index[mine], mirrored[mine], noise[mine])
 
     def _crops(self, dataset: ImageDataset, index: Tensor, generator: torch.Generator, mine: slice) -> Tensor:
         side = self.crop * dataset.supersample

@@ -13,12 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from train.data.errors import DataError
+from train.data.pictures import eight_bit
 from train.data.shards import ShardedTensor
-from train.data.sources import Source, open_source
+from train.data.sources import Source, Split, open_source
 from train.messages import one_line
 from train.progress import tracked
 
-Fit = Literal["resize", "pad"]
+Fit = Literal["resize", "pad", "adm"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class ImageDataset:
         return len(self.labels)
 
 
-def load_dataset(path: Path, size: int, num_classes: int, split: str = "train", fit: Fit = "resize") -> ImageDataset:
+def load_dataset(path: Path, size: int, num_classes: int, split: Split = "train", fit: Fit = "resize") -> ImageDataset:
     """Read every image of ``path`` (see :func:`train.data.sources.open_source`) at ``size`` pixels into memory.
 
     Raises:
@@ -49,15 +50,29 @@ def load_dataset(path: Path, size: int, num_classes: int, split: str = "train", 
     return ImageDataset(torch.from_numpy(np.stack(images)), torch.from_numpy(source.labels))
 
 
-def read_square(source: Source, index: int, size: int, fit: Fit = "resize", channels: int = 3) -> np.ndarray:
-    """Image ``index`` as uint8 ``[channels, size, size]``: its middle square, resized; or a smaller one centred on
-    black. Three ``channels`` are RGB, one is grey.
+def read_square(
+    source: Source,
+    index: int,
+    size: int,
+    fit: Fit = "resize",
+    channels: int = 3,
+    transparent: list[int] | None = None,
+) -> np.ndarray:
+    """Image ``index`` as uint8 ``[channels, size, size]``; three ``channels`` are RGB, one is grey.
+
+    ``fit``: ``resize`` takes the middle square and resizes it (Lanczos); ``pad`` centres a smaller image on black;
+    ``adm`` halves the image by box filters while its short side is at least twice ``size``, resizes the short side to
+    ``size`` (bicubic) and crops, as published ImageNet figures do (ADM, arXiv 2105.05233).
+    ``transparent``: gets ``index`` if the image has transparency (see :func:`train.data.pictures.eight_bit`).
 
     Raises:
         DataError: it is unreadable.
     """
     try:
-        image = source.open(index).convert("L" if channels == 1 else "RGB")
+        image = source.open(index)
+        if transparent is not None and image.has_transparency_data:
+            transparent.append(index)
+        image = eight_bit(image, channels)
     except Exception as error:  # a damaged file leads decoders to raise almost anything
         raise DataError(
             f"{source.name(index)}: not a readable image ({one_line(error)}); remove it or replace it"
@@ -65,11 +80,22 @@ def read_square(source: Source, index: int, size: int, fit: Fit = "resize", chan
     if fit == "pad" and max(image.size) <= size:
         square = Image.new(image.mode, (size, size))
         square.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+    elif fit == "adm":
+        square = _adm_crop(image, size)
     else:
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         square = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
     return np.ascontiguousarray(np.asarray(square).reshape(size, size, channels).transpose(2, 0, 1))
+
+
+def _adm_crop(image: Image.Image, size: int) -> Image.Image:
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
 
 
 def centre_images(dataset: ImageDataset, size: int, rows: slice = slice(None)) -> Tensor:

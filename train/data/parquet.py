@@ -21,11 +21,23 @@ from train.messages import one_line
 _GROUPS_KEPT = 2
 
 
+_PREFIXES = {"train": ("train-",), "val": ("val-", "validation-"), "test": ("test-",)}
+
+
 def parquet_files(path: Path, split: str) -> list[Path]:
-    """``path`` itself, or the folder's files called ``SPLIT-*.parquet``; for ``train`` all of them, if none is."""
+    """``path`` itself, or the folder's files called ``SPLIT-*.parquet`` (``validation-`` for ``val``).
+
+    Where no file is named after a split, all of them are ``train``.
+    """
     files = [each for each in ([path] if path.is_file() else sorted(path.iterdir())) if each.suffix == ".parquet"]
-    named = [file for file in files if file.name.startswith(f"{split}-")]
-    return named or (files if split == "train" else [])
+    named = [file for file in files if file.name.startswith(_PREFIXES[split])]
+    if named or split != "train":
+        return named
+    others = [file for file in files if file.name.startswith(_PREFIXES["val"] + _PREFIXES["test"])]
+    if others and path.is_dir():
+        raise DataError(f"data.path {path} holds {others[0].name} but no train-*.parquet; set data.split, or rename "
+                        "the files that are the training data")  # fmt: skip
+    return files
 
 
 class ParquetImages:

@@ -163,7 +163,8 @@ def _current(config: TrainConfig, index: Index | None, note: Note) -> Index | No
 
 def _make(config: TrainConfig, source: Source, note: Note) -> None:
     settings, size = _settings(config), image_size(config)
-    squares = _reader(source, size, config)
+    transparent: list[int] = []
+    squares = _reader(source, size, config, transparent)
     index = Index(
         kind="images",
         made_with=settings,
@@ -191,14 +192,19 @@ def _make(config: TrainConfig, source: Source, note: Note) -> None:
             return encoder.moments(squares(rows), mirrors)
 
     finished = write_shards(data_folder(config), index, source.labels, make, note)
+    if transparent:
+        note(f"prepare: {len(transparent)} images have transparency and were composited on white, "
+             f"{source.name(min(transparent))} the first")  # fmt: skip
     note(f"prepare: {finished.count} {finished.kind} of {finished.classes} classes in {len(finished.shards)} shards")
 
 
-def _reader(source: Source, size: int, config: TrainConfig) -> Callable[[range | list[int]], np.ndarray]:
+def _reader(
+    source: Source, size: int, config: TrainConfig, transparent: list[int] | None = None
+) -> Callable[[range | list[int]], np.ndarray]:
     fit, channels = config.data.fit, picture_channels(config)
 
     def read(rows: range | list[int]) -> np.ndarray:
         with ThreadPoolExecutor() as pool:
-            return np.stack(list(pool.map(lambda i: read_square(source, i, size, fit, channels), rows)))
+            return np.stack(list(pool.map(lambda i: read_square(source, i, size, fit, channels, transparent), rows)))
 
     return read

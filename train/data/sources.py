@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 import threading
+import unicodedata
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -22,6 +24,17 @@ from train.data.idx import holds_idx, read_idx
 from train.data.parquet import ParquetImages, parquet_files
 from train.data.pictures import DEFLATE_RATIO, IMAGE_SUFFIXES, open_image
 from train.messages import one_line
+
+Split = Literal["train", "val", "test"]
+_SPLIT_NAMES: dict[str, Split] = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
 
 # No photo is larger; a member of a zip says how large it is before it is unpacked.
 MAX_IMAGE_BYTES = 2**28
@@ -45,17 +58,27 @@ class Source:
 
 @dataclass(frozen=True)
 class _Entry:
-    """An image of a folder or zip: the sub-folder it lies in, its name in messages, and how to open it."""
+    """An image of a folder or zip: the folder it lies in, its name in messages, and how to open it.
 
-    class_name: str
+    ``split``: the folder above its class that is named like a split, if there is one.
+    """
+
+    folder: Path
     name: str
     open: Callable[[], Image.Image]
+    split: Split | None
+
+    @property
+    def class_name(self) -> str:
+        """In NFC, so that macOS's decomposed names sort and compare as others do."""
+        return unicodedata.normalize("NFC", self.folder.name)
 
 
-def open_source(path: Path, num_classes: int, split: str = "train") -> Source:
+def open_source(path: Path, num_classes: int, split: Split = "train") -> Source:
     """The images of ``path``, none read yet.
 
-    A folder or zip holds one sub-folder a class, numbered in sorted order; an npz holds ``arr_0`` (uint8
+    A folder or zip holds one sub-folder per class, numbered in sorted order, or such sub-folders in ``train``, ``val``
+    and ``test``, of which ``split`` is read; an npz holds ``arr_0`` (uint8
     ``[N, H, W, 3]``) and ``arr_1`` (labels), or the same as ``images`` and ``labels``; a folder with IDX files holds
     ``train-images-idx3-ubyte`` and ``train-labels-idx1-ubyte`` (``t10k-`` for ``split`` test), gzipped or not; Parquet
     files hold a column of encoded images and an integer column ``label``, in ``test-*`` for ``split`` test.
@@ -68,18 +91,18 @@ def open_source(path: Path, num_classes: int, split: str = "train") -> Source:
     if not path.exists():
         raise DataError(f"data.path {path} does not exist")
     is_idx, parquet = path.is_dir() and holds_idx(path), parquet_files(path, split)
-    if split != "train" and not (is_idx or parquet):
-        raise DataError(f"data.path {path} has no split {split}: give a folder of IDX files, or of Parquet files "
-                        f"named {split}-*")  # fmt: skip
+    is_npz = path.is_file() and path.suffix == ".npz"
+    if split != "train" and (is_npz or (is_idx and split != "test")):
+        raise no_split(path, split)
     if is_idx:
         source = _of_arrays(path, *read_idx(path, split))
-    elif path.is_file() and path.suffix == ".npz":
+    elif is_npz:
         source = _of_arrays(path, *_read_npz(path))
     elif parquet:
         rows = ParquetImages(parquet)
         source = Source(rows.labels, rows.open, rows.name, rows.class_names)
     else:
-        source = _of_entries(path, anywhere=num_classes == 0)
+        source = _of_entries(path, split, anywhere=num_classes == 0)
     if num_classes == 0:
         return Source(np.zeros_like(source.labels), source.open, source.name)
     classes = np.unique(source.labels)
@@ -95,15 +118,21 @@ def wrong_classes(path: Path, labels: np.ndarray, num_classes: int) -> DataError
                      f"model.num_classes is {num_classes}; change one of them")  # fmt: skip
 
 
+def no_split(path: Path, split: str) -> DataError:
+    """The complaint about a part of the data that is not there."""
+    return DataError(f"data.path {path} has no split {split}: that takes a folder {split} of class folders, IDX files "
+                     f"(test alone), or Parquet files named {split}-*")  # fmt: skip
+
+
 def _of_arrays(path: Path, images: np.ndarray, labels: np.ndarray) -> Source:
     """``images`` uint8 ``[N, H, W, 3]`` or, grey, ``[N, H, W]``."""
     return Source(labels.astype(np.int64), lambda i: Image.fromarray(images[i]), lambda i: f"{path}[{i}]")
 
 
-def _of_entries(path: Path, anywhere: bool) -> Source:
+def _of_entries(path: Path, split: Split, anywhere: bool) -> Source:
     found = _folder_entries(path, anywhere) if path.is_dir() else _zip_entries(path, anywhere)
     # One order for a folder and its zip: the same seed then draws the same batches from either.
-    entries = sorted(found, key=lambda entry: (entry.class_name, entry.name))
+    entries = sorted(_of_split(path, list(found), split), key=lambda entry: (entry.class_name, entry.name))
     if not entries:
         wanted = "image" if anywhere else "class folder with images"
         raise DataError(f"data.path {path} holds no {wanted} ({', '.join(sorted(IMAGE_SUFFIXES))})")
@@ -113,15 +142,40 @@ def _of_entries(path: Path, anywhere: bool) -> Source:
     return Source(labels, lambda i: entries[i].open(), lambda i: entries[i].name, names)
 
 
+def _of_split(path: Path, entries: list[_Entry], split: Split) -> list[_Entry]:
+    """Those of ``split``. One folder of a split's name, or none, is the training data; several are told apart."""
+    splits = {entry.split for entry in entries}
+    if len(splits) <= 1 and split == "train":
+        return entries
+    if split not in splits:
+        if split != "train":
+            raise no_split(path, split)
+        others = ", ".join(sorted(f"{each}/" if each else "others" for each in splits))
+        raise DataError(f"data.path {path} holds several splits ({others}) and no train/: point it at one of them")
+    return [entry for entry in entries if entry.split == split]
+
+
+def _split_of(folder: Path, anywhere: bool) -> Split | None:
+    """By the folders above the class, outermost first; ``folder`` is relative to the data set."""
+    above = folder.parts if anywhere else folder.parts[:-1]
+    return next((_SPLIT_NAMES[part.casefold()] for part in above if part.casefold() in _SPLIT_NAMES), None)
+
+
 def _is_image(path: Path) -> bool:
     """``CLASS/NAME`` by its suffix; hidden ones are left out (macOS zips have a ``._photo.jpg`` beside every photo)."""
     return path.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(".") for part in path.parts[-2:])
 
 
 def _folder_entries(path: Path, anywhere: bool) -> Iterator[_Entry]:
-    for file in path.rglob("*") if anywhere else path.glob("*/*"):
+    if anywhere:
+        files: Iterable[Path] = path.rglob("*")
+    else:
+        tops = [path, *(each for each in path.iterdir() if each.is_dir() and each.name.casefold() in _SPLIT_NAMES)]
+        files = (file for top in tops for file in top.glob("*/*"))
+    for file in files:
         if _is_image(file):
-            yield _Entry(file.parent.name, str(file), partial(open_image, file))
+            folder = file.parent.relative_to(path)
+            yield _Entry(file.parent, str(file), partial(open_image, file), _split_of(folder, anywhere))
 
 
 def _zip_entries(path: Path, anywhere: bool) -> Iterator[_Entry]:
@@ -133,7 +187,8 @@ def _zip_entries(path: Path, anywhere: bool) -> Iterator[_Entry]:
     for name in archive.namelist():
         member = Path(name)
         if _is_image(member) and (anywhere or len(member.parts) > 1):
-            yield _Entry(member.parent.name, f"{path}:{name}", partial(_open_member, archive, name, lock))
+            opener = partial(_open_member, archive, name, lock)
+            yield _Entry(member.parent, f"{path}:{name}", opener, _split_of(member.parent, anywhere))
 
 
 def _open_member(archive: zipfile.ZipFile, name: str, lock: threading.Lock) -> Image.Image:

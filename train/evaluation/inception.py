@@ -18,6 +18,7 @@ from train.evaluation.errors import EvaluationError
 from train.evaluation.frechet import Moments, frechet_distance_of_moments
 from train.evaluation.networks import Features
 from train.messages import one_line
+from train.parallel import training_device
 
 # Of the first branch of the sixth mixed block (17 x 17): 7 channels, 2,023 numbers, about as many as FID's 2,048.
 _SPATIAL_LAYER, _SPATIAL_CHANNELS = "Mixed_6d.branch1x1", 7
@@ -72,7 +73,7 @@ class Inception:
             raise EvaluationError(
                 f"--inception {path}: not the weights of this Inception-v3 ({one_line(error)}); {_OBTAIN}"
             ) from error
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = training_device()
         self.network: nn.Module = network.to(self.device)
         self._spatial = SpatialProbe(self.network.get_submodule(_SPATIAL_LAYER))
 

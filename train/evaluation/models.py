@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+from torch import nn
 
 from robuq_core.checkpoint import FORMAT_VERSION, Header
 from robuq_core.decode import load_decoder
@@ -14,16 +15,32 @@ from robuq_core.pipeline import Sampler
 from train.config import TrainConfig
 from train.evaluation.errors import EvaluationError
 from train.evaluation.reference import sample_side
+from train.parallel import training_device
 from train.stages.models import load_student, load_teacher, packed_path, qat_path, resolved_quant, teacher_path
 from train.stages.records import file_digest
+from train.trainer import autocast
 
 Which = Literal["teacher", "student", "packed"]
 MODELS: tuple[Which, ...] = get_args(Which)
 
 
+class _Autocast(nn.Module):
+    """A network as training runs it on a GPU: compiled, and in bf16 where ``precision`` allows it."""
+
+    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+        super().__init__()
+        self._forward = torch.compile(model, dynamic=True) if config.compile else model
+        self._precision = config.precision
+
+    def forward(self, *arguments: torch.Tensor) -> torch.Tensor:
+        with autocast(self._precision, arguments[0].device):
+            output: torch.Tensor = self._forward(*arguments)
+        return output.float()
+
+
 def plain_sampler(model: DiT, config: TrainConfig, name: str) -> Sampler:
     """A sampler that runs ``model`` itself (teacher or fake-quantised student), not a packed file; on a GPU if any."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = training_device()
     decoder = None if config.data.vae is None else load_decoder(config.data.vae, device=device)
     header = Header(
         format_version=FORMAT_VERSION,
@@ -34,8 +51,11 @@ def plain_sampler(model: DiT, config: TrainConfig, name: str) -> Sampler:
         decoder="pixels" if decoder is None else "latent",
         tensors={},
     )
+    network: nn.Module = model.eval().to(device)
+    if device.type == "cuda":
+        network = _Autocast(network, config)
     return Sampler(
-        model.eval().to(device),
+        network,
         header,
         checkpoint_name=name,
         backend_name="torch",
@@ -67,19 +87,22 @@ def model_path(config: TrainConfig, which: Which) -> Path:
 
 
 def load_sampler(config: TrainConfig, which: Which, checkpoint: Path | None = None) -> tuple[Sampler, str]:
-    """The sampler of ``which``, and the SHA-256 of the file it is from; ``checkpoint``: a packed file elsewhere.
+    """The sampler of ``which``, and the SHA-256 of the file it is from.
+
+    ``checkpoint``: a packed file elsewhere, or a kept state of ``which``, by its suffix ``.pt``.
 
     Raises:
         StateError, CheckpointError: the file is missing or damaged. EvaluationError: it is of another shape.
     """
     path = checkpoint or model_path(config, which)
-    if checkpoint is not None or which == "packed":
+    kept = checkpoint if checkpoint is not None and checkpoint.suffix == ".pt" else None
+    if which == "packed" or (checkpoint is not None and kept is None):
         sampler = Sampler.from_checkpoint(path, decoder=config.data.vae)
     elif which == "student":
         quantised = config.model_copy(update={"quant": resolved_quant(config)})
-        sampler = plain_sampler(load_student(config)[0], quantised, which)
+        sampler = plain_sampler(load_student(config, kept)[0], quantised, which)
     else:
-        sampler = plain_sampler(load_teacher(config), config, which)
+        sampler = plain_sampler(load_teacher(config, kept), config, which)
     model, side = config.model, sample_side(config)
     if (sampler.image_size, sampler.num_classes) != (side, model.num_classes):
         raise EvaluationError(

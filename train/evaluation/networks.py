@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from train.evaluation.errors import EvaluationError
+from train.parallel import training_device
 
 _CLASSIFIER_SIZE = 224
 _BATCH = 32
@@ -62,7 +63,7 @@ class EfficientNetLite0:
         self.identity = f"efficientnet-lite0-{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
         network: Any = EfficientNet.from_name("efficientnet-lite0")
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = training_device()
         self.network = network.eval().to(self.device)
 
     @torch.inference_mode()

@@ -82,6 +82,38 @@ def reference(config: TrainConfig, network: FeatureNetwork) -> Reference:
     return found
 
 
+def published_reference(path: Path, network: FeatureNetwork) -> Reference:
+    """Of ADM's reference batches (``VIRTUAL_imagenet256_labeled.npz`` and its like), for an Inception network.
+
+    ``mu``, ``sigma``, ``mu_s``, ``sigma_s`` are the moments of the whole training set; ``arr_0`` uint8
+    ``[N, H, W, 3]`` are the photos that precision and recall compare with.
+
+    Raises:
+        EvaluationError: the file is missing, or lacks one of these.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            moments = [torch.from_numpy(archive[key]).double() for key in ("mu", "sigma", "mu_s", "sigma_s")]
+            photos = archive["arr_0"][:GALLERY_PHOTOS]
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise EvaluationError(f"evaluation.reference {path}: expected an npz with mu, sigma, mu_s, sigma_s and arr_0, "
+                              f"as ADM publishes ({one_line(error)})") from error  # fmt: skip
+    mean, covariance, spatial_mean, spatial_covariance = moments
+    parts = []
+    with tracked(range(0, len(photos), _BATCH), f"reference photos through {network.name}") as starts:
+        for start in starts:
+            batch = torch.from_numpy(photos[start : start + _BATCH]).permute(0, 3, 1, 2).float() / 127.5 - 1
+            parts.append(network(batch))
+    together = Features(torch.cat([each.pool for each in parts]), torch.cat([each.logits for each in parts]))
+    count = len(photos)
+    return Reference(
+        str(path),
+        Moments(count, mean, covariance),
+        Moments(count, spatial_mean, spatial_covariance),
+        gallery_of(together, torch.zeros(count, dtype=torch.long)),
+    )
+
+
 def measure_photos(dataset: ImageDataset, count: int, side: int, network: FeatureNetwork, digest: str) -> Reference:
     """Run ``network`` over the centre crops of ``count`` photos of ``dataset``, picked by a fixed seed.
 

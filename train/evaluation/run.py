@@ -10,6 +10,7 @@ from typing import Any
 from robuq_core.config import SamplerConfig
 from robuq_core.files import read_json, replacing
 from robuq_core.pipeline import Sampler
+from train import parallel
 from train.config import TrainConfig
 from train.data import read_images
 from train.evaluation.agreement import IMAGENET_CLASSES, agreement
@@ -21,7 +22,7 @@ from train.evaluation.intervals import Estimate, ratio
 from train.evaluation.models import Which, default_model, load_sampler
 from train.evaluation.networks import EfficientNetLite0, FeatureNetwork
 from train.evaluation.pixels import pixel_agreement
-from train.evaluation.reference import GALLERY_PHOTOS, Reference, compared_with, reference
+from train.evaluation.reference import GALLERY_PHOTOS, Reference, compared_with, published_reference, reference
 from train.evaluation.samples import SampleSet, draw, draw_to_disk, random_classes
 from train.evaluation.sheet import write_sheet
 from train.messages import one_line
@@ -48,11 +49,15 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Measure one model, add it to ``run_dir/evaluation.json`` and return its entry.
 
+    Every process of a run calls this: each draws its share of the samples, and the first one measures them.
+
     Args:
-        which: the model of the run; none is the last that it has made. ``checkpoint``: a packed file instead.
+        which: the model of the run; none is the last that it has made. ``checkpoint``: a packed file instead, or a
+            kept state of the teacher or student.
         classes, seed: agreement is that of one sample each of so many random classes.
         sheet: also write a contact sheet of the first 64 of them there.
-        inception: weights of Inception-v3, for FID, sFID, Inception score, precision and recall.
+        inception: weights of Inception-v3, for FID, sFID, Inception score, precision and recall; by default
+            ``evaluation.inception``.
         npz: also write the samples of every seed into this folder, as ADM's evaluation reads them.
         agreement_only: leave out the sets of ``evaluation.samples``, and so every distance.
 
@@ -61,33 +66,59 @@ def evaluate_run(
             CheckpointError, DataError: the model or the data cannot be read.
     """
     chosen = which or default_model(config)
-    # Before anything is drawn: what is missing for the figures at the end is said at the beginning.
-    spectator = None if inception is None or agreement_only else Inception(inception)
+    weights = inception or config.evaluation.inception
+
+    def ready() -> None:
+        # Before anything is drawn: what is missing for the figures at the end is said at the beginning.
+        EfficientNetLite0()
+        if weights is not None and not agreement_only:
+            Inception(weights)
+
+    parallel.on_first(ready)
     sampler, digest = load_sampler(config, chosen, checkpoint)
-    network = EfficientNetLite0()
-    photos = reference(config, network)
-    settings = config.sampler if checkpoint is None else sampler.defaults
+    settings = sampler.defaults
     name = chosen if checkpoint is None else checkpoint.stem
-    entry: dict[str, Any] = {
-        "model": name,
-        "sha256": digest,
-        "sampler": settings.model_dump(mode="json"),
-        "agreement": {"seed": seed, **_agreement(config, sampler, settings, network, photos, classes, seed, sheet)},
-    }
-    if not agreement_only:
-        sets = [_samples(config, sampler, settings, name, digest, each) for each in config.evaluation.seeds]
+    seeds = () if agreement_only else config.evaluation.seeds
+    sets = [_samples(config, sampler, settings, name, digest, each) for each in seeds]
+
+    def measure() -> dict[str, Any]:
+        network = EfficientNetLite0()
+        photos = reference(config, network)
+        entry: dict[str, Any] = {
+            "model": name,
+            "sha256": digest,
+            "sampler": settings.model_dump(mode="json"),
+            "agreement": {"seed": seed, **_agreement(config, sampler, settings, network, photos, classes, seed, sheet)},
+        }
+        if sets:
+            entry |= _distances(config, sets, network, photos, weights)
         if npz is not None:
-            for each, samples in zip(config.evaluation.seeds, sets, strict=True):
+            for each, samples in zip(seeds, sets, strict=True):
                 samples.write_npz(npz / f"{name}-seed{each}.npz")
-        entry |= {"samples": config.evaluation.samples, "seeds": list(config.evaluation.seeds)}
-        entry["photos"] = photos.pool.count
-        entry["figures"] = _over_seeds(effnet_figures, sets, network, photos)
-        if config.evaluation.split != "train":
-            entry["training_images"] = _training_images(config, network, photos)
-        if spectator is not None:
-            entry["figures"] |= _over_seeds(inception_figures, sets, spectator, reference(config, spectator))
-        entry["cautions"] = _cautions(config, photos, with_inception=spectator is not None)
-    _keep(evaluation_path(config), name, entry)
+        _keep(evaluation_path(config), name, entry)
+        return entry
+
+    return parallel.from_first(measure)
+
+
+def _distances(
+    config: TrainConfig, sets: list[SampleSet], network: FeatureNetwork, photos: Reference, weights: Path | None
+) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "samples": config.evaluation.samples,
+        "seeds": list(config.evaluation.seeds),
+        "photos": photos.pool.count,
+        "figures": _over_seeds(effnet_figures, sets, network, photos),
+    }
+    if config.evaluation.split != "train":
+        entry["training_images"] = _training_images(config, network, photos)
+    if weights is not None:
+        inception = Inception(weights)
+        path = config.evaluation.reference
+        theirs = reference(config, inception) if path is None else published_reference(path, inception)
+        entry["figures"] |= _over_seeds(inception_figures, sets, inception, theirs)
+        entry["reference"] = "data.path" if path is None else path.name
+    entry["cautions"] = _cautions(config, photos, with_inception=weights is not None)
     return entry
 
 

@@ -1,4 +1,4 @@
-"""Samples of a model on disk, drawn batch by batch and gone on with after a kill."""
+"""Samples of a model on disk, drawn batch by batch by all processes, and continued after a kill."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from robuq_core.config import MAX_SEED, SamplerConfig, image_seed
 from robuq_core.files import read_json, replacing
 from robuq_core.pipeline import Sampler
+from train import parallel
 from train.evaluation.errors import EvaluationError
 from train.messages import one_line
 
@@ -104,7 +105,10 @@ def draw_to_disk(
     identity: str,
     settings: SamplerConfig,
 ) -> SampleSet:
-    """``count`` samples of balanced classes in ``folder``: drawn, gone on with, or found there complete.
+    """``count`` samples of balanced classes in ``folder``: drawn, continued, or found there complete.
+
+    Every process of a run draws its share of the batches, each sample by its own seed: how many they are changes
+    nothing, and an interrupted call may be continued by another number.
 
     ``identity`` names the weights: samples of others, or drawn with other ``settings``, are replaced.
 
@@ -117,56 +121,76 @@ def draw_to_disk(
         "count": count,
         "seed": seed,
         "side": side,
+        "batch_size": batch_size,
         "num_classes": sampler.num_classes,
         "sampler": settings.model_dump(mode="json"),
     }
     labels = np.array(balanced_classes(count, sampler.drawn_classes, seed), dtype=np.int64)
+    path, shape = folder / "images.npy", (count, side, side, 3)
+    rank, world = parallel.rank(), parallel.world_size()
+    parallel.on_first(lambda: _prepare_folder(folder, path, shape, described))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        done = _samples_done(folder, described)
-        if done == 0:
-            (folder / "progress.json").unlink(missing_ok=True)
-        images = _open_images(folder / "images.npy", (count, side, side, 3), new=done == 0)
-        first = first_seed(seed)
-        with Progress() as progress:
-            task = progress.add_task(f"sampling {sampler.checkpoint_name}, seed {seed}", total=count, completed=done)
-            for start in range(done, count, batch_size):
+        images = np.lib.format.open_memmap(path, "r+")
+        done = _batches_done(folder, described)
+        first, starts = first_seed(seed), range(0, count, batch_size)
+        mine = [start for i, start in enumerate(starts) if i % world == rank and start not in done]
+        finished: list[int] = []
+        with Progress(disable=rank > 0) as progress:
+            task = progress.add_task(f"sampling {sampler.checkpoint_name}, seed {seed}", total=len(mine))
+            for start in mine:
                 classes = labels[start : start + batch_size].tolist()
                 images[start : start + len(classes)] = _draw_batch(
                     sampler, classes, (first + start) % (MAX_SEED + 1), settings
                 )
-                images.flush()  # before the count that vouches for them
-                _note(folder, described, start + len(classes))
-                progress.update(task, completed=start + len(classes))
+                images.flush()  # before the note that vouches for them
+                finished.append(start)
+                _note(folder / f"progress-{rank}.json", described, sorted(done | set(finished)))
+                progress.update(task, advance=1)
     except OSError as error:
-        raise EvaluationError(f"{folder}: samples cannot be written ({one_line(error)}); free some space and run "
-                              "again: what is drawn is kept") from error  # fmt: skip
-    return SampleSet(np.lib.format.open_memmap(folder / "images.npy", "r"), labels)
+        raise _unwritable(folder, error) from error
+    parallel.on_first(lambda: None)  # all have drawn their share
+    return SampleSet(np.lib.format.open_memmap(path, "r"), labels)
 
 
-def _open_images(path: Path, shape: tuple[int, ...], new: bool) -> np.memmap:
-    if not new:
-        return np.lib.format.open_memmap(path, "r+")
-    images = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+def _unwritable(folder: Path, error: OSError) -> EvaluationError:
+    return EvaluationError(f"{folder}: samples cannot be written ({one_line(error)}); free some space and run again: "
+                           "what is drawn is kept")  # fmt: skip
+
+
+def _prepare_folder(folder: Path, path: Path, shape: tuple[int, ...], described: dict[str, Any]) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not _batches_done(folder, described):
+            for note in folder.glob("progress-*.json"):
+                note.unlink()
+            _make_images(path, shape)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _make_images(path: Path, shape: tuple[int, ...]) -> None:
+    np.lib.format.open_memmap(path, "w+", np.uint8, shape).flush()
     # A mapping that meets a full disk kills the process: take the room now, where it is an error.
     if hasattr(os, "posix_fallocate"):
         with path.open("r+b") as stream:
             os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
-    return images
 
 
-def _samples_done(folder: Path, described: dict[str, Any]) -> int:
-    """How many samples an earlier call with the same settings has finished."""
-    try:
-        found = read_json(folder / "progress.json")
-        done = int(found.pop("done"))
-        images = np.lib.format.open_memmap(folder / "images.npy", "r")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return 0
-    side = described["side"]
-    return done if found == described and images.shape == (described["count"], side, side, 3) else 0
+def _batches_done(folder: Path, described: dict[str, Any]) -> set[int]:
+    """First samples of the batches that earlier calls with the same settings have finished, in any process."""
+    side, done = described["side"], set[int]()
+    for path in folder.glob("progress-*.json"):
+        try:
+            found = read_json(path)
+            starts = {int(start) for start in found.pop("done")}
+            images = np.lib.format.open_memmap(folder / "images.npy", "r")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+        if found == described and images.shape == (described["count"], side, side, 3):
+            done |= starts
+    return done
 
 
-def _note(folder: Path, described: dict[str, Any], done: int) -> None:
-    with replacing(folder / "progress.json") as temporary:
+def _note(path: Path, described: dict[str, Any], done: list[int]) -> None:
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps({**described, "done": done}))

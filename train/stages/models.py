@@ -82,10 +82,10 @@ def resolved(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update={"quant": resolved_quant(config)})
 
 
-def load_teacher(config: TrainConfig) -> DiT:
-    """The full-precision model with the averaged weights of ``teacher.pt``."""
+def load_teacher(config: TrainConfig, path: Path | None = None) -> DiT:
+    """The full-precision model with the averaged weights of ``teacher.pt``, or of the kept state at ``path``."""
     model = DiT(config.model)
-    load_ema(teacher_path(config), model, meaning_of_weights(config))
+    load_ema(path or teacher_path(config), model, meaning_of_weights(config))
     return model
 
 
@@ -95,11 +95,12 @@ def quant_settings(quant: QuantConfig, *without: str) -> dict[str, Any]:
     return {f"quant.{key}": value for key, value in tree.items() if key not in without}
 
 
-def load_student(config: TrainConfig) -> tuple[DiT, dict[str, Any]]:
-    """The fake-quantised model with the averaged weights of ``qat.pt``, and that state's step and history."""
+def load_student(config: TrainConfig, path: Path | None = None) -> tuple[DiT, dict[str, Any]]:
+    """The fake-quantised model with the averaged weights of ``qat.pt``, or of the kept state at ``path``, and that
+    state's step and history."""
     quant = resolved_quant(config)
     model = quantize_model(DiT(config.model), quant)
-    return model, load_ema(qat_path(config), model, {**meaning_of_weights(config), **quant_settings(quant)})
+    return model, load_ema(path or qat_path(config), model, {**meaning_of_weights(config), **quant_settings(quant)})
 
 
 def load_warmup(config: TrainConfig) -> DiT:

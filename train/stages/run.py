@@ -40,7 +40,8 @@ from train.state import StateError, load_state, locked
 from train.state_shards import shards_folder
 
 # Keys of a training stage that do not change its numbers beyond rounding, or whose file's content is compared instead.
-_IDLE = {"save_every", "log_every", "accumulate", "activation_checkpointing", "parallel", "pretrained", "warm_start"}
+_IDLE = {"save_every", "keep_every", "log_every", "eval_every", "eval_samples", "accumulate",
+         "activation_checkpointing", "parallel", "pretrained", "warm_start"}  # fmt: skip
 
 Changed = dict[str, tuple[Any, Any]]
 
@@ -122,7 +123,7 @@ def execute(stage: Stage, config: TrainConfig, note: Note = print, redo: bool = 
     inputs = stage.inputs(config, note)
     if not from_first(lambda: _begin(stage, config, inputs, note, redo)):
         return
-    if stage.trains:
+    if stage.trains or stage.together:
         stage.work(config, note)
     else:
         on_first(lambda: _work_alone(stage, config, note))

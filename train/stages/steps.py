@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ class Stage:
     """One step from files of the run folder to others.
 
     ``reads`` and ``settings``: files of earlier stages and configuration keys that the result depends on. ``trains``:
-    long work that nothing throws away unasked, that goes on from a saved state, and that many processes share.
+    long work that nothing throws away unasked, that continues from a saved state, and that many processes share.
+    ``together``: other work that they share.
     ``starts_from``: the key of a file from elsewhere, and that file. ``resolve``: the configuration that it works on.
     """
 
@@ -65,6 +67,7 @@ class Stage:
     settings: Callable[[TrainConfig], tuple[str, ...]]
     work: Callable[[TrainConfig, Note], None]
     trains: bool = False
+    together: bool = False
     on_data: Callable[[TrainConfig], bool] = lambda config: True
     starts_from: Callable[[TrainConfig], tuple[str, Path | None]] | None = None
     resolve: Callable[[TrainConfig], TrainConfig] = lambda config: config
@@ -269,8 +272,8 @@ def evaluate_now(config: TrainConfig, note: Note) -> None:
 
     for which in ("teacher", "packed" if is_packable(config) else "student"):
         entry = evaluate_run(config, which)
-        figures = {name: f"{each['mean']:.4g}" for name, each in entry["figures"].items()}
-        note(f"evaluate: {which}: {', '.join(f'{name} {value}' for name, value in figures.items())}")
+        figures = ", ".join(f"{name} {each['mean']:.4g}" for name, each in entry["figures"].items())
+        on_first(partial(note, f"evaluate: {which}: {figures}"))
 
 
 def is_packable(config: TrainConfig) -> bool:
@@ -361,6 +364,7 @@ STAGES = (
         reads=_evaluate_reads,
         settings=lambda config: ("model", "diffusion", "sampler", "evaluation"),
         work=evaluate_now,
+        together=True,
     ),
 )  # fmt: skip
 BY_NAME = {stage.name: stage for stage in STAGES}

@@ -24,7 +24,9 @@ from train.data import (
     ShardedTensor,
     data_digest,
     data_folder,
+    digest,
     load_dataset,
+    looked_at_once,
     open_dataset,
     preparation,
     prepare,
@@ -359,3 +361,16 @@ def test_the_digest_of_a_folder_is_of_its_content(tmp_path: Path) -> None:
     content[-1] ^= 1
     file.write_bytes(content)
     assert data_digest(folder) != before
+
+
+def test_a_command_walks_the_data_once(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    walks: list[Path] = []
+    walk = digest._files
+    prepare(config)
+    monkeypatch.setattr(digest, "_files", lambda folder: walks.append(folder) or walk(folder))
+    with looked_at_once():
+        for _ in range(3):
+            prepare(config)
+    assert walks == [config.data.path]
+    (config.data.path / "class_0" / "new.png").write_bytes((config.data.path / "class_0" / "0.png").read_bytes())
+    assert prepare(config).count == CLASSES * PER_CLASS + 1

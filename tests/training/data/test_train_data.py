@@ -1,6 +1,7 @@
 """One set of images from a folder, its zip and its npz; batches that depend on the seed and the step alone."""
 
 import io
+import unicodedata
 import zipfile
 from pathlib import Path
 
@@ -9,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from synthetic_run import CLASSES, PER_CLASS, write_photos
 
 from train.config import DataConfig
-from train.data import BatchSource, DataError, ImageDataset, centre_images, load_dataset
+from train.data import BatchSource, DataError, ImageDataset, centre_images, load_dataset, open_source
 
 
 def zip_folder(folder: Path, path: Path, prefix: str = "") -> Path:
@@ -292,3 +293,94 @@ def test_supersampled_crops_are_averaged_down() -> None:
         assert any(torch.allclose(image, candidate, atol=1e-5) for candidate in candidates)
     middle = exact[:, :, :16, :16].reshape(2, 3, 4, 4, 4, 4).mean(dim=(3, 5))
     torch.testing.assert_close(centre_images(dataset, 4), middle, atol=1e-5, rtol=0)
+
+
+def saved(folder: Path, image: Image.Image, name: str = "x.png", **options: object) -> np.ndarray:
+    """Pixel rows of the one image of ``folder``, as prepared at 8 px: ``[3, 8, 8]``."""
+    (folder / "class").mkdir(parents=True)
+    image.save(folder / "class" / name, **options)
+    return load_dataset(folder, 8, 1).images[0].numpy()
+
+
+@pytest.mark.parametrize(("value", "expected"), [(0, 0), (32768, 128), (65535, 255), (32600, 127)])
+def test_sixteen_bit_grey_keeps_its_brightness(tmp_path: Path, value: int, expected: int) -> None:
+    image = Image.fromarray(np.full((8, 8), value, dtype=np.uint16))
+    assert set(saved(tmp_path / "data", image).flat) == {expected}
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pixels_are_white_and_not_their_hidden_colour(tmp_path: Path, mode: str) -> None:
+    image = Image.new("RGBA", (8, 8), (10, 20, 30, 255))
+    image.paste((200, 0, 0, 0), (0, 0, 4, 8))
+    options: dict[str, object] = {}
+    if mode == "P":
+        palette = Image.new("P", (8, 8), 1)
+        palette.putpalette([200, 0, 0, 10, 20, 30])
+        palette.paste(0, (0, 0, 4, 8))
+        image, options = palette, {"transparency": 0}
+    pixels = saved(tmp_path / "data", image.convert(mode), **options)
+    assert set(pixels[:, :, :4].flat) == {255}
+    assert pixels[:, :, 4:].max() < 40
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_stand_upright_as_their_exif_says(tmp_path: Path, orientation: int) -> None:
+    upright = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = tmp_path / "stored.png"
+    # What a camera stores is turned so that a viewer that follows the tag shows ``upright``: the inverse transform.
+    for inverse in range(1, 9):
+        turned = Image.Exif()
+        turned[0x0112] = inverse
+        upright.save(stored, exif=turned)
+        camera = ImageOps.exif_transpose(Image.open(stored))
+        camera.save(stored, exif=exif)
+        if np.array_equal(np.asarray(ImageOps.exif_transpose(Image.open(stored))), np.asarray(upright)):
+            break
+    pixels = saved(tmp_path / "data", camera, exif=exif)
+    assert np.array_equal(pixels.transpose(1, 2, 0), np.asarray(upright))
+
+
+def split_folder(root: Path) -> Path:
+    write_photos(root / "train", classes=2, per_class=3)
+    write_photos(root / "val", classes=2, per_class=1)
+    return root
+
+
+@pytest.mark.parametrize("num_classes", [0, 2])
+def test_train_and_val_are_told_apart(tmp_path: Path, num_classes: int) -> None:
+    folder = split_folder(tmp_path / "photos")
+    for path in (folder, zip_folder(folder, tmp_path / "p.zip"), zip_folder(folder, tmp_path / "q.zip", "top/")):
+        assert len(load_dataset(path, 8, num_classes)) == 6
+        assert len(load_dataset(path, 8, num_classes, split="val")) == 2
+        with pytest.raises(DataError, match="split test"):
+            load_dataset(path, 8, num_classes, split="test")
+
+
+def test_splits_without_a_training_part_are_named(tmp_path: Path) -> None:
+    folder = split_folder(tmp_path / "photos")
+    (folder / "train").rename(folder / "test")
+    for path in (folder, zip_folder(folder, tmp_path / "p.zip")):
+        with pytest.raises(DataError, match=r"test/, val/"):
+            load_dataset(path, 8, 2)
+
+
+def test_class_names_are_composed_unicode(tmp_path: Path) -> None:
+    for name in ("Zebra", unicodedata.normalize("NFD", "Ähre")):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "data" / name / "a.png")
+    assert open_source(tmp_path / "data", 2).class_names == ("Zebra", "Ähre")
+
+
+def test_adm_crop_halves_then_resizes(tmp_path: Path) -> None:
+    """A 40 x 36 image to 8 px: two box halvings to 10 x 9, bicubic to 9 x 8, and the middle 8 columns."""
+    noise = np.random.default_rng(0).integers(0, 256, (36, 40, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", noise[None], np.zeros(1, dtype=np.int64))
+    quarter = noise.reshape(18, 2, 20, 2, 3).mean(axis=(1, 3))
+    quarter = np.floor(np.floor(quarter + 0.5).reshape(9, 2, 10, 2, 3).mean(axis=(1, 3)) + 0.5).astype(np.uint8)
+    expected = np.asarray(Image.fromarray(quarter).resize((9, 8), Image.Resampling.BICUBIC))[:, :8]
+    found = load_dataset(tmp_path / "a.npz", 8, 1, fit="adm").images[0].numpy().transpose(1, 2, 0)
+    assert np.abs(found.astype(int) - expected.astype(int)).max() <= 2  # how each pass rounds halves
+    other = load_dataset(tmp_path / "a.npz", 8, 1).images[0].numpy().transpose(1, 2, 0)
+    assert np.abs(other.astype(int) - expected.astype(int)).max() > 10

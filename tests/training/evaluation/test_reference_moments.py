@@ -10,7 +10,8 @@ from synthetic_run import CLASSES, PER_CLASS, make_config, write_photos
 
 from train.data import ImageDataset, centre_images, read_images
 from train.evaluation import reference as module
-from train.evaluation.reference import measure_photos, read_reference, reference, write_reference
+from train.evaluation.errors import EvaluationError
+from train.evaluation.reference import measure_photos, published_reference, read_reference, reference, write_reference
 
 
 def test_moments_and_gallery_are_those_of_the_centre_crops(tmp_path: Path) -> None:
@@ -74,3 +75,24 @@ def test_a_damaged_file_is_not_read(tmp_path: Path) -> None:
     assert read_reference(path, "d") is None
     np.savez(path, digest=np.array("d"))
     assert read_reference(path, "d") is None
+
+
+def test_adm_reference_batches_give_moments_and_photos(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    arrays = {"mu": random.random(4), "sigma": np.eye(4), "mu_s": random.random(3), "sigma_s": np.eye(3),
+              "arr_0": random.integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)}  # fmt: skip
+    np.savez(tmp_path / "adm.npz", **arrays)
+    found = published_reference(tmp_path / "adm.npz", PixelNetwork(spatial=True))
+    assert found.pool.mean.tolist() == arrays["mu"].tolist()
+    assert found.spatial is not None
+    assert found.spatial.mean.tolist() == arrays["mu_s"].tolist()
+    photos = torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    torch.testing.assert_close(found.gallery.features, PixelNetwork()(photos).pool)
+
+
+@pytest.mark.parametrize("missing", ["mu", "sigma_s", "arr_0"])
+def test_an_incomplete_reference_batch_is_refused(tmp_path: Path, missing: str) -> None:
+    arrays = {key: np.zeros(1) for key in ("mu", "sigma", "mu_s", "sigma_s", "arr_0") if key != missing}
+    np.savez(tmp_path / "adm.npz", **arrays)
+    with pytest.raises(EvaluationError, match=r"evaluation\.reference .*adm\.npz"):
+        published_reference(tmp_path / "adm.npz", PixelNetwork(spatial=True))

@@ -86,6 +86,18 @@ def test_no_ratio_to_a_teacher_that_was_measured_otherwise(trained: tuple[Path, 
 
 
 @pytest.mark.usefixtures("pixels")
+def test_a_protocol_sets_what_published_figures_use(trained: tuple[Path, TrainConfig]) -> None:
+    """``--set`` still overrides it."""
+    path, _ = trained
+    arguments = ["--protocol", "ddpm-cfg-1.5", "--set", "sampler.steps=2", "--set", "evaluation.samples=5"]
+    result = measure(path, "--model", "teacher", *arguments)
+    assert result.exit_code == 0, result.output
+    entry = json.loads(result.stdout[result.stdout.index("{") :])
+    assert entry["sampler"] == {"sampler": "ddpm", "steps": 2, "guidance_scale": 1.5}
+    assert (entry["samples"], entry["seeds"]) == (5, [0])
+
+
+@pytest.mark.usefixtures("pixels")
 def test_the_last_model_of_the_run_is_the_default(trained: tuple[Path, TrainConfig], tmp_path: Path) -> None:
     path, config = trained
     sheet, folder = tmp_path / "sheets" / "packed.png", tmp_path / "npz"
@@ -170,6 +182,7 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
         (["--model", "packed"], "no such file"),
         (["--model", "teacher"], "teacher.pt does not exist"),
         (["--inception", "absent.pth"], "--inception"),
+        (["--protocol", "slow"], "ddpm-cfg-1.5, ddpm-cfg-4.0, quick"),
     ],
 )
 def test_what_is_missing_is_said_in_one_line(tmp_path: Path, arguments: list[str], said: str) -> None:

@@ -98,7 +98,7 @@ class Mortal:
         return self.sampler.generate(classes, *args, **kwargs)
 
 
-def test_a_killed_call_is_gone_on_with(sampler: Sampler, tmp_path: Path) -> None:
+def test_a_killed_call_is_continued(sampler: Sampler, tmp_path: Path) -> None:
     whole = fill(sampler, tmp_path / "whole")
     with pytest.raises(Killed):
         fill(Mortal(sampler, last=2), tmp_path / "set")
@@ -117,6 +117,7 @@ def test_a_killed_call_is_gone_on_with(sampler: Sampler, tmp_path: Path) -> None
         {"identity": "b"},
         {"seed": 2},
         {"count": 9},
+        {"batch_size": 5},
         {"settings": SamplerConfig(steps=3, guidance_scale=1.0)},
     ],
 )
@@ -129,7 +130,7 @@ def test_samples_of_anything_else_are_replaced(sampler: Sampler, tmp_path: Path,
 
 def test_damaged_progress_starts_again(sampler: Sampler, tmp_path: Path) -> None:
     fill(sampler, tmp_path)
-    (tmp_path / "progress.json").write_text(json.dumps([1]))
+    (tmp_path / "progress-0.json").write_text(json.dumps([1]))
     watched = Mortal(sampler)
     fill(watched, tmp_path)
     assert watched.drawn == 10

@@ -1,10 +1,7 @@
-/* The library's C interface, called from cpu.py by ctypes, and the init function that makes it an extension module.
+/* The library's C interface, called from cpu.py by ctypes.
  *
  * A backend is an instruction set and a thread pool: robuq_open(), robuq_close(); ops of several run side by side.
  * Shapes are checked in Python. Every op returns 0, or -1 where there is no memory for its working buffers. */
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -229,10 +226,3 @@ EXPORT int robuq_weight_offsets(const uint8_t *planar, int64_t channels, int64_t
     }
     return 0;
 }
-
-static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "_native", "Native CPU kernels; robuq_core.kernels.cpu calls them by ctypes.", -1, NULL,
-    NULL, NULL, NULL, NULL,
-};
-
-PyMODINIT_FUNC PyInit__native(void) { return PyModule_Create(&definition); }

@@ -1,8 +1,9 @@
 """The op set on the native library (``native/*.c``): fused rotation and quantisation, 2-bit weights decoded in cache.
 
 Every output row comes from its own input row in one fixed order of operations: results do not depend on the number of
-rows or threads. Each backend object has its own thread pool: two run side by side. Paths: ``amx``,
-``avx512vbmi``, ``avx512vnni``, ``avx2`` and ``plain`` (portable C), chosen at run time, or by ``ROBUQ_CPU_ISA``.
+rows or threads. Each backend object has its own thread pool: two run side by side. Paths: of x86-64 ``amx``,
+``avx512vbmi``, ``avx512vnni`` and ``avx2``, of AArch64 ``i8mm``, ``dotprod`` and ``neon``, and ``plain`` (portable C),
+chosen at run time, or by ``ROBUQ_CPU_ISA``.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ from robuq_core.quant.activation import GAUSSIAN_STEP, SIGMA_PER_MEAN_ABS, is_mi
 from robuq_core.quant.hadamard import decompose_order, hadamard_matrix, rotation_factors
 from robuq_core.quant.packing import planar_width
 
-Isa = Literal["amx", "avx512vbmi", "avx512vnni", "avx2", "plain"]  # fastest first
+Isa = Literal["amx", "avx512vbmi", "avx512vnni", "avx2", "i8mm", "dotprod", "neon", "plain"]  # fastest first
 ISA_VARIABLE = "ROBUQ_CPU_ISA"
 
 # The native side's enumerations (native/robuq.h) and the number of its interface (native/module.c).
 _INTERFACE = 9
-_ISA_CODE: Mapping[Isa, int] = {"plain": 0, "avx2": 1, "avx512vnni": 2, "avx512vbmi": 3, "amx": 4}
+_ISA_CODE: Mapping[Isa, int] = {
+    **{"plain": 0, "avx2": 1, "avx512vnni": 2, "avx512vbmi": 3, "amx": 4},
+    **{"neon": 5, "dotprod": 6, "i8mm": 7},
+}
 _MODULATE = 1
 
 _INT, _SIZE, _FLOAT, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p

@@ -31,6 +31,11 @@ static const struct isa_tasks *tasks_of(int isa) {
 #if BUILD_AMX
         case ISA_AMX: return &amx_tasks;
 #endif
+#if BUILD_NEON
+        case ISA_NEON: return &neon_tasks;
+        case ISA_DOTPROD: return &dotprod_tasks;
+        case ISA_I8MM: return &i8mm_tasks;
+#endif
         default: return &plain_tasks;
     }
 }

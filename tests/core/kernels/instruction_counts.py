@@ -7,15 +7,11 @@ x86 code runs under ``valgrind --tool=callgrind``, which knows no AVX-512; AArch
 
 from __future__ import annotations
 
-import json
-import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import remote
-import torch
 from layer_cases import make_linear, tokens
 
 from robuq_core.kernels import cpu

@@ -12,8 +12,10 @@ import re
 import shutil
 import struct
 import subprocess
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import wraps
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,19 @@ def build_arm(folder: Path) -> Path:
     return build(folder, ARM_COMPILER)
 
 
+def _in_turn(call: Callable[..., int]) -> Callable[..., int]:
+    """One call at a time: the file is shared by all."""
+
+    @wraps(call)
+    def wait(library: RemoteLibrary, *arguments: int) -> int:
+        with library.turn:
+            while library.closed:
+                library._call("robuq_close", library.closed.pop())
+            return call(library, *arguments)
+
+    return wait
+
+
 class RemoteLibrary:
     """The functions of :func:`robuq_core.kernels.cpu.open_library`, run by ``command``, a driver."""
 
@@ -81,6 +96,7 @@ class RemoteLibrary:
             stderr=subprocess.PIPE,
         )
         self._base, self._used = self._answer(), 0
+        self.turn, self.closed = threading.Lock(), list[int]()
 
     def close(self) -> str:
         """Ends the process; what it wrote to standard error."""
@@ -146,26 +162,35 @@ class RemoteLibrary:
         self._used = 0
         return answer
 
+    @_in_turn
     def robuq_supports(self, isa: int) -> int:
         return self._call("robuq_supports", isa)
 
+    @_in_turn
     def robuq_open(self, isa: int, threads: int) -> int:
         return self._call("robuq_open", isa, threads)
 
     def robuq_close(self, handle: int) -> None:
-        if self._process.poll() is None:
-            self._call("robuq_close", handle)
+        self.closed.append(handle)  # by the next call: a finaliser may run in the middle of one
 
+    @_in_turn
     def robuq_rotate_quantize(
         self, handle: int, layer: int, x: int, rows: int, prologue: int, codes: int, scales: int, lowrank: int
     ) -> int:
         of, layer = self._copied_layer(layer)
         return self._run(
             "robuq_rotate_quantize",
-            [handle, layer, self._copied(x, 4 * rows * of.width), rows, self._copied_prologue(prologue, rows, of.width)],
+            [
+                handle,
+                layer,
+                self._copied(x, 4 * rows * of.width),
+                rows,
+                self._copied_prologue(prologue, rows, of.width),
+            ],
             [(codes, rows * of.width), (scales, 4 * rows), (lowrank, 4 * rows * of.rank)],
         )
 
+    @_in_turn
     def robuq_ternary_linear(
         self, handle: int, layer: int, codes: int, scales: int, lowrank: int, rows: int, y: int
     ) -> int:
@@ -174,6 +199,7 @@ class RemoteLibrary:
         inputs.append(self._copied(lowrank, 4 * rows * of.rank))
         return self._run("robuq_ternary_linear", [handle, layer, *inputs, rows], [(y, 4 * rows * of.channels)])
 
+    @_in_turn
     def robuq_ternary(
         self, handle: int, layer: int, x: int, rows: int, prologue: int, gate: int, stride: int, per_image: int, y: int
     ) -> int:
@@ -184,6 +210,7 @@ class RemoteLibrary:
         arguments = [handle, layer, x, rows, before, gate, stride, per_image]
         return self._run("robuq_ternary", arguments, [(y, 4 * rows * of.channels)])
 
+    @_in_turn
     def robuq_attention(
         self, handle: int, qkv: int, images: int, length: int, width: int, heads: int, quantized: int, out: int
     ) -> int:
@@ -191,6 +218,7 @@ class RemoteLibrary:
         arguments = [handle, self._copied(qkv, 3 * size), images, length, width, heads, int(quantized)]
         return self._run("robuq_attention", arguments, [(out, size)])
 
+    @_in_turn
     def robuq_linear(
         self, handle: int, x: int, weight: int, bias: int, rows: int, width: int, channels: int, y: int
     ) -> int:
@@ -198,10 +226,12 @@ class RemoteLibrary:
         inputs += [self._copied(bias, 4 * channels), rows, width, channels]
         return self._run("robuq_linear", [handle, *inputs], [(y, 4 * rows * channels)])
 
+    @_in_turn
     def robuq_planar_from_base3(self, packed: int, rows: int, width: int, planar: int) -> int:
         packed = self._copied(packed, -(-rows * width // 5))
         return self._run("robuq_planar_from_base3", [packed, rows, width], [(planar, rows * -(-width // 128) * 32)])
 
+    @_in_turn
     def robuq_weight_offsets(self, planar: int, channels: int, row_bytes: int, midrise: int, offsets: int) -> int:
         arguments = [self._copied(planar, channels * row_bytes), channels, row_bytes, int(midrise)]
         return self._run("robuq_weight_offsets", arguments, [(offsets, 4 * channels)])

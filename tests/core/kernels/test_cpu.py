@@ -1,16 +1,19 @@
 """The native backend against the reference, on each of its paths, and its two promises: exact integer products, and
 rows whose bytes depend on neither their neighbours nor the thread count.
 
-Paths that this processor lacks run on emulated instructions (emulated.py), from the same source."""
+Paths that this processor lacks run on emulated instructions, from the same source: those of x86 by emulated.py, those
+of AArch64 in a process under qemu-user (remote.py)."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import get_args
 
 import emulated
 import pytest
+import remote
 import torch
 from agreement import REFERENCE, assert_attention_agrees, assert_products_agree, assert_quantized_agree
 from hypothesis import given, settings
@@ -39,6 +42,7 @@ def runs_here(isa: Isa) -> bool:
 # The paths of this processor; those that it lacks on emulated instructions. Emulating a path that runs shows nothing.
 PATHS = [isa for isa in get_args(Isa) if runs_here(isa)] or ["plain"]
 EMULATED = [isa for isa in ("amx", "avx512vbmi", "avx512vnni") if isa not in PATHS]
+ARM = [isa for isa in ("i8mm", "dotprod", "neon") if isa not in PATHS]
 
 
 @pytest.fixture(scope="session")
@@ -46,11 +50,22 @@ def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return cpu.open_library(str(emulated.build(tmp_path_factory.mktemp("emulated"))))
 
 
-@pytest.fixture(params=[*PATHS, *(pytest.param(f"emulated-{path}", marks=pytest.mark.slow) for path in EMULATED)])
+@pytest.fixture(scope="session")
+def arm_library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[remote.RemoteLibrary]:
+    folder = tmp_path_factory.mktemp("arm")
+    library = remote.RemoteLibrary([remote.ARM_EMULATOR, "-cpu", "max", remote.build_arm(folder)], folder)
+    yield library
+    library.close()
+
+
+ELSEWHERE = [*(f"emulated-{path}" for path in EMULATED), *(f"arm-{path}" for path in ARM)]
+
+
+@pytest.fixture(params=[*PATHS, *(pytest.param(path, marks=pytest.mark.slow) for path in ELSEWHERE)])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CpuBackend:
-    isa = request.param.removeprefix("emulated-")
-    if isa != request.param:
-        library = request.getfixturevalue("emulated_library")
+    kind, _, isa = request.param.rpartition("-")
+    if kind:
+        library = request.getfixturevalue(f"{kind}_library")
         monkeypatch.setattr(cpu, "load_library", lambda: library)
     monkeypatch.setenv("ROBUQ_CPU_ISA", isa)
     try:
@@ -153,7 +168,7 @@ def test_eight_bit_attention_of_many_tokens(
     backend: CpuBackend, length: int, sd: float, request: pytest.FixtureRequest
 ) -> None:
     """Diffuse heads and sharp ones; ``sd``: of their logits."""
-    if "emulated" in request.node.name and length > 256:
+    if any(path in request.node.name for path in ELSEWHERE) and length > 256:
         pytest.skip("slow where instructions are emulated")
     qkv = torch.randn(1, length, 3, 72, generator=torch.Generator().manual_seed(length))
     qkv[:, :, 0] *= sd
@@ -222,6 +237,31 @@ def test_fused_calls_give_the_same_bytes(backend: CpuBackend) -> None:
         backend.add_ternary(residual, torch.zeros(4, 70), x, layer)
 
 
+def test_neon_gives_the_bits_of_portable_code(backend: CpuBackend) -> None:
+    if backend.isa not in ("i8mm", "dotprod", "neon"):
+        pytest.skip("a promise of the AArch64 paths")
+    plain = CpuBackend(threads=1, isa="plain")
+    for width in (4, 12, 20, 28, 36, 72, 96, 288, 1152):
+        layer = pack_layer(make_linear(width, 70, bits=3, rank=3))
+        x, residual, gate = tokens(18, width), tokens(18, 70, seed=3), tokens(3, 70, seed=4)
+        for prologue in prologues(3, width):
+            ours, theirs = (each.rotate_quantize(x, layer, prologue) for each in (backend, plain))
+            assert torch.equal(ours.codes, theirs.codes)
+            assert torch.equal(ours.scales, theirs.scales)
+            assert torch.equal(ours.lowrank, theirs.lowrank)
+            sums = residual.clone(), residual.clone()
+            for each, total in zip((backend, plain), sums, strict=True):
+                each.add_ternary(total, gate, x, layer, prologue)
+            assert torch.equal(*sums)
+    for length, heads, head_dim in ((1, 1, 1), (5, 3, 8), (67, 1, 20), (64, 2, 72), (77, 1, 33)):
+        qkv = tokens(2 * length, 3 * heads * head_dim).reshape(2, length, -1)
+        for quantized in (True, False):
+            ours, theirs = (each.attention(qkv, heads, quantized) for each in (backend, plain))
+            assert torch.equal(ours, theirs)
+    x, weight, bias = tokens(29, 77), tokens(131, 77, seed=1), tokens(1, 131)[0]
+    assert torch.equal(backend.linear(x, weight, bias), plain.linear(x, weight, bias))
+
+
 def test_calls_of_several_python_threads_on_one_object(backend: CpuBackend) -> None:
     layer, x = pack_layer(make_linear(96, 64, bits=2, rank=2)), tokens(50, 96)
     expected = backend.ternary_linear(backend.rotate_quantize(x, layer), layer)
@@ -270,7 +310,7 @@ def test_environment_forces_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_isa(library) == "plain"
     assert CpuBackend(threads=1).name == "cpu-plain"
     monkeypatch.setenv("ROBUQ_CPU_ISA", "sse9")
-    with pytest.raises(ValueError, match="must be one of amx, avx512vbmi, avx512vnni, avx2, plain, not 'sse9'"):
+    with pytest.raises(ValueError, match=r"amx, .*, neon, plain, not 'sse9'"):
         choose_isa(library)
     monkeypatch.delenv("ROBUQ_CPU_ISA")
     with pytest.raises(ValueError, match="threads must be at least 1"):

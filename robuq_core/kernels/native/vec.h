@@ -1,8 +1,8 @@
 /* Vectors of eight floats on GCC/clang vector extensions, for the instruction set that the including file targets.
  *
  * The includer defines FN, the specifiers of every function (static, and the target), and HAVE_AVX2, HAVE_AVX512VNNI,
- * HAVE_NEON, HAVE_DOTPROD where intrinsics serve better than the generic form. NEON gives the bits of the generic form:
- * no multiply-add is fused unless its product is exact. The last vector of a row is padded and runs through the same operations as the
+ * HAVE_NEON, HAVE_DOTPROD where intrinsics serve better than the generic form. NEON gives the bits of AVX2, and the
+ * generic form too where multiply-adds are fused. The last vector of a row is padded and runs through the same operations as the
  * others, so an element's value never depends on where in the row it stands. */
 #include <string.h>
 
@@ -179,7 +179,7 @@ INLINE v8 hadamard8(v8 x) {
     return fmadd(x, (v8){1, 1, 1, 1, -1, -1, -1, -1}, _mm256_permute2f128_ps(x, x, 1));
 }
 #elif HAVE_NEON
-INLINE v8 fmadd(v8 a, v8 b, v8 c) { return add(mul(a, b), c); }
+INLINE v8 fmadd(v8 a, v8 b, v8 c) { return (v8){vfmaq_f32(c.low, a.low, b.low), vfmaq_f32(c.high, a.high, b.high)}; }
 INLINE float32x4_t larger(float32x4_t a, float32x4_t b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
 INLINE float32x4_t smaller(float32x4_t a, float32x4_t b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
 INLINE v8 vmax(v8 a, v8 b) { return (v8){larger(a.low, b.low), larger(a.high, b.high)}; }
@@ -212,7 +212,14 @@ INLINE v8 hadamard8(v8 x) {
     return (v8){vaddq_f32(a, b), vsubq_f32(a, b)};
 }
 #else
+#if defined(__aarch64__) /* fused, as every AArch64 can: the bits of NEON and of AVX2 */
+INLINE v8 fmadd(v8 a, v8 b, v8 c) {
+    for (int i = 0; i < LANES; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+}
+#else
 INLINE v8 fmadd(v8 a, v8 b, v8 c) { return a * b + c; }
+#endif
 INLINE v8 vmax(v8 a, v8 b) { return choose(a > b, a, b); }
 INLINE v8 vmin(v8 a, v8 b) { return choose(a < b, a, b); }
 

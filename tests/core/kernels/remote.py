@@ -18,14 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
 from pathlib import Path
 
-import pytest
-
 from robuq_core.kernels.cpu import _LayerStruct, _PrologueStruct
 
 HERE = Path(__file__).parent
 NATIVE = HERE.parents[2] / "robuq_core/kernels/native"
 DRIVER = HERE / "native_driver"
-ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
+ARM_COMPILER, ARM_EMULATOR = ("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu"), ("qemu-aarch64", "qemu-user")
 # As setup.py builds it.
 FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-pthread", "-Wno-psabi", "-Wall", "-Wextra"]
 
@@ -43,7 +41,7 @@ def run(command: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
 
 
 def build(folder: Path, compiler: str, flags: Sequence[str] = ()) -> Path:
-    """The driver for the processor of ``compiler``, statically linked, in ``folder``."""
+    """The driver for the processor that ``compiler`` builds for, statically linked, in ``folder``."""
 
     def compile_one(source: Path) -> Path:
         target = folder / f"{source.stem}.o"
@@ -59,12 +57,12 @@ def build(folder: Path, compiler: str, flags: Sequence[str] = ()) -> Path:
     return folder / "driver"
 
 
-def build_arm(folder: Path) -> Path:
-    """The driver for AArch64; skips the test where it cannot be built or run."""
-    for tool, package in ((ARM_COMPILER, "gcc-aarch64-linux-gnu"), (ARM_EMULATOR, "qemu-user")):
+def missing(*tools: tuple[str, str]) -> str | None:
+    """What a test that needs these programs, each with its Debian package, is skipped for."""
+    for tool, package in tools:
         if not shutil.which(tool):
-            pytest.skip(f"{tool} is not installed (Debian: {package}): AArch64 cannot be emulated")
-    return build(folder, ARM_COMPILER)
+            return f"{tool} is not installed (Debian: {package})"
+    return None
 
 
 def _in_turn(call: Callable[..., int]) -> Callable[..., int]:

@@ -52,8 +52,11 @@ def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 @pytest.fixture(scope="session")
 def arm_library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[remote.RemoteLibrary]:
+    if reason := remote.missing(remote.ARM_COMPILER, remote.ARM_EMULATOR):
+        pytest.skip(f"AArch64 cannot be emulated: {reason}")
     folder = tmp_path_factory.mktemp("arm")
-    library = remote.RemoteLibrary([remote.ARM_EMULATOR, "-cpu", "max", remote.build_arm(folder)], folder)
+    driver = remote.build(folder, remote.ARM_COMPILER[0])
+    library = remote.RemoteLibrary([remote.ARM_EMULATOR[0], "-cpu", "max", driver], folder)
     yield library
     library.close()
 
@@ -237,29 +240,35 @@ def test_fused_calls_give_the_same_bytes(backend: CpuBackend) -> None:
         backend.add_ternary(residual, torch.zeros(4, 70), x, layer)
 
 
-def test_neon_gives_the_bits_of_portable_code(backend: CpuBackend) -> None:
-    if backend.isa not in ("i8mm", "dotprod", "neon"):
-        pytest.skip("a promise of the AArch64 paths")
-    plain = CpuBackend(threads=1, isa="plain")
+def results_of_all_ops(backend: CpuBackend) -> list[torch.Tensor]:
+    """Odd shapes and every prologue."""
+    results = []
     for width in (4, 12, 20, 28, 36, 72, 96, 288, 1152):
         layer = pack_layer(make_linear(width, 70, bits=3, rank=3))
-        x, residual, gate = tokens(18, width), tokens(18, 70, seed=3), tokens(3, 70, seed=4)
+        x, gate = tokens(18, width), tokens(3, 70, seed=4)
         for prologue in prologues(3, width):
-            ours, theirs = (each.rotate_quantize(x, layer, prologue) for each in (backend, plain))
-            assert torch.equal(ours.codes, theirs.codes)
-            assert torch.equal(ours.scales, theirs.scales)
-            assert torch.equal(ours.lowrank, theirs.lowrank)
-            sums = residual.clone(), residual.clone()
-            for each, total in zip((backend, plain), sums, strict=True):
-                each.add_ternary(total, gate, x, layer, prologue)
-            assert torch.equal(*sums)
+            quantized, total = backend.rotate_quantize(x, layer, prologue), tokens(18, 70, seed=3)
+            backend.add_ternary(total, gate, x, layer, prologue)
+            results += [quantized.codes, quantized.scales, quantized.lowrank, total]
     for length, heads, head_dim in ((1, 1, 1), (5, 3, 8), (67, 1, 20), (64, 2, 72), (77, 1, 33)):
         qkv = tokens(2 * length, 3 * heads * head_dim).reshape(2, length, -1)
-        for quantized in (True, False):
-            ours, theirs = (each.attention(qkv, heads, quantized) for each in (backend, plain))
-            assert torch.equal(ours, theirs)
+        results += [backend.attention(qkv, heads, quantized) for quantized in (True, False)]
     x, weight, bias = tokens(29, 77), tokens(131, 77, seed=1), tokens(1, 131)[0]
-    assert torch.equal(backend.linear(x, weight, bias), plain.linear(x, weight, bias))
+    return [*results, backend.linear(x, weight, bias)]
+
+
+def test_aarch64_gives_the_bits_of_portable_code_and_of_avx2(
+    backend: CpuBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend.isa not in ("i8mm", "dotprod", "neon"):
+        pytest.skip("a promise of the AArch64 paths")
+    others = [CpuBackend(threads=1, isa="plain")]
+    if "avx2" in PATHS:
+        monkeypatch.setattr(cpu, "load_library", load_library)
+        others.append(CpuBackend(threads=1, isa="avx2"))
+    ours = results_of_all_ops(backend)
+    for other in others:
+        assert all(map(torch.equal, ours, results_of_all_ops(other))), other.isa
 
 
 def test_calls_of_several_python_threads_on_one_object(backend: CpuBackend) -> None:

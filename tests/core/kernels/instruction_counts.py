@@ -1,8 +1,8 @@
 """Instructions that the hot kernels execute: counted, not timed.
 
 ``python tests/core/kernels/instruction_counts.py`` writes ``instruction_counts.json`` anew, as far as this machine has
-the tools; ``test_instruction_counts.py`` compares new counts with it. x86 code runs under ``valgrind --tool=callgrind``,
-which knows no AVX-512; AArch64 code under qemu-user with ``native_driver/count_plugin.c``. A count is of one more call
+the tools; ``test_instruction_counts.py`` compares new counts with it. x86 code runs under callgrind, a tool of valgrind
+that knows no AVX-512; AArch64 code under qemu-user with ``native_driver/count_plugin.c``. A count is of one more call
 on one thread, so set-up is not in it.
 """
 

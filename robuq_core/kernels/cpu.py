@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from robuq_core.errors import UserError
-from robuq_core.kernels.ops import Modulation, Prologue, Quantized, TernaryLayer
+from robuq_core.kernels.ops import Block, Modulation, Prologue, Quantized, TernaryLayer
 from robuq_core.quant.activation import GAUSSIAN_STEP, SIGMA_PER_MEAN_ABS, is_midrise
 from robuq_core.quant.hadamard import decompose_order, hadamard_matrix, rotation_factors
 from robuq_core.quant.packing import planar_width
@@ -29,7 +29,7 @@ Isa = Literal["amx", "avx512vbmi", "avx512vnni", "avx2", "i8mm", "dotprod", "neo
 ISA_VARIABLE = "ROBUQ_CPU_ISA"
 
 # The native side's enumerations (native/robuq.h) and the number of its interface (native/module.c).
-_INTERFACE = 9
+_INTERFACE = 10
 _ISA_CODE: Mapping[Isa, int] = {
     **{"plain": 0, "avx2": 1, "avx512vnni": 2, "avx512vbmi": 3, "amx": 4},
     **{"neon": 5, "dotprod": 6, "i8mm": 7},
@@ -46,6 +46,8 @@ _SIGNATURES = {
     "robuq_ternary": [_POINTER, _POINTER, _POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, _POINTER],
     # backend; qkv, images, L, D, heads; quantized; out
     "robuq_attention": [_POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _SIZE, _INT, _POINTER],
+    # backend, block; x, images, L; modulation, strides of its entries and images
+    "robuq_block": [_POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _SIZE],
     # backend; x, weight, bias, rows, K, N; y
     "robuq_linear": [_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER],
     # packed, N, K; planar
@@ -73,6 +75,15 @@ class _PrologueStruct(ctypes.Structure):
     _fields_ = (
         *(("kind", _SIZE), ("rows_per_image", _SIZE), ("shift", _POINTER), ("scale", _POINTER)),
         *(("shift_stride", _SIZE), ("scale_stride", _SIZE), ("eps", _FLOAT)),
+    )
+
+
+class _BlockStruct(ctypes.Structure):
+    """``struct block`` of native/module.c."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("qkv", "proj", "fc1", "fc2")),
+        *(("heads", _SIZE), ("quantized", _SIZE), ("eps1", _FLOAT), ("eps2", _FLOAT)),
     )
 
 
@@ -205,6 +216,25 @@ def _native_layer(layer: TernaryLayer) -> _NativeLayer:
     return native
 
 
+_NATIVE_BLOCKS: weakref.WeakKeyDictionary[Block, _BlockStruct] = weakref.WeakKeyDictionary()
+
+
+def _native_block(block: Block) -> _BlockStruct:
+    """The struct and, in ``layers``, what it points at."""
+    if (known := _NATIVE_BLOCKS.get(block)) is not None:
+        return known
+    layers = [_native_layer(layer) for layer in (block.qkv, block.proj, block.fc1, block.fc2)]
+    width, hidden = layers[0].inputs, layers[2].outputs
+    sizes = [(layer.inputs, layer.outputs) for layer in layers]
+    if sizes != [(width, 3 * width), (width, width), (width, hidden), (hidden, width)] or width % block.num_heads:
+        raise ValueError(f"layers of {sizes} and {block.num_heads} heads make no block")
+    addresses = (layer.address for layer in layers)
+    struct = _BlockStruct(*addresses, block.num_heads, block.quantized_attention, block.eps[0], block.eps[1])
+    struct.layers = layers
+    _NATIVE_BLOCKS[block] = struct
+    return struct
+
+
 def _prologue_struct(prologue: Prologue, rows: int, width: int) -> _PrologueStruct:
     """Shifts and scales may be rows of a wider table; the struct keeps them alive."""
     if isinstance(prologue, Modulation):
@@ -319,6 +349,21 @@ class CpuBackend:
             *(gate.data_ptr(), gate.stride(0), max(rows // images, 1), residual.data_ptr()),
         ):
             self._raise("add_ternary")
+
+    def add_block(self, x: Tensor, modulation: Tensor, block: Block) -> None:
+        struct = _native_block(block)
+        images, length, width = x.shape
+        if _check(x, "x", (images, length, struct.layers[0].inputs)) is not x:
+            raise ValueError("x must be contiguous: it is changed in place")
+        if modulation.stride(2) != 1:
+            modulation = modulation.contiguous()
+        if modulation.shape != (6, images, width) or modulation.dtype is not torch.float32 or not modulation.is_cpu:
+            raise ValueError(f"modulation must be float32 {(6, images, width)}, not {tuple(modulation.shape)}")
+        if self._library.robuq_block(
+            *(self._handle, ctypes.addressof(struct), x.data_ptr(), images, length),
+            *(modulation.data_ptr(), modulation.stride(0), modulation.stride(1)),
+        ):
+            self._raise("add_block")
 
     def attention(self, qkv: Tensor, num_heads: int, quantized: bool) -> Tensor:
         images, length, triple = qkv.shape

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
 from pathlib import Path
 
-from robuq_core.kernels.cpu import _LayerStruct, _PrologueStruct
+from robuq_core.kernels.cpu import _BlockStruct, _LayerStruct, _PrologueStruct
 
 HERE = Path(__file__).parent
 NATIVE = HERE.parents[2] / "robuq_core/kernels/native"
@@ -30,8 +30,8 @@ FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-pthr
 # In the order of driver.c.
 _FUNCTIONS = (
     *("robuq_interface", "robuq_supports", "robuq_open", "robuq_close", "robuq_rotate_quantize"),
-    *("robuq_ternary_linear", "robuq_ternary", "robuq_attention", "robuq_linear", "robuq_planar_from_base3"),
-    "robuq_weight_offsets",
+    *("robuq_ternary_linear", "robuq_ternary", "robuq_attention", "robuq_block", "robuq_linear"),
+    *("robuq_planar_from_base3", "robuq_weight_offsets"),
 )
 _ARGUMENTS, _ARENA = 10, 1 << 28
 
@@ -150,11 +150,14 @@ class RemoteLibrary:
                 setattr(there, name, self._copied(getattr(prologue, name), 4 * ((images - 1) * stride + width)))
         return self._copied(ctypes.addressof(there), ctypes.sizeof(there))
 
-    def _run(self, name: str, arguments: Sequence[int], outputs: Sequence[tuple[int, int]]) -> int:
-        """Calls ``name``; the answer's memory of each ``(address, size)`` of ``outputs`` comes back to this process.
-        Those are the last of ``arguments``."""
+    def _run(
+        self, name: str, arguments: Sequence[int], outputs: Sequence[tuple[int, int]], at: int | None = None
+    ) -> int:
+        """Calls ``name``; memory of each ``(address, size)`` of ``outputs`` is copied there and back. They come last,
+        or in place of ``arguments[at:]``."""
         there = [self._copied(*output) for output in outputs]
-        answer = self._call(name, *arguments, *there)
+        at = len(arguments) if at is None else at
+        answer = self._call(name, *arguments[:at], *there, *arguments[at + len(there) :])
         for (address, size), copy in zip(outputs, there, strict=True):
             ctypes.memmove(address, self._arena[copy - self._base : copy - self._base + size], size)
         self._used = 0
@@ -215,6 +218,20 @@ class RemoteLibrary:
         size = 4 * images * length * width
         arguments = [handle, self._copied(qkv, 3 * size), images, length, width, heads, int(quantized)]
         return self._run("robuq_attention", arguments, [(out, size)])
+
+    @_in_turn
+    def robuq_block(
+        self, handle: int, block: int, x: int, images: int, length: int, modulation: int, entry: int, stride: int
+    ) -> int:
+        there = _BlockStruct.from_buffer_copy(_BlockStruct.from_address(block))
+        for name in ("qkv", "proj", "fc1", "fc2"):
+            of, layer = self._copied_layer(getattr(there, name))
+            setattr(there, name, layer)
+        block = self._copied(ctypes.addressof(there), ctypes.sizeof(there))
+        width = of.channels
+        modulation = self._copied(modulation, 4 * (5 * entry + (images - 1) * stride + width))
+        arguments = [handle, block, 0, images, length, modulation, entry, stride]
+        return self._run("robuq_block", arguments, [(x, 4 * images * length * width)], at=2)
 
     @_in_turn
     def robuq_linear(

@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import emulated
@@ -22,7 +24,7 @@ from layer_cases import WIDTHS, make_linear, prologues, tokens
 
 from robuq_core.kernels import cpu
 from robuq_core.kernels.cpu import CpuBackend, Isa, NativeUnavailableError, choose_isa, load_library
-from robuq_core.kernels.ops import Modulation, Quantized, TernaryLayer
+from robuq_core.kernels.ops import Block, Modulation, Quantized, TernaryLayer
 from robuq_core.kernels.pack_layer import pack_layer
 from robuq_core.quant.activation import is_midrise
 from robuq_core.quant.choices import Grid
@@ -238,6 +240,66 @@ def test_fused_calls_give_the_same_bytes(backend: CpuBackend) -> None:
         backend.add_ternary(tokens(30, 140)[:, ::2], gate, x, layer)
     with pytest.raises(ValueError, match="30 rows do not divide among 4 images"):
         backend.add_ternary(residual, torch.zeros(4, 70), x, layer)
+
+
+def make_block(width: int, hidden: int, heads: int, quantized: bool) -> Block:
+    shapes = ((width, 3 * width), (width, width), (width, hidden), (hidden, width))
+    layers = (pack_layer(make_linear(*shape, bits=2, rank=3)) for shape in shapes)
+    return Block(*layers, heads, quantized, (1e-6, 1e-5))
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize(("width", "hidden", "heads"), [(36, 144, 3), (96, 72, 4), (128, 512, 2)])
+def test_a_block_in_one_call_gives_the_same_bytes(
+    backend: CpuBackend, width: int, hidden: int, heads: int, quantized: bool
+) -> None:
+    block = make_block(width, hidden, heads, quantized)
+    for images, length in ((1, 1), (2, 5), (3, 16)):
+        x = tokens(images * length, width).reshape(images, length, width)
+        modulation = tokens(6 * images, width + 3, seed=2).reshape(6, images, -1)[..., :width]  # rows lie apart
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind()
+        expected, flat = x.clone(), (images * length, width)
+        qkv = backend.ternary(expected.reshape(flat), block.qkv, Modulation(shift1, scale1, 1e-6))
+        heads_out = backend.attention(qkv.reshape(images, length, -1), heads, quantized)
+        backend.add_ternary(expected.view(flat), gate1, heads_out.reshape(flat), block.proj)
+        hidden_out = backend.ternary(expected.reshape(flat), block.fc1, Modulation(shift2, scale2, 1e-5))
+        backend.add_ternary(expected.view(flat), gate2, hidden_out, block.fc2, "gelu")
+        backend.add_block(x, modulation, block)
+        assert torch.equal(x, expected)
+
+
+def test_what_is_no_block_is_refused(backend: CpuBackend) -> None:
+    block = make_block(36, 144, 3, True)
+    with pytest.raises(ValueError, match="modulation"):
+        backend.add_block(torch.zeros(2, 4, 36), torch.zeros(6, 1, 36), block)
+    with pytest.raises(ValueError, match="x must be contiguous"):
+        backend.add_block(torch.zeros(2, 4, 72)[..., ::2], torch.zeros(6, 2, 36), block)
+    with pytest.raises(ValueError, match="5 heads"):
+        backend.add_block(torch.zeros(2, 4, 36), torch.zeros(6, 2, 36), replace(block, num_heads=5))
+    with pytest.raises(ValueError, match="no block"):
+        backend.add_block(torch.zeros(2, 4, 36), torch.zeros(6, 2, 36), replace(block, fc2=block.fc1))
+
+
+def status_kib(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1])
+    raise AssertionError(name)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+@pytest.mark.parametrize("quantized", [True, False])
+def test_attention_holds_no_matrix_of_all_pairs_of_tokens(
+    backend: CpuBackend, quantized: bool, request: pytest.FixtureRequest
+) -> None:
+    if any(path in request.node.name for path in ELSEWHERE):
+        pytest.skip("slow where instructions are emulated")
+    length = 4096  # a byte for each pair of tokens is 16 MiB
+    qkv = tokens(length, 3 * 8).reshape(1, length, -1)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = status_kib("VmHWM")
+    backend.attention(qkv, 1, quantized)
+    assert status_kib("VmHWM") - before < 8 * 1024
 
 
 def results_of_all_ops(backend: CpuBackend) -> list[torch.Tensor]:

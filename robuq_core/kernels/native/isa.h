@@ -32,7 +32,7 @@ enum {
 
 #define BUILD_AVX512VBMI BUILD_AVX512VNNI
 
-#if defined(__aarch64__) && defined(__ARM_NEON) && (defined(__clang__) || __GNUC__ >= 12)
+#if defined(__aarch64__) && defined(__ARM_NEON) && (defined(__clang__) || __GNUC__ >= 11)
 #define BUILD_NEON 1 /* with dot products and matrix products */
 #else
 #define BUILD_NEON 0

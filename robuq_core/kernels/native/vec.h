@@ -382,7 +382,8 @@ INLINE void store_interleaved(int16_t *out, v8s even, v8s odd) {
     _mm_storeu_si128((__m128i *)out, _mm_unpacklo_epi16((__m128i)even, (__m128i)odd));
     _mm_storeu_si128((__m128i *)(out + LANES), _mm_unpackhi_epi16((__m128i)even, (__m128i)odd));
 #elif HAVE_NEON
-    vst2q_s16(out, (int16x8x2_t){{(int16x8_t)even, (int16x8_t)odd}});
+    const int16x8x2_t both = {{(int16x8_t)even, (int16x8_t)odd}};
+    vst2q_s16(out, both);
 #else
     for (int i = 0; i < LANES; i++) {
         out[2 * i] = even[i];

@@ -388,15 +388,31 @@ def test_environment_forces_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
         CpuBackend(threads=0)
 
 
-class OldProcessor:
-    """A library on a processor that runs the paths up to AVX2."""
+class Processor:
+    """A library on a processor that runs ``paths``."""
+
+    def __init__(self, *paths: Isa) -> None:
+        self.codes = [cpu._ISA_CODE[path] for path in ("plain", *paths)]
 
     def robuq_supports(self, isa: int) -> int:
-        return int(isa <= 1)
+        return int(isa in self.codes)
 
 
-def test_the_fastest_path_that_runs_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("paths", "fastest"),
+    [
+        ((), "plain"),
+        (("avx2",), "avx2"),
+        (("avx2", "avx512vnni", "avx512vbmi"), "avx512vbmi"),
+        (("neon",), "neon"),
+        (("neon", "dotprod"), "dotprod"),
+        (("neon", "dotprod", "i8mm"), "i8mm"),
+    ],
+)
+def test_the_fastest_path_that_runs_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, paths: tuple[Isa, ...], fastest: Isa
+) -> None:
     monkeypatch.delenv("ROBUQ_CPU_ISA", raising=False)
-    assert choose_isa(OldProcessor()) == "avx2"  # type: ignore[arg-type]
-    with pytest.raises(NativeUnavailableError, match="no amx: unset ROBUQ_CPU_ISA or set it to plain"):
-        choose_isa(OldProcessor(), "amx")  # type: ignore[arg-type]
+    assert choose_isa(Processor(*paths)) == fastest  # type: ignore[arg-type]
+    with pytest.raises(NativeUnavailableError, match="no amx"):
+        choose_isa(Processor(*paths), "amx")  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from layer_cases import make_linear, tokens
 
 from robuq_core.files import replacing
 from robuq_core.kernels import cpu
-from robuq_core.kernels.cpu import CpuBackend, Isa
+from robuq_core.kernels.cpu import CpuBackend, Isa, NativeUnavailableError
 from robuq_core.kernels.ops import Prologue
 from robuq_core.kernels.pack_layer import pack_layer
 
@@ -72,8 +72,12 @@ def cases() -> dict[str, Callable[[CpuBackend], object]]:
 
 def missing(isa: Isa) -> str | None:
     """Why counts of ``isa`` cannot be had here."""
+    try:
+        library = cpu.load_library()
+    except NativeUnavailableError as error:
+        return str(error)
     if isa == "avx2":
-        if not cpu.load_library().robuq_supports(cpu._ISA_CODE[isa]):
+        if not library.robuq_supports(cpu._ISA_CODE[isa]):
             return "this processor has no AVX2"
         return remote.missing(("cc", "gcc"), ("valgrind", "valgrind"))
     return remote.missing(("cc", "gcc"), remote.ARM_COMPILER, remote.ARM_EMULATOR)

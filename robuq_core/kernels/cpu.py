@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import math
 import os
+import struct
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from robuq_core.diffusion.update import RowStep
 from robuq_core.errors import UserError
 from robuq_core.kernels.ops import Block, Modulation, Prologue, Quantized, TernaryLayer
 from robuq_core.quant.activation import GAUSSIAN_STEP, SIGMA_PER_MEAN_ABS, is_midrise
@@ -29,7 +32,7 @@ Isa = Literal["amx", "avx512vbmi", "avx512vnni", "avx2", "i8mm", "dotprod", "neo
 ISA_VARIABLE = "ROBUQ_CPU_ISA"
 
 # The native side's enumerations (native/robuq.h) and the number of its interface (native/module.c).
-_INTERFACE = 10
+_INTERFACE = 11
 _ISA_CODE: Mapping[Isa, int] = {
     **{"plain": 0, "avx2": 1, "avx512vnni": 2, "avx512vbmi": 3, "amx": 4},
     **{"neon": 5, "dotprod": 6, "i8mm": 7},
@@ -50,6 +53,8 @@ _SIGNATURES = {
     "robuq_block": [_POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _SIZE],
     # backend; x, weight, bias, rows, K, N; y
     "robuq_linear": [_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER],
+    # steps, rows, values of a row, guided ones; clip; following, estimates
+    "robuq_update": [_POINTER, _SIZE, _SIZE, _SIZE, _INT, _POINTER, _POINTER],
     # packed, N, K; planar
     "robuq_planar_from_base3": [_POINTER, _SIZE, _SIZE, _POINTER],
     # planar, N, bytes of a row, mid-rise; offsets
@@ -85,6 +90,10 @@ class _BlockStruct(ctypes.Structure):
         *((name, _POINTER) for name in ("qkv", "proj", "fc1", "fc2")),
         *(("heads", _SIZE), ("quantized", _SIZE), ("eps1", _FLOAT), ("eps2", _FLOAT)),
     )
+
+
+# ``struct row_step`` of native/update.h.
+_ROW_STEP = struct.Struct("@5P8f")
 
 
 _NO_MODULATION = {name: _PrologueStruct(kind) for name, kind in ((None, 0), ("gelu", 2), ("silu", 3))}
@@ -389,3 +398,37 @@ class CpuBackend:
         ):
             self._raise("linear")
         return y
+
+    def update(
+        self, x: Tensor, output: Tensor, steps: Sequence[RowStep], clip: bool, guided_channels: int
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`robuq_core.diffusion.update.Update`; one thread, as it takes less time than to wake others."""
+        rows, shape = len(steps), tuple(x.shape[1:])
+        x, output = _check(x, "x", (rows, *shape)), _check(output, "output", tuple(output.shape))
+        guided = sum(step.scale is not None for step in steps)
+        if len(output) != rows + guided or output.shape[1] < shape[0] or output.shape[2:] != shape[1:]:
+            raise ValueError(
+                f"output {tuple(output.shape)} does not fit {rows} rows of {shape}, {guided} of them guided"
+            )
+        values, x_row, output_row = math.prod(shape), 4 * x.stride(0), 4 * output.stride(0)
+        x_at, cond_at = x.data_ptr(), output.data_ptr()
+        uncond_at = cond_at + rows * output_row
+        packed, kept = [], []  # the terms are kept until they are read
+        for i, step in enumerate(steps):
+            previous, noise = (None if term is None else _check(term, "a row", shape) for term in step[2:])
+            kept.append((previous, noise))
+            packed.append(
+                _ROW_STEP.pack(
+                    *(x_at + i * x_row, cond_at + i * output_row, 0 if step.scale is None else uncond_at),
+                    *(0 if previous is None else previous.data_ptr(), 0 if noise is None else noise.data_ptr()),
+                    *(*step.coefficients[:6], step.scale or 0.0, 0.0),
+                )
+            )
+            if step.scale is not None:
+                uncond_at += output_row
+        following, x0 = torch.empty_like(x), torch.empty_like(x)
+        self._library.robuq_update(
+            *(b"".join(packed), rows, values, guided_channels * values // shape[0], clip),
+            *(following.data_ptr(), x0.data_ptr()),
+        )
+        return following, x0

@@ -9,11 +9,12 @@
 #include "base3.h"
 #include "isa.h"
 #include "robuq.h"
+#include "update.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
 /* One more whenever an argument list changes: cpu.py refuses a library built from other source than its own. */
-EXPORT int robuq_interface(void) { return 10; }
+EXPORT int robuq_interface(void) { return 11; }
 
 EXPORT int robuq_supports(int isa) { return isa_supported(isa); }
 
@@ -260,6 +261,12 @@ EXPORT int robuq_linear(
     const int failed = pool_run(backend->pool, count, 0, backend->tasks->linear, &job);
     pool_end(backend->pool);
     return failed;
+}
+
+EXPORT int robuq_update(const struct row_step *steps, int64_t rows, int64_t values, int64_t guided, int clip,
+                        float *following, float *x0) {
+    update_rows(steps, rows, values, guided, clip, following, x0);
+    return 0;
 }
 
 EXPORT int robuq_planar_from_base3(const uint8_t *packed, int64_t rows, int64_t width, uint8_t *planar) {

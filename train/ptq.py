@@ -47,8 +47,8 @@ from robuq_core.rows import RowSpec
 
 METHOD = "post-training quantisation, calibrated on the teacher's own samples"
 
-# Steps of the trajectories that inputs are taken from; they differ, so that many timesteps are seen.
-_FEWEST_STEPS, _MOST_STEPS = 8, 16
+_FEWEST_STEPS, _MOST_STEPS = 8, 16  # of the trajectories that inputs are taken from
+_INPUTS_PER_IMAGE = 5
 _TOKENS = 32_768  # of a layer's inputs: some multiple of the widest layer's width
 _FEWEST_INPUTS, _MOST_INPUTS = 128, 2048
 _HELD_OUT, _OTHER_SEED = 32, 2**31
@@ -309,33 +309,35 @@ def _tune(
 def own_points(teacher: DiT, diffusion: DiffusionConfig, defaults: SamplerConfig, count: int, seed: int) -> Points:
     """``count`` inputs that ``teacher`` meets while it samples random classes with its default sampler and guidance.
 
-    Trajectories have from 8 to 16 steps, and each gives eight of its inputs. Under guidance every second one is that of
-    no class; else a tenth, where the network has such a row.
+    Trajectories have from 8 to 16 steps, so that many timesteps are seen. The more its prediction moves the sample, the
+    more likely an input is taken: near t = 0 errors of a prediction are large and change nothing. Under guidance every
+    second one is that of no class; else a tenth, where the network has such a row.
     """
     config = teacher.config
     header = Header(format_version=FORMAT_VERSION, model=config, quant=QuantConfig(), diffusion=diffusion,
                     sampler=defaults, tensors={})  # fmt: skip
     sampler = Sampler(teacher, header, checkpoint_name="teacher", backend_name="torch", weight_bytes=0)
     generator = torch.Generator().manual_seed(seed)
-    images = -(-count // _FEWEST_STEPS)
+    images = -(-count // _INPUTS_PER_IMAGE)
     seeds = torch.randint(0, 2**32, (images,), generator=generator).tolist()
     classes = torch.randint(0, config.drawn_classes, (images,), generator=generator).tolist()
     lengths = torch.randint(_FEWEST_STEPS, _MOST_STEPS + 1, (images,), generator=generator).tolist()
     found: list[tuple[Tensor, float, int]] = []
+    moves: list[float] = []
     size = max(1, _BATCH_TOKENS // config.num_tokens)
     for first in range(0, images, size):
-        rows, kept = [], []
-        for i in range(first, min(first + size, images)):
-            spec = RowSpec(classes[i], seeds[i], lengths[i], defaults.guidance_scale, defaults.sampler)
-            rows.append(sampler.start(spec))
-            kept.append(set(torch.randperm(lengths[i], generator=generator)[:_FEWEST_STEPS].tolist()))
+        rows = [
+            sampler.start(RowSpec(classes[i], seeds[i], lengths[i], defaults.guidance_scale, defaults.sampler))
+            for i in range(first, min(first + size, images))
+        ]
         while running := [row for row in rows if not row.done]:
-            for row, wanted in zip(rows, kept, strict=True):
-                if row.steps_done in wanted and not row.done:
-                    found.append((row.x, row.timestep, row.spec.class_id))
+            for row in running:
+                found.append((row.x, row.timestep, row.spec.class_id))
+                coefficients = row.coefficients[row.steps_done]
+                moves.append(abs(coefficients.on_x0 * coefficients.x0_on_output))
             sampler.step(running)
-    chosen = [found[i] for i in torch.randperm(len(found), generator=generator)[:count].tolist()]
-    x, timesteps, labels = zip(*chosen, strict=True)
+    chosen = torch.multinomial(torch.tensor(moves), count, generator=generator).tolist()
+    x, timesteps, labels = zip(*(found[i] for i in chosen), strict=True)
     drawn = torch.tensor(labels)
     if config.can_guide:
         share = 0.5 if defaults.guidance_scale != 1 else 0.1

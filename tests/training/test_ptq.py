@@ -65,11 +65,12 @@ def error(packed: Path, source: Path) -> float:
     return float((network.forward(*points) - wanted).norm() / wanted.norm())
 
 
+@pytest.mark.slow
 def test_each_stage_comes_nearer_to_the_teacher(teacher: Path, tmp_path: Path) -> None:
     plain = tmp_path / "plain.safetensors"
     pack_untrained(teacher, plain, untrained_quant(**ONE_PLANE), num_heads=2)
-    fitted = pack(teacher, tmp_path / "fitted.safetensors", Calibration(steps=0, inputs=512))
-    tuned = pack(teacher, tmp_path / "tuned.safetensors", Calibration(steps=60, inputs=512))
+    fitted = pack(teacher, tmp_path / "fitted.safetensors", Calibration(steps=0, inputs=256))
+    tuned = pack(teacher, tmp_path / "tuned.safetensors", Calibration(steps=50, inputs=256))
     before, after_fit, after_steps = (error(path, teacher) for path in (plain, fitted, tuned))
     assert after_fit < 0.7 * before
     assert after_steps < 0.9 * after_fit

@@ -29,10 +29,11 @@ def test_nothing_spills_and_shared_memory_fits(compiled: list[tuple[Case, Compil
 
 
 def test_bfloat16_is_rounded_by_one_instruction(compiled: list[tuple[Case, Compiled]]) -> None:
-    """To the nearest even, two values at once."""
+    """To the nearest even, one value or two at once."""
     for case, result in compiled:
         if case.name.startswith(("ternary_linear", "attention")):
-            assert ("cvt.rn.bf16x2.f32" in result.ptx) == ("bf16" in case.name), case.name
+            found = re.search(r"cvt\.rn\.bf16(x2)?\.f32", result.ptx)
+            assert (found is not None) == ("bf16" in case.name), case.name
 
 
 def test_products_are_stored_16_bytes_at_a_time(compiled: list[tuple[Case, Compiled]]) -> None:
@@ -40,7 +41,8 @@ def test_products_are_stored_16_bytes_at_a_time(compiled: list[tuple[Case, Compi
         if case.name.startswith("ternary_linear"):
             stores = re.findall(r"st\.global\S*", result.ptx)
             assert stores
-            assert all(".v4." in store for store in stores), case.name
+            narrow = [store for store in stores if ".v4." not in store]
+            assert len(narrow) == (case.config.blocks["SPLIT"] > 1), case.name  # the counter of arrivals
 
 
 def test_one_thread_compiles_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,11 @@ the forward and of the update keeps one order of float operations per row.
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from robuq_core.checkpoint import CheckpointError, Header, read_checkpoint, read_header
 from robuq_core.classes import ClassNames
-from robuq_core.config import MAX_SEED, NUM_TRAIN_TIMESTEPS, PredictionType, SamplerName, check_fit, image_seed
+from robuq_core.config import PredictionType, check_fit
 from robuq_core.decode import Decoder, PixelDecoder, load_decoder, to_pixels
 from robuq_core.diffusion.guidance import guide
 from robuq_core.diffusion.samplers import Coefficients
@@ -28,7 +27,8 @@ from robuq_core.hub import DECODER_FOLDER, bundled_checkpoint, resolve_checkpoin
 from robuq_core.kernels.backends import select_backend
 from robuq_core.models.packed_dit import PackedDiT
 from robuq_core.openmp import on_one_thread
-from robuq_core.rows import ALL_TIMESTEPS, LatestBatch, Row, RowSpec
+from robuq_core.params import ALL_TIMESTEPS, ImageParams, RowSpec, check_spec, read_params
+from robuq_core.rows import LatestBatch, Row
 from robuq_core.step_cache import cached_forward
 
 NO_DECODER = (
@@ -208,16 +208,8 @@ class Sampler:
         classes = self.header.model.drawn_classes
         if not 0 <= spec.class_id < classes:
             raise ValueError(f"class_id must be 0..{classes - 1}, not {spec.class_id}")
+        check_spec(spec)
         check_fit(self.header.model, self.prediction_type, spec.sampler, spec.guidance_scale)
-        if not 0 <= spec.seed <= MAX_SEED:
-            raise ValueError(f"seed must be 0..{MAX_SEED}, not {spec.seed}")
-        low, high = spec.guidance_interval
-        if not 0 <= low <= high < NUM_TRAIN_TIMESTEPS:
-            raise ValueError(f"guidance_interval must be two timesteps of 0..{NUM_TRAIN_TIMESTEPS - 1}, ascending, "
-                             f"not {low}, {high}")  # fmt: skip
-        if not 1 <= spec.cache_interval <= NUM_TRAIN_TIMESTEPS:
-            raise ValueError(f"cache_interval must be 1..{NUM_TRAIN_TIMESTEPS} (1 runs the blocks at every step), "
-                             f"not {spec.cache_interval}")  # fmt: skip
         if spec.cache_interval > 1 and not isinstance(self.model, PackedDiT):
             raise ValueError("cache_interval must be 1 for a network that is not packed")
         row = Row(spec, self._shape, self.prediction_type, self.device)
@@ -337,41 +329,26 @@ class Sampler:
         class_ids: Sequence[int | str | None],
         seed: int | None = None,
         *,
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        sampler: SamplerName | None = None,
-        guidance_interval: tuple[int, int] = ALL_TIMESTEPS,
-        cache_interval: int = 1,
         on_step: Callable[[], None] | None = None,
+        **fields: Any,
     ) -> list[Image.Image]:
-        """One image a class, given by its id or its name, or None where the network has no classes; image i uses
-        ``seed + i``. What is ``None`` takes the
-        checkpoint's default.
+        """One image for each class, given by its id or its name, or None where the network has no classes; image i
+        uses ``seed + i``.
 
-        ``on_step`` is called after each step, for a progress bar. How long it took is in :attr:`timings`.
+        Args:
+            seed, fields: of :class:`robuq_core.params.ImageParams`, such as ``steps`` or ``guidance_scale``; what is
+                None takes the checkpoint's default. With ``num_images`` each class gets so many.
+            on_step: is called after each step, for a progress bar. How long it took is in :attr:`timings`.
 
         Raises:
-            ValueError: class, seed, steps, guidance interval or cache interval out of range, a name that is no
-                class's, or a name that is not in a list.
+            ValueError: an unknown field or a value out of range, a name that is no class's, or a name that is not in
+                a list.
         """
         if isinstance(class_ids, str):  # which is a sequence of its letters
             raise ValueError(f"class_ids must be a list: [{class_ids!r}], not {class_ids!r}")
-        first = secrets.randbelow(MAX_SEED + 1) if seed is None else seed
-        defaults = self.defaults
-        rows = [
-            self.start(
-                RowSpec(
-                    class_id,
-                    image_seed(first, i),
-                    defaults.steps if steps is None else steps,
-                    defaults.guidance_scale if guidance_scale is None else guidance_scale,
-                    defaults.sampler if sampler is None else sampler,
-                    guidance_interval,
-                    cache_interval,
-                )
-            )
-            for i, class_id in enumerate(map(self.class_id, class_ids))
-        ]
+        params = read_params(ImageParams, {"seed": seed, **fields}).resolved(self.defaults)
+        classes = [self.class_id(class_id) for class_id in class_ids for _ in range(params.num_images)]
+        rows = [self.start(params.spec(class_id, i)) for i, class_id in enumerate(classes)]
         began = time.perf_counter()
         self.finish(rows, on_step)
         sampled = time.perf_counter()

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from robuq_core.checkpoint import CheckpointError, Header, read_checkpoint, read_header
+from robuq_core.checkpoint import Checkpoint, CheckpointError, Header, read_checkpoint, read_header
 from robuq_core.classes import ClassNames
 from robuq_core.config import PredictionType, check_fit
 from robuq_core.decode import Decoder, PixelDecoder, load_decoder, to_pixels
@@ -25,6 +25,7 @@ from robuq_core.diffusion.guidance import guide
 from robuq_core.diffusion.samplers import Coefficients
 from robuq_core.hub import DECODER_FOLDER, bundled_checkpoint, resolve_checkpoint
 from robuq_core.kernels.backends import select_backend
+from robuq_core.kernels.ops import Backend
 from robuq_core.models.packed_dit import PackedDiT
 from robuq_core.openmp import on_one_thread
 from robuq_core.params import ALL_TIMESTEPS, ImageParams, RowSpec, check_spec, read_params
@@ -45,6 +46,28 @@ class Timings:
 
     sampling_s: float
     decode_s: float
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A verified checkpoint and the decoder of its latents, before they are put on a device."""
+
+    path: Path
+    checkpoint: Checkpoint
+    decoder: Decoder | None
+
+
+def load_model(
+    path: Path | str | None = None,
+    decoder: Path | str | Decoder | None = None,
+    device: torch.device | str = "cpu",
+) -> LoadedModel:
+    """Read a packed checkpoint and its decoder, the latter onto ``device``; arguments and errors as
+    :meth:`Sampler.from_checkpoint`."""
+    chosen = resolve_checkpoint(path)
+    # The decoder first: a missing one is reported before the weights are read.
+    loaded = _decoder_for(chosen, decoder, torch.device(device))
+    return LoadedModel(chosen, read_checkpoint(chosen), loaded)
 
 
 class Denoiser(Protocol):
@@ -133,12 +156,27 @@ class Sampler:
         """
         chosen = resolve_checkpoint(path)
         ops = select_backend(backend, threads, device)
-        # The decoder first: a missing one is told before the weights are read.
-        loaded = _decoder_for(chosen, decoder, ops.device)
-        checkpoint = read_checkpoint(chosen)
+        return cls._on(load_model(chosen, decoder, ops.device), ops, backend)
+
+    @classmethod
+    def from_loaded(
+        cls,
+        loaded: LoadedModel,
+        *,
+        backend: str = "auto",
+        threads: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> Sampler:
+        """A sampler of what :func:`load_model` gave; the rest, and what it raises, as :meth:`from_checkpoint`."""
+        return cls._on(loaded, select_backend(backend, threads, device), backend)
+
+    @classmethod
+    def _on(cls, loaded: LoadedModel, ops: Backend, backend_choice: str) -> Sampler:
+        checkpoint = loaded.checkpoint
         attention_is_quantized = checkpoint.header.quant.attention_bits is not None
         model = PackedDiT(checkpoint.header.model, checkpoint.dense, checkpoint.layers, ops, attention_is_quantized)
-        return cls._of_packed(model, checkpoint.header, chosen.stem, backend, loaded)
+        decoder = loaded.decoder and loaded.decoder.replica(ops.device)
+        return cls._of_packed(model, checkpoint.header, loaded.path.stem, backend_choice, decoder)
 
     @classmethod
     def _of_packed(

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import typer
 
 from robuq_core.cli_support import reported
-from robuq_core.errors import UserError
 from server import capacity_cli, keys_cli
 from server.keys import read_keys
 from server.settings import LogFormat, LogLevel, Settings, is_loopback, load_settings
@@ -97,20 +96,16 @@ def main(
     # Until the server takes over, a signal just ends the process; as PID 1 of a container it would be ignored.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 
-    # Imported here: --help and a wrong option need no torch.
-    from server.lifecycle import bind, serve
-    from server.loading import load_samplers, located
+    from server.launch import bind, prepare
     from server.logs import configure_logging
 
     configure_logging(settings.log_level, settings.log_format)
     if settings.api_keys_file is not None:
-        read_keys(settings.api_keys_file)  # before the checkpoint, so that a mistake is told at once
+        read_keys(settings.api_keys_file)  # before the checkpoint, so that a mistake shows at once
     elif not is_loopback(settings.host):
-        logger.warning("open to whoever reaches this port: listening on %s without --api-keys-file", settings.host)
-    with bind(settings.host, settings.port) as sock:
-        try:
-            settings = located(settings)
-            samplers = load_samplers(settings.checkpoint, settings)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        raise typer.Exit(serve(samplers, settings, sock))
+        logger.warning("anyone who can reach %s can use this server: no --api-keys-file", settings.host)
+    sockets = bind(settings.host, settings.port)
+    prepared = prepare(settings)  # the workers load while this process imports its own part
+    from server.lifecycle import serve
+
+    raise typer.Exit(serve(settings, sockets, prepared))

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from robuq_core.config import PredictionType, SamplerConfig
-from robuq_core.decode import Decoder, PixelDecoder
-from server.engine.model import RowSpec
+from robuq_core.params import RowSpec
 
 
 @dataclass(eq=False)
@@ -33,6 +32,13 @@ class FakeRow:
         return 1 + self.guided
 
 
+class NoDecoder:
+    """What the server reads of a decoder."""
+
+    name = "none"
+    weight_bytes = 0
+
+
 class FakeSampler:
     """Pixels depend on the row's spec alone.
 
@@ -45,9 +51,8 @@ class FakeSampler:
     backend_name = "fake"
     average_activation_bits = 2.0
     weight_bytes = 0
-    forward_limit_s: float | None = None
     prediction_type: PredictionType = "epsilon"
-    decoder: Decoder = PixelDecoder()
+    decoder = NoDecoder()
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ from robuq_core.classes import read_names
 from robuq_core.cli_support import reported, takes_params
 from robuq_core.config import DecoderKind, Flavour, PredictionType, SamplerConfig, SamplerName
 from robuq_core.errors import UserError
+from robuq_core.files import replacing
 from robuq_core.params import ImageParams
 
 app = typer.Typer(
@@ -59,24 +60,32 @@ def sample(
     backend: BackendOption = "auto",
     threads: ThreadsOption = None,
     device: DeviceOption = None,
+    embed_settings: Annotated[
+        bool, typer.Option(help="Store checkpoint, class, seed and all settings in each file, for robuq inspect.")
+    ] = True,
     *,
     params: ImageParams,
 ) -> None:
     """Generate one image for each class into PNG files; what is not given takes the checkpoint's default."""
+    import numpy as np
     from rich.progress import Progress
 
+    from robuq_core.images import encode_image
     from robuq_core.pipeline import Sampler
 
     loaded = Sampler.from_checkpoint(checkpoint, decoder=decoder, backend=backend, threads=threads, device=device)
     asked: list[int | str | None] = [int(name) if name.lstrip("-").isdigit() else name for name in class_ids or ()]
+    params = params.resolved(loaded.defaults)
     classes = [loaded.class_id(name) for name in asked or [None] for _ in range(params.num_images)]
     with Progress() as progress:
-        task = progress.add_task("sampling", total=params.steps or loaded.defaults.steps)
+        task = progress.add_task("sampling", total=params.steps)
         images = loaded.generate(classes, on_step=lambda: progress.advance(task), **params.given | {"num_images": 1})
     out.mkdir(parents=True, exist_ok=True)
     for i, (class_id, image) in enumerate(zip(classes, images, strict=True)):
         path = out / f"{i:04d}_class{class_id}.png"
-        image.save(path)
+        settings = loaded.settings_of(params.spec(class_id, i)) if embed_settings else None
+        with replacing(path) as part:
+            part.write_bytes(encode_image(np.asarray(image), "png", settings))
         typer.echo(path)
     if loaded.timings is not None:
         spent = loaded.timings
@@ -119,6 +128,7 @@ def inspect_command(
         Path | None,
         typer.Argument(
             help="Packed file, a folder that holds one, a bundled one's name, or a hub id; default: imagenet (bundled)."
+            " Or an image: prints the settings that it was generated with."
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole header as JSON.")] = False,
@@ -128,8 +138,12 @@ def inspect_command(
     from rich.table import Table
 
     from robuq_core.hub import resolve_checkpoint
+    from robuq_core.images import read_settings
     from robuq_core.inspection import inspect_checkpoint, ratio
 
+    if checkpoint is not None and checkpoint.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
+        typer.echo(json.dumps(read_settings(checkpoint), indent=2))
+        return
     path = resolve_checkpoint(checkpoint)
     report = inspect_checkpoint(path)
     header = report.header

@@ -24,6 +24,7 @@ from robuq_core.decode import Decoder, PixelDecoder, load_decoder, to_pixels
 from robuq_core.diffusion.guidance import guide
 from robuq_core.diffusion.samplers import Coefficients
 from robuq_core.hub import DECODER_FOLDER, bundled_checkpoint, resolve_checkpoint
+from robuq_core.images import image_settings
 from robuq_core.kernels.backends import select_backend
 from robuq_core.kernels.ops import Backend
 from robuq_core.models.packed_dit import PackedDiT
@@ -393,6 +394,12 @@ class Sampler:
         images = [Image.fromarray(self.decode(row)) for row in rows]
         self.timings = Timings(sampled - began, time.perf_counter() - sampled)
         return images
+
+    def settings_of(self, spec: RowSpec) -> dict[str, Any]:
+        """What :func:`robuq_core.images.encode_image` stores in the image of ``spec``."""
+        names = self.class_names
+        name = names[spec.class_id] if spec.class_id < len(names) else ""
+        return image_settings(spec, self.checkpoint_name, name if self.num_classes else None)
 
     def class_id(self, class_id: int | str | None) -> int:
         """The id of a class by its name, or by itself; None, of a network without classes, is 0.

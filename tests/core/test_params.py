@@ -1,6 +1,7 @@
 """The sampling fields: one definition that HTTP, the command line and Python share, and errors that name the field."""
 
 import json
+import os
 import subprocess
 import sys
 from typing import Any
@@ -124,7 +125,8 @@ params.ImageParams = create_model(
 
 def test_a_new_field_appears_on_the_command_line() -> None:
     program = _NEW_FIELD + "from robuq_core.cli import app; app(['sample', '--help'])"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    command, wide = [sys.executable, "-c", program], {**os.environ, "COLUMNS": "200"}
+    result = subprocess.run(command, env=wide, capture_output=True, text=True, timeout=120, check=True)
     (line,) = (line for line in result.stdout.splitlines() if "--sharpness" in line)
     assert "0<=x<=3" in line
 

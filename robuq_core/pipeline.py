@@ -114,6 +114,7 @@ class Sampler:
         self.image_size = self.decoder.image_size(header.model.input_size)
         self.average_activation_bits = header.average_activation_bits
         self.timings: Timings | None = None
+        self.path: Path | None = None  # of the packed checkpoint, if it was loaded from one
         self._classes = ClassNames(header.class_names, header.model.num_classes)
         self._backend_choice = "auto"
         self._shape = (header.model.in_channels, header.model.input_size, header.model.input_size)
@@ -177,7 +178,9 @@ class Sampler:
         attention_is_quantized = checkpoint.header.quant.attention_bits is not None
         model = PackedDiT(checkpoint.header.model, checkpoint.dense, checkpoint.layers, ops, attention_is_quantized)
         decoder = loaded.decoder and loaded.decoder.replica(ops.device)
-        return cls._of_packed(model, checkpoint.header, loaded.path.stem, backend_choice, decoder)
+        sampler = cls._of_packed(model, checkpoint.header, loaded.path.stem, backend_choice, decoder)
+        sampler.path = loaded.path
+        return sampler
 
     @classmethod
     def _of_packed(

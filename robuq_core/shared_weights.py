@@ -53,7 +53,7 @@ class _Writer(pickle.Pickler):
         self._file.write(bytes(-self._file.tell() % _ALIGNMENT))
         offset = self._file.tell()
         content = value.detach().contiguous()
-        self._file.write(memoryview(content.reshape(-1).view(torch.uint8).numpy()))
+        self._file.write(content.reshape(-1).view(torch.uint8).numpy().data)
         is_parameter = isinstance(value, torch.nn.Parameter)
         return offset, content.dtype, tuple(content.shape), is_parameter
 

@@ -116,7 +116,9 @@ def admin_router(service: Service, info: type[BaseModel], describe: Callable[[],
         """The checkpoint that is served, and the files that could be."""
         return CheckpointsResponse(served=service.model.name, files=await asyncio.to_thread(folder().files))
 
-    @router.post("/checkpoint", response_model=info, responses=documented(409, 413, 422, 503), openapi_extra=body_schema)
+    @router.post(
+        "/checkpoint", response_model=info, responses=documented(409, 413, 422, 503), openapi_extra=body_schema
+    )
     async def swap_checkpoint(http: HttpRequest) -> BaseModel:
         """Load another checkpoint and serve it. No request is lost: those in flight end on the one they began with."""
         nonlocal busy

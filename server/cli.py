@@ -76,6 +76,8 @@ def main(
     priority_ageing_s: Annotated[float | None, _option("priority_ageing_s")] = None,
     drain_timeout_s: Annotated[float | None, _option("drain_timeout_s")] = None,
     stall_timeout_s: Annotated[float | None, _option("stall_timeout_s")] = None,
+    load_timeout_s: Annotated[float | None, _option("load_timeout_s")] = None,
+    embed_settings: Annotated[bool | None, _option("embed_settings")] = None,
     decode_threads: Annotated[int | None, _option("decode_threads")] = None,
     max_body_bytes: Annotated[int | None, _option("max_body_bytes")] = None,
     max_connections: Annotated[int | None, _option("max_connections")] = None,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from robuq_core.config import PredictionType, SamplerConfig
+from robuq_core.images import image_settings
 from robuq_core.params import RowSpec
 
 
@@ -53,6 +55,7 @@ class FakeSampler:
     weight_bytes = 0
     prediction_type: PredictionType = "epsilon"
     decoder = NoDecoder()
+    path = None
 
     def __init__(
         self,
@@ -91,6 +94,9 @@ class FakeSampler:
 
     def estimate(self, row: FakeRow) -> tuple[RowSpec, int]:
         return row.spec, row.steps_done
+
+    def settings_of(self, spec: RowSpec) -> dict[str, Any]:
+        return image_settings(spec, self.checkpoint_name, self.class_names[spec.class_id] if self.class_names else None)
 
     def decode(self, row: FakeRow) -> np.ndarray:
         return self._noise(row.spec, row.spec.steps)

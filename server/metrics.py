@@ -18,7 +18,6 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -95,7 +94,9 @@ class Metrics:
         self.requests = Counter(
             "robuq_requests_total", "Requests that left the engine.", ["finished_reason"], registry=registry
         )
-        self.rejected = Counter("robuq_rejected_total", "Requests rejected before queueing, by reason.", ["reason"], registry=registry)
+        self.rejected = Counter(
+            "robuq_rejected_total", "Requests rejected before queueing, by reason.", ["reason"], registry=registry
+        )
         self.images = Counter("robuq_images_total", "Images delivered by finished requests.", registry=registry)
         self.engine_steps = Counter("robuq_engine_steps_total", "Forwards of the model.", registry=registry)
         self.e2e_latency = histogram("e2e_request_latency_seconds", "From acceptance to the last encoded image.")

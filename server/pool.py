@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from robuq_core.config import SamplerConfig
 from robuq_core.errors import UserError
@@ -137,6 +137,7 @@ class Worker(asyncio.Protocol):
             "max_batch_rows": settings.max_batch_rows,
             "target_step_s": settings.target_step_s,
             "decode_threads": settings.decode_threads,
+            "embed_settings": settings.embed_settings,
             "store": store,
         }
         self._write(options)
@@ -204,10 +205,9 @@ class Worker(asyncio.Protocol):
     # What it sends.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)
         if self.phase == "dead":
-            transport.abort()
+            self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         if self.phase == "dead":
@@ -359,7 +359,9 @@ class Pool:
         self._tasks: set[asyncio.Task[None]] = set()
         self._handles: set[Handle] = set()  # whose end has not been seen
         self._next_watch = 0.0
-        metrics.watch_requests(running=lambda: self.load().requests_running, waiting=lambda: self.load().requests_waiting)
+        metrics.watch_requests(
+            running=lambda: self.load().requests_running, waiting=lambda: self.load().requests_waiting
+        )
         metrics.watch_workers(
             lambda: [
                 WorkerMemory(worker.number, worker.handle.pid, worker.gpu_memory)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from robuq_core.config import PredictionType, SamplerConfig
-from robuq_core.params import RowSpec
 from robuq_core.images import ImageFormat
+from robuq_core.params import RowSpec
 
 MAX_PRIORITY = 9
 MIN_TIMEOUT_S = 0.01

@@ -25,11 +25,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from robuq_core.errors import UserError
+from robuq_core.images import ImageFormat, encode_image
 from robuq_core.params import RowSpec
-from server.images import ImageFormat, encode_image
 from server.stepping import Stepper, StepTimeCurve
 from server.wire import Unpacker, pack
 
@@ -108,6 +108,7 @@ class Worker:
             self._stepper = Stepper(options["max_batch_rows"], self._clock, lambda: self._send({"op": "alive"}))
             self._curve = StepTimeCurve()
             self._target_step_s: float | None = options["target_step_s"]
+            self._embed_settings: bool = options["embed_settings"]
             self._max_previews = 2 * options["max_batch_rows"]
             self._pool = ThreadPoolExecutor(options["decode_threads"], thread_name_prefix="decode")
             began = self._clock()
@@ -286,7 +287,8 @@ class Worker:
                 self._previews -= 1
 
     def _encoded(self, pixels: Any, image: _Image) -> bytes:
-        encoded = encode_image(pixels, image.image_format)
+        about = self._sampler.settings_of(image.spec) if self._embed_settings else None
+        encoded = encode_image(pixels, image.image_format, about)
         return base64.b64encode(encoded) if image.as_base64 else encoded
 
     # The socket.
@@ -328,7 +330,7 @@ def describe(sampler: Any) -> dict[str, Any]:
     """The fields of :class:`server.request.ModelInfo` as plain data."""
     return {
         "name": sampler.checkpoint_name,
-        "path": str(getattr(sampler, "checkpoint_path", "")),
+        "path": str(sampler.path or ""),
         "class_names": list(sampler.class_names),
         "num_classes": sampler.num_classes,
         "drawn_classes": sampler.drawn_classes,
@@ -374,10 +376,7 @@ def load_sampler(options: Options, weights: int) -> Any:
         placed = {}
     if options["store"]:
         store(load_model(options["checkpoint"], options["decoder"]), weights)
-    loaded = mapped(weights)
-    sampler = Sampler.from_loaded(loaded, backend=backend, threads=threads, **placed)
-    sampler.checkpoint_path = loaded.path
-    return sampler
+    return Sampler.from_loaded(mapped(weights), backend=backend, threads=threads, **placed)
 
 
 def _check(replicas: int, available: int, what: str) -> None:
@@ -409,7 +408,8 @@ def main(make_sampler: Callable[[Options, int], Any] = load_sampler, arguments: 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     die_with(parent)
-    from server.logs import LogFormat, LogLevel, configure_logging
+    from server.logs import configure_logging
+    from server.settings import LogFormat, LogLevel
 
     configure_logging(cast(LogLevel, given[3]), cast(LogFormat, given[4]))
     with socket.socket(fileno=descriptor) as sock:

@@ -12,7 +12,7 @@ from waiting import WAIT_S, until
 from server.api.app import create_app
 from server.engine import Engine
 from server.engine.create import create_engine
-from server.engine.fake import FakeSampler
+from server.fake import FakeSampler
 from server.lifecycle import bind
 from server.settings import Settings
 

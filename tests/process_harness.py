@@ -22,7 +22,7 @@ SERVE = "from server.cli import app; app()"
 PROGRAM = """
 import sys
 import robuq_core.pipeline as pipeline
-from server.engine.fake import FakeSampler
+from server.fake import FakeSampler
 sampler = FakeSampler(step_s=0.02)
 {change}
 pipeline.Sampler.from_checkpoint = classmethod(lambda *_, **__: sampler)

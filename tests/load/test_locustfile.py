@@ -16,7 +16,7 @@ from loaded_server import fake_server
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from waiting import WAIT_S
 
-from server.engine.fake import FakeSampler
+from server.fake import FakeSampler
 
 ROOT = Path(__file__).parents[2]
 

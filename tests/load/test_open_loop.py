@@ -21,7 +21,7 @@ from waiting import WAIT_S
 from loadtest.open_loop import Outcome, as_json, describe, main, offer, plot, poisson_arrivals, run_rate, summarise
 from loadtest.workload import Workload
 from robuq_core.errors import UserError
-from server.engine.fake import FakeSampler
+from server.fake import FakeSampler
 
 
 def test_arrivals_are_a_poisson_process() -> None:

@@ -23,7 +23,7 @@ from server.api.app import create_app
 from server.api.auth import is_public
 from server.engine import Engine
 from server.engine.create import create_engine
-from server.engine.fake import FakeSampler
+from server.fake import FakeSampler
 from server.keys import create_key, revoke_key
 from server.logs import JsonFormatter
 

@@ -23,7 +23,7 @@ from robuq_core.pipeline import Sampler, bundled_checkpoint
 from server.capacity import TARGET_UTILISATION, measure_rows_per_s, plan_replicas, replica_memory, rows_per_image
 from server.cli import app
 from server.engine.create import create_engine
-from server.engine.fake import FakeSampler
+from server.fake import FakeSampler
 
 RATES = st.floats(1e-3, 1e6)
 

@@ -15,7 +15,7 @@ from serving_harness import WAIT_S, live_server, until
 
 from server.api import connection
 from server.api.security import MAX_HEAD_BYTES, MAX_HEADERS, MAX_TARGET_BYTES, PROBE_PATHS, SECURITY_HEADERS
-from server.engine.fake import FakeSampler
+from server.fake import FakeSampler
 
 
 @pytest.fixture(scope="module")

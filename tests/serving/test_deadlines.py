@@ -10,7 +10,7 @@ import pytest
 from serving_harness import WAIT_S, WatchedSampler, outcome, running_engine, sample, spec, until
 
 from server.engine import DeadlineExceeded, Engine
-from server.engine.fake import FakeRow
+from server.fake import FakeRow
 
 
 def pass_all_deadlines(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from serving_harness import WAIT_S, WatchedSampler, live_server, until
 from test_live_server import raw_request
 
 from server.api.catalog import Catalog
-from server.engine.fake import FakeSampler
+from server.fake import FakeSampler
 
 
 def names(client: httpx.Client, **parameters: Any) -> list[str]:

@@ -12,8 +12,8 @@ from serving_harness import WAIT_S, WatchedSampler, make_settings, outcome, runn
 from server.engine import GenerationFailed, NotReady, Overloaded
 from server.engine.create import create_engine
 from server.engine.errors import Cancelled
-from server.engine.fake import FakeRow
-from server.engine.images import encode_image
+from server.fake import FakeRow
+from robuq_core.images import encode_image
 from server.engine.supervisor import MAX_RESTARTS
 from server.scheduler import StepTimeCurve
 

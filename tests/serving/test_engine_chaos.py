@@ -19,8 +19,8 @@ from server.engine import (
     Job,
     Overloaded,
 )
-from server.engine.fake import FakeRow, FakeSampler
-from server.engine.images import encode_image
+from server.fake import FakeRow, FakeSampler
+from robuq_core.images import encode_image
 
 REQUESTS = 400
 # By the seed of an image: what it does to the sampler.

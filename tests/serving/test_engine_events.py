@@ -10,7 +10,7 @@ from serving_harness import WAIT_S, WatchedSampler, outcome, running_engine, spe
 
 from server.engine import Preview, StepDone
 from server.engine.events import Event
-from server.engine.images import encode_image
+from robuq_core.images import encode_image
 
 
 def test_every_step_is_told_and_every_second_one_but_the_last_is_shown() -> None:

@@ -10,8 +10,8 @@ from serving_harness import WAIT_S, WatchedSampler, make_settings, outcome, runn
 
 from server.engine import GenerationFailed
 from server.engine.create import create_engine
-from server.engine.fake import FakeRow
-from server.engine.images import encode_image
+from server.fake import FakeRow
+from robuq_core.images import encode_image
 from server.engine.stepping import GROW_AFTER
 
 

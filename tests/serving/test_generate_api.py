@@ -10,10 +10,10 @@ import httpx
 import pytest
 from PIL import Image
 
-from server.api.schemas import GenerateRequest
-from server.engine.fake import FakeRow, FakeSampler
-from server.engine.images import encode_image
-from server.engine.model import RowSpec
+from server.generate import GenerateBody
+from server.fake import FakeRow, FakeSampler
+from robuq_core.images import encode_image
+from robuq_core.params import RowSpec
 
 SEED_LIMIT = 2**32
 
@@ -242,7 +242,7 @@ def test_the_schema_of_the_route_is_that_of_the_body(client: httpx.Client) -> No
     document = client.get("/openapi.json").json()
     route = document["paths"]["/generate"]["post"]
     body = route["requestBody"]["content"]["application/json"]["schema"]
-    assert set(body["properties"]) == set(GenerateRequest.model_fields)
+    assert set(body["properties"]) == set(GenerateBody.model_fields)
     assert body["properties"]["class_id"]["anyOf"][0]["maximum"] == 4
     assert {"200", "406", "413", "422", "429", "500", "503", "504"} <= set(route["responses"])
     content = set(route["responses"]["200"]["content"])

@@ -17,7 +17,7 @@ from process_harness import Process, serving
 from serving_harness import WAIT_S, WatchedSampler, live_server, until
 from test_connection_limits import connected, consume, probe, read_all
 
-from server.engine.fake import FakeSampler
+from server.fake import FakeSampler
 from server.keys import create_key
 
 MIB = 2**20

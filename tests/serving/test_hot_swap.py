@@ -19,8 +19,8 @@ from robuq_core.errors import TooSlowError
 from server.collector import settle
 from server.engine import NotReady
 from server.engine.create import create_engine
-from server.engine.fake import FakeRow
-from server.engine.images import encode_image
+from server.fake import FakeRow
+from robuq_core.images import encode_image
 from server.loading import load_samplers
 
 

@@ -17,7 +17,7 @@ from server.api.generation import Generation, Replay
 from server.api.idempotency import ENTRY_BYTES, Replays
 from server.api.order import Order
 from server.engine import Engine, Result, Timings
-from server.engine.model import RowSpec
+from robuq_core.params import RowSpec
 
 
 def post(client: httpx.Client, key: str, body: dict[str, Any], **headers: str) -> httpx.Response:

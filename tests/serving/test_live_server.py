@@ -17,7 +17,7 @@ import pytest
 from serving_harness import WAIT_S, WatchedSampler, live_server, sample, until
 
 from server.engine import Engine
-from server.engine.fake import FakeRow
+from server.fake import FakeRow
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from serving_harness import make_settings
 
 from server.api.app import create_app
 from server.engine.create import create_engine
-from server.engine.fake import FakeSampler
+from server.fake import FakeSampler
 
 DOCUMENT = create_app(create_engine([FakeSampler()], make_settings()), make_settings()).openapi()
 SCHEMA = schemathesis.openapi.from_dict(DOCUMENT)

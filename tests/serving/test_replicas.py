@@ -11,8 +11,8 @@ from serving_harness import WAIT_S, WatchedSampler, make_settings, outcome, runn
 
 from robuq_core.errors import UserError
 from server.engine import DeadlineExceeded, GenerationFailed, Overloaded
-from server.engine.fake import FakeRow
-from server.engine.images import encode_image
+from server.fake import FakeRow
+from robuq_core.images import encode_image
 from server.engine.replica import Replica
 from server.loading import load_samplers
 from server.scheduler import StepTimeCurve

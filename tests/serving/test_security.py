@@ -20,7 +20,7 @@ from test_connection_limits import connected, read_all
 from server.api import security
 from server.api.app import create_app
 from server.engine.create import create_engine
-from server.engine.fake import FakeSampler
+from server.fake import FakeSampler
 
 DRAW = {"class_id": 1, "steps": 1}
 # What an answer must not hold: the place of a file, a line of a traceback, the name and version of a library.

@@ -15,7 +15,7 @@ import pytest
 from serving_harness import live_server
 
 from server.api import errors
-from server.engine.fake import FakeSampler
+from server.fake import FakeSampler
 from server.settings import Settings
 
 ROOT = Path(__file__).parents[2]

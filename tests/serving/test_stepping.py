@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from robuq_core.errors import TooSlowError
 from robuq_core.pipeline import RowSpec
-from server.engine.fake import FakeRow, FakeSampler
+from server.fake import FakeRow, FakeSampler
 from server.engine.stepping import GROW_AFTER, RowBudget, Stepper, is_out_of_memory
 
 

@@ -12,7 +12,7 @@ from serving_harness import WAIT_S, WatchedSampler, make_settings, outcome, runn
 
 from server.engine import Engine
 from server.engine.create import create_engine
-from server.engine.fake import FakeRow
+from server.fake import FakeRow
 from server.engine.supervisor import Supervisor
 from server.engine.warm_up import WarmUp
 

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 
 from server.api.app import create_app
 from server.engine.create import create_engine
-from server.engine.fake import FakeSampler
+from server.fake import FakeSampler
 from server.lifecycle import DELIVERY_TIMEOUT_S
 from server.settings import Settings
 

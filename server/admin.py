@@ -12,7 +12,7 @@ from typing import Annotated
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from robuq_core.params import NullMeansAbsent, read_params
 from server.errors import ApiError, invalid
@@ -28,7 +28,7 @@ SUFFIX = ".safetensors"
 class SwapBody(NullMeansAbsent):
     """Which file to serve from now on."""
 
-    model_config = {"json_schema_extra": {"examples": [{"path": "v2.safetensors"}]}}
+    model_config = ConfigDict(json_schema_extra={"examples": [{"path": "v2.safetensors"}]})
 
     path: Annotated[str, Field(min_length=1, max_length=255, description="A file that GET /admin/checkpoint lists.")]
 

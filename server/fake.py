@@ -37,7 +37,7 @@ class FakeRow:
 class NoDecoder:
     """What the server reads of a decoder."""
 
-    name = "none"
+    name = "pixels"
     weight_bytes = 0
 
 

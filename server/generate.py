@@ -9,7 +9,7 @@ from typing import Annotated, Any, Self
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import to_json
 
 from robuq_core.config import NUM_TRAIN_TIMESTEPS, SamplerName, samplers_of
@@ -40,7 +40,7 @@ _EXAMPLE = {"class_id": 207}
 class GenerateBody(ImageParams):
     """What to generate, and how to answer. The class is needed where the model has classes."""
 
-    model_config = {"json_schema_extra": {"examples": [_EXAMPLE]}}
+    model_config = ConfigDict(json_schema_extra={"examples": [{"class_id": 207}]})
 
     format: Annotated[ImageFormat, Field(description="File format of the images.")] = "png"
     priority: Annotated[
@@ -157,7 +157,7 @@ def _quality(parameters: list[str]) -> float:
 
 
 def choose_media_type(accept: str, offered: Sequence[str]) -> str | None:
-    """The offered type that ``accept`` likes best, the earlier offer on a tie; None if it likes none (RFC 9110, 12.5.1).
+    """The offered type that ``accept`` likes best, the earlier offer on a tie; None for none (RFC 9110, 12.5.1).
 
     An empty header accepts everything. The most specific range decides on a type: ``image/png;q=0, image/*`` takes
     any image but PNG.

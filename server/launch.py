@@ -18,7 +18,7 @@ WORKER_COMMAND: Sequence[str] = (sys.executable, "-m", "server.worker")
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
-    """Take the port on every address of ``host``, IPv4 and IPv6, so that a taken one shows at once. Does not listen yet.
+    """Take the port on every address of ``host``, so that a taken one shows at once. Does not listen yet.
 
     Raises:
         UserError: it is taken, or there is no such address.

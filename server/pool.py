@@ -1,9 +1,9 @@
-"""The workers: started, fed from one fair queue, watched, replaced. The event loop owns all of this; there are no locks.
+"""The workers: started, fed from one fair queue, watched, replaced. The event loop owns all of it; there are no locks.
 
-A :class:`Fleet` is the workers of one checkpoint and the requests for it. A hot swap starts a second fleet, warms it up,
-sends new requests there, and lets the first one finish what it has. A worker that dies, or whose forward, decoder or
-start hangs and that is therefore killed, is replaced after a pause; its images are tried once more, and fail with their
-request if that worker dies, too.
+A :class:`Fleet` is the workers of one checkpoint and the requests for it. A hot swap starts a second fleet, warms it
+up, sends new requests there, and lets the first one finish what it has. A worker that dies is replaced after a pause;
+one whose forward, decoder or start hangs is killed first. Its images are tried once more, and fail with their request
+if that worker dies, too.
 """
 
 from __future__ import annotations
@@ -186,9 +186,9 @@ class Worker(asyncio.Protocol):
         settings, silent_s = self.pool.settings, now - self.heard_at
         if self.phase == "loading":
             return "loading" if silent_s > settings.load_timeout_s else ""
-        if self.phase == "warming" or (self.phase == "ready" and self.sent):
-            if silent_s > settings.stall_timeout_s:
-                return "a forward" if self.phase == "warming" or self.rows else "a step or a decoder"
+        busy = self.phase == "warming" or (self.phase == "ready" and self.sent)
+        if busy and silent_s > settings.stall_timeout_s:
+            return "a forward" if self.phase == "warming" or self.rows else "a step or a decoder"
         oldest = next(iter(self.decoding), None)
         if oldest is not None and now - self.sent[oldest].leaving_at > settings.stall_timeout_s:
             return "a decoder"

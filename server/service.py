@@ -1,4 +1,4 @@
-"""What the routes that generate images share: from a request's fields to the pool, and from the result to the client."""
+"""What the routes that generate images share: from a request to the pool, and from the result to the client."""
 
 from __future__ import annotations
 
@@ -267,7 +267,7 @@ class Parts(Response):
 
 
 def json_parts(name: str, texts: Sequence[bytes], fields: Mapping[str, Any]) -> list[bytes]:
-    """A JSON object with a list of base64 strings under ``name``, and ``fields`` after it, without a copy of the texts."""
+    """A JSON object with a list of base64 strings under ``name``, and ``fields`` after it; the texts are not copied."""
     parts = [f'{{"{name}":["'.encode()]
     for i, text in enumerate(texts):
         parts += [b'","', text] if i else [text]
@@ -298,7 +298,7 @@ async def _events(
         if gone.done():
             return
         if not buffer.waiting:
-            yield b": \n\n"
+            yield b": ping\n\n"
     try:
         result = outcome(request)
     except Exception as error:

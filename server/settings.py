@@ -73,7 +73,7 @@ class Settings(BaseSettings):
         1,
         ge=1,
         le=64,
-        description="Copies of the model behind one queue, each in a process: one per GPU, or one per group of CPU cores.",
+        description="Copies of the model behind one queue, each in a process: one per GPU or group of CPU cores.",
     )
     max_batch_rows: int = Field(
         32, ge=2, le=1024, description="Most rows in one forward of a replica; an image with guidance takes two."

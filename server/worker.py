@@ -83,8 +83,9 @@ class Worker:
         self._sending = threading.Lock()
         self._images: dict[int, _Image] = {}  # that have a step to make, longest in the batch first
         self._decoding: dict[int, _Image] = {}  # that have none, until they are sent
+        self._finished: list[_Image] = []  # whose decoding has not begun
         self._previews = 0  # under way; guarded by _sending
-        self._reported_at = 0.0
+        self._reported_at, self._reported_budget = 0.0, 0
         self._load: Options | None = None
 
     def run(self) -> None:
@@ -165,7 +166,7 @@ class Worker:
         report: Options = {}  # of the latest step, sent with the news of the next
         while True:
             if report and not self._images:
-                self._send({"op": "step", "leaving": (), **report})
+                self._report({"leaving": (), **report})
                 report = {}
             received = self._receive(wait=not self._images)
             if received is False:
@@ -174,9 +175,17 @@ class Worker:
                 batch = self._started()
             if batch:
                 leaving = [image.id for image in batch if image.spec.steps - image.row.steps_done <= 1]
-                self._send({"op": "step", "leaving": leaving, **report})
+                self._report({"leaving": leaving, **report})
                 report = self._step(batch)
             changed = len(self._images) != len(batch)
+
+    def _report(self, report: Options) -> None:
+        """Send what there is to say of the latest step and the next, then decode what has finished: the last step of an
+        image is reported before the image."""
+        self._send({"op": "step", **report})
+        for image in self._finished:
+            self._pool.submit(self._deliver, image)
+        self._finished = []
 
     def _started(self) -> list[_Image]:
         """The images of the next step; rows of the new ones are made."""
@@ -210,14 +219,15 @@ class Worker:
             if row.done and self._images.pop(image.id, None) is not None:
                 image.last_step_at = ended
                 self._decoding[image.id] = image
-                self._pool.submit(self._deliver, image)
+                self._finished.append(image)
         report: Options = {"measured": measured}
         if first:
             report |= {"first": first, "began": began, "ended": ended}
         if progress:
             report["progress"] = progress
-        if ended - self._reported_at > SLOW_REPORT_S or self._target_step_s or faulty:
-            self._reported_at = ended
+        budget = self._stepper.budget.rows
+        if ended - self._reported_at > SLOW_REPORT_S or self._target_step_s or budget != self._reported_budget:
+            self._reported_at, self._reported_budget = ended, budget
             report |= self._speed()
         return report
 

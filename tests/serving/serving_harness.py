@@ -75,12 +75,13 @@ class ThreadHandle:
     def __init__(self, make_sampler: MakeSampler) -> None:
         self.sock, self._theirs = socket.socketpair()
         self._killed = False
-        self._thread = threading.Thread(target=self._run, args=(make_sampler,), daemon=True)
+        self.worker = Worker(self._theirs, make_sampler)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def _run(self, make_sampler: MakeSampler) -> None:
-        with self._theirs, contextlib.suppress(SystemExit):
-            Worker(self._theirs, make_sampler).run()
+    def _run(self) -> None:
+        with self._theirs, contextlib.suppress(SystemExit, KeyboardInterrupt):
+            self.worker.run()
 
     def kill(self) -> None:
         self._killed = True

@@ -15,14 +15,14 @@ from fastapi.routing import iter_route_contexts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from limits.storage import memory
-from serving_harness import WatchedSampler, live_server, make_settings, until
-from test_connection_limits import connected, read_all
-from test_rate_limits import Clock
-
 from server.api.app import create_app
 from server.api.auth import is_public
 from server.engine import Engine
 from server.engine.create import create_engine
+from serving_harness import WatchedSampler, live_server, make_settings, until
+from test_connection_limits import connected, read_all
+from test_rate_limits import Clock
+
 from server.fake import FakeSampler
 from server.keys import create_key, revoke_key
 from server.logs import JsonFormatter

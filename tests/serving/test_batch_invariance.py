@@ -6,13 +6,13 @@ import random
 from collections.abc import Iterator
 
 import pytest
+from server.engine import Cancelled, Engine, Preview
+from server.engine.events import Event
+from server.loading import load_samplers
 from serving_harness import outcome, running_engine
 
 from robuq_core.config import DIFFUSION_SAMPLERS
 from robuq_core.pipeline import RowSpec
-from server.engine import Cancelled, Engine, Preview
-from server.engine.events import Event
-from server.loading import load_samplers
 from server.settings import Settings
 
 CROWD = 24

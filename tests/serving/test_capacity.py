@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from server.engine.create import create_engine
 from serving_harness import WAIT_S, WatchedSampler, make_settings, until
 from tiny import TINY, write_tiny
 from typer.testing import CliRunner
@@ -22,7 +23,6 @@ from robuq_core.models.presets import PRESETS
 from robuq_core.pipeline import Sampler, bundled_checkpoint
 from server.capacity import TARGET_UTILISATION, measure_rows_per_s, plan_replicas, replica_memory, rows_per_image
 from server.cli import app
-from server.engine.create import create_engine
 from server.fake import FakeSampler
 
 RATES = st.floats(1e-3, 1e6)

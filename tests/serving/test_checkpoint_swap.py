@@ -13,12 +13,12 @@ import httpx
 import pytest
 import torch
 from crafted import nested, with_header, with_tensor
+from server.engine import Engine
 from serving_harness import WAIT_S, live_server, until
 from tiny import TINY, write_tiny
 
 from robuq_core.pipeline import Sampler
 from robuq_core.safetensors_file import SafetensorsFile
-from server.engine import Engine
 from server.keys import create_key
 
 DRAW = {"class_id": 1, "seed": 5, "steps": 3}

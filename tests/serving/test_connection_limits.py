@@ -11,10 +11,10 @@ from itertools import repeat
 
 import httpx
 import pytest
-from serving_harness import WAIT_S, live_server, until
-
 from server.api import connection
 from server.api.security import MAX_HEAD_BYTES, MAX_HEADERS, MAX_TARGET_BYTES, PROBE_PATHS, SECURITY_HEADERS
+from serving_harness import WAIT_S, live_server, until
+
 from server.fake import FakeSampler
 
 

@@ -10,10 +10,10 @@ import httpx
 import pytest
 from PIL import Image
 
-from server.generate import GenerateBody
-from server.fake import FakeRow, FakeSampler
 from robuq_core.images import encode_image
 from robuq_core.params import RowSpec
+from server.fake import FakeRow, FakeSampler
+from server.generate import GenerateBody
 
 SEED_LIMIT = 2**32
 
@@ -162,7 +162,6 @@ def test_class_names_that_do_not_decide(client: httpx.Client) -> None:
         ({"class_id": None, "class_name": 7}, "class_name", "1 to 200"),
         ({"num_images": 0}, "num_images", "from 1 to 16"),
         ({"num_images": 17}, "num_images", "from 1 to 16"),
-        ({"num_images": None}, "num_images", "from 1 to 16"),
         ({"steps": 0}, "steps", "from 1 to 1000"),
         ({"steps": 1001}, "steps", "from 1 to 1000"),
         ({"steps": "20"}, "steps", "from 1 to 1000"),
@@ -173,11 +172,10 @@ def test_class_names_that_do_not_decide(client: httpx.Client) -> None:
         ({"guidance_interval": [0, 1000]}, "guidance_interval", "a list of 2, each an integer from 0 to 999"),
         ({"guidance_interval": [0]}, "guidance_interval", "a list of 2"),
         ({"guidance_interval": 7}, "guidance_interval", "a list of 2"),
-        ({"guidance_interval": None}, "guidance_interval", "a list of 2"),
         ({"cache_interval": 0}, "cache_interval", "from 1 to 1000"),
         ({"cache_interval": 1.5}, "cache_interval", "from 1 to 1000"),
-        ({"seed": -1}, "seed", "from 0 to 4294967295"),
-        ({"seed": SEED_LIMIT}, "seed", "from 0 to 4294967295"),
+        ({"seed": -2}, "seed", "from -1 to 9007199254740991"),
+        ({"seed": 2**53}, "seed", "from -1 to 9007199254740991"),
         ({"sampler": "euler"}, "sampler", "ddpm, ddim, dpmsolver++"),
         ({"format": "gif"}, "format", "png, jpeg, webp"),
         ({"prompt": "a cat"}, "prompt", "class_name"),

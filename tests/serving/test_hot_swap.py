@@ -12,16 +12,16 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+from server.collector import settle
+from server.engine import NotReady
+from server.engine.create import create_engine
+from server.loading import load_samplers
 from serving_harness import WAIT_S, WatchedSampler, make_settings, outcome, running_engine, spec, until
 from tiny import write_tiny
 
 from robuq_core.errors import TooSlowError
-from server.collector import settle
-from server.engine import NotReady
-from server.engine.create import create_engine
-from server.fake import FakeRow
 from robuq_core.images import encode_image
-from server.loading import load_samplers
+from server.fake import FakeRow
 
 
 class Checkpoint(WatchedSampler):

@@ -9,14 +9,14 @@ from typing import Any
 
 import httpx
 import pytest
-from serving_harness import WAIT_S, WatchedSampler, live_server, until
-from test_live_server import finished, raw_request
-
 from server.api.errors import ApiError
 from server.api.generation import Generation, Replay
 from server.api.idempotency import ENTRY_BYTES, Replays
 from server.api.order import Order
 from server.engine import Engine, Result, Timings
+from serving_harness import WAIT_S, WatchedSampler, live_server, until
+from test_live_server import finished, raw_request
+
 from robuq_core.params import RowSpec
 
 

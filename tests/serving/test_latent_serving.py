@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from autoencoders import IMAGE_SIZE, LATENT, save_autoencoder_kl, save_autoencoder_tiny, write_latent
 from PIL import Image
+from server.engine import Engine
+from server.loading import load_samplers, located
 from serving_harness import live_server, running_engine, sample, until
 from tiny import TINY, write_tiny
 
@@ -18,9 +20,7 @@ from robuq_core.checkpoint import CheckpointError
 from robuq_core.decode import LatentDecoder
 from robuq_core.export_hub import export_hub
 from robuq_core.pipeline import RowSpec, Sampler
-from server.engine import Engine
 from server.keys import create_key
-from server.loading import load_samplers, located
 from server.settings import Settings
 
 CROWD = 12

@@ -10,7 +10,6 @@ from typing import Any
 
 import httpx
 import pytest
-
 from server.api.openai_schemas import ImageGenerateRequest
 from server.api.schemas import GenerateRequest
 

@@ -10,10 +10,9 @@ import httpx
 import openai
 import pytest
 from PIL import Image
+from server.api import streaming
 from serving_harness import WatchedSampler, live_server, until
 from test_generate_api import picture
-
-from server.api import streaming
 
 PATH = "/v1/images/generations"
 

@@ -10,10 +10,10 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
-from serving_harness import make_settings
-
 from server.api.app import create_app
 from server.engine.create import create_engine
+from serving_harness import make_settings
+
 from server.fake import FakeSampler
 
 DOCUMENT = create_app(create_engine([FakeSampler()], make_settings()), make_settings()).openapi()

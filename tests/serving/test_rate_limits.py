@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from limits.storage import memory
-
 from server.api.errors import ApiError
 from server.api.rates import WINDOW_S, RateLimits
+
 from server.keys import ApiKey
 
 

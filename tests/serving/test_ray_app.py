@@ -16,10 +16,10 @@ from tiny import write_tiny
 pytest.importorskip("ray.serve")
 
 from ray import serve
-
 from server.api.app import create_app
 from server.engine.create import create_engine
 from server.loading import load_samplers
+
 from server.settings import Settings
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))

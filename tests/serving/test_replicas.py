@@ -7,15 +7,15 @@ import time
 from collections.abc import Sequence
 
 import pytest
-from serving_harness import WAIT_S, WatchedSampler, make_settings, outcome, running_engine, sample, spec, until
-
-from robuq_core.errors import UserError
 from server.engine import DeadlineExceeded, GenerationFailed, Overloaded
-from server.fake import FakeRow
-from robuq_core.images import encode_image
 from server.engine.replica import Replica
 from server.loading import load_samplers
 from server.scheduler import StepTimeCurve
+from serving_harness import WAIT_S, WatchedSampler, make_settings, outcome, running_engine, sample, spec, until
+
+from robuq_core.errors import UserError
+from robuq_core.images import encode_image
+from server.fake import FakeRow
 
 
 def hold(samplers: Sequence[WatchedSampler]) -> None:

@@ -13,13 +13,13 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
+from server.api import security
+from server.api.app import create_app
+from server.engine.create import create_engine
 from serving_harness import WatchedSampler, live_server, make_settings, until
 from test_authentication import METHODS
 from test_connection_limits import connected, read_all
 
-from server.api import security
-from server.api.app import create_app
-from server.engine.create import create_engine
 from server.fake import FakeSampler
 
 DRAW = {"class_id": 1, "steps": 1}

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+from server.api import errors
 from serving_harness import live_server
 
-from server.api import errors
 from server.fake import FakeSampler
 from server.settings import Settings
 

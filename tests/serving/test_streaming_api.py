@@ -14,9 +14,8 @@ import httpx
 import pytest
 from PIL import Image
 from process_harness import second_steps_wait, serving
-from serving_harness import WAIT_S, WatchedSampler, live_server, until
-
 from server.api import streaming
+from serving_harness import WAIT_S, WatchedSampler, live_server, until
 
 Event = tuple[str, dict[str, Any]]
 

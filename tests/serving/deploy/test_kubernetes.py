@@ -16,9 +16,9 @@ from kubernetes_harness import KUBERNETES, OVERLAYS, Document, build, load, pod_
 from kubernetes_validate.utils import all_versions
 from packaging.version import Version
 from pydantic import TypeAdapter
-
 from server.api.app import create_app
 from server.engine.create import create_engine
+
 from server.fake import FakeSampler
 from server.lifecycle import DELIVERY_TIMEOUT_S
 from server.settings import Settings

@@ -8,7 +8,6 @@ from email.message import Message
 
 import httpx
 import pytest
-
 from server.api.web import WEB_DIR
 
 FILES = sorted(path.name for path in WEB_DIR.iterdir())

@@ -8,9 +8,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from serving_harness import WAIT_S, outcome, running_engine, sample, until
-
-from robuq_core.pipeline import RowSpec
 from server.engine import (
     Cancelled,
     DeadlineExceeded,
@@ -19,8 +16,11 @@ from server.engine import (
     Job,
     Overloaded,
 )
-from server.fake import FakeRow, FakeSampler
+from serving_harness import WAIT_S, outcome, running_engine, sample, until
+
 from robuq_core.images import encode_image
+from robuq_core.pipeline import RowSpec
+from server.fake import FakeRow, FakeSampler
 
 REQUESTS = 400
 # By the seed of an image: what it does to the sampler.

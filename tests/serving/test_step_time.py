@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.scheduler import StepTimeCurve
-from server.scheduler.step_time import FORGET_AFTER
+from server.stepping import FORGET_AFTER, StepTimeCurve
 
 STEPS = st.lists(st.tuples(st.integers(1, 64), st.floats(1e-4, 10)), min_size=1, max_size=60)
 

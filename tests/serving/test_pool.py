@@ -1,4 +1,4 @@
-"""The engine: batching at step level, isolation of faults, cancellation, back-pressure, draining."""
+"""The pool with one worker: batching at step level, isolation of faults, cancellation, back-pressure, draining."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from serving_harness import WAIT_S, WatchedSampler, make_settings, outcome, running_engine, sample, spec, until
+from serving_harness import WAIT_S, WatchedSampler, outcome, running_engine, sample, spec, started_engine, until
 
-from server.engine import GenerationFailed, NotReady, Overloaded
-from server.engine.create import create_engine
-from server.engine.errors import Cancelled
-from server.fake import FakeRow
 from robuq_core.images import encode_image
-from server.engine.supervisor import MAX_RESTARTS
-from server.scheduler import StepTimeCurve
+from server.fake import FakeRow
+from server.pool import MAX_DEATHS, RunFailed
+from server.request import Cancelled, GenerationFailed, NotReady, Overloaded, WorkerDied
 
 
 def test_rows_of_different_requests_and_timesteps_share_forwards() -> None:
@@ -124,7 +121,7 @@ def test_cancel_while_waiting_and_after_the_end() -> None:
         first = engine.submit([spec(seed=1, guidance_scale=1.5)], "png")
         waiting = engine.submit([spec(seed=2, guidance_scale=1.5)], "png")
         until(lambda: len(sampler.batches) == 1)
-        assert (engine.requests_running, engine.requests_waiting) == (1, 1)
+        assert (engine.load().requests_running, engine.requests_waiting) == (1, 1)
         engine.cancel(waiting, "timeout")
         sampler.release()
         assert outcome(first) is None
@@ -134,34 +131,20 @@ def test_cancel_while_waiting_and_after_the_end() -> None:
         assert sample(engine, "robuq_requests_total", finished_reason="cancelled") == 0
 
 
-def test_a_future_that_its_client_cancels_hurts_nobody() -> None:
-    sampler = WatchedSampler()
-    with running_engine(sampler) as engine:
-        sampler.hold()
-        jobs = [engine.submit([spec(seed=s)], "png") for s in range(3)]
-        assert not jobs[1].future.cancel()
-        jobs[2].future.add_done_callback(lambda future: 1 / 0)
-        sampler.release()
-        assert [outcome(job) for job in jobs] == [None, None, None]
-        assert outcome(engine.submit([spec()], "png")) is None
-
-
-def test_the_queue_is_bounded_in_images_and_tells_when_to_come_back() -> None:
+def test_the_queue_is_bounded_in_images_and_says_when_to_try_again(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = WatchedSampler(step_s=0.01)
     with running_engine(sampler, max_batch_rows=2, max_queue_images=16) as engine:
-        replica = engine._replicas[0]
-        assert replica.curve is not None
-        assert replica.curve.seconds(2) >= 0.01  # as measured
-        replica.curve = StepTimeCurve()
-        replica.curve.observe(2, 0.01)
+        worker = engine.pool._workers()[0]
+        assert 0 < worker.rows_per_s <= 200  # as measured by the warm-up: two rows in at least 10 ms
         sampler.hold()
         engine.submit([spec(seed=s, steps=100) for s in range(2)], "png")
         until(lambda: len(sampler.batches) == 1)
-        engine.submit([spec(steps=100)] * 16, "png")
+        worker.rows_per_s = 200.0
+        engine.submit([spec(steps=100)] * 13, "png")
         with pytest.raises(Overloaded) as refused:
-            engine.submit([spec(steps=100)] * 3, "png")
-        # The two that run and three that wait, two at a time, 100 steps of 10 ms each.
-        assert refused.value.retry_after_s == pytest.approx(2.5)
+            engine.submit([spec(steps=100)] * 4, "png")
+        # The two that run and 13 that wait, 100 steps each.
+        assert refused.value.retry_after_s == pytest.approx(7.5)
         assert sample(engine, "robuq_rejected_total", reason="queue_full") == 1
 
 
@@ -177,8 +160,8 @@ def test_a_slow_decoder_holds_admission_back() -> None:
         sampler.decode = slow  # type: ignore[method-assign]
         jobs = [engine.submit([spec(seed=s, steps=1)], "png") for s in range(20)]
         until(lambda: engine.images_decoding >= 4)
-        threading.Event().wait(0.05)
         assert engine.images_decoding <= 6  # twice the batch, and the batch that was under way
+        assert engine.load().images_waiting >= 14
         gate.set()
         assert all(outcome(job) is None for job in jobs)
 
@@ -199,117 +182,142 @@ def test_drain_ends_what_is_in_flight_and_takes_no_more() -> None:
     assert engine.status == "stopped"
 
 
-def test_stop_answers_whoever_still_waits() -> None:
+def test_stop_answers_what_still_waits_though_a_step_is_under_way() -> None:
     sampler = WatchedSampler()
     with running_engine(sampler) as engine:
         sampler.hold()
         jobs = [engine.submit([spec(steps=1000)] * 4, "png") for _ in range(3)]
         assert sampler.entered.acquire(timeout=WAIT_S)
-        assert not engine.stop(join_timeout_s=0)  # a step is under way
+        engine.run(engine.pool.stop())
         assert all(isinstance(outcome(job), NotReady) for job in jobs)
-        sampler.release()
-        assert engine.stop(join_timeout_s=WAIT_S)
+        assert engine.status == "stopped"
 
 
-def test_stop_waits_for_a_decoder_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    sampler, decoding, gate = WatchedSampler(), threading.Event(), threading.Event()
-    decode = sampler.decode
-
-    def slow(row: FakeRow) -> np.ndarray:
-        decoding.set()
-        assert gate.wait(WAIT_S)
-        return decode(row)
-
-    with running_engine(sampler) as engine:
-        monkeypatch.setattr(sampler, "decode", slow)
-        job = engine.submit([spec()], "png")
-        assert decoding.wait(WAIT_S)
-        assert not engine.stop(join_timeout_s=0)
-        assert isinstance(outcome(job), NotReady)
-        threading.Timer(0.05, gate.set).start()
-        assert engine.stop(join_timeout_s=WAIT_S)
-
-
-def test_a_stalled_step_shows_and_passes() -> None:
+def test_a_worker_that_dies_is_replaced_and_its_images_are_tried_once_more() -> None:
     sampler = WatchedSampler()
-    with running_engine(sampler, stall_timeout_s=0.05) as engine:
+    deaths = threading.Semaphore(1)
+
+    def die(rows: Sequence[FakeRow]) -> None:
+        if any(row.spec.seed == 1313 and row.steps_done == 1 for row in rows) and deaths.acquire(blocking=False):
+            raise SystemExit("gone")
+
+    with running_engine(sampler, max_batch_rows=2) as engine:
+        sampler.on_step = die
+        sampler.hold()
+        jobs = [engine.submit([spec(seed=seed)], "png") for seed in (1313, 1, 2, 3)]
+        sampler.release()
+        assert [outcome(job) for job in jobs] == [None] * 4
+        for seed, job in zip((1313, 1, 2, 3), jobs, strict=True):
+            assert job.future.result().images[0] == encode_image(sampler.decode(FakeRow(spec(seed=seed))), "png")
+        assert sample(engine, "robuq_worker_deaths_total", reason="exited") == 1
+        assert engine.status == "ready"
+
+
+def test_a_request_whose_worker_dies_twice_fails_and_says_so() -> None:
+    sampler = WatchedSampler()
+
+    def die(rows: Sequence[FakeRow]) -> None:
+        if any(row.spec.seed == 1313 for row in rows):
+            raise SystemExit("gone")
+
+    with running_engine(sampler, max_batch_rows=2) as engine:
+        sampler.on_step = die
+        sampler.hold()
+        fatal = engine.submit([spec(seed=1313, guidance_scale=2)], "png")
+        waiting = engine.submit([spec(seed=2, guidance_scale=2)], "png")
+        sampler.release()
+        assert isinstance(outcome(fatal), WorkerDied)
+        assert outcome(waiting) is None
+        assert sample(engine, "robuq_worker_deaths_total", reason="exited") == 2
+        assert sample(engine, "robuq_requests_total", finished_reason="error") == 1
+
+
+def test_workers_that_die_again_and_again_fail_the_pool_and_strand_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.pool.FIRST_PAUSE_S", 0.0)
+    sampler = WatchedSampler()
+    with running_engine(sampler, max_queue_images=64) as engine:
+
+        def die(rows: Sequence[FakeRow]) -> None:
+            if rows[0].spec.steps == 7:
+                raise SystemExit("gone")
+
+        sampler.on_step = die
+        sampler.hold()
+        jobs = [engine.submit([spec(seed=s, steps=7)] * 4, "png") for s in range(MAX_DEATHS)]
+        sampler.release()
+        assert all(isinstance(outcome(job), GenerationFailed | NotReady) for job in jobs)
+        until(lambda: engine.status == "failed")
+        assert isinstance(engine.failure, RunFailed)
+        with pytest.raises(NotReady, match="failed"):
+            engine.submit([spec()], "png")
+        assert sample(engine, "robuq_worker_deaths_total", reason="exited") == MAX_DEATHS + 1
+
+
+def test_a_step_that_hangs_costs_its_worker_and_is_tried_again() -> None:
+    sampler = WatchedSampler()
+    with running_engine(sampler, stall_timeout_s=0.2) as engine:
         sampler.hold()
         job = engine.submit([spec()], "png")
-        until(lambda: engine.status == "stalled")
-        with pytest.raises(NotReady, match="stalled"):
-            engine.submit([spec()], "png")
+        assert sampler.entered.acquire(timeout=WAIT_S)
+        until(lambda: sample(engine, "robuq_worker_deaths_total", reason="hung") == 1)
         sampler.release()
         assert outcome(job) is None
         until(lambda: engine.status == "ready")
 
 
-def test_a_dead_loop_is_restarted_and_what_waits_is_kept() -> None:
-    sampler = WatchedSampler()
+def test_a_decoder_that_hangs_costs_its_worker_though_steps_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler, gate = WatchedSampler(step_s=0.01), threading.Event()
+    decode, hangs = sampler.decode, threading.Semaphore(1)
 
-    def die(rows: Sequence[FakeRow]) -> None:
-        if any(row.spec.seed == 13 for row in rows):
-            raise SystemExit("gone")
+    def hang_once(row: FakeRow) -> np.ndarray:
+        if row.spec.seed == 7 and hangs.acquire(blocking=False):
+            assert gate.wait(WAIT_S)
+        return decode(row)
 
-    with running_engine(sampler, max_batch_rows=2) as engine:
-        sampler.hold()
-        sampler.on_step = die
-        fatal = engine.submit([spec(seed=13)], "png")
-        beside = engine.submit([spec(seed=1)], "png")
-        assert sampler.entered.acquire(timeout=WAIT_S)
-        waiting = [engine.submit([spec(seed=s)], "png") for s in (2, 3)]
-        sampler.release()
-        assert isinstance(outcome(fatal), GenerationFailed)
-        assert outcome(beside) is None or isinstance(outcome(beside), GenerationFailed)
-        assert [outcome(job) for job in waiting] == [None, None]
-        assert engine.status == "ready"
+    with running_engine(sampler, stall_timeout_s=0.3) as engine:
+        monkeypatch.setattr(sampler, "decode", hang_once)
+        long = engine.submit([spec(seed=1, steps=400)], "png")
+        stuck = engine.submit([spec(seed=7)], "png")
+        assert [outcome(stuck), outcome(long)] == [None, None]  # by the worker that replaced the first one
+        assert sample(engine, "robuq_worker_deaths_total", reason="hung") == 1
+        gate.set()
 
 
-def test_a_loop_that_dies_again_and_again_fails_and_strands_nobody() -> None:
-    sampler = WatchedSampler()
-    with running_engine(sampler) as engine:
+def test_a_worker_that_hangs_in_loading_is_killed_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, loads = threading.Event(), iter(range(10))
 
-        def die(rows: object) -> None:
-            raise SystemExit("gone")
+    def load(options: dict[str, object]) -> WatchedSampler:
+        if next(loads) == 0:
+            assert gate.wait(WAIT_S)
+        return WatchedSampler()
 
-        sampler.on_step = die
-        for _ in range(MAX_RESTARTS):
-            assert isinstance(outcome(engine.submit([spec()], "png")), GenerationFailed)
-        last = engine.submit([spec()], "png")
-        assert isinstance(outcome(last), GenerationFailed)
-        until(lambda: engine.status == "failed")
-        assert isinstance(engine.failure, SystemExit)
-        with pytest.raises(NotReady, match="failed"):
-            engine.submit([spec()], "png")
-
-
-def test_our_own_fault_in_the_loop_costs_one_batch_not_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    with running_engine(WatchedSampler()) as engine:
-        monkeypatch.setattr(engine._replicas[0].stepper, "step", lambda *_: 1 / 0)
-        assert isinstance(outcome(engine.submit([spec()], "png")), GenerationFailed)
-        monkeypatch.undo()
+    with started_engine(load, load_timeout_s=0.2) as engine:
+        until(lambda: sample(engine, "robuq_worker_deaths_total", reason="hung") == 1)
+        assert engine.status == "starting"
+        with pytest.raises(NotReady):
+            engine.model  # noqa: B018
+        until(lambda: engine.status == "ready")
         assert outcome(engine.submit([spec()], "png")) is None
+        gate.set()
 
 
 def test_warm_up_comes_before_ready_and_its_failure_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.engine.warm_up.QUICK_S", float("inf"))  # a size is run twice though it was held
+    monkeypatch.setattr("server.worker.QUICK_S", float("inf"))  # a size is run twice though it was held
     sampler = WatchedSampler()
-    engine = create_engine([sampler], make_settings())
     sampler.hold()
-    engine.start()
-    until(lambda: len(sampler.batches) == 1)
-    with pytest.raises(NotReady, match="starting"):
-        engine.submit([spec()], "png")
-    sampler.release()
-    until(lambda: engine.status == "ready")
-    assert [len(batch) for batch in sampler.batches] == [1, 1, 2, 2]  # 1 and 4 rows, twice; guided images take 2
-    engine.stop()
+    with started_engine([sampler]) as engine:
+        until(lambda: len(sampler.batches) == 1)
+        with pytest.raises(NotReady, match="starting"):
+            engine.submit([spec()], "png")
+        sampler.release()
+        until(lambda: engine.status == "ready")
+        assert [len(batch) for batch in sampler.batches] == [1, 1, 2, 2]  # 1 and 4 rows, twice; guided images take 2
 
     sampler = WatchedSampler()
     sampler.faulty_seeds = {0}
-    engine = create_engine([sampler], make_settings())
-    engine.start()
-    until(lambda: engine.status == "failed")
-    assert isinstance(engine.failure, RuntimeError)
+    with started_engine([sampler]) as engine:
+        until(lambda: engine.status == "failed")
+        assert isinstance(engine.failure, RunFailed)
 
 
 def test_many_requests_from_many_threads_leave_nothing_behind() -> None:
@@ -332,5 +340,5 @@ def test_many_requests_from_many_threads_leave_nothing_behind() -> None:
         assert outcomes == [True] * 160
         until(lambda: engine.idle and engine.images_decoding == 0)
         assert sample(engine, "robuq_requests_running") == sample(engine, "robuq_requests_waiting") == 0
-        assert engine._ledger.rows_to_step == engine._generation.jobs == 0
+        assert [worker.rows for worker in engine.pool._workers()] == [0]
     assert max(map(len, sampler.batches)) <= 4

@@ -6,13 +6,13 @@ import time
 from collections.abc import Sequence
 
 import pytest
-from serving_harness import WAIT_S, WatchedSampler, make_settings, outcome, running_engine, sample, spec, until
+from serving_harness import WAIT_S, WatchedSampler, outcome, running_engine, sample, spec, started_engine, until
 
-from server.engine import GenerationFailed
-from server.engine.create import create_engine
-from server.fake import FakeRow
 from robuq_core.images import encode_image
-from server.engine.stepping import GROW_AFTER
+from server.fake import FakeRow
+from server.pool import RunFailed
+from server.request import GenerationFailed
+from server.stepping import GROW_AFTER
 
 
 def model_rows(rows: Sequence[FakeRow]) -> int:
@@ -67,7 +67,7 @@ def test_when_memory_runs_out_every_request_completes_and_the_budget_comes_back(
             assert job.future.result(WAIT_S).images == (encode_image(card.decode(FakeRow(of)), "png"),)
         failures = [size for size in card.sizes if size > 5]
         assert len(failures) < 10  # it learns, rather than fail at every step
-        assert 3 <= engine._replicas[0].stepper.budget.rows <= card.room  # half of what did not fit, and growing
+        assert 3 <= engine.load().replicas[0].row_budget <= card.room  # half of what did not fit, and growing
         assert sample(engine, "robuq_requests_total", finished_reason="error") == 0
         card.room = 64
         card.sizes.clear()
@@ -96,10 +96,10 @@ def test_an_image_that_never_fits_fails_alone() -> None:
 
 
 def test_no_memory_for_one_row_fails_the_start() -> None:
-    engine = create_engine([SmallCard(room=0)], make_settings())
-    engine.start()
-    until(lambda: engine.status == "failed")
-    assert isinstance(engine.failure, MemoryError)
+    with started_engine([SmallCard(room=0)]) as engine:
+        until(lambda: engine.status == "failed")
+        assert isinstance(engine.failure, RunFailed)
+        assert "MemoryError" in str(engine.failure)
 
 
 @pytest.mark.parametrize(("target_s", "most"), [(None, 16), (0.021, 5), (0.0001, 2)])

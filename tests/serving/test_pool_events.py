@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 
 import numpy as np
 import pytest
-from serving_harness import WAIT_S, WatchedSampler, outcome, running_engine, spec, until
+from serving_harness import WAIT_S, Engine, WatchedSampler, outcome, running_engine, spec, until
 
-from server.engine import Preview, StepDone
-from server.engine.events import Event
 from robuq_core.images import encode_image
+from server.request import Event, EventBuffer, Preview, StepDone
+
+
+def previews_are_sent(engine: Engine) -> bool:
+    """No decoder has anything to do."""
+    return all(handle.worker._previews == 0 for handle in engine.launcher.handles)
 
 
 def test_every_step_is_told_and_every_second_one_but_the_last_is_shown() -> None:
@@ -22,7 +27,7 @@ def test_every_step_is_told_and_every_second_one_but_the_last_is_shown() -> None
         job = engine.submit(specs, "webp", preview_every=2, on_event=events.append)
         for _ in range(6):
             assert sampler.entered.acquire(timeout=WAIT_S)
-            until(lambda: engine.images_decoding == 0)  # else a preview is left out
+            until(lambda: previews_are_sent(engine))  # else a preview is skipped
             sampler.permit()
         assert outcome(job) is None
     for image, of in enumerate(specs):
@@ -35,30 +40,24 @@ def test_every_step_is_told_and_every_second_one_but_the_last_is_shown() -> None
             assert e.encoded == encode_image(sampler.decode_estimate((of, e.steps_done)), "webp")
 
 
-def test_without_a_listener_nothing_is_estimated() -> None:
+def test_without_a_subscriber_nothing_is_estimated() -> None:
     sampler = WatchedSampler()
     sampler.estimate = lambda row: pytest.fail("estimated")  # type: ignore[method-assign]
-    with running_engine(WatchedSampler()) as engine:
-        engine._generation.samplers[0].estimate = sampler.estimate  # type: ignore[method-assign]
+    with running_engine(sampler) as engine:
         assert outcome(engine.submit([spec()], "png", preview_every=1)) is None
 
 
-def test_a_listener_that_raises_is_dropped_and_its_request_completes(caplog: pytest.LogCaptureFixture) -> None:
-    calls: list[Event] = []
+def test_a_slow_reader_gets_the_latest_of_each_image() -> None:
+    async def read() -> list[Event]:
+        buffer = EventBuffer()
+        for steps_done in range(1, 6):
+            for image in range(2):
+                buffer.put(StepDone(image, steps_done, 5))
+        buffer.put(Preview(0, 4, 5, b""))
+        await buffer.wait()
+        return buffer.take()
 
-    def broken(event: Event) -> None:
-        calls.append(event)
-        raise RuntimeError("no listener")
-
-    heard: list[Event] = []
-    with running_engine(WatchedSampler()) as engine:
-        bad = engine.submit([spec(seed=1, steps=5)], "png", preview_every=1, on_event=broken, request_id="mine")
-        good = engine.submit([spec(seed=2, steps=5)], "png", on_event=heard.append)
-        assert outcome(bad) is None
-        assert outcome(good) is None
-    assert len(calls) == 1
-    assert heard == [StepDone(0, i, 5) for i in range(1, 6)]
-    assert [record.request_id for record in caplog.records if "listener" in record.message] == ["mine"]  # type: ignore[attr-defined]
+    assert asyncio.run(read()) == [StepDone(0, 5, 5), StepDone(1, 5, 5), Preview(0, 4, 5, b"")]
 
 
 @pytest.mark.parametrize("stage", ["estimate", "decode_estimate"])
@@ -72,7 +71,7 @@ def test_a_preview_that_fails_costs_nothing_but_itself(stage: str, monkeypatch: 
 
         monkeypatch.setattr(sampler, stage, broken)
         assert outcome(engine.submit([spec(steps=4)], "png", preview_every=1, on_event=events.append)) is None
-        until(lambda: engine.images_decoding == 0)
+        until(lambda: previews_are_sent(engine))
     assert events == [StepDone(0, i, 4) for i in range(1, 5)]
 
 
@@ -94,7 +93,7 @@ def test_slow_previews_are_left_out_and_hold_no_step_up() -> None:
         assert [e for e in events if isinstance(e, Preview)] == []
         assert len([e for e in events if isinstance(e, StepDone)]) == 50
         gate.set()
-        until(lambda: engine.images_decoding == 0)
+        until(lambda: previews_are_sent(engine))
 
 
 def test_previews_of_an_image_come_in_order() -> None:
@@ -114,5 +113,5 @@ def test_previews_of_an_image_come_in_order() -> None:
         until(lambda: shown() == [1])
         sampler.release()
         assert all(outcome(job) is None for job in jobs)
-        until(lambda: engine.images_decoding == 0)
+        until(lambda: previews_are_sent(engine))
     assert shown() == sorted(set(shown()))

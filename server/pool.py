@@ -695,10 +695,11 @@ class Pool:
         for fleet in self._fleets:
             for request in list(fleet.requests):
                 self.fail(request, "shutdown" if phase == "stopped" else "error", NotReady(phase))
-            if not fleet.closed:
-                self._close(fleet)
+            self._close(fleet)
 
     def _close(self, fleet: Fleet) -> None:
+        if fleet.closed:
+            return
         fleet.close()
         for worker in fleet.workers:
             if worker is not None:

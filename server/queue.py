@@ -2,8 +2,8 @@
 
 Between clients: start-time fair queueing (Goyal, Vin, Cheng 1996). A client's service grows by steps x rows of the
 model with each of its images that is sent to a worker, and the client with the least service is next. The virtual time
-is the least service of the clients who wait; a client who comes back starts there, so that idleness earns no credit. Clients
-with images waiting all the time are never further apart than one image of each.
+is the least service of the clients who wait; a client who comes back starts there, so that idleness earns no credit.
+Clients with images waiting all the time are never further apart than one image of each.
 
 The room is shared, too: when it is full, a client with fewer images waiting displaces the requests whose turn is last
 of the client with most (McKenney, Stochastic Fairness Queuing, 1990: the longest queue drops). So a client may take all

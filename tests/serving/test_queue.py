@@ -193,9 +193,7 @@ def test_a_client_with_less_displaces_the_last_turns_of_the_one_with_most() -> N
     assert queue.cost == 256 * 2000
     displaced = []
     for number in range(15):  # as many clients as there is room for whole requests, with the one that has it all
-        displaced += [
-            each.request_id for each in queue.push(Demand(100 + number, 16, 20, 20.0, client=f"other{number}"))
-        ]
+        displaced += queue.push(Demand(100 + number, 16, 20, 20.0, client=f"other{number}"))
     assert [request.request_id for request in displaced] == list(range(15, 0, -1))
     assert queue.images == 256
     with pytest.raises(QueueFull):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Self, TypeVar
 
@@ -198,14 +198,14 @@ def choice_error(field: str, message: str) -> PydanticCustomError:
 def read_params(
     model: type[Model],
     data: bytes | Mapping[str, Any],
-    schema: Mapping[str, Any] | None = None,
+    schema: Callable[[], Mapping[str, Any]] | None = None,
     example: Mapping[str, Any] | None = None,
 ) -> Model:
     """``data`` as a ``model``: JSON bytes strictly by type, a mapping of Python values as Python converts them.
 
     Args:
-        schema: JSON schema of ``model`` whose ranges errors state; another than its own where a range is the
-            loaded checkpoint's.
+        schema: gives the JSON schema of ``model`` whose ranges errors state; another than its own where a range is
+            the loaded checkpoint's.
         example: an object that errors show where ``data`` is none.
 
     Raises:
@@ -219,8 +219,8 @@ def read_params(
         fault: Mapping[str, Any] = error.errors(include_url=False)[0]
         if fault["type"] == "json_invalid" and isinstance(data, bytes):
             fault = _fault_of_number(model, data) or fault
-    schema = model.model_json_schema() if schema is None else schema
-    properties = schema["properties"]
+    found = (schema or model.model_json_schema)()
+    properties = found["properties"]
     if fault["type"] == _CHOICE:
         raise ParamError(fault["ctx"]["field"], fault["msg"])
     if not fault["loc"]:
@@ -230,7 +230,7 @@ def read_params(
     if field not in properties:
         name = field if len(field) <= 64 else field[:64] + "..."
         raise ParamError(name, f"unknown field {name!a}; allowed are {', '.join(properties)}")
-    allowed = allowed_values(properties[field], schema.get("$defs", {}))
+    allowed = allowed_values(properties[field], found.get("$defs", {}))
     if fault["type"] == "missing":
         raise ParamError(field, f"{field} is missing; it must be {allowed}")
     raise ParamError(field, f"{field} must be {allowed}")

@@ -1,7 +1,7 @@
 """Equal requests are generated once: images that were sent before come from memory, and requests in flight are shared.
 
 The same checkpoint, class, seed, settings and file format give the same bytes, so nothing here ever expires. A request
-without a seed is never equal to another, unless its ``Idempotency-Key`` stands for one. The event loop owns all of this.
+without a seed is never equal to another, unless its ``Idempotency-Key`` stands for one. The event loop owns the cache.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def test_a_comparison_is_met_only_when_lower_everywhere(theirs_s: float, met: bo
     def at(latency_s: float) -> list[object]:
         return [summarise([Outcome(0, 0, latency_s, 200)] * 5, 1.0)] * 4
 
-    comparison = Comparison(10.0, {"continuous": at(0.1), "litserve": [*at(0.3)[:3], at(theirs_s)[0]]})  # type: ignore
+    comparison = Comparison(10.0, 1.0, {"continuous": at(0.1), "litserve": [*at(0.3)[:3], at(theirs_s)[0]]})  # type: ignore
     assert figure(comparison, "litserve").met is met
 
 

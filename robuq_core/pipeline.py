@@ -6,9 +6,11 @@ the forward and of the update keeps one order of float operations per row.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -219,6 +221,11 @@ class Sampler:
     def prediction_type(self) -> PredictionType:
         """What the network predicts."""
         return self.header.diffusion.prediction_type
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256, in hex, of the checkpoint's header, which has the SHA-256 of every tensor."""
+        return hashlib.sha256(self.header.model_dump_json().encode()).hexdigest()
 
     @property
     def can_guide(self) -> bool:

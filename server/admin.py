@@ -122,7 +122,7 @@ def admin_router(service: Service, info: type[BaseModel], describe: Callable[[],
     async def swap_checkpoint(http: HttpRequest) -> BaseModel:
         """Load another checkpoint and serve it. No request is lost: those in flight end on the one they began with."""
         nonlocal busy
-        name = read_params(SwapBody, await http.body(), schema).path
+        name = read_params(SwapBody, await http.body()).path
         logger.info("checkpoint %s was asked for", name, extra={"client": current_client(http)})
         if busy:
             raise ApiError(409, "swap_in_progress", "another checkpoint is being loaded; try again when it is done")

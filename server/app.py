@@ -25,6 +25,8 @@ from robuq_core.images import IMAGE_FORMATS, ImageFormat
 from robuq_core.params import MAX_IMAGES
 from server import http
 from server.admin import admin_router
+from server.compat.kserve import kserve_router
+from server.compat.openai import openai_router
 from server.errors import install_error_handlers
 from server.generate import generate_router
 from server.keys import KeyStore
@@ -278,6 +280,8 @@ def create_app(pool: Pool, settings: Settings) -> FastAPI:
     pool.metrics.watch_ready(lambda: service.status == "ready")
     pool.metrics.watch_keys(lambda: 0.0 if store is None else store.unreadable_s)
     app.include_router(generate_router(service), tags=["images"])
+    app.include_router(openai_router(service), tags=["OpenAI"])
+    app.include_router(kserve_router(service), tags=["KServe"])
     app.include_router(discovery_router(service), tags=["discovery"])
     app.include_router(operations_router(service), tags=["operations"])
     app.include_router(admin_router(service, InfoResponse, lambda: describe(service)), tags=["administration"])

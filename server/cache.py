@@ -12,7 +12,6 @@ import re
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Literal
 
 from fastapi import Request as HttpRequest
 
@@ -22,13 +21,10 @@ from server.http import current_client
 from server.metrics import Metrics
 from server.request import Request, Result, Timings
 
-HEADER = "X-Cache"
+CACHE_HEADER = "X-Cache"
 IDEMPOTENCY_HEADER = "Idempotency-Key"
 # What an entry takes beside its images, roughly.
 ENTRY_BYTES = 2048
-
-# hit: from memory. shared: with an equal request in flight. miss: generated for this request.
-Outcome = Literal["hit", "shared", "miss"]
 
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _NO_TIME = Timings(0.0, 0.0, 0.0, 0.0)
@@ -79,43 +75,39 @@ class Cache:
         self._flying: dict[Hashable, Request] = {}
         self.size = 0
 
-    def find(self, request: Request) -> tuple[Request, Outcome] | None:
-        """``request`` with its result, or the equal request in flight; None for one that must be generated."""
+    def find(self, request: Request) -> bool:
+        """Give ``request`` its result, or the equal request in flight as its leader; False if it must be generated."""
         if not self._max_bytes or not request.repeatable:
-            return None
+            return False
         key = _key_of(request)
-        entry = self._kept.get(key)
+        entry, other = self._kept.get(key), self._flying.get(key)
         if entry is not None:
             self._kept.move_to_end(key)
+            request.source = "hit"
             request.future = asyncio.get_running_loop().create_future()
             request.future.set_result(Result(entry.result.images, _NO_TIME))
-            return self._counted(request, "hit")
-        # Only a watched request publishes progress, and only its own previews.
-        other = self._flying.get((key, request.watched, request.preview_every))
-        if other is not None and not other.future.done():
-            return self._counted(other, "shared")
-        self._metrics.cache_requests.labels("miss").inc()
-        return None
+        # One that is watched waits for events of its own.
+        elif other is not None and not other.future.done() and not request.watched:
+            request.source, request.leader, request.future = "shared", other, other.future
+        else:
+            request.source = "miss"
+        self._metrics.cache_requests.labels(request.source).inc()
+        return request.source != "miss"
 
     def follow(self, request: Request) -> None:
         """Let equal requests find this one, which was just submitted, and its images once it has succeeded."""
         if not self._max_bytes or not request.repeatable:
             return
         key = _key_of(request)
-        flight = (key, request.watched, request.preview_every)
-        self._flying[flight] = request
+        self._flying[key] = request
 
         def ended(future: asyncio.Future[Result]) -> None:
-            if self._flying.get(flight) is request:
-                del self._flying[flight]
+            if self._flying.get(key) is request:
+                del self._flying[key]
             if not future.cancelled() and future.exception() is None:
                 self._keep(key, future.result())
 
         request.future.add_done_callback(ended)
-
-    def _counted(self, request: Request, outcome: Outcome) -> tuple[Request, Outcome]:
-        self._metrics.cache_requests.labels(outcome).inc()
-        return request, outcome
 
     def _keep(self, key: Hashable, result: Result) -> None:
         size = ENTRY_BYTES + sum(map(len, result.images))

@@ -87,7 +87,7 @@ def main(
     api_keys_file: Annotated[Path | None, _option("api_keys_file")] = None,
     checkpoint_dir: Annotated[Path | None, _option("checkpoint_dir")] = None,
     cors_origins: Annotated[list[str] | None, _option("cors_origins")] = None,
-    idempotency_ttl_s: Annotated[float | None, _option("idempotency_ttl_s")] = None,
+    cache_bytes: Annotated[int | None, _option("cache_bytes")] = None,
     otel_endpoint: Annotated[str | None, _option("otel_endpoint")] = None,
     log_level: Annotated[LogLevel | None, _option("log_level")] = None,
     log_format: Annotated[LogFormat | None, _option("log_format")] = None,

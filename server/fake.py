@@ -49,7 +49,7 @@ class FakeSampler:
         on_step: called with the rows before they advance; what it raises, ``step`` raises.
     """
 
-    checkpoint_name = "fake"
+    checkpoint_name = digest = "fake"
     backend_name = "fake"
     average_activation_bits = 2.0
     weight_bytes = 0

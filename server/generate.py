@@ -15,6 +15,7 @@ from pydantic_core import to_json
 from robuq_core.config import NUM_TRAIN_TIMESTEPS, SamplerName, samplers_of
 from robuq_core.images import IMAGE_FORMATS, ImageFormat
 from robuq_core.params import ImageParams, choice_error, read_params
+from server.cache import idempotent_seed
 from server.errors import ApiError, invalid
 from server.request import MAX_PRIORITY, MIN_TIMEOUT_S, Event, ModelInfo, Preview, Request, Result
 from server.service import (
@@ -34,7 +35,7 @@ from server.service import (
     result_headers,
 )
 
-_EXAMPLE = {"class_id": 207}
+_EXAMPLE: dict[str, Any] = {"class_id": 207}
 
 
 class GenerateBody(ImageParams):
@@ -104,6 +105,7 @@ def check_choices(model: ModelInfo, sampler: SamplerName | None, guidance_scale:
 
 def make_request(
     service: Service,
+    http: HttpRequest,
     model: ModelInfo,
     params: ImageParams,
     class_id: int,
@@ -113,13 +115,15 @@ def make_request(
     timeout_s: float | None = None,
     priority: int = 0,
 ) -> Request:
-    """A request for images of one class; what ``params`` leaves open takes the model's default, the seed a random one.
+    """A request for images of one class; what ``params`` leaves open takes the model's default, the seed that of the
+    ``Idempotency-Key``, or a random one.
 
     Raises:
-        ApiError: 422 for a sampler, a guidance or a timeout that cannot be.
+        ApiError: 422 for a sampler, a guidance, a timeout or a key that cannot be.
     """
     check_choices(model, params.sampler, params.guidance_scale)
-    resolved = params.resolved(model.defaults)
+    key_seed = idempotent_seed(http)
+    resolved = params.resolved(model.defaults, key_seed)
     assert resolved.seed is not None
     return Request(
         model,
@@ -129,6 +133,7 @@ def make_request(
         as_base64=as_base64,
         priority=priority,
         timeout_s=service.timeout(timeout_s),
+        repeatable=params.seed is not None or key_seed is not None,
     )
 
 
@@ -228,7 +233,7 @@ def generate_router(service: Service) -> APIRouter:
     schema = lru_cache(maxsize=2)(partial(generate_schema, max_timeout_s=service.settings.request_timeout_s))
     service.body_schemas["/generate"] = schema
     binary = {"schema": {"type": "string", "format": "binary"}}
-    responses = documented(406, 409, 413, 422, 429, 500, 503, 504) | {
+    responses = documented(406, 413, 422, 429, 500, 503, 504) | {
         200: {
             "description": "The images; a raw file if Accept asks for one, events if stream is true.",
             "model": GenerateResponse,
@@ -255,10 +260,11 @@ def generate_router(service: Service) -> APIRouter:
         Closing the connection cancels the request.
         """
         model = service.model
-        body = read_params(GenerateBody, await http.body(), schema(model), _EXAMPLE)
+        body = read_params(GenerateBody, await http.body(), lambda: schema(model), _EXAMPLE)
         media_type, image_format = _choose_answer(http, body)
         request = make_request(
             service,
+            http,
             model,
             body,
             classes_of(model).resolve(body.class_id, body.class_name),

@@ -97,6 +97,12 @@ class Metrics:
         self.rejected = Counter(
             "robuq_rejected_total", "Requests rejected before queueing, by reason.", ["reason"], registry=registry
         )
+        self.cache_requests = Counter(
+            "robuq_cache_requests_total",
+            "Requests with a chosen seed: hit (images were in memory), shared (generated for an equal request), miss.",
+            ["outcome"],
+            registry=registry,
+        )
         self.images = Counter("robuq_images_total", "Images delivered by finished requests.", registry=registry)
         self.engine_steps = Counter("robuq_engine_steps_total", "Forwards of the model.", registry=registry)
         self.e2e_latency = histogram("e2e_request_latency_seconds", "From acceptance to the last encoded image.")
@@ -158,6 +164,11 @@ class Metrics:
         """Tell Prometheus what /ready tells a load balancer, which alone can see it else."""
         gauge = Gauge("robuq_ready", "1 while requests are taken, else 0.", registry=self.registry)
         gauge.set_function(ready)
+
+    def watch_cache(self, size: Callable[[], float]) -> None:
+        """Bytes of the images that are kept for equal requests."""
+        gauge = Gauge("robuq_cache_bytes", "Bytes of images kept for equal requests.", registry=self.registry)
+        gauge.set_function(size)
 
     def watch_keys(self, unreadable_s: Callable[[], float]) -> None:
         """For how long revocations could not be noticed."""

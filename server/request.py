@@ -20,6 +20,8 @@ MAX_PRIORITY = 9
 MIN_TIMEOUT_S = 0.01
 
 CancelReason = Literal["cancelled", "timeout"]
+# hit: from memory. shared: with an equal request in flight. miss: generated for this request.
+CacheOutcome = Literal["hit", "shared", "miss"]
 
 
 class EngineError(Exception):
@@ -63,7 +65,8 @@ class ModelInfo:
     """What the server knows of a loaded checkpoint.
 
     ``drawn_classes``: number of valid ids, 1 for a model without classes. ``image_size``: side in pixels.
-    ``weight_bytes``: of the network without its decoder. ``created``: when it was loaded, seconds since 1970.
+    ``weight_bytes``: of the network without its decoder. ``digest``: of its weights and configuration.
+    ``created``: when it was loaded, seconds since 1970.
     """
 
     name: str
@@ -80,6 +83,7 @@ class ModelInfo:
     weight_bytes: int
     decoder_name: str
     decoder_weight_bytes: int
+    digest: str
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -180,6 +184,7 @@ class Request:
         watched: :meth:`subscribe` will be called.
         client: name of the API key, whose requests share the server fairly with those of others.
         request_id: for the log.
+        repeatable: equal requests give equal images, since the seed was chosen by the client.
     """
 
     model: ModelInfo
@@ -193,6 +198,11 @@ class Request:
     watched: bool = False
     client: str = ""
     request_id: str = ""
+    repeatable: bool = False
+
+    # The cache's: where the images come from, and the equal request in flight that generates them.
+    source: CacheOutcome | None = None
+    leader: Request | None = None
 
     # The pool's.
     submitted_at: float = 0.0
@@ -226,10 +236,14 @@ class Request:
 
     def join(self) -> None:
         """One more waits for the result."""
+        if self.leader is not None:
+            self.leader.join()
         self._waiting += 1
 
     def leave(self) -> None:
         """One waits no more; the last to leave cancels what is still under way."""
+        if self.leader is not None:
+            self.leader.leave()
         self._waiting -= 1
         if not self._waiting and self.cancel is not None:
             self.cancel()

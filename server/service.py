@@ -13,13 +13,24 @@ from pydantic import BaseModel, Field
 from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
+from server.cache import CACHE_HEADER, Cache
 from server.classes import ClassIndex
 from server.errors import ApiError, as_api_error, closed_by_client, invalid
 from server.http import current_client, image_budget
 from server.keys import KeyStore
 from server.logs import current_request_id
 from server.pool import Pool
-from server.request import MIN_TIMEOUT_S, DeadlineExceeded, Event, EventBuffer, ModelInfo, Request, Result, Timings
+from server.request import (
+    MIN_TIMEOUT_S,
+    DeadlineExceeded,
+    Event,
+    EventBuffer,
+    ModelInfo,
+    Overloaded,
+    Request,
+    Result,
+    Timings,
+)
 from server.settings import Settings
 from server.telemetry import Telemetry
 
@@ -53,6 +64,8 @@ _HEADERS = {
     "x-inference-time": "Seconds of the steps.",
     "x-total-time": "Seconds in all.",
     "X-Seed": "The seed of the first image.",
+    CACHE_HEADER: "hit: the images were generated before; shared: for an equal request in flight; miss: for this one. "
+    "Absent where no seed was given.",
 }
 _ERRORS = {
     400: "`invalid_request`: a field is missing, unknown or out of range",
@@ -60,7 +73,7 @@ _ERRORS = {
     403: "`forbidden`: the key lacks the scope; under /admin `admin_closed`: the server has no keys",
     404: "`not_found`, `model_not_found`",
     406: "`not_acceptable`: Accept names no type that is offered",
-    409: "`idempotency_conflict`: the Idempotency-Key was used with another body before; `swap_in_progress`",
+    409: "`swap_in_progress`",
     413: "`body_too_large`",
     422: "`invalid_request`: a field is missing, unknown or out of range; `checkpoint_unusable`",
     429: "`queue_full`; `rate_limited`: the key's limit. Retry-After says when to try again",
@@ -130,6 +143,8 @@ class Service:
     ) -> None:
         self.pool, self.settings = pool, settings
         self._telemetry, self._keys = telemetry, keys
+        self.cache = Cache(settings.cache_bytes, pool.metrics)
+        pool.metrics.watch_cache(lambda: self.cache.size)
         self.body_schemas: dict[str, BodySchema] = {}  # by path, for the OpenAPI document
 
     @property
@@ -159,14 +174,16 @@ class Service:
         return most if asked_s is None else asked_s
 
     def submit(self, http: HttpRequest, request: Request) -> Request:
-        """Queue ``request`` within the budget of the client's key; what is returned is what to wait for.
+        """Queue ``request`` within the budget of the client's key, unless its images are there or under way.
 
         Raises:
             ApiError: 422, 429. NotReady, Overloaded: the pool does not take it.
         """
         request.client, request.request_id = current_client(http), current_request_id.get()
-        with image_budget(http, request.num_images):
-            self.pool.submit(request)
+        if not self.cache.find(request):
+            with image_budget(http, request.num_images):
+                self.pool.submit(request)
+            self.cache.follow(request)
         if self._telemetry is not None:
             self._telemetry.follow(request)
         return request
@@ -179,16 +196,33 @@ class Service:
         """
         if request.future.done():
             return outcome(request)
-        request.join()
         gone = asyncio.ensure_future(client_gone(http))
+        ends_at = asyncio.get_running_loop().time() + request.timeout_s
         try:
-            await asyncio.wait((request.future, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not request.future.done():
-                raise closed_by_client()
-            return outcome(request)
+            while True:
+                shared = request.leader is not None
+                left_s = ends_at - asyncio.get_running_loop().time()
+                request.join()
+                try:
+                    # The pool keeps the deadline of a request that it has.
+                    limit_s = max(0.0, left_s) if shared else None
+                    done, _ = await asyncio.wait(
+                        (request.future, gone), timeout=limit_s, return_when=asyncio.FIRST_COMPLETED
+                    )
+                    if gone in done and not request.future.done():
+                        raise closed_by_client()
+                    if not done:
+                        raise too_late(request)
+                    ended = request.future.exception()
+                    if not shared or not isinstance(ended, DeadlineExceeded | Overloaded):
+                        return outcome(request)
+                finally:
+                    request.leave()
+                # The leader's deadline, or its client's share of the queue: no reason to fail this request.
+                request.leader = None
+                self.submit(http, request)
         finally:
             gone.cancel()
-            request.leave()
 
     async def stream(
         self, http: HttpRequest, request: Request, narrator: Narrator, headers: Mapping[str, str] | None = None
@@ -225,7 +259,12 @@ def outcome(request: Request) -> Result:
     try:
         return request.future.result()
     except DeadlineExceeded:
-        raise ApiError(504, "deadline_exceeded", f"not done within {request.timeout_s:g} s") from None
+        raise too_late(request) from None
+
+
+def too_late(request: Request) -> ApiError:
+    """The 504 of a request whose time limit has passed."""
+    return ApiError(504, "deadline_exceeded", f"not done within {request.timeout_s:g} s")
 
 
 async def client_gone(http: HttpRequest) -> None:
@@ -236,7 +275,7 @@ async def client_gone(http: HttpRequest) -> None:
 
 def seed_header(request: Request) -> dict[str, str]:
     """What is known before the images are."""
-    return {"X-Seed": str(request.seed)}
+    return {"X-Seed": str(request.seed), **({CACHE_HEADER: request.source} if request.source else {})}
 
 
 def result_headers(request: Request, timings: Timings) -> dict[str, str]:

@@ -135,8 +135,11 @@ class Settings(BaseSettings):
         (),
         description="Origins of other sites whose pages may call this server, such as https://example.org; * for any.",
     )
-    idempotency_ttl_s: float = Field(
-        600.0, ge=0, description="Seconds that an answer is kept for a repeated Idempotency-Key; 0 turns it off."
+    cache_bytes: int = Field(
+        2**28,
+        ge=0,
+        description="Most bytes of images to keep for requests that are repeated with their seed; 0 turns this off, "
+        "and the sharing of equal requests in flight.",
     )
     otel_endpoint: str | None = Field(
         None, description="OTLP/HTTP collector for traces, such as http://localhost:4318; needs the extra robuq[otel]."

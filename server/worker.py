@@ -352,6 +352,7 @@ def describe(sampler: Any) -> dict[str, Any]:
         "average_activation_bits": sampler.average_activation_bits,
         "weight_bytes": sampler.weight_bytes,
         "decoder_name": sampler.decoder.name,
+        "digest": sampler.digest,
         "decoder_weight_bytes": sampler.decoder.weight_bytes,
     }
 

@@ -22,17 +22,17 @@ from server.cache import idempotent_seed
 from server.errors import ApiError, invalid
 from server.generate import check_choices
 from server.request import ModelInfo, Request, Result
-from server.service import JSON, Parts, Service, documented, documented_headers, result_headers
+from server.service import JSON, Parts, Service, classes_of, documented, documented_headers, result_headers
 
 VERSION = "1"
 IMAGE, SEED = "image", "seed"
 BINARY = "application/octet-stream"
 BINARY_HEADER = "Inference-Header-Content-Length"
-_EXAMPLE = {"inputs": [{"name": "class_id", "shape": [1], "datatype": "INT64", "data": [207]}]}
+_EXAMPLE: dict[str, Any] = {"inputs": [{"name": "class_id", "shape": [1], "datatype": "INT64", "data": [207]}]}
 
 Datatype = Literal["INT64", "FP32", "BYTES"]
 Parameters = dict[str, Any]
-_DTYPES = {"INT64": np.dtype("<i8"), "FP32": np.dtype("<f4")}
+_DTYPES: dict[str, np.dtype[Any]] = {"INT64": np.dtype("<i8"), "FP32": np.dtype("<f4")}
 _PYTHON: dict[str, tuple[type, ...]] = {"INT64": (int,), "FP32": (int, float), "BYTES": (str,)}
 _DATATYPES: dict[str, Datatype] = {"integer": "INT64", "number": "FP32", "string": "BYTES", "array": "INT64"}
 
@@ -242,7 +242,7 @@ def make_specs(service: Service, model: ModelInfo, values: dict[str, list[Any]],
     for name, data in values.items():
         if len(data) not in (1, images):
             raise invalid(name, f"input {name} must have 1 value or {images}, one for each image, not {len(data)}")
-    classes, key_seed, specs = service.classes(model), idempotent_seed(http), []
+    classes, key_seed, specs = classes_of(model), idempotent_seed(http), []
     first: ImageParams | None = None
     for i in range(images):
         fields = {name: data[i] if len(data) > 1 else data[0] for name, data in values.items()}
@@ -304,6 +304,7 @@ def answer(
 def kserve_router(service: Service) -> APIRouter:
     """The routes, bound to a pool."""
     router = APIRouter(prefix="/v2")
+    service.body_schemas["/v2/models/{name}/infer"] = lambda model: INFER_SCHEMA
     missing = documented(404, model=KServeError)
     unready: dict[int | str, dict[str, Any]] = {503: {"model": Health, "description": "send no requests here"}}
 

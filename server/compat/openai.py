@@ -6,6 +6,7 @@ import math
 import re
 import time
 from collections.abc import Iterable
+from functools import lru_cache, partial
 from typing import Any, Literal, Self
 
 from fastapi import APIRouter
@@ -28,13 +29,14 @@ from server.service import (
     PARTIAL_IMAGE,
     Parts,
     Service,
+    classes_of,
     documented,
     documented_headers,
     result_headers,
 )
 
 PATH = "/v1/images/generations"
-_EXAMPLE = {"prompt": "golden retriever"}
+_EXAMPLE: dict[str, Any] = {"prompt": "golden retriever"}
 # Its clients expect the field; nothing is counted in tokens here.
 _NO_TOKENS = {
     "input_tokens": 0,
@@ -215,6 +217,8 @@ class _Narrator:
 def openai_router(service: Service) -> APIRouter:
     """The routes, bound to a pool."""
     router = APIRouter()
+    schema = lru_cache(maxsize=2)(partial(images_schema, max_timeout_s=service.settings.request_timeout_s))
+    service.body_schemas[PATH] = schema
     responses = documented(400, 404, 413, 429, 500, 503, 504, model=OpenAIErrorResponse) | {
         200: {
             "description": "The images, or events if stream is true.",
@@ -234,8 +238,7 @@ def openai_router(service: Service) -> APIRouter:
         or one `error`.
         """
         model = service.model
-        most = service.settings.request_timeout_s
-        body = read_params(ImagesBody, await http.body(), lambda: images_schema(model, most), _EXAMPLE)
+        body = read_params(ImagesBody, await http.body(), lambda: schema(model), _EXAMPLE)
         check_model(body.model, model)
         if body.size not in (None, "auto", model.size):
             raise invalid("size", f"size must be auto or {model.size}; this model has one size")
@@ -244,7 +247,7 @@ def openai_router(service: Service) -> APIRouter:
             http,
             model,
             body if body.n is None else body.model_copy(update={"num_images": body.n}),
-            class_of(body, service.classes(model)),
+            class_of(body, classes_of(model)),
             image_format=body.output_format,
             timeout_s=body.timeout_s,
             priority=body.priority,

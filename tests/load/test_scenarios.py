@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from server.generate import GenerateBody
 
 from loadtest.scenarios import BURST_PERIOD_S, SCENARIOS, users_at
 from loadtest.workload import Workload, gauges
 from robuq_core.params import ImageParams, read_params
+from server.generate import GenerateBody
 
 INFO = {"num_classes": 7, "image_size": 32, "samplers": ["ddim", "ddpm"], "guidance": True}
 FLOW = {"num_classes": 0, "image_size": 32, "samplers": ["euler", "heun", "sde"], "guidance": False}

@@ -223,9 +223,9 @@ def _copy(done: asyncio.Future[Result], future: Future[Result]) -> None:
 
 
 def make_settings(**options: object) -> Settings:
-    """Small sizes; files hold pixels alone, so that tests can compare them with their own."""
-    small = {"max_batch_rows": 4, "max_queue_images": 16, "log_level": "warning", "embed_settings": False}
-    return Settings(**{**small, **options})  # type: ignore[arg-type]
+    """Small sizes; files hold pixels alone, so that tests can compare them; no cache, so that every image is new."""
+    small = {"max_batch_rows": 4, "max_queue_images": 16, "log_level": "warning"}
+    return Settings(**{**small, "embed_settings": False, "cache_bytes": 0, **options})  # type: ignore[arg-type]
 
 
 @contextmanager

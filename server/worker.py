@@ -286,6 +286,7 @@ class Worker:
         try:
             if not image.cancelled:
                 encoded = self._encoded(self._sampler.decode_estimate(estimate), image)
+                image.previewing = False  # before a client can see it, and wait for the next
                 self._send({"op": "preview", "id": image.id, "steps_done": steps_done}, encoded)
         except (BrokenPipeError, ConnectionResetError):
             pass

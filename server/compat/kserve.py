@@ -235,10 +235,14 @@ def make_specs(service: Service, model: ModelInfo, values: dict[str, list[Any]],
     Raises:
         ApiError, ParamError: name the input.
     """
-    counts = values.pop("num_images", [])
-    images = max([*counts, *map(len, values.values()), 1])
-    if images > MAX_IMAGES:
-        raise invalid("num_images", f"num_images must be an integer from 1 to {MAX_IMAGES}")
+
+    def read(fields: dict[str, Any]) -> ImageParams:
+        return read_params(ImageParams, fields, lambda: service.body_schemas["/generate"](model))
+
+    counts = values.pop("num_images", [1])
+    if len(counts) > 1:
+        raise invalid("num_images", "input num_images must have 1 value")
+    images = max(read({"num_images": counts[0]}).num_images, *map(len, values.values()), 1)
     for name, data in values.items():
         if len(data) not in (1, images):
             raise invalid(name, f"input {name} must have 1 value or {images}, one for each image, not {len(data)}")
@@ -246,7 +250,7 @@ def make_specs(service: Service, model: ModelInfo, values: dict[str, list[Any]],
     first: ImageParams | None = None
     for i in range(images):
         fields = {name: data[i] if len(data) > 1 else data[0] for name, data in values.items()}
-        params = read_params(ImageParams, fields)
+        params = read(fields)
         check_choices(model, params.sampler, params.guidance_scale)
         repeatable = params.seed is not None or key_seed is not None
         # One seed for several images counts up from image to image, as in POST /generate.

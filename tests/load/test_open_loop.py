@@ -15,7 +15,6 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 from loaded_server import fake_server
-from server.engine.fake import FakeSampler
 from test_scenarios import INFO
 from typer.testing import CliRunner
 from waiting import WAIT_S

@@ -26,7 +26,7 @@ CHUNKED = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chu
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[tuple[Process, httpx.Client]]:
-    with serving(change="import server.api.connection as c; c.FIRST_REQUEST_S = 2.0") as (process, client):
+    with serving(change="import server.connection as c; c.FIRST_REQUEST_S = 2.0") as (process, client):
         yield process, client
 
 
@@ -66,7 +66,7 @@ def test_small_trailers_are_dropped(tmp_path: Path) -> None:
         for header, status in ((b"", b"401"), (f"X-API-Key: {key}\r\n".encode(), b"200")):
             with connected(client) as sock:
                 # In one piece, so that the trailers are read before the request is answered; the connection stays.
-                last = b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n"
+                last = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
                 sock.sendall(CHUNKED + header + b"\r\n" + body + trailers + last)
                 raw = read_all(sock)
             assert raw.startswith(b"HTTP/1.1 " + status)

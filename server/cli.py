@@ -50,8 +50,9 @@ Every option can be given as a variable, ROBUQ_PORT for --port. Options win.
 def _option(name: str) -> Any:
     """An option that mirrors the setting ``name``; Settings alone holds its text and default."""
     field = Settings.model_fields[name]
+    option = "--" + name.replace("_", "-")
     return typer.Option(
-        "--" + name.replace("_", "-"),
+        f"{option}/--no-{option[2:]}" if field.annotation is bool else option,
         help=field.description,
         envvar=f"ROBUQ_{name.upper()}",
         show_default=False if field.default in (None, ()) else str(field.default),

@@ -21,13 +21,18 @@ ROOT = Path(__file__).parents[1]
 SERVE = "from server.cli import app; app()"
 PROGRAM = """
 import sys
-import robuq_core.pipeline as pipeline
+import server.launch
+server.launch.WORKER_COMMAND = (sys.executable, "-c", {worker!r})
+from server.cli import app
+app()
+"""
+WORKER = """
+import sys, time
 from server.fake import FakeSampler
 sampler = FakeSampler(step_s=0.02)
 {change}
-pipeline.Sampler.from_checkpoint = classmethod(lambda *_, **__: sampler)
-from server.cli import app
-app()
+from server.worker import main
+main(lambda options, weights: sampler)
 """
 
 
@@ -60,14 +65,15 @@ def launch(
 
 
 def start(*options: str, change: str = "", stdout: IO[str] | None = None) -> Process:
-    """Begin one of noise; ``change`` is Python that may alter ``sampler``."""
-    return launch(sys.executable, "-c", PROGRAM.format(change=change), *options, stdout=stdout)
+    """Begin one of noise; ``change`` is Python that may alter ``sampler``, in each worker."""
+    program = PROGRAM.format(worker=WORKER.format(change=change))
+    return launch(sys.executable, "-c", program, *options, stdout=stdout)
 
 
 def second_steps_wait(steps: int, gate: Path) -> str:
     """A ``change``: images of so many steps wait before their second one until ``gate`` is there."""
     return f"""
-import pathlib, time
+import pathlib
 def wait(rows):
     if any(row.spec.steps == {steps} and row.steps_done == 1 for row in rows):
         while not pathlib.Path({str(gate)!r}).exists():

@@ -93,14 +93,19 @@ def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     )
 
 
-def serve(settings: Settings, sockets: list[socket.socket], prepared: Prepared | None = None) -> int:
+def serve(
+    settings: Settings,
+    sockets: list[socket.socket],
+    prepared: Prepared | None = None,
+    pool_type: type[Pool] = Pool,
+) -> int:
     """Serve until told to end; the exit code: 2 for a checkpoint that cannot be loaded, 1 for workers that fail.
 
     Args:
-        prepared: workers that load already.
+        prepared: workers that load already. pool_type: in place of the pool.
     """
     allow_open_files(settings)
-    pool = Pool(settings, Metrics(settings.max_batch_rows), prepared=prepared)
+    pool = pool_type(settings, Metrics(settings.max_batch_rows), prepared=prepared)
     server = DrainingServer(uvicorn_config(create_app(pool, settings), settings), pool, settings.drain_timeout_s)
     host, port = sockets[0].getsockname()[:2]
     logger.info("serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)

@@ -7,8 +7,8 @@ from typing import Any
 
 import litserve
 
-from server.engine.images import encode_image
-from server.engine.model import RowSpec
+from robuq_core.images import encode_image
+from robuq_core.params import RowSpec
 
 
 class Images(litserve.LitAPI):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import AsyncIterator, MutableMapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -279,14 +279,15 @@ def create_app(pool: Pool, settings: Settings) -> FastAPI:
     service = Service(pool, settings, telemetry, store)
     pool.metrics.watch_ready(lambda: service.status == "ready")
     pool.metrics.watch_keys(lambda: 0.0 if store is None else store.unreadable_s)
-    app.include_router(generate_router(service), tags=["images"])
-    app.include_router(openai_router(service), tags=["OpenAI"])
+    images, openai = generate_router(service), openai_router(service)
+    app.include_router(images, tags=["images"])
+    app.include_router(openai, tags=["OpenAI"])
     app.include_router(kserve_router(service), tags=["KServe"])
     app.include_router(discovery_router(service), tags=["discovery"])
     app.include_router(operations_router(service), tags=["operations"])
     app.include_router(admin_router(service, InfoResponse, lambda: describe(service)), tags=["administration"])
     app.include_router(web_router())
-    _shorten(app, service.body_schemas)
+    _shorten(app, images, openai)
     _install_document(app, service)
     install_error_handlers(app)
     http.install(app, settings, pool.metrics, store, telemetry)
@@ -295,14 +296,16 @@ def create_app(pool: Pool, settings: Settings) -> FastAPI:
     return app
 
 
-def _shorten(app: FastAPI, paths: MutableMapping[str, Any]) -> None:
-    """Let the POST routes at ``paths``, whose only argument is the request, be found first and called directly.
+def _shorten(app: FastAPI, *routers: APIRouter) -> None:
+    """Let the POST routes of ``routers``, whose only argument is the request, be found first and called directly.
 
     FastAPI's dependency injection costs as much as all else that happens between the socket and the pool.
     """
-    for route in list(app.router.routes):
-        if isinstance(route, APIRoute) and route.path in paths and route.methods == {"POST"} and "{" not in route.path:
-            app.router.routes.insert(0, Route(route.path, route.endpoint, methods=["POST"], include_in_schema=False))
+    for router in routers:
+        for route in router.routes:
+            if isinstance(route, APIRoute) and route.methods == {"POST"}:
+                direct = Route(route.path, route.endpoint, methods=["POST"], include_in_schema=False)
+                app.router.routes.insert(0, direct)
 
 
 _KEYS = {

@@ -39,6 +39,9 @@ logger = logging.getLogger(__name__)
 _GUIDED, _UNGUIDED = 1.5, 1.0
 # The first forward of a size pays for what is set up once; a quick one is run again, to learn its time.
 QUICK_S = 1.0
+# Steps in which no image comes or leaves are reported together: each report wakes the server, on processors that the
+# step could use.
+QUIET_S = 0.05
 # Between reports of what changes slowly: the speed, memory of the GPU.
 SLOW_REPORT_S = 0.5
 _RECEIVE = 1 << 18
@@ -85,7 +88,8 @@ class Worker:
         self._decoding: dict[int, _Image] = {}  # that have none, until they are sent
         self._finished: list[_Image] = []  # whose decoding has not begun
         self._previews = 0  # under way; guarded by _sending
-        self._reported_at, self._reported_budget = 0.0, 0
+        self._sent_at = self._reported_at = 0.0
+        self._reported_budget = 0
         self._load: Options | None = None
 
     def run(self) -> None:
@@ -175,14 +179,19 @@ class Worker:
                 batch = self._started()
             if batch:
                 leaving = [image.id for image in batch if image.spec.steps - image.row.steps_done <= 1]
-                self._report({"leaving": leaving, **report})
+                measured = report.get("measured", [])
+                if leaving or len(report) != 1 or self._clock() - self._sent_at > QUIET_S:
+                    self._report({"leaving": leaving, **report})
+                    measured = []
                 report = self._step(batch)
+                report["measured"] = [*measured, *report["measured"]]
             changed = len(self._images) != len(batch)
 
     def _report(self, report: Options) -> None:
         """Send what there is to say of the latest step and the next, then decode what has finished: the last step of an
         image is reported before the image."""
         self._send({"op": "step", **report})
+        self._sent_at = self._clock()
         for image in self._finished:
             self._pool.submit(self._deliver, image)
         self._finished = []

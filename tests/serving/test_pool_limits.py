@@ -12,7 +12,6 @@ from robuq_core.images import encode_image
 from server.fake import FakeRow
 from server.pool import RunFailed
 from server.request import GenerationFailed
-from server.stepping import GROW_AFTER
 
 
 def model_rows(rows: Sequence[FakeRow]) -> int:
@@ -53,7 +52,10 @@ def test_an_image_with_guidance_takes_two_rows() -> None:
         assert sample(engine, "robuq_batch_rows_sum") == sum(seen)
 
 
-def test_when_memory_runs_out_every_request_completes_and_the_budget_comes_back() -> None:
+def test_when_memory_runs_out_every_request_completes_and_the_budget_comes_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("server.stepping.GROW_AFTER", 8)
     card = SmallCard(room=64)
     with running_engine(card, max_batch_rows=16, max_queue_images=256) as engine:
         card.room = 5
@@ -66,13 +68,14 @@ def test_when_memory_runs_out_every_request_completes_and_the_budget_comes_back(
         for of, job in zip(specs, jobs, strict=True):
             assert job.future.result(WAIT_S).images == (encode_image(card.decode(FakeRow(of)), "png"),)
         failures = [size for size in card.sizes if size > 5]
-        assert len(failures) < 10  # it learns, rather than fail at every step
+        assert len(failures) < 40  # it learns, rather than fail at every step
         assert 3 <= engine.load().replicas[0].row_budget <= card.room  # half of what did not fit, and growing
         assert sample(engine, "robuq_requests_total", finished_reason="error") == 0
         card.room = 64
+        card.step_s = 0.001  # for the pool to hear of the room in time
         card.sizes.clear()
         # One request: among several, the first would be done before the last has come, on a busy machine.
-        assert outcome(engine.submit([spec(seed=s, steps=16 * GROW_AFTER) for s in range(16)], "png")) is None
+        assert outcome(engine.submit([spec(seed=s, steps=1000) for s in range(16)], "png")) is None
         assert max(card.sizes) == 16
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import httpx
 import pytest
-from server.api.catalog import Catalog
 from serving_harness import WAIT_S, WatchedSampler, live_server, until
 from test_live_server import raw_request
 

@@ -11,7 +11,7 @@ pytest.importorskip("ray.serve")
 
 from server import ray_metrics
 from server.metrics import Metrics
-from server.ray_metrics import RayMetrics
+from server.ray_support import RayMetrics
 
 
 class Gauge:

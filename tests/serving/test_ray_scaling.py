@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server import ray_scaling
-from server.ray_scaling import IMAGES, REQUESTS, scale_on_images
+from server.ray_support import IMAGES, REQUESTS, scale_on_images
 
 
 def wanted(images: list[float], requests: list[float], queued: float, target: float = 8.0) -> float:

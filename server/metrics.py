@@ -56,7 +56,7 @@ class _WorkerCollector(Collector):
         )
         for worker in found:
             if worker.pid:
-                with suppress(psutil.Error):
+                with suppress(psutil.Error, OSError):
                     resident.add_metric([str(worker.number)], _resident(psutil.Process(worker.pid)))
         yield resident
         on_gpu = [worker for worker in found if worker.gpu_bytes is not None]

@@ -4,12 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import Field, create_model
+from tiny import write_tiny
 
+from robuq_core import pipeline
 from robuq_core.classes import ClassNames
 from robuq_core.config import MAX_SEED, SamplerConfig
 from robuq_core.params import MAX_REQUEST_SEED, ImageParams, ParamError, RowSpec, check_spec, read_params
@@ -123,12 +127,56 @@ params.ImageParams = create_model(
 """
 
 
+def run_with_new_field(program: str) -> str:
+    """Standard output of a program that meets one field more."""
+    command, wide = [sys.executable, "-c", _NEW_FIELD + program], {**os.environ, "COLUMNS": "200"}
+    done = subprocess.run(command, env=wide, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_a_new_field_appears_on_the_command_line() -> None:
-    program = _NEW_FIELD + "from robuq_core.cli import app; app(['sample', '--help'])"
-    command, wide = [sys.executable, "-c", program], {**os.environ, "COLUMNS": "200"}
-    result = subprocess.run(command, env=wide, capture_output=True, text=True, timeout=120, check=True)
-    (line,) = (line for line in result.stdout.splitlines() if "--sharpness" in line)
-    assert "0<=x<=3" in line
+    for command in ("sample", "compare"):
+        page = run_with_new_field(f"from robuq_core.cli import app; app(['{command}', '--help'])")
+        (line,) = (line for line in page.splitlines() if "--sharpness" in line)
+        assert "0<=x<=3" in line
+
+
+def test_a_new_field_appears_in_every_dialect_and_in_the_load_test() -> None:
+    run_with_new_field("""
+from loadtest.workload import Workload
+from robuq_core.params import ParamError, read_params
+from server.compat.kserve import INPUTS
+from server.compat.openai import ImagesBody
+from server.generate import GenerateBody
+
+for body in (GenerateBody, ImagesBody):
+    assert body.model_json_schema()["properties"]["sharpness"]["anyOf"][0]["maximum"] == 3
+    required = {"prompt": "1"} if body is ImagesBody else {}
+    assert read_params(body, {**required, "sharpness": 2.5}).sharpness == 2.5
+    try:
+        read_params(body, {**required, "sharpness": 3.5})
+    except ParamError as error:
+        assert error.field == "sharpness" and "from 0 to 3" in str(error)
+    else:
+        raise AssertionError
+assert (INPUTS["sharpness"].datatype, INPUTS["sharpness"].shape) == ("FP32", [-1])
+workload = Workload({"num_classes": 5, "image_size": 32, "samplers": ["ddim"], "guidance": True})
+drawn = [body["sharpness"] for body in (workload.mixed() for _ in range(50)) if "sharpness" in body]
+assert drawn and all(0 <= value <= 3 for value in drawn)
+""")
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_new_field_appears_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sharpness: Any = (float, Field(0.5, ge=0, le=3))
+    monkeypatch.setattr(pipeline, "ImageParams", create_model("More", __base__=ImageParams, sharpness=sharpness))
+    path = tmp_path / "tiny.safetensors"
+    write_tiny(path)
+    sampler = pipeline.Sampler.from_checkpoint(path, backend="reference")
+    with pytest.raises(ParamError, match="sharpness"):
+        sampler.generate([1], steps=1, sharpness=4)
+    assert len(sampler.generate([1], steps=1, sharpness=1.0)) == 1
 
 
 def test_parameters_need_no_torch() -> None:

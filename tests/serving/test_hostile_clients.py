@@ -125,7 +125,8 @@ def test_one_key_does_not_fill_the_queue_of_the_others(tmp_path: Path) -> None:
         late = [each.result() for each in flood if each.done()]
         assert {answer.json()["error"]["code"] for answer in late} == {"queue_full"}
         retry_after = {int(answer.headers["retry-after"]) for answer in late}
-        assert min(retry_after) >= 1
+        speed = engine.call(lambda: sum(worker.rows_per_s for worker in engine.pool._fleet.serving))  # type: ignore[union-attr]
+        assert min(retry_after) >= min(60, 16 * 1000 / speed)  # what runs has to end first
         sampler.release()
         assert [each.result().status_code for each in modest] == [200, 200]
         engine.run(engine.pool.stop())  # the rest would take long

@@ -1,4 +1,4 @@
-"""Mutated requests against a server process: no 5xx but 501 and 503, flat memory, probes answered, nothing left behind."""
+"""Mutated requests against a server process: of 5xx only 501 and 503, flat memory, probes answered, nothing left."""
 
 from __future__ import annotations
 

@@ -39,6 +39,7 @@ NEEDS = {
     "load/test_locustfile.py": "locust",
     "load/test_scenarios.py": "locust",
     "serving/deploy": "promql_parser",
+    "serving/test_kserve_client.py": "tritonclient",
     "serving/test_latent_serving.py": "diffusers",
     "serving/test_openai_api.py": "openai",
     "serving/test_openapi_conformance.py": "schemathesis",

@@ -145,7 +145,9 @@ class GuardedProtocol(HttpToolsProtocol):
             self._refuse(ApiError(400, "invalid_http", "a request must have exactly one Host header"))
             raise _Refused
         if codings not in ([], [b"chunked"]):
-            self._refuse(ApiError(501, "unsupported_transfer_encoding", "Transfer-Encoding must be chunked, or left out"))
+            self._refuse(
+                ApiError(501, "unsupported_transfer_encoding", "Transfer-Encoding must be chunked, or left out")
+            )
             raise _Refused
 
     def on_body(self, body: bytes) -> None:

@@ -50,7 +50,6 @@ Every option can be given as a variable, ROBUQ_PORT for --port. Options win.
 def _option(name: str) -> Any:
     """An option that mirrors the setting ``name``; Settings alone holds its text and default."""
     field, option = Settings.model_fields[name], "--" + name.replace("_", "-")
-    option = "--" + name.replace("_", "-")
     return typer.Option(
         f"{option}/--no-{option[2:]}" if field.annotation is bool else option,
         help=field.description,

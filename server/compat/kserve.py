@@ -69,58 +69,12 @@ class InferRequest(BaseModel):
     outputs: Annotated[list[InferOutput] | None, Field(max_length=16)] = None
 
 
-class OutputTensor(BaseModel):
-    """``data`` of BYTES is base64 of one file for each element, as ``parameters.encoding`` says."""
-
-    name: str
-    shape: list[int]
-    datatype: Datatype
-    parameters: dict[str, bool | int | float | str] | None = None
-    data: list[str] | list[int] | None = None
-
-
-class InferResponse(BaseModel):
-    """``parameters`` holds the times in seconds."""
-
-    model_name: str
-    model_version: str
-    id: str | None = None
-    parameters: dict[str, bool | int | float | str]
-    outputs: list[OutputTensor]
-
-
 class TensorMetadata(BaseModel):
     """-1 is the number of images."""
 
     name: str
     datatype: Datatype
     shape: list[int]
-
-
-class ModelMetadata(BaseModel):
-    """What a model takes and gives."""
-
-    name: str
-    versions: list[str]
-    platform: str
-    inputs: list[TensorMetadata]
-    outputs: list[TensorMetadata]
-
-
-class ServerMetadata(BaseModel):
-    """The server."""
-
-    name: str
-    version: str
-    extensions: list[str]
-
-
-class Health(BaseModel):
-    """The protocol's text has ``live`` where its implementations have ``ready``; both say the same."""
-
-    live: bool | None = None
-    ready: bool | None = None
-    name: str | None = None
 
 
 class KServeError(BaseModel):
@@ -149,7 +103,7 @@ def _parse(content: bytes, header_length: str | None) -> tuple[InferRequest, mem
     """The request, and the bytes that follow its JSON."""
     length = len(content)
     if header_length is not None:
-        if not header_length.isdecimal() or int(header_length[:9]) > length:
+        if not header_length.isdecimal() or len(header_length) > 9 or int(header_length) > length:
             raise invalid(BINARY_HEADER, f"{BINARY_HEADER} must be the bytes of the JSON, at most those of the body")
         length = int(header_length)
     try:
@@ -278,7 +232,7 @@ def _wanted(body: InferRequest) -> dict[str, bool]:
 def answer(
     body: InferRequest, wanted: Mapping[str, bool], request: Request, result: Result
 ) -> tuple[list[bytes], dict[str, str], str]:
-    """Pieces, headers and media type of an :class:`InferResponse`."""
+    """Pieces, headers and media type of an inference response."""
     seeds = [spec.seed for spec in request.specs]
     outputs, tail = [], []
     for tensor in OUTPUTS:
@@ -310,7 +264,7 @@ def kserve_router(service: Service) -> APIRouter:
     router = APIRouter(prefix="/v2")
     service.body_schemas["/v2/models/{name}/infer"] = lambda model: INFER_SCHEMA
     missing = documented(404, model=KServeError)
-    unready: dict[int | str, dict[str, Any]] = {503: {"model": Health, "description": "send no requests here"}}
+    unready: dict[int | str, dict[str, Any]] = {503: {"description": "send no requests here"}}
 
     def checked(name: str, version: str = VERSION) -> ModelInfo:
         model = service.model
@@ -319,45 +273,43 @@ def kserve_router(service: Service) -> APIRouter:
             raise ApiError(404, "model_not_found", message)
         return model
 
-    def health(response: Response, ok: bool, **fields: Any) -> Health:
+    def health(response: Response, ok: bool, fields: dict[str, Any]) -> dict[str, Any]:
         response.status_code = 200 if ok else 503
-        return Health(**fields)
+        return fields
 
     @router.get("/", include_in_schema=False)
     @router.get("", responses=documented(model=KServeError))
-    async def server_metadata() -> ServerMetadata:
+    async def server_metadata() -> dict[str, Any]:
         """The server's name and version."""
-        return ServerMetadata(name="robuq", version=robuq_core.__version__, extensions=["binary_tensor_data"])
+        return {"name": "robuq", "version": robuq_core.__version__, "extensions": ["binary_tensor_data"]}
 
-    @router.get("/health/live", responses=unready, response_model_exclude_none=True)
-    async def server_live(response: Response) -> Health:
+    @router.get("/health/live", responses=unready)
+    async def server_live(response: Response) -> dict[str, Any]:
         """As /health."""
         live = service.status not in ("failed", "stopped")
-        return health(response, live, live=live)
+        return health(response, live, {"live": live})
 
-    @router.get("/health/ready", responses=unready, response_model_exclude_none=True)
-    async def server_ready(response: Response) -> Health:
-        """As /ready."""
+    @router.get("/health/ready", responses=unready)
+    async def server_ready(response: Response) -> dict[str, Any]:
+        """As /ready. The protocol's text has `live` here and its implementations `ready`; both say the same."""
         ready = service.status == "ready"
-        return health(response, ready, ready=ready, live=ready)
+        return health(response, ready, {"ready": ready, "live": ready})
 
     @router.get("/models/{name}", responses=missing)
     @router.get("/models/{name}/versions/{version}", responses=missing)
-    async def model_metadata(name: str, version: str = VERSION) -> ModelMetadata:
-        """Names, datatypes and shapes of the tensors."""
+    async def model_metadata(name: str, version: str = VERSION) -> dict[str, Any]:
+        """Names, datatypes and shapes of the tensors; -1 is the number of images."""
         checked(name, version)
-        inputs, outputs = list(INPUTS.values()), list(OUTPUTS)
-        return ModelMetadata(name=name, versions=[VERSION], platform="robuq", inputs=inputs, outputs=outputs)
+        tensors = {"inputs": list(INPUTS.values()), "outputs": list(OUTPUTS)}
+        return {"name": name, "versions": [VERSION], "platform": "robuq", **tensors}
 
-    @router.get("/models/{name}/ready", responses=missing | unready, response_model_exclude_none=True)
-    @router.get(
-        "/models/{name}/versions/{version}/ready", responses=missing | unready, response_model_exclude_none=True
-    )
-    async def model_ready(name: str, response: Response, version: str = VERSION) -> Health:
+    @router.get("/models/{name}/ready", responses=missing | unready)
+    @router.get("/models/{name}/versions/{version}/ready", include_in_schema=False)
+    async def model_ready(name: str, response: Response, version: str = VERSION) -> dict[str, Any]:
         """Whether that model takes requests."""
         checked(name, version)
         ready = service.status == "ready"
-        return health(response, ready, name=name, ready=ready)
+        return health(response, ready, {"name": name, "ready": ready})
 
     async def infer(http: HttpRequest) -> Response:
         """Generate one PNG image for each value of the longest input, or `num_images` of them.
@@ -377,7 +329,7 @@ def kserve_router(service: Service) -> APIRouter:
         return Parts(parts, media_type, result_headers(request, result.timings) | headers)
 
     responses = documented(400, 404, 413, 429, 500, 503, 504, model=KServeError)
-    responses |= {200: {"model": InferResponse, "description": "The images.", "headers": documented_headers()}}
+    responses |= {200: {"description": "The images.", "headers": documented_headers()}}
     router.post("/models/{name}/infer", responses=responses)(infer)
     router.post("/models/{name}/versions/{version}/infer", include_in_schema=False)(infer)
     return router

@@ -207,6 +207,7 @@ def test_binary_tensors_both_ways(client: httpx.Client) -> None:
         (b"{}", "9", "Inference-Header-Content-Length"),
         (b"{}", "-1", "Inference-Header-Content-Length"),
         (b"{}", "9" * 5000, "Inference-Header-Content-Length"),
+        (b"{}", "0" * 5000, "Inference-Header-Content-Length"),
         *(
             (content, headers["Inference-Header-Content-Length"], field)
             for (content, headers), field in (

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from loaded_server import fake_server
-from server.engine.fake import FakeSampler
 
 from bench.serving.arrivals import Comparison, appended, figure
 from bench.serving.client import Connection, closed_loop, run
@@ -18,6 +17,7 @@ from bench.serving.http_costs import BODY
 from bench.serving.servers import NoOpSampler
 from loadtest.open_loop import Outcome, summarise
 from loadtest.workload import check_image, gauges
+from server.fake import FakeSampler
 
 ROOT = Path(__file__).parents[2]
 

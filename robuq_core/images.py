@@ -6,14 +6,14 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
-from PIL import ExifTags, Image, PngImagePlugin
+from typing import TYPE_CHECKING, Any, Literal
 
 import robuq_core
 from robuq_core.errors import UserError
 from robuq_core.params import RowSpec
+
+if TYPE_CHECKING:
+    import numpy as np
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 IMAGE_FORMATS: tuple[ImageFormat, ...] = ("png", "jpeg", "webp")
@@ -44,6 +44,9 @@ def image_settings(spec: RowSpec, checkpoint: str, class_name: str | None = None
 
 def encode_image(pixels: np.ndarray, image_format: ImageFormat, settings: Mapping[str, Any] | None = None) -> bytes:
     """Encode uint8 ``[H, W, 3]`` as a file of ``image_format`` that carries ``settings``; None for none."""
+    # Imported here: the HTTP process of the server encodes nothing, and starts sooner without.
+    from PIL import ExifTags, Image, PngImagePlugin
+
     options = dict(_OPTIONS[image_format])
     if settings is not None:
         text = json.dumps(settings)  # ASCII
@@ -64,6 +67,8 @@ def read_settings(image: Path | bytes) -> dict[str, Any]:
     Raises:
         UserError: it is no PNG, JPEG or WebP, or carries no settings.
     """
+    from PIL import ExifTags, Image
+
     name = str(image) if isinstance(image, Path) else "image"
     try:
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=IMAGE_FORMATS) as opened:

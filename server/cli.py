@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import sys
@@ -108,6 +109,7 @@ def main(
         logger.warning("anyone who can reach %s can use this server: no --api-keys-file", settings.host)
     sockets = bind(settings.host, settings.port)
     prepared = prepare(settings)  # the workers load while this process imports its own part
+    gc.disable()  # what an import makes, stays
     from server.lifecycle import serve
 
     raise typer.Exit(serve(settings, sockets, prepared))

@@ -110,8 +110,8 @@ def serve(
     host, port = sockets[0].getsockname()[:2]
     logger.info("serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)
     # Nearly all objects of a server stay for good; a collection that looks at them holds up every request.
-    gc.collect()
     gc.freeze()
+    gc.enable()
     server.run(sockets=sockets)
     code = 0
     if pool.failure is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
+import json
 from typing import Any
 
 import httpx
@@ -14,6 +16,7 @@ from robuq_core.images import encode_image
 from robuq_core.params import RowSpec
 from server.fake import FakeRow, FakeSampler
 from server.generate import GenerateBody
+from server.service import Parts, json_parts
 
 SEED_LIMIT = 2**32
 
@@ -245,3 +248,24 @@ def test_the_schema_of_the_route_is_that_of_the_body(client: httpx.Client) -> No
     assert {"200", "406", "413", "422", "429", "500", "503", "504"} <= set(route["responses"])
     content = set(route["responses"]["200"]["content"])
     assert content == {"application/json", "image/png", "image/jpeg", "image/webp", "text/event-stream"}
+
+
+def test_a_long_answer_is_sent_in_parts_and_a_short_one_whole() -> None:
+    """So that no other request waits until megabytes have been copied."""
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def answer(size: int) -> list[int]:
+        sent.clear()
+        parts = json_parts("images", [b"A" * size] * 16, {"seed": 1})
+        await Parts(parts, "application/json", {})({}, None, send)  # type: ignore[arg-type]
+        content = b"".join(message.get("body", b"") for message in sent)
+        assert json.loads(content) == {"images": ["A" * size] * 16, "seed": 1}
+        headers = dict(sent[0]["headers"])
+        assert int(headers[b"content-length"]) == len(content)
+        return [len(message["body"]) for message in sent[1:]]
+
+    assert max(asyncio.run(answer(100_000))) == 100_000
+    assert len(asyncio.run(answer(10))) == 2

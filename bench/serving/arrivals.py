@@ -56,7 +56,7 @@ def measure_capacity(seconds: float) -> tuple[float, float, dict[str, Any]]:
     """Of the continuous server: requests a second when there are always more than it can run, seconds of the longest
     request alone, and ``/info``."""
     with running("continuous") as server:
-        info = httpx.get(f"{server.url}/info").raise_for_status().json()
+        info = server.info()
         workload = _workload(info, 0)
         run(closed_loop(server.url, lambda: _body(workload), users=2 * MAX_ROWS, seconds=seconds / 4))
         load = run(closed_loop(server.url, lambda: _body(workload), users=2 * MAX_ROWS, seconds=seconds))

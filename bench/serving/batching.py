@@ -20,19 +20,18 @@ from PIL import Image
 from bench.serving.client import Load, closed_loop, run
 from bench.serving.figures import Figure, Scale, require
 from bench.serving.local import local_pool
-from bench.serving.servers import MAX_ROWS, Server, running
-from loadtest.workload import gauges
+from bench.serving.servers import MAX_ROWS, Server, checkpoint, running
+from loadtest.workload import Workload, gauges
+from robuq_core.config import samplers_of
 from robuq_core.images import encode_image
 from robuq_core.params import RowSpec
 from robuq_core.pipeline import Sampler
-
-SAMPLERS = ("ddpm", "ddim", "dpmsolver++")
 
 
 def _default_specs(sampler: Sampler, images: int, steps: int | None = None) -> list[RowSpec]:
     defaults = sampler.defaults
     return [
-        RowSpec(i % sampler.num_classes, i, steps or defaults.steps, defaults.guidance_scale, defaults.sampler)
+        RowSpec(i % sampler.drawn_classes, i, steps or defaults.steps, defaults.guidance_scale, defaults.sampler)
         for i in range(images)
     ]
 
@@ -55,7 +54,7 @@ def _raw_images(sampler: Sampler, images: int) -> tuple[float, list[bytes]]:
 
 def efficiency(scale: Scale) -> Figure:
     """Images a second over HTTP with as many users as a batch holds images, against the bare model at that batch."""
-    sampler = Sampler.from_checkpoint()
+    sampler = Sampler.from_checkpoint(checkpoint())
     images = _full_batch(sampler)
     rounds, seconds = scale.count(5, 1), scale.of(12, 3)
     raw, served = [], []
@@ -63,7 +62,8 @@ def efficiency(scale: Scale) -> Figure:
 
     def body() -> dict[str, Any]:
         number = next(numbers) % images  # the same images as the bare model's, again and again
-        return {"class_id": number % sampler.num_classes, "seed": number}
+        named = {"class_id": number % sampler.num_classes} if sampler.num_classes else {}
+        return named | {"seed": number}
 
     _raw_images(sampler, images)
     with running("continuous") as server:
@@ -74,7 +74,7 @@ def efficiency(scale: Scale) -> Figure:
             expected = rates[0][1]
             load = run(closed_loop(server.url, body, users=images, seconds=seconds))
             served.append(load.rate)
-            _check_images(load, expected, sampler.num_classes)
+            _check_images(load, expected)
     ratios = [a / b for a, b in zip(served, raw, strict=True)]
     ratio = median(ratios)
     return Figure(
@@ -87,7 +87,7 @@ def efficiency(scale: Scale) -> Figure:
     )
 
 
-def _check_images(load: Load, expected: list[bytes], num_classes: int) -> None:
+def _check_images(load: Load, expected: list[bytes]) -> None:
     for answer in load.answers:
         require(answer.status == 200, f"status {answer.status}")
         content = json.loads(answer.content)
@@ -97,7 +97,7 @@ def _check_images(load: Load, expected: list[bytes], num_classes: int) -> None:
 
 def step_tax(scale: Scale) -> Figure:
     """Seconds of a step of a full batch in a worker against the bare forward of the network alone."""
-    sampler = Sampler.from_checkpoint()
+    sampler = Sampler.from_checkpoint(checkpoint())
     images, steps, rounds = (
         _full_batch(sampler),
         12,
@@ -155,21 +155,13 @@ def _timed_forwards(sampler: Sampler) -> Iterator[list[float]]:
 
 def occupancy(scale: Scale) -> Figure:
     """Rows used of those there were, by the server's own counters, with three batches' worth of users."""
-    rng = random.Random(3)
-
-    def body() -> dict[str, Any]:
-        return {
-            "class_id": rng.randrange(100),
-            "steps": rng.choice((4, 10, 20, 50)),
-            "sampler": rng.choice(SAMPLERS),
-            "guidance_scale": rng.choice((1.0, 1.5, 4.0)),
-        }
 
     async def measured(server: Server) -> tuple[dict[str, float], dict[str, float], Load]:
         import asyncio
 
-        seconds = scale.of(30, 6)
-        loop = asyncio.create_task(closed_loop(server.url, body, users=3 * MAX_ROWS, seconds=seconds))
+        seconds, fields = scale.of(30, 6), ("sampler", "guidance_scale")
+        workload = Workload(server.info(), (4, 10, 20, 50), rng=random.Random(3), fields=fields)
+        loop = asyncio.create_task(closed_loop(server.url, workload.mixed, users=3 * MAX_ROWS, seconds=seconds))
         await asyncio.sleep(seconds * 0.2)  # past the ramp, and before the last requests go
         before = await asyncio.to_thread(server.metrics)
         await asyncio.sleep(seconds * 0.7)
@@ -200,15 +192,17 @@ def _pixels_hash(image: bytes) -> str:
 def invariance(scale: Scale) -> Figure:
     """Pixels of a request alone against those among random others that come, go and are cut off."""
     batches, rng = scale.count(200, 10), random.Random(11)
-    sampler = Sampler.from_checkpoint()
+    sampler = Sampler.from_checkpoint(checkpoint())
+    samplers = samplers_of(sampler.prediction_type)
+    scales = (1.0, 1.5, 4.0) if sampler.can_guide else (1.0,)
 
     def random_spec() -> RowSpec:
         return RowSpec(
-            rng.randrange(sampler.num_classes),
+            rng.randrange(sampler.drawn_classes),
             rng.randrange(2**32),
             rng.randint(2, 12),
-            rng.choice((1.0, 1.5, 4.0)),
-            rng.choice(SAMPLERS),  # type: ignore[arg-type]
+            rng.choice(scales),
+            rng.choice(samplers),
         )
 
     equal, sizes, batch_rows = 0, [], []

@@ -1,17 +1,16 @@
-"""What HTTP costs when the model costs nothing: overhead, ceiling; and whether a hundred thousand requests leave a trace."""
+"""What HTTP costs when the model costs nothing: overhead, ceiling; whether a hundred thousand requests leave a trace."""
 
 from __future__ import annotations
 
 import random
 import time
-from typing import Any
 
 import numpy as np
 
 from bench.serving.client import Answer, Connection, closed_loop, run
 from bench.serving.figures import Figure, Scale, require
 from bench.serving.servers import NoOpSampler, Server, running
-from loadtest.workload import gauges
+from loadtest.workload import Workload, gauges
 from robuq_core.images import encode_image
 from robuq_core.params import RowSpec
 from server.fake import FakeRow
@@ -105,18 +104,16 @@ def leak(scale: Scale) -> Figure:
     total, users = scale.count(100_000, 400), 32
     rng = random.Random(5)
 
-    def body() -> dict[str, Any]:
-        return {
-            "class_id": rng.randrange(100),
-            "steps": rng.randint(1, 4),
-            "seed": rng.randrange(2**32),
-            "guidance_scale": rng.choice((1.0, 1.5)),
-            "num_images": rng.randint(1, 2),
-        }
-
     async def part(server: Server, count: int) -> tuple[int, int, list[Answer]]:
+        workload = Workload(server.info(), (1, 2, 3, 4), max_images=2, rng=rng, fields=("seed", "guidance_scale"))
         load = await closed_loop(
-            server.url, body, users=users, requests=count, cut_off=0.3, patience_s=0.1, rng=random.Random(count)
+            server.url,
+            workload.several,
+            users=users,
+            requests=count,
+            cut_off=0.3,
+            patience_s=0.1,
+            rng=random.Random(count),
         )
         return load.cut_off, len(load.answers), load.answers
 

@@ -6,6 +6,7 @@ python -m bench.serving.servers {noop,continuous,window,litserve} PORT
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -34,6 +35,11 @@ MAX_ROWS = 32
 # For how long the servers that collect a batch do so: about one step of the bundled model at a full batch.
 WINDOW_S = 0.05
 START_TIMEOUT_S = 60
+
+
+def checkpoint() -> str | None:
+    """What every server serves, ours by its settings: ``--checkpoint``, or the bundled one if None."""
+    return os.environ.get("ROBUQ_CHECKPOINT")
 
 
 class NoOpSampler(FakeSampler):
@@ -115,6 +121,11 @@ class Server:
         """Of the server and its workers."""
         times = [each.cpu_times() for each in (self.process, *self.process.children())]
         return sum(each.user + each.system for each in times)
+
+    def info(self) -> dict[str, Any]:
+        """Of our own servers."""
+        with urllib.request.urlopen(f"{self.url}/info", timeout=10) as answer:
+            return dict(json.load(answer))
 
     def metrics(self) -> str:
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:

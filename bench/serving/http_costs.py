@@ -1,4 +1,4 @@
-"""What HTTP costs when the model costs nothing: overhead, ceiling; whether a hundred thousand requests leave a trace."""
+"""What HTTP costs when the model costs nothing: overhead, ceiling; whether 100,000 requests leave a trace."""
 
 from __future__ import annotations
 

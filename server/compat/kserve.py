@@ -22,7 +22,7 @@ from server.cache import idempotent_seed
 from server.errors import ApiError, invalid
 from server.generate import check_choices
 from server.request import ModelInfo, Request, Result
-from server.service import JSON, Parts, Service, classes_of, documented, documented_headers, result_headers
+from server.service import JSON, Parts, Service, classes_of, documented, documented_headers, json_parts, result_headers
 
 VERSION = "1"
 IMAGE, SEED = "image", "seed"
@@ -234,29 +234,33 @@ def answer(
 ) -> tuple[list[bytes], dict[str, str], str]:
     """Pieces, headers and media type of an inference response."""
     seeds = [spec.seed for spec in request.specs]
-    outputs, tail = [], []
-    for tensor in OUTPUTS:
-        if tensor.name not in wanted:
-            continue
-        fields: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": [len(seeds)]}
+    named = {} if body.id is None else {"id": body.id}
+    fields: dict[str, Any] = {
+        "model_name": request.model.name,
+        "model_version": VERSION,
+        **named,
+        "parameters": vars(result.timings),
+    }
+    head, tail = [to_json(fields)[:-1] + b',"outputs":['], []
+    for tensor in (tensor for tensor in OUTPUTS if tensor.name in wanted):
+        fields = {"name": tensor.name, "datatype": tensor.datatype, "shape": [len(seeds)]}
+        if len(head) > 1:
+            head.append(b",")
         if wanted[tensor.name]:
             pieces = [np.array(seeds, "<i8").tobytes()]
             if tensor.name == IMAGE:
                 pieces = [part for image in result.images for part in (struct.pack("<I", len(image)), image)]
-            fields["parameters"] = {"binary_data_size": sum(map(len, pieces))}
+            head.append(to_json(fields | {"parameters": {"binary_data_size": sum(map(len, pieces))}}))
             tail += pieces
         elif tensor.name == IMAGE:
             fields["parameters"] = {"content_type": "image/png", "encoding": "base64"}
-            fields["data"] = [image.decode() for image in result.images]
+            head += json_parts("data", result.images, fields)
         else:
-            fields["data"] = seeds
-        outputs.append(fields)
-    named = {} if body.id is None else {"id": body.id}
-    head = to_json({"model_name": request.model.name, "model_version": VERSION, **named,
-                    "parameters": vars(result.timings), "outputs": outputs})  # fmt: skip
+            head.append(to_json(fields | {"data": seeds}))
+    head.append(b"]}")
     if not tail:
-        return [head], {}, JSON
-    return [head, *tail], {BINARY_HEADER: str(len(head))}, BINARY
+        return head, {}, JSON
+    return [*head, *tail], {BINARY_HEADER: str(sum(map(len, head)))}, BINARY
 
 
 def kserve_router(service: Service) -> APIRouter:

@@ -36,7 +36,7 @@ def store(value: Any, descriptor: int) -> None:
 
 
 def mapped(descriptor: int) -> Any:
-    """What :func:`store` was given. Its tensors lie in the file; a process that writes to one gets a copy of the page."""
+    """What :func:`store` was given. Its tensors lie in the file; a process that writes to one gets a copy of a page."""
     memory = mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     place, length = _TRAILER.unpack_from(memory, len(memory) - _TRAILER.size)
     return _Reader(io.BytesIO(memory[place : place + length]), memory).load()

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from robuq_core.params import NullMeansAbsent, read_params
 from server.errors import ApiError, invalid
 from server.http import current_client
-from server.pool import LoadFailed, RunFailed
+from server.remote_worker import LoadFailed, RunFailed
 from server.service import Service, documented
 
 logger = logging.getLogger(__name__)

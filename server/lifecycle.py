@@ -19,7 +19,8 @@ from server.app import create_app
 from server.connection import PROBE_RESERVE, guarded
 from server.launch import Prepared
 from server.metrics import Metrics
-from server.pool import LoadFailed, Pool
+from server.pool import Pool
+from server.remote_worker import LoadFailed
 from server.settings import Settings
 
 logger = logging.getLogger(__name__)

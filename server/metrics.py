@@ -91,9 +91,7 @@ class Metrics:
         def histogram(name: str, text: str) -> Histogram:
             return Histogram(f"robuq_{name}", text, buckets=LATENCY_BUCKETS, registry=registry)
 
-        self.requests = Counter(
-            "robuq_requests_total", "Requests that ended.", ["finished_reason"], registry=registry
-        )
+        self.requests = Counter("robuq_requests_total", "Requests that ended.", ["finished_reason"], registry=registry)
         self.rejected = Counter(
             "robuq_rejected_total", "Requests rejected before queueing, by reason.", ["reason"], registry=registry
         )

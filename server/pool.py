@@ -18,31 +18,26 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-from robuq_core.config import SamplerConfig
-from robuq_core.errors import UserError
 from server.launch import Handle, Launch, Prepared, ProcessHandle, memory_file
 from server.metrics import Metrics, WorkerMemory
 from server.queue import FairQueue, QueueFull
+from server.remote_worker import RemoteWorker, RunFailed, SentImage
 from server.request import (
     Cancelled,
     CancelReason,
     DeadlineExceeded,
     EngineError,
-    GenerationFailed,
     ModelInfo,
     NotReady,
     Overloaded,
-    Preview,
     Request,
     Result,
-    StepDone,
     Timings,
     WorkerDied,
 )
 from server.settings import Settings
-from server.wire import Unpacker, pack
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +52,6 @@ MAX_DEATHS, DEATH_WINDOW_S = 3, 60.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0
 # Until a worker that has closed its socket must have ended by itself.
 EXIT_S = 1.0
-
-
-class LoadFailed(UserError):
-    """A checkpoint cannot be loaded."""
-
-
-class RunFailed(Exception):
-    """A checkpoint loads but does not run, or its workers died."""
 
 
 @dataclass(frozen=True)
@@ -89,215 +76,6 @@ class Load:
     replicas: tuple[ReplicaLoad, ...]
 
 
-@dataclass(slots=True)
-class _Sent:
-    """An image that a worker has."""
-
-    request: Request
-    image: int
-    leaving_at: float = 0.0  # when its last step began; 0: it has more of them
-
-
-class Worker(asyncio.Protocol):
-    """The server's end of one worker."""
-
-    def __init__(self, pool: Pool, fleet: Fleet, number: int, handle: Handle) -> None:
-        self.pool, self.fleet, self.number, self.handle = pool, fleet, number, handle
-        self.phase: Literal["new", "loading", "warming", "ready", "dead"] = "new"
-        self.budget = pool.settings.max_batch_rows
-        self.rows_per_s = 0.0
-        self.gpu_memory: list[int] | None = None
-        self.rows = 0  # of the model, of the images that have a step to make after the one under way
-        self.sent: dict[int, _Sent] = {}
-        self.decoding: dict[int, None] = {}  # of these, those without a step to make, the oldest first
-        self.heard_at = pool.clock()  # or when it began to have something to do
-        self._unpacker = Unpacker()
-        self._outbox: list[dict[str, Any]] = []
-        self.transport: asyncio.Transport | None = None
-
-    # What the pool does with it.
-
-    async def connect(self) -> None:
-        loop = asyncio.get_running_loop()
-        self.handle.sock.setblocking(False)
-        await loop.create_connection(lambda: self, sock=self.handle.sock)
-
-    def load(self, *, store: bool) -> None:
-        """Tell it to load; ``store``: from the checkpoint, whose content it puts into the memory file."""
-        settings = self.pool.settings
-        self.phase, self.heard_at = "loading", self.pool.clock()
-        options = {
-            "op": "load",
-            "checkpoint": None if self.fleet.checkpoint is None else str(self.fleet.checkpoint),
-            "decoder": None if settings.decoder is None else str(settings.decoder),
-            "backend": settings.backend,
-            "threads": settings.threads,
-            "number": self.number,
-            "replicas": settings.replicas,
-            "max_batch_rows": settings.max_batch_rows,
-            "target_step_s": settings.target_step_s,
-            "decode_threads": settings.decode_threads,
-            "embed_settings": settings.embed_settings,
-            "store": store,
-        }
-        self._write(options)
-
-    def has_room(self, rows: int) -> bool:
-        """Whether an image of ``rows`` rows may join its next step; any may where nothing else is."""
-        if self.phase != "ready" or len(self.decoding) >= 2 * self.pool.settings.max_batch_rows:
-            return False
-        return self.rows + rows <= self.budget or not self.rows
-
-    def give(self, request: Request, image: int) -> None:
-        """An image to step, once :meth:`flush` is called."""
-        if not self.sent:
-            self.heard_at = self.pool.clock()
-        number = next(self.pool.numbers)
-        self.sent[number] = _Sent(request, image)
-        self.rows += request.rows_per_image
-        self._outbox.append(
-            {
-                "id": number,
-                "spec": vars(request.specs[image]),
-                "image_format": request.image_format,
-                "as_base64": request.as_base64,
-                "watched": request.watched,
-                "preview_every": request.preview_every if request.watched else 0,
-                "request_id": request.request_id,
-            }
-        )
-
-    def flush(self) -> None:
-        """Send what :meth:`give` has collected."""
-        if self._outbox:
-            self._write({"op": "images", "images": self._outbox})
-            self._outbox = []
-
-    def drop(self, request: Request) -> None:
-        """Forget the images of a request; what runs of it is gone at the next step."""
-        numbers = [number for number, sent in self.sent.items() if sent.request is request]
-        for number in numbers:
-            self._forget(number)
-        if numbers and self.phase == "ready":
-            self._write({"op": "cancel", "ids": numbers})
-
-    def hung(self, now: float) -> str:
-        """What hangs in it, or nothing."""
-        settings, silent_s = self.pool.settings, now - self.heard_at
-        if self.phase == "loading":
-            return "loading" if silent_s > settings.load_timeout_s else ""
-        busy = self.phase == "warming" or (self.phase == "ready" and self.sent)
-        if busy and silent_s > settings.stall_timeout_s:
-            return "a forward" if self.phase == "warming" or self.rows else "a step or a decoder"
-        oldest = next(iter(self.decoding), None)
-        if oldest is not None and now - self.sent[oldest].leaving_at > settings.stall_timeout_s:
-            return "a decoder"
-        return ""
-
-    def close(self) -> None:
-        """End it: it notices that the socket has closed."""
-        self.phase = "dead"
-        if self.transport is None:
-            self.handle.sock.close()
-        else:
-            self.transport.abort()
-
-    # What it sends.
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
-        if self.phase == "dead":
-            self.transport.abort()
-
-    def data_received(self, data: bytes) -> None:
-        if self.phase == "dead":
-            return
-        self.heard_at = self.pool.clock()
-        for head, body in self._unpacker.feed(data):
-            getattr(self, f"_on_{head['op']}")(head, body)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self.phase != "dead":
-            self.pool.lost(self, "")
-
-    def _on_loaded(self, head: dict[str, Any], _: bytes) -> None:
-        self.phase = "warming"
-        model = head["model"]
-        model["class_names"] = tuple(model["class_names"])
-        model["path"], model["defaults"] = Path(model["path"]), SamplerConfig(**model["defaults"])
-        self.pool.loaded(self, ModelInfo(**model))
-
-    def _on_warming(self, head: dict[str, Any], _: bytes) -> None:
-        pass
-
-    _on_alive = _on_warming
-
-    def _on_ready(self, head: dict[str, Any], _: bytes) -> None:
-        self.phase = "ready"
-        self._on_speed(head)
-        self.pool.warmed_up(self)
-
-    def _on_failed(self, head: dict[str, Any], _: bytes) -> None:
-        error = LoadFailed(head["message"]) if head["kind"] == "user" else RunFailed(head["message"])
-        self.pool.lost(self, "failed", error)
-
-    def _on_speed(self, head: dict[str, Any]) -> None:
-        self.budget, self.rows_per_s = head["budget"], head["rows_per_s"]
-        self.gpu_memory = head.get("gpu", self.gpu_memory)
-
-    def _on_step(self, head: dict[str, Any], _: bytes) -> None:
-        metrics, sent = self.pool.metrics, self.sent
-        for rows, seconds in head.get("measured", ()):
-            metrics.observe_step(rows, seconds)
-        if "budget" in head:
-            self._on_speed(head)
-        for number in head.get("first", ()):
-            if number in sent:
-                self.pool.first_step(sent[number].request, head["began"], head["ended"])
-        for number, steps_done in head.get("progress", ()):
-            if number in sent:
-                image = sent[number]
-                steps = image.request.specs[image.image].steps
-                image.request.publish(StepDone(image.image, steps_done, steps))
-        for number in head["leaving"]:
-            if number in sent and not sent[number].leaving_at:
-                sent[number].leaving_at = self.heard_at
-                self.decoding[number] = None
-                self.rows -= sent[number].request.rows_per_image
-        self.pool.dispatch(self.fleet)
-
-    def _on_image(self, head: dict[str, Any], body: bytes) -> None:
-        sent = self._forget(head["id"])
-        if sent is not None:
-            self.pool.metrics.decode_duration.observe(head["decode_s"])
-            self.pool.finished(sent.request, sent.image, body, head["first"], head["last"])
-        self.pool.dispatch(self.fleet)
-
-    def _on_preview(self, head: dict[str, Any], body: bytes) -> None:
-        sent = self.sent.get(head["id"])
-        if sent is not None:
-            steps = sent.request.specs[sent.image].steps
-            sent.request.publish(Preview(sent.image, head["steps_done"], steps, body))
-
-    def _on_fault(self, head: dict[str, Any], _: bytes) -> None:
-        sent = self.sent.get(head["id"])
-        if sent is not None:
-            self.pool.fail(sent.request, "error", GenerationFailed("the model failed on this request"))
-        self.pool.dispatch(self.fleet)
-
-    def _forget(self, number: int) -> _Sent | None:
-        sent = self.sent.pop(number, None)
-        if sent is not None and number in self.decoding:
-            del self.decoding[number]
-        elif sent is not None:
-            self.rows -= sent.request.rows_per_image
-        return sent
-
-    def _write(self, head: dict[str, Any]) -> None:
-        if self.transport is not None and not self.transport.is_closing():
-            self.transport.write(pack(head))
-
-
 class Fleet:
     """The workers of one checkpoint, a file in memory with its weights, and the requests that are for it."""
 
@@ -308,7 +86,7 @@ class Fleet:
         self.model: ModelInfo | None = None
         self.queue: FairQueue[Request] = FairQueue(settings.max_queue_images, settings.priority_ageing_s)
         self.requests: dict[Request, None] = {}
-        self.workers: list[Worker | None] = [None] * settings.replicas
+        self.workers: list[RemoteWorker | None] = [None] * settings.replicas
         self.deaths: deque[float] = deque()
         self.tried: set[tuple[Request, int]] = set()  # images whose worker has died once
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -316,7 +94,7 @@ class Fleet:
         self.closed = False
 
     @property
-    def serving(self) -> list[Worker]:
+    def serving(self) -> list[RemoteWorker]:
         """The workers that take images."""
         return [worker for worker in self.workers if worker is not None and worker.phase == "ready"]
 
@@ -529,7 +307,7 @@ class Pool:
 
     # What workers report.
 
-    def loaded(self, worker: Worker, model: ModelInfo) -> None:
+    def loaded(self, worker: RemoteWorker, model: ModelInfo) -> None:
         """A worker has its model; the first of a fleet has stored its weights for the others."""
         fleet = worker.fleet
         if fleet.stored:
@@ -539,7 +317,7 @@ class Pool:
             if other is not None and other.phase == "new":
                 other.load(store=False)
 
-    def warmed_up(self, worker: Worker) -> None:
+    def warmed_up(self, worker: RemoteWorker) -> None:
         """A worker takes images now."""
         fleet = worker.fleet
         if fleet.ready.done():
@@ -592,7 +370,7 @@ class Pool:
     def dispatch(self, fleet: Fleet) -> None:
         """Send images to workers while there is room, each to the one with the least to do."""
         queue, workers = fleet.queue, fleet.serving
-        given: dict[Worker, None] = {}
+        given: dict[RemoteWorker, None] = {}
         # Strictly in order: an image that does not fit holds up the line. That leaves less than one image's rows idle,
         # while letting smaller images pass could keep a larger one waiting for ever.
         while (head := queue.head()) is not None:
@@ -606,7 +384,7 @@ class Pool:
         for worker in given:
             worker.flush()
 
-    def lost(self, worker: Worker, reason: str, error: BaseException | None = None) -> None:
+    def lost(self, worker: RemoteWorker, reason: str, error: BaseException | None = None) -> None:
         """A worker has failed or closed its socket, or hangs (``reason`` says in what): end it and replace it."""
         fleet, was_ready = worker.fleet, worker.phase == "ready"
         sent, worker.sent = worker.sent, {}
@@ -634,7 +412,7 @@ class Pool:
 
     # Inside.
 
-    def _retry(self, fleet: Fleet, sent: dict[int, _Sent]) -> None:
+    def _retry(self, fleet: Fleet, sent: dict[int, SentImage]) -> None:
         for image in sent.values():
             request = image.request
             if request.future.done():
@@ -662,7 +440,7 @@ class Pool:
     def _start_worker(self, fleet: Fleet, number: int, handle: Handle) -> None:
         """The first worker of a fleet loads the checkpoint; the others wait for that, and map its weights."""
         self._handles.add(handle)
-        worker = fleet.workers[number] = Worker(self, fleet, number, handle)
+        worker = fleet.workers[number] = RemoteWorker(self, fleet, number, handle)
 
         async def connect() -> None:
             with suppress(OSError):  # closed before
@@ -705,7 +483,7 @@ class Pool:
             if worker is not None:
                 self._spawn(self._bury(worker, "closed"))
 
-    async def _bury(self, worker: Worker, reason: str) -> None:
+    async def _bury(self, worker: RemoteWorker, reason: str) -> None:
         """See a worker's end, by force if it does not come; count it and log it unless it was closed."""
         handle = worker.handle
         deadline = self.clock() + (0.0 if reason not in ("", "failed", "closed") else EXIT_S)
@@ -774,7 +552,7 @@ class Pool:
                         self.lost(worker, what)
             expected = self.clock() + WATCH_S
 
-    def _workers(self) -> list[Worker]:
+    def _workers(self) -> list[RemoteWorker]:
         return [worker for fleet in self._fleets for worker in fleet.workers if worker is not None]
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from loaded_server import fake_server
-from server.engine.fake import FakeSampler
 from tiny import TINY, tiny_model
 
 from bench.serving.arrivals import Comparison, appended, figure
@@ -21,6 +20,7 @@ from loadtest.open_loop import Outcome, summarise
 from loadtest.workload import check_image, gauges
 from robuq_core.checkpoint import Description, write_checkpoint
 from robuq_core.config import DiffusionConfig, QuantConfig, SamplerConfig
+from server.fake import FakeSampler
 
 ROOT = Path(__file__).parents[2]
 

@@ -33,6 +33,8 @@ METRICS = {
     "robuq_decoder_weight_bytes",
     "robuq_process_resident_memory_bytes",
     "robuq_info",
+    "robuq_cache_bytes",
+    "robuq_cache_requests_total",
     "robuq_worker_deaths_total",
     "robuq_worker_resident_memory_bytes",
     "robuq_workers_ready",

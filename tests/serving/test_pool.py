@@ -11,7 +11,8 @@ from serving_harness import WAIT_S, WatchedSampler, outcome, running_engine, sam
 
 from robuq_core.images import encode_image
 from server.fake import FakeRow
-from server.pool import MAX_DEATHS, RunFailed
+from server.pool import MAX_DEATHS
+from server.remote_worker import RunFailed
 from server.request import Cancelled, GenerationFailed, NotReady, Overloaded, WorkerDied
 
 

@@ -10,7 +10,7 @@ from serving_harness import WAIT_S, WatchedSampler, outcome, running_engine, sam
 
 from robuq_core.images import encode_image
 from server.fake import FakeRow
-from server.pool import RunFailed
+from server.remote_worker import RunFailed
 from server.request import GenerationFailed
 
 

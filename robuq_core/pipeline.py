@@ -236,17 +236,6 @@ class Sampler:
         """Sizes, in rows of the model, that a forward should have seen before its first request, ascending."""
         return self.model.warm_up_rows(max_rows) if isinstance(self.model, PackedDiT) else (max_rows,)
 
-    @property
-    def forward_limit_s(self) -> float | None:
-        """Seconds that a forward may take before it raises :class:`~robuq_core.errors.TooSlowError`; None
-        for no limit. Only a packed network on a CPU keeps to it, and only between its blocks."""
-        return self.model.limit_s if isinstance(self.model, PackedDiT) else None
-
-    @forward_limit_s.setter
-    def forward_limit_s(self, seconds: float | None) -> None:
-        if isinstance(self.model, PackedDiT):
-            self.model.limit_s = seconds
-
     def start(self, spec: RowSpec, noise: Tensor | None = None) -> Row:
         """A new row at its first step: pure noise from its seed, or ``noise [C, H, W]`` instead.
 

@@ -6,7 +6,6 @@ computed (:mod:`robuq_core.models.conditioning`), and :meth:`PackedDiT.denoise`,
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robuq_core.config import ModelConfig
-from robuq_core.errors import TooSlowError
 from robuq_core.kernels.ops import Backend, FusedBackend, Modulation, Prologue, TernaryLayer, whole_layer
 from robuq_core.kernels.reference import ReferenceBackend
 from robuq_core.models.conditioning import BLOCK_ENTRIES, ConditioningTable
@@ -84,8 +82,6 @@ class PackedDiT:
         self.conditioning = ConditioningTable(config, self.dense, [block.adaln for block in self.blocks], backend)
         # Between native kernels torch has little to do, and its threads would be in the way of theirs.
         self.has_own_threads = self._fused is not None
-        # Seconds that a forward may take, or None. It is compared before each block: an op cannot be interrupted.
-        self.limit_s: float | None = None
         self._run: Denoise = self.denoise
         self._run_keeping: DenoiseKeeping = self.denoise_keeping
         # The reference runs as it is written.
@@ -147,11 +143,7 @@ class PackedDiT:
     def denoise_keeping(self, x_BCHW: Tensor, slots_B: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`denoise`, and beside its output the tokens ``[B, L, D]`` that the blocks leave."""
         x_BLD = self._embedded(x_BCHW)
-        until = None if self.limit_s is None else time.monotonic() + self.limit_s
         for i, block in enumerate(self.blocks):
-            if until is not None and time.monotonic() >= until:
-                raise TooSlowError(f"a forward of {len(x_BCHW)} rows takes longer than {self.limit_s:g} s on this "
-                                   "machine; serve a smaller model, or fewer rows at once")  # fmt: skip
             entries = table[BLOCK_ENTRIES * i : BLOCK_ENTRIES * (i + 1)]
             x_BLD = self.run_block(x_BLD, entries.index_select(1, slots_B), block)
         final = table[BLOCK_ENTRIES * self.config.depth :].index_select(1, slots_B)

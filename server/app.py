@@ -133,6 +133,8 @@ def describe(service: Service) -> InfoResponse:
     """
     model, settings = service.model, service.settings
     features = ["streaming", "previews", "priorities", "deadlines", "openai", "kserve_v2", "idempotency"]
+    if settings.cache_bytes:
+        features.append("cache")
     if settings.api_keys_file is not None:
         features.append("api_keys")
     if settings.otel_endpoint is not None:

@@ -15,7 +15,7 @@ setup(
             "robuq_core.kernels._native",
             sources=sorted(path.as_posix() for path in NATIVE.glob("*.c")),
             depends=sorted(path.as_posix() for path in NATIVE.glob("*.h")),
-            # No -march: the AVX2 code is compiled for its own functions and chosen at run time. No contraction of
+            # No -march: functions carry their instruction set, and one is chosen at run time. No contraction of
             # a * b + c either: where a fused multiply-add is wanted, the source says so.
             # Vectors pass between inlined functions only: their calling convention does not matter (psabi).
             extra_compile_args=[

@@ -11,8 +11,21 @@ import typer
 
 from robuq_core.bench.cli import app as bench_app
 from robuq_core.classes import read_names
-from robuq_core.cli_support import reported, takes_params
-from robuq_core.config import DecoderKind, Flavour, PredictionType, SamplerConfig, SamplerName
+from robuq_core.cli_support import (
+    ActivationBitsOption,
+    ClassesOption,
+    DecoderKindOption,
+    FlavourOption,
+    HeadsOption,
+    PlanesOption,
+    PredictionOption,
+    RankOption,
+    SamplerOption,
+    ScaleOption,
+    reported,
+    takes_params,
+)
+from robuq_core.config import SamplerConfig
 from robuq_core.errors import UserError
 from robuq_core.files import replacing
 from robuq_core.params import ImageParams
@@ -42,8 +55,6 @@ BackendOption = Annotated[
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="Such as cuda:0; default: the backend's choice.")]
 StepsOption = Annotated[int | None, typer.Option(min=1, max=1000, help="Denoising steps; default: the checkpoint's.")]
-ScaleOption = Annotated[float | None, typer.Option(min=0, max=20, help="Guidance; 1 is none, and costs half.")]
-SamplerOption = Annotated[SamplerName | None, typer.Option(help="Default: the checkpoint's.")]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")]
 
 
@@ -187,24 +198,14 @@ def convert(
     ],
     target: Annotated[Path, typer.Argument(help="x.pt: official; x.safetensors: packed; else: diffusers.")],
     ptq: Annotated[bool, typer.Option("--ptq", help="Quantise without training: to try the runtime.")] = False,
-    weight_planes: Annotated[
-        int | None, typer.Option(min=1, max=3, help="Ternary matrices summed to a weight, 1.6 bits each; default: 3.")
-    ] = None,
-    activation_bits: Annotated[int | None, typer.Option(min=1, max=8, help="Of the packed model; default: 8.")] = None,
-    rank: Annotated[int | None, typer.Option(min=0, help="Of the low-rank branch, by SVD; default: 16.")] = None,
-    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads, where the file leaves them open.")] = None,
-    prediction: Annotated[
-        PredictionType | None,
-        typer.Option(help="What the network predicts, where the file does not say: epsilon (DiT), flow (SiT, REPA)."),
-    ] = None,
-    classes: Annotated[
-        int | None, typer.Option(min=0, help="Classes of the network, without that of none, if the file does not say.")
-    ] = None,
-    flavour: Annotated[Flavour | None, typer.Option(help="Whose numerics to run with; default: the source's.")] = None,
-    decoder_kind: Annotated[
-        DecoderKind | None,
-        typer.Option(help="What the model draws; default: pixels if it has one channel or three, latent if more."),
-    ] = None,
+    weight_planes: PlanesOption = None,
+    activation_bits: ActivationBitsOption = None,
+    rank: RankOption = None,
+    heads: HeadsOption = None,
+    prediction: PredictionOption = None,
+    classes: ClassesOption = None,
+    flavour: FlavourOption = None,
+    decoder_kind: DecoderKindOption = None,
     steps: StepsOption = None,
     guidance_scale: ScaleOption = None,
     sampler: SamplerOption = None,

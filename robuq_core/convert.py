@@ -1,7 +1,8 @@
 """DiT weights from one form to another: the authors' ``.pt``, a diffusers folder, a packed file.
 
 A packed file comes from full-precision weights by post-training quantisation: rotation, low rank by SVD and ternary
-planes, layer after layer, without data or training. What that costs is measured and written into the file.
+planes, layer after layer, without data or training (:mod:`train.ptq` calibrates them). What that costs is measured and
+written into the file.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from robuq_core.kernels.pack_layer import pack_layer
 from robuq_core.models.adapters import Weights, read_weights, save_diffusers, save_official
 from robuq_core.models.adapters_files import WeightsError
 from robuq_core.models.packed_dit import PackedDiT
-from robuq_core.models.quant_linear import LinearQuantizer
+from robuq_core.models.quant_linear import LinearQuantizer, check_bits
 
 METHOD = "post-training quantisation, not trained"
 OFFICIAL_SUFFIXES = (".pt", ".pth")
@@ -53,6 +54,11 @@ _PROBE_IMAGES = 4
 _UNUSABLE_ERROR = 0.25
 
 Progress = Callable[[str], None]
+# Packed block linears of weights as a configuration says, and what the provenance says of how; ``SamplerConfig``: the
+# defaults of the file.
+Quantize = Callable[
+    [Weights, QuantConfig, SamplerConfig, Progress | None], tuple[dict[str, TernaryLayer], dict[str, Any]]
+]
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,12 @@ def convert_full_precision(
     return weights
 
 
+def _untrained(
+    weights: Weights, quant: QuantConfig, defaults: SamplerConfig, on_layer: Progress | None
+) -> tuple[dict[str, TernaryLayer], dict[str, Any]]:
+    return quantize_layers(weights, quant, on_layer), {"method": METHOD}
+
+
 def pack_untrained(
     source: Path,
     target: Path,
@@ -133,6 +145,7 @@ def pack_untrained(
     flavour: Flavour | None = None,
     decoder: DecoderKind | None = None,
     on_layer: Progress | None = None,
+    quantize: Quantize = _untrained,
 ) -> PackedResult:
     """Quantise the full-precision weights of ``source`` without training and pack them into ``target``.
 
@@ -146,6 +159,7 @@ def pack_untrained(
         flavour: whose numerics to run with; default: those of the source's layout.
         decoder: what the network draws; default: by its channels, as :func:`robuq_core.checkpoint.decoder_kind` says.
         on_layer: called with each layer's name when it is done.
+        quantize: makes the layers; default: :func:`quantize_layers`.
 
     Raises:
         WeightsError, CheckpointError: the source cannot be used, or does not fit the packed form.
@@ -161,11 +175,11 @@ def pack_untrained(
     if names and len(names) != weights.config.num_classes:
         raise CheckpointError(f"{len(names)} class names for {weights.config.num_classes} classes")
     draws = decoder_kind(weights.config, decoder)
-    layers = quantize_layers(weights, quant, on_layer)
+    layers, made = quantize(weights, quant, defaults, on_layer)
     dense = {name: weights.tensor(name) for name in dense_shapes(weights.config)}
     error = relative_error(weights, quant, dense, layers, select_backend())
     give_freed_memory_back()
-    about = Description(quant, diffusion, defaults, names, _provenance(weights, error), draws)
+    about = Description(quant, diffusion, defaults, names, _provenance(weights, error, made), draws)
     return PackedResult(write_packed(target, weights.config, dense, layers, about), error)
 
 
@@ -177,9 +191,7 @@ def quantize_layers(weights: Weights, quant: QuantConfig, on_layer: Progress | N
         ValueError: as :func:`pack_untrained`, or ``quant.bits`` names layers that the model lacks.
     """
     shapes = layer_shapes(weights.config)
-    unknown = sorted(set(quant.bits) - set(shapes))
-    if unknown:
-        raise ValueError(f"quant.bits names layers that the model lacks: {', '.join(unknown)}")
+    check_bits(quant, shapes)
     quantize = LinearQuantizer(quant)
     layers = {}
     for name, (out, into) in shapes.items():
@@ -217,9 +229,9 @@ def relative_error(
     return float((output - original).norm()) / size_of_original if size_of_original else None
 
 
-def _provenance(weights: Weights, error: float | None) -> dict[str, Any]:
+def _provenance(weights: Weights, error: float | None, made: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "method": METHOD,
+        **made,
         "source": {"name": weights.path.name, "layout": weights.layout},
         "relative_error_on_random_inputs": error,
         "versions": {"robuq": __version__, "torch": str(torch.__version__)},

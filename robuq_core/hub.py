@@ -20,6 +20,7 @@ from robuq_core.files import read_json
 # Names of the checkpoints that come with the package, the default first, and their files.
 BUNDLED = {
     "imagenet": "imagenet-1-per-class-w1.58a2.safetensors",
+    "glyphs": "glyphs-w1.58a2.safetensors",
 }
 SUFFIX = ".safetensors"
 CONFIG_NAME = "config.json"

@@ -23,8 +23,8 @@ from robuq_core.checkpoint import Checkpoint, CheckpointError, Header, read_chec
 from robuq_core.classes import ClassNames
 from robuq_core.config import PredictionType, check_fit
 from robuq_core.decode import Decoder, PixelDecoder, load_decoder, to_pixels
-from robuq_core.diffusion.guidance import guide
-from robuq_core.diffusion.samplers import Coefficients
+from robuq_core.diffusion.guidance import guided_channels
+from robuq_core.diffusion.update import Update, UpdatingBackend, add_learned_noise, update
 from robuq_core.hub import DECODER_FOLDER, bundled_checkpoint, resolve_checkpoint
 from robuq_core.images import image_settings
 from robuq_core.kernels.backends import select_backend
@@ -120,7 +120,9 @@ class Sampler:
         self._classes = ClassNames(header.class_names, header.model.num_classes)
         self._backend_choice = "auto"
         self._shape = (header.model.in_channels, header.model.input_size, header.model.input_size)
-        self._x, self._x0 = LatestBatch(), LatestBatch()
+        self._x = LatestBatch()
+        backend = model.backend if isinstance(model, PackedDiT) else None
+        self._update: Update = backend.update if isinstance(backend, UpdatingBackend) else update
 
     def _fitting(self, decoder: Decoder | None) -> Decoder:
         channels = self.header.model.in_channels
@@ -265,70 +267,36 @@ class Sampler:
             self._step(rows)
 
     def _step(self, rows: Sequence[Row]) -> None:
-        columns = torch.stack([row.coefficients[row.steps_done] for row in rows]).to(self.device)
-        c = Coefficients(*columns[..., None, None, None].unbind(1))
         x = self._x.of([row.x for row in rows])
-        output, block_deltas = self._guided_output(rows, x)
-        channels = self._shape[0]
-        # Products and sums stay apart: a fused multiply-add would round by where an element lies in the tensor.
-        x0 = (c.x0_on_xt * x).add_(c.x0_on_output * output[:, :channels])
-        if self.header.diffusion.clip_sample:
-            x0.clamp_(-1, 1)
-        following = (c.on_xt * x).add_(c.on_x0 * x0)
-        self._add_previous(rows, following, c)
-        self._add_noise(rows, following, output[:, channels:], c)
-        for i, (row_x, row_x0) in enumerate(zip(self._x.parts(following), self._x0.parts(x0), strict=True)):
+        output, block_deltas = self._output(rows, x)
+        model, channels = self.header.model, self._shape[0]
+        # A flow's second half of channels, where SiT's weights have one, was not trained.
+        learned = model.learn_sigma and self.prediction_type != "flow"
+        steps = [row.next_step(with_noise=not learned) for row in rows]
+        clip = self.header.diffusion.clip_sample
+        following, x0 = self._update(x, output, steps, clip, guided_channels(channels, model.flavour))
+        noisy = [i for i, row in enumerate(rows) if learned and row.needs_noise]
+        if noisy:
+            part = following[noisy]
+            add_learned_noise(part, output[noisy, channels:], [steps[i] for i in noisy],
+                              [rows[i].noise() for i in noisy])  # fmt: skip
+            following[noisy] = part
+        for i, (row_x, row_x0) in enumerate(zip(self._x.parts(following), x0.unbind(), strict=True)):
             rows[i].advance(row_x, row_x0, block_deltas.get(i))
 
-    def _guided_output(self, rows: Sequence[Row], x: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        """The network's output for ``x [B, C, H, W]``, the rows' ``x_t``, after guidance; and by position the block
-        deltas that rows are to keep."""
+    def _output(self, rows: Sequence[Row], x: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """The network's output for ``x [B, C, H, W]``, the rows' ``x_t``, after it that of the guided ones without a
+        class, and by position the block deltas that rows are to keep."""
         guided = [i for i, row in enumerate(rows) if row.guided]
         timesteps = [row.timestep for row in rows]
         classes = [row.spec.class_id for row in rows] + [self.header.model.null_row] * len(guided)
         if guided:
             timesteps += [timesteps[i] for i in guided]
             x = torch.cat([x, x if len(guided) == len(rows) else x[guided]])
-        output, block_deltas = self._forward(rows, guided, x, torch.tensor(timesteps), torch.tensor(classes))
-        if not guided:
-            return output, block_deltas
-        cond, uncond = output[: len(rows)], output[len(rows) :]
-        scale = torch.tensor([rows[i].spec.guidance_scale for i in guided], device=self.device)
-        flavour = self.header.model.flavour
-        if len(guided) == len(rows):
-            return guide(cond, uncond, scale, self._shape[0], flavour), block_deltas
-        cond[guided] = guide(cond[guided], uncond, scale, self._shape[0], flavour)
-        return cond, block_deltas
-
-    def _forward(
-        self, rows: Sequence[Row], guided: Sequence[int], x: Tensor, timesteps: Tensor, classes: Tensor
-    ) -> tuple[Tensor, dict[int, Tensor]]:
+        at, of = torch.tensor(timesteps), torch.tensor(classes)
         if isinstance(self.model, PackedDiT) and any(row.spec.cache_interval > 1 for row in rows):
-            return cached_forward(self.model, rows, [*range(len(rows)), *guided], x, timesteps, classes)
-        return self.model.forward(x, timesteps, classes), {}
-
-    def _add_previous(self, rows: Sequence[Row], following: Tensor, c: Coefficients) -> None:
-        multistep = [i for i, row in enumerate(rows) if row.table.multistep]
-        if len(multistep) == len(rows):
-            following.add_(c.on_previous_x0 * self._x0.of([row.previous_x0 for row in rows]))
-        elif multistep:
-            previous = torch.stack([rows[i].previous_x0 for i in multistep])
-            following[multistep] += c.on_previous_x0[multistep] * previous
-
-    def _add_noise(self, rows: Sequence[Row], following: Tensor, variance: Tensor, c: Coefficients) -> None:
-        noisy = [i for i, row in enumerate(rows) if row.needs_noise]
-        if not noisy:
-            return
-        std = c.std[noisy]
-        # A flow's second half of channels, where SiT's weights have one, was not trained.
-        if self.header.model.learn_sigma and self.prediction_type != "flow":
-            fraction = (variance[noisy] + 1) / 2
-            log_variance = fraction * c.log_beta[noisy] + (1 - fraction) * c.log_posterior[noisy]
-            std = 0.5 * log_variance
-            # Row by row: torch's vector and scalar exponentials differ, and the tensor's size decides where each runs.
-            for row in std.unbind():
-                row.exp_()
-        following[noisy] += std * torch.stack([rows[i].noise() for i in noisy]).to(self.device)
+            return cached_forward(self.model, rows, [*range(len(rows)), *guided], x, at, of)
+        return self.model.forward(x, at, of), {}
 
     def decode(self, row: Row) -> np.ndarray:
         """Pixels of a row, uint8 ``[H, W, 3]``: ``127.5 x + 128``, cut to 0..255, of what the decoder gives.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from robuq_core.config import PredictionType
 from robuq_core.diffusion.samplers import StepTable, step_coefficients, step_table
+from robuq_core.diffusion.update import RowStep
 from robuq_core.params import ALL_TIMESTEPS, RowSpec
 
 
@@ -76,6 +77,15 @@ class Row:
         if self._noise is None:
             self._noise = torch.randn(self.x.shape, generator=self._generator)
         return self._noise
+
+    def next_step(self, with_noise: bool) -> RowStep:
+        """What the update of the next step needs to know; its noise only ``with_noise``."""
+        return RowStep(
+            self.coefficients[self.steps_done],
+            self.spec.guidance_scale if self.guided else None,
+            self.previous_x0 if self.table.multistep else None,
+            self.noise() if with_noise and self.needs_noise else None,
+        )
 
     def twin(self) -> Row:
         """A row in the same state whose next step draws the same noise."""

@@ -10,7 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from robuq_core.cli_support import reported
+from robuq_core.cli_support import (
+    ActivationBitsOption,
+    ClassesOption,
+    DecoderKindOption,
+    FlavourOption,
+    HeadsOption,
+    PlanesOption,
+    PredictionOption,
+    RankOption,
+    SamplerOption,
+    ScaleOption,
+    reported,
+)
+from robuq_core.config import MAX_SEED
 from robuq_core.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,9 +67,14 @@ SetOption = Annotated[
 def _load(config: Path, overrides: list[str] | None) -> TrainConfig:
     try:
         from train.config import load_config
-    except ImportError as error:  # the plain installation serves and does not train
-        raise UserError(f"training is not installed ({error}); from a checkout: pip install '.[train]'") from error
+    except ImportError as error:
+        raise _not_installed(error) from error
     return load_config(config, overrides or [])
+
+
+def _not_installed(error: ImportError) -> UserError:
+    """The plain installation serves and does not train."""
+    return UserError(f"training is not installed ({error}); from a checkout: pip install '.[train]'")
 
 
 RedoOption = Annotated[bool, typer.Option("--redo", help="Throw away what this stage has made, and start it again.")]
@@ -273,6 +291,65 @@ def memory(
 
     typer.echo(memory_table(loaded, stage, processes))
     typer.echo(time_line(loaded, stage, processes, teraflops))
+
+
+@app.command()
+@reported
+def ptq(
+    source: Annotated[
+        Path, typer.Argument(help="Official .pt of DiT, SiT or REPA; diffusers folder; or teacher.pt of a run.")
+    ],
+    target: Annotated[Path, typer.Argument(help="The packed file to write, x.safetensors.")],
+    steps: Annotated[
+        int, typer.Option(min=0, help="Of Adam, end to end; 0 fits layer by layer alone, and takes less memory.")
+    ] = 200,
+    inputs: Annotated[
+        int | None, typer.Option(min=1, help="Inputs of the teacher's samples; default: 128 to 2,048, by size.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the samples and the steps.")] = 0,
+    weight_planes: PlanesOption = None,
+    activation_bits: ActivationBitsOption = None,
+    rank: RankOption = None,
+    heads: HeadsOption = None,
+    prediction: PredictionOption = None,
+    classes: ClassesOption = None,
+    flavour: FlavourOption = None,
+    decoder_kind: DecoderKindOption = None,
+    guidance_scale: ScaleOption = None,
+    sampler: SamplerOption = None,
+    class_names: Annotated[Path | None, typer.Option(help="Text file, one name a line.")] = None,
+) -> None:
+    """Pack full-precision weights, calibrated on samples that they generate themselves: no data set is needed."""
+    try:
+        from train.ptq import Calibration, pack_calibrated
+    except ImportError as error:
+        raise _not_installed(error) from error
+    from rich.progress import Progress
+
+    from robuq_core.classes import read_names
+
+    quant = {"weight_planes": weight_planes, "activation_bits": activation_bits, "rank": rank}
+    defaults = {"guidance_scale": guidance_scale, "sampler": sampler}
+    with Progress(transient=True) as progress:
+        task = progress.add_task("sampling", total=None)
+        header = pack_calibrated(
+            source,
+            target,
+            Calibration(steps, inputs, seed),
+            {name: value for name, value in quant.items() if value is not None},
+            {name: value for name, value in defaults.items() if value is not None},
+            class_names=() if class_names is None else read_names(class_names),
+            num_heads=heads,
+            prediction=prediction,
+            num_classes=classes,
+            flavour=flavour,
+            decoder=decoder_kind,
+            on_layer=lambda name: progress.update(task, description=name, advance=1),
+        )
+    typer.echo(f"wrote {target} ({target.stat().st_size / 1e6:.2f} MB)")
+    off = header.provenance["relative_error_on_own_samples"]
+    if off is not None:
+        typer.echo(f"predictions on the teacher's own samples, not calibrated on: {off:.1%} (RMS) off the original")
 
 
 @app.command()

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from robuq_core.config import NUM_TRAIN_TIMESTEPS, DiffusionConfig, PredictionType, StrictModel
-from robuq_core.diffusion.guidance import guide
+from robuq_core.diffusion.guidance import guide, guided_channels
 from robuq_core.errors import UserError
 from robuq_core.files import replacing
 from robuq_core.models.dit import DiT
@@ -190,7 +190,7 @@ def _prediction(model: DiT, batch: FixedBatch, scale: float) -> tuple[Tensor, Te
     config = model.config
     unconditional = model(batch.x_t, batch.timesteps, torch.full_like(batch.classes, config.null_row))
     scales = torch.full((len(output),), scale, device=output.device)
-    return output, guide(output, unconditional, scales, channels, config.flavour)[:, :channels]
+    return output, guide(output, unconditional, scales, guided_channels(channels, config.flavour))[:, :channels]
 
 
 def _metrics(

@@ -9,13 +9,17 @@ from robuq_core.config import Flavour
 GUIDED_CHANNELS_OFFICIAL = 3
 
 
-def guide(cond: Tensor, uncond: Tensor, scale: Tensor, channels: int, flavour: Flavour) -> Tensor:
-    """Guided output ``[B, C_out, H, W]``; ``scale`` float32 ``[B]``.
+def guided_channels(channels: int, flavour: Flavour) -> int:
+    """How many of the ``channels`` prediction channels guidance acts on: the first 3 in ``official`` and ``sit``, else
+    all."""
+    return min(GUIDED_CHANNELS_OFFICIAL, channels) if flavour in ("official", "sit") else channels
 
-    Flavours ``official`` and ``sit`` guide the first 3 of the ``channels`` prediction channels, the others all; the
-    rest (and a learned variance) is the conditional half's.
+
+def guide(cond: Tensor, uncond: Tensor, scale: Tensor, guided: int) -> Tensor:
+    """Guided output ``[B, C_out, H, W]``; ``scale`` float32 ``[B]``, ``guided``: as :func:`guided_channels` gives it.
+
+    The other channels (a learned variance too) are the conditional half's.
     """
-    guided = min(GUIDED_CHANNELS_OFFICIAL, channels) if flavour in ("official", "sit") else channels
     out = cond.clone()
     weight = scale[:, None, None, None]
     out[:, :guided] = uncond[:, :guided] + weight * (cond[:, :guided] - uncond[:, :guided])

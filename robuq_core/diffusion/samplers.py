@@ -57,27 +57,27 @@ class StepTable:
 
 
 class Coefficients(NamedTuple):
-    """Columns of :func:`step_coefficients`: ``x_0 = x0_on_xt x_t + x0_on_output output``, the rest as in the table."""
+    """Of one step, float32 values: ``x_0 = x0_on_xt x_t + x0_on_output output``, the rest as in the table."""
 
-    x0_on_xt: Tensor
-    x0_on_output: Tensor
-    on_xt: Tensor
-    on_x0: Tensor
-    on_previous_x0: Tensor
-    std: Tensor
-    log_beta: Tensor
-    log_posterior: Tensor
+    x0_on_xt: float
+    x0_on_output: float
+    on_xt: float
+    on_x0: float
+    on_previous_x0: float
+    std: float
+    log_beta: float
+    log_posterior: float
 
 
 @lru_cache(maxsize=256)
-def step_coefficients(sampler: SamplerName, steps: int, prediction_type: PredictionType) -> tuple[Tensor, ...]:
-    """One float32 ``[8]`` a step, in the order of :class:`Coefficients`: what a batch of rows stacks.
+def step_coefficients(sampler: SamplerName, steps: int, prediction_type: PredictionType) -> tuple[Coefficients, ...]:
+    """The table's coefficients step by step, for a network that predicts ``prediction_type``.
 
     Raises:
         ValueError: as :func:`step_table`.
     """
     table = step_table(sampler, steps)
-    columns = Coefficients(
+    columns = (
         *to_sample_coefficients(table.signal, table.sigma, prediction_type),
         table.on_xt,
         table.on_x0,
@@ -86,7 +86,7 @@ def step_coefficients(sampler: SamplerName, steps: int, prediction_type: Predict
         table.log_beta,
         table.log_posterior,
     )
-    return torch.stack(columns, dim=1).float().unbind()
+    return tuple(Coefficients(*row) for row in torch.stack(columns, dim=1).float().tolist())
 
 
 @lru_cache(maxsize=256)

@@ -1,35 +1,42 @@
 """The op set on the native library (``native/*.c``): fused rotation and quantisation, 2-bit weights decoded in cache.
 
 Every output row comes from its own input row in one fixed order of operations: results do not depend on the number of
-rows or threads. Each backend object has its own thread pool: two run side by side. Paths: ``amx``,
-``avx512vbmi``, ``avx512vnni``, ``avx2`` and ``plain`` (portable C), chosen at run time, or by ``ROBUQ_CPU_ISA``.
+rows or threads. Each backend object has its own thread pool: two run side by side. Paths: of x86-64 ``amx``,
+``avx512vbmi``, ``avx512vnni`` and ``avx2``, of AArch64 ``i8mm``, ``dotprod`` and ``neon``, and ``plain`` (portable C),
+chosen at run time, or by ``ROBUQ_CPU_ISA``.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
+import math
 import os
+import struct
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from robuq_core.diffusion.update import RowStep
 from robuq_core.errors import UserError
-from robuq_core.kernels.ops import Modulation, Prologue, Quantized, TernaryLayer
+from robuq_core.kernels.ops import Block, Modulation, Prologue, Quantized, TernaryLayer
 from robuq_core.quant.activation import GAUSSIAN_STEP, SIGMA_PER_MEAN_ABS, is_midrise
 from robuq_core.quant.hadamard import decompose_order, hadamard_matrix, rotation_factors
 from robuq_core.quant.packing import planar_width
 
-Isa = Literal["amx", "avx512vbmi", "avx512vnni", "avx2", "plain"]  # fastest first
+Isa = Literal["amx", "avx512vbmi", "avx512vnni", "avx2", "i8mm", "dotprod", "neon", "plain"]  # fastest first
 ISA_VARIABLE = "ROBUQ_CPU_ISA"
 
 # The native side's enumerations (native/robuq.h) and the number of its interface (native/module.c).
-_INTERFACE = 9
-_ISA_CODE: Mapping[Isa, int] = {"plain": 0, "avx2": 1, "avx512vnni": 2, "avx512vbmi": 3, "amx": 4}
+_INTERFACE = 11
+_ISA_CODE: Mapping[Isa, int] = {
+    **{"plain": 0, "avx2": 1, "avx512vnni": 2, "avx512vbmi": 3, "amx": 4},
+    **{"neon": 5, "dotprod": 6, "i8mm": 7},
+}
 _MODULATE = 1
 
 _INT, _SIZE, _FLOAT, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -42,8 +49,12 @@ _SIGNATURES = {
     "robuq_ternary": [_POINTER, _POINTER, _POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, _POINTER],
     # backend; qkv, images, L, D, heads; quantized; out
     "robuq_attention": [_POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _SIZE, _INT, _POINTER],
+    # backend, block; x, images, L; modulation, strides of its entries and images
+    "robuq_block": [_POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _SIZE],
     # backend; x, weight, bias, rows, K, N; y
     "robuq_linear": [_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER],
+    # steps, rows, values of a row, guided ones; clip; following, estimates
+    "robuq_update": [_POINTER, _SIZE, _SIZE, _SIZE, _INT, _POINTER, _POINTER],
     # packed, N, K; planar
     "robuq_planar_from_base3": [_POINTER, _SIZE, _SIZE, _POINTER],
     # planar, N, bytes of a row, mid-rise; offsets
@@ -70,6 +81,19 @@ class _PrologueStruct(ctypes.Structure):
         *(("kind", _SIZE), ("rows_per_image", _SIZE), ("shift", _POINTER), ("scale", _POINTER)),
         *(("shift_stride", _SIZE), ("scale_stride", _SIZE), ("eps", _FLOAT)),
     )
+
+
+class _BlockStruct(ctypes.Structure):
+    """``struct block`` of native/module.c."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("qkv", "proj", "fc1", "fc2")),
+        *(("heads", _SIZE), ("quantized", _SIZE), ("eps1", _FLOAT), ("eps2", _FLOAT)),
+    )
+
+
+# ``struct row_step`` of native/update.h.
+_ROW_STEP = struct.Struct("@5P8f")
 
 
 _NO_MODULATION = {name: _PrologueStruct(kind) for name, kind in ((None, 0), ("gelu", 2), ("silu", 3))}
@@ -201,6 +225,25 @@ def _native_layer(layer: TernaryLayer) -> _NativeLayer:
     return native
 
 
+_NATIVE_BLOCKS: weakref.WeakKeyDictionary[Block, _BlockStruct] = weakref.WeakKeyDictionary()
+
+
+def _native_block(block: Block) -> _BlockStruct:
+    """The struct and, in ``layers``, what it points at."""
+    if (known := _NATIVE_BLOCKS.get(block)) is not None:
+        return known
+    layers = [_native_layer(layer) for layer in (block.qkv, block.proj, block.fc1, block.fc2)]
+    width, hidden = layers[0].inputs, layers[2].outputs
+    sizes = [(layer.inputs, layer.outputs) for layer in layers]
+    if sizes != [(width, 3 * width), (width, width), (width, hidden), (hidden, width)] or width % block.num_heads:
+        raise ValueError(f"layers of {sizes} and {block.num_heads} heads make no block")
+    addresses = (layer.address for layer in layers)
+    struct = _BlockStruct(*addresses, block.num_heads, block.quantized_attention, block.eps[0], block.eps[1])
+    struct.layers = layers
+    _NATIVE_BLOCKS[block] = struct
+    return struct
+
+
 def _prologue_struct(prologue: Prologue, rows: int, width: int) -> _PrologueStruct:
     """Shifts and scales may be rows of a wider table; the struct keeps them alive."""
     if isinstance(prologue, Modulation):
@@ -316,6 +359,21 @@ class CpuBackend:
         ):
             self._raise("add_ternary")
 
+    def add_block(self, x: Tensor, modulation: Tensor, block: Block) -> None:
+        struct = _native_block(block)
+        images, length, width = x.shape
+        if _check(x, "x", (images, length, struct.layers[0].inputs)) is not x:
+            raise ValueError("x must be contiguous: it is changed in place")
+        if modulation.stride(2) != 1:
+            modulation = modulation.contiguous()
+        if modulation.shape != (6, images, width) or modulation.dtype is not torch.float32 or not modulation.is_cpu:
+            raise ValueError(f"modulation must be float32 {(6, images, width)}, not {tuple(modulation.shape)}")
+        if self._library.robuq_block(
+            *(self._handle, ctypes.addressof(struct), x.data_ptr(), images, length),
+            *(modulation.data_ptr(), modulation.stride(0), modulation.stride(1)),
+        ):
+            self._raise("add_block")
+
     def attention(self, qkv: Tensor, num_heads: int, quantized: bool) -> Tensor:
         images, length, triple = qkv.shape
         width = triple // 3
@@ -340,3 +398,37 @@ class CpuBackend:
         ):
             self._raise("linear")
         return y
+
+    def update(
+        self, x: Tensor, output: Tensor, steps: Sequence[RowStep], clip: bool, guided_channels: int
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`robuq_core.diffusion.update.Update`; one thread, as it takes less time than to wake others."""
+        rows, shape = len(steps), tuple(x.shape[1:])
+        x, output = _check(x, "x", (rows, *shape)), _check(output, "output", tuple(output.shape))
+        guided = sum(step.scale is not None for step in steps)
+        if len(output) != rows + guided or output.shape[1] < shape[0] or output.shape[2:] != shape[1:]:
+            raise ValueError(
+                f"output {tuple(output.shape)} does not fit {rows} rows of {shape}, {guided} of them guided"
+            )
+        values, x_row, output_row = math.prod(shape), 4 * x.stride(0), 4 * output.stride(0)
+        x_at, cond_at = x.data_ptr(), output.data_ptr()
+        uncond_at = cond_at + rows * output_row
+        packed, kept = [], []  # the terms are kept until they are read
+        for i, step in enumerate(steps):
+            previous, noise = (None if term is None else _check(term, "a row", shape) for term in step[2:])
+            kept.append((previous, noise))
+            packed.append(
+                _ROW_STEP.pack(
+                    *(x_at + i * x_row, cond_at + i * output_row, 0 if step.scale is None else uncond_at),
+                    *(0 if previous is None else previous.data_ptr(), 0 if noise is None else noise.data_ptr()),
+                    *(*step.coefficients[:6], step.scale or 0.0, 0.0),
+                )
+            )
+            if step.scale is not None:
+                uncond_at += output_row
+        following, x0 = torch.empty_like(x), torch.empty_like(x)
+        self._library.robuq_update(
+            *(b"".join(packed), rows, values, guided_channels * values // shape[0], clip),
+            *(following.data_ptr(), x0.data_ptr()),
+        )
+        return following, x0

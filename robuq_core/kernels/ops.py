@@ -154,6 +154,29 @@ class FusedBackend(Backend, Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class Block:
+    """The layers of a block of a network, D wide, all of one plane. ``eps``: of its two norms."""
+
+    qkv: TernaryLayer
+    proj: TernaryLayer
+    fc1: TernaryLayer
+    fc2: TernaryLayer
+    num_heads: int
+    quantized_attention: bool
+    eps: tuple[float, float]
+
+
+@runtime_checkable
+class BlockBackend(Backend, Protocol):
+    """A backend that runs a whole block in one call, with the same bits as op by op."""
+
+    def add_block(self, x: Tensor, modulation: Tensor, block: Block) -> None:
+        """Adds both branches to ``x [B, L, D]`` in place. ``modulation [6, B, D]``: shift, scale and gate of the
+        attention, then of the MLP."""
+        ...
+
+
 class WholeLayer(Protocol):
     """A packed layer from its input: ``x [M, K]`` -> ``[M, N]``."""
 

@@ -12,14 +12,13 @@ from robuq_core.models.quant_linear import QuantLinear
 from robuq_core.quant.choices import Grid
 from robuq_core.quant.lowrank import round_to_storage
 from robuq_core.quant.packing import pack_planar
-from robuq_core.quant.ternary import ternary_planes
 
 
 @torch.no_grad()
 def pack_layer(linear: QuantLinear) -> TernaryLayer:
     """``linear`` as a :class:`TernaryLayer` on the same device, holding the very numbers of its forward:
     ``alpha`` as fp16 keeps it, the low-rank factors as bf16 keeps them, all in float32."""
-    codes, alpha = ternary_planes(linear.weight.detach().float(), linear.weight_planes, linear.weight_scale)
+    codes, alpha = linear.planes()
     return layer_of_planes(
         [pack_planar(plane) for plane in codes],
         list(alpha),

@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robuq_core.config import ModelConfig
-from robuq_core.kernels.ops import Backend, FusedBackend, Modulation, Prologue, TernaryLayer, whole_layer
+from robuq_core.kernels.ops import (
+    Backend,
+    Block,
+    BlockBackend,
+    FusedBackend,
+    Modulation,
+    Prologue,
+    TernaryLayer,
+    whole_layer,
+)
 from robuq_core.kernels.reference import ReferenceBackend
 from robuq_core.models.conditioning import BLOCK_ENTRIES, ConditioningTable
 from robuq_core.models.dit import negates_output, norm2_eps, patchify, position_table, unpatchify
@@ -79,6 +88,8 @@ class PackedDiT:
         self.dense = {name: tensor.to(backend.device) for name, tensor in dense.items()}
         self.blocks = [block.to(backend.device) for block in blocks]
         self.pos_embed = pos_embed.to(backend.device)
+        self._whole_block = backend if isinstance(backend, BlockBackend) else None
+        self._in_one_call = self._blocks_in_one_call()
         self.conditioning = ConditioningTable(config, self.dense, [block.adaln for block in self.blocks], backend)
         # Between native kernels torch has little to do, and its threads would be in the way of theirs.
         self.has_own_threads = self._fused is not None
@@ -90,6 +101,17 @@ class PackedDiT:
             record = CudaRecorder(self.device)
             self._run = GraphedDenoise(self.denoise, record)
             self._run_keeping = GraphedDenoise(self.denoise_keeping, record)
+
+    def _blocks_in_one_call(self) -> dict[int, Block]:
+        """By id of a block, what the backend runs in one call."""
+        if self._whole_block is None:
+            return {}
+        heads, eps = self.config.num_heads, (1e-6, norm2_eps(self.config))
+        return {
+            id(block): Block(block.qkv, block.proj, block.fc1, block.fc2, heads, self.quantized_attention, eps)
+            for block in self.blocks
+            if not any(layer.finer for layer in block.layers)
+        }
 
     def replica(self, backend: Backend) -> PackedDiT:
         """The same network on another backend; weights are shared where both run on one device."""
@@ -179,8 +201,13 @@ class PackedDiT:
         """One block, in place on ``x_BLD``."""
         images, length = x_BLD.shape[:2]
         some = images if self._fused is None else max(1, self._fused.rows_at_once // length)
+        whole = self._in_one_call.get(id(block)) if x_BLD.is_contiguous() else None
         for i in range(0, images, some):
-            self._run_images(x_BLD[i : i + some], modulation_6BD[:, i : i + some], block)
+            part_BLD, modulation = x_BLD[i : i + some], modulation_6BD[:, i : i + some]
+            if self._whole_block is not None and whole is not None:
+                self._whole_block.add_block(part_BLD, modulation, whole)
+            else:
+                self._run_images(part_BLD, modulation, block)
         return x_BLD
 
     def _run_images(self, x_BLD: Tensor, modulation_6BD: Tensor, block: PackedBlock) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from robuq_core.quant.activation import fake_quantize_activation
 from robuq_core.quant.choices import ActivationRule, Grid, LowRankInit, WeightScale
 from robuq_core.quant.hadamard import Rotation, random_signs
 from robuq_core.quant.lowrank import lowrank_split, round_to_storage
-from robuq_core.quant.ternary import ternary_fake_quantize
+from robuq_core.quant.ternary import ternary_fake_quantize, ternary_planes
 
 
 class QuantLinear(nn.Module):
@@ -53,13 +53,20 @@ class QuantLinear(nn.Module):
     def rank(self) -> int:
         return self.lowrank_a.shape[1]
 
+    def quantized(self) -> Tensor:
+        """The weight that the forward multiplies with, ``[out, in]``."""
+        return ternary_fake_quantize(self.weight, self.weight_scale, self.weight_planes)
+
+    @torch.no_grad()
+    def planes(self) -> tuple[Tensor, Tensor]:
+        """:meth:`quantized` as codes int8 ``[planes, out, in]`` and alpha float32 ``[planes, out]``."""
+        return ternary_planes(self.weight.float(), self.weight_planes, self.weight_scale)
+
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in] -> [..., out]``, same dtype."""
         rotated = self.rotation(x)
         y = F.linear(
-            fake_quantize_activation(rotated, self.bits, self.grid, self.activation),
-            ternary_fake_quantize(self.weight, self.weight_scale, self.weight_planes),
-            self.bias,
+            fake_quantize_activation(rotated, self.bits, self.grid, self.activation), self.quantized(), self.bias
         )
         if self.rank:
             y = y + F.linear(F.linear(rotated, round_to_storage(self.lowrank_b)), round_to_storage(self.lowrank_a))
@@ -86,6 +93,13 @@ def layer_rotation_block(name: str, config: QuantConfig) -> int | None:
     """Width of the blocks in which a layer's input is rotated: ``None`` is the whole, 1 no rotation."""
     rotated = config.rotation == "all" or (config.rotation == "proj_fc2" and name.endswith((".proj", ".fc2")))
     return config.rotation_block if rotated else 1
+
+
+def check_bits(config: QuantConfig, layers: Collection[str]) -> None:
+    """Raises: ValueError: ``config.bits`` names something else than ``layers``."""
+    unknown = sorted(set(config.bits) - set(layers))
+    if unknown:
+        raise ValueError(f"quant.bits names layers that the model lacks: {', '.join(unknown)}")
 
 
 class LinearQuantizer:
@@ -123,9 +137,7 @@ def quantize_model(model: DiT, config: QuantConfig) -> DiT:
         ValueError: ``config.bits`` names a layer that the model lacks, or a width has no Hadamard matrix.
     """
     linears = dict(quantizable_linears(model))
-    unknown = sorted(set(config.bits) - set(linears))
-    if unknown:
-        raise ValueError(f"quant.bits names layers that the model lacks: {', '.join(unknown)}")
+    check_bits(config, linears)
     quantize = LinearQuantizer(config)
     for name, linear in linears.items():
         if not isinstance(linear, nn.Linear):

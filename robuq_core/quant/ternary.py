@@ -58,13 +58,25 @@ def ternary_planes(weight: Tensor, planes: int = 1, scale: WeightScale = "condit
     for _ in range(_REFITS):
         levels = _levels(weight, step, top)
         step = (weight * levels).sum(dim=1, keepdim=True) / levels.square().sum(dim=1, keepdim=True).clamp(min=1)
-    rest = _levels(weight, step, top).to(torch.int8)
+    return planes_of_levels(_levels(weight, step, top), step.squeeze(1), planes)
+
+
+def planes_of_levels(levels: Tensor, step: Tensor, planes: int) -> tuple[Tensor, Tensor]:
+    """``step_c k_c`` as ``planes`` ternary matrices: the digits of ``k`` in balanced ternary, the coarsest first.
+
+    Args:
+        levels: integers ``[out, in]`` of any dtype, at most ``(3^planes - 1) / 2`` in size. step: ``[out]``.
+
+    Returns:
+        as :func:`ternary_planes`.
+    """
+    rest = levels.to(torch.int8)
     digits = []
     for _ in range(planes):
         digits.append(torch.remainder(rest + 1, 3) - 1)
         rest = (rest - digits[-1]) // 3
-    powers = torch.tensor([3.0**p for p in reversed(range(planes))], device=weight.device)
-    return torch.stack(digits[::-1]), _stored(powers[:, None] * step.squeeze(1))
+    powers = torch.tensor([3.0**p for p in reversed(range(planes))], device=step.device)
+    return torch.stack(digits[::-1]), _stored(powers[:, None] * step)
 
 
 def _levels(weight: Tensor, step: Tensor, top: int) -> Tensor:

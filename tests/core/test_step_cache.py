@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -131,14 +132,14 @@ def test_a_failed_step_can_be_repeated(sampler: Sampler, monkeypatch: pytest.Mon
     rows, smooth = [sampler.start(spec) for spec in specs], [sampler.start(spec) for spec in specs]
     sampler.finish(smooth)
     decline = iter([True, False] * 5)
-    add_noise = sampler._add_noise
+    update = sampler._update
 
-    def flaky(*arguments: object) -> None:
+    def flaky(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         if next(decline):
             raise MemoryError
-        add_noise(*arguments)  # type: ignore[arg-type]
+        return update(*arguments)
 
-    monkeypatch.setattr(sampler, "_add_noise", flaky)
+    monkeypatch.setattr(sampler, "_update", flaky)
     for _ in range(5):
         with pytest.raises(MemoryError):
             sampler.step(rows)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from train.ablations.config import load_study
 from train.cli import app
 from train.config import load_config
-from train.memory import memory_table
+from train.memory import memory_table, time_line
 from train.state import load_state
 
 pytestmark = pytest.mark.slow
@@ -31,10 +31,12 @@ def run(*words: str | Path, code: int = 0) -> str:
 
 def test_memory_prints_the_table(tmp_path: Path) -> None:
     path = write_config(tmp_path, {"teacher": {"batch_size": 8}})
-    assert run("memory", "-c", path) == memory_table(load_config(path, []), "qat", 1) + "\n"
-    words = ("--stage", "teacher", "--processes", "2", "--set", "teacher.accumulate=2")
+    config = load_config(path, [])
+    assert run("memory", "-c", path) == memory_table(config, "qat", 1) + "\n" + time_line(config, "qat", 1, 51) + "\n"
+    words = ("--stage", "teacher", "--processes", "2", "--teraflops", "3", "--set", "teacher.accumulate=2")
     printed = run("memory", "-c", path, *words)
-    assert printed == memory_table(load_config(path, ["teacher.accumulate=2"]), "teacher", 2) + "\n"
+    config = load_config(path, ["teacher.accumulate=2"])
+    assert printed == memory_table(config, "teacher", 2) + "\n" + time_line(config, "teacher", 2, 3) + "\n"
     errors = run("memory", "-c", path, "--stage", "export", code=2)
     assert errors == "error: stage 'export': not one of teacher, warmup, qat\n"
 

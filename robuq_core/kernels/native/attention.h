@@ -1,17 +1,21 @@
 /* Softmax attention, one head of one image a task; the formulas of the 8-bit form are those of quant/attention.py.
  *
- * Codes that one 32-bit lane sums lie side by side, a pack: with VNNI four bytes, of unsigned by signed codes; without,
- * two int16, since AVX2 has no product of signed bytes. Sums are exact for every head width and for up to 65,793 tokens:
+ * Codes that one 32-bit lane sums lie side by side, a pack: with VNNI four bytes, of unsigned by signed codes; with NEON's
+ * dot products four signed bytes; without either two int16. Sums are exact for every head width and for up to 65,793 tokens:
  * 255 * 127 * L < 2^31, and a row's sum of codes, at most 255 * L < 2^24, is a whole float. */
 
 #define LOWEST_LOGIT -3e38f /* of what stands beyond the last key */
 
 #if HAVE_AVX512VNNI
 typedef int8_t pack_code;
-enum { PACK = 4, QUERY_BIAS = 128 /* makes a query's codes unsigned; key_offsets take it off again */ };
+/* Makes a query's codes unsigned, or codes of exponentials signed; column_offsets() take it off again. */
+enum { PACK = 4, QUERY_BIAS = 128, CODES_BIAS = 0 };
+#elif HAVE_DOTPROD
+typedef int8_t pack_code;
+enum { PACK = 4, QUERY_BIAS = 0, CODES_BIAS = -128 };
 #else
 typedef int16_t pack_code;
-enum { PACK = 2, QUERY_BIAS = 0 };
+enum { PACK = 2, QUERY_BIAS = 0, CODES_BIAS = 0 };
 #endif
 
 /* Rows of x by columns of w, a pack at a time: out[i][c] = sum_p x[i][p] . w[p][c], eight columns a vector. */
@@ -23,6 +27,18 @@ INLINE v8i add_packs(v8i sum, const pack_code *x, const pack_code *w) {
     return (v8i)_mm256_dpbusd_epi32((__m256i)sum, _mm256_set1_epi32(pack), load_bytes(w));
 #else
     return (v8i)_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16(load_bytes(w), _mm256_set1_epi32(pack)));
+#endif
+#elif HAVE_NEON
+    int32_t pack;
+    memcpy(&pack, x, sizeof pack);
+#if HAVE_DOTPROD
+    const int8x16_t all = (int8x16_t)vdupq_n_s32(pack);
+    return (v8i){vdotq_s32(sum.low, vld1q_s8(w), all), vdotq_s32(sum.high, vld1q_s8(w + 16), all)};
+#else
+    const int16x8_t all = (int16x8_t)vdupq_n_s32(pack), a = vld1q_s16(w), b = vld1q_s16(w + 8);
+    const int32x4_t first = vpaddq_s32(vmull_s16(vget_low_s16(a), vget_low_s16(all)), vmull_high_s16(a, all));
+    const int32x4_t second = vpaddq_s32(vmull_s16(vget_low_s16(b), vget_low_s16(all)), vmull_high_s16(b, all));
+    return (v8i){vaddq_s32(sum.low, first), vaddq_s32(sum.high, second)};
 #endif
 #else
     for (int lane = 0; lane < LANES; lane++) sum[lane] += (int32_t)x[0] * w[2 * lane] + (int32_t)x[1] * w[2 * lane + 1];
@@ -44,7 +60,7 @@ INLINE void pack_tile(const pack_code *x, int64_t x_stride, const pack_code *w, 
 #pragma GCC unroll 4
     for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 3
-        for (int v = 0; v < vectors; v++) memcpy(out + i * out_stride + v * LANES, &sum[i][v], sizeof sum[i][v]);
+        for (int v = 0; v < vectors; v++) store_int(out + i * out_stride + v * LANES, sum[i][v]);
 }
 
 /* `rows`, a multiple of PACK_ROWS, by `columns`, a multiple of eight. */
@@ -71,13 +87,16 @@ FN v8 magnitudes(const float *x, int64_t count, v8 top) {
 /* Scale of symmetric 8-bit codes of values up to `top`; that of zeros only keeps their codes finite. */
 INLINE float signed_scale(float top) { return top / 127.0f < 1e-30f ? 1e-30f : top / 127.0f; }
 
-INLINE v8s signed_codes(v8 x, float scale) { return to_int16(vrint(x / splat(scale))); }
+INLINE v8s signed_codes(v8 x, float scale) { return to_int16(vrint(divide(x, splat(scale)))); }
 
 /* Eight codes, of 0 .. 255 where they are `positive`, else of a signed byte. */
 INLINE void store_pack_codes(pack_code *out, v8s codes, const int positive) {
 #if HAVE_AVX512VNNI
     const __m128i wide = (__m128i)codes;
     _mm_storel_epi64((__m128i *)out, positive ? _mm_packus_epi16(wide, wide) : _mm_packs_epi16(wide, wide));
+#elif HAVE_DOTPROD
+    (void)positive;
+    vst1_s8(out, vmovn_s16((int16x8_t)codes));
 #else
     (void)positive;
     memcpy(out, &codes, sizeof codes);
@@ -109,23 +128,23 @@ FN void transpose_packs(const pack_code *codes, int64_t length, int64_t padded_d
             v8 tile[LANES]; /* of packs, which travel as floats do */
             for (int row = 0; row < LANES; row++) {
                 tile[row] = splat(0);
-                if (i + row < length) memcpy(&tile[row], codes + (i + row) * padded_dim + k, sizeof tile[row]);
+                if (i + row < length) tile[row] = load((const float *)(codes + (i + row) * padded_dim + k));
             }
             transpose8(tile);
             for (int pack = 0; pack < LANES; pack++)
-                memcpy(out + ((k / PACK + pack) * padded_length + i) * PACK, &tile[pack], sizeof tile[pack]);
+                store((float *)(out + ((k / PACK + pack) * padded_length + i) * PACK), tile[pack]);
         }
     }
 }
 
-/* What the bias of a query's codes adds to its product with each key. */
-FN void sum_keys(const pack_code *k, int64_t padded_length, int64_t packs, int32_t *key_offsets) {
+/* What the bias of a row's codes adds to its product with each column. */
+FN void column_offsets(const pack_code *w, int64_t columns, int64_t packs, int32_t *offsets) {
     pack_code bias[PACK];
-    for (int i = 0; i < PACK; i++) bias[i] = (pack_code)QUERY_BIAS;
-    for (int64_t j = 0; j < padded_length; j += LANES) {
+    for (int i = 0; i < PACK; i++) bias[i] = (pack_code)(QUERY_BIAS + CODES_BIAS);
+    for (int64_t j = 0; j < columns; j += LANES) {
         v8i sum = {0};
-        for (int64_t p = 0; p < packs; p++) sum = add_packs(sum, bias, k + (p * padded_length + j) * PACK);
-        memcpy(key_offsets + j, &sum, sizeof sum);
+        for (int64_t p = 0; p < packs; p++) sum = add_packs(sum, bias, w + (p * columns + j) * PACK);
+        store_int(offsets + j, sum);
     }
 }
 
@@ -137,6 +156,11 @@ INLINE void store_packed(pack_code *out, const v8s codes[PACK]) {
     const __m128i first = _mm_unpacklo_epi8(even, odd), second = _mm_unpackhi_epi8(even, odd); /* 0 1, 2 3 */
     _mm_storeu_si128((__m128i *)out, _mm_unpacklo_epi16(first, second));
     _mm_storeu_si128((__m128i *)(out + 2 * LANES), _mm_unpackhi_epi16(first, second));
+#elif HAVE_DOTPROD
+    int8x8x4_t packs;
+#pragma GCC unroll 4
+    for (int t = 0; t < PACK; t++) packs.val[t] = vmovn_s16((int16x8_t)codes[t]);
+    vst4_s8(out, packs);
 #else
     store_interleaved(out, codes[0], codes[1]);
 #endif
@@ -174,10 +198,10 @@ FN float exponentials(float *x, int64_t length, v8 top) {
     const v8 shift = splat(vmax_lane(top));
     v8 sum = splat(0);
     for (int64_t k = 0; k < padded; k += LANES) {
-        v8 e = vexp(load(x + k) - shift);
+        v8 e = vexp(sub(load(x + k), shift));
         if (k >= whole) e = keep_part(e, length - k);
         store(x + k, e);
-        sum += e;
+        sum = add(sum, e);
     }
     return vsum(sum);
 }
@@ -202,12 +226,12 @@ FN void attend(const struct head *h, const struct attention_buffers *b) {
             v8 top = splat(LOWEST_LOGIT);
             for (int64_t j = length; j < padded; j++) p[j] = LOWEST_LOGIT;
             for (int64_t j = 0; j < padded; j += LANES) {
-                const v8 logit = load(p + j) * splat(h->logit_scale);
+                const v8 logit = mul(load(p + j), splat(h->logit_scale));
                 top = vmax(top, logit);
                 store(p + j, logit);
             }
             const v8 total = splat(exponentials(p, length, top));
-            for (int64_t j = 0; j < padded; j += LANES) store(p + j, load(p + j) / total);
+            for (int64_t j = 0; j < padded; j += LANES) store(p + j, divide(load(p + j), total));
         }
         dot_block(&(struct dot_job){
             .x = b->logits, .x_stride = padded, .rows = rows, .w = b->v, .w_stride = padded, .columns = dim,
@@ -217,7 +241,7 @@ FN void attend(const struct head *h, const struct attention_buffers *b) {
 
 /* 255 e^(x - max) rounded, of two vectors of logits: codes of 0 .. 255 that are also whole floats. */
 INLINE void exponential_codes(const float *logits, v8 top, v8 codes[2]) {
-    for (int i = 0; i < 2; i++) codes[i] = vrint(vexp(load(logits + i * LANES) - top) * splat(255));
+    for (int i = 0; i < 2; i++) codes[i] = vrint(mul(vexp(sub(load(logits + i * LANES), top)), splat(255)));
 }
 
 INLINE void store_two_codes(pack_code *out, const v8 codes[2]) {
@@ -231,8 +255,7 @@ INLINE void store_two_codes(pack_code *out, const v8 codes[2]) {
     store_bytes(out, wide);
 #endif
 #else
-    store_pack_codes(out, to_int16(codes[0]), 1);
-    store_pack_codes(out + LANES, to_int16(codes[1]), 1);
+    for (int i = 0; i < 2; i++) store_pack_codes(out + i * LANES, to_int16(codes[i]) + (int16_t)CODES_BIAS, 1);
 #endif
 }
 
@@ -244,10 +267,9 @@ FN float softmax_codes(const struct attention_buffers *b, int64_t row, int64_t l
     pack_code *codes = (pack_code *)b->p_codes + row * padded;
     v8 top = splat(LOWEST_LOGIT);
     for (int64_t j = 0; j < padded; j += LANES) {
-        v8i product, offset = {0};
-        memcpy(&product, products + j, sizeof product);
-        if (QUERY_BIAS) memcpy(&offset, b->key_offsets + j, sizeof offset);
-        const v8 logit = __builtin_convertvector(product - offset, v8) * (splat(scale) * load(b->k_scale + j));
+        v8i product = load_int(products + j);
+        if (QUERY_BIAS) product = sub_int(product, load_int(b->offsets + j));
+        const v8 logit = mul(to_float(product), mul(splat(scale), load(b->k_scale + j)));
         top = vmax(top, j < whole ? logit : first_part(logit, length - j, splat(LOWEST_LOGIT)));
         store(p + j, logit);
     }
@@ -257,15 +279,15 @@ FN float softmax_codes(const struct attention_buffers *b, int64_t row, int64_t l
     for (; j + INT16_LANES <= length; j += INT16_LANES) {
         exponential_codes(p + j, top, code);
         store_two_codes(codes + j, code);
-        for (int i = 0; i < 2; i++) sum[i] += code[i];
+        for (int i = 0; i < 2; i++) sum[i] = add(sum[i], code[i]);
     }
     if (j < length) {
         exponential_codes(p + j, top, code);
         for (int i = 0; i < 2; i++) code[i] = keep_part(code[i], max64(length - j - i * LANES, 0));
         store_two_codes(codes + j, code);
-        for (int i = 0; i < 2; i++) sum[i] += code[i];
+        for (int i = 0; i < 2; i++) sum[i] = add(sum[i], code[i]);
     }
-    return vsum(sum[0] + sum[1]);
+    return vsum(add(sum[0], sum[1]));
 }
 
 FN void attend_int8(const struct head *h, const struct attention_buffers *b) {
@@ -275,10 +297,11 @@ FN void attend_int8(const struct head *h, const struct attention_buffers *b) {
     pack_code *q = b->q, *k = b->k;
     quantize_tokens(h->k, h->stride, length, dim, q, b->k_scale, 0);
     transpose_packs(q, length, padded_dim, padded_length, k);
-    if (QUERY_BIAS) sum_keys(k, padded_length, packs, b->key_offsets);
+    if (QUERY_BIAS) column_offsets(k, padded_length, packs, b->offsets);
     quantize_tokens(h->q, h->stride, length, dim, q, b->q_scale, QUERY_BIAS);
     for (int64_t j = length; j < padded_length; j++) b->k_scale[j] = 0.0f;
     const float v_scale = quantize_values(h->v, h->stride, length, dim, b->v_codes);
+    if (CODES_BIAS) column_offsets(b->v_codes, value_dim, padded_length / PACK, b->offsets);
     for (int64_t first = 0; first < length; first += QUERY_ROWS) {
         const int64_t rows = min64(QUERY_ROWS, length - first), tiles = round_up(rows, PACK_ROWS);
         pack_block(q + first * padded_dim, padded_dim, tiles, k, padded_length, packs, b->products, padded_length);
@@ -289,7 +312,8 @@ FN void attend_int8(const struct head *h, const struct attention_buffers *b) {
                    value_dim);
         for (int64_t i = 0; i < rows; i++)
             for (int64_t d = 0; d < dim; d++)
-                h->out[(first + i) * h->width + d] = (float)b->products[i * value_dim + d] * factors[i];
+                h->out[(first + i) * h->width + d] =
+                    (float)(b->products[i * value_dim + d] - (CODES_BIAS ? b->offsets[d] : 0)) * factors[i];
     }
 }
 

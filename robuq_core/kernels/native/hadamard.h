@@ -4,11 +4,11 @@
 INLINE void sylvester32(v8 x[4]) {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) x[i] = hadamard8(x[i]);
-    const v8 a = x[0] + x[1], b = x[0] - x[1], c = x[2] + x[3], d = x[2] - x[3];
-    x[0] = a + c;
-    x[1] = b + d;
-    x[2] = a - c;
-    x[3] = b - d;
+    const v8 a = add(x[0], x[1]), b = sub(x[0], x[1]), c = add(x[2], x[3]), d = sub(x[2], x[3]);
+    x[0] = add(a, c);
+    x[1] = add(b, d);
+    x[2] = sub(a, c);
+    x[3] = sub(b, d);
 }
 
 /* Butterflies within each run of `power` >= 8 elements: strides up to 16 in registers, then two strides a pass. */
@@ -29,10 +29,10 @@ FN void sylvester_rows(float *x, int64_t width, int64_t power) {
         for (int64_t start = 0; start < width; start += 4 * h) {
             for (float *p = x + start; p < x + start + h; p += LANES) {
                 const v8 a = load(p), b = load(p + h), c = load(p + 2 * h), d = load(p + 3 * h);
-                store(p, (a + b) + (c + d));
-                store(p + h, (a - b) + (c - d));
-                store(p + 2 * h, (a + b) - (c + d));
-                store(p + 3 * h, (a - b) - (c - d));
+                store(p, add(add(a, b), add(c, d)));
+                store(p + h, add(sub(a, b), sub(c, d)));
+                store(p + 2 * h, sub(add(a, b), add(c, d)));
+                store(p + 3 * h, sub(sub(a, b), sub(c, d)));
             }
         }
     }
@@ -40,8 +40,8 @@ FN void sylvester_rows(float *x, int64_t width, int64_t power) {
         for (int64_t start = 0; start < width; start += 2 * h) {
             for (float *p = x + start; p < x + start + h; p += LANES) {
                 const v8 a = load(p), b = load(p + h);
-                store(p, a + b);
-                store(p + h, a - b);
+                store(p, add(a, b));
+                store(p + h, sub(a, b));
             }
         }
     }
@@ -58,17 +58,17 @@ INLINE void conference18(const v8 in[18], v8 out[18]) {
     v8 next[Q], across[Q], sum[4] = {z[0], z[1], z[2], z[3]};
 #pragma GCC unroll 17
     for (int m = 0; m < Q; m++) {
-        next[m] = z[m] + z[(m + 1) % Q];
-        across[m] = z[m] + z[(m + 9) % Q];
+        next[m] = add(z[m], z[(m + 1) % Q]);
+        across[m] = add(z[m], z[(m + 9) % Q]);
     }
 #pragma GCC unroll 17
-    for (int m = 4; m < Q; m++) sum[m % 4] += z[m];
-    out[0] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-    const v8 border = in[0] - out[0];
+    for (int m = 4; m < Q; m++) sum[m % 4] = add(sum[m % 4], z[m]);
+    out[0] = add(add(sum[0], sum[1]), add(sum[2], sum[3]));
+    const v8 border = sub(in[0], out[0]);
 #pragma GCC unroll 17
     for (int i = 0; i < Q; i++) {
-        const v8 residues = (next[(i + 1) % Q] + next[(i + 8) % Q]) + (next[(i + 15) % Q] + across[(i + 4) % Q]);
-        out[1 + i] = fmadd(residues, splat(2), z[i] + border);
+        const v8 residues = add(add(next[(i + 1) % Q], next[(i + 8) % Q]), add(next[(i + 15) % Q], across[(i + 4) % Q]));
+        out[1 + i] = fmadd(residues, splat(2), add(z[i], border));
     }
 }
 
@@ -78,15 +78,15 @@ FN void paley36(float *x, int64_t stride) {
 #pragma GCC unroll 18
     for (int i = 0; i < 18; i++) {
         const v8 a = load(x + 2 * i * stride), b = load(x + (2 * i + 1) * stride);
-        sums[i] = a + b;
-        differences[i] = a - b;
+        sums[i] = add(a, b);
+        differences[i] = sub(a, b);
     }
     conference18(sums, product);
 #pragma GCC unroll 18
-    for (int i = 0; i < 18; i++) store(x + 2 * i * stride, product[i] + differences[i]);
+    for (int i = 0; i < 18; i++) store(x + 2 * i * stride, add(product[i], differences[i]));
     conference18(differences, product);
 #pragma GCC unroll 18
-    for (int i = 0; i < 18; i++) store(x + (2 * i + 1) * stride, product[i] - sums[i]);
+    for (int i = 0; i < 18; i++) store(x + (2 * i + 1) * stride, sub(product[i], sums[i]));
 }
 
 /* Order 12, Paley's first construction (q = 11): residues 1 4 5 and 3 9, with 0 beside them. */
@@ -96,15 +96,15 @@ FN void paley12(float *x, int64_t stride) {
 #pragma GCC unroll 11
     for (int m = 0; m < Q; m++) {
         z[m] = load(x + (m + 1) * stride);
-        sum += z[m];
+        sum = add(sum, z[m]);
     }
 #pragma GCC unroll 11
-    for (int m = 0; m < Q; m++) next[m] = z[m] + z[(m + 1) % Q];
-    const v8 border = load(x) - sum;
+    for (int m = 0; m < Q; m++) next[m] = add(z[m], z[(m + 1) % Q]);
+    const v8 border = sub(load(x), sum);
     store(x, border);
 #pragma GCC unroll 11
     for (int j = 0; j < Q; j++) {
-        const v8 residues = (next[j] + next[(j + 4) % Q]) + (z[(j + 3) % Q] + z[(j + 9) % Q]);
+        const v8 residues = add(add(next[j], next[(j + 4) % Q]), add(z[(j + 3) % Q], z[(j + 9) % Q]));
         store(x + (j + 1) * stride, fmadd(residues, splat(2), border));
     }
 }

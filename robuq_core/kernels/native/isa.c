@@ -1,4 +1,5 @@
-/* What the processor and the operating system support, by cpuid and xgetbv: compilers differ in the names they know. */
+/* What the processor and the operating system support: on x86 by cpuid and xgetbv, since compilers differ in the names
+ * they know, on AArch64 by what Linux says. */
 #include "isa.h"
 
 #if defined(__x86_64__) && !defined(ROBUQ_SIMDE)
@@ -63,6 +64,37 @@ int isa_supported(int isa) {
         case ISA_AVX512VNNI: return BUILD_AVX512VNNI && has_avx512vnni();
         case ISA_AVX512VBMI: return BUILD_AVX512VBMI && has_avx512vbmi();
         case ISA_AMX: return BUILD_AMX && has_amx();
+        default: return 0;
+    }
+}
+#elif defined(__aarch64__)
+#if defined(__linux__)
+#include <sys/auxv.h>
+static int has_dotprod(void) { return getauxval(AT_HWCAP) >> 20 & 1; /* HWCAP_ASIMDDP */ }
+static int has_i8mm(void) { return getauxval(AT_HWCAP2) >> 13 & 1; /* HWCAP2_I8MM */ }
+#else /* what the compiler takes for granted */
+static int has_dotprod(void) {
+#if defined(__ARM_FEATURE_DOTPROD)
+    return 1;
+#else
+    return 0;
+#endif
+}
+static int has_i8mm(void) {
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+    return 1;
+#else
+    return 0;
+#endif
+}
+#endif
+
+int isa_supported(int isa) {
+    switch (isa) {
+        case ISA_PLAIN: return 1;
+        case ISA_NEON: return BUILD_NEON;
+        case ISA_DOTPROD: return BUILD_NEON && has_dotprod();
+        case ISA_I8MM: return BUILD_NEON && has_dotprod() && has_i8mm();
         default: return 0;
     }
 }

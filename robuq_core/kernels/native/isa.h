@@ -4,8 +4,11 @@
 #ifndef ROBUQ_ISA_H
 #define ROBUQ_ISA_H
 
-/* Mirrored in cpu.py; each set includes those before it. */
-enum { ISA_PLAIN = 0, ISA_AVX2 = 1, ISA_AVX512VNNI = 2, ISA_AVX512VBMI = 3, ISA_AMX = 4 };
+/* Mirrored in cpu.py; each set of a processor family includes those before it. */
+enum {
+    ISA_PLAIN = 0, ISA_AVX2 = 1, ISA_AVX512VNNI = 2, ISA_AVX512VBMI = 3, ISA_AMX = 4,
+    ISA_NEON = 5, ISA_DOTPROD = 6, ISA_I8MM = 7,
+};
 
 #if defined(__x86_64__)
 #define BUILD_AVX2 1
@@ -28,6 +31,12 @@ enum { ISA_PLAIN = 0, ISA_AVX2 = 1, ISA_AVX512VNNI = 2, ISA_AVX512VBMI = 3, ISA_
 #endif
 
 #define BUILD_AVX512VBMI BUILD_AVX512VNNI
+
+#if defined(__aarch64__) && defined(__ARM_NEON) && (defined(__clang__) || __GNUC__ >= 11)
+#define BUILD_NEON 1 /* with dot products and matrix products */
+#else
+#define BUILD_NEON 0
+#endif
 
 /* Whether the library has the set and the processor and the system run it. */
 int isa_supported(int isa);

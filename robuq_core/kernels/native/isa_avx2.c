@@ -3,7 +3,6 @@
 #if BUILD_AVX2
 #define FN static __attribute__((target("avx2,fma")))
 #define HAVE_AVX2 1
-#define HAVE_AVX512VNNI 0
 #include "tasks.h"
 
 FN void ternary_lookup_task(const void *job, int64_t task, char *scratch) {

@@ -1,7 +1,5 @@
 /* The tasks in portable C with vector extensions: for ARM, and for x86 without AVX2. */
 #define FN static
-#define HAVE_AVX2 0
-#define HAVE_AVX512VNNI 0
 #include "tasks.h"
 
 const struct isa_tasks plain_tasks = {SHARED_TASKS, .ways = {DIRECT_WAY}};

@@ -1,10 +1,7 @@
-/* The library's C interface, called from cpu.py by ctypes, and the init function that makes it an extension module.
+/* The library's C interface, called from cpu.py by ctypes.
  *
  * A backend is an instruction set and a thread pool: robuq_open(), robuq_close(); ops of several run side by side.
  * Shapes are checked in Python. Every op returns 0, or -1 where there is no memory for its working buffers. */
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -12,11 +9,12 @@
 #include "base3.h"
 #include "isa.h"
 #include "robuq.h"
+#include "update.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
 /* One more whenever an argument list changes: cpu.py refuses a library built from other source than its own. */
-EXPORT int robuq_interface(void) { return 9; }
+EXPORT int robuq_interface(void) { return 11; }
 
 EXPORT int robuq_supports(int isa) { return isa_supported(isa); }
 
@@ -33,6 +31,11 @@ static const struct isa_tasks *tasks_of(int isa) {
 #endif
 #if BUILD_AMX
         case ISA_AMX: return &amx_tasks;
+#endif
+#if BUILD_NEON
+        case ISA_NEON: return &neon_tasks;
+        case ISA_DOTPROD: return &dotprod_tasks;
+        case ISA_I8MM: return &i8mm_tasks;
 #endif
         default: return &plain_tasks;
     }
@@ -160,31 +163,38 @@ EXPORT int robuq_ternary_linear(
     return failed;
 }
 
-/* Both steps in one call: y = layer(x), or y += gate * layer(x) where there is a gate. */
+/* Of what the first step of a layer leaves to the second. */
+static int64_t quantized_bytes(const struct layer *layer, int64_t rows) {
+    return round_up(rows * layer->width, ALIGNMENT) + round_up(rows * (1 + layer->rank) * (int64_t)sizeof(float), ALIGNMENT);
+}
+
+/* Both steps: y = layer(x), or y += gate * layer(x) where there is a gate. `work`: quantized_bytes(). */
+static int ternary(const struct backend *backend, const struct layer *layer, const float *x, int64_t rows,
+                   const struct prologue *prologue, const float *gate, int64_t gate_stride, int64_t rows_per_image,
+                   float *y, char *work) {
+    int8_t *codes = carve(&work, rows * layer->width, sizeof *codes);
+    float *scales = (float *)work, *lowrank = scales + rows;
+    struct ternary_job job = {
+        .layer = layer, .codes = codes, .scales = scales, .lowrank = lowrank, .rows = rows, .gate = gate,
+        .gate_stride = gate_stride, .rows_per_image = rows_per_image, .y = y,
+    };
+    return rotate_quantize(backend, layer, x, rows, prologue, codes, scales, lowrank) || ternary_linear(backend, &job);
+}
+
 EXPORT int robuq_ternary(
     const struct backend *backend, const struct layer *layer, const float *x, int64_t rows,
     const struct prologue *prologue, const float *gate, int64_t gate_stride, int64_t rows_per_image, float *y) {
     if (rows == 0 || layer->channels == 0) return 0;
     pool_begin(backend->pool);
-    const int64_t code_bytes = round_up(rows * layer->width, ALIGNMENT);
-    int8_t *codes = pool_shared(backend->pool, (size_t)code_bytes + (size_t)(rows * (1 + layer->rank)) * sizeof *x);
-    int failed = !codes;
-    if (!failed) {
-        float *scales = (float *)(codes + code_bytes), *lowrank = scales + rows;
-        struct ternary_job job = {
-            .layer = layer, .codes = codes, .scales = scales, .lowrank = lowrank, .rows = rows, .gate = gate,
-            .gate_stride = gate_stride, .rows_per_image = rows_per_image, .y = y,
-        };
-        failed = rotate_quantize(backend, layer, x, rows, prologue, codes, scales, lowrank) ||
-                 ternary_linear(backend, &job);
-    }
+    char *work = pool_shared(backend->pool, (size_t)quantized_bytes(layer, rows));
+    const int failed =
+        !work || ternary(backend, layer, x, rows, prologue, gate, gate_stride, rows_per_image, y, work);
     pool_end(backend->pool);
     return failed;
 }
 
-EXPORT int robuq_attention(
-    const struct backend *backend, const float *qkv, int64_t images, int64_t length, int64_t width, int64_t heads,
-    int quantized, float *out) {
+static int attention(const struct backend *backend, const float *qkv, int64_t images, int64_t length, int64_t width,
+                     int64_t heads, int quantized, float *out) {
     const int64_t head_dim = width / heads;
     const struct attention_job job = {
         qkv, length, width, heads, head_dim, (float)(1.0 / sqrt((double)head_dim)), out,
@@ -192,8 +202,52 @@ EXPORT int robuq_attention(
     task_function *function = quantized ? backend->tasks->attention_int8 : backend->tasks->attention;
     struct attention_buffers unused;
     const size_t scratch = attention_carve(NULL, length, head_dim, &unused);
+    return pool_run(backend->pool, images * heads, scratch, function, &job);
+}
+
+EXPORT int robuq_attention(
+    const struct backend *backend, const float *qkv, int64_t images, int64_t length, int64_t width, int64_t heads,
+    int quantized, float *out) {
     pool_begin(backend->pool);
-    const int failed = pool_run(backend->pool, images * heads, scratch, function, &job);
+    const int failed = attention(backend, qkv, images, length, width, heads, quantized, out);
+    pool_end(backend->pool);
+    return failed;
+}
+
+/* A block of a network; mirrored in cpu.py. */
+struct block {
+    const struct layer *qkv, *proj, *fc1, *fc2;
+    int64_t heads, quantized;   /* of its attention */
+    float eps1, eps2;           /* of its norms */
+};
+
+/* A whole block in place on x [images, length, width]. `modulation`: shift, scale and gate of the attention, then of the
+ * MLP; each is [images, width], `entry` apart, its rows `stride` apart. */
+EXPORT int robuq_block(const struct backend *backend, const struct block *block, float *x, int64_t images, int64_t length,
+                       const float *modulation, int64_t entry, int64_t stride) {
+    enum { SHIFT1, SCALE1, GATE1, SHIFT2, SCALE2, GATE2 };
+    const int64_t rows = images * length, width = block->proj->channels, hidden = block->fc1->channels;
+    if (rows == 0) return 0;
+    const struct prologue none = {.kind = PROLOGUE_NONE}, gelu = {.kind = PROLOGUE_GELU};
+    const struct prologue norm1 = {
+        PROLOGUE_MODULATE, length, modulation + SHIFT1 * entry, modulation + SCALE1 * entry, stride, stride, block->eps1,
+    };
+    const struct prologue norm2 = {
+        PROLOGUE_MODULATE, length, modulation + SHIFT2 * entry, modulation + SCALE2 * entry, stride, stride, block->eps2,
+    };
+    int64_t work_bytes = max64(quantized_bytes(block->qkv, rows), quantized_bytes(block->proj, rows));
+    work_bytes = max64(work_bytes, max64(quantized_bytes(block->fc1, rows), quantized_bytes(block->fc2, rows)));
+    const int64_t wide_bytes = round_up(rows * max64(3 * width, hidden) * (int64_t)sizeof *x, ALIGNMENT);
+
+    pool_begin(backend->pool);
+    char *work = pool_shared(backend->pool, (size_t)(work_bytes + wide_bytes + rows * width * (int64_t)sizeof *x));
+    float *wide = (float *)(work + work_bytes), *heads = (float *)(work + work_bytes + wide_bytes);
+    const int failed =
+        !work || ternary(backend, block->qkv, x, rows, &norm1, NULL, 0, 1, wide, work) ||
+        attention(backend, wide, images, length, width, block->heads, (int)block->quantized, heads) ||
+        ternary(backend, block->proj, heads, rows, &none, modulation + GATE1 * entry, stride, length, x, work) ||
+        ternary(backend, block->fc1, x, rows, &norm2, NULL, 0, 1, wide, work) ||
+        ternary(backend, block->fc2, wide, rows, &gelu, modulation + GATE2 * entry, stride, length, x, work);
     pool_end(backend->pool);
     return failed;
 }
@@ -207,6 +261,12 @@ EXPORT int robuq_linear(
     const int failed = pool_run(backend->pool, count, 0, backend->tasks->linear, &job);
     pool_end(backend->pool);
     return failed;
+}
+
+EXPORT int robuq_update(const struct row_step *steps, int64_t rows, int64_t values, int64_t guided, int clip,
+                        float *following, float *x0) {
+    update_rows(steps, rows, values, guided, clip, following, x0);
+    return 0;
 }
 
 EXPORT int robuq_planar_from_base3(const uint8_t *packed, int64_t rows, int64_t width, uint8_t *planar) {
@@ -229,10 +289,3 @@ EXPORT int robuq_weight_offsets(const uint8_t *planar, int64_t channels, int64_t
     }
     return 0;
 }
-
-static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "_native", "Native CPU kernels; robuq_core.kernels.cpu calls them by ctypes.", -1, NULL,
-    NULL, NULL, NULL, NULL,
-};
-
-PyMODINIT_FUNC PyInit__native(void) { return PyModule_Create(&definition); }

@@ -193,14 +193,6 @@ INLINE void lookup_tile(const uint8_t *index, const uint8_t *tables, int64_t pai
     }
 }
 
-/* Products of `rows` rows and a panel begin with what comes off their sums. */
-FN void begin_products(const struct layer *layer, int64_t channel, int64_t rows, int32_t *products) {
-    const int64_t count = min64(PANEL, layer->channels - channel);
-    int32_t first[PANEL] = {0};
-    for (int64_t c = 0; c < count; c++) first[c] = -layer->weight_offsets[channel + c];
-    for (int64_t m = 0; m < rows; m++) memcpy(products + m * PANEL, first, sizeof first);
-}
-
 FN void lookup_multiply(const struct ternary_job *job, int64_t channel, int64_t group, int64_t groups,
                         const uint8_t *panel, const int8_t *operands, int64_t rows, int32_t *products, int64_t stride) {
     (void)stride;

@@ -132,6 +132,7 @@ struct isa_tasks {
 };
 
 extern const struct isa_tasks plain_tasks, avx2_tasks, avx512vnni_tasks, avx512vbmi_tasks, amx_tasks;
+extern const struct isa_tasks neon_tasks, dotprod_tasks, i8mm_tasks;
 
 /* Working buffers of a rotate_quantize task. */
 struct rotate_buffers {
@@ -178,7 +179,7 @@ struct attention_buffers {
     void *q;                    /* codes [length, padded head_dim], and rows of a last tile */
     void *k;                    /* codes [padded head_dim / pack, padded length, pack] */
     float *q_scale, *k_scale;   /* [padded length] */
-    int32_t *key_offsets;       /* [padded length], of the products with a key */
+    int32_t *offsets;           /* [the longer of padded length and padded head_dim], of the products with a column */
     void *v_codes;              /* [padded length / pack, padded head_dim, pack] */
     float *v;                   /* the same memory: unquantised, [head_dim, padded length] */
     float *logits;              /* then probabilities [QUERY_ROWS, padded length] */
@@ -196,7 +197,7 @@ static inline size_t attention_carve(char *scratch, int64_t length, int64_t head
     b->k = carve(&cursor, padded_length * padded_dim, sizeof(int16_t));
     b->q_scale = carve(&cursor, padded_length, sizeof *b->q_scale);
     b->k_scale = carve(&cursor, padded_length, sizeof *b->k_scale);
-    b->key_offsets = carve(&cursor, padded_length, sizeof *b->key_offsets);
+    b->offsets = carve(&cursor, max64(padded_length, padded_dim), sizeof *b->offsets);
     b->v_codes = b->v = carve(&cursor, padded_dim * padded_length, sizeof *b->v);
     b->logits = carve(&cursor, QUERY_ROWS * padded_length, sizeof *b->logits);
     b->products = carve(&cursor, QUERY_ROWS * max64(padded_length, padded_dim), sizeof *b->products);

@@ -6,9 +6,9 @@
 /* x / (1 + 2^-u): SiLU, u = x / ln 2, or the tanh form of GELU, x (1 + tanh z) / 2 with u = 2 z / ln 2. */
 INLINE v8 activate(v8 x, const int prologue) {
     const v8 slope = splat(prologue == PROLOGUE_GELU ? -2.30220819f : -1.44269504f);
-    const v8 u = prologue == PROLOGUE_GELU ? x * fmadd(x * x, splat(-0.102943240f), slope) : x * slope;
+    const v8 u = mul(x, prologue == PROLOGUE_GELU ? fmadd(mul(x, x), splat(-0.102943240f), slope) : slope);
     const v8 limited = vmin(vmax(u, splat(-126)), splat(126)), n = vrint(limited);
-    return x / (splat(1) + exp2_parts(n, limited - n));
+    return divide(x, add(splat(1), exp2_parts(n, sub(limited, n))));
 }
 
 /* Sum over a row of x - shift, or of its squares; four chains, as one would wait for each addition. */
@@ -18,15 +18,15 @@ INLINE float row_sum(const float *x, int64_t width, float shift, const int squar
     for (; k + 4 * LANES <= width; k += 4 * LANES) {
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
-            const v8 part = load(x + k + i * LANES) - splat(shift);
-            sum[i] = squares ? fmadd(part, part, sum[i]) : sum[i] + part;
+            const v8 part = sub(load(x + k + i * LANES), splat(shift));
+            sum[i] = squares ? fmadd(part, part, sum[i]) : add(sum[i], part);
         }
     }
     for (; k < width; k += LANES) {
-        const v8 part = keep_part(load_part(x + k, width - k) - splat(shift), width - k);
-        sum[0] = squares ? fmadd(part, part, sum[0]) : sum[0] + part;
+        const v8 part = keep_part(sub(load_part(x + k, width - k), splat(shift)), width - k);
+        sum[0] = squares ? fmadd(part, part, sum[0]) : add(sum[0], part);
     }
-    return vsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    return vsum(add(add(sum[0], sum[1]), add(sum[2], sum[3])));
 }
 
 struct modulation_row {
@@ -38,12 +38,12 @@ INLINE v8 prologue_vector(const struct rotate_job *job, const float *x, const st
                           int64_t left, const int prologue) {
     v8 y = load_part(x + k, left);
     if (prologue == PROLOGUE_MODULATE) {
-        const v8 normed = (y - splat(m->mean)) * splat(m->inverse_deviation);
-        y = fmadd(normed, splat(1) + load_part(m->scale + k, left), load_part(m->shift + k, left));
+        const v8 normed = mul(sub(y, splat(m->mean)), splat(m->inverse_deviation));
+        y = fmadd(normed, add(splat(1), load_part(m->scale + k, left)), load_part(m->shift + k, left));
     } else if (prologue != PROLOGUE_NONE) {
         y = activate(y, prologue);
     }
-    return y * (load_part(job->layer->signs + k, left) * splat(job->normalisation));
+    return mul(y, mul(load_part(job->layer->signs + k, left), splat(job->normalisation)));
 }
 
 /* Prologue, sign flip and 1 / sqrt(block) of row `row`, into the padded `out`. */
@@ -78,15 +78,15 @@ FN float mean_magnitude(const float *x, int64_t width) {
     int64_t k = 0;
     for (; k + 4 * LANES <= width; k += 4 * LANES) {
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) sum[i] += vabs(load(x + k + i * LANES));
+        for (int i = 0; i < 4; i++) sum[i] = add(sum[i], vabs(load(x + k + i * LANES)));
     }
-    for (; k < width; k += LANES) sum[0] += vabs(keep_part(load(x + k), width - k));
-    return vsum((sum[0] + sum[1]) + (sum[2] + sum[3])) / (float)width;
+    for (; k < width; k += LANES) sum[0] = add(sum[0], vabs(keep_part(load(x + k), width - k)));
+    return vsum(add(add(sum[0], sum[1]), add(sum[2], sum[3]))) / (float)width;
 }
 
 /* Eight codes of x / step, limited to the grid; mid-rise ones, 2 floor + 1, as the floor. */
 INLINE v8 grid_floor(v8 x, v8 inverse, v8 lowest, v8 highest, const int midrise) {
-    const v8 q = vmax(vmin(x * inverse, highest), lowest);
+    const v8 q = vmax(vmin(mul(x, inverse), highest), lowest);
     return midrise ? vfloor(q) : vrint(q);
 }
 
@@ -105,7 +105,7 @@ INLINE void quantize_vectors(const struct rotate_job *job, const float *x, float
     }
     for (; k < width; k += LANES) {
         v8 q = grid_floor(load(x + k), inverse, lowest, highest, midrise);
-        if (midrise) q = q + q + splat(1);
+        if (midrise) q = add(add(q, q), splat(1));
         const v8b code = to_int8(q);
         memcpy(codes + k, &code, (size_t)min64(LANES, width - k));
     }

@@ -10,19 +10,23 @@
 #elif HAVE_AVX2
 #include "product_lookup.h"
 #include "product_direct.h"
-#else
+#elif HAVE_NEON && !HAVE_DOTPROD
+#include "product_tbl.h"
+#elif !HAVE_NEON
 #include "product_plain.h"
 #endif
 #include "attention.h"
-
-FN void ternary_direct_task(const void *job, int64_t task, char *scratch) {
-    ternary_task(job, task, scratch, &direct_product);
-}
 
 #define SHARED_TASKS                                                                    \
     .rotate_quantize = rotate_quantize_task, .attention = attention_task,               \
     .attention_int8 = attention_int8_task, .linear = linear_task
 
+#if !HAVE_DOTPROD
+FN void ternary_direct_task(const void *job, int64_t task, char *scratch) {
+    ternary_task(job, task, scratch, &direct_product);
+}
+
 #define DIRECT_WAY                                                                      \
     {.task = ternary_direct_task, .operand_bytes = GROUP, .panels = 1, .most_groups = INT32_MAX, .block_rows = 96, \
      .operand_panels = 1, .most_code = 128}
+#endif

@@ -25,6 +25,14 @@ struct product {
 /* Bias that makes the sum of two cells positive, 2 (2^(b-1) - 1): it is 0 .. 2 (2^b - 1) then. */
 INLINE int pair_bias(const struct layer *layer) { return (int)layer->max_code - 1; }
 
+/* Products of `rows` rows and a panel begin with what comes off their sums. */
+INLINE void begin_products(const struct layer *layer, int64_t channel, int64_t rows, int32_t *products) {
+    const int64_t count = min64(PANEL, layer->channels - channel);
+    int32_t first[PANEL] = {0};
+    for (int64_t c = 0; c < count; c++) first[c] = -layer->weight_offsets[channel + c];
+    for (int64_t m = 0; m < rows; m++) memcpy(products + m * PANEL, first, sizeof first);
+}
+
 /* A channel's codes; beyond the last channel, the last again. */
 INLINE const uint8_t *planar_row(const struct ternary_job *job, int64_t channel) {
     return job->layer->planar + min64(channel, job->layer->channels - 1) * (job->padded_width / GROUP * GROUP_BYTES);
@@ -49,6 +57,10 @@ FN int32_t sum_codes(const int8_t *codes) {
     int32_t parts[4], sum = 0;
     _mm_storeu_si128((__m128i *)parts, sum_lanes(sums));
     for (int i = 0; i < 4; i++) sum += parts[i];
+#elif HAVE_NEON
+    int16x8_t sums = vdupq_n_s16(0);
+    for (int k = 0; k < GROUP; k += 16) sums = vpadalq_s8(sums, vld1q_s8(codes + k));
+    const int32_t sum = vaddlvq_s16(sums);
 #else
     int32_t sum = 0;
     for (int k = 0; k < GROUP; k++) sum += codes[k];
@@ -57,7 +69,7 @@ FN int32_t sum_codes(const int8_t *codes) {
 }
 
 /* Operands as they are, [rows, groups * GROUP], for weights t + 1: a row's offset is the sum of its codes. */
-FN void copy_codes(const struct ternary_job *job, int64_t first, int64_t rows, int64_t group, int64_t groups,
+FN inline void copy_codes(const struct ternary_job *job, int64_t first, int64_t rows, int64_t group, int64_t groups,
                    int8_t *operands, int32_t *offsets) {
     for (int64_t row = 0; row < rows; row++) {
         int32_t sum = group ? offsets[row] : 0;
@@ -116,12 +128,10 @@ INLINE void epilogue_tile(const struct ternary_job *job, int64_t row, int64_t ch
         for (int i = 0; i < VECTORS; i++) {
             const int64_t at = channel + i * LANES, left = whole ? LANES : layer->channels - at;
             if (left <= 0) break;
-            v8i product;
-            memcpy(&product, products + i * LANES, sizeof product);
-            const v8 exact = __builtin_convertvector(product - offsets[m], v8);
-            const v8 main_term = exact * (scale * load_part(layer->alpha + at, left));
-            v8 result = (main_term + correction[m][i]) + load_part(layer->bias + at, left);
-            if (gate) result = load_part(y + at, left) + result * load_part(gate + at, left);
+            const v8 exact = to_float(sub_int(load_int(products + i * LANES), splat_int(offsets[m])));
+            const v8 main_term = mul(exact, mul(scale, load_part(layer->alpha + at, left)));
+            v8 result = add(add(main_term, correction[m][i]), load_part(layer->bias + at, left));
+            if (gate) result = add(load_part(y + at, left), mul(result, load_part(gate + at, left)));
             store_part(y + at, result, left);
         }
     }

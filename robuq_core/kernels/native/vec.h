@@ -1,30 +1,123 @@
 /* Vectors of eight floats on GCC/clang vector extensions, for the instruction set that the including file targets.
  *
- * The includer defines FN, the specifiers of every function (static, and the target), and HAVE_AVX2, HAVE_AVX512VNNI
- * where intrinsics serve better than the generic form. The last vector of a row is padded and runs through the same operations as the
+ * The includer defines FN, the specifiers of every function (static, and the target), and HAVE_AVX2, HAVE_AVX512VNNI,
+ * HAVE_NEON, HAVE_DOTPROD where intrinsics serve better than the generic form. NEON gives the bits of AVX2, and the
+ * generic form too where multiply-adds are fused. The last vector of a row is padded and runs through the same operations as the
  * others, so an element's value never depends on where in the row it stands. */
 #include <string.h>
 
 #include "robuq.h"
+#ifndef HAVE_AVX2
+#define HAVE_AVX2 0
+#endif
+#ifndef HAVE_AVX512VNNI
+#define HAVE_AVX512VNNI 0
+#endif
+#ifndef HAVE_NEON
+#define HAVE_NEON 0
+#endif
+#ifndef HAVE_DOTPROD
+#define HAVE_DOTPROD 0
+#endif
 #if defined(ROBUQ_SIMDE) && HAVE_AVX2
 #include "emulated_intrinsics.h"
 #elif HAVE_AVX2
 #include <immintrin.h>
+#elif HAVE_NEON
+#include <arm_neon.h>
 #endif
 
 #define INLINE FN inline __attribute__((always_inline))
 
-typedef float v8 __attribute__((vector_size(32)));
-typedef int32_t v8i __attribute__((vector_size(32)));
 typedef int16_t v8s __attribute__((vector_size(16)));
 typedef int8_t v8b __attribute__((vector_size(8)));
-typedef float v8_unaligned __attribute__((vector_size(32), aligned(4), may_alias));
 
 enum { LANES = 8 };
+
+#if HAVE_NEON
+/* Two halves: GCC would move one vector of 32 bytes through memory. */
+typedef struct {
+    float32x4_t low, high;
+} v8;
+typedef struct {
+    int32x4_t low, high;
+} v8i;
+
+INLINE v8 add(v8 a, v8 b) { return (v8){vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)}; }
+INLINE v8 sub(v8 a, v8 b) { return (v8){vsubq_f32(a.low, b.low), vsubq_f32(a.high, b.high)}; }
+INLINE v8 mul(v8 a, v8 b) { return (v8){vmulq_f32(a.low, b.low), vmulq_f32(a.high, b.high)}; }
+INLINE v8 divide(v8 a, v8 b) { return (v8){vdivq_f32(a.low, b.low), vdivq_f32(a.high, b.high)}; }
+INLINE v8i sub_int(v8i a, v8i b) { return (v8i){vsubq_s32(a.low, b.low), vsubq_s32(a.high, b.high)}; }
+INLINE v8 vabs(v8 x) { return (v8){vabsq_f32(x.low), vabsq_f32(x.high)}; }
+
+INLINE v8 splat(float x) { return (v8){vdupq_n_f32(x), vdupq_n_f32(x)}; }
+INLINE v8 load(const float *p) { return (v8){vld1q_f32(p), vld1q_f32(p + 4)}; }
+INLINE void store(float *p, v8 x) {
+    vst1q_f32(p, x.low);
+    vst1q_f32(p + 4, x.high);
+}
+INLINE v8i splat_int(int32_t x) { return (v8i){vdupq_n_s32(x), vdupq_n_s32(x)}; }
+INLINE v8i load_int(const int32_t *p) { return (v8i){vld1q_s32(p), vld1q_s32(p + 4)}; }
+INLINE void store_int(int32_t *p, v8i x) {
+    vst1q_s32(p, x.low);
+    vst1q_s32(p + 4, x.high);
+}
+INLINE v8 to_float(v8i x) { return (v8){vcvtq_f32_s32(x.low), vcvtq_f32_s32(x.high)}; }
+INLINE v8i to_int(v8 x) { return (v8i){vcvtq_s32_f32(x.low), vcvtq_s32_f32(x.high)}; }
+
+INLINE float32x4_t scale4(float32x4_t x, float32x4_t n) {
+    return (float32x4_t)vaddq_s32((int32x4_t)x, vshlq_n_s32(vcvtq_s32_f32(n), 23));
+}
+/* x 2^n for whole n, where neither x nor the result is zero or subnormal. */
+INLINE v8 scale_by_power(v8 x, v8 n) { return (v8){scale4(x.low, n.low), scale4(x.high, n.high)}; }
+
+/* The first `count` lanes of x, at most eight, and those of `other` behind them. */
+INLINE v8 first_part(v8 x, int64_t count, v8 other) {
+    const int32x4_t n = vdupq_n_s32((int32_t)min64(count, LANES)), lane = {0, 1, 2, 3}, next = {4, 5, 6, 7};
+    return (v8){vbslq_f32(vcltq_s32(lane, n), x.low, other.low), vbslq_f32(vcltq_s32(next, n), x.high, other.high)};
+}
+#else
+typedef float v8 __attribute__((vector_size(32)));
+typedef int32_t v8i __attribute__((vector_size(32)));
+typedef float v8_unaligned __attribute__((vector_size(32), aligned(4), may_alias));
+
+INLINE v8 add(v8 a, v8 b) { return a + b; }
+INLINE v8 sub(v8 a, v8 b) { return a - b; }
+INLINE v8 mul(v8 a, v8 b) { return a * b; }
+INLINE v8 divide(v8 a, v8 b) { return a / b; }
+INLINE v8i sub_int(v8i a, v8i b) { return a - b; }
 
 INLINE v8 splat(float x) { return (v8){x, x, x, x, x, x, x, x}; }
 INLINE v8 load(const float *p) { return *(const v8_unaligned *)p; }
 INLINE void store(float *p, v8 x) { *(v8_unaligned *)p = x; }
+INLINE v8i splat_int(int32_t x) { return (v8i){x, x, x, x, x, x, x, x}; }
+INLINE v8i load_int(const int32_t *p) {
+    v8i x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+INLINE void store_int(int32_t *p, v8i x) { memcpy(p, &x, sizeof x); }
+INLINE v8 to_float(v8i x) { return __builtin_convertvector(x, v8); }
+INLINE v8i to_int(v8 x) { return __builtin_convertvector(x, v8i); }
+
+INLINE v8 vabs(v8 x) {
+    const v8i mask = (v8i)splat(-0.0f);
+    return (v8)((v8i)x & ~mask);
+}
+
+/* x 2^n for whole n, where neither x nor the result is zero or subnormal. */
+INLINE v8 scale_by_power(v8 x, v8 n) { return (v8)((v8i)x + (to_int(n) << 23)); }
+
+INLINE v8 choose(v8i mask, v8 yes, v8 no) { return (v8)((mask & (v8i)yes) | (~mask & (v8i)no)); }
+
+/* The first `count` lanes of x, at most eight, and those of `other` behind them. */
+INLINE v8 first_part(v8 x, int64_t count, v8 other) {
+    const v8i lane = {0, 1, 2, 3, 4, 5, 6, 7};
+    return choose(lane < splat_int((int32_t)min64(count, LANES)), x, other);
+}
+#endif
+
+INLINE v8 keep_part(v8 x, int64_t count) { return first_part(x, count, splat(0)); }
 
 /* A load that stays one where its value is used twice: GCC 12 would rather read memory again. */
 INLINE v8 load_once(const float *p) {
@@ -47,24 +140,6 @@ INLINE void store_part(float *p, v8 x, int64_t count) {
     if (count >= LANES) store(p, x);
     else memcpy(p, &x, (size_t)count * sizeof *p);
 }
-
-INLINE v8 choose(v8i mask, v8 yes, v8 no) { return (v8)((mask & (v8i)yes) | (~mask & (v8i)no)); }
-
-/* The first `count` lanes of x, at most eight, and those of `other` behind them. */
-INLINE v8 first_part(v8 x, int64_t count, v8 other) {
-    const v8i lane = {0, 1, 2, 3, 4, 5, 6, 7};
-    const int32_t n = (int32_t)min64(count, LANES);
-    return choose(lane < (v8i){n, n, n, n, n, n, n, n}, x, other);
-}
-
-INLINE v8 keep_part(v8 x, int64_t count) { return first_part(x, count, splat(0)); }
-
-INLINE v8 vabs(v8 x) {
-    const v8i mask = (v8i)splat(-0.0f);
-    return (v8)((v8i)x & ~mask);
-}
-
-INLINE v8i to_int(v8 x) { return __builtin_convertvector(x, v8i); }
 
 #if HAVE_AVX2
 INLINE v8 fmadd(v8 a, v8 b, v8 c) { return _mm256_fmadd_ps(a, b, c); }
@@ -103,8 +178,48 @@ INLINE v8 hadamard8(v8 x) {
     x = fmadd(x, (v8){1, 1, -1, -1, 1, 1, -1, -1}, _mm256_permute_ps(x, 0x4E));
     return fmadd(x, (v8){1, 1, 1, 1, -1, -1, -1, -1}, _mm256_permute2f128_ps(x, x, 1));
 }
+#elif HAVE_NEON
+INLINE v8 fmadd(v8 a, v8 b, v8 c) { return (v8){vfmaq_f32(c.low, a.low, b.low), vfmaq_f32(c.high, a.high, b.high)}; }
+INLINE float32x4_t larger(float32x4_t a, float32x4_t b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+INLINE float32x4_t smaller(float32x4_t a, float32x4_t b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
+INLINE v8 vmax(v8 a, v8 b) { return (v8){larger(a.low, b.low), larger(a.high, b.high)}; }
+INLINE v8 vmin(v8 a, v8 b) { return (v8){smaller(a.low, b.low), smaller(a.high, b.high)}; }
+INLINE v8 vrint(v8 x) { return (v8){vrndnq_f32(x.low), vrndnq_f32(x.high)}; }
+INLINE v8 vfloor(v8 x) { return (v8){vrndmq_f32(x.low), vrndmq_f32(x.high)}; }
+
+INLINE v8s to_int16(v8 x) {
+    const v8i i = to_int(x);
+    return (v8s)vuzp1q_s16((int16x8_t)i.low, (int16x8_t)i.high);
+}
+INLINE v8b to_int8(v8 x) { return (v8b)vmovn_s16((int16x8_t)to_int16(x)); }
+
+INLINE void store_codes(int8_t *out, const v8 x[4], const int midrise) {
+#pragma GCC unroll 2
+    for (int i = 0; i < 4; i += 2) {
+        int8x16_t code = vuzp1q_s8((int8x16_t)to_int16(x[i]), (int8x16_t)to_int16(x[i + 1]));
+        if (midrise) code = vaddq_s8(vaddq_s8(code, code), vdupq_n_s8(1));
+        vst1q_s8(out + i * LANES, code);
+    }
+}
+
+/* Products by 1 and -1 are exact. */
+INLINE float32x4_t hadamard4(float32x4_t x) {
+    x = vfmaq_f32(vrev64q_f32(x), x, (float32x4_t){1, -1, 1, -1});
+    return vfmaq_f32(vextq_f32(x, x, 2), x, (float32x4_t){1, 1, -1, -1});
+}
+INLINE v8 hadamard8(v8 x) {
+    const float32x4_t a = hadamard4(x.low), b = hadamard4(x.high);
+    return (v8){vaddq_f32(a, b), vsubq_f32(a, b)};
+}
+#else
+#if defined(__aarch64__) /* fused, as every AArch64 can: the bits of NEON and of AVX2 */
+INLINE v8 fmadd(v8 a, v8 b, v8 c) {
+    for (int i = 0; i < LANES; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+}
 #else
 INLINE v8 fmadd(v8 a, v8 b, v8 c) { return a * b + c; }
+#endif
 INLINE v8 vmax(v8 a, v8 b) { return choose(a > b, a, b); }
 INLINE v8 vmin(v8 a, v8 b) { return choose(a < b, a, b); }
 
@@ -171,6 +286,32 @@ INLINE void transpose8(v8 x[LANES]) {
         x[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
         x[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
     }
+#elif HAVE_NEON
+    float32x4_t rows[2][LANES]; /* transposed halves: [which half][row of it, then of the other four vectors] */
+#pragma GCC unroll 2
+    for (int i = 0; i < LANES; i += 4) {
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            float32x4_t part[4], pair[4];
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) part[j] = half ? x[i + j].high : x[i + j].low;
+#pragma GCC unroll 2
+            for (int j = 0; j < 4; j += 2) {
+                pair[j] = vtrn1q_f32(part[j], part[j + 1]);
+                pair[j + 1] = vtrn2q_f32(part[j], part[j + 1]);
+            }
+#pragma GCC unroll 2
+            for (int j = 0; j < 2; j++) {
+                rows[half][i + j] = (float32x4_t)vtrn1q_f64((float64x2_t)pair[j], (float64x2_t)pair[j + 2]);
+                rows[half][i + j + 2] = (float32x4_t)vtrn2q_f64((float64x2_t)pair[j], (float64x2_t)pair[j + 2]);
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        x[j] = (v8){rows[0][j], rows[0][j + 4]};
+        x[j + 4] = (v8){rows[1][j], rows[1][j + 4]};
+    }
 #else
     for (int i = 0; i < LANES; i++) {
         for (int j = 0; j < i; j++) {
@@ -188,6 +329,9 @@ INLINE float vsum(v8 x) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+#elif HAVE_NEON
+    const float32x4_t s = vaddq_f32(x.low, x.high);
+    return vpadds_f32(vadd_f32(vget_low_f32(s), vget_high_f32(s)));
 #else
     return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
 #endif
@@ -200,6 +344,18 @@ INLINE void vsum4(const v8 x[4], float out[4]) {
     const v8 cd = _mm256_unpacklo_ps(x[2], x[3]) + _mm256_unpackhi_ps(x[2], x[3]);
     const v8 halves = _mm256_shuffle_ps(ab, cd, 0x44) + _mm256_shuffle_ps(ab, cd, 0xEE);
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+#elif HAVE_NEON
+    float32x4_t halves[2];
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+        float64x2_t part[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) part[i] = (float64x2_t)(half ? x[i].high : x[i].low);
+        const float32x4_t ab = (float32x4_t)vtrn1q_f64(part[0], part[1]) + (float32x4_t)vtrn2q_f64(part[0], part[1]);
+        const float32x4_t cd = (float32x4_t)vtrn1q_f64(part[2], part[3]) + (float32x4_t)vtrn2q_f64(part[2], part[3]);
+        halves[half] = vpaddq_f32(ab, cd);
+    }
+    vst1q_f32(out, vaddq_f32(halves[0], halves[1]));
 #else
     for (int i = 0; i < 4; i++)
         out[i] = ((x[i][0] + x[i][2]) + (x[i][1] + x[i][3])) + ((x[i][4] + x[i][6]) + (x[i][5] + x[i][7]));
@@ -211,6 +367,8 @@ INLINE float vmax_lane(v8 x) {
     __m128 s = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     s = _mm_max_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+#elif HAVE_NEON
+    return vmaxnmvq_f32(larger(x.low, x.high));
 #else
     float top = x[0];
     for (int i = 1; i < LANES; i++) top = x[i] > top ? x[i] : top;
@@ -223,6 +381,9 @@ INLINE void store_interleaved(int16_t *out, v8s even, v8s odd) {
 #if HAVE_AVX2
     _mm_storeu_si128((__m128i *)out, _mm_unpacklo_epi16((__m128i)even, (__m128i)odd));
     _mm_storeu_si128((__m128i *)(out + LANES), _mm_unpackhi_epi16((__m128i)even, (__m128i)odd));
+#elif HAVE_NEON
+    const int16x8x2_t both = {{(int16x8_t)even, (int16x8_t)odd}};
+    vst2q_s16(out, both);
 #else
     for (int i = 0; i < LANES; i++) {
         out[2 * i] = even[i];
@@ -233,19 +394,19 @@ INLINE void store_interleaved(int16_t *out, v8s even, v8s odd) {
 
 /* 2^(n + f) to about 2 ulp for whole n in -126 .. 127 and |f| <= 1/2: a polynomial in f, then n onto the exponent. */
 INLINE v8 exp2_parts(v8 n, v8 f) {
-    const v8 f2 = f * f;
+    const v8 f2 = mul(f, f);
     v8 high = fmadd(f, splat(1.3268213952e-3f), splat(9.6715111285e-3f));
     v8 middle = fmadd(f, splat(5.5507216603e-2f), splat(2.4022242427e-1f));
     v8 low = fmadd(f, splat(6.9314700365e-1f), splat(1));
     low = fmadd(fmadd(high, f2, middle), f2, low);
-    return (v8)((v8i)low + (to_int(n) << 23));
+    return scale_by_power(low, n);
 }
 
 /* e^x to about 2 ulp for x <= 88; below -87.3 as there. */
 INLINE v8 vexp(v8 x) {
     x = vmax(x, splat(-87.3f));
-    const v8 n = vrint(x * splat(1.44269504f));
+    const v8 n = vrint(mul(x, splat(1.44269504f)));
     v8 r = fmadd(n, splat(-0.693359375f), x); /* ln(2) in two parts: the first product is exact */
     r = fmadd(n, splat(2.12194440e-4f), r);
-    return exp2_parts(n, r * splat(1.44269504f));
+    return exp2_parts(n, mul(r, splat(1.44269504f)));
 }

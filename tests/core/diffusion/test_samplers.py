@@ -92,14 +92,14 @@ def test_unknown_samplers_are_refused() -> None:
 def test_coefficients_are_the_table_in_float32(sampler: SamplerName, prediction: PredictionType) -> None:
     table, rows = step_table(sampler, 7), step_coefficients(sampler, 7, prediction)
     assert len(rows) == 7
-    columns = Coefficients(*torch.stack(rows).unbind(1))
+    columns = dict(zip(Coefficients._fields, torch.tensor(rows).unbind(1), strict=True))
     for name in ("on_xt", "on_x0", "on_previous_x0", "std", "log_beta", "log_posterior"):
-        assert torch.equal(getattr(columns, name), getattr(table, name).float())
+        assert torch.equal(columns[name], getattr(table, name).float())
     # An exact prediction gives back the clean image.
     x0, noise = torch.tensor(0.3), torch.tensor(-1.2)
     signal, sigma = table.signal.float(), table.sigma.float()
     output = training_target(x0, noise, signal, sigma, prediction)
-    estimate = columns.x0_on_xt * (signal * x0 + sigma * noise) + columns.x0_on_output * output
+    estimate = columns["x0_on_xt"] * (signal * x0 + sigma * noise) + columns["x0_on_output"] * output
     assert torch.allclose(estimate, x0.expand(7), atol=1e-3)
 
 

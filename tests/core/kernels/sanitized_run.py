@@ -23,6 +23,7 @@ from checkpoint_mutations import mutated  # noqa: E402
 from tiny import write_tiny  # noqa: E402
 
 from robuq_core.config import QuantConfig  # noqa: E402
+from robuq_core.kernels.ops import Block  # noqa: E402
 from robuq_core.kernels.pack_layer import pack_layer  # noqa: E402
 from robuq_core.pipeline import Sampler  # noqa: E402
 
@@ -51,6 +52,14 @@ def ops() -> int:
                         backend.add_ternary(torch.zeros(rows, outputs), torch.ones(1, outputs), x, layer, prologue)
                         done += 1
                     backend.linear(x, torch.ones(outputs, width), torch.ones(outputs))
+        for width, hidden in ((4, 8), (36, 28), (96, 288)):
+            shapes = ((width, 3 * width), (width, width), (width, hidden), (hidden, width))
+            block = Block(*(pack_layer(make_linear(*shape, bits=2, rank=1)) for shape in shapes), 2, True, (1e-6, 1e-6))
+            for images, length in ((1, 1), (3, 5)):
+                for value in (1.0, 1e38, float("nan")):
+                    x = tokens(images * length, width).reshape(images, length, width) * value
+                    backend.add_block(x, torch.ones(6, images, width), block)
+                    done += 1
         for images, length, width, heads in ((1, 1, 4, 1), (2, 17, 24, 3), (1, 65, 64, 1), (1, 130, 72, 1)):
             for value in (1.0, 1e38, float("inf"), float("nan"), 0.0):
                 qkv = tokens(images * length, 3 * width).reshape(images, length, -1) * value

@@ -1,16 +1,21 @@
 """The native backend against the reference, on each of its paths, and its two promises: exact integer products, and
 rows whose bytes depend on neither their neighbours nor the thread count.
 
-Paths that this processor lacks run on emulated instructions (emulated.py), from the same source."""
+Paths that this processor lacks run on emulated instructions, from the same source: those of x86 by emulated.py, those
+of AArch64 in a process under qemu-user (remote.py)."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import emulated
 import pytest
+import remote
 import torch
 from agreement import REFERENCE, assert_attention_agrees, assert_products_agree, assert_quantized_agree
 from hypothesis import given, settings
@@ -19,7 +24,7 @@ from layer_cases import WIDTHS, make_linear, prologues, tokens
 
 from robuq_core.kernels import cpu
 from robuq_core.kernels.cpu import CpuBackend, Isa, NativeUnavailableError, choose_isa, load_library
-from robuq_core.kernels.ops import Modulation, Quantized, TernaryLayer
+from robuq_core.kernels.ops import Block, Modulation, Quantized, TernaryLayer
 from robuq_core.kernels.pack_layer import pack_layer
 from robuq_core.quant.activation import is_midrise
 from robuq_core.quant.choices import Grid
@@ -39,6 +44,7 @@ def runs_here(isa: Isa) -> bool:
 # The paths of this processor; those that it lacks on emulated instructions. Emulating a path that runs shows nothing.
 PATHS = [isa for isa in get_args(Isa) if runs_here(isa)] or ["plain"]
 EMULATED = [isa for isa in ("amx", "avx512vbmi", "avx512vnni") if isa not in PATHS]
+ARM = [isa for isa in ("i8mm", "dotprod", "neon") if isa not in PATHS]
 
 
 @pytest.fixture(scope="session")
@@ -46,11 +52,25 @@ def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return cpu.open_library(str(emulated.build(tmp_path_factory.mktemp("emulated"))))
 
 
-@pytest.fixture(params=[*PATHS, *(pytest.param(f"emulated-{path}", marks=pytest.mark.slow) for path in EMULATED)])
+@pytest.fixture(scope="session")
+def arm_library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[remote.RemoteLibrary]:
+    if reason := remote.missing(remote.ARM_COMPILER, remote.ARM_EMULATOR):
+        pytest.skip(f"AArch64 cannot be emulated: {reason}")
+    folder = tmp_path_factory.mktemp("arm")
+    driver = remote.build(folder, remote.ARM_COMPILER[0])
+    library = remote.RemoteLibrary([remote.ARM_EMULATOR[0], "-cpu", "max", driver], folder)
+    yield library
+    library.close()
+
+
+ELSEWHERE = [*(f"emulated-{path}" for path in EMULATED), *(f"arm-{path}" for path in ARM)]
+
+
+@pytest.fixture(params=[*PATHS, *(pytest.param(path, marks=pytest.mark.slow) for path in ELSEWHERE)])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CpuBackend:
-    isa = request.param.removeprefix("emulated-")
-    if isa != request.param:
-        library = request.getfixturevalue("emulated_library")
+    kind, _, isa = request.param.rpartition("-")
+    if kind:
+        library = request.getfixturevalue(f"{kind}_library")
         monkeypatch.setattr(cpu, "load_library", lambda: library)
     monkeypatch.setenv("ROBUQ_CPU_ISA", isa)
     try:
@@ -153,7 +173,7 @@ def test_eight_bit_attention_of_many_tokens(
     backend: CpuBackend, length: int, sd: float, request: pytest.FixtureRequest
 ) -> None:
     """Diffuse heads and sharp ones; ``sd``: of their logits."""
-    if "emulated" in request.node.name and length > 256:
+    if any(path in request.node.name for path in ELSEWHERE) and length > 256:
         pytest.skip("slow where instructions are emulated")
     qkv = torch.randn(1, length, 3, 72, generator=torch.Generator().manual_seed(length))
     qkv[:, :, 0] *= sd
@@ -222,6 +242,97 @@ def test_fused_calls_give_the_same_bytes(backend: CpuBackend) -> None:
         backend.add_ternary(residual, torch.zeros(4, 70), x, layer)
 
 
+def make_block(width: int, hidden: int, heads: int, quantized: bool) -> Block:
+    shapes = ((width, 3 * width), (width, width), (width, hidden), (hidden, width))
+    layers = (pack_layer(make_linear(*shape, bits=2, rank=3)) for shape in shapes)
+    return Block(*layers, heads, quantized, (1e-6, 1e-5))
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize(("width", "hidden", "heads"), [(36, 144, 3), (96, 72, 4), (128, 512, 2)])
+def test_a_block_in_one_call_gives_the_same_bytes(
+    backend: CpuBackend, width: int, hidden: int, heads: int, quantized: bool
+) -> None:
+    block = make_block(width, hidden, heads, quantized)
+    for images, length in ((1, 1), (2, 5), (3, 16)):
+        x = tokens(images * length, width).reshape(images, length, width)
+        modulation = tokens(6 * images, width + 3, seed=2).reshape(6, images, -1)[..., :width]  # rows lie apart
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind()
+        expected, flat = x.clone(), (images * length, width)
+        qkv = backend.ternary(expected.reshape(flat), block.qkv, Modulation(shift1, scale1, 1e-6))
+        heads_out = backend.attention(qkv.reshape(images, length, -1), heads, quantized)
+        backend.add_ternary(expected.view(flat), gate1, heads_out.reshape(flat), block.proj)
+        hidden_out = backend.ternary(expected.reshape(flat), block.fc1, Modulation(shift2, scale2, 1e-5))
+        backend.add_ternary(expected.view(flat), gate2, hidden_out, block.fc2, "gelu")
+        backend.add_block(x, modulation, block)
+        assert torch.equal(x, expected)
+
+
+def test_what_is_no_block_is_refused(backend: CpuBackend) -> None:
+    block = make_block(36, 144, 3, True)
+    with pytest.raises(ValueError, match="modulation"):
+        backend.add_block(torch.zeros(2, 4, 36), torch.zeros(6, 1, 36), block)
+    with pytest.raises(ValueError, match="x must be contiguous"):
+        backend.add_block(torch.zeros(2, 4, 72)[..., ::2], torch.zeros(6, 2, 36), block)
+    with pytest.raises(ValueError, match="5 heads"):
+        backend.add_block(torch.zeros(2, 4, 36), torch.zeros(6, 2, 36), replace(block, num_heads=5))
+    with pytest.raises(ValueError, match="no block"):
+        backend.add_block(torch.zeros(2, 4, 36), torch.zeros(6, 2, 36), replace(block, fc2=block.fc1))
+
+
+def status_kib(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1])
+    raise AssertionError(name)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+@pytest.mark.parametrize("quantized", [True, False])
+def test_attention_holds_no_matrix_of_all_pairs_of_tokens(
+    backend: CpuBackend, quantized: bool, request: pytest.FixtureRequest
+) -> None:
+    if any(path in request.node.name for path in ELSEWHERE):
+        pytest.skip("slow where instructions are emulated")
+    length = 4096  # a byte for each pair of tokens is 16 MiB
+    qkv = tokens(length, 3 * 8).reshape(1, length, -1)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = status_kib("VmHWM")
+    backend.attention(qkv, 1, quantized)
+    assert status_kib("VmHWM") - before < 8 * 1024
+
+
+def results_of_all_ops(backend: CpuBackend) -> list[torch.Tensor]:
+    """Odd shapes and every prologue."""
+    results = []
+    for width in (4, 12, 20, 28, 36, 72, 96, 288, 1152):
+        layer = pack_layer(make_linear(width, 70, bits=3, rank=3))
+        x, gate = tokens(18, width), tokens(3, 70, seed=4)
+        for prologue in prologues(3, width):
+            quantized, total = backend.rotate_quantize(x, layer, prologue), tokens(18, 70, seed=3)
+            backend.add_ternary(total, gate, x, layer, prologue)
+            results += [quantized.codes, quantized.scales, quantized.lowrank, total]
+    for length, heads, head_dim in ((1, 1, 1), (5, 3, 8), (67, 1, 20), (64, 2, 72), (77, 1, 33)):
+        qkv = tokens(2 * length, 3 * heads * head_dim).reshape(2, length, -1)
+        results += [backend.attention(qkv, heads, quantized) for quantized in (True, False)]
+    x, weight, bias = tokens(29, 77), tokens(131, 77, seed=1), tokens(1, 131)[0]
+    return [*results, backend.linear(x, weight, bias)]
+
+
+def test_aarch64_gives_the_bits_of_portable_code_and_of_avx2(
+    backend: CpuBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend.isa not in ("i8mm", "dotprod", "neon"):
+        pytest.skip("a promise of the AArch64 paths")
+    others = [CpuBackend(threads=1, isa="plain")]
+    if "avx2" in PATHS:
+        monkeypatch.setattr(cpu, "load_library", load_library)
+        others.append(CpuBackend(threads=1, isa="avx2"))
+    ours = results_of_all_ops(backend)
+    for other in others:
+        assert all(map(torch.equal, ours, results_of_all_ops(other))), other.isa
+
+
 def test_calls_of_several_python_threads_on_one_object(backend: CpuBackend) -> None:
     layer, x = pack_layer(make_linear(96, 64, bits=2, rank=2)), tokens(50, 96)
     expected = backend.ternary_linear(backend.rotate_quantize(x, layer), layer)
@@ -270,22 +381,38 @@ def test_environment_forces_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_isa(library) == "plain"
     assert CpuBackend(threads=1).name == "cpu-plain"
     monkeypatch.setenv("ROBUQ_CPU_ISA", "sse9")
-    with pytest.raises(ValueError, match="must be one of amx, avx512vbmi, avx512vnni, avx2, plain, not 'sse9'"):
+    with pytest.raises(ValueError, match=r"amx, .*, neon, plain, not 'sse9'"):
         choose_isa(library)
     monkeypatch.delenv("ROBUQ_CPU_ISA")
     with pytest.raises(ValueError, match="threads must be at least 1"):
         CpuBackend(threads=0)
 
 
-class OldProcessor:
-    """A library on a processor that runs the paths up to AVX2."""
+class Processor:
+    """A library on a processor that runs ``paths``."""
+
+    def __init__(self, *paths: Isa) -> None:
+        self.codes = [cpu._ISA_CODE[path] for path in ("plain", *paths)]
 
     def robuq_supports(self, isa: int) -> int:
-        return int(isa <= 1)
+        return int(isa in self.codes)
 
 
-def test_the_fastest_path_that_runs_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("paths", "fastest"),
+    [
+        ((), "plain"),
+        (("avx2",), "avx2"),
+        (("avx2", "avx512vnni", "avx512vbmi"), "avx512vbmi"),
+        (("neon",), "neon"),
+        (("neon", "dotprod"), "dotprod"),
+        (("neon", "dotprod", "i8mm"), "i8mm"),
+    ],
+)
+def test_the_fastest_path_that_runs_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, paths: tuple[Isa, ...], fastest: Isa
+) -> None:
     monkeypatch.delenv("ROBUQ_CPU_ISA", raising=False)
-    assert choose_isa(OldProcessor()) == "avx2"  # type: ignore[arg-type]
-    with pytest.raises(NativeUnavailableError, match="no amx: unset ROBUQ_CPU_ISA or set it to plain"):
-        choose_isa(OldProcessor(), "amx")  # type: ignore[arg-type]
+    assert choose_isa(Processor(*paths)) == fastest  # type: ignore[arg-type]
+    with pytest.raises(NativeUnavailableError, match="no amx"):
+        choose_isa(Processor(*paths), "amx")  # type: ignore[arg-type]

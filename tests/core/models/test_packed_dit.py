@@ -11,6 +11,8 @@ from torch import Tensor
 from robuq_core.checkpoint import read_checkpoint
 from robuq_core.config import ModelConfig, QuantConfig
 from robuq_core.kernels.backends import select_backend
+from robuq_core.kernels.ops import Block, BlockBackend
+from robuq_core.models.packed_dit import PackedDiT
 
 BACKENDS = ["reference", "cpu"]
 
@@ -67,6 +69,29 @@ def _both(folder: Path, backend: str, config: ModelConfig, timesteps: Tensor) ->
     classes = torch.arange(rows) % config.class_rows
     packed = run_packed(config, read_checkpoint(path), select_backend(backend), x, timesteps, classes)
     return packed, run_training(model, x, timesteps, classes)
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+def test_blocks_in_one_call_are_their_ops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planes: int) -> None:
+    path, backend = tmp_path / "model.safetensors", select_backend("cpu")
+    if not isinstance(backend, BlockBackend):
+        pytest.skip("no native library")
+    write_tiny(path, quant=QuantConfig(rank=4, weight_planes=planes))
+    checkpoint = read_checkpoint(path)
+    network = PackedDiT(TINY, checkpoint.dense, checkpoint.layers, backend)
+    x, blocks, add_block = torch.randn(5, 3, 16, 16), [], backend.add_block
+
+    def noted(tokens: Tensor, modulation: Tensor, block: Block) -> None:
+        blocks.append(block)
+        add_block(tokens, modulation, block)
+
+    monkeypatch.setattr(backend, "add_block", noted)
+    timesteps, classes = torch.tensor([0, 1, 250, 998, 999]), torch.tensor([0, 3, 9, 10, 4])
+    with torch.inference_mode():
+        output = network.forward(x, timesteps, classes)
+    apart = run_packed(TINY, checkpoint, backend, x, timesteps, classes).output
+    assert torch.equal(output, apart)
+    assert len(blocks) == (TINY.depth if planes == 1 else 0)  # further planes go op by op
 
 
 def test_a_student_trained_in_bf16_is_its_packed_file(tmp_path: Path) -> None:

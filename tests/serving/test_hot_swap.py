@@ -121,7 +121,7 @@ def test_a_model_that_hangs_in_its_warm_up_is_given_up_while_the_old_one_serves(
         hanging.release()
         assert engine.model.name == "version-1"
         assert outcome(engine.submit([spec()], "png")) is None
-        assert sample(engine, "robuq_worker_deaths_total", reason="hung") == 1
+        until(lambda: sample(engine, "robuq_worker_deaths_total", reason="hung") == 1)
         engine.swap("good", [Checkpoint(3)])
 
 

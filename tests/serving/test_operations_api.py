@@ -94,7 +94,7 @@ def test_ready_follows_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
         job.future.result(WAIT_S)  # tried again by the worker that replaced the one that hung
         until(lambda: client.get("/ready").status_code == 200)
         assert "\nrobuq_ready 1.0\n" in client.get("/metrics").text
-        assert sample(engine, "robuq_worker_deaths_total", reason="hung") == 1
+        until(lambda: sample(engine, "robuq_worker_deaths_total", reason="hung") == 1)
         engine.begin_drain()
         assert client.get("/ready").json() == {"status": "draining"}
         assert "\nrobuq_ready 0.0\n" in client.get("/metrics").text
@@ -115,5 +115,5 @@ def test_health_asks_for_a_restart_when_workers_keep_dying(monkeypatch: pytest.M
         while engine.status != "failed":
             # Each request takes two workers along; four deaths within a minute are too many.
             assert client.post("/generate", json={"class_id": 1, "steps": 7}).status_code in (500, 503)
-        assert sample(engine, "robuq_worker_deaths_total", reason="exited") == 4
+        until(lambda: sample(engine, "robuq_worker_deaths_total", reason="exited") == 4)
         assert client.get("/health").status_code == client.get("/ready").status_code == 503

@@ -210,7 +210,7 @@ def test_a_worker_that_dies_is_replaced_and_its_images_are_tried_once_more() -> 
         assert [outcome(job) for job in jobs] == [None] * 4
         for seed, job in zip((1313, 1, 2, 3), jobs, strict=True):
             assert job.future.result().images[0] == encode_image(sampler.decode(FakeRow(spec(seed=seed))), "png")
-        assert sample(engine, "robuq_worker_deaths_total", reason="exited") == 1
+        until(lambda: sample(engine, "robuq_worker_deaths_total", reason="exited") == 1)
         assert engine.status == "ready"
 
 
@@ -229,7 +229,7 @@ def test_a_request_whose_worker_dies_twice_fails_and_says_so() -> None:
         sampler.release()
         assert isinstance(outcome(fatal), WorkerDied)
         assert outcome(waiting) is None
-        assert sample(engine, "robuq_worker_deaths_total", reason="exited") == 2
+        until(lambda: sample(engine, "robuq_worker_deaths_total", reason="exited") == 2)
         assert sample(engine, "robuq_requests_total", finished_reason="error") == 1
 
 
@@ -251,7 +251,7 @@ def test_workers_that_die_again_and_again_fail_the_pool_and_strand_nobody(monkey
         assert isinstance(engine.failure, RunFailed)
         with pytest.raises(NotReady, match="failed"):
             engine.submit([spec()], "png")
-        assert sample(engine, "robuq_worker_deaths_total", reason="exited") == MAX_DEATHS + 1
+        until(lambda: sample(engine, "robuq_worker_deaths_total", reason="exited") == MAX_DEATHS + 1)
 
 
 def test_a_step_that_hangs_costs_its_worker_and_is_tried_again() -> None:
@@ -280,7 +280,7 @@ def test_a_decoder_that_hangs_costs_its_worker_though_steps_go_on(monkeypatch: p
         long = engine.submit([spec(seed=1, steps=400)], "png")
         stuck = engine.submit([spec(seed=7)], "png")
         assert [outcome(stuck), outcome(long)] == [None, None]  # by the worker that replaced the first one
-        assert sample(engine, "robuq_worker_deaths_total", reason="hung") == 1
+        until(lambda: sample(engine, "robuq_worker_deaths_total", reason="hung") == 1)
         gate.set()
 
 

@@ -129,7 +129,7 @@ def test_a_dead_worker_costs_no_request_and_comes_back() -> None:
 
         until(both_work)
         assert sample(engine, "robuq_requests_total", finished_reason="error") == 0
-        assert sample(engine, "robuq_worker_deaths_total", reason="exited") == 1
+        until(lambda: sample(engine, "robuq_worker_deaths_total", reason="exited") == 1)
 
 
 def test_the_wait_that_is_reported_shrinks_with_the_number_of_replicas() -> None:

@@ -127,8 +127,7 @@ class GuardedProtocol(HttpToolsProtocol):
             raise _Refused
         self._check_framing()
         super().on_headers_complete()
-        if self.parser.get_http_version() == "1.0":
-            _end_with_connection(self.cycle)
+        _mend(self.cycle, self.scope["http_version"])
         self._in_head = False
         if in_reserve:
             self.cycle.keep_alive = False
@@ -207,13 +206,16 @@ class GuardedProtocol(HttpToolsProtocol):
         logger.info("%s %s %d", peer, error.code, error.status, extra=extra)
 
 
-def _end_with_connection(cycle: RequestResponseCycle) -> None:
-    """Let a body of unknown length end with its connection: HTTP/1.0 has no chunks, but uvicorn sends them."""
+def _mend(cycle: RequestResponseCycle, http_version: str) -> None:
+    """What uvicorn gets wrong in answers: it writes to connections that have just closed, which fails with uvloop, and
+    sends chunks to HTTP/1.0, where a body of unknown length ends with its connection."""
     send, open_ended = cycle.send, False
 
-    async def send_without_chunks(message: Any) -> None:
+    async def mended_send(message: Any) -> None:
         nonlocal open_ended
-        if message["type"] == "http.response.start":
+        if cycle.transport.is_closing():
+            cycle.disconnected = True
+        if message["type"] == "http.response.start" and http_version == "1.0":
             open_ended = all(name.lower() != b"content-length" for name, _ in message.get("headers", ()))
             if open_ended:
                 cycle.chunked_encoding = False
@@ -221,7 +223,7 @@ def _end_with_connection(cycle: RequestResponseCycle) -> None:
             cycle.expected_content_length = len(message.get("body", b""))
         await send(message)
 
-    cycle.send = send_without_chunks  # type: ignore[method-assign]
+    cycle.send = mended_send  # type: ignore[method-assign]
 
 
 def _too_many() -> ApiError:

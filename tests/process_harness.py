@@ -23,6 +23,7 @@ PROGRAM = """
 import sys
 import server.launch
 server.launch.WORKER_COMMAND = (sys.executable, "-c", {worker!r})
+{at_start}
 from server.cli import app
 app()
 """
@@ -64,9 +65,10 @@ def launch(
     return Process(command, stdout, cwd=cwd, env=env)
 
 
-def start(*options: str, change: str = "", stdout: IO[str] | None = None) -> Process:
-    """Begin one of noise; ``change`` is Python that may alter ``sampler``, in each worker."""
-    program = PROGRAM.format(worker=WORKER.format(change=change))
+def start(*options: str, change: str = "", at_start: str = "", stdout: IO[str] | None = None) -> Process:
+    """Begin one of noise; ``change`` is Python that may alter ``sampler``, in each worker; ``at_start`` runs in the
+    server itself."""
+    program = PROGRAM.format(worker=WORKER.format(change=change), at_start=at_start)
     return launch(sys.executable, "-c", program, *options, stdout=stdout)
 
 
@@ -115,9 +117,9 @@ def client_of(process: Process, **options: Mapping[str, str]) -> Iterator[httpx.
 
 
 @contextmanager
-def serving(*options: str, change: str = "") -> Iterator[tuple[Process, httpx.Client]]:
+def serving(*options: str, change: str = "", at_start: str = "") -> Iterator[tuple[Process, httpx.Client]]:
     """A running process of noise and a client of it, past its warm-up."""
-    process = start(*options, change=change)
+    process = start(*options, change=change, at_start=at_start)
     with client_of(process) as client:
         yield process, client
 

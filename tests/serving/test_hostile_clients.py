@@ -26,7 +26,7 @@ CHUNKED = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chu
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[tuple[Process, httpx.Client]]:
-    with serving(change="import server.connection as c; c.FIRST_REQUEST_S = 2.0") as (process, client):
+    with serving(at_start="import server.connection as c; c.FIRST_REQUEST_S = 2.0") as (process, client):
         yield process, client
 
 

@@ -13,10 +13,12 @@ independent clients would see; ``python -m loadtest.open_loop`` reports those.
 
 from __future__ import annotations
 
+import logging
 import random
 import socket
 import urllib.request
 from argparse import ArgumentParser
+from collections import Counter
 from typing import Any
 
 import gevent
@@ -27,14 +29,20 @@ from requests.adapters import HTTPAdapter
 from requests.exceptions import ConnectionError, Timeout
 from urllib3.exceptions import ReadTimeoutError
 
+from loadtest.open_loop import TARGET_S
 from loadtest.scenarios import SCENARIOS, users_at
 from loadtest.workload import FORMATS, Workload, check_image, gauges
+
+logger = logging.getLogger("loadtest")
 
 READY_TIMEOUT_S = 60
 IDLE_TIMEOUT_S = 15
 # The slow reader takes this many bytes at a time, and rests.
 SLOW_BYTES = 512
 SLOW_REST_S = 0.02
+
+# Requests for images: all, and those served within --target.
+goodput: Counter[str] = Counter()
 
 
 @events.init_command_line_parser.add_listener
@@ -43,6 +51,7 @@ def add_options(parser: ArgumentParser) -> None:
     about = "; ".join(f"{name}: {scenario.about}" for name, scenario in SCENARIOS.items())
     parser.add_argument("--scenario", choices=list(SCENARIOS), default="mixed", help=about)
     parser.add_argument("--steps", default="4,10,20,50", help="step counts to draw from, comma-separated")
+    parser.add_argument("--target", type=float, default=TARGET_S, help="seconds within which an answer is good")
     parser.add_argument("--max-images", type=int, default=4, help="most images in one request, at most 16")
 
 
@@ -59,6 +68,26 @@ def wait_until_ready(environment: Environment, **_: Any) -> None:
             gevent.sleep(1)
     environment.process_exit_code = 1
     raise RuntimeError(f"{environment.host}/ready is not green after {READY_TIMEOUT_S} s")
+
+
+@events.init.add_listener
+def watch_goodput(environment: Environment, **_: Any) -> None:
+    """Count requests for images, and those served within ``--target``: the goodput, reported at the end."""
+    options = environment.parsed_options
+
+    @events.request.add_listener
+    def count(name: str, response_time: float, exception: Exception | None, **_: Any) -> None:
+        if name.startswith("/generate") and not name.endswith("(left)"):
+            served = exception is None and not name.endswith("(429 queue full)")
+            goodput["all"] += 1
+            goodput["good"] += served and options is not None and response_time <= 1e3 * options.target
+
+    @events.test_stop.add_listener
+    def report(**_: Any) -> None:
+        if goodput["all"] and options is not None:
+            share = goodput["good"] / goodput["all"]
+            logger.info("goodput: %.1f%% of %d within %g s", 100 * share, goodput["all"], options.target)
+        goodput.clear()
 
 
 @events.test_stop.add_listener

@@ -28,6 +28,8 @@ from loadtest.workload import Workload
 from robuq_core.errors import UserError
 from robuq_core.files import replacing
 
+# Latency that counts as good, in seconds.
+TARGET_S = 1.0
 NO_ANSWER = 0  # in place of a status: the connection failed
 
 # Sends request number i and returns the status of its answer.
@@ -55,6 +57,7 @@ class Summary:
     Args:
         offered: requests a second that were scheduled.
         served: requests a second that were served, until the last answer.
+        goodput: share of the scheduled requests that were served within ``target_s``, 0..1.
         lag_s: how late the generator itself sent a request at worst; well below the latencies, or they mean little.
     """
 
@@ -67,6 +70,8 @@ class Summary:
     p90_s: float
     p99_s: float
     max_s: float
+    target_s: float
+    goodput: float
     lag_s: float
 
 
@@ -100,7 +105,7 @@ async def offer(send: Send, arrivals: Iterable[float]) -> list[Outcome]:
     return list(await asyncio.gather(*tasks))
 
 
-def summarise(outcomes: Sequence[Outcome], duration_s: float) -> Summary:
+def summarise(outcomes: Sequence[Outcome], duration_s: float, target_s: float = TARGET_S) -> Summary:
     """Figures of one rate whose arrivals took ``duration_s``."""
     served = np.array([outcome.latency_s for outcome in outcomes if outcome.status == 200])
     quantiles = np.quantile(served, [0.5, 0.9, 0.99, 1.0]) if len(served) else np.full(4, np.nan)
@@ -116,6 +121,8 @@ def summarise(outcomes: Sequence[Outcome], duration_s: float) -> Summary:
         p90_s=float(quantiles[1]),
         p99_s=float(quantiles[2]),
         max_s=float(quantiles[3]),
+        target_s=target_s,
+        goodput=float((served <= target_s).sum()) / len(outcomes) if outcomes else float("nan"),
         lag_s=max((outcome.sent_s - outcome.scheduled_s for outcome in outcomes), default=0.0),
     )
 
@@ -137,7 +144,9 @@ def http_sender(
     return send
 
 
-async def run_rate(host: str, rate: float, duration_s: float, seed: int, workload: Workload) -> Summary:
+async def run_rate(
+    host: str, rate: float, duration_s: float, seed: int, workload: Workload, target_s: float = TARGET_S
+) -> Summary:
     """One rate against a server, every answer checked.
 
     Raises:
@@ -154,7 +163,7 @@ async def run_rate(host: str, rate: float, duration_s: float, seed: int, workloa
             workload.check(bodies[number], json.loads(answer))
         except (KeyError, ValueError, OSError) as error:
             raise UserError(f"{host}: bad answer to {bodies[number]}: {error!r}") from error
-    return summarise(outcomes, duration_s)
+    return summarise(outcomes, duration_s, target_s)
 
 
 def plot(series: dict[str, list[Summary]], path: Path, *, title: str) -> None:
@@ -206,6 +215,7 @@ def main(
     host: Annotated[str, typer.Option(help="Server to load.")] = "http://127.0.0.1:8000",
     rate: Annotated[str, typer.Option(help="Requests a second, comma-separated.")] = "5,10,20",
     duration: Annotated[float, typer.Option(help="Seconds of arrivals at each rate.", min=1)] = 20.0,
+    target: Annotated[float, typer.Option(help="Seconds within which an answer counts for goodput.")] = TARGET_S,
     steps: Annotated[str, typer.Option(help="Step counts to draw from, comma-separated.")] = "4,10,20,50",
     seed: Annotated[int, typer.Option(help="Of arrivals and bodies.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder of open-loop.json, .png and .svg.")] = Path("loadtest/reports"),
@@ -216,7 +226,7 @@ def main(
     summaries = []
     for number, each in enumerate(rates):
         workload = Workload(info, counts, rng=random.Random(seed + number))
-        summaries.append(asyncio.run(run_rate(host, each, duration, seed + number, workload)))
+        summaries.append(asyncio.run(run_rate(host, each, duration, seed + number, workload, target)))
         typer.echo(describe(summaries[-1]))
     out.mkdir(parents=True, exist_ok=True)
     report = {"host": host, "duration_s": duration, "seed": seed, "step_counts": counts}
@@ -237,7 +247,8 @@ def describe(summary: Summary) -> str:
     statuses = ", ".join(f"{count} x {status}" for status, count in summary.statuses.items())
     return (
         f"offered {summary.offered:.1f}/s, served {summary.served:.1f}/s: p50 {summary.p50_s:.3f} s, "
-        f"p90 {summary.p90_s:.3f} s, p99 {summary.p99_s:.3f} s, max {summary.max_s:.3f} s ({statuses}; "
+        f"p90 {summary.p90_s:.3f} s, p99 {summary.p99_s:.3f} s, max {summary.max_s:.3f} s, "
+        f"{summary.goodput:.1%} within {summary.target_s:g} s ({statuses}; "
         f"sent at most {summary.lag_s:.3f} s late)"
     )
 

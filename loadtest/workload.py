@@ -11,10 +11,17 @@ from typing import Any
 
 from PIL import Image
 
+from robuq_core import params
+
 FORMATS = ("png", "jpeg", "webp")
-SAMPLERS = ("ddpm", "ddim", "dpmsolver++")
-GUIDANCE_SCALES = (0, 1, 1.5, 4)
-MAX_SEED = 2**32 - 1
+# Of fields whose whole range no user asks for; the others are drawn from the range that ImageParams gives them.
+CHOICES: dict[str, Sequence[Any]] = {
+    "guidance_scale": (0, 1, 1.5, 4),
+    "guidance_interval": ([0, 999], [0, 800]),
+    "cache_interval": (1, 1, 2),
+}
+# Each request has its class and steps; several() draws the number of images.
+_OTHERS = ("class_id", "class_name", "num_images", "steps")
 
 
 @dataclass
@@ -22,29 +29,46 @@ class Workload:
     """Draws bodies of ``POST /generate``; equal seeds draw equal bodies.
 
     Args:
-        info: answer of ``GET /info``: number of classes and size of the images.
+        info: answer of ``GET /info``: classes, samplers, guidance and size of the images.
         step_counts: each equally likely.
         max_images: most images in one request.
+        fields: that :meth:`mixed` draws, each in half of the bodies; all of ``ImageParams`` if None.
     """
 
     info: dict[str, Any]
     step_counts: Sequence[int] = (4, 10, 20, 50)
     max_images: int = 4
     rng: random.Random = field(default_factory=random.Random)
+    fields: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        known = params.ImageParams.model_json_schema()["properties"]
+        names = [name for name in known if name not in _OTHERS] if self.fields is None else self.fields
+        self._schemas = {name: known[name]["anyOf"][0] for name in names}
 
     def plain(self) -> dict[str, Any]:
-        """One image of a random class, all else by default."""
-        return {"class_id": self.rng.randrange(self.info["num_classes"])}
+        """One image of a random class, if the model has classes; all else by default."""
+        classes = self.info["num_classes"]
+        return {"class_id": self.rng.randrange(classes)} if classes else {}
 
     def mixed(self) -> dict[str, Any]:
-        """One image; steps, and at random some of guidance, sampler and seed."""
-        optional = {
-            "guidance_scale": self.rng.choice(GUIDANCE_SCALES),
-            "sampler": self.rng.choice(SAMPLERS),
-            "seed": self.rng.randint(0, MAX_SEED),
-        }
-        chosen = {name: value for name, value in optional.items() if self.rng.random() < 0.5}
+        """One image; steps, and at random some of the other fields."""
+        # All are drawn, so that a body does not depend on which of the fields before it were chosen.
+        drawn = [(name, self._value(name, schema), self.rng.random() < 0.5) for name, schema in self._schemas.items()]
+        chosen = {name: value for name, value, wanted in drawn if wanted}
         return self.plain() | {"steps": self.rng.choice(self.step_counts)} | chosen
+
+    def _value(self, name: str, schema: dict[str, Any]) -> Any:
+        if name == "sampler":
+            return self.rng.choice(self.info["samplers"])
+        if name == "guidance_scale" and not self.info["guidance"]:
+            return 1
+        if name in CHOICES:
+            return self.rng.choice(CHOICES[name])
+        if "enum" in schema:
+            return self.rng.choice(schema["enum"])
+        least, most = max(0, schema["minimum"]), schema["maximum"]
+        return self.rng.randint(least, most) if schema["type"] == "integer" else self.rng.uniform(least, most)
 
     def several(self) -> dict[str, Any]:
         """Up to ``max_images`` images in a random format."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +15,10 @@ MAX_NAME = 1000
 
 
 def normalise(name: str) -> str:
-    """What two spellings of a name have in common: no case, no underscores, single spaces."""
-    return " ".join(name.replace("_", " ").casefold().split())
+    """What two spellings of a name have in common: no case, no underscores, single spaces, and one form of each letter
+    (NFKC). The dot of a capital I is dropped, which lower case has anyway."""
+    folded = unicodedata.normalize("NFKC", name).casefold().replace("i\u0307", "i")
+    return " ".join(unicodedata.normalize("NFKC", folded).replace("_", " ").split())
 
 
 def synonyms_of(name: str) -> list[str]:

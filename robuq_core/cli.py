@@ -23,9 +23,12 @@ from robuq_core.cli_support import (
     SamplerOption,
     ScaleOption,
     reported,
+    takes_params,
 )
-from robuq_core.config import MAX_SEED, NUM_TRAIN_TIMESTEPS, SamplerConfig
+from robuq_core.config import SamplerConfig
 from robuq_core.errors import UserError
+from robuq_core.files import replacing
+from robuq_core.params import ImageParams
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -52,63 +55,48 @@ BackendOption = Annotated[
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="Such as cuda:0; default: the backend's choice.")]
 StepsOption = Annotated[int | None, typer.Option(min=1, max=1000, help="Denoising steps; default: the checkpoint's.")]
-IntervalOption = Annotated[
-    tuple[int, int], typer.Option(metavar="LOW HIGH", help="Guide at timesteps LOW..HIGH alone (arXiv 2404.07724).")
-]
-CacheOption = Annotated[
-    int,
-    typer.Option(
-        min=1,
-        max=NUM_TRAIN_TIMESTEPS,
-        help="Run the blocks at the first step, the last and one in so many, and reuse what they added; 1: at each.",
-    ),
-]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")]
 
 
 @app.command()
 @reported
+@takes_params("class_id", "class_name")
 def sample(
     class_ids: Annotated[
         list[str] | None, typer.Argument(help="One image a class, by id or name, e.g. 207 goldfish; 0 if it has none.")
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNG files.")] = Path("samples"),
-    seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="Image i uses seed + i.")] = None,
-    steps: StepsOption = None,
-    guidance_scale: ScaleOption = None,
-    sampler: SamplerOption = None,
-    guidance_interval: IntervalOption = (0, NUM_TRAIN_TIMESTEPS - 1),
-    cache_interval: CacheOption = 1,
     checkpoint: CheckpointOption = None,
     decoder: DecoderOption = None,
     backend: BackendOption = "auto",
     threads: ThreadsOption = None,
     device: DeviceOption = None,
+    embed_settings: Annotated[
+        bool, typer.Option(help="Store checkpoint, class, seed and all settings in each file, for robuq inspect.")
+    ] = True,
+    *,
+    params: ImageParams,
 ) -> None:
-    """Draw one image a class into PNG files; what is not given takes the checkpoint's default."""
+    """Generate one image for each class into PNG files; what is not given takes the checkpoint's default."""
+    import numpy as np
     from rich.progress import Progress
 
+    from robuq_core.images import encode_image
     from robuq_core.pipeline import Sampler
 
     loaded = Sampler.from_checkpoint(checkpoint, decoder=decoder, backend=backend, threads=threads, device=device)
     asked: list[int | str | None] = [int(name) if name.lstrip("-").isdigit() else name for name in class_ids or ()]
-    classes = [loaded.class_id(name) for name in asked or [None]]
+    params = params.resolved(loaded.defaults)
+    classes = [loaded.class_id(name) for name in asked or [None] for _ in range(params.num_images)]
     with Progress() as progress:
-        task = progress.add_task("sampling", total=steps or loaded.defaults.steps)
-        images = loaded.generate(
-            classes,
-            seed,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            sampler=sampler,
-            guidance_interval=guidance_interval,
-            cache_interval=cache_interval,
-            on_step=lambda: progress.advance(task),
-        )
+        task = progress.add_task("sampling", total=params.steps)
+        images = loaded.generate(classes, on_step=lambda: progress.advance(task), **params.given | {"num_images": 1})
     out.mkdir(parents=True, exist_ok=True)
     for i, (class_id, image) in enumerate(zip(classes, images, strict=True)):
         path = out / f"{i:04d}_class{class_id}.png"
-        image.save(path)
+        settings = loaded.settings_of(params.spec(class_id, i)) if embed_settings else None
+        with replacing(path) as part:
+            part.write_bytes(encode_image(np.asarray(image), "png", settings))
         typer.echo(path)
     if loaded.timings is not None:
         spent = loaded.timings
@@ -119,18 +107,16 @@ def sample(
 
 @app.command()
 @reported
+@takes_params("class_id", "class_name", "num_images")
 def compare(
-    guidance_interval: IntervalOption = (0, NUM_TRAIN_TIMESTEPS - 1),
-    cache_interval: CacheOption = 1,
     images: Annotated[int, typer.Option(min=1, help="How many; image i draws class i with seed i.")] = 16,
-    steps: StepsOption = None,
-    guidance_scale: ScaleOption = None,
-    sampler: SamplerOption = None,
     checkpoint: CheckpointOption = None,
     decoder: DecoderOption = None,
     backend: BackendOption = "auto",
     threads: ThreadsOption = None,
     device: DeviceOption = None,
+    *,
+    params: ImageParams,
 ) -> None:
     """Print what guidance at some timesteps alone or step caching saves, and how far its pictures then are off."""
     from robuq_core.compare import compare_short_cuts
@@ -138,15 +124,7 @@ def compare(
 
     loaded = Sampler.from_checkpoint(checkpoint, decoder=decoder, backend=backend, threads=threads, device=device)
     classes = [i % loaded.drawn_classes for i in range(images)]
-    result = compare_short_cuts(
-        loaded,
-        classes,
-        guidance_interval=guidance_interval,
-        cache_interval=cache_interval,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        sampler_name=sampler,
-    )
+    result = compare_short_cuts(loaded, classes, **params.given)
     typer.echo(
         f"{result.images} images: {result.rows} of {result.rows_full} rows through the blocks, "
         f"{result.seconds:.2f} of {result.seconds_full:.2f} s, PSNR {result.psnr_db:.1f} dB; "
@@ -161,6 +139,7 @@ def inspect_command(
         Path | None,
         typer.Argument(
             help="Packed file, a folder that holds one, a bundled one's name, or a hub id; default: imagenet (bundled)."
+            " Or an image: prints the settings that it was generated with."
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole header as JSON.")] = False,
@@ -170,8 +149,12 @@ def inspect_command(
     from rich.table import Table
 
     from robuq_core.hub import resolve_checkpoint
+    from robuq_core.images import read_settings
     from robuq_core.inspection import inspect_checkpoint, ratio
 
+    if checkpoint is not None and checkpoint.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
+        typer.echo(json.dumps(read_settings(checkpoint), indent=2))
+        return
     path = resolve_checkpoint(checkpoint)
     report = inspect_checkpoint(path)
     header = report.header

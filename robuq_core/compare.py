@@ -6,11 +6,12 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from robuq_core.config import SamplerName
-from robuq_core.pipeline import ALL_TIMESTEPS, RowSpec, Sampler
+from robuq_core.params import ALL_TIMESTEPS, ImageParams, RowSpec, read_params
+from robuq_core.pipeline import Sampler
 
 
 @dataclass(frozen=True)
@@ -29,46 +30,32 @@ class Comparison:
     seconds_full: float
 
 
-def compare_short_cuts(
-    sampler: Sampler,
-    class_ids: Sequence[int],
-    *,
-    guidance_interval: tuple[int, int] = ALL_TIMESTEPS,
-    cache_interval: int = 1,
-    seed: int = 0,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    sampler_name: SamplerName | None = None,
-) -> Comparison:
-    """Pictures of ``class_ids`` with guidance inside of ``guidance_interval`` alone and step caching, against the same
-    seeds with guidance at every timestep and all blocks at every step.
+def compare_short_cuts(sampler: Sampler, class_ids: Sequence[int], **fields: Any) -> Comparison:
+    """Pictures of ``class_ids`` with a guidance interval or step caching, against the same seeds with guidance at every
+    timestep and all blocks at every step.
 
-    Image i uses ``seed + i``; what is ``None`` takes the checkpoint's default.
+    Args:
+        fields: of :class:`robuq_core.params.ImageParams`. Image i uses ``seed + i``, and seed 0 if none is given.
 
     Raises:
-        ValueError: no class, a value out of range, no short cut at all, or an interval for a guidance scale of 1, which
-            is none.
+        ValueError: no class, no short cut at all, an interval for a guidance scale of 1, which is none, or what the
+            network cannot be sampled with.
     """
     if not class_ids:
         raise ValueError("class_ids must name at least one class")
-    defaults = sampler.defaults
-    scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
-    if guidance_interval == ALL_TIMESTEPS and cache_interval == 1:
+    params = read_params(ImageParams, fields).resolved(sampler.defaults, seed=0)
+    if params.guidance_interval == ALL_TIMESTEPS and params.cache_interval == 1:
         raise ValueError("there is no short cut to compare: choose a guidance_interval or a cache_interval above 1")
-    if guidance_interval != ALL_TIMESTEPS and scale == 1:
+    if params.guidance_interval != ALL_TIMESTEPS and params.guidance_scale == 1:
         raise ValueError("guidance_scale 1 is no guidance, so its interval changes nothing: choose another scale")
-    steps = defaults.steps if steps is None else steps
-    whole = [
-        RowSpec(class_id, seed + i, steps, scale, sampler_name or defaults.sampler)
-        for i, class_id in enumerate(class_ids)
-    ]
-    cut = [replace(spec, guidance_interval=guidance_interval, cache_interval=cache_interval) for spec in whole]
+    cut = [params.spec(class_id, i) for i, class_id in enumerate(class_ids)]
+    whole = [replace(spec, guidance_interval=ALL_TIMESTEPS, cache_interval=1) for spec in cut]
     # What cannot be drawn is refused before anything is, and nobody pays for what only the first step sets up.
     for specs in (whole, cut):
         sampler.step([sampler.start(spec) for spec in specs])
     expected, rows_full, seconds_full = _drawn(sampler, whole)
     images, rows, seconds = _drawn(sampler, cut)
-    fewer_steps = max(1, round(steps * rows / rows_full))
+    fewer_steps = max(1, round(whole[0].steps * rows / rows_full))
     fewer, _, _ = _drawn(sampler, [replace(spec, steps=fewer_steps) for spec in whole])
     return Comparison(
         len(whole),

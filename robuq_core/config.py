@@ -27,6 +27,10 @@ MAX_SEED = 2**32 - 1
 # tokens, and neither tokens nor pixels take room in a checkpoint.
 MAX_TOKENS = 16_384
 MAX_VALUES = 2**24
+MAX_CLASSES = 1_000_000
+
+Steps = Annotated[int, Field(ge=1, le=NUM_TRAIN_TIMESTEPS)]
+GuidanceScale = Annotated[float, Field(ge=0, le=20)]
 
 
 def image_seed(seed: int, index: int) -> int:
@@ -62,7 +66,7 @@ class ModelConfig(StrictModel):
     depth: int = Field(28, ge=1, le=256)
     num_heads: int = Field(16, ge=1, le=1024)
     mlp_ratio: int = Field(4, ge=1, le=64)
-    num_classes: int = Field(1000, ge=0, le=1_000_000)
+    num_classes: int = Field(1000, ge=0, le=MAX_CLASSES)
     null_class: bool = True
     learn_sigma: bool = True
     position_scale: float = Field(1.0, gt=0, le=10_000)
@@ -158,8 +162,8 @@ class SamplerConfig(StrictModel):
     """Defaults of a request that names none."""
 
     sampler: SamplerName = "ddim"
-    steps: int = Field(50, ge=1, le=NUM_TRAIN_TIMESTEPS)
-    guidance_scale: float = Field(1.5, ge=0, le=20)
+    steps: Steps = 50
+    guidance_scale: GuidanceScale = 1.5
 
 
 def fitting_defaults(sampler: SamplerConfig, model: ModelConfig, prediction_type: PredictionType) -> SamplerConfig:

@@ -10,6 +10,7 @@ import copy
 import importlib
 import pickle
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -153,6 +154,9 @@ class LatentDecoder:
             finally:
                 self.autoencoder.use_tiling = asked
         return torch.as_tensor(pictures[0]).float()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), tile_above=self._tile_above), (self.autoencoder, self.name)
 
     def replica(self, device: torch.device | str) -> LatentDecoder:
         wanted = torch.device(device)

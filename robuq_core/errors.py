@@ -3,7 +3,3 @@
 
 class UserError(Exception):
     """Something outside the program is wrong; the message names the field or file and the fix."""
-
-
-class TooSlowError(UserError):
-    """A forward took longer than the caller allows; the message says how long that is."""

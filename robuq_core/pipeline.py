@@ -6,29 +6,33 @@ the forward and of the update keeps one order of float operations per row.
 
 from __future__ import annotations
 
-import secrets
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from robuq_core.checkpoint import CheckpointError, Header, read_checkpoint, read_header
+from robuq_core.checkpoint import Checkpoint, CheckpointError, Header, read_checkpoint, read_header
 from robuq_core.classes import ClassNames
-from robuq_core.config import MAX_SEED, NUM_TRAIN_TIMESTEPS, PredictionType, SamplerName, check_fit, image_seed
+from robuq_core.config import PredictionType, check_fit
 from robuq_core.decode import Decoder, PixelDecoder, load_decoder, to_pixels
 from robuq_core.diffusion.guidance import guided_channels
 from robuq_core.diffusion.update import Update, UpdatingBackend, add_learned_noise, update
 from robuq_core.hub import DECODER_FOLDER, bundled_checkpoint, resolve_checkpoint
+from robuq_core.images import image_settings
 from robuq_core.kernels.backends import select_backend
+from robuq_core.kernels.ops import Backend
 from robuq_core.models.packed_dit import PackedDiT
 from robuq_core.openmp import on_one_thread
-from robuq_core.rows import ALL_TIMESTEPS, LatestBatch, Row, RowSpec
+from robuq_core.params import ALL_TIMESTEPS, ImageParams, RowSpec, check_spec, read_params
+from robuq_core.rows import LatestBatch, Row
 from robuq_core.step_cache import cached_forward
 
 NO_DECODER = (
@@ -45,6 +49,28 @@ class Timings:
 
     sampling_s: float
     decode_s: float
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A verified checkpoint and the decoder of its latents, before they are put on a device."""
+
+    path: Path
+    checkpoint: Checkpoint
+    decoder: Decoder | None
+
+
+def load_model(
+    path: Path | str | None = None,
+    decoder: Path | str | Decoder | None = None,
+    device: torch.device | str = "cpu",
+) -> LoadedModel:
+    """Read a packed checkpoint and its decoder, the latter onto ``device``; arguments and errors as
+    :meth:`Sampler.from_checkpoint`."""
+    chosen = resolve_checkpoint(path)
+    # The decoder first: a missing one is reported before the weights are read.
+    loaded = _decoder_for(chosen, decoder, torch.device(device))
+    return LoadedModel(chosen, read_checkpoint(chosen), loaded)
 
 
 class Denoiser(Protocol):
@@ -90,6 +116,7 @@ class Sampler:
         self.image_size = self.decoder.image_size(header.model.input_size)
         self.average_activation_bits = header.average_activation_bits
         self.timings: Timings | None = None
+        self.path: Path | None = None  # of the packed checkpoint, if it was loaded from one
         self._classes = ClassNames(header.class_names, header.model.num_classes)
         self._backend_choice = "auto"
         self._shape = (header.model.in_channels, header.model.input_size, header.model.input_size)
@@ -135,12 +162,29 @@ class Sampler:
         """
         chosen = resolve_checkpoint(path)
         ops = select_backend(backend, threads, device)
-        # The decoder first: a missing one is told before the weights are read.
-        loaded = _decoder_for(chosen, decoder, ops.device)
-        checkpoint = read_checkpoint(chosen)
+        return cls._on(load_model(chosen, decoder, ops.device), ops, backend)
+
+    @classmethod
+    def from_loaded(
+        cls,
+        loaded: LoadedModel,
+        *,
+        backend: str = "auto",
+        threads: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> Sampler:
+        """A sampler of what :func:`load_model` gave; the rest, and what it raises, as :meth:`from_checkpoint`."""
+        return cls._on(loaded, select_backend(backend, threads, device), backend)
+
+    @classmethod
+    def _on(cls, loaded: LoadedModel, ops: Backend, backend_choice: str) -> Sampler:
+        checkpoint = loaded.checkpoint
         attention_is_quantized = checkpoint.header.quant.attention_bits is not None
         model = PackedDiT(checkpoint.header.model, checkpoint.dense, checkpoint.layers, ops, attention_is_quantized)
-        return cls._of_packed(model, checkpoint.header, chosen.stem, backend, loaded)
+        decoder = loaded.decoder and loaded.decoder.replica(ops.device)
+        sampler = cls._of_packed(model, checkpoint.header, loaded.path.stem, backend_choice, decoder)
+        sampler.path = loaded.path
+        return sampler
 
     @classmethod
     def _of_packed(
@@ -180,6 +224,11 @@ class Sampler:
         """What the network predicts."""
         return self.header.diffusion.prediction_type
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256, in hex, of the checkpoint's header, which has the SHA-256 of every tensor."""
+        return hashlib.sha256(self.header.model_dump_json().encode()).hexdigest()
+
     @property
     def can_guide(self) -> bool:
         """Whether a guidance_scale other than 1 is possible."""
@@ -188,17 +237,6 @@ class Sampler:
     def warm_up_rows(self, max_rows: int) -> tuple[int, ...]:
         """Sizes, in rows of the model, that a forward should have seen before its first request, ascending."""
         return self.model.warm_up_rows(max_rows) if isinstance(self.model, PackedDiT) else (max_rows,)
-
-    @property
-    def forward_limit_s(self) -> float | None:
-        """Seconds that a forward may take before it raises :class:`~robuq_core.errors.TooSlowError`; None
-        for no limit. Only a packed network on a CPU keeps to it, and only between its blocks."""
-        return self.model.limit_s if isinstance(self.model, PackedDiT) else None
-
-    @forward_limit_s.setter
-    def forward_limit_s(self, seconds: float | None) -> None:
-        if isinstance(self.model, PackedDiT):
-            self.model.limit_s = seconds
 
     def start(self, spec: RowSpec, noise: Tensor | None = None) -> Row:
         """A new row at its first step: pure noise from its seed, or ``noise [C, H, W]`` instead.
@@ -210,16 +248,8 @@ class Sampler:
         classes = self.header.model.drawn_classes
         if not 0 <= spec.class_id < classes:
             raise ValueError(f"class_id must be 0..{classes - 1}, not {spec.class_id}")
+        check_spec(spec)
         check_fit(self.header.model, self.prediction_type, spec.sampler, spec.guidance_scale)
-        if not 0 <= spec.seed <= MAX_SEED:
-            raise ValueError(f"seed must be 0..{MAX_SEED}, not {spec.seed}")
-        low, high = spec.guidance_interval
-        if not 0 <= low <= high < NUM_TRAIN_TIMESTEPS:
-            raise ValueError(f"guidance_interval must be two timesteps of 0..{NUM_TRAIN_TIMESTEPS - 1}, ascending, "
-                             f"not {low}, {high}")  # fmt: skip
-        if not 1 <= spec.cache_interval <= NUM_TRAIN_TIMESTEPS:
-            raise ValueError(f"cache_interval must be 1..{NUM_TRAIN_TIMESTEPS} (1 runs the blocks at every step), "
-                             f"not {spec.cache_interval}")  # fmt: skip
         if spec.cache_interval > 1 and not isinstance(self.model, PackedDiT):
             raise ValueError("cache_interval must be 1 for a network that is not packed")
         row = Row(spec, self._shape, self.prediction_type, self.device)
@@ -305,47 +335,38 @@ class Sampler:
         class_ids: Sequence[int | str | None],
         seed: int | None = None,
         *,
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        sampler: SamplerName | None = None,
-        guidance_interval: tuple[int, int] = ALL_TIMESTEPS,
-        cache_interval: int = 1,
         on_step: Callable[[], None] | None = None,
+        **fields: Any,
     ) -> list[Image.Image]:
-        """One image a class, given by its id or its name, or None where the network has no classes; image i uses
-        ``seed + i``. What is ``None`` takes the
-        checkpoint's default.
+        """One image for each class, given by its id or its name, or None where the network has no classes; image i
+        uses ``seed + i``.
 
-        ``on_step`` is called after each step, for a progress bar. How long it took is in :attr:`timings`.
+        Args:
+            seed, fields: of :class:`robuq_core.params.ImageParams`, such as ``steps`` or ``guidance_scale``; what is
+                None takes the checkpoint's default. With ``num_images`` each class gets so many.
+            on_step: is called after each step, for a progress bar. How long it took is in :attr:`timings`.
 
         Raises:
-            ValueError: class, seed, steps, guidance interval or cache interval out of range, a name that is no
-                class's, or a name that is not in a list.
+            ValueError: an unknown field or a value out of range, a name that is no class's, or a name that is not in
+                a list.
         """
         if isinstance(class_ids, str):  # which is a sequence of its letters
             raise ValueError(f"class_ids must be a list: [{class_ids!r}], not {class_ids!r}")
-        first = secrets.randbelow(MAX_SEED + 1) if seed is None else seed
-        defaults = self.defaults
-        rows = [
-            self.start(
-                RowSpec(
-                    class_id,
-                    image_seed(first, i),
-                    defaults.steps if steps is None else steps,
-                    defaults.guidance_scale if guidance_scale is None else guidance_scale,
-                    defaults.sampler if sampler is None else sampler,
-                    guidance_interval,
-                    cache_interval,
-                )
-            )
-            for i, class_id in enumerate(map(self.class_id, class_ids))
-        ]
+        params = read_params(ImageParams, {"seed": seed, **fields}).resolved(self.defaults)
+        classes = [self.class_id(class_id) for class_id in class_ids for _ in range(params.num_images)]
+        rows = [self.start(params.spec(class_id, i)) for i, class_id in enumerate(classes)]
         began = time.perf_counter()
         self.finish(rows, on_step)
         sampled = time.perf_counter()
         images = [Image.fromarray(self.decode(row)) for row in rows]
         self.timings = Timings(sampled - began, time.perf_counter() - sampled)
         return images
+
+    def settings_of(self, spec: RowSpec) -> dict[str, Any]:
+        """What :func:`robuq_core.images.encode_image` stores in the image of ``spec``."""
+        names = self.class_names
+        name = names[spec.class_id] if spec.class_id < len(names) else ""
+        return image_settings(spec, self.checkpoint_name, name if self.num_classes else None)
 
     def class_id(self, class_id: int | str | None) -> int:
         """The id of a class by its name, or by itself; None, of a network without classes, is 0.

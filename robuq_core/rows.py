@@ -3,37 +3,15 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from operator import is_
 
 import torch
 from torch import Tensor
 
-from robuq_core.config import NUM_TRAIN_TIMESTEPS, PredictionType, SamplerName
+from robuq_core.config import PredictionType
 from robuq_core.diffusion.samplers import StepTable, step_coefficients, step_table
 from robuq_core.diffusion.update import RowStep
-
-ALL_TIMESTEPS = (0, NUM_TRAIN_TIMESTEPS - 1)
-
-
-@dataclass(frozen=True)
-class RowSpec:
-    """One image to draw. Seed 0..2**32-1; steps 1..1000; guidance 1 means none (and costs half).
-
-    ``guidance_interval``: the timesteps, first and last included, at which guidance acts (arXiv 2404.07724); outside of
-    them the row costs half.
-
-    ``cache_interval`` 1..1000: the blocks run at one step in so many, counted back from the last, at the first, and
-    where guidance sets in; the steps between take what they added to the tokens before (:mod:`robuq_core.step_cache`).
-    """
-
-    class_id: int
-    seed: int
-    steps: int
-    guidance_scale: float
-    sampler: SamplerName
-    guidance_interval: tuple[int, int] = ALL_TIMESTEPS
-    cache_interval: int = 1
+from robuq_core.params import ALL_TIMESTEPS, RowSpec
 
 
 class Row:

@@ -5,23 +5,21 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 from robuq_core.checkpoint import Header, dense_shapes, layer_shapes
 from robuq_core.errors import UserError
+from robuq_core.images import encode_image
 from robuq_core.models.conditioning import TABLE_BYTES
 from robuq_core.models.quant_linear import is_adaln
+from robuq_core.params import RowSpec
 from robuq_core.quant.packing import planar_width
-from server.engine import Engine, Job
-from server.engine.create import create_engine
-from server.engine.model import RowSpec, StepSampler, rows_of
-from server.settings import Settings
-
-# Beyond it a little more load costs a lot of waiting: at 0.7 an image takes 3.3 times as long as alone, at 0.9 ten.
-TARGET_UTILISATION = 0.7
+from server.request import rows_of
+from server.settings import TARGET_UTILISATION
+from server.stepping import Stepper
 
 _FLOAT = 4
-_POLL_S = 0.002
 _MIN_STEPS = 3
 
 
@@ -126,55 +124,33 @@ def rows_per_image(guidance_scale: float) -> int:
 
 
 def measure_rows_per_s(
-    sampler: StepSampler, settings: Settings, *, steps: int, guidance_scale: float, seconds: float = 5.0
+    sampler: Any, max_batch_rows: int, *, steps: int, guidance_scale: float, seconds: float = 5.0
 ) -> float:
-    """Rows of the model per second that an engine of this machine advances when it always has a full batch.
+    """Rows of the model per second that ``sampler`` advances in this process when it always has a full batch.
 
-    Decoding and encoding are in it as far as images end in the time; HTTP and the network are not. At least three steps
-    are measured, however long they take.
-
-    Raises:
-        UserError: the engine fails.
+    Decoding and encoding are included; HTTP, the network and the way to a worker are not. At least three steps are
+    measured, however long they take.
     """
-    images = max(1, settings.max_batch_rows // rows_per_image(guidance_scale))
-    settings = settings.model_copy(update={"max_queue_images": max(settings.max_queue_images, 2 * images)})
-    engine = create_engine([sampler], settings)
-    crowd = _Crowd(engine, RowSpec(0, 0, steps, guidance_scale, sampler.defaults.sampler), 2 * images)
-    engine.start()
-    try:
-        while engine.status == "starting":
-            time.sleep(_POLL_S)
-        crowd.step()  # the first may still be filling the batch
-        begin, rows_before = crowd.step()
-        taken, now, rows = 0, begin, rows_before
-        while now - begin < seconds or taken < _MIN_STEPS:
-            now, rows = crowd.step()
-            taken += 1
-        return (rows - rows_before) / (now - begin)
-    finally:
-        engine.stop()
+    images = max(1, max_batch_rows // rows_per_image(guidance_scale))
+    stepper, seeds = Stepper(max_batch_rows), itertools.count()
+    batch: list[Any] = []
 
+    def step() -> None:
+        for row in [row for row in batch if row.done]:
+            encode_image(sampler.decode(row), "png")
+            batch.remove(row)
+        while len(batch) < images:
+            spec = RowSpec(0, next(seeds), steps, guidance_scale, sampler.defaults.sampler)
+            batch.append(sampler.start(spec))
+        if faulty := stepper.step(sampler, batch):
+            raise next(iter(faulty.values()))
 
-class _Crowd:
-    """Keeps ``size`` images in an engine, so that every batch is full."""
-
-    def __init__(self, engine: Engine, spec: RowSpec, size: int) -> None:
-        self._engine, self._spec, self._size = engine, spec, size
-        self._seeds = itertools.count()
-        self._jobs: list[Job] = []
-        self._rows = 0.0
-
-    def step(self) -> tuple[float, float]:
-        """Wait for the end of a step; when that was, in seconds, and the rows of all steps up to then."""
-        while True:
-            if self._engine.status != "ready":
-                raise UserError(f"the engine is {self._engine.status}: {self._engine.failure}; see its log")
-            self._jobs = [job for job in self._jobs if not job.future.done()]
-            for _ in range(self._size - len(self._jobs)):
-                spec = replace(self._spec, seed=next(self._seeds))
-                self._jobs.append(self._engine.submit([spec], "png"))
-            rows = self._engine.metrics.registry.get_sample_value("robuq_batch_rows_sum") or 0.0
-            if rows != self._rows:
-                self._rows = rows
-                return time.perf_counter(), rows
-            time.sleep(_POLL_S)
+    step()  # pays for what is set up once
+    stepper.take_measured()
+    began = now = time.perf_counter()
+    rows = taken = 0
+    while now - began < seconds or taken < _MIN_STEPS:
+        step()
+        rows += sum(forward_rows for forward_rows, _ in stepper.take_measured())
+        now, taken = time.perf_counter(), taken + 1
+    return rows / (now - began)

@@ -41,11 +41,11 @@ def capacity(
     # Imported here: --help and a wrong option need no torch.
     import psutil
 
-    import server.lifecycle  # noqa: F401  (what a replica holds besides its model)
+    import robuq_core.pipeline  # noqa: F401  (what a worker holds besides its model)
     from robuq_core.checkpoint import read_header
-    from robuq_core.pipeline import bundled_checkpoint
+    from robuq_core.hub import resolve_checkpoint
+    from robuq_core.pipeline import Sampler
     from server.capacity import measure_rows_per_s, plan_replicas, replica_memory, rows_per_image
-    from server.loading import load_samplers, located
     from server.settings import load_settings
 
     plan_replicas(rate, images_per_second or 1.0, utilisation=utilisation, spare=spare)  # before anything slow
@@ -58,15 +58,19 @@ def capacity(
             "replicas": 1,
         }
     )
-    settings = located(settings)
-    header = read_header(settings.checkpoint or bundled_checkpoint())
+    path = resolve_checkpoint(settings.checkpoint)
+    header = read_header(path)
     steps = steps or header.sampler.steps
     guidance = header.sampler.guidance_scale if guidance_scale is None else guidance_scale
     memory = replica_memory(header, settings.max_batch_rows, psutil.Process().memory_info().rss)
     how = "given"
     if images_per_second is None:
-        (sampler,) = load_samplers(settings.checkpoint, settings)
-        rows_per_s = measure_rows_per_s(sampler, settings, steps=steps, guidance_scale=guidance, seconds=seconds)
+        sampler = Sampler.from_checkpoint(
+            path, decoder=settings.decoder, backend=settings.backend, threads=settings.threads
+        )
+        rows_per_s = measure_rows_per_s(
+            sampler, settings.max_batch_rows, steps=steps, guidance_scale=guidance, seconds=seconds
+        )
         images_per_second = rows_per_s / (steps * rows_per_image(guidance))
         how = f"measured here on {sampler.backend_name}: {rows_per_s:.4g} rows/s"
     plan = plan_replicas(rate, images_per_second, utilisation=utilisation, spare=spare)

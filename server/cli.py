@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import sys
@@ -11,7 +12,6 @@ from typing import Annotated, Any
 import typer
 
 from robuq_core.cli_support import reported
-from robuq_core.errors import UserError
 from server import capacity_cli, keys_cli
 from server.keys import read_keys
 from server.settings import LogFormat, LogLevel, Settings, is_loopback, load_settings
@@ -50,9 +50,9 @@ Every option can be given as a variable, ROBUQ_PORT for --port. Options win.
 
 def _option(name: str) -> Any:
     """An option that mirrors the setting ``name``; Settings alone holds its text and default."""
-    field = Settings.model_fields[name]
+    field, option = Settings.model_fields[name], "--" + name.replace("_", "-")
     return typer.Option(
-        "--" + name.replace("_", "-"),
+        f"{option}/--no-{option[2:]}" if field.annotation is bool else option,
         help=field.description,
         envvar=f"ROBUQ_{name.upper()}",
         show_default=False if field.default in (None, ()) else str(field.default),
@@ -77,6 +77,8 @@ def main(
     priority_ageing_s: Annotated[float | None, _option("priority_ageing_s")] = None,
     drain_timeout_s: Annotated[float | None, _option("drain_timeout_s")] = None,
     stall_timeout_s: Annotated[float | None, _option("stall_timeout_s")] = None,
+    load_timeout_s: Annotated[float | None, _option("load_timeout_s")] = None,
+    embed_settings: Annotated[bool | None, _option("embed_settings")] = None,
     decode_threads: Annotated[int | None, _option("decode_threads")] = None,
     max_body_bytes: Annotated[int | None, _option("max_body_bytes")] = None,
     max_connections: Annotated[int | None, _option("max_connections")] = None,
@@ -86,7 +88,7 @@ def main(
     api_keys_file: Annotated[Path | None, _option("api_keys_file")] = None,
     checkpoint_dir: Annotated[Path | None, _option("checkpoint_dir")] = None,
     cors_origins: Annotated[list[str] | None, _option("cors_origins")] = None,
-    idempotency_ttl_s: Annotated[float | None, _option("idempotency_ttl_s")] = None,
+    cache_bytes: Annotated[int | None, _option("cache_bytes")] = None,
     otel_endpoint: Annotated[str | None, _option("otel_endpoint")] = None,
     log_level: Annotated[LogLevel | None, _option("log_level")] = None,
     log_format: Annotated[LogFormat | None, _option("log_format")] = None,
@@ -97,20 +99,17 @@ def main(
     # Until the server takes over, a signal just ends the process; as PID 1 of a container it would be ignored.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 
-    # Imported here: --help and a wrong option need no torch.
-    from server.lifecycle import bind, serve
-    from server.loading import load_samplers, located
+    from server.launch import bind, prepare
     from server.logs import configure_logging
 
     configure_logging(settings.log_level, settings.log_format)
     if settings.api_keys_file is not None:
-        read_keys(settings.api_keys_file)  # before the checkpoint, so that a mistake is told at once
+        read_keys(settings.api_keys_file)  # before the checkpoint, so that a mistake shows at once
     elif not is_loopback(settings.host):
-        logger.warning("open to whoever reaches this port: listening on %s without --api-keys-file", settings.host)
-    with bind(settings.host, settings.port) as sock:
-        try:
-            settings = located(settings)
-            samplers = load_samplers(settings.checkpoint, settings)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        raise typer.Exit(serve(samplers, settings, sock))
+        logger.warning("anyone who can reach %s can use this server: no --api-keys-file", settings.host)
+    sockets = bind(settings.host, settings.port)
+    prepared = prepare(settings)  # the workers load while this process imports its own part
+    gc.disable()  # what an import makes, stays
+    from server.lifecycle import serve
+
+    raise typer.Exit(serve(settings, sockets, prepared))

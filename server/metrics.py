@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
+from typing import NamedTuple
 
 import psutil
 from prometheus_client import (
@@ -16,10 +18,61 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 import robuq_core
+from server.request import ModelInfo
 
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300)
+
+
+class WorkerMemory(NamedTuple):
+    """``gpu_bytes``: what tensors take, what the allocator holds, the most that tensors took; None without a GPU."""
+
+    number: int
+    pid: int
+    gpu_bytes: Sequence[int] | None
+
+
+def _resident(process: psutil.Process) -> float:
+    try:
+        return float(process.memory_info().rss)
+    except (OSError, psutil.Error):  # too many open files, or it has just ended: the other series are needed now
+        return math.nan
+
+
+class _WorkerCollector(Collector):
+    def __init__(self, workers: Callable[[], Sequence[WorkerMemory]]) -> None:
+        self._workers = workers
+
+    def collect(self) -> Iterable[Metric]:
+        found = self._workers()
+        yield GaugeMetricFamily("robuq_workers_ready", "Workers that take images.", value=len(found))
+        resident = GaugeMetricFamily(
+            "robuq_worker_resident_memory_bytes",
+            "Resident memory of a worker; weights that workers share count in each.",
+            labels=["replica"],
+        )
+        for worker in found:
+            if worker.pid:
+                with suppress(psutil.Error, OSError):
+                    resident.add_metric([str(worker.number)], _resident(psutil.Process(worker.pid)))
+        yield resident
+        on_gpu = [worker for worker in found if worker.gpu_bytes is not None]
+        for i, (name, text) in enumerate(_GPU_SERIES.items() if on_gpu else ()):
+            family = GaugeMetricFamily(f"robuq_gpu_memory_{name}_bytes", text, labels=["gpu"])
+            for worker in on_gpu:
+                assert worker.gpu_bytes is not None
+                family.add_metric([str(worker.number)], float(worker.gpu_bytes[i]))
+            yield family
+
+
+_GPU_SERIES = {
+    "used": "Memory of the GPU that tensors take.",
+    "reserved": "Memory of the GPU that the allocator holds.",
+    "peak": "Most memory of the GPU that tensors have taken.",
+}
 
 
 def _batch_buckets(max_batch_rows: int) -> list[int]:
@@ -38,10 +91,16 @@ class Metrics:
         def histogram(name: str, text: str) -> Histogram:
             return Histogram(f"robuq_{name}", text, buckets=LATENCY_BUCKETS, registry=registry)
 
-        self.requests = Counter(
-            "robuq_requests_total", "Requests that left the engine.", ["finished_reason"], registry=registry
+        self.requests = Counter("robuq_requests_total", "Requests that ended.", ["finished_reason"], registry=registry)
+        self.rejected = Counter(
+            "robuq_rejected_total", "Requests rejected before queueing, by reason.", ["reason"], registry=registry
         )
-        self.rejected = Counter("robuq_rejected_total", "Requests that it did not take.", ["reason"], registry=registry)
+        self.cache_requests = Counter(
+            "robuq_cache_requests_total",
+            "Requests with a chosen seed: hit (images were in memory), shared (generated for an equal request), miss.",
+            ["outcome"],
+            registry=registry,
+        )
         self.images = Counter("robuq_images_total", "Images delivered by finished requests.", registry=registry)
         self.engine_steps = Counter("robuq_engine_steps_total", "Forwards of the model.", registry=registry)
         self.e2e_latency = histogram("e2e_request_latency_seconds", "From acceptance to the last encoded image.")
@@ -63,16 +122,14 @@ class Metrics:
             "robuq_decoder_weight_bytes", "Bytes of the latent decoder's; 0 where pixels are drawn.", registry=registry
         )
         self._info = Info("robuq", "The server and its model.", registry=registry)
-        memory = Gauge("robuq_process_resident_memory_bytes", "Resident memory of the server.", registry=registry)
-        process = psutil.Process()
-
-        def resident() -> float:
-            try:
-                return float(process.memory_info().rss)
-            except OSError:  # too many open files: the other series are needed now
-                return math.nan
-
-        memory.set_function(resident)
+        memory = Gauge("robuq_process_resident_memory_bytes", "Resident memory of the HTTP process.", registry=registry)
+        memory.set_function(partial(_resident, psutil.Process()))
+        self.worker_deaths = Counter(
+            "robuq_worker_deaths_total",
+            "Workers that died: killed by a signal, exited, hung and were killed, failed to run the model.",
+            ["reason"],
+            registry=registry,
+        )
 
     def observe_step(self, rows: int, seconds: float) -> None:
         """One forward for requests, ``rows`` rows of the model going through its blocks; a warm-up's do not count."""
@@ -80,26 +137,17 @@ class Metrics:
         self.step_duration.observe(seconds)
         self.batch_rows.observe(rows)
 
-    def describe_model(
-        self,
-        *,
-        checkpoint: str,
-        backend: str,
-        average_activation_bits: float,
-        weight_bytes: int,
-        decoder: str,
-        decoder_weight_bytes: int,
-    ) -> None:
+    def describe_model(self, model: ModelInfo) -> None:
         """Set what does not change while a checkpoint is served; called again when another one is."""
-        self._weight_bytes.set(weight_bytes)
-        self._decoder_weight_bytes.set(decoder_weight_bytes)
+        self._weight_bytes.set(model.weight_bytes)
+        self._decoder_weight_bytes.set(model.decoder_weight_bytes)
         self._info.info(
             {
                 "version": robuq_core.__version__,
-                "checkpoint": checkpoint,
-                "backend": backend,
-                "decoder": decoder,
-                "avg_activation_bits": f"{average_activation_bits:g}",
+                "checkpoint": model.name,
+                "backend": model.backend_name,
+                "decoder": model.decoder_name,
+                "avg_activation_bits": f"{model.average_activation_bits:g}",
             }
         )
 
@@ -115,6 +163,11 @@ class Metrics:
         gauge = Gauge("robuq_ready", "1 while requests are taken, else 0.", registry=self.registry)
         gauge.set_function(ready)
 
+    def watch_cache(self, size: Callable[[], float]) -> None:
+        """Bytes of the images that are kept for equal requests."""
+        gauge = Gauge("robuq_cache_bytes", "Bytes of images kept for equal requests.", registry=self.registry)
+        gauge.set_function(size)
+
     def watch_keys(self, unreadable_s: Callable[[], float]) -> None:
         """For how long revocations could not be noticed."""
         gauge = Gauge(
@@ -124,18 +177,9 @@ class Metrics:
         )
         gauge.set_function(unreadable_s)
 
-    def watch_gpu_memory(
-        self, gpus: int, *, used: Callable[[int], float], reserved: Callable[[int], float], peak: Callable[[int], float]
-    ) -> None:
-        """Bytes of the GPUs 0..``gpus`` - 1, read on scrape."""
-        for name, text, read in (
-            ("used", "Memory of the GPU that tensors take.", used),
-            ("reserved", "Memory of the GPU that the allocator holds.", reserved),
-            ("peak", "Most memory of the GPU that tensors have taken.", peak),
-        ):
-            gauge = Gauge(f"robuq_gpu_memory_{name}_bytes", text, ["gpu"], registry=self.registry)
-            for gpu in range(gpus):
-                gauge.labels(str(gpu)).set_function(partial(read, gpu))
+    def watch_workers(self, workers: Callable[[], Sequence[WorkerMemory]]) -> None:
+        """Memory and number of the workers that take images, read on scrape."""
+        self.registry.register(_WorkerCollector(workers))
 
     def render(self) -> bytes:
         """The text exposition of every series."""

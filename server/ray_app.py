@@ -2,14 +2,13 @@
 
     serve run server.ray_app:app checkpoint=/models/mine.safetensors max_replicas=8 cpus=4
 
-Every replica has an engine with a queue of its own and answers the same routes as ``robuq-serve``; Ray Serve routes,
-scales, drains and replaces them. Needs the extra ``robuq[ray]``.
+Every replica has a pool of workers with a queue of its own and answers the same routes as ``robuq-serve``; Ray Serve
+routes, scales, drains and replaces them. Needs the extra ``robuq[ray]``.
 """
 
 # Annotations are left as they are: Ray looks at that of `app` to validate its arguments.
 
 import asyncio
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, cast
@@ -22,20 +21,14 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureC
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.app import create_app
-from server.capacity import TARGET_UTILISATION
-from server.collector import settle
-from server.engine import Engine
-from server.engine.create import create_engine
-from server.gpu_memory import watch_gpu_memory
+from server.app import create_app
 from server.keys import read_keys
-from server.lifecycle import DELIVERY_TIMEOUT_S, SWITCH_INTERVAL_S
-from server.loading import load_samplers, located
+from server.lifecycle import DELIVERY_TIMEOUT_S
 from server.logs import configure_logging
-from server.ray_metrics import PUBLISH_S, RayMetrics
-from server.ray_routing import TwoChoices
-from server.ray_scaling import IMAGES, REQUESTS, scale_on_images
-from server.settings import Settings
+from server.metrics import Metrics
+from server.pool import Pool
+from server.ray_support import IMAGES, PUBLISH_S, REQUESTS, RayMetrics, TwoChoices, scale_on_images
+from server.settings import TARGET_UTILISATION, Settings
 
 _READY_POLL_S = 0.05
 
@@ -81,39 +74,37 @@ class ClusterSettings(Settings):
 @serve.deployment(name="robuq")
 @serve.ingress()
 class Replica:
-    """One engine and the routes around it. Ray sends it requests once its engine is warm.
+    """A pool of workers and the routes around it. Ray sends it requests once its workers are warm.
 
     Raises:
-        UserError: the checkpoint or the file of keys cannot be used; Ray reports the deployment as failed.
+        UserError: the file of keys cannot be used; Ray reports the deployment as failed.
     """
 
     def __init__(self, given: dict[str, Any]) -> None:
-        self.settings = settings = located(Settings(**given))
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        self.settings = settings = Settings(**given)
         configure_logging(settings.log_level, settings.log_format)
         if settings.api_keys_file is not None:
             read_keys(settings.api_keys_file)
-        self.engine = create_engine(load_samplers(settings.checkpoint, settings), settings)
-        watch_gpu_memory(self.engine.metrics)
+        self.pool = Pool(settings, Metrics(settings.max_batch_rows))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        app = create_app(self.engine, self.settings)
+        app: FastAPI = create_app(self.pool, self.settings)
         app.add_middleware(_ProxyNamesRequest)
-        _begin_warm(app, self.engine)
+        _begin_warm(app, self.pool)
         return app
 
     def check_health(self) -> None:
         """Ray replaces a replica that raises here three times in a row.
 
         Raises:
-            RuntimeError: the engine takes no requests; there is no readiness beside liveness in Ray.
+            RuntimeError: the pool takes no requests; there is no readiness beside liveness in Ray.
         """
-        if self.engine.status != "ready":
-            raise RuntimeError(f"the engine is {self.engine.status}")
+        if self.pool.status != "ready":
+            raise RuntimeError(f"the server is {self.pool.status}")
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """What :func:`server.ray_scaling.scale_on_images` goes by."""
-        load = self.engine.load()
+        """What :func:`server.ray_support.scale_on_images` goes by."""
+        load = self.pool.load()
         return {IMAGES: load.images_in_flight, REQUESTS: load.requests_running + load.requests_waiting}
 
 
@@ -135,19 +126,18 @@ class _ProxyNamesRequest:
         await self.app(scope, receive, send_without_id if scope["type"] == "http" else send)
 
 
-def _begin_warm(app: FastAPI, engine: Engine) -> None:
-    """Let the start-up of ``app`` last until its engine is ready, and its series be told to Ray from then on."""
+def _begin_warm(app: FastAPI, pool: Pool) -> None:
+    """Let the start-up of ``app`` last until its pool is ready, and publish its series to Ray from then on."""
     start = app.router.lifespan_context
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with start(app):
-            while engine.status in ("starting", "stalled"):
+            while pool.status == "starting":
                 await asyncio.sleep(_READY_POLL_S)
-            if engine.status != "ready":
-                raise RuntimeError(f"the engine is {engine.status}") from engine.failure
-            settle()
-            publishing = asyncio.create_task(_publish(engine))
+            if pool.status != "ready":
+                raise RuntimeError(f"the server is {pool.status}") from pool.failure
+            publishing = asyncio.create_task(_publish(pool))
             try:
                 yield
             finally:
@@ -156,8 +146,8 @@ def _begin_warm(app: FastAPI, engine: Engine) -> None:
     app.router.lifespan_context = lifespan
 
 
-async def _publish(engine: Engine) -> None:
-    metrics = RayMetrics(engine.metrics.registry)
+async def _publish(pool: Pool) -> None:
+    metrics = RayMetrics(pool.metrics.registry)
     while True:
         metrics.publish()
         await asyncio.sleep(PUBLISH_S)

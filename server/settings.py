@@ -13,9 +13,10 @@ from pydantic import DirectoryPath, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from robuq_core.errors import UserError
+from robuq_core.params import MAX_IMAGES
 
-# Images that one request may ask for; the queue must hold at least one such request.
-MAX_IMAGES = 16
+# Beyond it a little more load costs a lot of waiting: at 0.7 an image takes 3.3 times as long as alone, at 0.9 ten.
+TARGET_UTILISATION = 0.7
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["json", "text"]
@@ -72,7 +73,10 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     replicas: int = Field(
-        1, ge=1, le=64, description="Copies of the model behind one queue: one a GPU, or one a group of CPU cores."
+        1,
+        ge=1,
+        le=64,
+        description="Copies of the model behind one queue, each in a process: one per GPU or group of CPU cores.",
     )
     max_batch_rows: int = Field(
         32, ge=2, le=1024, description="Most rows in one forward of a replica; an image with guidance takes two."
@@ -93,8 +97,17 @@ class Settings(BaseSettings):
         25.0, ge=0, description="Seconds that SIGTERM leaves to the requests in flight; the rest get 503."
     )
     stall_timeout_s: float = Field(
-        120.0, gt=0, description="A forward that takes longer turns /ready red; set it above your slowest full batch."
+        120.0,
+        gt=0,
+        description="A step or a decoder that takes longer hangs: its worker is killed and replaced. Set it above your "
+        "slowest full batch.",
     )
+    load_timeout_s: float = Field(
+        600.0,
+        gt=0,
+        description="A worker that takes longer to load the checkpoint hangs, too. Set it above your slowest download.",
+    )
+    embed_settings: bool = Field(True, description="Store checkpoint, class, seed and settings in image files.")
     decode_threads: int = Field(
         1, ge=1, le=64, description="Threads that decode and encode images; more only where they cannot keep up."
     )
@@ -125,8 +138,11 @@ class Settings(BaseSettings):
         (),
         description="Origins of other sites whose pages may call this server, such as https://example.org; * for any.",
     )
-    idempotency_ttl_s: float = Field(
-        600.0, ge=0, description="Seconds that an answer is kept for a repeated Idempotency-Key; 0 turns it off."
+    cache_bytes: int = Field(
+        2**28,
+        ge=0,
+        description="Most bytes of images to keep for requests that are repeated with their seed; 0 turns this off, "
+        "and the sharing of equal requests in flight.",
     )
     otel_endpoint: str | None = Field(
         None, description="OTLP/HTTP collector for traces, such as http://localhost:4318; needs the extra robuq[otel]."

@@ -20,7 +20,7 @@ from server.tracing import TraceContext
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
-    from server.api.generation import Generation
+    from server.request import Request
 
 # A collector that does not answer may hold the end of the process for so long.
 SHUTDOWN_S = 3.0
@@ -79,29 +79,25 @@ class Telemetry:
             return None
         return TraceContext(f"{context.trace_id:032x}", f"{context.span_id:016x}", context.trace_flags.sampled)
 
-    def follow(self, generation: Generation, request_id: str) -> None:
-        """Record ``generation`` as a child of the request that brought it."""
+    def follow(self, request: Request) -> None:
+        """Record ``request`` as a child of the HTTP request that brought it."""
         began = time.time_ns()
-        order, spec = generation.order, generation.order.specs[0]
+        fields = {f"robuq.{name}": value for name, value in vars(request.specs[0]).items() if name != "class_id"}
         span = self._tracer.start_span(
             "generation",
             start_time=began,
             attributes={
-                "robuq.model": order.model,
-                "robuq.class_id": -1 if order.class_id is None else order.class_id,
-                "robuq.num_images": len(order.specs),
-                "robuq.steps": spec.steps,
-                "robuq.guidance_scale": spec.guidance_scale,
-                "robuq.guidance_interval": spec.guidance_interval,
-                "robuq.cache_interval": spec.cache_interval,
-                "robuq.sampler": spec.sampler,
-                "robuq.seed": order.seed,
-                "robuq.format": order.image_format,
-                "robuq.priority": order.priority,
-                "robuq.request_id": request_id,
+                **fields,
+                "robuq.model": request.model.name,
+                "robuq.class_id": -1 if request.class_id is None else request.class_id,
+                "robuq.num_images": request.num_images,
+                "robuq.seed": request.seed,
+                "robuq.format": request.image_format,
+                "robuq.priority": request.priority,
+                "robuq.request_id": request.request_id,
             },
         )
-        generation.outcome.add_done_callback(lambda outcome: self._ended(span, began, outcome))
+        request.future.add_done_callback(lambda outcome: self._ended(span, began, outcome))
 
     def _ended(self, span: Any, began: int, outcome: asyncio.Future[Any]) -> None:
         error: BaseException | None = asyncio.CancelledError() if outcome.cancelled() else outcome.exception()

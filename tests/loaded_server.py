@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import uvicorn
-from waiting import WAIT_S, until
+from serving_harness import Engine, live_server
 
-from server.api.app import create_app
-from server.engine import Engine
-from server.engine.create import create_engine
-from server.engine.fake import FakeSampler
-from server.lifecycle import bind
-from server.settings import Settings
+from server.fake import FakeSampler
 
 
 @contextmanager
 def fake_server(sampler: FakeSampler, **options: object) -> Iterator[tuple[str, Engine]]:
     """Its address and its engine, ready."""
-    settings = Settings(**{"max_batch_rows": 8, "log_level": "warning", **options})  # type: ignore[arg-type]
-    engine = create_engine([sampler], settings)
-    server = uvicorn.Server(uvicorn.Config(create_app(engine, settings), log_config=None, access_log=False))
-    with bind("127.0.0.1", 0) as sock:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
-        thread.start()
-        try:
-            until(lambda: engine.status == "ready" and server.started)
-            yield f"http://127.0.0.1:{sock.getsockname()[1]}", engine
-        finally:
-            server.should_exit = True
-            thread.join(WAIT_S)
+    with live_server(sampler, **{"max_batch_rows": 8, "max_queue_images": 256, **options}) as (client, engine):
+        yield str(client.base_url).rstrip("/"), engine

@@ -21,13 +21,19 @@ ROOT = Path(__file__).parents[1]
 SERVE = "from server.cli import app; app()"
 PROGRAM = """
 import sys
-import robuq_core.pipeline as pipeline
-from server.engine.fake import FakeSampler
-sampler = FakeSampler(step_s=0.02)
-{change}
-pipeline.Sampler.from_checkpoint = classmethod(lambda *_, **__: sampler)
+import server.launch
+server.launch.WORKER_COMMAND = (sys.executable, "-c", {worker!r})
+{at_start}
 from server.cli import app
 app()
+"""
+WORKER = """
+import sys, time
+from server.fake import FakeSampler
+sampler = FakeSampler(step_s=0.02)
+{change}
+from server.worker import main
+main(lambda options, weights: sampler)
 """
 
 
@@ -59,15 +65,17 @@ def launch(
     return Process(command, stdout, cwd=cwd, env=env)
 
 
-def start(*options: str, change: str = "", stdout: IO[str] | None = None) -> Process:
-    """Begin one of noise; ``change`` is Python that may alter ``sampler``."""
-    return launch(sys.executable, "-c", PROGRAM.format(change=change), *options, stdout=stdout)
+def start(*options: str, change: str = "", at_start: str = "", stdout: IO[str] | None = None) -> Process:
+    """Begin one of noise; ``change`` is Python that may alter ``sampler``, in each worker; ``at_start`` runs in the
+    server itself."""
+    program = PROGRAM.format(worker=WORKER.format(change=change), at_start=at_start)
+    return launch(sys.executable, "-c", program, *options, stdout=stdout)
 
 
 def second_steps_wait(steps: int, gate: Path) -> str:
     """A ``change``: images of so many steps wait before their second one until ``gate`` is there."""
     return f"""
-import pathlib, time
+import pathlib
 def wait(rows):
     if any(row.spec.steps == {steps} and row.steps_done == 1 for row in rows):
         while not pathlib.Path({str(gate)!r}).exists():
@@ -109,9 +117,9 @@ def client_of(process: Process, **options: Mapping[str, str]) -> Iterator[httpx.
 
 
 @contextmanager
-def serving(*options: str, change: str = "") -> Iterator[tuple[Process, httpx.Client]]:
+def serving(*options: str, change: str = "", at_start: str = "") -> Iterator[tuple[Process, httpx.Client]]:
     """A running process of noise and a client of it, past its warm-up."""
-    process = start(*options, change=change)
+    process = start(*options, change=change, at_start=at_start)
     with client_of(process) as client:
         yield process, client
 

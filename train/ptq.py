@@ -39,11 +39,11 @@ from robuq_core.kernels.pack_layer import pack_layer
 from robuq_core.models.adapters import Weights
 from robuq_core.models.dit import DiT, DiTBlock, patchify
 from robuq_core.models.quant_linear import LinearQuantizer, QuantLinear, check_bits, is_adaln
+from robuq_core.params import RowSpec
 from robuq_core.pipeline import Sampler
 from robuq_core.quant.activation import fake_quantize_activation, straight_through
 from robuq_core.quant.ternary import planes_of_levels, ternary_planes
 from robuq_core.quant.truncated_svd import truncated_svd
-from robuq_core.rows import RowSpec
 
 METHOD = "post-training quantisation, calibrated on the teacher's own samples"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -33,10 +34,13 @@ ALL = [*MEASURES, *COMPARISONS]
 def main(
     measures: Annotated[list[str] | None, typer.Argument(help=f"Some of: {', '.join(ALL)}; all if none.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes: does it work? Figures mean little.")] = False,
+    checkpoint: Annotated[str | None, typer.Option(help="Packed file; default: the bundled one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder for the plot of latency against load.")] = None,
 ) -> None:
     """Measure what serving costs, each figure with a check."""
+    if checkpoint is not None:
+        os.environ["ROBUQ_CHECKPOINT"] = checkpoint
     chosen, console, scale = measures or ALL, Console(), Scale(quick)
     if unknown := [name for name in chosen if name not in ALL]:
         raise UserError(f"unknown measure {unknown[0]!r}; choose from {', '.join(ALL)}")

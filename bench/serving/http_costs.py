@@ -1,22 +1,19 @@
-"""What HTTP costs when the model costs nothing: overhead, ceiling; and whether ten thousand requests leave a trace."""
+"""What HTTP costs when the model costs nothing: overhead, ceiling; whether 100,000 requests leave a trace."""
 
 from __future__ import annotations
 
 import random
 import time
-from typing import Any
 
 import numpy as np
 
 from bench.serving.client import Answer, Connection, closed_loop, run
 from bench.serving.figures import Figure, Scale, require
-from bench.serving.servers import NoOpSampler, Server, bench_settings, running
-from loadtest.workload import gauges
-from server.engine import Engine
-from server.engine.create import create_engine
-from server.engine.fake import FakeRow
-from server.engine.images import encode_image
-from server.engine.model import RowSpec
+from bench.serving.servers import NoOpSampler, Server, running
+from loadtest.workload import Workload, gauges
+from robuq_core.images import encode_image
+from robuq_core.params import RowSpec
+from server.fake import FakeRow
 
 BODY = {"class_id": 1, "steps": 1, "guidance_scale": 1.0, "seed": 7}
 SPEC = RowSpec(1, 7, 1, 1.0, NoOpSampler().defaults.sampler)
@@ -27,29 +24,14 @@ def _milliseconds(seconds: list[float]) -> dict[str, float]:
     return {"p50_ms": float(p50), "p99_ms": float(p99)}
 
 
-def _direct(engine: Engine, count: int) -> tuple[list[float], bytes]:
-    """Seconds of calls of the engine in this process, one after the other, and the image."""
-    seconds, image = [], b""
-    for _ in range(count):
-        began = time.perf_counter()
-        image = engine.submit([SPEC], "png").future.result().images[0]
-        seconds.append(time.perf_counter() - began)
-    return seconds, image
-
-
 def _image_of(answer: Answer) -> bytes:
     require(answer.status == 200, f"status {answer.status}: {answer.content[:200]!r}")
     return answer.content
 
 
 def overhead(scale: Scale) -> Figure:
-    """Latency of a request less what the engine says it spent on the same request (``x-total-time``), alone."""
+    """Latency of a request less what the pool says it spent on the same request (``x-total-time``), alone."""
     rounds, count = scale.count(20, 4), scale.count(100, 50)
-    engine = create_engine([NoOpSampler()], bench_settings())
-    engine.start()
-    while engine.status != "ready":
-        time.sleep(0.01)
-    direct: list[float] = []
     answers: list[Answer] = []
 
     async def ask(url: str) -> list[Answer]:
@@ -58,15 +40,13 @@ def overhead(scale: Scale) -> Figure:
 
     with running("noop") as server:
         run(ask(server.url))  # warm
-        for _ in range(rounds):  # in turn, so that both meet the same machine
-            seconds, expected = _direct(engine, count)
-            direct += seconds
+        for _ in range(rounds):
             answers += run(ask(server.url))
-    engine.stop()
-    require(all(_image_of(answer) == expected for answer in answers), "HTTP's image is not the direct call's")
+    pixels = NoOpSampler().decode(FakeRow(SPEC))
+    expected = encode_image(pixels, "png")
+    require(all(_image_of(answer) == expected for answer in answers), "HTTP's image is not the sampler's")
     http = [answer.seconds for answer in answers]
     extra = _milliseconds([answer.seconds - float(answer.header["x-total-time"]) for answer in answers])
-    pixels = NoOpSampler().decode(FakeRow(SPEC))
     png = []
     for _ in range(count):
         began = time.perf_counter()
@@ -77,11 +57,10 @@ def overhead(scale: Scale) -> Figure:
         f"p50 {extra['p50_ms']:.2f} ms, p99 {extra['p99_ms']:.2f} ms",
         "p50 < 3 ms, p99 < 10 ms",
         extra["p50_ms"] < 3 and extra["p99_ms"] < 10,
-        f"bytes of {len(answers)} images equal to the direct call's",
+        f"bytes of {len(answers)} images equal to the sampler's",
         {
             "overhead": extra,
             "http": _milliseconds(http),
-            "direct_call": _milliseconds(direct),
             "png_alone": _milliseconds(png),
             "requests": len(answers),
         },
@@ -93,9 +72,9 @@ def ceiling(scale: Scale) -> Figure:
     users = 32
     with running("noop") as server:
         run(closed_loop(server.url, lambda: BODY, users=users, seconds=scale.of(3, 0.5), accept="image/png"))
-        before, cpu_before = _completed(server), _cpu_seconds(server)
+        before, cpu_before = _completed(server), server.cpu_seconds()
         load = run(closed_loop(server.url, lambda: BODY, users=users, seconds=scale.of(15, 2), accept="image/png"))
-        counted, cpu_s = _completed(server) - before, _cpu_seconds(server) - cpu_before
+        counted, cpu_s = _completed(server) - before, server.cpu_seconds() - cpu_before
     expected = encode_image(NoOpSampler().decode(FakeRow(SPEC)), "png")
     require(all(_image_of(answer) == expected for answer in load.answers), "an image is not the sampler's")
     require(counted == len(load.answers), f"the server counts {counted:g} images, the client {len(load.answers)}")
@@ -116,32 +95,25 @@ def ceiling(scale: Scale) -> Figure:
     )
 
 
-def _cpu_seconds(server: Server) -> float:
-    times = server.process.cpu_times()
-    return times.user + times.system
-
-
 def _completed(server: Server) -> float:
     return gauges(server.metrics())["robuq_images_total"]
 
 
 def leak(scale: Scale) -> Figure:
-    """Ten thousand requests to the real model, 30% cut off by their clients; what is left of them afterwards."""
-    total, users = scale.count(10_000, 400), 32
+    """A hundred thousand requests to the real model, 30% cut off by their clients; what is left of them afterwards."""
+    total, users = scale.count(100_000, 400), 32
     rng = random.Random(5)
 
-    def body() -> dict[str, Any]:
-        return {
-            "class_id": rng.randrange(100),
-            "steps": rng.randint(1, 4),
-            "seed": rng.randrange(2**32),
-            "guidance_scale": rng.choice((1.0, 1.5)),
-            "num_images": rng.randint(1, 2),
-        }
-
     async def part(server: Server, count: int) -> tuple[int, int, list[Answer]]:
+        workload = Workload(server.info(), (1, 2, 3, 4), max_images=2, rng=rng, fields=("seed", "guidance_scale"))
         load = await closed_loop(
-            server.url, body, users=users, requests=count, cut_off=0.3, patience_s=0.1, rng=random.Random(count)
+            server.url,
+            workload.several,
+            users=users,
+            requests=count,
+            cut_off=0.3,
+            patience_s=0.1,
+            rng=random.Random(count),
         )
         return load.cut_off, len(load.answers), load.answers
 
@@ -153,11 +125,11 @@ def leak(scale: Scale) -> Figure:
             require(all(answer.status == 200 for answer in answers), "a request was not served")
             cut_off, answered = cut_off + cut, answered + ok
             _wait_until_idle(server)
-            rss.append(server.process.memory_info().rss)
+            rss.append(server.resident_bytes())
             descriptors.append(server.process.num_fds())
         found = gauges(server.metrics())
     left = found["robuq_requests_running"] + found["robuq_requests_waiting"]
-    require(left == 0, f"{left:g} requests are still in the engine")
+    require(left == 0, f"{left:g} requests are still in the pool")
     require(abs(cut_off / (cut_off + answered) - 0.3) < 0.1, f"{cut_off} of {cut_off + answered} were cut off")
     growth = rss[-1] / rss[0] - 1
     steady = descriptors[-1] <= descriptors[0] + 2

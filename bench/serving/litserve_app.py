@@ -7,8 +7,9 @@ from typing import Any
 
 import litserve
 
-from server.engine.images import encode_image
-from server.engine.model import RowSpec
+from bench.serving.servers import checkpoint
+from robuq_core.images import encode_image
+from robuq_core.params import RowSpec
 
 
 class Images(litserve.LitAPI):
@@ -17,7 +18,7 @@ class Images(litserve.LitAPI):
     def setup(self, device: str) -> None:
         from robuq_core.pipeline import Sampler
 
-        self.sampler = Sampler.from_checkpoint()
+        self.sampler = Sampler.from_checkpoint(checkpoint())
 
     # LitServe reads this method's annotations at run time, where ours are strings; without any it passes the JSON.
     def decode_request(self, request):  # type: ignore[no-untyped-def]
@@ -28,7 +29,7 @@ class Images(litserve.LitAPI):
         rows = [
             self.sampler.start(
                 RowSpec(
-                    body["class_id"],
+                    body.get("class_id", 0),
                     body["seed"],
                     body.get("steps", defaults.steps),
                     body.get("guidance_scale", defaults.guidance_scale),

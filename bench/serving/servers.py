@@ -5,6 +5,8 @@ python -m bench.serving.servers {noop,continuous,window,litserve} PORT
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import signal
 import socket
@@ -15,12 +17,16 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import psutil
 
-from server.engine.fake import FakeRow, FakeSampler
+from server import launch
+from server.fake import FakeRow, FakeSampler
+from server.launch import bind, prepare
+from server.logs import configure_logging
+from server.pool import Fleet, Pool
 from server.settings import Settings
 
 Kind = Literal["noop", "continuous", "window", "litserve"]
@@ -31,6 +37,11 @@ WINDOW_S = 0.05
 START_TIMEOUT_S = 60
 
 
+def checkpoint() -> str | None:
+    """What every server serves, ours by its settings: ``--checkpoint``, or the bundled one if None."""
+    return os.environ.get("ROBUQ_CHECKPOINT")
+
+
 class NoOpSampler(FakeSampler):
     """Takes no time at all: a grey image, always the same."""
 
@@ -38,24 +49,61 @@ class NoOpSampler(FakeSampler):
         return np.full((self.image_size, self.image_size, 3), 128, dtype=np.uint8)
 
 
+NOOP_WORKER = """
+from bench.serving.servers import NoOpSampler
+from server.worker import main
+main(lambda options, weights: NoOpSampler())
+"""
+
+
+class WindowPool(Pool):
+    """Window batching, what most servers do, to compare with: collect, run the batch to its end, collect again.
+
+    The order, the bound of the queue and the deadlines are those of the pool; an image that is done before its batch
+    is answers at once. What differs is when images may join, and that alone. One worker.
+    """
+
+    _due: asyncio.TimerHandle | None = None
+
+    def dispatch(self, fleet: Fleet) -> None:
+        (worker,) = fleet.workers
+        if worker is None or not fleet.queue.images or len(worker.sent) > len(worker.decoding):
+            return
+        waited = max(self.clock() - request.submitted_at for request in fleet.requests)
+        if fleet.queue.images < MAX_ROWS and waited < WINDOW_S:
+            if self._due is None:
+                self._due = asyncio.get_running_loop().call_later(WINDOW_S - waited, self._window_ends, fleet)
+            return
+        super().dispatch(fleet)
+
+    def _window_ends(self, fleet: Fleet) -> None:
+        self._due = None
+        self.dispatch(fleet)
+
+
 def bench_settings(port: int = 0) -> Settings:
-    """A queue that refuses nobody, so that every system meets the same load."""
-    return Settings(port=port, max_batch_rows=MAX_ROWS, max_queue_images=100_000, log_level="warning")
+    """A queue that refuses nobody and no cache, so that every system meets the same load; files of pixels alone."""
+    return Settings(
+        port=port,
+        max_batch_rows=MAX_ROWS,
+        max_queue_images=100_000,
+        cache_bytes=0,
+        embed_settings=False,
+        log_level="warning",
+    )
 
 
 def serve_robuq(kind: Kind, port: int) -> int:
     """Our own server, as ``robuq-serve`` runs it."""
-    from robuq_core.pipeline import Sampler
-    from server.lifecycle import bind, serve
-    from server.logs import configure_logging
-    from server.scheduler import WindowScheduler
-
     settings = bench_settings(port)
     configure_logging(settings.log_level, settings.log_format)
-    sampler = NoOpSampler() if kind == "noop" else Sampler.from_checkpoint()
-    window = WindowScheduler(settings.max_queue_images, WINDOW_S, settings.priority_ageing_s)
-    with bind(settings.host, port) as sock:
-        return serve([sampler], settings, sock, scheduler=window if kind == "window" else None)
+    if kind == "noop":
+        launch.WORKER_COMMAND = (sys.executable, "-c", NOOP_WORKER)
+    sockets = bind(settings.host, port)
+    prepared = prepare(settings)
+    from server.lifecycle import serve
+
+    return serve(settings, sockets, prepared, pool_type=WindowPool if kind == "window" else Pool)
 
 
 @dataclass(frozen=True)
@@ -64,6 +112,20 @@ class Server:
 
     url: str
     process: psutil.Process
+
+    def resident_bytes(self) -> int:
+        """Of the server and its workers."""
+        return sum(each.memory_info().rss for each in (self.process, *self.process.children()))
+
+    def cpu_seconds(self) -> float:
+        """Of the server and its workers."""
+        times = [each.cpu_times() for each in (self.process, *self.process.children())]
+        return sum(each.user + each.system for each in times)
+
+    def info(self) -> dict[str, Any]:
+        """Of our own servers."""
+        with urllib.request.urlopen(f"{self.url}/info", timeout=10) as answer:
+            return dict(json.load(answer))
 
     def metrics(self) -> str:
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:

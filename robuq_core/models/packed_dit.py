@@ -6,7 +6,6 @@ computed (:mod:`robuq_core.models.conditioning`), and :meth:`PackedDiT.denoise`,
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robuq_core.config import ModelConfig
-from robuq_core.errors import TooSlowError
 from robuq_core.kernels.ops import (
     Backend,
     Block,
@@ -110,8 +108,6 @@ class PackedDiT:
         self._in_one_call = self._blocks_in_one_call()
         # Between native kernels torch has little to do, and its threads would be in the way of theirs.
         self.has_own_threads = self._fused is not None and self.device.type == "cpu"
-        # Seconds that a forward may take, or None. It is compared before each block: an op cannot be interrupted.
-        self.limit_s: float | None = None
         self._run: Denoise = self.denoise
         self._run_keeping: DenoiseKeeping = self.denoise_keeping
         # The reference runs as it is written.
@@ -187,11 +183,7 @@ class PackedDiT:
         """:meth:`denoise`, and beside its output the tokens ``[B, L, D]`` that the blocks leave."""
         x_BLD = self._embedded(x_BCHW)
         modulations = table.index_select(1, slots_B)
-        until = None if self.limit_s is None else time.monotonic() + self.limit_s
         for i, block in enumerate(self.blocks):
-            if until is not None and time.monotonic() >= until:
-                raise TooSlowError(f"a forward of {len(x_BCHW)} rows takes longer than {self.limit_s:g} s on this "
-                                   "machine; serve a smaller model, or fewer rows at once")  # fmt: skip
             x_BLD = self.run_block(x_BLD, modulations[BLOCK_ENTRIES * i : BLOCK_ENTRIES * (i + 1)], block)
         return self._output(x_BLD, modulations[BLOCK_ENTRIES * self.config.depth :]), x_BLD
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 Schema = dict[str, Any]
@@ -15,13 +16,24 @@ Schema = dict[str, Any]
 
 def http_reference() -> str:
     """Every route by tag, then every schema that bodies and answers name."""
-    from server.api.app import create_app
-    from server.engine.create import create_engine
-    from server.engine.fake import FakeSampler
+    from server.app import create_app
+    from server.fake import FakeSampler
+    from server.metrics import Metrics
+    from server.pool import Pool
+    from server.request import ModelInfo
     from server.settings import Settings
+    from server.worker import describe
+
+    sampler = FakeSampler()
+    fields = describe(sampler) | {"path": Path(), "class_names": sampler.class_names, "defaults": sampler.defaults}
+
+    class Documented(Pool):
+        """Knows its model without a worker."""
+
+        model = ModelInfo(**fields)  # type: ignore[assignment]
 
     settings = Settings.model_construct()
-    return render(create_app(create_engine([FakeSampler()], settings), settings).openapi())
+    return render(create_app(Documented(settings, Metrics(settings.max_batch_rows)), settings).openapi())
 
 
 def render(document: Schema) -> str:

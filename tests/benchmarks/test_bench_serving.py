@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from loaded_server import fake_server
+from tiny import TINY, tiny_model
 
 from bench.serving.arrivals import Comparison, appended, figure
 from bench.serving.client import Connection, closed_loop, run
@@ -17,7 +18,9 @@ from bench.serving.http_costs import BODY
 from bench.serving.servers import NoOpSampler
 from loadtest.open_loop import Outcome, summarise
 from loadtest.workload import check_image, gauges
-from server.engine.fake import FakeSampler
+from robuq_core.checkpoint import Description, write_checkpoint
+from robuq_core.config import DiffusionConfig, QuantConfig, SamplerConfig
+from server.fake import FakeSampler
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,7 +70,7 @@ def test_a_comparison_is_met_only_when_lower_everywhere(theirs_s: float, met: bo
     def at(latency_s: float) -> list[object]:
         return [summarise([Outcome(0, 0, latency_s, 200)] * 5, 1.0)] * 4
 
-    comparison = Comparison(10.0, {"continuous": at(0.1), "litserve": [*at(0.3)[:3], at(theirs_s)[0]]})  # type: ignore
+    comparison = Comparison(10.0, 1.0, {"continuous": at(0.1), "litserve": [*at(0.3)[:3], at(theirs_s)[0]]})  # type: ignore
     assert figure(comparison, "litserve").met is met
 
 
@@ -95,6 +98,18 @@ def test_the_command_measures(tmp_path: Path) -> None:
     figures = json.loads((tmp_path / "f.json").read_text())["figures"]
     assert [figure["measure"] for figure in figures] == ["overhead", "ceiling"]
     assert figures[1]["details"]["requests_per_s"] > 0
+
+
+@pytest.mark.slow
+def test_a_flow_without_classes_is_measured(tmp_path: Path) -> None:
+    shape, quant = TINY.model_copy(update={"num_classes": 0, "flavour": "sit"}), QuantConfig(rank=4)
+    about = Description(quant, DiffusionConfig(prediction_type="flow"), SamplerConfig(sampler="euler", steps=3))
+    checkpoint = tmp_path / "flow.safetensors"
+    write_checkpoint(checkpoint, tiny_model(shape, quant), about)
+    command = [sys.executable, "-m", "bench.serving", "occupancy", "--quick", "--checkpoint", str(checkpoint)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "occupancy" in done.stdout
 
 
 def test_rounds_are_joined_end_to_end() -> None:

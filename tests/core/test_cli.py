@@ -191,7 +191,7 @@ def test_mistakes_of_sample(checkpoint: Path, tmp_path: Path, arguments: tuple[s
 
 
 @pytest.mark.parametrize(
-    "option", [("--steps", "0"), ("--seed", "-1"), ("--guidance-scale", "21"), ("--steps", "x"), ("--sampler", "plms")]
+    "option", [("--steps", "0"), ("--seed", "-2"), ("--guidance-scale", "21"), ("--steps", "x"), ("--sampler", "plms")]
 )
 def test_values_out_of_range_name_the_option(checkpoint: Path, option: tuple[str, str]) -> None:
     assert option[0] in run(robuq.app, "sample", "1", "-c", checkpoint, *option, code=2)

@@ -46,7 +46,7 @@ def test_caching_saves_rows_and_changes_pictures(sampler: Sampler) -> None:
         ({"guidance_interval": (0, 500), "guidance_scale": 1.0}, "guidance_scale 1 is no guidance"),
         ({}, "no short cut to compare"),
         ({"cache_interval": 2, "steps": 0}, "steps must be"),
-        ({"cache_interval": 0}, r"cache_interval must be 1\.\.1000"),
+        ({"cache_interval": 0}, "cache_interval"),
     ],
 )
 def test_what_compares_nothing_is_refused(sampler: Sampler, chosen: dict[str, Any], message: str) -> None:

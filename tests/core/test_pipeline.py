@@ -125,9 +125,9 @@ def test_generate_gives_pictures_and_counts_seeds_up(sampler: Sampler) -> None:
         (RowSpec(-1, 0, 4, 1.0, "ddim"), "class_id"),
         (RowSpec(1, 2**32, 4, 1.0, "ddim"), "seed must be"),
         (RowSpec(1, 0, 0, 1.0, "ddim"), "steps must be"),
-        (RowSpec(1, 0, 4, 1.0, "ddim", (500, 400)), r"guidance_interval must be .* not 500, 400"),
+        (RowSpec(1, 0, 4, 1.0, "ddim", (500, 400)), "guidance_interval"),
         (RowSpec(1, 0, 4, 1.0, "ddim", (0, 1000)), "guidance_interval"),
-        (RowSpec(1, 0, 4, 1.0, "ddim", cache_interval=0), r"cache_interval must be 1\.\.1000"),
+        (RowSpec(1, 0, 4, 1.0, "ddim", cache_interval=0), "cache_interval"),
     ],
 )
 def test_requests_out_of_range_are_refused(sampler: Sampler, spec: RowSpec, message: str) -> None:

@@ -14,12 +14,10 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser
+from serving_harness import live_server
 
 import robuq_core
-from server.api.app import create_app
-from server.engine.create import create_engine
-from server.engine.fake import FakeSampler
-from server.settings import Settings
+from server.fake import FakeSampler
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -103,7 +101,8 @@ def test_the_figure_takes_the_page_s_colours(site: Path) -> None:
 
 def test_every_route_is_in_the_http_reference(site: Path) -> None:
     text = " ".join("".join(page(site, "http-api").text).split())
-    document = create_app(create_engine([FakeSampler()], Settings()), Settings()).openapi()
+    with live_server(FakeSampler()) as (client, _):
+        document = client.get("/openapi.json").json()
     assert len(document["paths"]) > 10
     for path, operations in document["paths"].items():
         for method, operation in operations.items():

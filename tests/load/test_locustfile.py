@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import io
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -16,7 +17,7 @@ from loaded_server import fake_server
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from waiting import WAIT_S
 
-from server.engine.fake import FakeSampler
+from server.fake import FakeSampler
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,8 +50,9 @@ def attack(url: str, tmp_path: Path, wanted: dict[str, int], *options: str) -> t
 
 def test_a_good_server_passes(tmp_path: Path) -> None:
     with fake_server(FakeSampler(step_s=0.001)) as (url, _):
-        code, output = attack(url, tmp_path, {"/generate": 6, "/generate raw": 3})
+        code, output = attack(url, tmp_path, {"/generate": 6, "/generate raw": 3}, "--target", "30")
     assert code == 0, output
+    assert re.search(r"goodput: 100\.0% of \d+ within 30 s", output)
 
 
 def test_a_server_that_lies_about_its_images_fails(tmp_path: Path) -> None:

@@ -15,13 +15,14 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 from loaded_server import fake_server
+from test_scenarios import INFO
 from typer.testing import CliRunner
 from waiting import WAIT_S
 
 from loadtest.open_loop import Outcome, as_json, describe, main, offer, plot, poisson_arrivals, run_rate, summarise
 from loadtest.workload import Workload
 from robuq_core.errors import UserError
-from server.engine.fake import FakeSampler
+from server.fake import FakeSampler
 
 
 def test_arrivals_are_a_poisson_process() -> None:
@@ -92,6 +93,8 @@ def test_summaries_keep_refusals_out_of_the_latencies() -> None:
     assert summary.statuses == {"200": 10, "429": 1, "no answer": 1}
     assert summary.offered == 1.0
     assert summary.served == 10 / 15
+    assert summary.goodput == 10 / 12  # of all that were scheduled
+    assert summarise(outcomes, 12.0, target_s=0.55).goodput == 5 / 11
     assert summary.p50_s == pytest.approx(0.55)
     assert summary.max_s == pytest.approx(1.0)
     assert summary.mean_s == pytest.approx(0.55)
@@ -128,6 +131,6 @@ def test_the_command_measures_a_server(tmp_path: Path) -> None:
 
 def test_a_server_that_lies_is_told_on() -> None:
     with fake_server(FakeSampler(image_size=16)) as (url, _):
-        workload = Workload({"num_classes": 5, "image_size": 32}, [1], rng=random.Random(0))
+        workload = Workload({**INFO, "num_classes": 5}, [1], rng=random.Random(0))
         with pytest.raises(UserError, match="bad answer"):
             asyncio.run(run_rate(url, 20, 0.5, 0, workload))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import random
 from typing import Any
 
@@ -12,9 +13,11 @@ from PIL import Image
 
 from loadtest.scenarios import BURST_PERIOD_S, SCENARIOS, users_at
 from loadtest.workload import Workload, gauges
-from server.api.schemas import GenerateRequest
+from robuq_core.params import ImageParams, read_params
+from server.generate import GenerateBody
 
-INFO = {"num_classes": 7, "image_size": 32}
+INFO = {"num_classes": 7, "image_size": 32, "samplers": ["ddim", "ddpm"], "guidance": True}
+FLOW = {"num_classes": 0, "image_size": 32, "samplers": ["euler", "heun", "sde"], "guidance": False}
 
 
 @pytest.mark.parametrize("name", sorted(SCENARIOS))
@@ -33,18 +36,25 @@ def test_bursts_come_and_go() -> None:
     assert users_at(burst, 0, 1, None) == 1
 
 
-def test_bodies_are_valid_and_follow_their_seed() -> None:
+@pytest.mark.parametrize("info", [INFO, FLOW])
+def test_bodies_fit_the_model_and_follow_their_seed(info: dict[str, Any]) -> None:
     def bodies(seed: int) -> list[dict[str, Any]]:
-        workload = Workload(INFO, [3, 5], max_images=3, rng=random.Random(seed))
+        workload = Workload(info, [3, 5], max_images=3, rng=random.Random(seed))
         return [draw() for _ in range(100) for draw in (workload.plain, workload.mixed, workload.several)]
 
     drawn = bodies(1)
     assert drawn == bodies(1) != bodies(2)
     for body in drawn:
-        GenerateRequest.model_validate(body)
-        assert 0 <= body["class_id"] < 7
+        read_params(GenerateBody, json.dumps(body).encode())
+        assert body.get("class_id", 0) in range(7)
+        assert ("class_id" in body) == bool(info["num_classes"])
     assert {body["steps"] for body in drawn if "steps" in body} == {3, 5}
     assert {body.get("num_images", 1) for body in drawn} == {1, 2, 3}
+    assert {body["sampler"] for body in drawn if "sampler" in body} == set(info["samplers"])
+    if not info["guidance"]:
+        assert {body["guidance_scale"] for body in drawn if "guidance_scale" in body} == {1}
+    named = {name for body in drawn for name in body}
+    assert named >= set(ImageParams.model_fields) - {"class_id", "class_name"}
 
 
 def png(size: int) -> str:

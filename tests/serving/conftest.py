@@ -8,7 +8,7 @@ import httpx
 import pytest
 from serving_harness import live_server
 
-from server.engine.fake import FakeSampler
+from server.fake import FakeSampler
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -14,18 +13,17 @@ import pytest
 from fastapi.routing import iter_route_contexts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from limits.storage import memory
-from serving_harness import WatchedSampler, live_server, make_settings, until
+from serving_harness import Engine, WatchedSampler, live_server, make_settings, until
 from test_connection_limits import connected, read_all
 from test_rate_limits import Clock
 
-from server.api.app import create_app
-from server.api.auth import is_public
-from server.engine import Engine
-from server.engine.create import create_engine
-from server.engine.fake import FakeSampler
+from server.app import create_app
+from server.fake import FakeSampler
+from server.http import RateLimits, is_public
 from server.keys import create_key, revoke_key
 from server.logs import JsonFormatter
+from server.metrics import Metrics
+from server.pool import Pool
 
 # Whoever adds to this list opens a route to the whole world.
 OPEN = {"/", "/docs", "/web/{name}", "/health", "/ready", "/v2/health/live", "/v2/health/ready"}
@@ -58,7 +56,7 @@ def code_of(answer: httpx.Response) -> str:
 
 def all_routes(keys_file: Path | None) -> list[str]:
     options = make_settings(api_keys_file=keys_file)
-    app = create_app(create_engine([FakeSampler()], options), options)
+    app = create_app(Pool(options, Metrics(4)), options)
     return [context.path for context in iter_route_contexts(app.routes)]
 
 
@@ -123,13 +121,13 @@ def test_both_headers_let_in_and_the_name_of_the_key_is_the_client(keys_file: Pa
     key = create_key(keys_file, "alice")
     with live_server(FakeSampler(), api_keys_file=keys_file) as (client, engine):
         clients: list[str] = []
-        submit = engine.submit
+        submit = engine.pool.submit
 
-        def watched(*arguments: Any, **options: Any) -> Any:
-            clients.append(options["client"])
-            return submit(*arguments, **options)
+        def watched(request: Any) -> Any:
+            clients.append(request.client)
+            return submit(request)
 
-        engine.submit = watched  # type: ignore[method-assign]
+        engine.pool.submit = watched  # type: ignore[method-assign]
         for headers in (bearer(key), {"authorization": f"bearer  {key}"}, {"X-API-Key": key}):
             assert client.post("/generate", json=DRAW, headers=headers).status_code == 200
         assert clients == ["alice"] * 3
@@ -188,7 +186,7 @@ def test_an_open_server_is_closed_to_administrators() -> None:
 
 def test_images_of_a_minute_are_counted_when_they_are_queued(keys_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(memory, "time", SimpleNamespace(time=clock.time))
+    monkeypatch.setattr(RateLimits.__init__, "__defaults__", (clock,))
     key = create_key(keys_file, "alice", images_per_minute=10)
     other = create_key(keys_file, "bob")
     sampler = WatchedSampler()

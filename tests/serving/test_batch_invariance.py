@@ -1,4 +1,4 @@
-"""The bundled model in the engine: a picture is the same alone and in any company, watched or not, on any replica."""
+"""The bundled model in the pool: an image is the same alone and in any company, watched or not, on any replica."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ import random
 from collections.abc import Iterator
 
 import pytest
-from serving_harness import outcome, running_engine
+from serving_harness import Engine, outcome, running_engine
 
 from robuq_core.config import DIFFUSION_SAMPLERS
-from robuq_core.pipeline import RowSpec
-from server.engine import Cancelled, Engine, Preview
-from server.engine.events import Event
-from server.loading import load_samplers
-from server.settings import Settings
+from robuq_core.params import RowSpec
+from robuq_core.pipeline import Sampler
+from server.request import Cancelled, Event, Preview
 
 CROWD = 24
 
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    samplers = load_samplers(None, Settings(replicas=2, threads=2))
+    first = Sampler.from_checkpoint(threads=1)
+    samplers = (first, first.replica(threads=1))
     with running_engine(*samplers, max_batch_rows=12, max_queue_images=256) as engine:
         yield engine
 
@@ -42,11 +41,11 @@ def draw(engine: Engine, spec: RowSpec) -> bytes:
 
 def test_alone_and_in_a_watched_and_mixed_crowd(engine: Engine) -> None:
     rng = random.Random(11)
-    wanted = [random_spec(rng, sampler, engine.sampler.num_classes) for sampler in DIFFUSION_SAMPLERS]
+    wanted = [random_spec(rng, sampler, engine.model.num_classes) for sampler in DIFFUSION_SAMPLERS]
     alone = [draw(engine, spec) for spec in wanted]
     heard: list[Event] = []
     for turn in range(3):
-        crowd = [random_spec(rng, rng.choice(DIFFUSION_SAMPLERS), engine.sampler.num_classes) for _ in range(CROWD)]
+        crowd = [random_spec(rng, rng.choice(DIFFUSION_SAMPLERS), engine.model.num_classes) for _ in range(CROWD)]
         jobs = [
             engine.submit([spec], "png", preview_every=1 + i % 3, on_event=heard.append if i % 2 else None)
             for i, spec in enumerate([*crowd, *wanted])
@@ -61,6 +60,6 @@ def test_alone_and_in_a_watched_and_mixed_crowd(engine: Engine) -> None:
 
 def test_images_of_one_request_are_those_of_single_requests(engine: Engine) -> None:
     rng = random.Random(12)
-    specs = [random_spec(rng, rng.choice(DIFFUSION_SAMPLERS), engine.sampler.num_classes) for _ in range(10)]
+    specs = [random_spec(rng, rng.choice(DIFFUSION_SAMPLERS), engine.model.num_classes) for _ in range(10)]
     together = engine.submit(specs, "png").future.result(120).images
     assert list(together) == [draw(engine, spec) for spec in specs]

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from serving_harness import WAIT_S, WatchedSampler, make_settings, until
 from tiny import TINY, write_tiny
 from typer.testing import CliRunner
 
@@ -22,8 +21,7 @@ from robuq_core.models.presets import PRESETS
 from robuq_core.pipeline import Sampler, bundled_checkpoint
 from server.capacity import TARGET_UTILISATION, measure_rows_per_s, plan_replicas, replica_memory, rows_per_image
 from server.cli import app
-from server.engine.create import create_engine
-from server.engine.fake import FakeSampler
+from server.fake import FakeSampler
 
 RATES = st.floats(1e-3, 1e6)
 
@@ -115,32 +113,20 @@ def test_the_activations_are_what_a_forward_takes(tmp_path: Path) -> None:
 
 
 def test_the_measured_rate_is_that_of_full_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    sampler, settings = WatchedSampler(), make_settings(max_batch_rows=8)
-    engine = create_engine([sampler], settings)
-
-    def sleep(_: float) -> None:
-        """Let the next step run, when the images of those before have ended."""
-        if sampler.entered.acquire(timeout=0.01):
-            until(lambda: engine.images_decoding == 0)
-            sampler.permit()
-
-    sampler.hold()
-    with monkeypatch.context() as patch:
-        clock = SimpleNamespace(sleep=sleep, perf_counter=lambda: 0.02 * len(sampler.batches))
-        patch.setattr("server.capacity.time", clock)
-        patch.setattr("server.capacity.create_engine", lambda *_: engine)
-        patch.setattr(engine, "stop", sampler.release)
-        rate = measure_rows_per_s(sampler, settings, steps=3, guidance_scale=1.5, seconds=2.0)
-    assert engine.stop(join_timeout_s=WAIT_S)
-    assert rate == pytest.approx(8 / 0.02, rel=0.05)  # of 100 steps, give or take those that begin while it looks
+    batches: list[int] = []
+    sampler = FakeSampler(on_step=lambda rows: batches.append(len(rows)))
+    monkeypatch.setattr("server.capacity.time", SimpleNamespace(perf_counter=lambda: 0.02 * len(batches)))
+    rate = measure_rows_per_s(sampler, 8, steps=3, guidance_scale=1.5, seconds=2.0)
+    assert set(batches) == {4}  # guided images take two rows
+    assert rate == pytest.approx(8 / 0.02)
 
 
-def test_an_engine_that_fails_is_told() -> None:
+def test_what_the_model_raises_is_raised() -> None:
     def fail(_: object) -> None:
         raise MemoryError("no room")
 
-    with pytest.raises(UserError, match="no room"):
-        measure_rows_per_s(FakeSampler(on_step=fail), make_settings(), steps=3, guidance_scale=1.5, seconds=0.1)
+    with pytest.raises(MemoryError, match="no room"):
+        measure_rows_per_s(FakeSampler(on_step=fail), 8, steps=3, guidance_scale=1.5, seconds=0.1)
 
 
 def run(*options: str) -> tuple[int, str]:

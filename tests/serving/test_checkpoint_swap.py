@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -13,12 +14,11 @@ import httpx
 import pytest
 import torch
 from crafted import nested, with_header, with_tensor
-from serving_harness import WAIT_S, live_server, until
+from serving_harness import WAIT_S, Engine, live_server, until
 from tiny import TINY, write_tiny
 
 from robuq_core.pipeline import Sampler
 from robuq_core.safetensors_file import SafetensorsFile
-from server.engine import Engine
 from server.keys import create_key
 
 DRAW = {"class_id": 1, "seed": 5, "steps": 3}
@@ -43,13 +43,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def load(options: dict[str, Any]) -> Sampler:
+    """As a worker process does, without its file in memory."""
+    return Sampler.from_checkpoint(options["checkpoint"])
+
+
 @pytest.fixture
 def server(folder: Path, tmp_path: Path) -> Iterator[tuple[httpx.Client, Engine]]:
     """The old checkpoint on a real socket and an administrator's client."""
     keys = tmp_path / "keys.json"
     key = create_key(keys, "root", scopes=["admin", "generate"])
-    sampler = Sampler.from_checkpoint(folder / "old.safetensors")
-    with live_server(sampler, api_keys_file=keys, checkpoint_dir=folder) as (client, engine):  # type: ignore[arg-type]
+    options = {"checkpoint": folder / "old.safetensors", "checkpoint_dir": folder, "cache_bytes": 0}
+    with live_server(load, api_keys_file=keys, **options) as (client, engine):
         client.headers["Authorization"] = f"Bearer {key}"
         client.timeout = httpx.Timeout(60)
         yield client, engine
@@ -86,9 +91,8 @@ def test_a_swap_is_seen_everywhere(server: tuple[httpx.Client, Engine], folder: 
     assert client.post("/generate", json=DRAW).json()["images"] == drawn
 
 
-def test_under_load_no_request_is_lost(server: tuple[httpx.Client, Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_under_load_no_request_is_lost(server: tuple[httpx.Client, Engine]) -> None:
     client, engine = server
-    monkeypatch.setattr("server.engine.supervisor.RELEASE_AFTER_S", WAIT_S)  # however late who read it submits
     stop = threading.Event()
     answers = [0] * 4
 
@@ -230,14 +234,14 @@ def test_a_body_that_names_no_file(server: tuple[httpx.Client, Engine], body: An
 def test_one_swap_at_a_time(server: tuple[httpx.Client, Engine], monkeypatch: pytest.MonkeyPatch) -> None:
     client, engine = server
     entered, go_on = threading.Event(), threading.Event()
-    whole_swap = engine.swap
+    whole_swap = engine.pool.swap
 
-    def slow_swap(samplers: Any) -> None:
+    async def slow_swap(checkpoint: Path) -> None:
         entered.set()
-        assert go_on.wait(WAIT_S)
-        whole_swap(samplers)
+        await asyncio.to_thread(go_on.wait, WAIT_S)
+        await whole_swap(checkpoint)
 
-    monkeypatch.setattr(engine, "swap", slow_swap)
+    monkeypatch.setattr(engine.pool, "swap", slow_swap)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(swap, client, "new.safetensors")
         assert entered.wait(WAIT_S)

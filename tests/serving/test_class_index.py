@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.api.classes import ClassIndex
-from server.api.errors import ApiError
+from server.classes import ClassIndex
+from server.errors import ApiError
 
 NAMES = ("tench, Tinca tinca", "crane", "crane, derrick", "", "maillot", "maillot, tank suit")
 ZOO = (

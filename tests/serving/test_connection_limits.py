@@ -13,9 +13,9 @@ import httpx
 import pytest
 from serving_harness import WAIT_S, live_server, until
 
-from server.api import connection
-from server.api.security import MAX_HEAD_BYTES, MAX_HEADERS, MAX_TARGET_BYTES, PROBE_PATHS, SECURITY_HEADERS
-from server.engine.fake import FakeSampler
+from server import connection
+from server.fake import FakeSampler
+from server.http import MAX_HEAD_BYTES, MAX_HEADERS, MAX_TARGET_BYTES, PROBE_PATHS, SECURITY_HEADERS
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def test_more_requests_at_once_than_a_client_may_send_ahead_end_the_connection(c
     for number, whole in ((connection.MAX_PIPELINED, True), (20_000, False)):
         with connected(client) as sock:
             # At once: the server sees them all before it can answer one.
-            sock.sendall(b"GET /health HTTP/1.1\r\n\r\n" * number + b"GET /health HTTP/1.0\r\n\r\n" * whole)
+            sock.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n" * number + b"GET /health HTTP/1.0\r\n\r\n" * whole)
             assert (read_all(sock).count(b"HTTP/1.1 200 ") == number + 1) == whole
 
 

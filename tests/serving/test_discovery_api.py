@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from typing import Any
 
 import httpx
@@ -11,8 +9,7 @@ import pytest
 from serving_harness import WAIT_S, WatchedSampler, live_server, until
 from test_live_server import raw_request
 
-from server.api.catalog import Catalog
-from server.engine.fake import FakeSampler
+from server.fake import FakeSampler
 
 
 def names(client: httpx.Client, **parameters: Any) -> list[str]:
@@ -54,7 +51,7 @@ def test_the_queue_as_it_fills_and_empties() -> None:
             "images_in_flight": 0,
             "images_waiting": 0,
             "images_decoding": 0,
-            "replicas": [{"rows": 0, "row_budget": 4, "stalled": False}],
+            "replicas": [{"rows": 0, "row_budget": 4, "alive": True}],
         }
         sampler.hold()
         with raw_request(client, {"class_id": 1, "num_images": 3}):  # each takes two rows: two of them fit
@@ -64,7 +61,7 @@ def test_the_queue_as_it_fills_and_empties() -> None:
                 busy = client.get("/queue").json()
         assert (busy["requests_running"], busy["requests_waiting"]) == (1, 1)
         assert (busy["images_in_flight"], busy["images_waiting"]) == (7, 5)
-        assert busy["replicas"] == [{"rows": 4, "row_budget": 4, "stalled": False}]
+        assert busy["replicas"] == [{"rows": 4, "row_budget": 4, "alive": True}]
         sampler.release()
         until(lambda: client.get("/queue").json() == idle)
 
@@ -75,7 +72,7 @@ def test_every_route_describes_the_checkpoint_that_is_served_now() -> None:
 
     with live_server(FakeSampler()) as (client, engine):
         assert client.post("/generate", json={"class_name": "goldfish"}).status_code == 200
-        engine.swap([Other(image_size=8, class_names=("koi", "eel"))])
+        engine.swap("other", [Other(image_size=8, class_names=("koi", "eel"))])
         assert client.get("/info").json()["checkpoint"] == "other"
         assert names(client) == ["koi", "eel"]
         assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["other"]
@@ -89,31 +86,3 @@ def test_every_route_describes_the_checkpoint_that_is_served_now() -> None:
         document = client.get("/openapi.json").json()
         schema = document["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]["schema"]
         assert schema["properties"]["class_id"]["anyOf"][0]["maximum"] == 1
-
-
-def test_the_tables_of_a_swapped_out_model_go_with_it() -> None:
-    catalog = Catalog(10.0)
-    sampler = FakeSampler()
-    model = catalog.of(sampler)
-    assert catalog.of(sampler) is model
-    gone = weakref.ref(sampler)
-    del sampler
-    gc.collect()
-    assert gone() is None
-
-
-def test_an_answer_that_is_kept_does_not_keep_the_model_that_drew_it() -> None:
-    with live_server(FakeSampler()) as (client, engine):
-        engine.swap([FakeSampler()])  # which nobody holds but the server
-        key = {"Idempotency-Key": "k"}
-        first = client.post("/generate", json={"class_id": 1}, headers=key)
-        old = weakref.ref(engine.sampler)
-        engine.swap([FakeSampler()])
-        again = client.post("/generate", json={"class_id": 1}, headers=key)
-        assert again.content == first.content
-
-        def freed() -> bool:
-            gc.collect()
-            return old() is None
-
-        until(freed)

@@ -17,7 +17,7 @@ from process_harness import Process, serving
 from serving_harness import WAIT_S, WatchedSampler, live_server, until
 from test_connection_limits import connected, consume, probe, read_all
 
-from server.engine.fake import FakeSampler
+from server.fake import FakeSampler
 from server.keys import create_key
 
 MIB = 2**20
@@ -26,7 +26,7 @@ CHUNKED = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chu
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[tuple[Process, httpx.Client]]:
-    with serving(change="import server.api.connection as c; c.FIRST_REQUEST_S = 2.0") as (process, client):
+    with serving(at_start="import server.connection as c; c.FIRST_REQUEST_S = 2.0") as (process, client):
         yield process, client
 
 
@@ -66,7 +66,7 @@ def test_small_trailers_are_dropped(tmp_path: Path) -> None:
         for header, status in ((b"", b"401"), (f"X-API-Key: {key}\r\n".encode(), b"200")):
             with connected(client) as sock:
                 # In one piece, so that the trailers are read before the request is answered; the connection stays.
-                last = b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n"
+                last = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
                 sock.sendall(CHUNKED + header + b"\r\n" + body + trailers + last)
                 raw = read_all(sock)
             assert raw.startswith(b"HTTP/1.1 " + status)
@@ -125,11 +125,11 @@ def test_one_key_does_not_fill_the_queue_of_the_others(tmp_path: Path) -> None:
         late = [each.result() for each in flood if each.done()]
         assert {answer.json()["error"]["code"] for answer in late} == {"queue_full"}
         retry_after = {int(answer.headers["retry-after"]) for answer in late}
-        speed = sum(replica.rows_per_s_locked for replica in engine._replicas)
+        speed = engine.call(lambda: sum(worker.rows_per_s for worker in engine.pool._fleet.serving))  # type: ignore[union-attr]
         assert min(retry_after) >= min(60, 16 * 1000 / speed)  # what runs has to end first
         sampler.release()
         assert [each.result().status_code for each in modest] == [200, 200]
-        engine.stop(0.0)  # the rest would take long
+        engine.run(engine.pool.stop())  # the rest would take long
         assert {each.result().status_code for each in flood} <= {200, 429, 503}
 
 

@@ -1,4 +1,4 @@
-"""Mutated requests against a server process: no 5xx but 503, flat memory, probes answered, nothing left behind."""
+"""Mutated requests against a server process: of 5xx only 501 and 503, flat memory, probes answered, nothing left."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_mutated_requests(requests: int, seed: int) -> None:
         prober.join(WAIT_S)
         grown = (memory().rss - before) / MIB
         print(f"{dict(statuses)}; {grown:.1f} MiB; slowest of {prober.answers} probes {prober.slowest_s * 1e3:.0f} ms")
-        assert {status for status in statuses if status >= 500} <= {503}
+        assert {status for status in statuses if status >= 500} <= {501, 503}  # 501: a Transfer-Encoding
         assert statuses[200] > requests / 10  # the mutations leave some right,
         assert statuses[400] > requests / 10  # make some no HTTP,
         assert statuses[422] > requests / 100  # and reach the routes with others
@@ -66,5 +66,5 @@ def test_mutated_requests(requests: int, seed: int) -> None:
         until(lambda: client.get("/queue").json()["images_in_flight"] == 0, every_s=0.05)
         assert client.post("/generate", json={"class_id": 1}).status_code == 200
         assert process.poll() is None
-        assert '"exception"' not in process.output
+        assert not [line for line in process.output.splitlines() if '"exception"' in line]
         assert not process.error_output

@@ -74,10 +74,10 @@ def test_a_link_stays_a_link(path: Path, tmp_path: Path) -> None:
 
 
 @contextmanager
-def guarded(path: Path, change: str = "") -> Iterator[tuple[Process, httpx.Client, dict[str, str]]]:
+def guarded(path: Path, at_start: str = "") -> Iterator[tuple[Process, httpx.Client, dict[str, str]]]:
     """A server with the key of alice, and the headers to use it."""
     headers = {"X-API-Key": create_key(path, "alice")}
-    with serving("--api-keys-file", str(path), change=change) as (process, client):
+    with serving("--api-keys-file", str(path), at_start=at_start) as (process, client):
         assert client.get("/info", headers=headers).status_code == 200
         yield process, client, headers
 
@@ -111,7 +111,7 @@ def test_a_change_that_cannot_be_read_at_first_is_read_later(path: Path) -> None
 
 
 def test_a_file_that_stays_unreadable_or_is_gone_closes_the_server_until_it_is_read(path: Path) -> None:
-    with guarded(path, change="import server.keys; server.keys.GRACE_S = 0.3") as (process, client, headers):
+    with guarded(path, at_start="import server.keys; server.keys.GRACE_S = 0.3") as (process, client, headers):
         good = path.read_bytes()
         path.with_name("folder").mkdir()
         path.unlink()

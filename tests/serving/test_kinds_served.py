@@ -96,10 +96,11 @@ def test_other_protocols_draw_without_classes_too(unconditional: httpx.Client) -
     openai = unconditional.post("/v1/images/generations", json={"prompt": "anything", "seed": 6})
     assert openai.status_code == 200, openai.text
     assert openai.json()["class_id"] is None
-    ones = {"name": "class_id", "shape": [2], "datatype": "INT64", "data": [0, 0]}
+    ones = {"name": "num_images", "shape": [1], "datatype": "INT64", "data": [2]}
     name = unconditional.get("/info").json()["checkpoint"]
     kserve = unconditional.post(f"/v2/models/{name}/infer", json={"inputs": [ones]})
     assert kserve.status_code == 200, kserve.text
+    assert kserve.json()["outputs"][0]["shape"] == [2]
     scale = {"name": "guidance_scale", "shape": [1], "datatype": "FP32", "data": [2.0]}
     wrong = unconditional.post(f"/v2/models/{name}/infer", json={"inputs": [ones, scale]})
     assert refused(wrong) == "guidance_scale"

@@ -5,23 +5,22 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import numpy as np
 import pytest
 from autoencoders import IMAGE_SIZE, LATENT, save_autoencoder_kl, save_autoencoder_tiny, write_latent
 from PIL import Image
-from serving_harness import live_server, running_engine, sample, until
+from serving_harness import Engine, live_server, sample, started_engine, until
 from tiny import TINY, write_tiny
 
 from robuq_core.checkpoint import CheckpointError
-from robuq_core.decode import LatentDecoder
 from robuq_core.export_hub import export_hub
 from robuq_core.pipeline import RowSpec, Sampler
-from server.engine import Engine
 from server.keys import create_key
-from server.loading import load_samplers, located
-from server.settings import Settings
+from server.launch import memory_file
+from server.worker import load_sampler
 
 CROWD = 12
 
@@ -35,14 +34,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def settings(folder: Path) -> Settings:
-    return Settings(checkpoint=folder / "latent.safetensors", decoder=folder / "autoencoder", replicas=2, threads=2)
+def loaded(options: dict[str, Any]) -> Any:
+    """A sampler as a worker loads it."""
+    return load_sampler({**options, "store": True}, memory_file("weights"))
 
 
 @pytest.fixture(scope="module")
-def engine(settings: Settings) -> Iterator[Engine]:
-    with running_engine(*load_samplers(settings.checkpoint, settings), max_queue_images=64, decode_threads=3) as engine:
+def engine(folder: Path) -> Iterator[Engine]:
+    paths = {"checkpoint": folder / "latent.safetensors", "decoder": folder / "autoencoder"}
+    options = {"replicas": 2, "threads": 2, "max_queue_images": 64, "decode_threads": 3}
+    with started_engine(loaded, **paths, **options) as engine:
+        until(lambda: engine.status == "ready")
         yield engine
 
 
@@ -70,27 +72,10 @@ def test_decoding_has_a_time_of_its_own(engine: Engine) -> None:
     assert sample(engine, "robuq_decode_duration_seconds_count") == before + 2
 
 
-def test_a_warm_up_decodes_one_picture_a_replica(settings: Settings) -> None:
-    """A picture of an AutoencoderKL may take seconds, and an estimate goes the same way."""
-    samplers = load_samplers(settings.checkpoint, settings)
-    decoder = samplers[0].decoder
-    assert isinstance(decoder, LatentDecoder)
-    decoded: list[object] = []
-    decoder.autoencoder.decoder.register_forward_hook(lambda *_: decoded.append(None))
-    with running_engine(*samplers):
-        assert len(decoded) == len(samplers)
-
-
-def test_replicas_on_one_device_share_the_decoder(engine: Engine, settings: Settings) -> None:
-    first, second = load_samplers(settings.checkpoint, settings)
-    assert first.decoder is second.decoder
-
-
 def test_a_swap_takes_the_decoder_along(folder: Path, tmp_path: Path) -> None:
     key = create_key(tmp_path / "keys.json", "root", scopes=["admin", "generate"])
-    sampler = Sampler.from_checkpoint(folder / "pixels.safetensors")
     options = {"api_keys_file": tmp_path / "keys.json", "checkpoint_dir": folder, "decoder": folder / "autoencoder"}
-    with live_server(sampler, **options) as (client, engine):  # type: ignore[arg-type]
+    with live_server(loaded, checkpoint=folder / "pixels.safetensors", **options) as (client, engine):
         client.headers["Authorization"] = f"Bearer {key}"
 
         def side_after(name: str) -> int:
@@ -100,11 +85,11 @@ def test_a_swap_takes_the_decoder_along(folder: Path, tmp_path: Path) -> None:
             drawn = client.post("/generate", json={"class_id": 1, "steps": 2}, headers={"Accept": "image/png"})
             width, height = Image.open(io.BytesIO(drawn.content)).size
             assert width == height == answer.json()["image_size"]
-            info, served = answer.json(), engine.sampler
+            info, served = answer.json(), engine.model
             assert info["decoder"]["name"] == ("pixels" if name == "pixels" else "autoencoder")
-            assert info["decoder"]["weight_bytes"] == served.decoder.weight_bytes
+            assert info["decoder"]["weight_bytes"] == served.decoder_weight_bytes
             assert (sample(engine, "robuq_decoder_weight_bytes") > 0) == (name == "latent")
-            assert sample(engine, "robuq_decoder_weight_bytes") == served.decoder.weight_bytes
+            assert sample(engine, "robuq_decoder_weight_bytes") == served.decoder_weight_bytes
             assert sample(engine, "robuq_model_weight_bytes") == served.weight_bytes == info["weight_bytes"]
             return width
 
@@ -118,8 +103,8 @@ def test_a_swap_takes_the_decoder_along(folder: Path, tmp_path: Path) -> None:
 
 def test_a_swap_to_latents_without_a_decoder_is_told_and_changes_nothing(folder: Path, tmp_path: Path) -> None:
     key = create_key(tmp_path / "keys.json", "root", scopes=["admin", "generate"])
-    sampler = Sampler.from_checkpoint(folder / "pixels.safetensors")
-    with live_server(sampler, api_keys_file=tmp_path / "keys.json", checkpoint_dir=folder) as (client, _):  # type: ignore[arg-type]
+    options = {"api_keys_file": tmp_path / "keys.json", "checkpoint_dir": folder}
+    with live_server(loaded, checkpoint=folder / "pixels.safetensors", **options) as (client, _):
         client.headers["Authorization"] = f"Bearer {key}"
         answer = client.post("/admin/checkpoint", json={"path": "latent.safetensors"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (422, "checkpoint_unusable")
@@ -128,9 +113,12 @@ def test_a_swap_to_latents_without_a_decoder_is_told_and_changes_nothing(folder:
         assert client.get("/info").json()["checkpoint"] == "pixels"
 
 
+OPTIONS = {"decoder": None, "backend": "auto", "threads": 1, "number": 0, "replicas": 1}
+
+
 def test_a_start_without_a_decoder_names_the_setting(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"--decoder, ROBUQ_DECODER"):
-        load_samplers(folder / "latent.safetensors", Settings())
+        loaded({**OPTIONS, "checkpoint": str(folder / "latent.safetensors")})
 
 
 def test_the_checkpoint_setting_takes_what_the_library_takes(
@@ -140,10 +128,6 @@ def test_the_checkpoint_setting_takes_what_the_library_takes(
     export_hub(folder / "latent.safetensors", tmp_path / commit, licence="mit")
     save_autoencoder_tiny(tmp_path / commit / "vae")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path / commit))
-    monkeypatch.setenv("ROBUQ_CHECKPOINT", "someone/tiny")
-    for settings in (located(Settings()), located(Settings(checkpoint=tmp_path / commit))):
-        assert settings.checkpoint == tmp_path / commit / "latent.safetensors"
-        (sampler,) = load_samplers(settings.checkpoint, settings)
-        assert sampler.decoder.name == "vae"
-    monkeypatch.delenv("ROBUQ_CHECKPOINT")
-    assert located(Settings()).checkpoint is None
+    for checkpoint in ("someone/tiny", str(tmp_path / commit)):
+        sampler = loaded({**OPTIONS, "checkpoint": checkpoint})
+        assert (sampler.checkpoint_name, sampler.decoder.name) == ("latent", "vae")

@@ -14,10 +14,9 @@ from contextlib import contextmanager
 import httpx
 import numpy as np
 import pytest
-from serving_harness import WAIT_S, WatchedSampler, live_server, sample, until
+from serving_harness import WAIT_S, Engine, WatchedSampler, live_server, sample, until
 
-from server.engine import Engine
-from server.engine.fake import FakeRow
+from server.fake import FakeRow
 
 
 @contextmanager
@@ -90,7 +89,7 @@ def test_a_client_that_hangs_up_while_it_waits_leaves_the_queue() -> None:
     sampler = WatchedSampler()
     with live_server(sampler, max_batch_rows=2) as (client, engine):
         sampler.hold()
-        with raw_request(client, {"class_id": 1, "steps": 1}):
+        with raw_request(client, {"class_id": 1, "steps": 2}):
             assert sampler.entered.acquire(timeout=WAIT_S)
             with raw_request(client, {"class_id": 1, "num_images": 16}):
                 until(lambda: engine.requests_waiting == 1)
@@ -177,7 +176,7 @@ def test_an_error_that_nobody_foresaw_is_a_plain_500(monkeypatch: pytest.MonkeyP
         def broken(*_: object, **__: object) -> None:
             raise LookupError("secret")
 
-        monkeypatch.setattr(engine, "submit", broken)
+        monkeypatch.setattr(engine.pool, "submit", broken)
         answer = client.post("/generate", json={"class_id": 1}, headers={"X-Request-Id": "mine"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
         assert "secret" not in answer.text

@@ -11,8 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
-from server.api.openai_schemas import ImageGenerateRequest
-from server.api.schemas import GenerateRequest
+from robuq_core.params import ImageParams
+from server.compat.openai import ImagesBody
+from server.generate import GenerateBody
 
 WORDS = ["png", "webp", "ddim", "tench", "crane", "INT64", "BYTES", "class_id", "seed", "fake", "b64_json", "auto"]
 EDGES = [0, 1, -1, 16, 17, 1000, 2**31, 2**32 - 1, 2**32, 2**63, 2**70, 10**400, 0.5, 1e308, float("nan"), float("inf")]
@@ -20,8 +21,8 @@ ACCEPTS = ["", "*/*", "image/png", "image/*;q=", "a/b;q=1;;,", ";,=", "image/web
 KEYS = [None, None, "", "a", "b", "x" * 300]
 # A time limit would make 504 the right answer now and then.
 ROUTES: dict[str, tuple[int, list[str]]] = {
-    "/generate": (900, [name for name in GenerateRequest.model_fields if name != "timeout_s"]),
-    "/v1/images/generations": (550, [name for name in ImageGenerateRequest.model_fields if name != "timeout_s"]),
+    "/generate": (900, [name for name in GenerateBody.model_fields if name != "timeout_s"]),
+    "/v1/images/generations": (550, [name for name in ImagesBody.model_fields if name != "timeout_s"]),
     "/v2/models/fake/infer": (550, ["id", "inputs", "outputs", "parameters"]),
 }
 
@@ -51,9 +52,9 @@ def tensor(rng: random.Random) -> dict[str, Any]:
     """Nearly one of KServe's."""
     data = [rng.choice([0, 1, 4, 5, True, "1", [1], value(rng)]) for _ in range(rng.randrange(4))]
     whole: dict[str, Any] = {
-        "name": rng.choice(["class_id", "seed", "steps", "guidance_scale"]),
+        "name": rng.choice(list(ImageParams.model_fields)),
         "shape": [len(data)],
-        "datatype": rng.choice(["INT64", "FP32"]),
+        "datatype": rng.choice(["INT64", "FP32", "BYTES"]),
         "data": data,
     }
     if rng.random() < 0.3:
@@ -73,7 +74,7 @@ def body(rng: random.Random, names: Sequence[str]) -> bytes:
             good = {"name": "class_id", "shape": [1], "datatype": "INT64", "data": [1]}
             content = {"inputs": [good, *(tensor(rng) for _ in range(rng.randrange(2)))]} | rng.choice([{}, content])
         elif kind < 6:
-            content |= {"class_id": 1} if "class_id" in names else {"prompt": "1"}
+            content |= {"prompt": "1"} if "prompt" in names else {"class_id": 1}
     # json.dumps writes NaN, Infinity and lone surrogates, as careless clients do.
     encoded = json.dumps(content).encode()
     return encoded if rng.random() < 0.9 else encoded[: rng.randrange(len(encoded))]
@@ -91,7 +92,7 @@ def test_bad_bodies_are_the_clients_fault(client: httpx.Client, path: str) -> No
             headers["Idempotency-Key"] = key
         answer = client.post(path, content=content, headers=headers)
         seen.add(answer.status_code)
-        assert answer.status_code in (200, 400, 404, 406, 409, 422), (seed, content)
+        assert answer.status_code in (200, 400, 404, 406, 422), (seed, content)
         if answer.status_code != 200:
             error = answer.json() if path.startswith("/v2") else answer.json()["error"]
             assert error["code"]

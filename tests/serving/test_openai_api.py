@@ -10,10 +10,12 @@ import httpx
 import openai
 import pytest
 from PIL import Image
-from serving_harness import WatchedSampler, live_server, until
+from serving_harness import WatchedSampler, live_server
 from test_generate_api import picture
 
-from server.api import streaming
+from robuq_core.params import ImageParams
+from server import service
+from server.compat.openai import ImagesBody
 
 PATH = "/v1/images/generations"
 
@@ -63,9 +65,9 @@ def test_every_option_that_it_knows(official: openai.OpenAI) -> None:
 
 
 def test_streams_tell_previews_and_each_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "HEARTBEAT_S", 0.05)  # the answer begins before the first step does
+    monkeypatch.setattr(service, "HEARTBEAT_S", 0.05)  # the answer begins before the first step does
     sampler = WatchedSampler()
-    with live_server(sampler) as (client, engine), official_client(client) as official:
+    with live_server(sampler) as (client, _), official_client(client) as official:
         sampler.hold()
         with official.images.generate(
             prompt="tench", n=2, stream=True, partial_images=2, extra_body={"steps": 7, "guidance_scale": 1}
@@ -74,7 +76,6 @@ def test_streams_tell_previews_and_each_image(monkeypatch: pytest.MonkeyPatch) -
             for _ in range(2):  # previews, after three steps each
                 sampler.permit(3)
                 events += [next(answer), next(answer)]
-                until(lambda: engine.images_decoding == 0)  # or the next ones are left out
             sampler.release()
             events += answer
     partial = [event for event in events if event.type == "image_generation.partial_image"]
@@ -112,7 +113,9 @@ def test_models(official: openai.OpenAI) -> None:
         ({"partial_images": 4, "stream": True}, "partial_images", "from 0 to 3"),
         ({"extra_body": {"steps": 0}}, "steps", "from 1 to 1000"),
         ({"extra_body": {"timeout_s": 1e9}}, "timeout_s", "from 0.01 to 300"),
-        ({"extra_body": {"cfg": 1}}, "cfg", "guidance_scale"),
+        ({"extra_body": {"cache_interval": 0}}, "cache_interval", "from 1 to 1000"),
+        ({"n": 2, "extra_body": {"num_images": 2}}, "n", "num_images"),
+        ({"extra_body": {"class_id": 5}}, "class_id", "from 0 to 4"),
     ],
 )
 def test_a_mistake_is_a_bad_request_that_names_the_field(
@@ -138,10 +141,6 @@ def test_its_exception_classes() -> None:
         with pytest.raises(openai.InternalServerError) as failed:
             official.images.generate(prompt="tench", extra_body={"seed": 7})
         assert (failed.value.code, failed.value.type) == ("generation_failed", "server_error")
-        key = {"Idempotency-Key": "k"}
-        official.images.generate(prompt="tench", extra_headers=key)
-        with pytest.raises(openai.ConflictError):
-            official.images.generate(prompt="goldfish", extra_headers=key)
         sampler.faulty_seeds = {8}
         with pytest.raises(openai.APIError, match="the model failed"):
             list(official.images.generate(prompt="tench", stream=True, extra_body={"seed": 8}))
@@ -158,3 +157,31 @@ def test_a_body_that_is_no_object(client: httpx.Client) -> None:
         assert '{"prompt": "golden retriever"}' in answer.json()["error"]["message"]
     answer = client.post(PATH, json={"n": 1})
     assert (answer.json()["error"]["param"], "is missing" in answer.json()["error"]["message"]) == ("prompt", True)
+
+
+def test_every_sampling_field_reaches_the_sampler(client: httpx.Client) -> None:
+    fields = {"seed": 3, "steps": 3, "guidance_scale": 2.0, "guidance_interval": [100, 900], "cache_interval": 2,
+              "sampler": "ddpm"}  # fmt: skip
+    answer = client.post(PATH, json={"prompt": "1", **fields}).json()
+    assert {name: answer[name] for name in fields} == fields
+    assert set(ImageParams.model_fields) <= set(ImagesBody.model_fields)
+    by_id = client.post(PATH, json={"prompt": "any", "class_id": 2, "num_images": 2}).json()
+    assert (by_id["class_id"], len(by_id["data"])) == (2, 2)
+
+
+def test_unknown_fields_are_ignored_and_named(client: httpx.Client) -> None:
+    body = {"prompt": "1", "cfg": 1, "quality": "hd", "user": None, "x\r\ny: z": 2, "\u732b": 3}
+    answer = client.post(PATH, json=body)
+    assert answer.status_code == 200
+    for name in ("cfg", "quality", "user"):
+        assert name in answer.headers["warning"]
+    assert "y" not in answer.headers
+    assert "warning" not in client.post(PATH, json={"prompt": "1"}).headers
+    many = client.post(PATH, json={"prompt": "1", **{f"field_{i}": i for i in range(200)}})
+    assert len(many.headers["warning"]) < 1000
+
+
+def test_null_is_the_same_as_absent(client: httpx.Client) -> None:
+    nulls = dict.fromkeys(name for name in ImagesBody.model_fields if name != "prompt")
+    assert client.post(PATH, json={"prompt": "1", **nulls}).status_code == 200
+    assert client.post(PATH, json={"prompt": None}).json()["error"]["param"] == "prompt"

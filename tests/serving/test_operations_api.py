@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import httpx
-from serving_harness import WatchedSampler, live_server, spec, until
+import pytest
+from serving_harness import WAIT_S, WatchedSampler, live_server, sample, spec, until
 
 import robuq_core
+from server.fake import FakeRow
 
 # What dashboards are built on; see the metrics section of the serving documents.
 METRICS = {
@@ -30,6 +33,11 @@ METRICS = {
     "robuq_decoder_weight_bytes",
     "robuq_process_resident_memory_bytes",
     "robuq_info",
+    "robuq_cache_bytes",
+    "robuq_cache_requests_total",
+    "robuq_worker_deaths_total",
+    "robuq_worker_resident_memory_bytes",
+    "robuq_workers_ready",
 }
 
 
@@ -70,21 +78,23 @@ def test_metrics_by_name_and_fed() -> None:
     assert 'avg_activation_bits="2"' in info
 
 
-def test_ready_follows_the_engine() -> None:
+def test_ready_follows_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.pool.FIRST_PAUSE_S", 0.5)
     sampler = WatchedSampler()
-    with live_server(sampler, stall_timeout_s=0.05) as (client, engine):
+    with live_server(sampler, stall_timeout_s=0.1) as (client, engine):
         sampler.hold()
         job = engine.submit([spec()], "png")
         until(lambda: client.get("/ready").status_code == 503)
-        assert client.get("/ready").json() == {"status": "stalled"}
+        assert client.get("/ready").json() == {"status": "restarting"}
         assert client.get("/health").status_code == 200
         refused = client.post("/generate", json={"class_id": 1})
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "not_ready")
         assert int(refused.headers["retry-after"]) >= 1
         sampler.release()
-        job.future.result(10)
+        job.future.result(WAIT_S)  # tried again by the worker that replaced the one that hung
         until(lambda: client.get("/ready").status_code == 200)
         assert "\nrobuq_ready 1.0\n" in client.get("/metrics").text
+        until(lambda: sample(engine, "robuq_worker_deaths_total", reason="hung") == 1)
         engine.begin_drain()
         assert client.get("/ready").json() == {"status": "draining"}
         assert "\nrobuq_ready 0.0\n" in client.get("/metrics").text
@@ -92,16 +102,18 @@ def test_ready_follows_the_engine() -> None:
         assert client.post("/generate", json={"class_id": 1}).json()["error"]["code"] == "draining"
 
 
-def test_health_asks_for_a_restart_when_the_loop_keeps_dying() -> None:
+def test_health_asks_for_a_restart_when_workers_keep_dying(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.pool.FIRST_PAUSE_S", 0.0)
     sampler = WatchedSampler()
     with live_server(sampler) as (client, engine):
 
-        def die(rows: object) -> None:
-            raise SystemExit
+        def die(rows: Sequence[FakeRow]) -> None:
+            if rows[0].spec.steps == 7:  # more than those of a warm-up
+                raise SystemExit
 
         sampler.on_step = die
-        # It is restarted three times, then no more.
-        for _ in range(4):
-            assert client.post("/generate", json={"class_id": 1}).status_code in (500, 503)
-        until(lambda: engine.status == "failed")
+        while engine.status != "failed":
+            # Each request takes two workers along; four deaths within a minute are too many.
+            assert client.post("/generate", json={"class_id": 1, "steps": 7}).status_code in (500, 503)
+        until(lambda: sample(engine, "robuq_worker_deaths_total", reason="exited") == 4)
         assert client.get("/health").status_code == client.get("/ready").status_code == 503

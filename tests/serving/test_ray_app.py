@@ -17,9 +17,9 @@ pytest.importorskip("ray.serve")
 
 from ray import serve
 
-from server.api.app import create_app
-from server.engine.create import create_engine
-from server.loading import load_samplers
+from server.app import create_app
+from server.metrics import Metrics
+from server.pool import Pool
 from server.settings import Settings
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -44,9 +44,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(checkpoint: Path) -> Iterator[TestClient]:
     """The server of one process."""
     settings = Settings(checkpoint=checkpoint, max_batch_rows=8, log_level="warning", host="0.0.0.0")
-    engine = create_engine(load_samplers(checkpoint, settings), settings)
-    with TestClient(create_app(engine, settings)) as client:
-        until(lambda: engine.status == "ready", "the warm-up")
+    pool = Pool(settings, Metrics(settings.max_batch_rows))
+    with TestClient(create_app(pool, settings)) as client:
+        until(lambda: pool.status == "ready", "the warm-up")
         yield client
 
 

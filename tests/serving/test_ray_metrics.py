@@ -9,9 +9,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 pytest.importorskip("ray.serve")
 
-from server import ray_metrics
+from server import ray_support
 from server.metrics import Metrics
-from server.ray_metrics import RayMetrics
+from server.ray_support import RayMetrics
 
 
 class Gauge:
@@ -34,7 +34,7 @@ class Gauge:
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, Gauge]:
     monkeypatch.setattr(Gauge, "made", {})
-    monkeypatch.setattr(ray_metrics, "Gauge", Gauge)
+    monkeypatch.setattr(ray_support, "Gauge", Gauge)
     return Gauge.made
 
 

@@ -11,7 +11,7 @@ pytest.importorskip("ray.serve")
 
 from ray.serve.request_router import PendingRequest
 
-from server.ray_routing import TwoChoices
+from server.ray_support import TwoChoices
 
 
 def chosen(candidates: list[str]) -> list[list[str]]:

@@ -81,7 +81,7 @@ def test_an_open_server_on_every_interface_warns_once(
 
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr("server.logs.configure_logging", lambda *_: None)
-    monkeypatch.setattr("server.loading.load_samplers", nothing_to_load)
+    monkeypatch.setattr("server.launch.prepare", nothing_to_load)
     create_key(tmp_path / "keys.json", "alice")
     options = ["--host", host, "--port", "0"] + ["--api-keys-file", str(tmp_path / "keys.json")] * with_keys
     with caplog.at_level(logging.WARNING):

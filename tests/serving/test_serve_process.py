@@ -6,19 +6,17 @@ import json
 import re
 import signal
 import socket
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import httpx
 import pytest
-from process_harness import answers, second_steps_wait, serving, start, told_address
+from process_harness import SERVE, answers, launch, second_steps_wait, serving, start, told_address
 from serving_harness import WAIT_S, until
 from typer.testing import CliRunner
 
 from server.cli import app
-
-HEADER = SimpleNamespace(decoder="pixels")  # as much of one as is read before the backend is chosen
 
 
 def test_sigterm_ends_what_is_in_flight_and_refuses_the_rest(tmp_path: Path) -> None:
@@ -90,7 +88,8 @@ def test_a_warm_up_that_never_returns_shows_and_does_not_keep_the_process_alive(
     try:
         with httpx.Client(base_url=told_address(process), timeout=WAIT_S) as client:
             until(lambda: answers(client, "/ready") == 503)
-            until(lambda: client.get("/ready").json() == {"status": "stalled"})
+            until(lambda: 'deaths_total{reason="hung"} 1.0' in client.get("/metrics").text)
+            assert client.get("/ready").json() == {"status": "starting"}
             assert client.get("/health").status_code == 200
             process.send_signal(signal.SIGTERM)
             assert process.wait(WAIT_S) == 0
@@ -115,13 +114,23 @@ def test_a_taken_port_is_told_in_one_line() -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--checkpoint", "missing.safetensors"], "missing.safetensors"), (["--backend", "abacus"], "'abacus'")],
+)
+def test_what_cannot_be_loaded_ends_the_process_with_one_line(options: list[str], message: str) -> None:
+    process = launch(sys.executable, "-c", SERVE, *options)
+    assert process.wait(WAIT_S) == 2
+    assert process.error_output.startswith("error: ")
+    assert message in process.error_output
+    assert len(process.error_output.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
     ("options", "variables", "message"),
     [
-        (["--checkpoint", "missing.safetensors"], {}, "missing.safetensors"),
         (["--max-batch-rows", "0"], {}, "--max-batch-rows (or ROBUQ_MAX_BATCH_ROWS)"),
         ([], {"ROBUQ_MAX_QUEUE_IMAGES": "3"}, "greater than or equal to 16"),
         (["--host", "256.0.0.1"], {}, "cannot listen"),
-        (["--backend", "abacus"], {}, "unknown backend 'abacus'"),
     ],
 )
 def test_start_up_failures_name_the_fix(
@@ -130,8 +139,6 @@ def test_start_up_failures_name_the_fix(
     # In this process the command would take over logging and SIGTERM for good.
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr("server.logs.configure_logging", lambda *_: None)
-    if "--backend" in options:  # a mistake in it must show whatever checkpoint there is
-        monkeypatch.setattr("robuq_core.pipeline.read_checkpoint", lambda path: SimpleNamespace(header=HEADER))
     result = CliRunner().invoke(app, ["--port", "0", *options], env=variables)
     assert result.exit_code == 2
     assert message in result.stderr

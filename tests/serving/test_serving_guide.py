@@ -14,8 +14,8 @@ import httpx
 import pytest
 from serving_harness import live_server
 
-from server.api import errors
-from server.engine.fake import FakeSampler
+from server import errors
+from server.fake import FakeSampler
 from server.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,9 @@ def client() -> Iterator[httpx.Client]:
         for reason in ("completed", "cancelled"):
             engine.metrics.requests.labels(reason)
         engine.metrics.rejected.labels("queue_full")
-        engine.metrics.watch_gpu_memory(1, used=float, reserved=float, peak=float)  # there only if a GPU is used
+        engine.metrics.cache_requests.labels("hit")
+        engine.metrics.worker_deaths.labels("signal")
+        engine.call(lambda: setattr(engine.pool._fleet.workers[0], "gpu_memory", [0, 0, 0]))  # there only with a GPU
         yield client
 
 
@@ -79,7 +81,7 @@ def codes_in_the_source() -> set[str]:
     codes = set(errors._HTTP_CODES.values())
     for path in (ROOT / "server").rglob("*.py"):
         codes.update(re.findall(r"\bApiError\(\s*[\w.]+,\s*\"(\w+)\"", path.read_text()))
-    text = (ROOT / "server" / "api" / "errors.py").read_text()
+    text = (ROOT / "server" / "errors.py").read_text()
     codes.update(re.findall(r"code = \"(\w+)\" if .* else \"(\w+)\"", text)[0])
     return codes
 

@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robuq_core.errors import TooSlowError
 from robuq_core.pipeline import RowSpec
-from server.engine.fake import FakeRow, FakeSampler
-from server.engine.stepping import GROW_AFTER, RowBudget, Stepper, is_out_of_memory
+from server.fake import FakeRow, FakeSampler
+from server.stepping import GROW_AFTER, RowBudget, Stepper, is_out_of_memory
 
 
 class OutOfMemoryError(RuntimeError):
@@ -62,7 +61,6 @@ def test_every_good_row_moves_once_and_every_bad_one_is_named(
     measured = stepper.take_measured()
     assert sum(size for size, _ in measured) == sum(1 + two for i, two in enumerate(guided) if i not in bad)
     assert stepper.take_measured() == []
-    assert stepper.running_s() == 0
 
 
 class Cached(FakeRow):
@@ -138,27 +136,19 @@ def test_out_of_memory_is_known_by_name(error: Exception, expected: bool) -> Non
     assert is_out_of_memory(error) is expected
 
 
-def test_the_running_time_is_that_of_the_forward_under_way() -> None:
+def test_forwards_are_measured_and_further_ones_of_a_step_are_announced() -> None:
     now = [10.0]
-    stepper = Stepper(4, clock=lambda: now[0])
-    seen: list[float] = []
+    retries: list[float] = []
+    stepper = Stepper(4, clock=lambda: now[0], on_retry=lambda: retries.append(now[0]))
 
     def look(rows: Sequence[FakeRow]) -> None:
         now[0] += 3
-        seen.append(stepper.running_s())
+        if len(rows) > 1:
+            raise RuntimeError
 
     stepper.step(FakeSampler(on_step=look), make_rows([False]))
-    assert seen == [3.0]
-    assert stepper.running_s() == 0
     assert stepper.take_measured() == [(1, 3.0)]
-
-
-def test_a_forward_that_is_too_slow_is_not_tried_again_in_halves() -> None:
-    def give_up(rows: Sequence[FakeRow]) -> None:
-        tried.append(len(rows))
-        raise TooSlowError("a forward of 4 rows takes longer than 1 s")
-
-    tried: list[int] = []
-    faulty = Stepper(16).step(FakeSampler(on_step=give_up), make_rows([False] * 4))
-    assert tried == [4]
-    assert set(faulty) == {0, 1, 2, 3}
+    assert retries == []
+    stepper.step(FakeSampler(on_step=look), make_rows([False, False]))
+    assert stepper.take_measured() == [(1, 3.0), (1, 3.0)]
+    assert retries == [16.0, 19.0]  # so that a step of many halves does not seem to hang

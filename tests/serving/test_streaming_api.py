@@ -16,7 +16,7 @@ from PIL import Image
 from process_harness import second_steps_wait, serving
 from serving_harness import WAIT_S, WatchedSampler, live_server, until
 
-from server.api import streaming
+from server import service
 
 Event = tuple[str, dict[str, Any]]
 
@@ -24,7 +24,7 @@ Event = tuple[str, dict[str, Any]]
 @pytest.fixture
 def begins_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The answer begins without an event: who has it hears of all that happens from then on."""
-    monkeypatch.setattr(streaming, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(service, "HEARTBEAT_S", 0.05)
 
 
 def events_in(lines: Iterable[str]) -> Iterator[Event]:

@@ -10,11 +10,9 @@ from torch import Tensor
 
 from robuq_core.checkpoint import read_checkpoint
 from robuq_core.config import ModelConfig, QuantConfig
-from robuq_core.errors import TooSlowError
 from robuq_core.kernels.backends import select_backend
 from robuq_core.kernels.ops import Block, BlockBackend
 from robuq_core.models.packed_dit import PackedDiT
-from robuq_core.pipeline import Sampler
 
 BACKENDS = ["reference", "cpu"]
 
@@ -107,14 +105,3 @@ def test_a_student_trained_in_bf16_is_its_packed_file(tmp_path: Path) -> None:
         trained = model(x, timesteps, classes).float()
     assert float(relative_errors(trained, packed).median()) < 0.06
     assert float((trained * packed).sum() / packed.square().sum()) == pytest.approx(1, abs=0.02)
-
-
-def test_a_forward_ends_between_blocks_when_its_time_is_up(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    write_tiny(path)
-    sampler = Sampler.from_checkpoint(path)
-    sampler.forward_limit_s = 0.0
-    with pytest.raises(TooSlowError, match="1 rows"):
-        sampler.generate([0], seed=0, steps=1, guidance_scale=1.0)
-    sampler.forward_limit_s = None
-    assert len(sampler.generate([0], seed=0, steps=1)) == 1

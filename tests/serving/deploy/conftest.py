@@ -35,8 +35,9 @@ def exposition(tmp_path_factory: pytest.TempPathFactory) -> Exposition:
         sampler.hold()
         late = pool.submit(draw, steps=1000)
         assert sampler.entered.acquire(timeout=WAIT_S)
-        [job] = engine._ledger.jobs.values()
-        engine.cancel(job, "timeout")
+        fleet = engine.pool._fleet
+        assert fleet is not None
+        engine.call(lambda: engine.pool.cancel(next(iter(fleet.requests)), "timeout"))
         assert late.result() == 504
         running = engine.submit([spec()], "png")
         engine.cancel(running)
@@ -49,6 +50,6 @@ def exposition(tmp_path_factory: pytest.TempPathFactory) -> Exposition:
         sampler.release()
         assert (first.result(), second.result()) == (200, 200)
         until(lambda: engine.idle)
-        engine.metrics.watch_gpu_memory(1, used=float, reserved=float, peak=float)  # as where CUDA is used
+        engine.call(lambda: setattr(fleet.workers[0], "gpu_memory", [0, 0, 0]))  # as where CUDA is used
         metrics = client.get("/metrics", headers={"Authorization": f"Bearer {reader}"})
     return Exposition.parse(metrics.text)

@@ -16,10 +16,9 @@ from kubernetes_harness import KUBERNETES, OVERLAYS, Document, build, load, pod_
 from kubernetes_validate.utils import all_versions
 from packaging.version import Version
 from pydantic import TypeAdapter
+from serving_harness import live_server
 
-from server.api.app import create_app
-from server.engine.create import create_engine
-from server.engine.fake import FakeSampler
+from server.fake import FakeSampler
 from server.lifecycle import DELIVERY_TIMEOUT_S
 from server.settings import Settings
 
@@ -170,7 +169,8 @@ def test_ports_have_one_name_everywhere() -> None:
 
 @each_build
 def test_what_machines_ask_is_a_route(overlays: tuple[str, ...]) -> None:
-    routes = set(create_app(create_engine([FakeSampler()], Settings()), Settings()).openapi()["paths"])
+    with live_server(FakeSampler()) as (client, _):
+        routes = set(client.get("/openapi.json").json()["paths"])
     server = server_of(build(*overlays))
     probes = {name: server[name]["httpGet"] for name in ("startupProbe", "readinessProbe", "livenessProbe")}
     assert {name: probe["path"] for name, probe in probes.items()} == {

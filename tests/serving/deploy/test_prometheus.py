@@ -16,7 +16,7 @@ import pytest
 from deploy_harness import DEPLOY, dashboard_expressions
 from serving_harness import WAIT_S, live_server, until
 
-from server.engine.fake import FakeSampler
+from server.fake import FakeSampler
 
 pytestmark = [
     pytest.mark.slow,

@@ -17,8 +17,7 @@ from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from server.ray_app import ClusterSettings, app
-from server.ray_routing import TwoChoices
-from server.ray_scaling import scale_on_images
+from server.ray_support import TwoChoices, scale_on_images
 from server.settings import Settings
 
 CONFIG = yaml.safe_load((DEPLOY / "ray" / "serve.yaml").read_text())

@@ -9,7 +9,7 @@ from browser_harness import WIDTHS, OpenPage, Playground
 from playwright.sync_api import expect
 from serving_harness import live_server
 
-from server.engine.fake import FakeSampler
+from server.fake import FakeSampler
 
 pytestmark = pytest.mark.browser
 

@@ -7,7 +7,7 @@ from browser_harness import OpenPage
 from playwright.sync_api import expect
 from serving_harness import WAIT_S, WatchedSampler, live_server, until
 
-from server.engine.fake import FakeSampler
+from server.fake import FakeSampler
 
 pytestmark = pytest.mark.browser
 

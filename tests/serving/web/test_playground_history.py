@@ -18,7 +18,7 @@ from playwright.sync_api import expect
 from serving_harness import live_server
 
 from robuq_core.pipeline import Sampler
-from server.engine.fake import FakeSampler
+from server.fake import FakeSampler
 from server.keys import create_key
 
 pytestmark = pytest.mark.browser

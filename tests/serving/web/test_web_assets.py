@@ -9,7 +9,7 @@ from email.message import Message
 import httpx
 import pytest
 
-from server.api.web import WEB_DIR
+from server.app import WEB_DIR
 
 FILES = sorted(path.name for path in WEB_DIR.iterdir())
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}

@@ -1,0 +1,118 @@
+"""Class names to class ids, the way people type them: whole names, synonyms, and a ranked search."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+
+from robuq_core.classes import ClassNames, normalise
+from server.errors import ApiError, invalid
+
+# Least share of common trigrams (Dice coefficient) that counts as a slip of the pen.
+FUZZY_CUTOFF = 0.4
+MAX_HINTS = 5
+
+
+def _trigrams(text: str) -> set[str]:
+    padded = f"  {text} "
+    return {padded[i : i + 3] for i in range(len(padded) - 2)}
+
+
+class ClassIndex:
+    """Finds a class by its whole name or by one of its comma-separated synonyms."""
+
+    def __init__(self, class_names: Sequence[str], num_classes: int) -> None:
+        found = ClassNames(class_names, num_classes)
+        self.names = found.names
+        self.num_classes = num_classes
+        self._found = found
+        self._whole, self._synonyms = found.whole, found.synonyms
+        self._trigrams = {synonym: _trigrams(synonym) for synonym in self._synonyms}
+        self._by_trigram: defaultdict[str, list[str]] = defaultdict(list)
+        for synonym, trigrams in self._trigrams.items():
+            for trigram in trigrams:
+                self._by_trigram[trigram].append(synonym)
+
+    def name(self, class_id: int) -> str:
+        """Its name; empty where the checkpoint knows none."""
+        return self.names[class_id] if class_id < len(self.names) else ""
+
+    def has_name(self, name: str) -> bool:
+        """Whether that is a whole name or a synonym."""
+        return normalise(name) in self._synonyms
+
+    def search(self, query: str, limit: int) -> list[int]:
+        """Class ids that ``query`` may mean, the best first; all of them in order if it is blank.
+
+        Rank: the id itself, a whole name, a name's beginning, a word's beginning, any part; the shorter name first on
+        a tie. If no name holds it, those that share most of its letter triples.
+        """
+        wanted = normalise(query)
+        if not wanted:
+            return list(range(min(limit, self.num_classes)))
+        found: dict[int, None] = {}
+        if wanted.isascii() and wanted.isdigit() and int(wanted[:9]) < self.num_classes:
+            found[int(wanted[:9])] = None
+        for synonym in self._ranked(wanted):
+            found.update(dict.fromkeys(self._synonyms[synonym]))
+            if len(found) >= limit:
+                break
+        return list(found)[:limit]
+
+    def resolve(self, class_id: int | None, class_name: str | None) -> int:
+        """The class id of a request that has at most one of the two, or the 422 that tells why there is none.
+
+        0 where the model has no classes, and the request names none.
+        """
+        if not self.num_classes:
+            for field, value in (("class_id", class_id), ("class_name", class_name)):
+                if value is not None:
+                    raise invalid(field, f"{field}: this model has no classes; leave it out")
+            return 0
+        if class_id is not None:
+            if class_id >= self.num_classes:
+                raise invalid("class_id", f"class_id must be an integer from 0 to {self.num_classes - 1}")
+            return class_id
+        if class_name is None:
+            raise invalid("class_id", "give class_id or class_name")
+        return self.by_name(class_name, "class_name", "give one of these as class_id")
+
+    def by_name(self, name: str, field: str, instead: str) -> int:
+        """The class of that whole name or synonym; else the 422 for ``field``, with what to do ``instead``."""
+        found = self._found.ids(name)
+        if not found:
+            raise self._unknown(normalise(name), field)
+        if len(found) > 1:
+            raise invalid(field, f"{field} fits several classes; {instead}: {', '.join(map(str, found))}")
+        return found[0]
+
+    def _unknown(self, wanted: str, field: str) -> ApiError:
+        if not self._whole:
+            return invalid(field, "this checkpoint has no class names; give the class id")
+        close = [synonym for synonym, _ in zip(self._ranked(wanted), range(MAX_HINTS), strict=False)]
+        hint = f"; close are: {', '.join(close)}" if close else ""
+        return invalid(field, f"{field} is not a class of this checkpoint{hint}")
+
+    def _ranked(self, wanted: str) -> Iterator[str]:
+        tiers: tuple[list[str], ...] = ([], [], [], [])
+        for synonym in self._synonyms:
+            position = synonym.find(wanted)
+            if position < 0:
+                continue
+            if position == 0:
+                tiers[0 if len(synonym) == len(wanted) else 1].append(synonym)
+            else:
+                tiers[2 if f" {wanted}" in synonym else 3].append(synonym)
+        for tier in tiers:
+            yield from sorted(tier, key=lambda synonym: (len(synonym), synonym))
+        if not any(tiers):
+            yield from self._similar(wanted)
+
+    def _similar(self, wanted: str) -> list[str]:
+        trigrams = _trigrams(wanted)
+        common: Counter[str] = Counter()
+        for trigram in trigrams:
+            common.update(self._by_trigram.get(trigram, ()))
+        shares = {s: 2 * n / (len(trigrams) + len(self._trigrams[s])) for s, n in common.items()}
+        close = [synonym for synonym, share in shares.items() if share >= FUZZY_CUTOFF]
+        return sorted(close, key=lambda synonym: (-shares[synonym], synonym))

@@ -1,0 +1,471 @@
+"""Around every route: request id and log line, limits of head and body, foreign sites, API keys and their rates.
+
+Plain ASGI: a wrapper that buffers would hide the client's disconnect from the routes. Connections, and heads that never
+end, are the business of ``server.connection``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import random
+import re
+import time
+import zlib
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, get_args
+
+from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
+
+from server import keys
+from server.errors import ApiError, invalid
+from server.keys import ApiKey, KeyStore, RateUnit
+from server.logs import current_request_id, current_trace_id
+from server.metrics import Metrics
+from server.settings import Settings, split_host
+from server.telemetry import Telemetry
+from server.tracing import from_traceparent
+
+logger = logging.getLogger("server.access")
+
+# What orchestrators and load balancers ask, without a key and under any name.
+PROBE_PATHS = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/ready"})
+# The pages hold nothing of the model and ask their user for a key. A path that is not named here needs one.
+PUBLIC_PATHS = PROBE_PATHS | {"/", "/docs"}
+PUBLIC_FOLDER = "/web/"
+_ADMIN_FOLDER = "/admin/"
+_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+# Probes and scrapes come every few seconds and say nothing when they succeed.
+_QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
+
+# Far above what any client of these routes sends.
+MAX_TARGET_BYTES = 4096
+MAX_HEADERS = 100
+MAX_HEAD_BYTES = 16_384
+# For the whole body from its first byte on: the largest that is allowed takes 26 kbit/s.
+BODY_TIMEOUT_S = 20.0
+WINDOW_S = 60
+MAX_LOGGED_PATH = 256
+
+# The page's own files only, no inline script or style; images also from what scripts have fetched or drawn.
+CONTENT_SECURITY_POLICY = (
+    "default-src 'self'; img-src 'self' blob: data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+)
+SECURITY_HEADERS = {
+    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+# What scripts of the sites in cors_origins may send and read. Credentials of the browser (cookies) are never used.
+_CORS: dict[str, Any] = {
+    "allow_methods": ["GET", "POST"],
+    "allow_headers": ["Authorization", "Content-Type", "Idempotency-Key", "X-API-Key", "X-Request-Id", "traceparent"],
+    "expose_headers": [
+        *("X-Request-Id", "X-Seed", "X-Cache", "x-queue-time", "x-inference-time", "x-total-time"),
+        *("Retry-After", "RateLimit", "RateLimit-Policy", "Warning", "traceresponse"),
+    ],
+    "max_age": 3600,
+}
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+_SECURITY_HEADERS = [(name.lower().encode(), value.encode()) for name, value in SECURITY_HEADERS.items()]
+_ACCESS = "robuq.access"  # in the ASGI scope
+
+
+def install(
+    app: FastAPI, settings: Settings, metrics: Metrics, store: KeyStore | None, telemetry: Telemetry | None
+) -> None:
+    """Put all of this module around ``app``."""
+    # The last one added is the outermost.
+    app.add_middleware(Gate, settings=settings, store=store, metrics=metrics)
+    if settings.cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **_CORS)
+    if settings.trusted_proxies:
+        app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=list(settings.trusted_proxies))
+    app.add_middleware(RequestContext, telemetry=telemetry)
+
+
+class RequestContext:
+    """The outermost: request id, trace, log line, headers for browsers, HEAD as GET, a plain 500 for a bug."""
+
+    def __init__(self, app: ASGIApp, telemetry: Telemetry | None = None) -> None:
+        self.app = app
+        self.telemetry = telemetry
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self.app(scope, receive, send)
+            return  # no other kind of connection is served; the server closes it
+        began = time.perf_counter()
+        method = scope["method"]
+        if method == "HEAD":  # the server sends what GET's headers are, and drops the body by its own scope
+            scope = {**scope, "method": "GET"}
+        peer = _shown(scope.get("client"))  # a middleware within replaces it by what a trusted proxy says
+        asked = Headers(scope=scope)
+        request_id = asked.get("x-request-id", "")
+        if not _REQUEST_ID.fullmatch(request_id):
+            request_id = f"{random.getrandbits(128):032x}"  # unique, not secret: uuid4 costs a system call
+        recorded = None if self.telemetry is None else self.telemetry.current()
+        trace = recorded or from_traceparent(asked.get("traceparent", ""))
+        token = current_request_id.set(request_id)
+        trace_token = current_trace_id.set("" if trace is None else trace.trace_id)
+        status = 0
+
+        async def labelled_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                # Connection is the server's to say: with HTTP/1.0 it adds one.
+                headers = [header for header in message.get("headers", ()) if header[0].lower() != b"connection"
+                           or header[1] == b"close"]  # fmt: skip
+                headers.append((b"x-request-id", request_id.encode()))
+                if trace is not None:
+                    headers.append((b"traceresponse", trace.traceresponse.encode()))
+                given = {name for name, _ in headers}
+                headers.extend(header for header in _SECURITY_HEADERS if header[0] not in given)
+                message["headers"] = headers
+            await send(message)
+
+        try:
+            await self.app(scope, receive, labelled_send)
+        except Exception:
+            logger.exception("unhandled error")
+            if status:
+                raise  # half an answer is out; all that is left is to close the connection
+            error = ApiError(500, "internal_error", "internal error; the server's log has it under this X-Request-Id")
+            await error.response(scope["path"])(scope, receive, labelled_send)
+        finally:
+            # As it was sent: an encoded line break must not begin a line of a text log.
+            path = (scope.get("raw_path") or scope["path"].encode()).decode("latin-1")[:MAX_LOGGED_PATH]
+            quiet = scope["path"] in _QUIET_PATHS and status < 500
+            forwarded, client = _shown(scope.get("client")), client_of(scope)
+            extra = {"peer": peer, "method": method, "path": path, "status": status}
+            extra |= {"forwarded_for": forwarded} if forwarded != peer else {}
+            extra |= {"client": client} if client else {}
+            logger.log(
+                logging.DEBUG if quiet else logging.INFO,
+                "%s %s %s %d",
+                *(peer if forwarded == peer else f"{forwarded} by {peer}", method, path, status),
+                extra=extra | {"duration_s": round(time.perf_counter() - began, 6)},
+            )
+            current_request_id.reset(token)
+            current_trace_id.reset(trace_token)
+
+
+def _shown(client: tuple[str, int] | None) -> str:
+    """An address and, if known, its port."""
+    if client is None:
+        return "-"
+    host = client[0][:64]
+    return f"[{host}]:{client[1]}" if ":" in host else f"{host}:{client[1]}" if client[1] else host
+
+
+class Gate:
+    """Refuses what no route should see: heads and bodies that are too large or slow, foreign hosts and sites, requests
+    without a key where there are keys, and keys that have used up their minute."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, store: KeyStore | None, metrics: Metrics) -> None:
+        self.app, self.settings, self.store, self.metrics = app, settings, store, metrics
+        self.rates = RateLimits()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        try:
+            check_head(scope, self.settings.max_body_bytes)
+            if scope["path"] not in PROBE_PATHS:
+                check_site(scope, self.settings)
+            body = _Body(headers, receive, self.settings.max_body_bytes)
+            access = self._admit(scope, headers)
+            if access is not None:
+                scope[_ACCESS] = access
+                send = _with_rates(access, send)
+                access.check("requests")
+                access.rates.charge(access.key, "requests")
+        except ApiError as error:
+            await error.response(scope["path"])(scope, receive, send)
+        else:
+            await self.app(scope, body.receive, send)
+
+    def _admit(self, scope: Scope, headers: Headers) -> _Access | None:
+        path: str = scope["path"]
+        needed = needed_scope(scope["method"], path)
+        if self.store is None:
+            if needed == "admin":
+                raise ApiError(403, "admin_closed", "admin routes need API keys; start the server with --api-keys-file")
+            return None
+        if is_public(path):
+            return None
+        presented = presented_key(headers)
+        key = self.store.find(presented) if presented else None
+        if key is None:
+            self.metrics.rejected.labels("unauthorized").inc()
+            message = "invalid API key" if presented else "send an API key as Authorization: Bearer KEY"
+            raise ApiError(401, "unauthorized", message, headers={"WWW-Authenticate": "Bearer"})
+        if needed != "read" and needed not in key.scopes:
+            self.metrics.rejected.labels("forbidden").inc()
+            raise ApiError(403, "forbidden", f"this API key lacks the scope {needed}")
+        return _Access(key, self.rates, self.metrics)
+
+
+class _Body:
+    """The body as routes receive it: within its time and size, decoded."""
+
+    def __init__(self, headers: Headers, receive: Receive, max_bytes: int) -> None:
+        self._receive, self._max_bytes = receive, max_bytes
+        self._deadline = asyncio.get_running_loop().time() + BODY_TIMEOUT_S
+        self._bytes = self._decoded = 0
+        self._complete = False
+        encoding = headers.get("content-encoding", "").strip().lower()
+        if encoding not in ("", "identity", "gzip", "x-gzip"):
+            message = "Content-Encoding must be gzip, or the body sent as it is"
+            raise ApiError(415, "unsupported_encoding", message, headers={"Accept-Encoding": "gzip"})
+        self._gzip = zlib.decompressobj(16 + zlib.MAX_WBITS) if "gzip" in encoding else None
+
+    async def receive(self) -> Message:
+        if self._complete:  # what comes now is the disconnect, for which routes wait as long as they like
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
+        except TimeoutError:
+            text = f"the body was not received within {BODY_TIMEOUT_S:g} s"
+            raise ApiError(408, "body_timeout", text, headers={"Connection": "close"}) from None
+        if message["type"] == "http.request":
+            body = message.get("body", b"")
+            self._bytes += len(body)
+            if self._bytes > self._max_bytes:
+                raise body_too_large(self._max_bytes)
+            self._complete = not message.get("more_body", False)
+            if self._gzip is not None:
+                message = {**message, "body": self._unzipped(body)}
+        return message
+
+    def _unzipped(self, body: bytes) -> bytes:
+        assert self._gzip is not None
+        try:
+            decoded = self._gzip.decompress(body, self._max_bytes + 1 - self._decoded)
+        except zlib.error:
+            raise _bad_gzip() from None
+        self._decoded += len(decoded)
+        if self._decoded > self._max_bytes:
+            raise body_too_large(self._max_bytes)
+        if self._gzip.unused_data or (self._complete and not self._gzip.eof and self._bytes):
+            raise _bad_gzip()
+        return decoded
+
+
+def _bad_gzip() -> ApiError:
+    return ApiError(400, "invalid_encoding", "the body is not one whole gzip stream, as Content-Encoding says")
+
+
+def body_too_large(max_body_bytes: int) -> ApiError:
+    """The 413 of a body that is longer than the server takes."""
+    return ApiError(413, "body_too_large", f"the body may have at most {max_body_bytes} bytes, decoded too")
+
+
+def check_head(scope: Scope, max_body_bytes: int) -> None:
+    """Refuse a request by its first line and headers, before a byte of its body is read.
+
+    Raises:
+        ApiError: 413, 414 or 431.
+    """
+    if len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"]) > MAX_TARGET_BYTES:
+        raise ApiError(414, "uri_too_long", f"the path and query may have at most {MAX_TARGET_BYTES} bytes")
+    headers = scope["headers"]
+    if len(headers) > MAX_HEADERS or sum(len(name) + len(value) for name, value in headers) > MAX_HEAD_BYTES:
+        message = f"at most {MAX_HEADERS} headers of {MAX_HEAD_BYTES} bytes together are accepted"
+        raise ApiError(431, "headers_too_large", message)
+    length = Headers(scope=scope).get("content-length", "")
+    if length.isdecimal() and int(length[:18]) > max_body_bytes:
+        raise body_too_large(max_body_bytes)
+
+
+def check_site(scope: Scope, settings: Settings) -> None:
+    """Refuse what a page of another site makes a browser send: under a name of its own that leads here (DNS rebinding),
+    or without asking first (a form, or text by fetch).
+
+    CORS only keeps such a page from reading the answer; an open server would still generate images for it.
+
+    Raises:
+        ApiError: 403.
+    """
+    headers = Headers(scope=scope)
+    host, origin = headers.get("host"), headers.get("origin", "").strip()
+    if host is not None and not settings.accepts_host(host):
+        raise ApiError(403, "foreign_host", "this server is not called by this Host; see --allowed-hosts")
+    if scope["method"] in _SAFE_METHODS or {origin, "*"} & set(settings.cors_origins):
+        return
+    # No page can change Sec-Fetch-Site. Over plain http browsers do not send it, but always the Origin.
+    site = headers.get("sec-fetch-site")
+    if site in ("cross-site", "same-site") or (site is None and origin and not _same_site(origin, host or "")):
+        raise ApiError(403, "foreign_origin", "pages of this site may not call this server; see --cors-origins")
+
+
+def _same_site(origin: str, host: str) -> bool:
+    """Whether a page of ``origin`` came from ``host``. A TLS proxy in front hides the scheme, so it is not compared."""
+    scheme, _, netloc = origin.partition("://")
+    name, port = split_host(netloc)
+    ports = (80, 443, None)
+    host_name, host_port = split_host(host)
+    if port is None:
+        port = {"http": 80, "https": 443}.get(scheme)
+    return bool(name) and name == host_name and (port == host_port or (host_port is None and port in ports))
+
+
+def is_public(path: str) -> bool:
+    """Whether ``path`` answers without a key."""
+    return path in PUBLIC_PATHS or path.startswith(PUBLIC_FOLDER)
+
+
+def needed_scope(method: str, path: str) -> keys.Scope:
+    """What a key must be allowed to do for this request."""
+    if (path + "/").startswith(_ADMIN_FOLDER):
+        return "admin"
+    return "read" if method in _SAFE_METHODS else "generate"
+
+
+def presented_key(headers: Headers) -> str | None:
+    """The key of ``Authorization: Bearer KEY`` or else of ``X-API-Key: KEY``."""
+    scheme, _, credentials = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and credentials.strip():
+        return credentials.strip()
+    return headers.get("x-api-key", "").strip() or None  # the parser leaves blanks at the end
+
+
+def current_client(request: Request) -> str:
+    """The name of the request's API key, under which it shares the server; empty on an open server."""
+    return client_of(request.scope)
+
+
+def client_of(scope: Scope) -> str:
+    """As :func:`current_client`, of an ASGI scope; empty, too, for a request that was not admitted."""
+    access: _Access | None = scope.get(_ACCESS)
+    return access.key.name if access else ""
+
+
+@contextmanager
+def image_budget(request: Request, images: int) -> Iterator[None]:
+    """Count ``images`` against the request's key if the block, which queues them, ends well.
+
+    The block must not await, or another request could use the same room.
+
+    Raises:
+        ApiError: 429 with Retry-After if the key has used up its minute, 422 if it may never ask for that many.
+    """
+    access: _Access | None = request.scope.get(_ACCESS)
+    if access is not None:
+        access.check("images", images)
+    yield
+    if access is not None:
+        access.rates.charge(access.key, "images", images)
+
+
+class _Access(NamedTuple):
+    """A key that was admitted, and its rates."""
+
+    key: ApiKey
+    rates: RateLimits
+    metrics: Metrics
+
+    def check(self, unit: RateUnit, cost: int = 1) -> None:
+        try:
+            self.rates.check(self.key, unit, cost)
+        except ApiError as error:
+            if error.status == 429:
+                self.metrics.rejected.labels("rate_limited").inc()
+            raise
+
+
+def _with_rates(access: _Access, send: Send) -> Send:
+    """``send`` that adds the key's rate headers to the answer, as they are once the request has been counted."""
+
+    async def send_with_rates(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message.get("headers", ()), *access.rates.headers(access.key)]
+        await send(message)
+
+    return send_with_rates
+
+
+class _Window:
+    """What was used in the last minute: times and amounts, the oldest first."""
+
+    def __init__(self) -> None:
+        self.entries: deque[tuple[float, int]] = deque()
+        self.used = 0
+
+    def expire(self, now: float) -> None:
+        while self.entries and self.entries[0][0] <= now - WINDOW_S:
+            self.used -= self.entries.popleft()[1]
+
+    def seconds_until(self, room: int, limit: int, now: float) -> int:
+        """Whole seconds until ``room`` of ``limit`` is free."""
+        if room == limit:
+            return math.ceil(self.entries[-1][0] + WINDOW_S - now) if self.entries else 0
+        used = self.used
+        for at, amount in self.entries:
+            if used <= limit - room:
+                break
+            used -= amount
+            until = at
+        return math.ceil(until + WINDOW_S - now) if used < self.used else 0
+
+
+class RateLimits:
+    """What each key has used, by its name, in this process alone: a moving window of requests and one of images."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._windows: defaultdict[tuple[str, RateUnit], _Window] = defaultdict(_Window)
+
+    def _current(self, key: ApiKey, unit: RateUnit) -> tuple[int, _Window, float] | None:
+        limit = key.requests_per_minute if unit == "requests" else key.images_per_minute
+        if limit is None:
+            return None
+        now, window = self._clock(), self._windows[key.name, unit]
+        window.expire(now)
+        return limit, window, now
+
+    def check(self, key: ApiKey, unit: RateUnit, cost: int = 1) -> None:
+        """Raise the 429 of a key whose window has no room for ``cost``, or 422 if it never will."""
+        current = self._current(key, unit)
+        if current is None or current[1].used + cost <= current[0]:
+            return
+        limit, window, now = current
+        if cost > limit:
+            raise invalid("num_images", f"num_images must be at most {limit}: this key may ask for no more per minute")
+        seconds = max(1, window.seconds_until(cost, limit, now))
+        message = f"this key may ask for {limit} {unit} per minute; try again in {seconds} s"
+        raise ApiError(429, "rate_limited", message, headers={"Retry-After": str(seconds)})
+
+    def charge(self, key: ApiKey, unit: RateUnit, cost: int = 1) -> None:
+        """Count ``cost`` against a key that :meth:`check` let through."""
+        current = self._current(key, unit)
+        if current is not None:
+            current[1].entries.append((current[2], cost))
+            current[1].used += cost
+
+    def headers(self, key: ApiKey) -> list[tuple[bytes, bytes]]:
+        """``RateLimit-Policy`` and ``RateLimit`` of a key with limits, in the form of the IETF's draft of 2025:
+        quota q, window w, remaining r, seconds t until all of it is free again."""
+        policy, state = [], []
+        for unit in get_args(RateUnit):
+            current = self._current(key, unit)
+            if current is not None:
+                limit, window, now = current
+                policy.append(f'"{unit}";q={limit};w={WINDOW_S}')
+                reset = window.seconds_until(limit, limit, now)
+                state.append(f'"{unit}";r={max(0, limit - window.used)};t={reset}')
+        if not policy:
+            return []
+        return [(b"ratelimit-policy", ", ".join(policy).encode()), (b"ratelimit", ", ".join(state).encode())]

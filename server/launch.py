@@ -1,0 +1,123 @@
+"""Takes the port and starts worker processes. Light to import, so that workers load while the server does."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from robuq_core.errors import UserError
+from server.settings import Settings
+
+WORKER_COMMAND: Sequence[str] = (sys.executable, "-m", "server.worker")
+
+
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Take the port on every address of ``host``, so that a taken one shows at once. Does not listen yet.
+
+    Raises:
+        UserError: it is taken, or there is no such address.
+    """
+    sockets: list[socket.socket] = []
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol, _, address in dict.fromkeys(found):
+            if family == socket.AF_INET6 and not _has_ipv6() and len(found) > 1:
+                continue
+            sock = socket.socket(family, kind, protocol)
+            sockets.append(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            # All on the port that the first one got.
+            sock.bind((address[0], port or _port_of(sockets[0]), *address[2:]))
+    except OSError as error:
+        for sock in sockets:
+            sock.close()
+        raise UserError(
+            f"cannot listen on {host} port {port}: {error.strerror}; choose another --host or --port"
+        ) from error
+    return sockets
+
+
+def _port_of(sock: socket.socket) -> int:
+    port: int = sock.getsockname()[1]
+    return port
+
+
+def _has_ipv6() -> bool:
+    """Whether this machine has an IPv6 loopback address; ``localhost`` may name it where it does not."""
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as sock:
+            sock.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+def memory_file(name: str) -> int:
+    """Descriptor of a new empty file without a path; its memory is freed with the last descriptor and mapping."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create(name)
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+class Handle(Protocol):
+    """A worker as the pool sees it; ``pid`` is 0 for one that is no process."""
+
+    sock: socket.socket
+    pid: int
+
+    def kill(self) -> None:
+        """End it at once; it may have ended before."""
+
+    def exit_code(self) -> int | None:
+        """As of :class:`subprocess.Popen`: negative for a signal, None while it runs."""
+
+
+class ProcessHandle:
+    """A worker process at the other end of ``sock``."""
+
+    def __init__(self, settings: Settings, weights: int) -> None:
+        self.sock, theirs = socket.socketpair()
+        with theirs:
+            os.set_inheritable(weights, True)
+            descriptors = (theirs.fileno(), weights)
+            arguments = (*descriptors, os.getpid(), settings.log_level, settings.log_format)
+            # A group of its own: Ctrl+C is for the server, which lets its workers finish.
+            self._process = subprocess.Popen(
+                [*WORKER_COMMAND, *map(str, arguments)],
+                stdin=subprocess.DEVNULL,
+                pass_fds=descriptors,
+                process_group=0,
+            )
+        self.pid = self._process.pid
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def exit_code(self) -> int | None:
+        return self._process.poll()
+
+
+Launch = Callable[[Settings, int], Handle]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Workers that were started before the event loop, and the file for their weights."""
+
+    weights: int
+    handles: list[Handle]
+
+
+def prepare(settings: Settings) -> Prepared:
+    """Start the first workers now, so that they load while the rest of the server does."""
+    weights = memory_file("robuq-weights")
+    return Prepared(weights, [ProcessHandle(settings, weights) for _ in range(settings.replicas)])

@@ -1,0 +1,266 @@
+"""One request from the body to its bytes, the model it is for, and how it can end. Knows no torch and no HTTP.
+
+A :class:`Request` is made by a route and queued, fed and resolved by :class:`server.pool.Pool`. The event loop owns it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from robuq_core.config import PredictionType, SamplerConfig
+from robuq_core.images import ImageFormat
+from robuq_core.params import RowSpec
+
+MAX_PRIORITY = 9
+MIN_TIMEOUT_S = 0.01
+
+CancelReason = Literal["cancelled", "timeout"]
+# hit: from memory. shared: with an equal request in flight. miss: generated for this request.
+CacheOutcome = Literal["hit", "shared", "miss"]
+
+
+class EngineError(Exception):
+    """Base of refusals and failures."""
+
+
+class Overloaded(EngineError):
+    """The queue is full; room for this request is expected in ``retry_after_s`` seconds."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__("the queue is full")
+        self.retry_after_s = retry_after_s
+
+
+class NotReady(EngineError):
+    """No requests are accepted now. ``status``: see :attr:`server.pool.Pool.status`."""
+
+    def __init__(self, status: str) -> None:
+        super().__init__(f"the server is {status}")
+        self.status = status
+
+
+class GenerationFailed(EngineError):
+    """The model, the decoder or the encoder raised on this request. The cause is in the log, not in the answer."""
+
+
+class WorkerDied(GenerationFailed):
+    """The worker of this request died, and so did the one that tried it again."""
+
+
+class Cancelled(EngineError):
+    """The client disconnected."""
+
+
+class DeadlineExceeded(EngineError):
+    """The request was not done by its deadline."""
+
+
+@dataclass(frozen=True, eq=False)
+class ModelInfo:
+    """What the server knows of a loaded checkpoint.
+
+    ``drawn_classes``: number of valid ids, 1 for a model without classes. ``image_size``: side in pixels.
+    ``weight_bytes``: of the network without its decoder. ``digest``: of its weights and configuration.
+    ``created``: when it was loaded, seconds since 1970.
+    """
+
+    name: str
+    path: Path
+    class_names: tuple[str, ...]
+    num_classes: int
+    drawn_classes: int
+    prediction_type: PredictionType
+    can_guide: bool
+    image_size: int
+    defaults: SamplerConfig
+    backend_name: str
+    average_activation_bits: float
+    weight_bytes: int
+    decoder_name: str
+    decoder_weight_bytes: int
+    digest: str
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def size(self) -> str:
+        """``"WxH"``."""
+        return f"{self.image_size}x{self.image_size}"
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds. The first three add up to ``total_s``.
+
+    ``queue_s``: accepted until the first step of its first row. ``inference_s``: until the last step of its last row.
+    ``decode_s``: until every image is encoded.
+    """
+
+    queue_s: float
+    inference_s: float
+    decode_s: float
+    total_s: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """Images in the order of the request: files, or their base64 text if the request asks for that."""
+
+    images: tuple[bytes, ...]
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """Image ``image`` has made ``steps_done`` of ``steps``."""
+
+    image: int
+    steps_done: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The model's present estimate of image ``image``, encoded as the images of the result are."""
+
+    image: int
+    steps_done: int
+    steps: int
+    encoded: bytes
+
+
+Event = StepDone | Preview
+
+
+class EventBuffer:
+    """The latest progress and the latest preview of each image until they are taken: a slow client skips some."""
+
+    def __init__(self) -> None:
+        self._wake = asyncio.Event()
+        self._latest: dict[tuple[int, bool], Event] = {}
+
+    def put(self, event: Event) -> None:
+        key = (event.image, isinstance(event, Preview))
+        self._latest.pop(key, None)  # so that it moves to the end
+        self._latest[key] = event
+        self._wake.set()
+
+    def wake(self) -> None:
+        """Let :meth:`wait` return although there is no event."""
+        self._wake.set()
+
+    async def wait(self) -> None:
+        """Return when there is something to take, or the request has ended."""
+        await self._wake.wait()
+
+    @property
+    def waiting(self) -> bool:
+        """There is something to take, or the request has ended."""
+        return self._wake.is_set()
+
+    def take(self) -> list[Event]:
+        """Every event since the last call, in order."""
+        self._wake.clear()
+        events = list(self._latest.values())
+        self._latest.clear()
+        return events
+
+
+@dataclass(eq=False)
+class Request:
+    """What is to be generated, and what has come of it. Each waiter calls :meth:`join` before and :meth:`leave` after.
+
+    Args:
+        specs: one for each image.
+        seed: of the first image, as the answer reports it.
+        as_base64: the images of the result are base64 text.
+        timeout_s: seconds from submission until it fails with :class:`DeadlineExceeded`.
+        preview_every: a :class:`Preview` of every image after each so many steps but the last; 0 for none. Under load
+            some are skipped.
+        watched: :meth:`subscribe` will be called.
+        client: name of the API key, whose requests share the server fairly with those of others.
+        request_id: for the log.
+        repeatable: equal requests give equal images, since the seed was chosen by the client.
+    """
+
+    model: ModelInfo
+    specs: tuple[RowSpec, ...]
+    seed: int = 0
+    image_format: ImageFormat = "png"
+    as_base64: bool = False
+    priority: int = 0
+    timeout_s: float = float("inf")
+    preview_every: int = 0
+    watched: bool = False
+    client: str = ""
+    request_id: str = ""
+    repeatable: bool = False
+
+    # The cache's: where the images come from, and the equal request in flight that generates them.
+    source: CacheOutcome | None = None
+    leader: Request | None = None
+
+    # The pool's.
+    submitted_at: float = 0.0
+    first_step_at: float | None = None
+    last_step_at: float = 0.0
+    images: dict[int, bytes] = field(default_factory=dict)
+    future: asyncio.Future[Result] = field(init=False)
+    cancel: Callable[[], None] | None = None  # set while the pool has it
+    fleet: Any = None  # the workers that it is for
+
+    def __post_init__(self) -> None:
+        self.rows_per_image = max((rows_of(spec) for spec in self.specs), default=1)
+        self.image_cost = self.rows_per_image * max((spec.steps for spec in self.specs), default=1)
+        self._waiting = 0
+        self._buffers: tuple[EventBuffer, ...] = ()
+
+    @property
+    def num_images(self) -> int:
+        return len(self.specs)
+
+    @property
+    def class_id(self) -> int | None:
+        """Of the first image; None where the model has no classes."""
+        return self.specs[0].class_id if self.model.num_classes else None
+
+    @property
+    def class_name(self) -> str:
+        """Of the first image; empty where the checkpoint has no name for it."""
+        class_id, names = self.specs[0].class_id, self.model.class_names
+        return names[class_id] if class_id < len(names) else ""
+
+    def join(self) -> None:
+        """One more waits for the result."""
+        if self.leader is not None:
+            self.leader.join()
+        self._waiting += 1
+
+    def leave(self) -> None:
+        """One waits no more; the last to leave cancels what is still under way."""
+        if self.leader is not None:
+            self.leader.leave()
+        self._waiting -= 1
+        if not self._waiting and self.cancel is not None:
+            self.cancel()
+
+    def subscribe(self) -> EventBuffer:
+        """The events from now on; the buffer wakes at the end, too."""
+        buffer = EventBuffer()
+        self._buffers = (*self._buffers, buffer)
+        self.future.add_done_callback(lambda _: buffer.wake())
+        return buffer
+
+    def publish(self, event: Event) -> None:
+        """Tell every subscriber."""
+        for buffer in self._buffers:
+            buffer.put(event)
+
+
+def rows_of(spec: RowSpec) -> int:
+    """Most rows of the model that an image takes in a step: with guidance one more, without a class."""
+    return 1 if spec.guidance_scale == 1 else 2

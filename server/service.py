@@ -1,0 +1,376 @@
+"""What the routes that generate images share: from a request to the pool, and from the result to the client."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Protocol
+
+from fastapi import Request as HttpRequest
+from fastapi.responses import Response, StreamingResponse
+from pydantic import BaseModel, Field
+from pydantic_core import to_json
+from starlette.types import Receive, Scope, Send
+
+from server.cache import CACHE_HEADER, Cache
+from server.classes import ClassIndex
+from server.errors import ApiError, as_api_error, closed_by_client, invalid
+from server.http import current_client, image_budget
+from server.keys import KeyStore
+from server.logs import current_request_id
+from server.pool import Pool
+from server.request import (
+    MIN_TIMEOUT_S,
+    DeadlineExceeded,
+    Event,
+    EventBuffer,
+    ModelInfo,
+    Overloaded,
+    Request,
+    Result,
+    Timings,
+)
+from server.settings import Settings
+from server.telemetry import Telemetry
+
+JSON = "application/json"
+EVENT_STREAM = "text/event-stream"
+STEP = "image_generation.step"
+PARTIAL_IMAGE = "image_generation.partial_image"
+COMPLETED = "image_generation.completed"
+ERROR = "error"
+# What OpenAPI 3.2 calls the schema of one event.
+DOCUMENTED_EVENTS = {
+    EVENT_STREAM: {
+        "itemSchema": {
+            "type": "object",
+            "properties": {
+                "event": {"type": "string", "enum": [STEP, PARTIAL_IMAGE, COMPLETED, ERROR]},
+                "data": {"type": "string", "contentMediaType": "application/json"},
+            },
+            "required": ["event", "data"],
+        }
+    }
+}
+# A comment line, before proxies take the silence of a queue for a dead connection.
+HEARTBEAT_S = 10.0
+# An answer above this is written in parts, so that no other request waits for it to be copied.
+_ONE_PART_BYTES = 1 << 17
+
+_HEADERS = {
+    "X-Request-Id": "The client's id for this request, or one that the server made.",
+    "x-queue-time": "Seconds until the first step.",
+    "x-inference-time": "Seconds of the steps.",
+    "x-total-time": "Seconds in all.",
+    "X-Seed": "The seed of the first image.",
+    CACHE_HEADER: "hit: the images were generated before; shared: for an equal request in flight; miss: for this one. "
+    "Absent where no seed was given.",
+}
+_ERRORS = {
+    400: "`invalid_request`: a field is missing, unknown or out of range",
+    401: "`unauthorized`: no API key, or an invalid one",
+    403: "`forbidden`: the key lacks the scope; under /admin `admin_closed`: the server has no keys",
+    404: "`not_found`, `model_not_found`",
+    406: "`not_acceptable`: Accept names no type that is offered",
+    409: "`swap_in_progress`",
+    413: "`body_too_large`",
+    422: "`invalid_request`: a field is missing, unknown or out of range; `checkpoint_unusable`",
+    429: "`queue_full`; `rate_limited`: the key's limit. Retry-After says when to try again",
+    500: "`generation_failed`, `internal_error`",
+    503: "`not_ready`, `draining`: starting, restarting or draining",
+    504: "`deadline_exceeded`: not done within the time limit",
+}
+
+
+class ErrorBody(BaseModel):
+    """``code`` is stable, ``message`` is for people, ``field`` names the part of the request to change."""
+
+    code: str
+    message: str
+    field: str | None = None
+
+
+class ErrorResponse(BaseModel):
+    """The one shape of every answer that is not a success."""
+
+    error: ErrorBody
+
+
+class TimingsSchema(BaseModel):
+    """Seconds; the first three add up to ``total_s``."""
+
+    queue_s: float = Field(description="Until the first step.")
+    inference_s: float = Field(description="From the first step to the last.")
+    decode_s: float = Field(description="Until every image was encoded.")
+    total_s: float
+
+
+def documented(*statuses: int, model: type[BaseModel] = ErrorResponse) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's description of errors by status, each with its stable codes, in the shape of ``model``."""
+    return {status: {"description": _ERRORS[status], "model": model} for status in (401, 403, *statuses)}
+
+
+def documented_headers() -> dict[str, Any]:
+    """OpenAPI's description of the headers of an answer with images."""
+    return {name: {"description": text, "schema": {"type": "string"}} for name, text in _HEADERS.items()}
+
+
+class Narrator(Protocol):
+    """What a route sends as events: names and JSON objects."""
+
+    def progress(self, event: Event) -> tuple[str, bytes] | None:
+        """A step or a preview; None for nothing."""
+
+    def completed(self, result: Result) -> Iterable[tuple[str, bytes]]:
+        """The end of a success."""
+
+
+BodySchema = Callable[[ModelInfo], dict[str, Any]]
+
+
+@lru_cache(maxsize=2)
+def classes_of(model: ModelInfo) -> ClassIndex:
+    """The class names of a model, to search in."""
+    return ClassIndex(model.class_names, model.num_classes)
+
+
+class Service:
+    """The pool as the routes see it. Routers register the JSON schemas of their bodies in ``body_schemas``."""
+
+    def __init__(
+        self, pool: Pool, settings: Settings, telemetry: Telemetry | None = None, keys: KeyStore | None = None
+    ) -> None:
+        self.pool, self.settings = pool, settings
+        self._telemetry, self._keys = telemetry, keys
+        self.cache = Cache(settings.cache_bytes, pool.metrics)
+        pool.metrics.watch_cache(lambda: self.cache.size)
+        self.body_schemas: dict[str, BodySchema] = {}  # by path, for the OpenAPI document
+
+    @property
+    def model(self) -> ModelInfo:
+        """The model that is served now; read it once for each request, since it may be swapped.
+
+        Raises:
+            NotReady: none has been loaded yet.
+        """
+        return self.pool.model
+
+    @property
+    def status(self) -> str:
+        """The pool's, or ``keys_unreadable`` while all requests are rejected for that."""
+        status = self.pool.status
+        return "keys_unreadable" if status == "ready" and self._keys is not None and self._keys.closed else status
+
+    def timeout(self, asked_s: float | None) -> float:
+        """Seconds for a request that asks for so many, or for none.
+
+        Raises:
+            ApiError: 422 for more than the server allows.
+        """
+        most = self.settings.request_timeout_s
+        if asked_s is not None and asked_s > most:
+            raise invalid("timeout_s", f"timeout_s must be a number from {MIN_TIMEOUT_S:g} to {most:g}")
+        return most if asked_s is None else asked_s
+
+    def submit(self, http: HttpRequest, request: Request) -> Request:
+        """Queue ``request`` within the budget of the client's key, unless its images are there or under way.
+
+        Raises:
+            ApiError: 422, 429. NotReady, Overloaded: the pool does not take it.
+        """
+        request.client, request.request_id = current_client(http), current_request_id.get()
+        if not self.cache.find(request):
+            with image_budget(http, request.num_images):
+                self.pool.submit(request)
+            self.cache.follow(request)
+        if self._telemetry is not None:
+            self._telemetry.follow(request)
+        return request
+
+    async def result(self, http: HttpRequest, request: Request) -> Result:
+        """Wait for the result; a client that disconnects cancels. The body of ``http`` must have been read.
+
+        Raises:
+            ApiError: 499, 504. GenerationFailed, NotReady, Overloaded: what the request ended with.
+        """
+        if request.future.done():
+            return outcome(request)
+        gone = asyncio.ensure_future(client_gone(http))
+        ends_at = asyncio.get_running_loop().time() + request.timeout_s
+        try:
+            while True:
+                shared = request.leader is not None
+                left_s = ends_at - asyncio.get_running_loop().time()
+                request.join()
+                try:
+                    # The pool keeps the deadline of a request that it has.
+                    limit_s = max(0.0, left_s) if shared else None
+                    done, _ = await asyncio.wait(
+                        (request.future, gone), timeout=limit_s, return_when=asyncio.FIRST_COMPLETED
+                    )
+                    if gone in done and not request.future.done():
+                        raise closed_by_client()
+                    if not done:
+                        raise too_late(request)
+                    ended = request.future.exception()
+                    if not shared or not isinstance(ended, DeadlineExceeded | Overloaded):
+                        return outcome(request)
+                finally:
+                    request.leave()
+                # The leader's deadline, or its client's share of the queue: no reason to fail this request.
+                request.leader = None
+                self.submit(http, request)
+        finally:
+            gone.cancel()
+
+    async def stream(
+        self, http: HttpRequest, request: Request, narrator: Narrator, headers: Mapping[str, str] | None = None
+    ) -> Response:
+        """Server-sent events of ``request`` until its end; a client that disconnects cancels.
+
+        The answer begins with the first event or heartbeat: what fails earlier is an error as of any other request.
+        """
+        request.join()
+        buffer = request.subscribe()
+        gone = asyncio.ensure_future(client_gone(http))
+        stream: _EventStream | None = None
+        try:
+            await _event_or_gone(buffer, gone)
+            if gone.done():
+                raise closed_by_client()
+            if request.future.done():
+                outcome(request)
+            events = _events(request, buffer, gone, narrator, http.url.path)
+            stream = _EventStream(request, gone, events, {**seed_header(request), **(headers or {})})
+            return stream
+        finally:
+            if stream is None:
+                gone.cancel()
+                request.leave()
+
+
+def outcome(request: Request) -> Result:
+    """The result of a request that has ended.
+
+    Raises:
+        ApiError: 504. EngineError: what it ended with.
+    """
+    try:
+        return request.future.result()
+    except DeadlineExceeded:
+        raise too_late(request) from None
+
+
+def too_late(request: Request) -> ApiError:
+    """The 504 of a request whose time limit has passed."""
+    return ApiError(504, "deadline_exceeded", f"not done within {request.timeout_s:g} s")
+
+
+async def client_gone(http: HttpRequest) -> None:
+    """Return when the client has closed its connection. The body must have been read."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+def seed_header(request: Request) -> dict[str, str]:
+    """What is known before the images are."""
+    return {"X-Seed": str(request.seed), **({CACHE_HEADER: request.source} if request.source else {})}
+
+
+def result_headers(request: Request, timings: Timings) -> dict[str, str]:
+    """Headers of an answer with images; times in seconds."""
+    return {
+        **seed_header(request),
+        "x-queue-time": f"{timings.queue_s:.6f}",
+        "x-inference-time": f"{timings.inference_s:.6f}",
+        "x-total-time": f"{timings.total_s:.6f}",
+    }
+
+
+class Parts(Response):
+    """An answer of several pieces of bytes; a long one leaves them apart, and lets other requests in between."""
+
+    def __init__(self, parts: Sequence[bytes], media_type: str, headers: Mapping[str, str]) -> None:
+        length = sum(map(len, parts))
+        self._parts = [b"".join(parts)] if length <= _ONE_PART_BYTES else list(parts)
+        super().__init__(None, media_type=media_type, headers={**headers, "content-length": str(length)})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for part in self._parts:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+            if len(self._parts) > 1:
+                await asyncio.sleep(0)
+        await send({"type": "http.response.body", "body": b""})
+
+
+def json_parts(name: str, texts: Sequence[bytes], fields: Mapping[str, Any]) -> list[bytes]:
+    """A JSON object with a list of base64 strings under ``name``, and ``fields`` after it; the texts are not copied."""
+    parts = [f'{{"{name}":["'.encode()]
+    for i, text in enumerate(texts):
+        parts += [b'","', text] if i else [text]
+    return [*parts, b'"],' + to_json(fields)[1:]]
+
+
+async def _event_or_gone(buffer: EventBuffer, gone: asyncio.Future[None]) -> None:
+    """Return at the next event, when the client has gone, or after the time of a heartbeat."""
+    event = asyncio.ensure_future(buffer.wait())
+    try:
+        await asyncio.wait((event, gone), timeout=HEARTBEAT_S, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        event.cancel()
+
+
+async def _events(
+    request: Request, buffer: EventBuffer, gone: asyncio.Future[None], narrator: Narrator, path: str
+) -> AsyncIterator[bytes]:
+    while True:
+        ended = request.future.done()  # asked before the events are taken, so that none of them is lost
+        found = buffer.take()
+        for event in found:
+            if (named := narrator.progress(event)) is not None:
+                yield _sse(*named)
+        if ended:
+            break
+        await _event_or_gone(buffer, gone)
+        if gone.done():
+            return
+        if not buffer.waiting:
+            yield b": ping\n\n"
+    try:
+        result = outcome(request)
+    except Exception as error:
+        failure = as_api_error(error)
+        if failure is None:
+            raise
+        yield _sse(ERROR, failure.body(path))
+        return
+    for named in narrator.completed(result):
+        yield _sse(*named)
+
+
+def _sse(name: str, data: bytes) -> bytes:
+    return b"event: " + name.encode() + b"\ndata: " + data + b"\n\n"
+
+
+class _EventStream(StreamingResponse):
+    """Leaves its request however it ends, even if no event was ever asked for."""
+
+    def __init__(
+        self, request: Request, gone: asyncio.Future[None], events: AsyncIterator[bytes], headers: Mapping[str, str]
+    ) -> None:
+        # nginx would collect events until its buffer is full.
+        super().__init__(
+            events, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", **headers}, media_type=EVENT_STREAM
+        )
+        self._request, self._gone = request, gone
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self.stream_response(send)
+        except OSError:  # the connection has closed
+            pass
+        finally:
+            self._gone.cancel()
+            self._request.leave()

@@ -1,0 +1,345 @@
+"""The pool with one worker: batching at step level, isolation of faults, cancellation, back-pressure, draining."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from serving_harness import WAIT_S, WatchedSampler, outcome, running_engine, sample, spec, started_engine, until
+
+from robuq_core.images import encode_image
+from server.fake import FakeRow
+from server.pool import MAX_DEATHS
+from server.remote_worker import RunFailed
+from server.request import Cancelled, GenerationFailed, NotReady, Overloaded, WorkerDied
+
+
+def test_rows_of_different_requests_and_timesteps_share_forwards() -> None:
+    sampler = WatchedSampler()
+    with running_engine(sampler) as engine:
+        sampler.hold()
+        first = engine.submit([spec(seed=1, steps=4)], "png")
+        assert sampler.entered.acquire(timeout=WAIT_S)
+        second = engine.submit([spec(seed=2, steps=2), spec(seed=3, steps=2)], "png")
+        sampler.release()
+        first.future.result(WAIT_S)
+        second.future.result(WAIT_S)
+    # Joined at the very next step, each at its own timestep; left when done.
+    assert sampler.batches == [[(1, 0)], [(1, 1), (2, 0), (3, 0)], [(1, 2), (2, 1), (3, 1)], [(1, 3)]]
+
+
+def test_images_are_in_order_and_timings_add_up() -> None:
+    sampler = WatchedSampler(step_s=0.002)
+    specs = [spec(seed=seed, steps=1 + (5 - seed) % 5) for seed in range(10)]
+    with running_engine(sampler) as engine:
+        result = engine.submit(specs, "png").future.result(WAIT_S)
+        assert engine.idle
+    expected = [encode_image(sampler.decode(FakeRow(s)), "png") for s in specs]
+    assert list(result.images) == expected
+    timings = result.timings
+    assert min(timings.queue_s, timings.inference_s, timings.decode_s) >= 0
+    assert timings.queue_s + timings.inference_s + timings.decode_s == pytest.approx(timings.total_s)
+
+
+def test_a_faulty_row_fails_its_own_request_only() -> None:
+    sampler = WatchedSampler()
+    sampler.faulty_seeds = {7}
+    with running_engine(sampler) as engine:
+        sampler.hold()
+        plug = engine.submit([spec(seed=1, steps=2)], "png")
+        assert sampler.entered.acquire(timeout=WAIT_S)
+        bad = engine.submit([spec(seed=6), spec(seed=7)], "png")
+        good = engine.submit([spec(seed=8)], "png")
+        sampler.release()
+        assert isinstance(outcome(bad), GenerationFailed)
+        assert "secret" not in str(outcome(bad))
+        assert outcome(plug) is None
+        assert outcome(good) is None
+        assert good.future.result().images[0] == encode_image(sampler.decode(FakeRow(spec(seed=8))), "png")
+        assert sample(engine, "robuq_requests_total", finished_reason="error") == 1
+        assert sample(engine, "robuq_requests_total", finished_reason="completed") == 2
+        until(lambda: engine.idle)
+
+
+def test_rows_that_moved_before_the_fault_are_not_stepped_twice() -> None:
+    sampler = WatchedSampler()
+    faults = iter([True])
+
+    def fail_once_midway(rows: object) -> None:
+        if len(rows) > 1 and next(faults, False):  # type: ignore[arg-type]
+            rows[0].steps_done += 1  # type: ignore[index]
+            raise RuntimeError
+
+    with running_engine(sampler) as engine:
+        sampler.on_step = fail_once_midway
+        assert outcome(engine.submit([spec(seed=1), spec(seed=2)], "png")) is None
+    assert sampler.batches == [[(1, 0), (2, 0)], [(2, 0)], [(1, 1), (2, 1)], [(1, 2), (2, 2)]]
+
+
+@pytest.mark.parametrize("stage", ["start", "decode"])
+def test_a_fault_outside_the_forward_is_isolated_too(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = WatchedSampler()
+    with running_engine(sampler) as engine:
+        real = getattr(sampler, stage)
+
+        def raising(argument: object) -> object:
+            if getattr(argument, "spec", argument).seed == 7:  # type: ignore[attr-defined]
+                raise ValueError("no")
+            return real(argument)
+
+        monkeypatch.setattr(sampler, stage, raising)
+        jobs = [engine.submit([spec(seed=seed)], "png") for seed in (6, 7, 8)]
+        assert [type(outcome(job)) for job in jobs] == [type(None), GenerationFailed, type(None)]
+        until(lambda: engine.idle)
+
+
+def test_cancelled_rows_are_gone_at_the_next_step() -> None:
+    sampler = WatchedSampler()
+    with running_engine(sampler) as engine:
+        sampler.hold()
+        keep = engine.submit([spec(seed=1, steps=3)], "png")
+        drop = engine.submit([spec(seed=2, steps=1000), spec(seed=3, steps=1000)], "png")
+        until(lambda: len(sampler.batches) == 1)
+        sampler.permit()
+        until(lambda: len(sampler.batches) == 2 and len(sampler.batches[1]) == 3)
+        engine.cancel(drop)
+        engine.cancel(drop)  # twice is as good as once
+        sampler.release()
+        assert outcome(keep) is None
+        assert isinstance(outcome(drop), Cancelled)
+        assert all(seed == 1 for batch in sampler.batches[2:] for seed, _ in batch)
+        assert sample(engine, "robuq_requests_total", finished_reason="cancelled") == 1
+        assert sample(engine, "robuq_requests_running") == sample(engine, "robuq_requests_waiting") == 0
+        assert outcome(engine.submit([spec(seed=4)], "png")) is None
+
+
+def test_cancel_while_waiting_and_after_the_end() -> None:
+    sampler = WatchedSampler()
+    with running_engine(sampler, max_batch_rows=2) as engine:
+        sampler.hold()
+        first = engine.submit([spec(seed=1, guidance_scale=1.5)], "png")
+        waiting = engine.submit([spec(seed=2, guidance_scale=1.5)], "png")
+        until(lambda: len(sampler.batches) == 1)
+        assert (engine.load().requests_running, engine.requests_waiting) == (1, 1)
+        engine.cancel(waiting, "timeout")
+        sampler.release()
+        assert outcome(first) is None
+        engine.cancel(first)
+        assert {seed for batch in sampler.batches for seed, _ in batch} == {1}
+        assert sample(engine, "robuq_requests_total", finished_reason="timeout") == 1
+        assert sample(engine, "robuq_requests_total", finished_reason="cancelled") == 0
+
+
+def test_the_queue_is_bounded_in_images_and_says_when_to_try_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = WatchedSampler(step_s=0.01)
+    with running_engine(sampler, max_batch_rows=2, max_queue_images=16) as engine:
+        worker = engine.pool._workers()[0]
+        assert 0 < worker.rows_per_s <= 200  # as measured by the warm-up: two rows in at least 10 ms
+        sampler.hold()
+        engine.submit([spec(seed=s, steps=100) for s in range(2)], "png")
+        until(lambda: len(sampler.batches) == 1)
+        worker.rows_per_s = 200.0
+        engine.submit([spec(steps=100)] * 13, "png")
+        with pytest.raises(Overloaded) as refused:
+            engine.submit([spec(steps=100)] * 4, "png")
+        # The two that run and 13 that wait, 100 steps each.
+        assert refused.value.retry_after_s == pytest.approx(7.5)
+        assert sample(engine, "robuq_rejected_total", reason="queue_full") == 1
+
+
+def test_a_slow_decoder_holds_admission_back() -> None:
+    sampler = WatchedSampler()
+    gate = threading.Event()
+
+    def slow(row: FakeRow) -> np.ndarray:
+        assert gate.wait(WAIT_S)
+        return np.zeros((4, 4, 3), np.uint8)
+
+    with running_engine(sampler, max_batch_rows=2, max_queue_images=64) as engine:
+        sampler.decode = slow  # type: ignore[method-assign]
+        jobs = [engine.submit([spec(seed=s, steps=1)], "png") for s in range(20)]
+        until(lambda: engine.images_decoding >= 4)
+        assert engine.images_decoding <= 6  # twice the batch, and the batch that was under way
+        assert engine.load().images_waiting >= 14
+        gate.set()
+        assert all(outcome(job) is None for job in jobs)
+
+
+def test_drain_ends_what_is_in_flight_and_takes_no_more() -> None:
+    sampler = WatchedSampler()
+    with running_engine(sampler) as engine:
+        sampler.hold()
+        job = engine.submit([spec()], "png")
+        engine.begin_drain()
+        assert engine.status == "draining"
+        with pytest.raises(NotReady, match="draining"):
+            engine.submit([spec()], "png")
+        assert not engine.idle
+        sampler.release()
+        assert outcome(job) is None
+        until(lambda: engine.idle)
+    assert engine.status == "stopped"
+
+
+def test_stop_answers_what_still_waits_though_a_step_is_under_way() -> None:
+    sampler = WatchedSampler()
+    with running_engine(sampler) as engine:
+        sampler.hold()
+        jobs = [engine.submit([spec(steps=1000)] * 4, "png") for _ in range(3)]
+        assert sampler.entered.acquire(timeout=WAIT_S)
+        engine.run(engine.pool.stop())
+        assert all(isinstance(outcome(job), NotReady) for job in jobs)
+        assert engine.status == "stopped"
+
+
+def test_a_worker_that_dies_is_replaced_and_its_images_are_tried_once_more() -> None:
+    sampler = WatchedSampler()
+    deaths = threading.Semaphore(1)
+
+    def die(rows: Sequence[FakeRow]) -> None:
+        if any(row.spec.seed == 1313 and row.steps_done == 1 for row in rows) and deaths.acquire(blocking=False):
+            raise SystemExit("gone")
+
+    with running_engine(sampler, max_batch_rows=2) as engine:
+        sampler.on_step = die
+        sampler.hold()
+        jobs = [engine.submit([spec(seed=seed)], "png") for seed in (1313, 1, 2, 3)]
+        sampler.release()
+        assert [outcome(job) for job in jobs] == [None] * 4
+        for seed, job in zip((1313, 1, 2, 3), jobs, strict=True):
+            assert job.future.result().images[0] == encode_image(sampler.decode(FakeRow(spec(seed=seed))), "png")
+        until(lambda: sample(engine, "robuq_worker_deaths_total", reason="exited") == 1)
+        assert engine.status == "ready"
+
+
+def test_a_request_whose_worker_dies_twice_fails_and_says_so() -> None:
+    sampler = WatchedSampler()
+
+    def die(rows: Sequence[FakeRow]) -> None:
+        if any(row.spec.seed == 1313 for row in rows):
+            raise SystemExit("gone")
+
+    with running_engine(sampler, max_batch_rows=2) as engine:
+        sampler.on_step = die
+        sampler.hold()
+        fatal = engine.submit([spec(seed=1313, guidance_scale=2)], "png")
+        waiting = engine.submit([spec(seed=2, guidance_scale=2)], "png")
+        sampler.release()
+        assert isinstance(outcome(fatal), WorkerDied)
+        assert outcome(waiting) is None
+        until(lambda: sample(engine, "robuq_worker_deaths_total", reason="exited") == 2)
+        assert sample(engine, "robuq_requests_total", finished_reason="error") == 1
+
+
+def test_workers_that_die_again_and_again_fail_the_pool_and_strand_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.pool.FIRST_PAUSE_S", 0.0)
+    sampler = WatchedSampler()
+    with running_engine(sampler, max_queue_images=64) as engine:
+
+        def die(rows: Sequence[FakeRow]) -> None:
+            if rows[0].spec.steps == 7:
+                raise SystemExit("gone")
+
+        sampler.on_step = die
+        sampler.hold()
+        jobs = [engine.submit([spec(seed=s, steps=7)] * 4, "png") for s in range(MAX_DEATHS)]
+        sampler.release()
+        assert all(isinstance(outcome(job), GenerationFailed | NotReady) for job in jobs)
+        until(lambda: engine.status == "failed")
+        assert isinstance(engine.failure, RunFailed)
+        with pytest.raises(NotReady, match="failed"):
+            engine.submit([spec()], "png")
+        until(lambda: sample(engine, "robuq_worker_deaths_total", reason="exited") == MAX_DEATHS + 1)
+
+
+def test_a_step_that_hangs_costs_its_worker_and_is_tried_again() -> None:
+    sampler = WatchedSampler()
+    with running_engine(sampler, stall_timeout_s=0.2) as engine:
+        sampler.hold()
+        job = engine.submit([spec()], "png")
+        assert sampler.entered.acquire(timeout=WAIT_S)
+        until(lambda: sample(engine, "robuq_worker_deaths_total", reason="hung") == 1)
+        sampler.release()
+        assert outcome(job) is None
+        until(lambda: engine.status == "ready")
+
+
+def test_a_decoder_that_hangs_costs_its_worker_though_steps_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler, gate = WatchedSampler(step_s=0.01), threading.Event()
+    decode, hangs = sampler.decode, threading.Semaphore(1)
+
+    def hang_once(row: FakeRow) -> np.ndarray:
+        if row.spec.seed == 7 and hangs.acquire(blocking=False):
+            assert gate.wait(WAIT_S)
+        return decode(row)
+
+    with running_engine(sampler, stall_timeout_s=0.3) as engine:
+        monkeypatch.setattr(sampler, "decode", hang_once)
+        long = engine.submit([spec(seed=1, steps=400)], "png")
+        stuck = engine.submit([spec(seed=7)], "png")
+        assert [outcome(stuck), outcome(long)] == [None, None]  # by the worker that replaced the first one
+        until(lambda: sample(engine, "robuq_worker_deaths_total", reason="hung") == 1)
+        gate.set()
+
+
+def test_a_worker_that_hangs_in_loading_is_killed_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, loads = threading.Event(), iter(range(10))
+
+    def load(options: dict[str, object]) -> WatchedSampler:
+        if next(loads) == 0:
+            assert gate.wait(WAIT_S)
+        return WatchedSampler()
+
+    with started_engine(load, load_timeout_s=0.2) as engine:
+        until(lambda: sample(engine, "robuq_worker_deaths_total", reason="hung") == 1)
+        assert engine.status == "starting"
+        with pytest.raises(NotReady):
+            engine.model  # noqa: B018
+        until(lambda: engine.status == "ready")
+        assert outcome(engine.submit([spec()], "png")) is None
+        gate.set()
+
+
+def test_warm_up_comes_before_ready_and_its_failure_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.worker.QUICK_S", float("inf"))  # a size is run twice though it was held
+    sampler = WatchedSampler()
+    sampler.hold()
+    with started_engine([sampler]) as engine:
+        until(lambda: len(sampler.batches) == 1)
+        with pytest.raises(NotReady, match="starting"):
+            engine.submit([spec()], "png")
+        sampler.release()
+        until(lambda: engine.status == "ready")
+        assert [len(batch) for batch in sampler.batches] == [1, 1, 2, 2]  # 1 and 4 rows, twice; guided images take 2
+
+    sampler = WatchedSampler()
+    sampler.faulty_seeds = {0}
+    with started_engine([sampler]) as engine:
+        until(lambda: engine.status == "failed")
+        assert isinstance(engine.failure, RunFailed)
+
+
+def test_many_requests_from_many_threads_leave_nothing_behind() -> None:
+    sampler = WatchedSampler()
+    outcomes: list[bool] = []
+    with running_engine(sampler, max_queue_images=1000) as engine:
+
+        def client(number: int) -> None:
+            for i in range(20):
+                job = engine.submit([spec(seed=number * 100 + i, steps=1 + i % 3)] * (1 + i % 2), "png")
+                if i % 3 == 0:
+                    engine.cancel(job)
+                outcomes.append(isinstance(outcome(job), Cancelled | None))
+
+        threads = [threading.Thread(target=client, args=(n,)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WAIT_S)
+        assert outcomes == [True] * 160
+        until(lambda: engine.idle and engine.images_decoding == 0)
+        assert sample(engine, "robuq_requests_running") == sample(engine, "robuq_requests_waiting") == 0
+        assert [worker.rows for worker in engine.pool._workers()] == [0]
+    assert max(map(len, sampler.batches)) <= 4

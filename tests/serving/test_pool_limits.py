@@ -1,0 +1,118 @@
+"""What bounds a batch: the rows of the model, memory that runs out, and a target for the time of a step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import pytest
+from serving_harness import WAIT_S, WatchedSampler, outcome, running_engine, sample, spec, started_engine, until
+
+from robuq_core.images import encode_image
+from server.fake import FakeRow
+from server.remote_worker import RunFailed
+from server.request import GenerationFailed
+
+
+def model_rows(rows: Sequence[FakeRow]) -> int:
+    return sum(2 if row.guided else 1 for row in rows)
+
+
+class SmallCard(WatchedSampler):
+    """Has memory for ``room`` rows of the model."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self.sizes: list[int] = []
+
+    def warm_up_rows(self, max_rows: int) -> tuple[int, ...]:
+        return tuple(sorted({1 << i for i in range(max_rows.bit_length())} | {max_rows}))
+
+    def step(self, rows: Sequence[FakeRow]) -> None:
+        self.sizes.append(model_rows(rows))
+        if self.sizes[-1] > self.room:
+            raise MemoryError
+        super().step(rows)
+
+
+def test_an_image_with_guidance_takes_two_rows() -> None:
+    sampler = WatchedSampler()
+    seen: list[int] = []
+    with running_engine(sampler, max_batch_rows=8, max_queue_images=64) as engine:
+        sampler.on_step = lambda rows: seen.append(model_rows(rows))
+        sampler.hold()
+        plug = engine.submit([spec(steps=1)], "png")
+        assert sampler.entered.acquire(timeout=WAIT_S)
+        jobs = [engine.submit([spec(seed=s, guidance_scale=1.0 if s % 3 else 2.0)], "png") for s in range(30)]
+        sampler.release()
+        assert all(outcome(job) is None for job in (plug, *jobs))
+        assert max(seen) == 8
+        assert min(seen[1:10]) >= 7  # full but for the one row that an image with guidance does not fit into
+        assert sample(engine, "robuq_batch_rows_sum") == sum(seen)
+
+
+def test_when_memory_runs_out_every_request_completes_and_the_budget_comes_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("server.stepping.GROW_AFTER", 8)
+    card = SmallCard(room=64)
+    with running_engine(card, max_batch_rows=16, max_queue_images=256) as engine:
+        card.room = 5
+        card.hold()
+        specs = [spec(seed=s, steps=4, guidance_scale=1.0 + s % 2) for s in range(60)]
+        jobs = [engine.submit(specs[:1], "png")]
+        assert card.entered.acquire(timeout=WAIT_S)
+        jobs += [engine.submit([later], "png") for later in specs[1:]]
+        card.release()
+        for of, job in zip(specs, jobs, strict=True):
+            assert job.future.result(WAIT_S).images == (encode_image(card.decode(FakeRow(of)), "png"),)
+        failures = [size for size in card.sizes if size > 5]
+        assert len(failures) < 40  # it learns, rather than fail at every step
+        assert 3 <= engine.load().replicas[0].row_budget <= card.room  # half of what did not fit, and growing
+        assert sample(engine, "robuq_requests_total", finished_reason="error") == 0
+        card.room = 64
+        card.step_s = 0.001  # for the pool to hear of the room in time
+        card.sizes.clear()
+        # One request: among several, the first would be done before the last has come, on a busy machine.
+        assert outcome(engine.submit([spec(seed=s, steps=1000) for s in range(16)], "png")) is None
+        assert max(card.sizes) == 16
+
+
+def test_a_warm_up_beyond_the_memory_serves_what_fits() -> None:
+    card = SmallCard(room=7)
+    with running_engine(card, max_batch_rows=32) as engine:
+        assert max(card.sizes) == 8  # 16 and 32 were not even tried
+        card.sizes.clear()
+        assert outcome(engine.submit([spec(seed=s) for s in range(16)], "png")) is None
+        assert max(card.sizes) == 4
+
+
+def test_an_image_that_never_fits_fails_alone() -> None:
+    card = SmallCard(room=64)
+    with running_engine(card) as engine:
+        card.room = 1
+        guided = engine.submit([spec(seed=1, guidance_scale=2.0)], "png")
+        plain = engine.submit([spec(seed=2)], "png")
+        assert isinstance(outcome(guided), GenerationFailed)
+        assert outcome(plain) is None
+
+
+def test_no_memory_for_one_row_fails_the_start() -> None:
+    with started_engine([SmallCard(room=0)]) as engine:
+        until(lambda: engine.status == "failed")
+        assert isinstance(engine.failure, RunFailed)
+        assert "MemoryError" in str(engine.failure)
+
+
+@pytest.mark.parametrize(("target_s", "most"), [(None, 16), (0.021, 5), (0.0001, 2)])
+def test_a_target_for_the_step_keeps_batches_small(target_s: float | None, most: int) -> None:
+    """A step takes 4 ms a row here; an image of two rows runs even if it is above the target."""
+    sampler = SmallCard(room=64)
+    sampler.on_step = lambda rows: time.sleep(0.004 * model_rows(rows))
+    with running_engine(sampler, max_batch_rows=16, max_queue_images=64, target_step_s=target_s) as engine:
+        sampler.sizes.clear()
+        assert outcome(engine.submit([spec(seed=s, steps=3, guidance_scale=2.0) for s in range(12)], "png")) is None
+        assert max(sampler.sizes) <= most
+        if target_s is None:
+            assert max(sampler.sizes) == most

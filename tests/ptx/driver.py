@@ -50,13 +50,8 @@ class Launcher:
                  leave: Any, *arguments: Any) -> None:  # fmt: skip
         self.driver.launches[self.metadata.name] += 1
         if self.driver.only_compile:
-            self.driver.compiled.append(
-                Launched(
-                    self,
-                    (x, y, z),
-                    sum(each.numel() * each.element_size() for each in arguments if isinstance(each, torch.Tensor)),
-                )
-            )
+            sizes = {each.data_ptr(): each.nbytes for each in arguments if isinstance(each, torch.Tensor)}
+            self.driver.compiled.append(Launched(self, (x, y, z), sum(sizes.values())))
             return
         program = self.driver.change(_program(self.ptx))
         faults: Counter[str] = Counter()
@@ -96,7 +91,8 @@ def _place(heap: Heap, tensors: dict[int, tuple[int, torch.Tensor]], tensor: tor
 
 @dataclass(frozen=True)
 class Launched:
-    """A launch that was compiled only: its kernel, its grid, and the bytes of its tensors."""
+    """A launch that was compiled only: its kernel, its grid, and the bytes of its tensors, each
+    once."""
 
     kernel: Launcher
     grid: tuple[int, int, int]

@@ -36,8 +36,8 @@ IMAGES = {80: (8,), 86: (8,), 89: (8,), 90: (1, 8), 100: (8,)}
 # Other versions of Triton differ a little.
 TOLERANCE = 1.1
 REGISTERS, SHARED = 65536, 228 * 1024  # of an SM of 9.0
-LAUNCHES, MEGABYTES = 9, 222  # of a block of 8 images
-WAVEFRONTS = {1152: 700, 4608: 4900}  # a token, with its low rank
+LAUNCHES, MEGABYTES = 9, 180  # of a block of 8 images
+WAVEFRONTS = {1152: 600, 4608: 4000}  # a token
 
 
 def disassembled(cubin: Path) -> str:
@@ -113,7 +113,8 @@ def test_products_run_on_the_tensor_cores_and_blocks_share_an_sm(
 def test_a_block_is_few_launches_and_moves_few_bytes() -> None:
     launched = block(90, 8)
     assert len(launched) <= LAUNCHES
-    assert sum(each.nbytes for each in launched) <= MEGABYTES * 1e6
+    residuals = 2 * 8 * 256 * 1152 * 4  # proj and fc2 read what they write
+    assert sum(each.nbytes for each in launched) + residuals <= MEGABYTES * 1e6
 
 
 @pytest.mark.parametrize("width", list(WAVEFRONTS))
@@ -122,8 +123,8 @@ def test_a_rotation_passes_through_shared_memory_seldom(width: int) -> None:
 
 
 def wavefronts(width: int) -> float:
-    """A token on sm_90, with its low rank."""
-    layer, rows = pack_layer(make_linear(width, 17, bits=3, rank=16)), 16
+    """A token on sm_90, without its low rank, which other programs of the launch compute."""
+    layer, rows = pack_layer(make_linear(width, 17, bits=3)), 16
     with emulated(90) as driver:
         driver.statistics = Counter()
         TritonBackend().rotate_quantize(tokens(rows, width), layer, prologues(1, width)[3] if width == 1152 else None)

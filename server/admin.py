@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from robuq_core.params import NullMeansAbsent, read_params
 from server.errors import ApiError, invalid
-from server.http import current_client
+from server.middleware import current_client
 from server.remote_worker import LoadFailed, RunFailed
 from server.service import Service, documented
 
@@ -93,7 +93,7 @@ def _unusable(message: str) -> ApiError:
 
 
 def admin_router(service: Service, info: type[BaseModel], describe: Callable[[], BaseModel]) -> APIRouter:
-    """The routes. ``server.http`` keeps everybody but administrators out of ``/admin``.
+    """The routes. ``server.middleware`` keeps everybody but administrators out of ``/admin``.
 
     Args:
         info, describe: type and content of the body of GET /info.

@@ -23,7 +23,7 @@ import robuq_core
 from robuq_core.config import PredictionType, SamplerConfig, SamplerName, samplers_of
 from robuq_core.images import IMAGE_FORMATS, ImageFormat
 from robuq_core.params import MAX_IMAGES
-from server import http
+from server import middleware
 from server.admin import admin_router
 from server.compat.kserve import kserve_router
 from server.compat.openai import openai_router
@@ -292,7 +292,7 @@ def create_app(pool: Pool, settings: Settings) -> FastAPI:
     _shorten(app, images, openai)
     _install_document(app, service)
     install_error_handlers(app)
-    http.install(app, settings, pool.metrics, store, telemetry)
+    middleware.install(app, settings, pool.metrics, store, telemetry)
     if telemetry is not None:
         telemetry.instrument(app)
     return app

@@ -17,8 +17,8 @@ from fastapi import Request as HttpRequest
 
 from robuq_core.config import MAX_SEED
 from server.errors import invalid
-from server.http import current_client
 from server.metrics import Metrics
+from server.middleware import current_client
 from server.request import Request, Result, Timings
 
 CACHE_HEADER = "X-Cache"

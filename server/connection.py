@@ -1,7 +1,8 @@
 """uvicorn's HTTP protocol with bounds on everything before and around a request: its head, framing and trailers, its
 pace, its connection.
 
-Whole heads and bodies are checked in ``server.http``. Here end heads and trailers that do not end, connections that
+Whole heads and bodies are checked in ``server.middleware``. Here end heads and trailers that do not end, connections
+that
 send or read nothing, connections beyond the allowed number, and what is no HTTP.
 """
 
@@ -20,7 +21,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.errors import ApiError
-from server.http import BODY_TIMEOUT_S, PROBE_PATHS, SECURITY_HEADERS
+from server.middleware import BODY_TIMEOUT_S, PROBE_PATHS, SECURITY_HEADERS
 from server.settings import Settings
 
 logger = logging.getLogger("server.access")

@@ -98,7 +98,7 @@ def as_api_error(error: Exception) -> ApiError | None:
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Give ``app`` the one error shape. What no handler knows is answered by :class:`server.http.RequestContext`."""
+    """Give ``app`` the one error shape. :class:`server.middleware.RequestContext` answers what no handler knows."""
 
     async def answer(request: Request, error: Exception) -> Response:
         known = as_api_error(error)

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from server.fair_queue import FairQueue, QueueFull
 from server.launch import Handle, Launch, Prepared, ProcessHandle, memory_file
 from server.metrics import Metrics, WorkerMemory
-from server.queue import FairQueue, QueueFull
 from server.remote_worker import RemoteWorker, RunFailed, SentImage
 from server.request import (
     Cancelled,

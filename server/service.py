@@ -16,9 +16,9 @@ from starlette.types import Receive, Scope, Send
 from server.cache import CACHE_HEADER, Cache
 from server.classes import ClassIndex
 from server.errors import ApiError, as_api_error, closed_by_client, invalid
-from server.http import current_client, image_budget
 from server.keys import KeyStore
 from server.logs import current_request_id
+from server.middleware import current_client, image_budget
 from server.pool import Pool
 from server.request import (
     MIN_TIMEOUT_S,

@@ -19,10 +19,10 @@ from test_rate_limits import Clock
 
 from server.app import create_app
 from server.fake import FakeSampler
-from server.http import RateLimits, is_public
 from server.keys import create_key, revoke_key
 from server.logs import JsonFormatter
 from server.metrics import Metrics
+from server.middleware import RateLimits, is_public
 from server.pool import Pool
 
 # Whoever adds to this list opens a route to the whole world.

@@ -15,7 +15,7 @@ from serving_harness import WAIT_S, live_server, until
 
 from server import connection
 from server.fake import FakeSampler
-from server.http import MAX_HEAD_BYTES, MAX_HEADERS, MAX_TARGET_BYTES, PROBE_PATHS, SECURITY_HEADERS
+from server.middleware import MAX_HEAD_BYTES, MAX_HEADERS, MAX_TARGET_BYTES, PROBE_PATHS, SECURITY_HEADERS
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.queue import FairQueue, QueueFull
+from server.fair_queue import FairQueue, QueueFull
 from server.request import MAX_PRIORITY
 
 QUEUE = 10_000

@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from server.errors import ApiError
-from server.http import WINDOW_S, RateLimits
 from server.keys import ApiKey
+from server.middleware import WINDOW_S, RateLimits
 
 
 class Clock:

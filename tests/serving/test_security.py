@@ -17,7 +17,7 @@ from serving_harness import WatchedSampler, live_server, make_settings, until
 from test_authentication import METHODS
 from test_connection_limits import connected, read_all
 
-from server import http
+from server import middleware
 from server.app import create_app
 from server.fake import FakeSampler
 from server.metrics import Metrics
@@ -48,17 +48,17 @@ def test_headers_for_browsers_on_every_answer_once(client: httpx.Client, path: s
     for name, value in {
         "x-content-type-options": "nosniff",
         "referrer-policy": "no-referrer",
-        "content-security-policy": http.CONTENT_SECURITY_POLICY,
+        "content-security-policy": middleware.CONTENT_SECURITY_POLICY,
     }.items():
         assert answer.headers.get_list(name) == [value]
 
 
 def test_the_policy_lets_in_nothing_of_others_and_nothing_inline() -> None:
-    policy = dict(part.strip().split(" ", 1) for part in http.CONTENT_SECURITY_POLICY.split(";"))
+    policy = dict(part.strip().split(" ", 1) for part in middleware.CONTENT_SECURITY_POLICY.split(";"))
     assert policy["default-src"] == "'self'"
     assert policy["frame-ancestors"] == policy["base-uri"] == "'none'"
     assert set(policy["img-src"].split()) == {"'self'", "blob:", "data:"}
-    assert "unsafe" not in http.CONTENT_SECURITY_POLICY
+    assert "unsafe" not in middleware.CONTENT_SECURITY_POLICY
 
 
 def test_no_page_loads_anything_from_elsewhere(client: httpx.Client) -> None:
@@ -180,7 +180,7 @@ def test_no_answer_tells_of_the_inside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_body_that_comes_too_slowly_gets_408(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "BODY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(middleware, "BODY_TIMEOUT_S", 0.2)
     with live_server(FakeSampler()) as (client, engine), connected(client) as sock:
         sock.sendall(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 20\r\n\r\n{")
         raw = read_all(sock)

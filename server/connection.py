@@ -2,8 +2,7 @@
 pace, its connection.
 
 Whole heads and bodies are checked in ``server.middleware``. Here end heads and trailers that do not end, connections
-that
-send or read nothing, connections beyond the allowed number, and what is no HTTP.
+that send or read nothing, connections beyond the allowed number, and what is no HTTP.
 """
 
 from __future__ import annotations

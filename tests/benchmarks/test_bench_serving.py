@@ -103,7 +103,9 @@ def test_the_command_measures(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_flow_without_classes_is_measured(tmp_path: Path) -> None:
     shape, quant = TINY.model_copy(update={"num_classes": 0, "flavour": "sit"}), QuantConfig(rank=4)
-    about = Description(quant, DiffusionConfig(prediction_type="flow"), SamplerConfig(sampler="euler", steps=3))
+    about = Description(
+        quant, DiffusionConfig(prediction_type="flow"), SamplerConfig(sampler="euler", steps=3, guidance_scale=1.0)
+    )
     checkpoint = tmp_path / "flow.safetensors"
     write_checkpoint(checkpoint, tiny_model(shape, quant), about)
     command = [sys.executable, "-m", "bench.serving", "occupancy", "--quick", "--checkpoint", str(checkpoint)]

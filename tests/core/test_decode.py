@@ -34,6 +34,7 @@ from robuq_core.checkpoint import CheckpointError
 from robuq_core.decode import DecoderError, LatentDecoder, PixelDecoder, load_decoder, to_pixels
 from robuq_core.pipeline import RowSpec, Sampler
 from server import cli as server
+from server.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -372,13 +373,15 @@ def test_the_examples_of_the_guide(
     assert "2 images: " in result.stderr
     assert "s of decoding" in result.stderr
     # Everything of the server but the serving.
-    served: list[Sampler] = []
-    monkeypatch.setattr("server.lifecycle.serve", lambda samplers, *_: served.extend(samplers) or 0)
+    served: list[Settings] = []
+    monkeypatch.setattr("server.launch.prepare", lambda _: None)
+    monkeypatch.setattr("server.lifecycle.serve", lambda settings, *_: served.append(settings) or 0)
     monkeypatch.setattr("server.logs.configure_logging", lambda *_: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     result = CliRunner().invoke(server.app, [*serve[1:], "--port", "0"])
     assert result.exit_code == 0, result.output
-    assert [sampler.decoder.name for sampler in served] == ["vae"]
+    (settings,) = served
+    assert Sampler.from_checkpoint(settings.checkpoint, decoder=settings.decoder).decoder.name == "vae"
     for block in examples("decoding.md", "python"):
         names: dict[str, object] = {}
         exec(block, names)

@@ -54,7 +54,7 @@ def alone(checkpoint: Path) -> Iterator[TestClient]:
 def cluster(checkpoint: Path) -> Iterator[LocalCluster]:
     with local_cluster() as cluster:
         cluster.serve_run(
-            *(f"checkpoint={checkpoint}", "max_batch_rows=8", "log_level=warning"),
+            *(f"checkpoint={checkpoint}", "max_batch_rows=8", "log_level=warning", "cache_bytes=0"),
             *("max_replicas=2", "images_per_replica=2", "upscale_delay_s=0.5", "downscale_delay_s=1"),
         )
         yield cluster

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -9,9 +11,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 pytest.importorskip("ray.serve")
 
+from robuq_core.config import SamplerConfig
 from server import ray_support
 from server.metrics import Metrics
 from server.ray_support import RayMetrics
+from server.request import ModelInfo
 
 
 class Gauge:
@@ -67,9 +71,12 @@ def test_every_sample_is_told_as_it_is(told: dict[str, Gauge]) -> None:
 def test_a_series_that_is_no_more_becomes_zero(told: dict[str, Gauge]) -> None:
     metrics = Metrics(max_batch_rows=4)
     bridge = RayMetrics(metrics.registry)
+    model = ModelInfo(name="", path=Path(), class_names=(), num_classes=0, drawn_classes=1, prediction_type="epsilon",
+                      can_guide=False, image_size=8, defaults=SamplerConfig(), backend_name="cpu",
+                      average_activation_bits=2.0, weight_bytes=1, decoder_name="pixels", decoder_weight_bytes=0,
+                      digest="")  # fmt: skip
     for checkpoint in ("old", "new"):
-        metrics.describe_model(checkpoint=checkpoint, backend="cpu", average_activation_bits=2.0, weight_bytes=1,
-                               decoder="pixels", decoder_weight_bytes=0)  # fmt: skip
+        metrics.describe_model(dataclasses.replace(model, name=checkpoint))
         bridge.publish()
     by_checkpoint = {dict(labels)["checkpoint"]: value for labels, value in told["robuq_info"].values.items()}
     assert by_checkpoint == {"old": 0, "new": 1}

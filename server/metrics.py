@@ -52,7 +52,7 @@ class _WorkerCollector(Collector):
         resident = GaugeMetricFamily(
             "robuq_worker_resident_memory_bytes",
             "Resident memory of a worker; weights that workers share count in each.",
-            labels=["replica"],
+            labels=["worker"],
         )
         for worker in found:
             if worker.pid:

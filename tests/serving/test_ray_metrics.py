@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,19 +14,20 @@ pytest.importorskip("ray.serve")
 
 from robuq_core.config import SamplerConfig
 from server import ray_support
-from server.metrics import Metrics
+from server.metrics import Metrics, WorkerMemory
 from server.ray_support import RayMetrics
 from server.request import ModelInfo
 
 
 class Gauge:
-    """Ray's, as far as it is used: refuses labels that were not announced."""
+    """Ray's, as far as it is used: refuses labels that were not announced, and its own."""
 
     made: ClassVar[dict[str, Gauge]] = {}
 
     def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
         assert name not in self.made, "Ray would take a second one of that name for another series"
         assert description
+        assert not {"deployment", "replica", "application"} & set(tag_keys)
         self.made[name] = self
         self.tag_keys = tag_keys
         self.values: dict[tuple[tuple[str, str], ...], float] = {}
@@ -66,6 +68,14 @@ def test_every_sample_is_told_as_it_is(told: dict[str, Gauge]) -> None:
     assert seen == expected
     assert seen["robuq_requests_waiting", ()] == 3
     assert seen["robuq_batch_rows_bucket", (("le", "4.0"),)] == 1
+
+
+def test_the_workers_series_have_no_label_of_rays(told: dict[str, Gauge]) -> None:
+    metrics = Metrics(max_batch_rows=4)
+    metrics.watch_workers(lambda: [WorkerMemory(0, os.getpid(), [1, 2, 3])])
+    RayMetrics(metrics.registry).publish()
+    assert told["robuq_worker_resident_memory_bytes"].tag_keys == ("worker",)
+    assert told["robuq_gpu_memory_peak_bytes"].tag_keys == ("gpu",)
 
 
 def test_a_series_that_is_no_more_becomes_zero(told: dict[str, Gauge]) -> None:

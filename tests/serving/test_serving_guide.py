@@ -65,6 +65,7 @@ def client() -> Iterator[httpx.Client]:
         engine.metrics.cache_requests.labels("hit")
         engine.metrics.worker_deaths.labels("signal")
         engine.call(lambda: setattr(engine.pool._fleet.workers[0], "gpu_memory", [0, 0, 0]))  # there only with a GPU
+        engine.call(lambda: setattr(engine.pool._fleet.workers[0].handle, "pid", os.getpid()))  # and with a process
         yield client
 
 

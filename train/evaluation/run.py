@@ -68,21 +68,23 @@ def evaluate_run(
     chosen = which or default_model(config)
     weights = inception or config.evaluation.inception
 
-    def ready() -> None:
-        # Before anything is drawn: what is missing for the figures at the end is said at the beginning.
-        EfficientNetLite0()
-        if weights is not None and not agreement_only:
-            Inception(weights)
+    networks: list[FeatureNetwork] = []  # of the first process, which measures
 
-    parallel.on_first(ready)
+    def load_networks() -> None:
+        # Before anything is drawn: what is missing for the figures at the end is said at the beginning.
+        networks.append(EfficientNetLite0())
+        if weights is not None and not agreement_only:
+            networks.append(Inception(weights))
+
+    parallel.on_first(load_networks)
     sampler, digest = load_sampler(config, chosen, checkpoint)
-    settings = sampler.defaults
+    settings = config.sampler if checkpoint is None else sampler.defaults
     name = chosen if checkpoint is None else checkpoint.stem
     seeds = () if agreement_only else config.evaluation.seeds
     sets = [_samples(config, sampler, settings, name, digest, each) for each in seeds]
 
     def measure() -> dict[str, Any]:
-        network = EfficientNetLite0()
+        network, *spectators = networks
         photos = reference(config, network)
         entry: dict[str, Any] = {
             "model": name,
@@ -91,7 +93,7 @@ def evaluate_run(
             "agreement": {"seed": seed, **_agreement(config, sampler, settings, network, photos, classes, seed, sheet)},
         }
         if sets:
-            entry |= _distances(config, sets, network, photos, weights)
+            entry |= _distances(config, sets, network, photos, *spectators)
         if npz is not None:
             for each, samples in zip(seeds, sets, strict=True):
                 samples.write_npz(npz / f"{name}-seed{each}.npz")
@@ -102,7 +104,11 @@ def evaluate_run(
 
 
 def _distances(
-    config: TrainConfig, sets: list[SampleSet], network: FeatureNetwork, photos: Reference, weights: Path | None
+    config: TrainConfig,
+    sets: list[SampleSet],
+    network: FeatureNetwork,
+    photos: Reference,
+    inception: FeatureNetwork | None = None,
 ) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "samples": config.evaluation.samples,
@@ -112,13 +118,12 @@ def _distances(
     }
     if config.evaluation.split != "train":
         entry["training_images"] = _training_images(config, network, photos)
-    if weights is not None:
-        inception = Inception(weights)
+    if inception is not None:
         path = config.evaluation.reference
         theirs = reference(config, inception) if path is None else published_reference(path, inception)
         entry["figures"] |= _over_seeds(inception_figures, sets, inception, theirs)
         entry["reference"] = "data.path" if path is None else path.name
-    entry["cautions"] = _cautions(config, photos, with_inception=weights is not None)
+    entry["cautions"] = _cautions(config, photos, with_inception=inception is not None)
     return entry
 
 

@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -292,19 +293,18 @@ class Worker:
         self._pool.submit(self._send_preview, image, row.steps_done, estimate)
 
     def _send_preview(self, image: _Image, steps_done: int, estimate: Any) -> None:
+        frame = b""
         try:
             if not image.cancelled:
                 encoded = self._encoded(self._sampler.decode_estimate(estimate), image)
-                image.previewing = False  # before a client can see it, and wait for the next
-                self._send({"op": "preview", "id": image.id, "steps_done": steps_done}, encoded)
-        except (BrokenPipeError, ConnectionResetError):
-            pass
+                frame = pack({"op": "preview", "id": image.id, "steps_done": steps_done}, encoded)
         except Exception:
             logger.warning("a preview failed", exc_info=True, extra={"request_id": image.request_id})
-        finally:
+        with self._sending, suppress(BrokenPipeError, ConnectionResetError):
+            # Before a client can see this one and wait for the next, which the lock keeps from overtaking it.
             image.previewing = False
-            with self._sending:
-                self._previews -= 1
+            self._previews -= 1
+            self._socket.sendall(frame)
 
     def _encoded(self, pixels: Any, image: _Image) -> bytes:
         about = self._sampler.settings_of(image.spec) if self._embed_settings else None

@@ -5,7 +5,6 @@ The fonts are matplotlib's: two families of letters, TeX's, and faces of symbols
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from types import ModuleType
 import matplotlib
 import numpy as np
 import pytest
+from scripts_loaded import script
 
 from train.data import load_dataset
 
@@ -27,13 +27,7 @@ LACKING, SYMBOLS = "STIXSizOneSymReg.ttf", "cmsy10.ttf"
 
 @pytest.fixture(scope="module")
 def glyphs() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("glyphs", ROOT / "scripts" / "glyphs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["glyphs"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return script("glyphs")
 
 
 def run(glyphs: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:

@@ -15,8 +15,8 @@ from fastapi import Request as HttpRequest
 from pydantic import BaseModel, ConfigDict, Field
 
 from robuq_core.params import NullMeansAbsent, read_params
+from server.access import current_client
 from server.errors import ApiError, invalid
-from server.middleware import current_client
 from server.remote_worker import LoadFailed, RunFailed
 from server.service import Service, documented
 

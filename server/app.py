@@ -6,7 +6,6 @@ import asyncio
 import copy
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +29,7 @@ from server.compat.openai import openai_router
 from server.errors import install_error_handlers
 from server.generate import generate_router
 from server.keys import KeyStore
-from server.pool import Pool
+from server.pool import Load, Pool
 from server.request import MAX_PRIORITY
 from server.service import Service, classes_of, documented
 from server.settings import Settings
@@ -105,26 +104,6 @@ class InfoResponse(BaseModel):
     limits: LimitsSchema
 
 
-class ReplicaSchema(BaseModel):
-    """``rows`` of the model are in its next step, of ``row_budget`` at most; ``alive``: it takes images."""
-
-    rows: int
-    row_budget: int
-    alive: bool
-
-
-class QueueResponse(BaseModel):
-    """What runs and what waits now. A request runs when at least one of its images does."""
-
-    status: str
-    requests_running: int
-    requests_waiting: int
-    images_in_flight: int
-    images_waiting: int
-    images_decoding: int
-    replicas: list[ReplicaSchema]
-
-
 def describe(service: Service) -> InfoResponse:
     """The server and the model that it serves now.
 
@@ -189,9 +168,9 @@ def discovery_router(service: Service) -> APIRouter:
         return ClassesResponse(classes=[ClassItem(id=i, name=classes.name(i)) for i in found])
 
     @router.get("/queue")
-    async def get_queue() -> QueueResponse:
+    async def get_queue() -> Load:
         """What runs and what waits now."""
-        return QueueResponse(**asdict(service.pool.load()))
+        return service.pool.load()
 
     return router
 

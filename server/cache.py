@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from fastapi import Request as HttpRequest
 
 from robuq_core.config import MAX_SEED
+from server.access import current_client
 from server.errors import invalid
 from server.metrics import Metrics
-from server.middleware import current_client
 from server.request import Request, Result, Timings
 
 CACHE_HEADER = "X-Cache"

@@ -19,8 +19,9 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from server.access import PROBE_PATHS
 from server.errors import ApiError
-from server.middleware import BODY_TIMEOUT_S, PROBE_PATHS, SECURITY_HEADERS
+from server.middleware import BODY_TIMEOUT_S, SECURITY_HEADERS
 from server.settings import Settings
 
 logger = logging.getLogger("server.access")
@@ -144,9 +145,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._refuse(ApiError(400, "invalid_http", "a request must have exactly one Host header"))
             raise _Refused
         if codings not in ([], [b"chunked"]):
-            self._refuse(
-                ApiError(501, "unsupported_transfer_encoding", "Transfer-Encoding must be chunked, or left out")
-            )
+            self._refuse(ApiError(501, "unsupported_transfer_encoding", "Transfer-Encoding must be chunked or absent"))
             raise _Refused
 
     def on_body(self, body: bytes) -> None:

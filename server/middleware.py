@@ -1,4 +1,4 @@
-"""Around every route: request id and log line, limits of head and body, foreign sites, API keys and their rates.
+"""Around every route: request id and log line, limits of head and body, foreign sites, admission by ``server.access``.
 
 Plain ASGI: a wrapper that buffers would hide the client's disconnect from the routes. Connections, and heads that never
 end, are the business of ``server.connection``.
@@ -8,25 +8,32 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import random
 import re
 import time
 import zlib
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple, get_args
+from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from server import keys
-from server.errors import ApiError, invalid
-from server.keys import ApiKey, KeyStore, RateUnit
+from server.access import (
+    ACCESS,
+    PROBE_PATHS,
+    SAFE_METHODS,
+    Access,
+    RateLimits,
+    client_of,
+    is_public,
+    needed_scope,
+    presented_key,
+    with_rates,
+)
+from server.errors import ApiError
+from server.keys import KeyStore
 from server.logs import current_request_id, current_trace_id
 from server.metrics import Metrics
 from server.settings import Settings, split_host
@@ -35,13 +42,6 @@ from server.tracing import from_traceparent
 
 logger = logging.getLogger("server.access")
 
-# What orchestrators and load balancers ask, without a key and under any name.
-PROBE_PATHS = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/ready"})
-# The pages hold nothing of the model and ask their user for a key. A path that is not named here needs one.
-PUBLIC_PATHS = PROBE_PATHS | {"/", "/docs"}
-PUBLIC_FOLDER = "/web/"
-_ADMIN_FOLDER = "/admin/"
-_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 # Probes and scrapes come every few seconds and say nothing when they succeed.
 _QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
 
@@ -51,7 +51,6 @@ MAX_HEADERS = 100
 MAX_HEAD_BYTES = 16_384
 # For the whole body from its first byte on: the largest that is allowed takes 26 kbit/s.
 BODY_TIMEOUT_S = 20.0
-WINDOW_S = 60
 MAX_LOGGED_PATH = 256
 
 # The page's own files only, no inline script or style; images also from what scripts have fetched or drawn.
@@ -75,7 +74,6 @@ _CORS: dict[str, Any] = {
 }
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _SECURITY_HEADERS = [(name.lower().encode(), value.encode()) for name, value in SECURITY_HEADERS.items()]
-_ACCESS = "robuq.access"  # in the ASGI scope
 
 
 def install(
@@ -187,8 +185,8 @@ class Gate:
             body = _Body(headers, receive, self.settings.max_body_bytes)
             access = self._admit(scope, headers)
             if access is not None:
-                scope[_ACCESS] = access
-                send = _with_rates(access, send)
+                scope[ACCESS] = access
+                send = with_rates(access, send)
                 access.check("requests")
                 access.rates.charge(access.key, "requests")
         except ApiError as error:
@@ -196,7 +194,7 @@ class Gate:
         else:
             await self.app(scope, body.receive, send)
 
-    def _admit(self, scope: Scope, headers: Headers) -> _Access | None:
+    def _admit(self, scope: Scope, headers: Headers) -> Access | None:
         path: str = scope["path"]
         needed = needed_scope(scope["method"], path)
         if self.store is None:
@@ -214,7 +212,7 @@ class Gate:
         if needed != "read" and needed not in key.scopes:
             self.metrics.rejected.labels("forbidden").inc()
             raise ApiError(403, "forbidden", f"this API key lacks the scope {needed}")
-        return _Access(key, self.rates, self.metrics)
+        return Access(key, self.rates, self.metrics)
 
 
 class _Body:
@@ -303,7 +301,7 @@ def check_site(scope: Scope, settings: Settings) -> None:
     host, origin = headers.get("host"), headers.get("origin", "").strip()
     if host is not None and not settings.accepts_host(host):
         raise ApiError(403, "foreign_host", "this server is not called by this Host; see --allowed-hosts")
-    if scope["method"] in _SAFE_METHODS or {origin, "*"} & set(settings.cors_origins):
+    if scope["method"] in SAFE_METHODS or {origin, "*"} & set(settings.cors_origins):
         return
     # No page can change Sec-Fetch-Site. Over plain http browsers do not send it, but always the Origin.
     site = headers.get("sec-fetch-site")
@@ -320,152 +318,3 @@ def _same_site(origin: str, host: str) -> bool:
     if port is None:
         port = {"http": 80, "https": 443}.get(scheme)
     return bool(name) and name == host_name and (port == host_port or (host_port is None and port in ports))
-
-
-def is_public(path: str) -> bool:
-    """Whether ``path`` answers without a key."""
-    return path in PUBLIC_PATHS or path.startswith(PUBLIC_FOLDER)
-
-
-def needed_scope(method: str, path: str) -> keys.Scope:
-    """What a key must be allowed to do for this request."""
-    if (path + "/").startswith(_ADMIN_FOLDER):
-        return "admin"
-    return "read" if method in _SAFE_METHODS else "generate"
-
-
-def presented_key(headers: Headers) -> str | None:
-    """The key of ``Authorization: Bearer KEY`` or else of ``X-API-Key: KEY``."""
-    scheme, _, credentials = headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and credentials.strip():
-        return credentials.strip()
-    return headers.get("x-api-key", "").strip() or None  # the parser leaves blanks at the end
-
-
-def current_client(request: Request) -> str:
-    """The name of the request's API key, under which it shares the server; empty on an open server."""
-    return client_of(request.scope)
-
-
-def client_of(scope: Scope) -> str:
-    """As :func:`current_client`, of an ASGI scope; empty, too, for a request that was not admitted."""
-    access: _Access | None = scope.get(_ACCESS)
-    return access.key.name if access else ""
-
-
-@contextmanager
-def image_budget(request: Request, images: int) -> Iterator[None]:
-    """Count ``images`` against the request's key if the block, which queues them, ends well.
-
-    The block must not await, or another request could use the same room.
-
-    Raises:
-        ApiError: 429 with Retry-After if the key has used up its minute, 422 if it may never ask for that many.
-    """
-    access: _Access | None = request.scope.get(_ACCESS)
-    if access is not None:
-        access.check("images", images)
-    yield
-    if access is not None:
-        access.rates.charge(access.key, "images", images)
-
-
-class _Access(NamedTuple):
-    """A key that was admitted, and its rates."""
-
-    key: ApiKey
-    rates: RateLimits
-    metrics: Metrics
-
-    def check(self, unit: RateUnit, cost: int = 1) -> None:
-        try:
-            self.rates.check(self.key, unit, cost)
-        except ApiError as error:
-            if error.status == 429:
-                self.metrics.rejected.labels("rate_limited").inc()
-            raise
-
-
-def _with_rates(access: _Access, send: Send) -> Send:
-    """``send`` that adds the key's rate headers to the answer, as they are once the request has been counted."""
-
-    async def send_with_rates(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            message["headers"] = [*message.get("headers", ()), *access.rates.headers(access.key)]
-        await send(message)
-
-    return send_with_rates
-
-
-class _Window:
-    """What was used in the last minute: times and amounts, the oldest first."""
-
-    def __init__(self) -> None:
-        self.entries: deque[tuple[float, int]] = deque()
-        self.used = 0
-
-    def expire(self, now: float) -> None:
-        while self.entries and self.entries[0][0] <= now - WINDOW_S:
-            self.used -= self.entries.popleft()[1]
-
-    def seconds_until(self, room: int, limit: int, now: float) -> int:
-        """Whole seconds until ``room`` of ``limit`` is free."""
-        if room == limit:
-            return math.ceil(self.entries[-1][0] + WINDOW_S - now) if self.entries else 0
-        used = self.used
-        for at, amount in self.entries:
-            if used <= limit - room:
-                break
-            used -= amount
-            until = at
-        return math.ceil(until + WINDOW_S - now) if used < self.used else 0
-
-
-class RateLimits:
-    """What each key has used, by its name, in this process alone: a moving window of requests and one of images."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._windows: defaultdict[tuple[str, RateUnit], _Window] = defaultdict(_Window)
-
-    def _current(self, key: ApiKey, unit: RateUnit) -> tuple[int, _Window, float] | None:
-        limit = key.requests_per_minute if unit == "requests" else key.images_per_minute
-        if limit is None:
-            return None
-        now, window = self._clock(), self._windows[key.name, unit]
-        window.expire(now)
-        return limit, window, now
-
-    def check(self, key: ApiKey, unit: RateUnit, cost: int = 1) -> None:
-        """Raise the 429 of a key whose window has no room for ``cost``, or 422 if it never will."""
-        current = self._current(key, unit)
-        if current is None or current[1].used + cost <= current[0]:
-            return
-        limit, window, now = current
-        if cost > limit:
-            raise invalid("num_images", f"num_images must be at most {limit}: this key may ask for no more per minute")
-        seconds = max(1, window.seconds_until(cost, limit, now))
-        message = f"this key may ask for {limit} {unit} per minute; try again in {seconds} s"
-        raise ApiError(429, "rate_limited", message, headers={"Retry-After": str(seconds)})
-
-    def charge(self, key: ApiKey, unit: RateUnit, cost: int = 1) -> None:
-        """Count ``cost`` against a key that :meth:`check` let through."""
-        current = self._current(key, unit)
-        if current is not None:
-            current[1].entries.append((current[2], cost))
-            current[1].used += cost
-
-    def headers(self, key: ApiKey) -> list[tuple[bytes, bytes]]:
-        """``RateLimit-Policy`` and ``RateLimit`` of a key with limits, in the form of the IETF's draft of 2025:
-        quota q, window w, remaining r, seconds t until all of it is free again."""
-        policy, state = [], []
-        for unit in get_args(RateUnit):
-            current = self._current(key, unit)
-            if current is not None:
-                limit, window, now = current
-                policy.append(f'"{unit}";q={limit};w={WINDOW_S}')
-                reset = window.seconds_until(limit, limit, now)
-                state.append(f'"{unit}";r={max(0, limit - window.used)};t={reset}')
-        if not policy:
-            return []
-        return [(b"ratelimit-policy", ", ".join(policy).encode()), (b"ratelimit", ", ".join(state).encode())]

@@ -13,12 +13,12 @@ from pydantic import BaseModel, Field
 from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
+from server.access import current_client, image_budget
 from server.cache import CACHE_HEADER, Cache
 from server.classes import ClassIndex
 from server.errors import ApiError, as_api_error, closed_by_client, invalid
 from server.keys import KeyStore
 from server.logs import current_request_id
-from server.middleware import current_client, image_budget
 from server.pool import Pool
 from server.request import (
     MIN_TIMEOUT_S,
@@ -163,7 +163,7 @@ class Service:
         return "keys_unreadable" if status == "ready" and self._keys is not None and self._keys.closed else status
 
     def timeout(self, asked_s: float | None) -> float:
-        """Seconds for a request that asks for so many, or for none.
+        """The time limit in seconds of a request that asks for ``asked_s``, or for none.
 
         Raises:
             ApiError: 422 for more than the server allows.

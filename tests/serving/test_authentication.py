@@ -17,12 +17,12 @@ from serving_harness import Engine, WatchedSampler, live_server, make_settings, 
 from test_connection_limits import connected, read_all
 from test_rate_limits import Clock
 
+from server.access import RateLimits, is_public
 from server.app import create_app
 from server.fake import FakeSampler
 from server.keys import create_key, revoke_key
 from server.logs import JsonFormatter
 from server.metrics import Metrics
-from server.middleware import RateLimits, is_public
 from server.pool import Pool
 
 # Whoever adds to this list opens a route to the whole world.

@@ -14,8 +14,9 @@ import pytest
 from serving_harness import WAIT_S, live_server, until
 
 from server import connection
+from server.access import PROBE_PATHS
 from server.fake import FakeSampler
-from server.middleware import MAX_HEAD_BYTES, MAX_HEADERS, MAX_TARGET_BYTES, PROBE_PATHS, SECURITY_HEADERS
+from server.middleware import MAX_HEAD_BYTES, MAX_HEADERS, MAX_TARGET_BYTES, SECURITY_HEADERS
 
 
 @pytest.fixture(scope="module")

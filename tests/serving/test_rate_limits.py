@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from server.access import WINDOW_S, RateLimits
 from server.errors import ApiError
 from server.keys import ApiKey
-from server.middleware import WINDOW_S, RateLimits
 
 
 class Clock:

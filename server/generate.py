@@ -57,7 +57,7 @@ class GenerateBody(ImageParams):
         Field(
             ge=0,
             le=NUM_TRAIN_TIMESTEPS,
-            description="With stream: a preview of each image after every so many steps; 0 for none.",
+            description="With stream: a preview of each image every this number of steps; 0 for none.",
         ),
     ] = 0
 
@@ -68,10 +68,9 @@ class GenerateBody(ImageParams):
         return self
 
 
-class GenerateResponse(BaseModel):
-    """Images and all that is needed to generate them again."""
+class GeneratedWith(BaseModel):
+    """All that is needed to generate the images of an answer again."""
 
-    images: list[str] = Field(description="Files in base64, in order of their seeds.")
     seed: int
     class_id: int | None = Field(description="null where the model has no classes.")
     class_name: str
@@ -80,6 +79,12 @@ class GenerateResponse(BaseModel):
     guidance_interval: list[int]
     cache_interval: int
     sampler: SamplerName
+
+
+class GenerateResponse(GeneratedWith):
+    """Images and all that is needed to generate them again."""
+
+    images: list[str] = Field(description="Files in base64, in order of their seeds.")
     format: ImageFormat
     timings: TimingsSchema
 

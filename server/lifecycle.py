@@ -100,7 +100,7 @@ def serve(
     prepared: Prepared | None = None,
     pool_type: type[Pool] = Pool,
 ) -> int:
-    """Serve until told to end; the exit code: 2 for a checkpoint that cannot be loaded, 1 for workers that fail.
+    """Serve until a signal ends it; the exit code: 2 for a checkpoint that cannot be loaded, 1 for workers that fail.
 
     Args:
         prepared: workers that load already. pool_type: in place of the pool.

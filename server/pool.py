@@ -4,6 +4,8 @@ A :class:`Fleet` is the workers of one checkpoint and the requests for it. A hot
 up, sends new requests there, and lets the first one finish what it has. A worker that dies is replaced after a pause;
 one whose forward, decoder or start hangs is killed first. Its images are tried once more, and fail with their request
 if that worker dies, too.
+
+One file, since all of it changes the same fields: an event of a worker moves requests, queue and fleets together.
 """
 
 from __future__ import annotations
@@ -287,7 +289,7 @@ class Pool:
         self._spawn(self._watch())
 
     def begin_drain(self) -> None:
-        """Take no more requests; those in flight go on."""
+        """Take no more requests; those in flight continue."""
         if self._phase in ("starting", "ready"):
             self._phase = "draining"
 

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from ray.serve.metrics import Gauge
 from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
 
-# Ray sends what it has every ten seconds unless told otherwise.
+# Ray sends what it has every ten seconds by default.
 PUBLISH_S = 5.0
 
 

@@ -179,7 +179,7 @@ class Request:
         seed: of the first image, as the answer reports it.
         as_base64: the images of the result are base64 text.
         timeout_s: seconds from submission until it fails with :class:`DeadlineExceeded`.
-        preview_every: a :class:`Preview` of every image after each so many steps but the last; 0 for none. Under load
+        preview_every: steps between :class:`Preview` events of each image, none after the last; 0 for none. Under load
             some are skipped.
         watched: :meth:`subscribe` will be called.
         client: name of the API key, whose requests share the server fairly with those of others.

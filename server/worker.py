@@ -9,6 +9,8 @@ successors arrive while it runs. So an image joins at the next step, leaves when
 Frames it gets: ``load`` (options), ``images``, ``cancel``. Frames it sends: ``loaded`` (the model), ``warming``,
 ``ready``, ``failed``, ``step``, ``alive``, ``image``, ``preview``, ``fault``. Times are seconds of the monotonic clock,
 which all processes of a machine share.
+
+One file, since it is one process: its loop, its threads and its socket share the images under way.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ import struct
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
@@ -32,7 +31,7 @@ _EXAMPLE: dict[str, Any] = {"inputs": [{"name": "class_id", "shape": [1], "datat
 
 Datatype = Literal["INT64", "FP32", "BYTES"]
 Parameters = dict[str, Any]
-_DTYPES: dict[str, np.dtype[Any]] = {"INT64": np.dtype("<i8"), "FP32": np.dtype("<f4")}
+_FORMATS = {"INT64": "<q", "FP32": "<f"}  # of struct
 _PYTHON: dict[str, tuple[type, ...]] = {"INT64": (int,), "FP32": (int, float), "BYTES": (str,)}
 _DATATYPES: dict[str, Datatype] = {"integer": "INT64", "number": "FP32", "string": "BYTES", "array": "INT64"}
 
@@ -152,9 +151,9 @@ def read_inputs(body: InferRequest, raw: memoryview) -> dict[str, list[Any]]:
             elif type(size) is not int or not 0 <= size <= len(raw) or tensor.data is not None:
                 raise ValueError(size)
             else:
-                dtype = _DTYPES.get(tensor.datatype)
+                form = _FORMATS.get(tensor.datatype)
                 part, raw = raw[:size], raw[size:]
-                data = list(_elements(part)) if dtype is None else np.frombuffer(part, dtype).tolist()
+                data = list(_elements(part)) if form is None else [value for (value,) in struct.iter_unpack(form, part)]
             values[tensor.name] = _per_image(tensor, data, kind)
         except (ValueError, struct.error):
             shape = "[n, 2]" if len(kind.shape) > 1 else "[n] or [n, 1]"
@@ -247,7 +246,7 @@ def answer(
         if len(head) > 1:
             head.append(b",")
         if wanted[tensor.name]:
-            pieces = [np.array(seeds, "<i8").tobytes()]
+            pieces = [struct.pack(f"<{len(seeds)}q", *seeds)]
             if tensor.name == IMAGE:
                 pieces = [part for image in result.images for part in (struct.pack("<I", len(image)), image)]
             head.append(to_json(fields | {"parameters": {"binary_data_size": sum(map(len, pieces))}}))

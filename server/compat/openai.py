@@ -15,12 +15,11 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import to_json
 
-from robuq_core.config import SamplerName
 from robuq_core.images import ImageFormat
 from robuq_core.params import MAX_IMAGES, ImageParams, choice_error, read_params
 from server.classes import ClassIndex
 from server.errors import ApiError, invalid
-from server.generate import answer_fields, make_request
+from server.generate import GeneratedWith, answer_fields, make_request
 from server.request import MAX_PRIORITY, MIN_TIMEOUT_S, Event, ModelInfo, Preview, Request, Result
 from server.service import (
     COMPLETED,
@@ -81,7 +80,7 @@ class ImageData(BaseModel):
     seed: int
 
 
-class ImagesResponse(BaseModel):
+class ImagesResponse(GeneratedWith):
     """``created`` in seconds since 1970; the last fields, as of ``POST /generate``, are ours."""
 
     created: int
@@ -89,14 +88,6 @@ class ImagesResponse(BaseModel):
     background: Literal["opaque"] = "opaque"
     output_format: ImageFormat
     size: str
-    seed: int
-    class_id: int | None
-    class_name: str
-    steps: int
-    guidance_scale: float
-    guidance_interval: list[int]
-    cache_interval: int
-    sampler: SamplerName
 
 
 class ModelCard(BaseModel):
@@ -256,7 +247,7 @@ def openai_router(service: Service) -> APIRouter:
         if body.stream:
             request.watched = True
             if body.partial_images:
-                # The longest stride that still gives so many previews before the last step.
+                # The longest stride that still gives that number of previews before the last step.
                 request.preview_every = math.ceil(request.specs[0].steps / (body.partial_images + 1))
             request = service.submit(http, request)
             return await service.stream(http, request, _Narrator(request), warning)

@@ -22,6 +22,8 @@ from robuq_core.cli_support import (
     RankOption,
     SamplerOption,
     ScaleOption,
+    StepsOption,
+    given,
     reported,
     takes_params,
 )
@@ -54,7 +56,6 @@ BackendOption = Annotated[
     str, typer.Option(help="Kernel backend: auto, cpu (native), triton (NVIDIA GPU) or reference (torch).")
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="Such as cuda:0; default: the backend's choice.")]
-StepsOption = Annotated[int | None, typer.Option(min=1, max=1000, help="Denoising steps; default: the checkpoint's.")]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")]
 
 
@@ -250,8 +251,8 @@ def convert(
         result = conversion.pack_untrained(
             source,
             target,
-            conversion.untrained_quant(**_given(quant)),
-            sampler=SamplerConfig.model_validate(_given(defaults)),
+            conversion.untrained_quant(**given(quant)),
+            sampler=SamplerConfig.model_validate(given(defaults)),
             class_names=names,
             num_heads=heads,
             prediction=prediction,
@@ -264,12 +265,8 @@ def convert(
     typer.secho(f"warning: {result.warning}", err=True, fg=typer.colors.YELLOW)
 
 
-def _given(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
 def _refuse(options: Mapping[str, Any], owner: str) -> None:
-    for name in _given(options):
+    for name in given(options):
         raise UserError(f"--{name.replace('_', '-')} belongs to {owner}; leave it out")
 
 

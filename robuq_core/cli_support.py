@@ -5,20 +5,40 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Optional, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 from pydantic.fields import FieldInfo
 
 from robuq_core import params
-from robuq_core.config import DecoderKind, Flavour, PredictionType, SamplerName
+from robuq_core.config import DecoderKind, Flavour, GuidanceScale, PredictionType, SamplerName, Steps
 from robuq_core.errors import UserError
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-ScaleOption = Annotated[float | None, typer.Option(min=0, max=20, help="Guidance; 1 is none, and costs half.")]
+
+def _bounds(limits: Iterable[Any]) -> dict[str, Any]:
+    """What typer calls the bounds among pydantic's metadata."""
+    found: dict[str, Any] = {}
+    for limit in limits:
+        found |= {"min": limit.ge} if hasattr(limit, "ge") else {}
+        found |= {"max": limit.le} if hasattr(limit, "le") else {}
+    return found
+
+
+def _bounds_of(kind: Any) -> dict[str, Any]:
+    """The bounds of an annotated type."""
+    return _bounds(limit for info in get_args(kind)[1:] for limit in getattr(info, "metadata", ()))
+
+
+StepsOption = Annotated[
+    int | None, typer.Option(**_bounds_of(Steps), help="Denoising steps; default: the checkpoint's.")
+]
+ScaleOption = Annotated[
+    float | None, typer.Option(**_bounds_of(GuidanceScale), help="Guidance; 1 is none, and costs half.")
+]
 SamplerOption = Annotated[SamplerName | None, typer.Option(help="Default: the checkpoint's.")]
 PlanesOption = Annotated[
     int | None, typer.Option(min=1, max=3, help="Ternary matrices summed to a weight, 1.6 bits each; default: 3.")
@@ -54,6 +74,11 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def takes_params(*leave_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command an option for each field of :class:`ImageParams`, but for those to leave out.
 
@@ -64,9 +89,9 @@ def takes_params(*leave_out: str) -> Callable[[Callable[..., None]], Callable[..
         known = {name: field for name, field in params.ImageParams.model_fields.items() if name not in leave_out}
 
         @functools.wraps(command)
-        def wrapper(**given: Any) -> None:
-            fields = {name: given.pop(name) for name in known}
-            command(**given, params=params.read_params(params.ImageParams, fields))
+        def wrapper(**options: Any) -> None:
+            fields = {name: options.pop(name) for name in known}
+            command(**options, params=params.read_params(params.ImageParams, fields))
 
         hints = get_type_hints(command, include_extras=True)
         own = [
@@ -74,11 +99,11 @@ def takes_params(*leave_out: str) -> Callable[[Callable[..., None]], Callable[..
             for name, parameter in inspect.signature(command).parameters.items()
             if name != "params"
         ]
-        options = [
+        added = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(field))
             for name, field in known.items()
         ]
-        shown = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + options
+        shown = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + added
         wrapper.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
         wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
         return wrapper
@@ -88,19 +113,13 @@ def takes_params(*leave_out: str) -> Callable[[Callable[..., None]], Callable[..
 
 def _option(field: FieldInfo) -> Any:
     """The typer option of a field."""
-    kind, limits = field.annotation, list(field.metadata)
+    kind, bounds = field.annotation, _bounds(field.metadata)
     for part in get_args(kind):  # of X | None
         if part is not type(None) and type(None) in get_args(kind):
             kind = part
     if get_origin(kind) is Annotated:
-        kind, *nested = get_args(kind)
-        limits += [limit for info in nested for limit in getattr(info, "metadata", ())]
-    bounds: dict[str, Any] = {}
-    for limit in limits:
-        if hasattr(limit, "ge"):
-            bounds["min"] = limit.ge
-        if hasattr(limit, "le"):
-            bounds["max"] = limit.le
+        bounds |= _bounds_of(kind)
+        kind = get_args(kind)[0]
     if get_origin(kind) is tuple:
         kind, bounds = tuple[int, int], {"metavar": "LOW HIGH"}
     default = "" if field.default is None else f" [default: {field.default}]"

@@ -21,6 +21,7 @@ from robuq_core.cli_support import (
     RankOption,
     SamplerOption,
     ScaleOption,
+    given,
     reported,
 )
 from robuq_core.config import MAX_SEED
@@ -336,8 +337,8 @@ def ptq(
             source,
             target,
             Calibration(steps, inputs, seed),
-            {name: value for name, value in quant.items() if value is not None},
-            {name: value for name, value in defaults.items() if value is not None},
+            given(quant),
+            given(defaults),
             class_names=() if class_names is None else read_names(class_names),
             num_heads=heads,
             prediction=prediction,

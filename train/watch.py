@@ -40,11 +40,12 @@ class Watch:
         source = BatchSource(dataset, still, config.model.input_size, size, _SEED)
         count = min(_LOSS_IMAGES, len(dataset) // size * size)
         self._batches = fixed_set(source, count, _SEED, device, config.diffusion.prediction_type)
+        self._sampler: Sampler | None = None  # with the autoencoder and, on a GPU, the compiled network
         if stage.eval_samples:
             parallel.on_first(self._prepare_distance)
 
     def __call__(self, model: DiT, step: int) -> dict[str, float]:
-        """Figures of ``model`` by name."""
+        """Figures of ``model``, the same one in every call, by name."""
         from train.evaluation.models import plain_sampler
         from train.evaluation.samples import balanced_classes, draw
         from train.evaluation.sheet import write_sheet
@@ -52,13 +53,14 @@ class Watch:
         training = model.training
         model.eval()
         figures = {"held_out_loss": self._loss(model)}
-        sampler = plain_sampler(model, self.config, self.name)
+        if self._sampler is None:
+            self._sampler = plain_sampler(model, self.config, self.name)
         classes = balanced_classes(_SHEET_IMAGES, self.config.model.drawn_classes, _SEED)
-        samples = draw(sampler, classes, _SEED, self.config.sampler)
+        samples = draw(self._sampler, classes, _SEED, self.config.sampler)
         if parallel.rank() == 0:
             write_sheet(samples, self.config.run_dir / "samples" / f"{self.name}-{step:07d}.png")
         if self.stage.eval_samples:
-            figures["fd_effnet"] = self._distance(sampler)
+            figures["fd_effnet"] = self._distance(self._sampler)
         model.train(training)
         return figures
 

@@ -2,6 +2,8 @@
 
 Ternary weights in base 3 (5 a byte), scales fp16, low-rank factors bf16, biases fp32, embedders and final layer fp16.
 Everything in the header is validated, and every tensor's checksum compared, before a model is built from it.
+
+One file, since it is one format: what writes a tensor and what reads it stand side by side.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 A row's picture depends on the checkpoint and its own :class:`RowSpec` alone, not on the rows beside it: every op of
 the forward and of the update keeps one order of float operations per row.
+
+One file, since it is one class: how a model is loaded, stepped and decoded is what :class:`Sampler` is.
 """
 
 from __future__ import annotations
@@ -343,7 +345,7 @@ class Sampler:
 
         Args:
             seed, fields: of :class:`robuq_core.params.ImageParams`, such as ``steps`` or ``guidance_scale``; what is
-                None takes the checkpoint's default. With ``num_images`` each class gets so many.
+                None takes the checkpoint's default. ``num_images`` is per class.
             on_step: is called after each step, for a progress bar. How long it took is in :attr:`timings`.
 
         Raises:

@@ -63,7 +63,7 @@ class Face:
 
 
 def draw_face(path: Path, side: int) -> Face | str:
-    """The characters of a font file, or why it is left out.
+    """The characters of a font file, or why it is skipped.
 
     All on one baseline at one size, the largest at which the tallest and the widest fit; each centred in its width.
     """

@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 
 from robuq_core.config import (
     DiffusionConfig,
+    GuidanceScale,
     ModelConfig,
     QuantConfig,
     SamplerConfig,
@@ -75,7 +76,7 @@ class StageConfig(StrictModel):
     )  # fmt: skip
     save_every: int = Field(default=1000, ge=1)
     keep_every: int | None = Field(
-        default=None, ge=1, description="also keep the state of every so many steps, as kept/STAGE-STEP.pt; null: none"
+        default=None, ge=1, description="steps between states that stay, as kept/STAGE-STEP.pt; null: none"
     )
     log_every: int = Field(default=50, ge=1)
     eval_every: int | None = Field(
@@ -130,11 +131,8 @@ class SensitivityConfig(StrictModel):
     bits: tuple[Annotated[int, Field(ge=1, le=8)], ...] = (1, 2, 3, 4)
     samples: int = Field(default=256, ge=1, description="fixed (x_t, t, noise, class) that every width is measured on")
     batch_size: int = Field(default=16, ge=1, description="also what the interval of an allocation resamples")
-    guidance_scale: float = Field(
-        default=1.0,
-        ge=0,
-        le=20,
-        description="of the predictions that teacher_mse compares; 1 is none, others cost twice",
+    guidance_scale: GuidanceScale = Field(
+        default=1.0, description="of the predictions that teacher_mse compares; 1 is none, others cost twice"
     )
     metric: Literal["teacher_mse", "diffusion_loss"] = "teacher_mse"
     after: Literal["warmup", "teacher"] = Field(

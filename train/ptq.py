@@ -1,6 +1,6 @@
 """Post-training quantisation against the teacher: no data set, minutes on a CPU.
 
-The teacher's own samples say what its layers see. Two stages, of which the second can be left out:
+The teacher's own samples say what its layers see. Two stages, of which the second is optional:
 
 *Layer by layer*, in the order of the network, each linear is fitted in closed form to the teacher's output from the
 student's own inputs, so that it mends what the layers before it did. With rotated inputs t of the teacher's layer, u of
@@ -15,6 +15,8 @@ centred inputs:
 
 Last, ``b'`` makes the means equal. *End to end*, steps of Adam on s, A, B and b' take the prediction to that of the
 teacher; the codes stay.
+
+One file, since both stages work on the same layers and points, and nothing else uses them.
 """
 
 from __future__ import annotations
@@ -307,7 +309,7 @@ def _tune(
 
 @torch.no_grad()
 def own_points(teacher: DiT, diffusion: DiffusionConfig, defaults: SamplerConfig, count: int, seed: int) -> Points:
-    """``count`` inputs that ``teacher`` meets while it samples random classes with its default sampler and guidance.
+    """``count`` inputs that ``teacher`` gets while it samples random classes with its default sampler and guidance.
 
     Trajectories have from 8 to 16 steps, so that many timesteps are seen. The more its prediction moves the sample, the
     more likely an input is taken: near t = 0 errors of a prediction are large and change nothing. Under guidance every

@@ -82,7 +82,7 @@ class WindowPool(Pool):
 
 
 def bench_settings(port: int = 0) -> Settings:
-    """A queue that refuses nobody and no cache, so that every system meets the same load; files of pixels alone."""
+    """A queue that refuses nobody and no cache, so that every system gets the same load; files of pixels alone."""
     return Settings(
         port=port,
         max_batch_rows=MAX_ROWS,

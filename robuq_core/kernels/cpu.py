@@ -4,6 +4,8 @@ Every output row comes from its own input row in one fixed order of operations: 
 rows or threads. Each backend object has its own thread pool: two run side by side. Paths: of x86-64 ``amx``,
 ``avx512vbmi``, ``avx512vnni`` and ``avx2``, of AArch64 ``i8mm``, ``dotprod`` and ``neon``, and ``plain`` (portable C),
 chosen at run time, or by ``ROBUQ_CPU_ISA``.
+
+One file, since it is the whole boundary to the native library: structures, checks and calls of each op together.
 """
 
 from __future__ import annotations

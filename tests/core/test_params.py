@@ -128,7 +128,7 @@ params.ImageParams = create_model(
 
 
 def run_with_new_field(program: str) -> str:
-    """Standard output of a program that meets one field more."""
+    """Standard output of a program that finds one field more."""
     command, wide = [sys.executable, "-c", _NEW_FIELD + program], {**os.environ, "COLUMNS": "200"}
     done = subprocess.run(command, env=wide, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

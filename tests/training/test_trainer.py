@@ -228,7 +228,7 @@ def test_held_out_figures_change_nothing_in_the_training(tmp_path: Path) -> None
 
 
 def test_states_are_kept_by_step(tmp_path: Path) -> None:
-    """A kept state is what a run of so many steps ends with, also when later steps have replaced the last one."""
+    """A kept state is what a run ends with at that step, also when later steps have replaced the last one."""
     short = make_config(
         tmp_path, {"run_dir": str(tmp_path / "short"), "teacher": {"lr_schedule": "constant", "steps": 4}}
     )

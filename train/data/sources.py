@@ -143,7 +143,7 @@ def _of_entries(path: Path, split: Split, anywhere: bool) -> Source:
 
 
 def _of_split(path: Path, entries: list[_Entry], split: Split) -> list[_Entry]:
-    """Those of ``split``. One folder of a split's name, or none, is the training data; several are told apart."""
+    """Those of ``split``. One folder of a split's name, or none, is the training data; several are kept apart."""
     splits = {entry.split for entry in entries}
     if len(splits) <= 1 and split == "train":
         return entries

@@ -271,20 +271,6 @@ def _largest_by_token(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _scale_by_token(  # type: ignore[no-untyped-def]
-    pointer,
-    token,
-    stride,
-    MAIN: tl.constexpr,
-    MAIN_TILE: tl.constexpr,
-    TAIL: tl.constexpr,
-    TAIL_TILE: tl.constexpr,
-    LENGTH: tl.constexpr,
-):
-    return _scaled(_largest_by_token(pointer, token, stride, MAIN, MAIN_TILE, TAIL, TAIL_TILE, LENGTH))
-
-
-@triton.jit
 def _store_heads(  # type: ignore[no-untyped-def]
     p_codes,
     v_codes,
@@ -332,8 +318,8 @@ def short_attention_kernel(  # type: ignore[no-untyped-def]
     key = tl.arange(0, KEYS)
 
     # Values are read again after their largest one is known: kept till then, they would not fit into the registers.
-    q_scale = _scale_by_token(qkv_ptr, query, stride, MAIN, MAIN_TILE, TAIL, TAIL_TILE, LENGTH)[:, None]
-    k_scale = _scale_by_token(k_ptr, key, stride, MAIN, MAIN_TILE, TAIL, TAIL_TILE, LENGTH)[:, None]
+    q_scale = _scaled(_largest_by_token(qkv_ptr, query, stride, MAIN, MAIN_TILE, TAIL, TAIL_TILE, LENGTH))[:, None]
+    k_scale = _scaled(_largest_by_token(k_ptr, key, stride, MAIN, MAIN_TILE, TAIL, TAIL_TILE, LENGTH))[:, None]
     tl.debug_barrier()
     q = _quantized(_values(qkv_ptr, query, stride, 0, MAIN, MAIN_TILE, LENGTH), q_scale)
     k = _quantized(_values(k_ptr, key, stride, 0, MAIN, MAIN_TILE, LENGTH), k_scale)

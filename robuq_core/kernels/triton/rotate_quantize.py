@@ -12,6 +12,8 @@ token has one order.
 
 The first programs of a launch project 32 tokens each (:mod:`robuq_core.kernels.triton.lowrank`), the others rotate. The
 second axis of the grid is the layer of a group: one input, several layers.
+
+One file, since it is one kernel with its launch: Triton needs each argument spelled out, which takes a third of it.
 """
 
 from __future__ import annotations

@@ -248,6 +248,11 @@ def row_bucket(rows: int) -> int:
     return next((bucket for bucket in ROW_BUCKETS if rows <= bucket), ROW_BUCKETS[-1])
 
 
+def _stages(architecture: int) -> int:
+    """Of the pipeline: three where shared memory holds about 100 KB."""
+    return 3 if architecture in (86, 89, 120) else 4
+
+
 @lru_cache(maxsize=256)
 def default_config(rows: int, outputs: int, width: int, architecture: int) -> LaunchConfig:
     """A launch shape for ``rows`` rows where nothing was measured: small tiles while there are few rows.
@@ -259,7 +264,7 @@ def default_config(rows: int, outputs: int, width: int, architecture: int) -> La
     """
     block = min(128, max(16, next_power_of_2(rows)))
     groups = -(-width // PLANAR_GROUP)
-    stages = 3 if architecture in (86, 89, 120) else 4
+    stages = _stages(architecture)
     if architecture == 90 and rows >= 1024 and (outputs >= 2048 or (outputs >= 128 and width >= 4096)):
         return LaunchConfig({"ROWS": block, "OUTPUTS": 128, "GROUP": 8, "SPLIT": 1}, 8, stages, max_registers=128)
     tiles, split = -(-rows // block) * -(-outputs // 64), 1
@@ -270,8 +275,7 @@ def default_config(rows: int, outputs: int, width: int, architecture: int) -> La
 
 def group_config(architecture: int) -> LaunchConfig:
     """The launch shape of a group of layers: one for every number of rows, so that none compiles while serving."""
-    stages = 3 if architecture in (86, 89, 120) else 4
-    return LaunchConfig({"ROWS": 16, "OUTPUTS": 64, "GROUP": 8, "SPLIT": 1}, 4, stages)
+    return LaunchConfig({"ROWS": 16, "OUTPUTS": 64, "GROUP": 8, "SPLIT": 1}, 4, _stages(architecture))
 
 
 def shared_bytes(config: LaunchConfig) -> int:

@@ -300,13 +300,11 @@ def _header(name: str, text: str, **schema: Any) -> dict[str, Any]:
 
 
 _REQUEST_HEADERS = [
+    # No patterns: one that is malformed is ignored, as W3C asks for traceparent, and the request is answered.
     _header(
         "X-Request-Id",
-        "Comes back in the answer and stands in the log.",
-        pattern="^[A-Za-z0-9._:/+=-]*$",
-        maxLength=128,
+        "Echoed and logged, if it has at most 128 letters, digits or ._:/+=-; otherwise the server makes an id.",
     ),
-    # No pattern: W3C asks servers to ignore one that is malformed, not to refuse the request.
     _header("traceparent", "The caller's place in a W3C trace; the answer has traceresponse."),
     _header("Idempotency-Key", "A request without a seed takes its seed from this key.", pattern="^[!-~]+$"),
 ]

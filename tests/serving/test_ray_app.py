@@ -43,7 +43,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(checkpoint: Path) -> Iterator[TestClient]:
     """The server of one process."""
-    settings = Settings(checkpoint=checkpoint, max_batch_rows=8, log_level="warning", host="0.0.0.0")
+    settings = Settings(checkpoint=checkpoint, max_batch_rows=8, log_level="warning", host="0.0.0.0", cache_bytes=0)
     pool = Pool(settings, Metrics(settings.max_batch_rows))
     with TestClient(create_app(pool, settings)) as client:
         until(lambda: pool.status == "ready", "the warm-up")

@@ -19,7 +19,7 @@ FN void ternary_bits_task(const void *job, int64_t task, char *scratch) {
 
 #define BITS_WAY                                                                        \
     {.task = ternary_bits_task, .operand_bytes = 4 * MOST_BITS * PICKS, .panel_bytes = 2 * HALF_BYTES, \
-     .panels = BIT_PANELS, .most_groups = 1, .kept_panels = 16, .block_rows = 256, .decode_rows = 17, \
+     .panels = BIT_PANELS, .most_groups = 1, .kept_panels = 32, .block_rows = 512, .decode_rows = 24, \
      .operand_panels = 1, .least_rows = 8, .most_code = (1 << MOST_BITS) - 1}
 
 const struct isa_tasks avx512vbmi_tasks = {SHARED_TASKS, .ways = {BITS_WAY, VNNI_WAY, DIRECT_WAY}};

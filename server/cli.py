@@ -68,6 +68,7 @@ def _takes_settings(command: Callable[..., None]) -> Callable[..., None]:
     parameters = [inspect.Parameter("context", keyword, annotation=typer.Context)]
     for name, field in Settings.model_fields.items():
         option = "--" + name.replace("_", "-")
+        kind: Any
         kinds = get_args(field.annotation) if get_origin(field.annotation) is UnionType else [field.annotation]
         (kind,) = (each for each in kinds if each is not NoneType)
         if get_origin(kind) is Annotated:

@@ -144,7 +144,7 @@ def create_key(
         entry = ApiKey(
             name=name,
             sha256=hash_key(key),
-            scopes=tuple(dict.fromkeys(scopes)),  # type: ignore[arg-type]  # is validated
+            scopes=tuple(dict.fromkeys(scopes)),
             requests_per_minute=requests_per_minute,
             images_per_minute=images_per_minute,
             created=datetime.now(UTC).replace(microsecond=0),

@@ -63,8 +63,8 @@ class Settings(BaseSettings):
     )
     decoder: Path | None = Field(
         None,
-        description="Diffusers folder of the autoencoder that turns latents into pixels; default: the folder vae beside "
-        "the checkpoint. Pixel models need none.",
+        description="Diffusers folder of the autoencoder that turns latents into pixels; default: the folder vae "
+        "beside the checkpoint. Pixel models need none.",
     )
     backend: str = Field(
         "auto", description="Kernels to run: cpu, triton or reference; auto picks the fastest that works here."

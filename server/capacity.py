@@ -1,4 +1,4 @@
-"""How many replicas a rate of images needs, and the memory of each. docs/capacity.md has the reasoning."""
+"""How many replicas a rate of images needs, and the memory of each. See docs/deployment.md."""
 
 from __future__ import annotations
 

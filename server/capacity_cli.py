@@ -33,7 +33,7 @@ def capacity(
     spare: Annotated[int, typer.Option(help="Replicas that may be lost before that share is exceeded.")] = 1,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long to measure.")] = 5.0,
 ) -> None:
-    """Plan replicas and memory for a rate of images; docs/capacity.md has the formula."""
+    """Plan replicas and memory for a rate of images; docs/deployment.md has the formula."""
     if measure == (images_per_second is not None):
         raise UserError("give --images-per-second X, or --measure to find it out here, one of the two")
     if not measure and (backend is not None or threads is not None):

@@ -16,9 +16,15 @@ from tiny import TINY, tiny_model, write_tiny
 from torch import Tensor
 
 from robuq_core.config import ModelConfig
-from robuq_core.models.adapters import load_dit, parameter_shapes, read_weights, save_diffusers, save_official
+from robuq_core.models.adapters import (
+    foreign_keys,
+    load_dit,
+    parameter_shapes,
+    read_weights,
+    save_diffusers,
+    save_official,
+)
 from robuq_core.models.adapters_files import WeightsError
-from robuq_core.models.adapters_keys import foreign_keys
 from robuq_core.models.dit import DiT
 from robuq_core.models.presets import preset
 

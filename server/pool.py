@@ -139,9 +139,8 @@ class Pool:
         self._tasks: set[asyncio.Task[None]] = set()
         self._handles: set[Handle] = set()  # whose end has not been seen
         self._next_watch = 0.0
-        metrics.watch_requests(
-            running=lambda: self.load().requests_running, waiting=lambda: self.load().requests_waiting
-        )
+        metrics.watch("requests_running", lambda: self.load().requests_running)
+        metrics.watch("requests_waiting", lambda: self.load().requests_waiting)
         metrics.watch_workers(
             lambda: [
                 WorkerMemory(worker.number, worker.handle.pid, worker.gpu_memory)

@@ -226,9 +226,7 @@ def write_packed(
     if about.class_names and len(about.class_names) != model.num_classes:
         raise CheckpointError(f"{len(about.class_names)} class names for {model.num_classes} classes")
     if long := next((name for name in about.class_names if len(name) > MAX_NAME), None):
-        raise CheckpointError(
-            f"class_names: {_printable(long)} has {len(long)} characters; at most {MAX_NAME} are read"
-        )
+        raise CheckpointError(f"class_names: {_printable(long)} has {len(long)} characters; the limit is {MAX_NAME}")
     decoder = decoder_kind(model, about.decoder)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
@@ -332,13 +330,14 @@ def _header_of(path: Path, file: SafetensorsFile, older: bool = False) -> Header
                               "pack a model with robuq-train export")  # fmt: skip
     header = _parse_header(path, file.metadata[_METADATA_KEY], older)
     expected = _expected_shapes(header)
+    for name, shape in expected.items():
+        if name in header.tensors and (found := header.tensors[name].shape) != shape:
+            raise _invalid(path, f"{name} is {_printable(found)} but the model needs {shape}")
     stored, listed, needed = set(file.tensors), set(header.tensors), set(expected)
     if stored != listed or listed != needed:
         names = sorted((stored ^ listed) | (listed ^ needed))
         raise _invalid(path, f"tensors do not match the model: {_printable(', '.join(names[:3]))}")
     for name, entry in header.tensors.items():
-        if entry.shape != expected[name]:
-            raise _invalid(path, f"{name} is {_printable(entry.shape)} but the model needs {expected[name]}")
         if entry.dtype != str(_dtype(name)):
             raise _invalid(path, f"{name} is {_printable(entry.dtype)} where {_dtype(name)} is needed")
         if (str(file.tensors[name].dtype), file.tensors[name].shape) != (entry.dtype, entry.shape):

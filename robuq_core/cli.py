@@ -70,7 +70,7 @@ def sample(
     device: DeviceOption = None,
     embed_settings: Annotated[
         bool,
-        typer.Option(help="Store checkpoint, class, seed and all settings in each file; robuq inspect shows them."),
+        typer.Option(help="Store checkpoint, class, seed and all settings in each file, for robuq inspect."),
     ] = True,
     *,
     params: ImageParams,
@@ -97,9 +97,8 @@ def sample(
             part.write_bytes(encode_image(np.asarray(image), "png", settings))
         typer.echo(path)
     if (spent := loaded.timings) is not None:
-        typer.echo(
-            f"{len(images)} images: sampling {spent.sampling_s:.3f} s, decoding {spent.decode_s:.3f} s", err=True
-        )
+        seconds = f"sampling {spent.sampling_s:.3f} s, decoding {spent.decode_s:.3f} s"
+        typer.echo(f"{len(images)} images: {seconds}", err=True)
 
 
 @app.command()

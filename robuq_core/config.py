@@ -77,7 +77,8 @@ class ModelConfig(StrictModel):
             raise ValueError(f"input_size {self.input_size} must be a multiple of patch_size {self.patch_size}")
         if self.num_tokens > MAX_TOKENS:
             raise ValueError(f"input_size {self.input_size} makes {self.num_tokens} tokens of patch_size "
-                             f"{self.patch_size}, more than {MAX_TOKENS}; use larger patches or smaller images")  # fmt: skip
+                             f"{self.patch_size}, more than {MAX_TOKENS}; use larger patches or smaller "
+                             "images")  # fmt: skip
         if self.in_channels * self.input_size**2 > MAX_VALUES:
             raise ValueError(f"in_channels {self.in_channels} x input_size {self.input_size} squared is more than "
                              f"{MAX_VALUES} values per image; use smaller images")  # fmt: skip

@@ -34,6 +34,7 @@ def cpu_quota(membership: Path = _MEMBERSHIP, cgroups: Path = _CGROUPS) -> float
     except OSError:
         return None
     quotas = []
+    files: tuple[str, ...]
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if not controllers:

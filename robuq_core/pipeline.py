@@ -68,15 +68,13 @@ def load_model(
 ) -> LoadedModel:
     """Read a packed checkpoint, and its decoder onto ``device``. See :meth:`Sampler.from_checkpoint`."""
     chosen = resolve_checkpoint(path)
-    if read_header(chosen).decoder == "pixels":
-        loaded = None
-    else:  # before the weights, to report a missing decoder at once
+    loaded: Decoder | None = None
+    if read_header(chosen).decoder == "latent":  # before the weights, to report a missing decoder at once
         beside = chosen.parent / DECODER_FOLDER
         if decoder is None and not beside.is_dir():
             raise CheckpointError(f"{chosen}: {_NO_DECODER}")
         source = beside if decoder is None else decoder
-        is_path = isinstance(source, (str, Path))
-        loaded = load_decoder(source, device=device) if is_path else source.replica(device)
+        loaded = load_decoder(source, device=device) if isinstance(source, (str, Path)) else source.replica(device)
     return LoadedModel(chosen, read_checkpoint(chosen), loaded)
 
 

@@ -51,7 +51,7 @@ class _Scheduler(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     class_name: str = Field("", alias="_class_name")
-    num_train_timesteps: Literal[1000] = NUM_TRAIN_TIMESTEPS
+    num_train_timesteps: Literal[1000] = 1000
     beta_start: float = Field(BETA_START, ge=0.999 * BETA_START, le=1.001 * BETA_START)
     beta_end: float = Field(BETA_END, ge=0.999 * BETA_END, le=1.001 * BETA_END)
     beta_schedule: Literal["linear"] = "linear"

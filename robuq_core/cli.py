@@ -173,7 +173,7 @@ def inspect_command(
                                ("theoretical MB", report.theoretical_bytes, 1e6)):  # fmt: skip
         rows = [(part, f"{cost.full / unit:.4f}", f"{cost.quantised / unit:.4f}") for part, cost in parts.items()]
         show(title, Table(("Part", "FP32", "Quantised"), rows))
-        console.print(f"{ratio(parts):.1f} times less, counted as in the paper (docs/fidelity.md)")
+        console.print(f"{ratio(parts):.1f} times less, counted as in the paper (docs/method.md)")
     console.print(f"[bold]provenance[/bold]: {json.dumps(header.provenance, default=str)}")
 
 

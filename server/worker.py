@@ -34,8 +34,8 @@ from typing import Any, cast
 from robuq_core.errors import UserError
 from robuq_core.images import ImageFormat, encode_image
 from robuq_core.params import RowSpec
+from server.launch import Unpacker, pack
 from server.stepping import Stepper
-from server.wire import Unpacker, pack
 
 logger = logging.getLogger(__name__)
 

@@ -268,9 +268,7 @@ def test_a_pixel_model_needs_no_decoder_and_reads_none(tmp_path: Path) -> None:
 
 
 def test_a_latent_model_without_a_decoder_names_the_setting(latent_checkpoint: Path) -> None:
-    with pytest.raises(
-        CheckpointError, match=r"latent\.safetensors: a latent model without a decoder: .*--decoder"
-    ):
+    with pytest.raises(CheckpointError, match=r"latent\.safetensors: a latent model without a decoder: .*--decoder"):
         Sampler.from_checkpoint(latent_checkpoint)
 
 

@@ -90,7 +90,7 @@ def test_previews_and_progress_are_live(open_page: OpenPage) -> None:
         assert len(seen) == 4
         sampler.release()
         expect(page.find("#loupe")).to_have_attribute("data-state", "done")
-        expect(page.find("#loupe-state")).to_contain_text("Drawn in")
+        expect(page.find("#loupe-state")).to_contain_text("Generated in")
         expect(page.find(".strip progress").first).to_be_hidden()
 
 
@@ -123,7 +123,7 @@ def test_several_requests_at_once_and_no_more_than_the_browser_can_hold(open_pag
         for count in range(1, 5):
             page.find("#generate").click()
             expect(page.find(".strip")).to_have_count(count)
-        expect(page.find("#generate")).to_have_text("4 under way")
+        expect(page.find("#generate")).to_have_text("4 running")
         page.find("#generate").press("Enter")
         expect(page.find(".strip")).to_have_count(4)
         sampler.release()

@@ -198,7 +198,7 @@ def test_a_server_with_keys(open_page: OpenPage, tmp_path: Path) -> None:
         expect(page.find("#queue-text")).to_have_text("needs a key")
         field.fill("robuq_wrong")
         field.press("Enter")
-        expect(page.find("#key-reason")).to_contain_text("this API key is not known")
+        expect(page.find("#key-reason")).to_contain_text("invalid API key")
         field.fill(key)
         field.press("Enter")
         expect(dialog).to_be_hidden()

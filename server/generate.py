@@ -17,7 +17,7 @@ from robuq_core.images import IMAGE_FORMATS, ImageFormat
 from robuq_core.params import ImageParams, choice_error, read_params
 from server.cache import idempotent_seed
 from server.errors import ApiError, invalid
-from server.request import MAX_PRIORITY, MIN_TIMEOUT_S, Event, ModelInfo, Preview, Request, Result
+from server.request import MAX_PRIORITY, MIN_TIMEOUT_S, Event, ModelInfo, Preview, Request, Result, Timings
 from server.service import (
     COMPLETED,
     DOCUMENTED_EVENTS,
@@ -27,7 +27,6 @@ from server.service import (
     STEP,
     Parts,
     Service,
-    TimingsSchema,
     classes_of,
     documented,
     documented_headers,
@@ -86,7 +85,7 @@ class GenerateResponse(GeneratedWith):
 
     images: list[str] = Field(description="Files in base64, in order of their seeds.")
     format: ImageFormat
-    timings: TimingsSchema
+    timings: Timings
 
 
 def generate_schema(model: ModelInfo, max_timeout_s: float) -> dict[str, Any]:
@@ -213,23 +212,19 @@ def _choose_answer(http: HttpRequest, body: GenerateBody) -> tuple[str, ImageFor
     return media_type, image_format
 
 
-class _Narrator:
-    """The events of ``POST /generate``; their fields are in its description."""
+def _progress(request: Request, event: Event) -> tuple[str, bytes]:
+    """An event of ``POST /generate``; the fields are in its description."""
+    fields: dict[str, Any] = {"image": event.image, "steps_done": event.steps_done, "steps": event.steps}
+    if not isinstance(event, Preview):
+        return STEP, to_json({"type": STEP, **fields})
+    fields["partial_image_index"] = event.steps_done // request.preview_every - 1
+    fields["format"] = request.image_format
+    return PARTIAL_IMAGE, to_json({"type": PARTIAL_IMAGE, **fields, "b64_json": event.encoded.decode()})
 
-    def __init__(self, request: Request) -> None:
-        self._request = request
 
-    def progress(self, event: Event) -> tuple[str, bytes]:
-        fields: dict[str, Any] = {"image": event.image, "steps_done": event.steps_done, "steps": event.steps}
-        if not isinstance(event, Preview):
-            return STEP, to_json({"type": STEP, **fields})
-        fields["partial_image_index"] = event.steps_done // self._request.preview_every - 1
-        fields["format"] = self._request.image_format
-        return PARTIAL_IMAGE, to_json({"type": PARTIAL_IMAGE, **fields, "b64_json": event.encoded.decode()})
-
-    def completed(self, result: Result) -> Iterable[tuple[str, bytes]]:
-        fields = {"type": COMPLETED, **answer_fields(self._request, result)}
-        yield COMPLETED, b"".join(json_parts("images", result.images, fields))
+def _completed(request: Request, result: Result) -> Iterable[tuple[str, bytes]]:
+    fields = {"type": COMPLETED, **answer_fields(request, result)}
+    yield COMPLETED, b"".join(json_parts("images", result.images, fields))
 
 
 def generate_router(service: Service) -> APIRouter:
@@ -272,7 +267,7 @@ def generate_router(service: Service) -> APIRouter:
             http,
             model,
             body,
-            classes_of(model).resolve(body.class_id, body.class_name),
+            classes_of(model).of_request(body.class_id, body.class_name),
             image_format=image_format,
             as_base64=media_type in (JSON, EVENT_STREAM),
             timeout_s=body.timeout_s,
@@ -281,7 +276,7 @@ def generate_router(service: Service) -> APIRouter:
         request.watched, request.preview_every = body.stream, body.preview_every
         request = service.submit(http, request)
         if body.stream:
-            return await service.stream(http, request, _Narrator(request))
+            return await service.stream(http, request, partial(_progress, request), partial(_completed, request))
         result = await service.result(http, request)
         headers = result_headers(request, result.timings)
         if media_type != JSON:

@@ -28,13 +28,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 from robuq_core.errors import UserError
 from robuq_core.images import ImageFormat, encode_image
 from robuq_core.params import RowSpec
-from server.stepping import Stepper, StepTimeCurve
-from server.wire import Unpacker, pack
+from server.launch import Unpacker, pack
+from server.stepping import Stepper
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,11 @@ QUIET_S = 0.05
 SLOW_REPORT_S = 0.5
 _RECEIVE = 1 << 18
 _PR_SET_PDEATHSIG = 1
+
+_DESCRIBED = (
+    *("class_names", "num_classes", "drawn_classes", "prediction_type", "can_guide", "image_size"),
+    *("backend_name", "average_activation_bits", "weight_bytes", "digest"),
+)
 
 Options = dict[str, Any]
 MakeSampler = Callable[[Options], Any]
@@ -113,9 +119,8 @@ class Worker:
         try:
             self._sampler = self._make_sampler(options)
             self._send({"op": "loaded", "model": describe(self._sampler)})
-            self._stepper = Stepper(options["max_batch_rows"], self._clock, lambda: self._send({"op": "alive"}))
-            self._curve = StepTimeCurve()
-            self._target_step_s: float | None = options["target_step_s"]
+            alive = partial(self._send, {"op": "alive"})
+            self._stepper = Stepper(options["max_batch_rows"], self._clock, alive, options["target_step_s"])
             self._embed_settings: bool = options["embed_settings"]
             self._max_previews = 2 * options["max_batch_rows"]
             self._pool = ThreadPoolExecutor(options["decode_threads"], thread_name_prefix="decode")
@@ -149,9 +154,8 @@ class Worker:
                 measured = self._stepper.take_measured()
                 if sum(seconds for _, seconds in measured) > QUICK_S:
                     break
-            for forward_rows, seconds in measured:
-                self._curve.observe(forward_rows, seconds)
             row = rows[0]
+        self._stepper.budget.restart(*measured[-1])
         self._send({"op": "warming"})
         encode_image(self._sampler.decode(row), "png")
 
@@ -214,9 +218,6 @@ class Worker:
         faulty = self._stepper.step(self._sampler, [image.row for image in batch])
         ended = self._clock()
         measured = self._stepper.take_measured()
-        for rows, seconds in measured:
-            if rows:  # steps that reuse all of their blocks say nothing of those that run them
-                self._curve.observe(rows, seconds)
         for position, error in faulty.items():
             self._fault(batch[position], error)
         first, progress = [], []
@@ -237,19 +238,16 @@ class Worker:
             report |= {"first": first, "began": began, "ended": ended}
         if progress:
             report["progress"] = progress
-        budget = self._stepper.budget.rows
-        if ended - self._reported_at > SLOW_REPORT_S or self._target_step_s or budget != self._reported_budget:
+        budget = self._stepper.budget.admitted
+        if ended - self._reported_at > SLOW_REPORT_S or budget != self._reported_budget:
             self._reported_at, self._reported_budget = ended, budget
             report |= self._speed()
         return report
 
     def _speed(self) -> Options:
         """The row budget, the rows a second of full batches, and the memory of the GPU if there is one."""
-        rows = self._stepper.budget.rows
-        if self._target_step_s is not None:
-            rows = self._curve.rows_within(self._target_step_s, rows)
-        seconds = self._curve.seconds(rows)
-        speed: Options = {"budget": rows, "rows_per_s": rows / seconds if seconds else 0.0}
+        budget = self._stepper.budget
+        speed: Options = {"budget": budget.admitted, "rows_per_s": budget.rows_per_s}
         if (memory := _gpu_memory()) is not None:
             speed["gpu"] = memory
         return speed
@@ -350,21 +348,11 @@ class Worker:
 
 def describe(sampler: Any) -> dict[str, Any]:
     """The fields of :class:`server.request.ModelInfo` as plain data."""
-    return {
+    return {name: getattr(sampler, name) for name in _DESCRIBED} | {
         "name": sampler.checkpoint_name,
         "path": str(sampler.path or ""),
-        "class_names": list(sampler.class_names),
-        "num_classes": sampler.num_classes,
-        "drawn_classes": sampler.drawn_classes,
-        "prediction_type": sampler.prediction_type,
-        "can_guide": sampler.can_guide,
-        "image_size": sampler.image_size,
         "defaults": sampler.defaults.model_dump(),
-        "backend_name": sampler.backend_name,
-        "average_activation_bits": sampler.average_activation_bits,
-        "weight_bytes": sampler.weight_bytes,
         "decoder_name": sampler.decoder.name,
-        "digest": sampler.digest,
         "decoder_weight_bytes": sampler.decoder.weight_bytes,
     }
 

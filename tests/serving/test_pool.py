@@ -11,7 +11,7 @@ from serving_harness import WAIT_S, WatchedSampler, outcome, running_engine, sam
 
 from robuq_core.images import encode_image
 from server.fake import FakeRow
-from server.pool import MAX_DEATHS
+from server.fleet import MAX_DEATHS
 from server.remote_worker import RunFailed
 from server.request import Cancelled, GenerationFailed, NotReady, Overloaded, WorkerDied
 
@@ -135,7 +135,7 @@ def test_cancel_while_waiting_and_after_the_end() -> None:
 def test_the_queue_is_bounded_in_images_and_says_when_to_try_again(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = WatchedSampler(step_s=0.01)
     with running_engine(sampler, max_batch_rows=2, max_queue_images=16) as engine:
-        worker = engine.pool._workers()[0]
+        worker = engine.pool._fleet.present[0]
         assert 0 < worker.rows_per_s <= 200  # as measured by the warm-up: two rows in at least 10 ms
         sampler.hold()
         engine.submit([spec(seed=s, steps=100) for s in range(2)], "png")
@@ -234,7 +234,7 @@ def test_a_request_whose_worker_dies_twice_fails_and_says_so() -> None:
 
 
 def test_workers_that_die_again_and_again_fail_the_pool_and_strand_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.pool.FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr("server.fleet.FIRST_PAUSE_S", 0.0)
     sampler = WatchedSampler()
     with running_engine(sampler, max_queue_images=64) as engine:
 
@@ -256,10 +256,11 @@ def test_workers_that_die_again_and_again_fail_the_pool_and_strand_nobody(monkey
 
 def test_a_step_that_hangs_costs_its_worker_and_is_tried_again() -> None:
     sampler = WatchedSampler()
-    with running_engine(sampler, stall_timeout_s=0.2) as engine:
+    with running_engine(sampler) as engine:
         sampler.hold()
         job = engine.submit([spec()], "png")
         assert sampler.entered.acquire(timeout=WAIT_S)
+        engine.make_stale()
         until(lambda: sample(engine, "robuq_worker_deaths_total", reason="hung") == 1)
         sampler.release()
         assert outcome(job) is None
@@ -275,31 +276,35 @@ def test_a_decoder_that_hangs_costs_its_worker_though_steps_go_on(monkeypatch: p
             assert gate.wait(WAIT_S)
         return decode(row)
 
-    with running_engine(sampler, stall_timeout_s=0.3) as engine:
+    with running_engine(sampler) as engine:
         monkeypatch.setattr(sampler, "decode", hang_once)
-        long = engine.submit([spec(seed=1, steps=400)], "png")
+        long = engine.submit([spec(seed=1, steps=100)], "png")
         stuck = engine.submit([spec(seed=7)], "png")
+        until(lambda: engine.images_decoding == 1)
+        engine.make_stale(stage="decode")
         assert [outcome(stuck), outcome(long)] == [None, None]  # by the worker that replaced the first one
         until(lambda: sample(engine, "robuq_worker_deaths_total", reason="hung") == 1)
         gate.set()
 
 
 def test_a_worker_that_hangs_in_loading_is_killed_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    gate, loads = threading.Event(), iter(range(10))
+    gates, loads = (threading.Event(), threading.Event()), iter(range(10))
 
     def load(options: dict[str, object]) -> WatchedSampler:
-        if next(loads) == 0:
-            assert gate.wait(WAIT_S)
+        assert gates[next(loads)].wait(WAIT_S)
         return WatchedSampler()
 
-    with started_engine(load, load_timeout_s=0.2) as engine:
+    with started_engine(load) as engine:
+        until(lambda: engine.call(lambda: engine.pool._fleet.present[0].phase) == "loading")
+        engine.make_stale()
         until(lambda: sample(engine, "robuq_worker_deaths_total", reason="hung") == 1)
         assert engine.status == "starting"
         with pytest.raises(NotReady):
             engine.model  # noqa: B018
+        gates[1].set()
         until(lambda: engine.status == "ready")
         assert outcome(engine.submit([spec()], "png")) is None
-        gate.set()
+        gates[0].set()
 
 
 def test_warm_up_comes_before_ready_and_its_failure_shows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,5 +346,5 @@ def test_many_requests_from_many_threads_leave_nothing_behind() -> None:
         assert outcomes == [True] * 160
         until(lambda: engine.idle and engine.images_decoding == 0)
         assert sample(engine, "robuq_requests_running") == sample(engine, "robuq_requests_waiting") == 0
-        assert [worker.rows for worker in engine.pool._workers()] == [0]
+        assert [worker.rows for worker in engine.pool._fleet.present] == [0]
     assert max(map(len, sampler.batches)) <= 4

@@ -94,11 +94,12 @@ def test_a_request_begins_with_its_earliest_step_whichever_ends_first() -> None:
 
 def test_a_worker_that_hangs_leaves_the_rest_ready_and_its_images_go_there() -> None:
     stuck, free = WatchedSampler(), WatchedSampler(step_s=0.002)
-    with running_engine(stuck, free, stall_timeout_s=1.0) as engine:
+    with running_engine(stuck, free) as engine:
         stuck.hold()
         jobs = [engine.submit([spec(seed=s, steps=50)], "png") for s in range(2)]
         assert stuck.entered.acquire(timeout=WAIT_S)
         assert engine.status == "ready"
+        engine.make_stale(0)
         assert [outcome(engine.submit([spec(seed=s)], "png")) for s in (7, 8, 9)].count(None) >= 1
         assert [outcome(job) for job in jobs] == [None, None]
         assert sample(engine, "robuq_worker_deaths_total", reason="hung") >= 1
@@ -139,7 +140,7 @@ def test_the_wait_that_is_reported_shrinks_with_the_number_of_replicas() -> None
             hold(samplers)
             running = engine.submit([spec(steps=100)] * (2 * replicas), "png")
             wait_for_a_step(samplers)
-            for worker in engine.pool._workers():
+            for worker in engine.pool._fleet.present:
                 worker.rows_per_s = 2 / 0.03
             engine.submit([spec(steps=100)] * 16, "png")
             with pytest.raises(Overloaded) as refused:
@@ -174,7 +175,7 @@ def test_no_two_replicas_ever_step_the_same_row() -> None:
         for job in jobs:
             outcome(job)
         until(lambda: engine.idle and engine.images_decoding == 0)
-        assert [worker.rows for worker in engine.pool._workers()] == [0] * 4
+        assert [worker.rows for worker in engine.pool._fleet.present] == [0] * 4
     assert clashes == []
 
 

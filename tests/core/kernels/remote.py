@@ -134,7 +134,12 @@ class RemoteLibrary:
         width, channels, rank = layer.width, layer.channels, layer.rank
         for name, size in {
             **{"planar": channels * -(-width // 128) * 32, "signs": 4 * width, "base_matrix": 4 * layer.base**2},
-            **{"alpha": 4 * channels, "bias": 4 * channels, "weight_counts": 8 * channels, "lowrank_a": 4 * channels * rank},
+            **{
+                "alpha": 4 * channels,
+                "bias": 4 * channels,
+                "weight_counts": 8 * channels,
+                "lowrank_a": 4 * channels * rank,
+            },
             "lowrank_b": 4 * width * rank,
         }.items():
             setattr(there, name, self._copied(getattr(layer, name), size))

@@ -60,7 +60,7 @@ def load_pickle(path: Path) -> Any:
     except Exception as error:  # the unpickler raises almost anything on a damaged or foreign file
         # torch's own advice is to load without weights_only: only the reason after it is shown.
         detail = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
-        reason = detail.strip().partition("\n")[0]
+        reason = detail.strip().partition("\n")[0].partition(". Please")[0]
         reason = type(error).__name__ if not reason or "weights_only" in reason else reason
         raise WeightsError(f"{path}: not a file of plain torch weights ({reason}); copy it again, or save its "
                            "state dict alone with torch.save") from error  # fmt: skip

@@ -76,7 +76,7 @@ class StageConfig(StrictModel):
     )  # fmt: skip
     save_every: int = Field(default=1000, ge=1)
     keep_every: int | None = Field(
-        default=None, ge=1, description="steps between states that stay, as kept/STAGE-STEP.pt; null: none"
+        default=None, ge=1, description="steps between states that stay when later ones are saved; null: none"
     )
     log_every: int = Field(default=50, ge=1)
     eval_every: int | None = Field(
@@ -111,7 +111,9 @@ class TeacherConfig(StageConfig):
     """The full-precision model: trained, or taken as it is from elsewhere."""
 
     pretrained: Path | None = Field(
-        default=None, description="DiT weights to take in place of training: the authors' .pt, or a diffusers folder"
+        default=None,
+        description="weights to import in place of training: the authors' .pt, a diffusers folder, or "
+        "RUN_DIR/states/teacher of another run",
     )
 
 
@@ -121,7 +123,8 @@ class QATConfig(StageConfig):
     steps: int = Field(default=350_000, ge=1)
     batch_size: int = Field(default=32, ge=1)
     warm_start: Literal["warmup"] | Path | None = Field(
-        default=None, description="start from this run's warmup.pt, or from the qat.pt of another run, say at 4 bits"
+        default=None,
+        description="start from this run's warm-up, or from RUN_DIR/states/qat of another run, say at 4 bits",
     )
 
 

@@ -1,8 +1,9 @@
 """Full-precision DiT weights of other code bases, in and out.
 
 Read: the ``.pt`` of DiT, SiT and REPA (a flat state dict, or one in what their training saves), the same as
-safetensors, a diffusers pipeline folder or its ``transformer`` folder, and ``teacher.pt`` of this project's training.
-Written: the first and the third. The same tensors come back, bit for bit; ``flavour`` says whose numerics they have.
+safetensors, a diffusers pipeline folder or its ``transformer`` folder, and the states of a teacher trained here
+(``RUN_DIR/states/teacher``). Written: the first and the third. The same tensors come back, bit for bit; ``flavour`` says whose numerics
+they have.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from robuq_core.config import DiffusionConfig, Flavour, ModelConfig, PredictionType
-from robuq_core.files import replacing
+from robuq_core.files import read_json, replacing
 from robuq_core.models.adapters_diffusers import read_pipeline, write_pipeline
 from robuq_core.models.adapters_files import (
     TensorTable,
@@ -122,7 +123,8 @@ def read_weights(
     path = Path(path)
     given = Given(num_heads, prediction, num_classes, flavour)
     if path.is_dir():
-        return given.compared(_read_diffusers(path, num_heads))
+        state = _newest_state(path)
+        return given.compared(_read_diffusers(path, num_heads) if state is None else _read_state(state))
     if path.suffix == ".safetensors" and path.is_file():
         table, metadata = safetensors_of(path)
         if "robuq" in metadata:
@@ -133,10 +135,6 @@ def read_weights(
     tree = load_pickle(path)
     if isinstance(tree, dict) and {"ema", "optimiser", "history"} <= set(tree):
         return given.compared(_read_trained(path, tree))
-    if isinstance(tree, dict) and {"shards", "history"} <= set(tree):
-        raise WeightsError(
-            f"{path}: a training state in shards; go on with the stage in one process, which saves whole"
-        )
     arguments = tree.get("args") if isinstance(tree, dict) else None
     return _read_official(path, tensors_of(path, state_dict_in(tree)), arguments, given)
 
@@ -356,6 +354,25 @@ def _read_diffusers(folder: Path, num_heads: int | None) -> Weights:
     return weights
 
 
+def _newest_state(folder: Path) -> Path | None:
+    """``folder`` if it is a training state, or the newest state in it, if it holds any."""
+    if (folder / "state.json").exists():
+        return folder
+    states = [path for path in folder.glob("step-*") if (path / "state.json").exists()]
+    return max(states, key=lambda path: (len(path.name), path.name), default=None)
+
+
+def _read_state(folder: Path) -> Weights:
+    from robuq_core.shards import read_all  # imports torch.distributed, which costs a start of the server
+
+    try:
+        history = read_json(folder / "state.json")["history"]
+        average = {name.removeprefix("ema."): tensor for name, tensor in read_all(folder, "ema.").items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{folder}: not a whole training state ({error})") from error
+    return _read_trained(folder, {"history": history, "ema": average})
+
+
 def _read_trained(path: Path, tree: dict[str, Any]) -> Weights:
     """A training state of this project: its averaged weights, and the configuration of its latest run."""
     try:
@@ -368,5 +385,5 @@ def _read_trained(path: Path, tree: dict[str, Any]) -> Weights:
     table = tensors_of(path, tree["ema"])
     if any(".lowrank_" in key for key in table):
         raise WeightsError(f"{path}: a quantised student, whose full-precision weights are gone; pack it with "
-                           "robuq-train export, or give teacher.pt")  # fmt: skip
+                           "robuq-train export, or give the teacher's")  # fmt: skip
     return _checked(Weights(path, "robuq", config, table, None, diffusion))

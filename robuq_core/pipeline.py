@@ -34,7 +34,8 @@ from robuq_core.kernels.ops import Backend
 from robuq_core.models.packed_dit import PackedDiT
 from robuq_core.openmp import on_one_thread
 from robuq_core.params import ALL_TIMESTEPS, ImageParams, RowSpec, check_spec, read_params
-from robuq_core.rows import LatestBatch, Row
+from robuq_core.rows import Batch, Row, together
+from robuq_core.staging import taken
 from robuq_core.step_cache import cached_forward
 
 NO_DECODER = (
@@ -122,7 +123,6 @@ class Sampler:
         self._classes = ClassNames(header.class_names, header.model.num_classes)
         self._backend_choice = "auto"
         self._shape = (header.model.in_channels, header.model.input_size, header.model.input_size)
-        self._x = LatestBatch()
         backend = model.backend if isinstance(model, PackedDiT) else None
         self._update: Update = backend.update if isinstance(backend, UpdatingBackend) else update
 
@@ -254,10 +254,7 @@ class Sampler:
         check_fit(self.header.model, self.prediction_type, spec.sampler, spec.guidance_scale)
         if spec.cache_interval > 1 and not isinstance(self.model, PackedDiT):
             raise ValueError("cache_interval must be 1 for a network that is not packed")
-        row = Row(spec, self._shape, self.prediction_type, self.device)
-        if noise is not None:
-            row.x = noise.to(self.device, torch.float32).reshape(self._shape)
-        return row
+        return Row(spec, self._shape, self.prediction_type, self.device, noise)
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Row]) -> None:
@@ -269,22 +266,19 @@ class Sampler:
             self._step(rows)
 
     def _step(self, rows: Sequence[Row]) -> None:
-        x = self._x.of([row.x for row in rows])
-        output, block_deltas = self._output(rows, x)
+        before = together(rows)
+        output, block_deltas = self._output(rows, before.x)
         model, channels = self.header.model, self._shape[0]
         # A flow's second half of channels, where SiT's weights have one, was not trained.
         learned = model.learn_sigma and self.prediction_type != "flow"
         steps = [row.next_step(with_noise=not learned) for row in rows]
         clip = self.header.diffusion.clip_sample
-        following, x0 = self._update(x, output, steps, clip, guided_channels(channels, model.flavour))
-        noisy = [i for i, row in enumerate(rows) if learned and row.needs_noise]
-        if noisy:
-            part = following[noisy]
-            add_learned_noise(part, output[noisy, channels:], [steps[i] for i in noisy],
-                              [rows[i].noise() for i in noisy])  # fmt: skip
-            following[noisy] = part
-        for i, (row_x, row_x0) in enumerate(zip(self._x.parts(following), x0.unbind(), strict=True)):
-            rows[i].advance(row_x, row_x0, block_deltas.get(i))
+        after = Batch(*self._update(*before, output, steps, clip, guided_channels(channels, model.flavour)))
+        noises = {i: row.noise() for i, row in enumerate(rows) if learned and row.needs_noise}
+        if noises:
+            add_learned_noise(after.x, output, steps, noises)
+        for i, row in enumerate(rows):
+            row.advance(after, i, block_deltas.get(i))
 
     def _output(self, rows: Sequence[Row], x: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         """The network's output for ``x [B, C, H, W]``, the rows' ``x_t``, after it that of the guided ones without a
@@ -294,7 +288,7 @@ class Sampler:
         classes = [row.spec.class_id for row in rows] + [self.header.model.null_row] * len(guided)
         if guided:
             timesteps += [timesteps[i] for i in guided]
-            x = torch.cat([x, x if len(guided) == len(rows) else x[guided]])
+            x = torch.cat([x, taken(x, guided)])
         at, of = torch.tensor(timesteps), torch.tensor(classes)
         if isinstance(self.model, PackedDiT) and any(row.spec.cache_interval > 1 for row in rows):
             return cached_forward(self.model, rows, [*range(len(rows)), *guided], x, at, of)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from operator import is_
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +15,28 @@ from robuq_core.diffusion.update import RowStep
 from robuq_core.params import ALL_TIMESTEPS, RowSpec
 
 
+class Batch(NamedTuple):
+    """Rows that went through a step together: ``x_t`` and the latest estimates ``x_0``, float32 ``[B, C, H, W]``. Not
+    to be written to."""
+
+    x: Tensor
+    previous_x0: Tensor
+
+
 class Row:
-    """An image on its way from noise: ``x`` and ``previous_x0`` are float32 ``[C, H, W]``."""
+    """An image on its way from noise: row ``index`` of ``batch``, the tensors of the rows that it was stepped with.
+
+    Args:
+        noise: ``[C, H, W]``, to start from instead of what the seed draws.
+    """
 
     def __init__(
-        self, spec: RowSpec, shape: tuple[int, int, int], prediction_type: PredictionType, device: torch.device
+        self,
+        spec: RowSpec,
+        shape: tuple[int, int, int],
+        prediction_type: PredictionType,
+        device: torch.device,
+        noise: Tensor | None = None,
     ) -> None:
         self.spec = spec
         self.table: StepTable = step_table(spec.sampler, spec.steps)
@@ -26,10 +44,22 @@ class Row:
         # Always the CPU's generator: what a seed draws does not depend on the device.
         self._generator = torch.Generator().manual_seed(spec.seed)
         self._noise: Tensor | None = None
-        self.x = torch.randn(shape, generator=self._generator).to(device)
-        self.previous_x0 = torch.zeros(shape, device=device)
+        drawn = torch.randn(shape, generator=self._generator)  # also where it is not used: later noise comes after it
+        x = drawn if noise is None else noise.reshape(shape)
+        self.batch = Batch(x.to(device, torch.float32)[None], torch.zeros(1, *shape, device=device))
+        self.index = 0
         self.block_delta: Tensor | None = None  # what the blocks added at the latest step that kept it, [1 or 2, L, D]
         self.steps_done = 0
+
+    @property
+    def x(self) -> Tensor:
+        """``x_t``, float32 ``[C, H, W]``."""
+        return self.batch.x[self.index]
+
+    @property
+    def previous_x0(self) -> Tensor:
+        """The latest estimate of ``x_0``, float32 ``[C, H, W]``."""
+        return self.batch.previous_x0[self.index]
 
     @property
     def done(self) -> bool:
@@ -75,7 +105,7 @@ class Row:
     def noise(self) -> Tensor:
         """The next step's noise, on the CPU; the same until the row advances, so a step that failed can be repeated."""
         if self._noise is None:
-            self._noise = torch.randn(self.x.shape, generator=self._generator)
+            self._noise = torch.randn(self.batch.x.shape[1:], generator=self._generator)
         return self._noise
 
     def next_step(self, with_noise: bool) -> RowStep:
@@ -83,7 +113,7 @@ class Row:
         return RowStep(
             self.coefficients[self.steps_done],
             self.spec.guidance_scale if self.guided else None,
-            self.previous_x0 if self.table.multistep else None,
+            self.table.multistep,
             self.noise() if with_noise and self.needs_noise else None,
         )
 
@@ -93,9 +123,9 @@ class Row:
             self.noise()
         return copy.copy(self)
 
-    def advance(self, x: Tensor, x0: Tensor, block_delta: Tensor | None = None) -> None:
+    def advance(self, batch: Batch, index: int, block_delta: Tensor | None = None) -> None:
         """Take over the result of a step, and what its blocks added if that is to be kept."""
-        self.x, self.previous_x0, self._noise = x, x0, None
+        self.batch, self.index, self._noise = batch, index, None
         if block_delta is not None:
             self.block_delta = block_delta
         self.steps_done += 1
@@ -103,20 +133,9 @@ class Row:
             self.block_delta = None
 
 
-class LatestBatch:
-    """The tensor of the latest step: rows that come again in the same order need not be copied together."""
-
-    def __init__(self) -> None:
-        self._whole: Tensor | None = None
-        self._parts: tuple[Tensor, ...] = ()
-
-    def parts(self, whole: Tensor) -> tuple[Tensor, ...]:
-        """``whole [B, ...]`` as one view a row."""
-        self._whole, self._parts = whole, whole.unbind()
-        return self._parts
-
-    def of(self, rows: list[Tensor]) -> Tensor:
-        """``rows`` as one tensor: the latest one where they are its parts. Not to be written to."""
-        if self._whole is not None and len(rows) == len(self._parts) and all(map(is_, rows, self._parts)):
-            return self._whole
-        return torch.stack(rows)
+def together(rows: Sequence[Row]) -> Batch:
+    """The tensors of ``rows``, one or more: those of the latest step where it had the same rows in the same order."""
+    batch = rows[0].batch
+    if len(batch.x) == len(rows) and all(row.batch is batch and row.index == i for i, row in enumerate(rows)):
+        return batch
+    return Batch(torch.stack([row.x for row in rows]), torch.stack([row.previous_x0 for row in rows]))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from robuq_core.models.packed_dit import PackedDiT
 from robuq_core.rows import Row
+from robuq_core.staging import taken
 
 
 def cached_forward(
@@ -34,10 +35,12 @@ def cached_forward(
     if not reusing:
         return _run(model, rows, owners, x, timesteps, classes)
     kept = torch.stack([_kept(rows[owners[i]], without_class=i >= len(rows)) for i in reusing])
-    reused = model.forward_reusing(x[reusing], timesteps[reusing], classes[reusing], kept)
+    reused = model.forward_reusing(taken(x, reusing), timesteps[reusing], classes[reusing], kept)
     if not running:
         return reused, {}
-    ran, deltas = _run(model, rows, [owners[i] for i in running], x[running], timesteps[running], classes[running])
+    ran, deltas = _run(
+        model, rows, [owners[i] for i in running], taken(x, running), timesteps[running], classes[running]
+    )
     output = ran.new_empty(len(owners), *ran.shape[1:])
     output[reusing], output[running] = reused, ran
     return output, deltas
@@ -58,5 +61,5 @@ def _run(
     places: dict[int, list[int]] = {}
     for place, i in enumerate(keep):
         places.setdefault(owners[i], []).append(place)
-    # Copies: a view would keep the whole batch alive.
-    return output, {owner: deltas[at] for owner, at in places.items()}
+    # No views: they would keep the whole batch alive.
+    return output, {owner: taken(deltas, at) for owner, at in places.items()}

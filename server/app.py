@@ -1,4 +1,4 @@
-"""The ASGI application: every route around one pool of workers; what a client asks before and beside generating."""
+"""The ASGI application: every route around one pool of workers, the pages for people, the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -7,202 +7,29 @@ import copy
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, FastAPI, Query
+from fastapi import APIRouter, FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
-from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import BaseModel, Field
 from starlette.routing import Route
 
 import robuq_core
-from robuq_core.config import PredictionType, SamplerConfig, SamplerName, samplers_of
-from robuq_core.images import IMAGE_FORMATS, ImageFormat
-from robuq_core.params import MAX_IMAGES
 from server import middleware
-from server.admin import admin_router
 from server.compat.kserve import kserve_router
 from server.compat.openai import openai_router
 from server.errors import install_error_handlers
 from server.generate import generate_router
 from server.keys import KeyStore
-from server.pool import Load, Pool
-from server.request import MAX_PRIORITY
-from server.service import Service, classes_of, documented
+from server.pool import Pool
+from server.routes import admin_router, discovery_router, operations_router
+from server.service import Service
 from server.settings import Settings
 from server.telemetry import Telemetry
 
 WEB_DIR = Path(__file__).parent / "web"
-MAX_QUERY = 200
-
-
-class StatusResponse(BaseModel):
-    """State of the server: starting, ready, restarting, draining, keys_unreadable, failed or stopped."""
-
-    status: str
-
-
-class ClassItem(BaseModel):
-    """One class; the name is empty where the checkpoint has none for it."""
-
-    id: int
-    name: str
-
-
-class ClassesResponse(BaseModel):
-    classes: list[ClassItem]
-
-
-class DecoderSchema(BaseModel):
-    """What turns the network's output into pixels; ``pixels`` where it generates them itself."""
-
-    name: str
-    weight_bytes: int
-
-
-class LimitsSchema(BaseModel):
-    """Bounds that requests meet. Times in seconds."""
-
-    max_images_per_request: int
-    max_batch_rows: int
-    max_queue_images: int
-    request_timeout_s: float
-    max_body_bytes: int
-
-
-class PrioritiesSchema(BaseModel):
-    """Range of ``priority``; one level weighs as much as ``ageing_s`` seconds of waiting."""
-
-    min: int = 0
-    max: int = MAX_PRIORITY
-    default: int = 0
-    ageing_s: float
-
-
-class InfoResponse(BaseModel):
-    """The server, its model, its defaults and its limits."""
-
-    version: str
-    checkpoint: str
-    backend: str
-    average_activation_bits: float
-    weight_bytes: int = Field(description="Of the network, without the decoder.")
-    decoder: DecoderSchema
-    image_size: int
-    num_classes: int
-    prediction_type: PredictionType
-    guidance: bool = Field(description="Whether guidance_scale may be other than 1.")
-    replicas: int
-    features: list[str]
-    samplers: list[SamplerName]
-    formats: list[ImageFormat] = list(IMAGE_FORMATS)
-    defaults: SamplerConfig
-    priorities: PrioritiesSchema
-    limits: LimitsSchema
-
-
-def describe(service: Service) -> InfoResponse:
-    """The server and the model that it serves now.
-
-    Raises:
-        NotReady: no model has been loaded yet.
-    """
-    model, settings = service.model, service.settings
-    features = ["streaming", "previews", "priorities", "deadlines", "openai", "kserve_v2", "idempotency"]
-    if settings.cache_bytes:
-        features.append("cache")
-    if settings.api_keys_file is not None:
-        features.append("api_keys")
-    if settings.otel_endpoint is not None:
-        features.append("opentelemetry")
-    return InfoResponse(
-        version=robuq_core.__version__,
-        checkpoint=model.name,
-        backend=model.backend_name,
-        average_activation_bits=model.average_activation_bits,
-        weight_bytes=model.weight_bytes,
-        decoder=DecoderSchema(name=model.decoder_name, weight_bytes=model.decoder_weight_bytes),
-        image_size=model.image_size,
-        num_classes=model.num_classes,
-        prediction_type=model.prediction_type,
-        guidance=model.can_guide,
-        replicas=settings.replicas,
-        features=features,
-        samplers=list(samplers_of(model.prediction_type)),
-        defaults=model.defaults,
-        priorities=PrioritiesSchema(ageing_s=settings.priority_ageing_s),
-        limits=LimitsSchema(
-            max_images_per_request=MAX_IMAGES,
-            max_batch_rows=settings.max_batch_rows,
-            max_queue_images=settings.max_queue_images,
-            request_timeout_s=settings.request_timeout_s,
-            max_body_bytes=settings.max_body_bytes,
-        ),
-    )
-
-
-def discovery_router(service: Service) -> APIRouter:
-    """What is served, which classes there are, how long the queue is."""
-    router = APIRouter(responses=documented())
-
-    @router.get("/info", responses=documented(503))
-    async def get_info() -> InfoResponse:
-        """The server, its model, its defaults and its limits."""
-        return describe(service)
-
-    @router.get("/classes", responses=documented(422, 503))
-    async def get_classes(
-        query: Annotated[str, Query(max_length=MAX_QUERY, description="A part of a name, or an id.")] = "",
-        limit: Annotated[int, Query(ge=1, le=1000, description="Most classes to return.")] = 20,
-    ) -> ClassesResponse:
-        """Classes that `query` may mean, the best first; without it, all of them in order of their ids.
-
-        First come the id itself, a whole name, the beginning of a name, of a word, any part of one; if no name holds
-        the query, those that are spelt much like it.
-        """
-        classes = classes_of(service.model)
-        found = classes.search(query, limit)
-        return ClassesResponse(classes=[ClassItem(id=i, name=classes.name(i)) for i in found])
-
-    @router.get("/queue")
-    async def get_queue() -> Load:
-        """What runs and what waits now."""
-        return service.pool.load()
-
-    return router
-
-
-def operations_router(service: Service) -> APIRouter:
-    """What operators' machines ask: is it alive, does it take requests, how is it doing."""
-    router = APIRouter()
-    pool = service.pool
-
-    @router.get("/health", responses={503: {"model": StatusResponse, "description": "restart the process"}})
-    async def health(response: Response) -> StatusResponse:
-        """Liveness: 200 as long as the process can still serve, whatever a worker does; 503 asks for a restart."""
-        status = pool.status
-        if status in ("failed", "stopped"):
-            response.status_code = 503
-        return StatusResponse(status=status)
-
-    @router.get("/ready", responses={503: {"model": StatusResponse, "description": "send no requests here"}})
-    async def ready(response: Response) -> StatusResponse:
-        """Readiness: 200 while a worker takes images; 503 while starting, restarting or draining, or without readable
-        API keys."""
-        status = service.status
-        if status != "ready":
-            response.status_code = 503
-        return StatusResponse(status=status)
-
-    @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-    async def metrics() -> Response:
-        """Prometheus metrics."""
-        return Response(pool.metrics.render(), media_type=CONTENT_TYPE_LATEST)
-
-    return router
 
 
 class _Pages(StaticFiles):
@@ -258,15 +85,15 @@ def create_app(pool: Pool, settings: Settings) -> FastAPI:
     )
     store = None if settings.api_keys_file is None else KeyStore(settings.api_keys_file)
     service = Service(pool, settings, telemetry, store)
-    pool.metrics.watch_ready(lambda: service.status == "ready")
-    pool.metrics.watch_keys(lambda: 0.0 if store is None else store.unreadable_s)
+    pool.metrics.watch("ready", lambda: service.status == "ready")
+    pool.metrics.watch("api_keys_unreadable_seconds", lambda: 0.0 if store is None else store.unreadable_s)
     images, openai = generate_router(service), openai_router(service)
     app.include_router(images, tags=["images"])
     app.include_router(openai, tags=["OpenAI"])
     app.include_router(kserve_router(service), tags=["KServe"])
     app.include_router(discovery_router(service), tags=["discovery"])
     app.include_router(operations_router(service), tags=["operations"])
-    app.include_router(admin_router(service, InfoResponse, lambda: describe(service)), tags=["administration"])
+    app.include_router(admin_router(service), tags=["administration"])
     app.include_router(web_router())
     _shorten(app, images, openai)
     _install_document(app, service)

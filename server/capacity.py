@@ -1,62 +1,28 @@
-"""How many replicas a rate of images needs, and the memory of each. docs/capacity.md has the reasoning."""
+"""``robuq-serve capacity``: how many replicas a rate of images needs, and the memory of each. docs/capacity.md has the
+reasoning."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import time
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
-from robuq_core.checkpoint import Header, dense_shapes, layer_shapes
+import typer
+
+from robuq_core.cli_support import reported
 from robuq_core.errors import UserError
-from robuq_core.images import encode_image
-from robuq_core.models.conditioning import TABLE_BYTES
-from robuq_core.models.quant_linear import is_adaln
-from robuq_core.params import RowSpec
-from robuq_core.quant.packing import planar_width
-from server.request import rows_of
-from server.settings import TARGET_UTILISATION
-from server.stepping import Stepper
+from server.settings import TARGET_UTILISATION, load_settings
 
-_FLOAT = 4
 _MIN_STEPS = 3
 
 
-@dataclass(frozen=True)
-class Plan:
-    """``replicas`` share ``rate`` images per second, of which each draws ``per_replica`` at most; ``spare`` of them may
-    be lost without ``utilisation`` being exceeded."""
-
-    rate: float
-    per_replica: float
-    utilisation: float
-    replicas: int
-    spare: int
-
-    @property
-    def busy(self) -> float:
-        """Share of its capacity that every replica uses, all of them there."""
-        return self.rate / (self.replicas * self.per_replica)
-
-    @property
-    def busy_without_spare(self) -> float:
-        """The same with the spare ones lost."""
-        return self.rate / ((self.replicas - self.spare) * self.per_replica)
-
-    @property
-    def slowdown(self) -> float:
-        """Mean time of an image over its time on an idle server, 1 / (1 - rho): processor sharing under Poisson
-        arrivals, whatever the distribution of the requests' sizes."""
-        return 1 / (1 - self.busy)
-
-
-def plan_replicas(rate: float, per_replica: float, *, utilisation: float = TARGET_UTILISATION, spare: int = 0) -> Plan:
-    """``ceil(rate / (utilisation * per_replica)) + spare`` replicas.
+def replicas_for(rate: float, per_replica: float, utilisation: float = TARGET_UTILISATION) -> int:
+    """``ceil(rate / (utilisation * per_replica))``.
 
     Args:
-        rate: images per second to come, at the busiest time that is to be served well.
-        per_replica: images per second of one saturated replica.
+        rate: images per second at the busiest time. per_replica: images per second of one saturated replica.
 
     Raises:
         UserError: a number out of range.
@@ -66,61 +32,13 @@ def plan_replicas(rate: float, per_replica: float, *, utilisation: float = TARGE
             raise UserError(f"{name} must be a positive number of images per second, not {value:g}")
     if not 0 < utilisation < 1:
         raise UserError(f"--utilisation must be between 0 and 1, such as {TARGET_UTILISATION}, not {utilisation:g}")
-    if spare < 0:
-        raise UserError(f"--spare must be 0 or more replicas, not {spare}")
     needed = rate / (utilisation * per_replica)
-    # A rate that fits exactly must not get one more for a rounding error.
-    replicas = max(1, math.ceil(needed - 1e-9 * needed))
-    return Plan(rate, per_replica, utilisation, replicas + spare, spare)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one replica: its weights, a full batch's activations, the table of modulations, and all else."""
-
-    weights: int
-    activations: int
-    conditioning: int
-    process: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.activations + self.conditioning + self.process
-
-
-def replica_memory(header: Header, rows: int, process_bytes: int) -> Memory:
-    """An estimate from a checkpoint's header, for batches of ``rows`` rows of the model.
-
-    Of the activations the widest moment of a block counts, in float32: the residual ``[L, D]``, q, k and v
-    ``[L, 3 D]``, the heads ``[L, D]`` and the MLP's hidden layer ``[L, m D]``. A latent model's decoder is not in it.
-
-    Args:
-        process_bytes: of a process without a model.
-    """
-    model = header.model
-    token = _FLOAT * model.hidden_size * (5 + model.mlp_ratio)
-    conditioning = _FLOAT * (6 * model.depth + 2) * model.hidden_size * 2 * rows
-    return Memory(
-        weights=weight_bytes(header),
-        activations=rows * model.num_tokens * token,
-        conditioning=max(TABLE_BYTES, conditioning),
-        process=process_bytes,
-    )
-
-
-def weight_bytes(header: Header) -> int:
-    """Bytes of the weights as they lie in memory: ternary codes at 2 bits, everything else in float32."""
-    quant, total = header.quant, 0
-    for name, (outputs, inputs) in layer_shapes(header.model).items():
-        rank = quant.adaln_rank if is_adaln(name) else quant.rank
-        total += quant.weight_planes * outputs * (planar_width(inputs) + _FLOAT)  # codes and their scales
-        total += _FLOAT * (outputs + inputs + rank * (outputs + inputs))  # bias, signs, low rank
-    return total + sum(_FLOAT * math.prod(shape) for shape in dense_shapes(header.model).values())
+    return max(1, math.ceil(needed - 1e-9 * needed))  # a rate that fits exactly needs no more for a rounding error
 
 
 def rows_per_image(guidance_scale: float) -> int:
     """Rows of the model that an image takes in every step."""
-    return rows_of(RowSpec(0, 0, 1, guidance_scale, "ddim"))
+    return 1 if guidance_scale == 1 else 2
 
 
 def measure_rows_per_s(
@@ -131,8 +49,10 @@ def measure_rows_per_s(
     Decoding and encoding are included; HTTP, the network and the way to a worker are not. At least three steps are
     measured, however long they take.
     """
-    images = max(1, max_batch_rows // rows_per_image(guidance_scale))
-    stepper, seeds = Stepper(max_batch_rows), itertools.count()
+    from robuq_core.images import encode_image
+    from robuq_core.params import RowSpec
+
+    images, seeds = max(1, max_batch_rows // rows_per_image(guidance_scale)), itertools.count()
     batch: list[Any] = []
 
     def step() -> None:
@@ -142,15 +62,81 @@ def measure_rows_per_s(
         while len(batch) < images:
             spec = RowSpec(0, next(seeds), steps, guidance_scale, sampler.defaults.sampler)
             batch.append(sampler.start(spec))
-        if faulty := stepper.step(sampler, batch):
-            raise next(iter(faulty.values()))
+        sampler.step(batch)
 
     step()  # pays for what is set up once
-    stepper.take_measured()
     began = now = time.perf_counter()
-    rows = taken = 0
+    taken = 0
     while now - began < seconds or taken < _MIN_STEPS:
         step()
-        rows += sum(forward_rows for forward_rows, _ in stepper.take_measured())
         now, taken = time.perf_counter(), taken + 1
-    return rows / (now - began)
+    return taken * images * rows_per_image(guidance_scale) / (now - began)
+
+
+@reported
+def capacity(
+    rate: Annotated[float, typer.Option(help="Images per second at the busiest time.")],
+    images_per_second: Annotated[
+        float | None, typer.Option(help="What one replica generates with full batches.")
+    ] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure that here, with the memory.")] = False,
+    checkpoint: Annotated[Path | None, typer.Option(help="Packed checkpoint; default: the bundled one.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Of an image; default: the checkpoint's.")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=0, max=20, help="1 takes half the work; default: the checkpoint's.")
+    ] = None,
+    max_batch_rows: Annotated[int | None, typer.Option(help="As of robuq-serve.")] = None,
+    backend: Annotated[str | None, typer.Option(help="With --measure; as of robuq-serve.")] = None,
+    threads: Annotated[int | None, typer.Option(help="With --measure; as of robuq-serve.")] = None,
+    utilisation: Annotated[float, typer.Option(help="Share of a replica's capacity to plan with.")] = 0.7,
+    spare: Annotated[int, typer.Option(min=0, help="Replicas that may be lost before that share is exceeded.")] = 1,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long to measure.")] = 5.0,
+) -> None:
+    """Plan replicas for a rate of images."""
+    if measure == (images_per_second is not None):
+        raise UserError("give --images-per-second X, or --measure to find it out here, one of the two")
+    if not measure and (backend is not None or threads is not None):
+        raise UserError("--backend and --threads need --measure; leave them out with --images-per-second")
+    replicas_for(rate, images_per_second or 1.0, utilisation)  # before anything slow
+    settings = load_settings(
+        {"checkpoint": checkpoint, "max_batch_rows": max_batch_rows, "backend": backend, "threads": threads}
+    )
+    # Imported here: --help and a wrong option need no torch.
+    import psutil
+
+    from robuq_core.checkpoint import read_header
+    from robuq_core.hub import resolve_checkpoint
+    from robuq_core.pipeline import Sampler
+
+    path = resolve_checkpoint(settings.checkpoint)
+    defaults = read_header(path).sampler
+    steps = steps or defaults.steps
+    guidance = defaults.guidance_scale if guidance_scale is None else guidance_scale
+    how, memory = "given", ""
+    if images_per_second is None:
+        sampler = Sampler.from_checkpoint(
+            path, decoder=settings.decoder, backend=settings.backend, threads=settings.threads
+        )
+        rows_per_s = measure_rows_per_s(
+            sampler, settings.max_batch_rows, steps=steps, guidance_scale=guidance, seconds=seconds
+        )
+        images_per_second = rows_per_s / (steps * rows_per_image(guidance))
+        how = f"measured here on {sampler.backend_name}: {rows_per_s:.4g} rows/s"
+        memory = f"{psutil.Process().memory_info().rss / 1e6:.0f} MB a replica, weights and a full batch included"
+    needed = replicas_for(rate, images_per_second, utilisation)
+    busy = rate / ((needed + spare) * images_per_second)
+    lost = f" ({rate / (needed * images_per_second):.0%} with {spare} lost)" if spare else ""
+    for name, text in (
+        (
+            "wanted",
+            f"{rate:g} images/s of {steps} steps, guidance {guidance:g}, {rows_per_image(guidance)} row(s) a step",
+        ),
+        ("a replica", f"{images_per_second:.4g} images/s with full batches ({how})"),
+        ("replicas", f"{needed + spare}" + (f", {spare} of them spare" if spare else "")),
+        ("busy", f"{busy:.0%}{lost}, planned for at most {utilisation:.0%}"),
+        # 1 / (1 - rho): processor sharing under Poisson arrivals, whatever the sizes of the requests.
+        ("an image", f"takes {1 / (1 - busy):.2g} times as long as on an idle server, on average"),
+        ("memory", memory),
+    ):
+        if text:
+            typer.echo(f"{name:<13}{text}")

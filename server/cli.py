@@ -1,26 +1,34 @@
-"""``robuq-serve``: the server from the command line."""
+"""``robuq-serve``: the server from the command line, and the commands for API keys."""
 
 from __future__ import annotations
 
+import functools
 import gc
+import inspect
 import logging
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
 from robuq_core.cli_support import reported
-from server import capacity_cli, keys_cli
-from server.keys import read_keys
-from server.settings import LogFormat, LogLevel, Settings, is_loopback, load_settings
+from robuq_core.errors import UserError
+from server.capacity import capacity
+from server.keys import create_key, read_keys, revoke_key
+from server.settings import Settings, is_loopback, load_settings
 
 logger = logging.getLogger(__name__)
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
-app.add_typer(keys_cli.app, name="keys")
-app.command("capacity")(capacity_cli.capacity)
+keys_app = typer.Typer(
+    help="Make, list and revoke API keys. A running server notices at once.", no_args_is_help=True, add_completion=False
+)
+app.add_typer(keys_app, name="keys")
+app.command("capacity")(capacity)
 
 _HELP = """Serve images of a packed checkpoint over HTTP.
 
@@ -32,70 +40,57 @@ Without options it serves the bundled checkpoint on http://127.0.0.1:8000:
     curl localhost:8000/generate -d '{"class_id": 207}' \\
         -H 'Accept: image/png' -o 207.png
 
-**/** is a page to draw with, **/docs** describes every route, **/info** the model, its defaults and limits;
-**/metrics** is for Prometheus, **/health** for a liveness probe, **/ready** for a readiness probe: green after warm-up.
+**/** is a web playground, **/docs** describes every route, **/info** the model, its defaults and limits;
+**/metrics** is for Prometheus, **/health** for a liveness probe, **/ready** for a readiness probe.
 
-Whoever reaches the port may draw. Before others do, make keys and start with **--api-keys-file**:
+Anyone who can reach the port can use the server. Before others can, make keys and start with **--api-keys-file**:
 
     robuq-serve keys create alice --images-per-minute 60 --api-keys-file keys.json
 
     robuq-serve --host 0.0.0.0 --api-keys-file keys.json
 
-SIGTERM drains: no new requests, those in flight end within --drain-timeout-s, exit code 0. A start-up failure exits
-with code 2 and one line on standard error; an engine that dies exits with code 1.
+SIGTERM drains: new requests are rejected, those in flight have --drain-timeout-s to end, then the exit code is 0. A
+start-up failure exits with code 2 and one line on standard error, workers that keep dying with code 1.
 
 Every option can be given as a variable, ROBUQ_PORT for --port. Options win.
 """
 
 
-def _option(name: str) -> Any:
-    """An option that mirrors the setting ``name``; Settings alone holds its text and default."""
-    field, option = Settings.model_fields[name], "--" + name.replace("_", "-")
-    return typer.Option(
-        f"{option}/--no-{option[2:]}" if field.annotation is bool else option,
-        help=field.description,
-        envvar=f"ROBUQ_{name.upper()}",
-        show_default=False if field.default in (None, ()) else str(field.default),
-    )
+def _takes_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for each setting; :class:`Settings` alone holds its type, text and default."""
+
+    @functools.wraps(command)
+    def wrapper(context: typer.Context, **given: Any) -> None:
+        if context.invoked_subcommand is None:
+            command(load_settings(given))
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter("context", keyword, annotation=typer.Context)]
+    for name, field in Settings.model_fields.items():
+        option = "--" + name.replace("_", "-")
+        kind: Any
+        kinds = get_args(field.annotation) if get_origin(field.annotation) is UnionType else [field.annotation]
+        (kind,) = (each for each in kinds if each is not NoneType)
+        if get_origin(kind) is Annotated:
+            kind = get_args(kind)[0]
+        elif kind == tuple[str, ...]:
+            kind = list[str]
+        shown = typer.Option(
+            f"{option}/--no-{option[2:]}" if kind is bool else option,
+            help=field.description,
+            envvar=f"ROBUQ_{name.upper()}",
+            show_default=False if field.default in (None, ()) else str(field.default),
+        )
+        parameters.append(inspect.Parameter(name, keyword, default=None, annotation=Annotated[kind | None, shown]))
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapper
 
 
 @app.callback(help=_HELP, invoke_without_command=True)
 @reported
-def main(
-    context: typer.Context,
-    checkpoint: Annotated[Path | None, _option("checkpoint")] = None,
-    decoder: Annotated[Path | None, _option("decoder")] = None,
-    backend: Annotated[str | None, _option("backend")] = None,
-    threads: Annotated[int | None, _option("threads")] = None,
-    host: Annotated[str | None, _option("host")] = None,
-    port: Annotated[int | None, _option("port")] = None,
-    replicas: Annotated[int | None, _option("replicas")] = None,
-    max_batch_rows: Annotated[int | None, _option("max_batch_rows")] = None,
-    target_step_s: Annotated[float | None, _option("target_step_s")] = None,
-    max_queue_images: Annotated[int | None, _option("max_queue_images")] = None,
-    request_timeout_s: Annotated[float | None, _option("request_timeout_s")] = None,
-    priority_ageing_s: Annotated[float | None, _option("priority_ageing_s")] = None,
-    drain_timeout_s: Annotated[float | None, _option("drain_timeout_s")] = None,
-    stall_timeout_s: Annotated[float | None, _option("stall_timeout_s")] = None,
-    load_timeout_s: Annotated[float | None, _option("load_timeout_s")] = None,
-    embed_settings: Annotated[bool | None, _option("embed_settings")] = None,
-    decode_threads: Annotated[int | None, _option("decode_threads")] = None,
-    max_body_bytes: Annotated[int | None, _option("max_body_bytes")] = None,
-    max_connections: Annotated[int | None, _option("max_connections")] = None,
-    max_connections_per_peer: Annotated[int | None, _option("max_connections_per_peer")] = None,
-    trusted_proxies: Annotated[list[str] | None, _option("trusted_proxies")] = None,
-    allowed_hosts: Annotated[list[str] | None, _option("allowed_hosts")] = None,
-    api_keys_file: Annotated[Path | None, _option("api_keys_file")] = None,
-    checkpoint_dir: Annotated[Path | None, _option("checkpoint_dir")] = None,
-    cors_origins: Annotated[list[str] | None, _option("cors_origins")] = None,
-    cache_bytes: Annotated[int | None, _option("cache_bytes")] = None,
-    otel_endpoint: Annotated[str | None, _option("otel_endpoint")] = None,
-    log_level: Annotated[LogLevel | None, _option("log_level")] = None,
-    log_format: Annotated[LogFormat | None, _option("log_format")] = None,
-) -> None:
-    if context.invoked_subcommand is not None:
-        return
-    settings = load_settings({name: value for name, value in locals().items() if name in Settings.model_fields})
+@_takes_settings
+def main(settings: Settings) -> None:
     # Until the server takes over, a signal just ends the process; as PID 1 of a container it would be ignored.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 
@@ -113,3 +108,60 @@ def main(
     from server.lifecycle import serve
 
     raise typer.Exit(serve(settings, sockets, prepared))
+
+
+_File = Annotated[
+    Path | None,
+    typer.Option("--api-keys-file", envvar="ROBUQ_API_KEYS_FILE", help="The file that the server is started with."),
+]
+_Name = Annotated[str, typer.Argument(help="Who holds the key: appears in logs; fair shares and limits go by it.")]
+
+
+def _path(given: Path | None) -> Path:
+    if given is None:
+        raise UserError("give the file of keys with --api-keys-file FILE or ROBUQ_API_KEYS_FILE")
+    return given
+
+
+@keys_app.command()
+@reported
+def create(
+    name: _Name,
+    api_keys_file: _File = None,
+    scope: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="generate, admin or read; repeat for several. Every key may read (/info, /metrics). Default: generate."
+        ),
+    ] = None,
+    images_per_minute: Annotated[int | None, typer.Option(min=1, help="No limit if not given.")] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(min=1, help="No limit if not given.")] = None,
+) -> None:
+    """Make a key and print it, this once: the file keeps only its hash."""
+    path = _path(api_keys_file)
+    limits = {"images_per_minute": images_per_minute, "requests_per_minute": requests_per_minute}
+    typer.echo(create_key(path, name, scopes=scope or ("generate",), **limits))
+    typer.secho(f"keep it now: {path} holds only its hash", err=True, fg=typer.colors.YELLOW)
+
+
+@keys_app.command("list")
+@reported
+def list_keys(api_keys_file: _File = None) -> None:
+    """Show names, scopes and limits."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", "scopes", "images/min", "requests/min", "created", box=box.SIMPLE)
+    for key in read_keys(_path(api_keys_file)):
+        limits = (str(limit or "-") for limit in (key.images_per_minute, key.requests_per_minute))
+        table.add_row(key.name, ", ".join(key.scopes), *limits, f"{key.created:%Y-%m-%d}")
+    Console().print(table)
+
+
+@keys_app.command()
+@reported
+def revoke(name: _Name, api_keys_file: _File = None) -> None:
+    """Revoke a key: requests with it get 401 from now on."""
+    revoke_key(_path(api_keys_file), name)
+    typer.echo(f"revoked {name}")

@@ -17,14 +17,11 @@ Knows no clock (``submitted_at`` is the caller's), no torch and no HTTP.
 
 from __future__ import annotations
 
-import heapq
+import bisect
 import itertools
 from collections import deque
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
-
-Item = TypeVar("Item", bound=Hashable)
 
 
 class Queued(Protocol):
@@ -52,17 +49,24 @@ class QueueFull(Exception):
 
 
 @dataclass
-class _Client:
+class _Place:
+    """A request's place in its client's line, and the next of its images."""
+
+    turn: tuple[float, int]
+    next_image: int = 0
+
+
+@dataclass
+class _Client(Generic[Entry]):
     service: float = 0.0
     images: int = 0  # that wait
-    requests: Heap = field(default_factory=lambda: Heap())  # type: ignore[type-arg]
+    line: list[tuple[tuple[float, int], Entry]] = field(default_factory=list)  # by turn
 
 
 class FairQueue(Generic[Entry]):
-    """Every operation takes O(log n) for n requests, :meth:`push` into a full queue O(n).
+    """Images of requests, of which at most ``max_images`` wait.
 
     Args:
-        max_images: most images that may wait, over all requests.
         ageing_s: seconds of waiting that weigh as much as one level of priority.
     """
 
@@ -72,12 +76,12 @@ class FairQueue(Generic[Entry]):
         self.images = 0
         self.cost = 0  # of the images that wait, in rows of the model times steps
         self.untouched = 0  # requests none of whose images has been taken
-        self._next_image: dict[Entry, int] = {}  # of the requests that wait
+        self._places: dict[Entry, _Place] = {}  # of the requests that wait
         self._again: deque[tuple[Entry, int]] = deque()  # taken before, and put back
-        self._clients: dict[str, _Client] = {}
-        self._turns: Heap[str] = Heap()  # clients with images waiting, by service
-        self._away: Heap[str] = Heap()  # clients without, by service
+        self._waiting: dict[str, _Client[Entry]] = {}  # clients with images that wait; last served, last
+        self._away: dict[str, float] = {}  # service of the others, as far as it is above the virtual time
         self._highest_service = 0.0
+        self._numbers = itertools.count()
 
     def push(self, request: Entry) -> list[Entry]:
         """Queue all images of a request, or raise :class:`QueueFull` and queue none.
@@ -85,9 +89,13 @@ class FairQueue(Generic[Entry]):
         Returns the requests that it has displaced, none of whose images had been taken.
         """
         displaced = self._make_room(request)
-        client = self._arrive(request.client)
-        client.requests.push(self._turn(request), request)
-        self._next_image[request] = 0
+        client = self._waiting.get(request.client)
+        if client is None:
+            service = max(self._away.pop(request.client, 0.0), self._virtual_time())
+            client = self._waiting[request.client] = _Client(service)
+        place = _Place((request.submitted_at - request.priority * self.ageing_s, next(self._numbers)))
+        bisect.insort(client.line, (place.turn, request), key=_turn)
+        self._places[request] = place
         self.untouched += 1
         self._count(request, request.num_images)
         return displaced
@@ -96,13 +104,9 @@ class FairQueue(Generic[Entry]):
         """The request whose image is next."""
         if self._again:
             return self._again[0][0]
-        turn = self._turns.first()
-        if turn is None:
+        if not self._waiting:
             return None
-        first = self._clients[turn[1]].requests.first()
-        assert first is not None
-        entry: Entry = first[1]
-        return entry
+        return min(self._waiting.values(), key=_service).line[0][1]
 
     def pop(self) -> tuple[Entry, int]:
         """Take the next image, a request and the image's number, and charge its client. IndexError if none waits."""
@@ -113,16 +117,16 @@ class FairQueue(Generic[Entry]):
         request = self.head()
         if request is None:
             raise IndexError("no image waits")
-        image = self._next_image[request]
-        if image == 0:
-            self.untouched -= 1
-        self._next_image[request] = image + 1
+        place = self._places[request]
+        image = place.next_image
+        place.next_image += 1
+        self.untouched -= image == 0
         self._count(request, -1)
-        client = self._clients[request.client]
+        client = self._waiting.pop(request.client)
+        self._waiting[request.client] = client
         client.service += request.image_cost
         self._highest_service = max(self._highest_service, client.service)
-        self._turns.push(client.service, request.client)
-        if image + 1 == request.num_images:
+        if place.next_image == request.num_images:
             self._leave(request)
         self._forget_the_settled()
         return request, image
@@ -140,12 +144,11 @@ class FairQueue(Generic[Entry]):
             self.images -= len(self._again) - len(kept)
             self.cost -= (len(self._again) - len(kept)) * request.image_cost
             self._again = kept
-        image = self._next_image.get(request)
-        if image is None:
+        place = self._places.get(request)
+        if place is None:
             return
-        if image == 0:
-            self.untouched -= 1
-        self._count(request, image - request.num_images)
+        self.untouched -= place.next_image == 0
+        self._count(request, place.next_image - request.num_images)
         self._leave(request)
         self._forget_the_settled()
 
@@ -154,13 +157,13 @@ class FairQueue(Generic[Entry]):
         missing = excess = self.images + request.num_images - self.max_images
         if excess <= 0:
             return []
-        images = {name: client.images for name, client in self._clients.items()}
+        images = {name: client.images for name, client in self._waiting.items()}
         images[request.client] = wanted = images.get(request.client, 0) + request.num_images
         displaced: list[Entry] = []
-        untouched: dict[str, list[Entry]] = {}  # by client, in the order of their turns
-        for waiting in sorted(self._next_image, key=self._turn):
-            if self._next_image[waiting] == 0:
-                untouched.setdefault(waiting.client, []).append(waiting)
+        untouched = {  # by client, in the order of their turns
+            name: [waiting for _, waiting in client.line if self._places[waiting].next_image == 0]
+            for name, client in self._waiting.items()
+        }
         while missing > 0:
             longest = max(images, key=images.__getitem__)
             if images[longest] <= wanted or not untouched.get(longest):
@@ -173,82 +176,32 @@ class FairQueue(Generic[Entry]):
             self.discard(other)
         return displaced
 
-    def _turn(self, request: Entry) -> float:
-        return request.submitted_at - request.priority * self.ageing_s
-
     def _count(self, request: Entry, images: int) -> None:
-        self._clients[request.client].images += images
+        self._waiting[request.client].images += images
         self.images += images
         self.cost += images * request.image_cost
 
     def _virtual_time(self) -> float:
         """Never decreases: the least service of those who wait; when nobody does, the highest of all."""
-        turn = self._turns.first()
-        return self._highest_service if turn is None else turn[0]
-
-    def _arrive(self, name: str) -> _Client:
-        client = self._clients.get(name)
-        if client is None:
-            client = self._clients[name] = _Client()
-        if name not in self._turns:
-            self._away.discard(name)
-            client.service = max(client.service, self._virtual_time())
-            self._turns.push(client.service, name)
-        return client
+        return min(map(_service, self._waiting.values()), default=self._highest_service)
 
     def _leave(self, request: Entry) -> None:
-        del self._next_image[request]
-        client = self._clients[request.client]
-        client.requests.discard(request)
-        if not client.requests:
-            self._turns.discard(request.client)
-            self._away.push(client.service, request.client)
+        client = self._waiting[request.client]
+        del client.line[bisect.bisect_left(client.line, self._places.pop(request).turn, key=_turn)]
+        if not client.line:
+            del self._waiting[request.client]
+            self._away[request.client] = client.service
 
     def _forget_the_settled(self) -> None:
         """Clients who are away and would come back at the virtual time need not be remembered."""
-        virtual_time = self._virtual_time()
-        while (first := self._away.first()) is not None and first[0] <= virtual_time:
-            self._away.discard(first[1])
-            del self._clients[first[1]]
+        if self._away:
+            now = self._virtual_time()
+            self._away = {name: service for name, service in self._away.items() if service > now}
 
 
-class Heap(Generic[Item]):
-    """Items by ascending key, equal keys in order of insertion. Each operation takes O(log n), amortised."""
+def _turn(waiting: tuple[tuple[float, int], Entry]) -> tuple[float, int]:
+    return waiting[0]
 
-    def __init__(self) -> None:
-        self._entries: list[tuple[float, int, Item]] = []
-        self._live: dict[Item, int] = {}  # item -> number of its entry; other entries are dead
-        self._numbers = itertools.count()
 
-    def __len__(self) -> int:
-        return len(self._live)
-
-    def __contains__(self, item: Item) -> bool:
-        return item in self._live
-
-    def push(self, key: float, item: Item) -> None:
-        """Insert an item, or move it behind those with an equal key."""
-        number = next(self._numbers)
-        self._live[item] = number
-        heapq.heappush(self._entries, (key, number, item))
-        self._compact()
-
-    def first(self) -> tuple[float, Item] | None:
-        """The least key with its item."""
-        while self._entries:
-            key, number, item = self._entries[0]
-            if self._live.get(item) == number:
-                return key, item
-            heapq.heappop(self._entries)
-        return None
-
-    def discard(self, item: Item) -> None:
-        """Take an item out; an absent one is no error."""
-        self._live.pop(item, None)
-        self._compact()
-
-    def _compact(self) -> None:
-        # Dead entries are dropped when they come first, or when they outnumber the live ones.
-        if len(self._entries) > 2 * len(self._live) + 16:
-            self._entries = [entry for entry in self._entries if self._live.get(entry[2]) == entry[1]]
-            heapq.heapify(self._entries)
+def _service(client: _Client[Entry]) -> float:
+    return client.service

@@ -213,23 +213,19 @@ def _choose_answer(http: HttpRequest, body: GenerateBody) -> tuple[str, ImageFor
     return media_type, image_format
 
 
-class _Narrator:
-    """The events of ``POST /generate``; their fields are in its description."""
+def _progress(request: Request, event: Event) -> tuple[str, bytes]:
+    """An event of ``POST /generate``; the fields are in its description."""
+    fields: dict[str, Any] = {"image": event.image, "steps_done": event.steps_done, "steps": event.steps}
+    if not isinstance(event, Preview):
+        return STEP, to_json({"type": STEP, **fields})
+    fields["partial_image_index"] = event.steps_done // request.preview_every - 1
+    fields["format"] = request.image_format
+    return PARTIAL_IMAGE, to_json({"type": PARTIAL_IMAGE, **fields, "b64_json": event.encoded.decode()})
 
-    def __init__(self, request: Request) -> None:
-        self._request = request
 
-    def progress(self, event: Event) -> tuple[str, bytes]:
-        fields: dict[str, Any] = {"image": event.image, "steps_done": event.steps_done, "steps": event.steps}
-        if not isinstance(event, Preview):
-            return STEP, to_json({"type": STEP, **fields})
-        fields["partial_image_index"] = event.steps_done // self._request.preview_every - 1
-        fields["format"] = self._request.image_format
-        return PARTIAL_IMAGE, to_json({"type": PARTIAL_IMAGE, **fields, "b64_json": event.encoded.decode()})
-
-    def completed(self, result: Result) -> Iterable[tuple[str, bytes]]:
-        fields = {"type": COMPLETED, **answer_fields(self._request, result)}
-        yield COMPLETED, b"".join(json_parts("images", result.images, fields))
+def _completed(request: Request, result: Result) -> Iterable[tuple[str, bytes]]:
+    fields = {"type": COMPLETED, **answer_fields(request, result)}
+    yield COMPLETED, b"".join(json_parts("images", result.images, fields))
 
 
 def generate_router(service: Service) -> APIRouter:
@@ -281,7 +277,7 @@ def generate_router(service: Service) -> APIRouter:
         request.watched, request.preview_every = body.stream, body.preview_every
         request = service.submit(http, request)
         if body.stream:
-            return await service.stream(http, request, _Narrator(request))
+            return await service.stream(http, request, partial(_progress, request), partial(_completed, request))
         result = await service.result(http, request)
         headers = result_headers(request, result.timings)
         if media_type != JSON:

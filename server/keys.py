@@ -141,15 +141,13 @@ def create_key(
     """
     key = KEY_PREFIX + secrets.token_urlsafe(_KEY_BYTES)
     try:
-        entry = ApiKey.model_validate(
-            {
-                "name": name,
-                "sha256": hash_key(key),
-                "scopes": tuple(dict.fromkeys(scopes)),
-                "requests_per_minute": requests_per_minute,
-                "images_per_minute": images_per_minute,
-                "created": datetime.now(UTC).replace(microsecond=0),
-            }
+        entry = ApiKey(
+            name=name,
+            sha256=hash_key(key),
+            scopes=tuple(dict.fromkeys(scopes)),
+            requests_per_minute=requests_per_minute,
+            images_per_minute=images_per_minute,
+            created=datetime.now(UTC).replace(microsecond=0),
         )
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]

@@ -1,15 +1,17 @@
-"""Takes the port and starts worker processes. Light to import, so that workers load while the server does."""
+"""What comes before the rest of the server is imported: the port, worker processes, the frames between them and it."""
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from robuq_core.errors import UserError
 from server.settings import Settings
@@ -121,3 +123,41 @@ def prepare(settings: Settings) -> Prepared:
     """Start the first workers now, so that they load while the rest of the server does."""
     weights = memory_file("robuq-weights")
     return Prepared(weights, [ProcessHandle(settings, weights) for _ in range(settings.replicas)])
+
+
+# Frames between the server and a worker: a JSON object and, after it, bytes.
+_SIZES = struct.Struct("!II")  # bytes of the JSON object, bytes after it
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
+Frame = tuple[dict[str, Any], bytes]
+
+
+def pack(head: dict[str, Any], body: bytes = b"") -> bytes:
+    """One frame as bytes."""
+    text = _encode(head).encode()
+    return b"".join((_SIZES.pack(len(text), len(body)), text, body))
+
+
+class Unpacker:
+    """Frames from a stream that may be cut anywhere."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[Frame]:
+        """The frames that are whole now that ``data`` has arrived."""
+        buffer = self._buffer
+        buffer += data
+        start = 0
+        try:
+            while len(buffer) - start >= _SIZES.size:
+                text, body = _SIZES.unpack_from(buffer, start)
+                middle = start + _SIZES.size + text
+                end = middle + body
+                if len(buffer) < end:
+                    break
+                head = json.loads(buffer[start + _SIZES.size : middle])
+                start = end
+                yield head, bytes(memoryview(buffer)[middle:end]) if body else b""
+        finally:
+            del buffer[:start]

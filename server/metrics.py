@@ -27,6 +27,16 @@ from server.request import ModelInfo
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300)
 
 
+GAUGES = {
+    "process_resident_memory_bytes": "Resident memory of the HTTP process.",
+    "requests_running": "Requests with at least one image under way.",
+    "requests_waiting": "Requests none of whose images has begun.",
+    "cache_bytes": "Bytes of images kept for equal requests.",
+    "ready": "1 while requests are accepted, else 0.",
+    "api_keys_unreadable_seconds": "Seconds for which the file of API keys could not be read, else 0.",
+}
+
+
 class WorkerMemory(NamedTuple):
     """``gpu_bytes``: what tensors take, what the allocator holds, the most that tensors took; None without a GPU."""
 
@@ -91,18 +101,23 @@ class Metrics:
         def histogram(name: str, text: str) -> Histogram:
             return Histogram(f"robuq_{name}", text, buckets=LATENCY_BUCKETS, registry=registry)
 
-        self.requests = Counter("robuq_requests_total", "Requests that ended.", ["finished_reason"], registry=registry)
-        self.rejected = Counter(
-            "robuq_rejected_total", "Requests rejected before queueing, by reason.", ["reason"], registry=registry
-        )
-        self.cache_requests = Counter(
-            "robuq_cache_requests_total",
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"robuq_{name}", text, labels, registry=registry)
+
+        self.requests = counter("requests_total", "Requests that ended.", "finished_reason")
+        self.rejected = counter("rejected_total", "Requests rejected before queueing, by reason.", "reason")
+        self.cache_requests = counter(
+            "cache_requests_total",
             "Requests with a chosen seed: hit (images were in memory), shared (generated for an equal request), miss.",
-            ["outcome"],
-            registry=registry,
+            "outcome",
         )
-        self.images = Counter("robuq_images_total", "Images delivered by finished requests.", registry=registry)
-        self.engine_steps = Counter("robuq_engine_steps_total", "Forwards of the model.", registry=registry)
+        self.images = counter("images_total", "Images delivered by finished requests.")
+        self.engine_steps = counter("engine_steps_total", "Forwards of the model.")
+        self.worker_deaths = counter(
+            "worker_deaths_total",
+            "Workers that died: killed by a signal, exited, hung and were killed, failed to run the model.",
+            "reason",
+        )
         self.e2e_latency = histogram("e2e_request_latency_seconds", "From acceptance to the last encoded image.")
         self.queue_time = histogram("request_queue_time_seconds", "From acceptance to the first step.")
         self.inference_time = histogram("request_inference_time_seconds", "From the first step to the last.")
@@ -115,21 +130,13 @@ class Metrics:
             buckets=_batch_buckets(max_batch_rows),
             registry=registry,
         )
-        self._weight_bytes = Gauge(
-            "robuq_model_weight_bytes", "Bytes of the network's weights in memory.", registry=registry
-        )
-        self._decoder_weight_bytes = Gauge(
-            "robuq_decoder_weight_bytes", "Bytes of the latent decoder's; 0 where pixels are drawn.", registry=registry
+        gauge = partial(Gauge, registry=registry)
+        self._weight_bytes = gauge("robuq_model_weight_bytes", "Bytes of the network's weights in memory.")
+        self._decoder_weight_bytes = gauge(
+            "robuq_decoder_weight_bytes", "Bytes of the latent decoder's weights; 0 for models of pixels."
         )
         self._info = Info("robuq", "The server and its model.", registry=registry)
-        memory = Gauge("robuq_process_resident_memory_bytes", "Resident memory of the HTTP process.", registry=registry)
-        memory.set_function(partial(_resident, psutil.Process()))
-        self.worker_deaths = Counter(
-            "robuq_worker_deaths_total",
-            "Workers that died: killed by a signal, exited, hung and were killed, failed to run the model.",
-            ["reason"],
-            registry=registry,
-        )
+        self.watch("process_resident_memory_bytes", partial(_resident, psutil.Process()))
 
     def observe_step(self, rows: int, seconds: float) -> None:
         """One forward for requests, ``rows`` rows of the model going through its blocks; a warm-up's do not count."""
@@ -151,31 +158,9 @@ class Metrics:
             }
         )
 
-    def watch_requests(self, *, running: Callable[[], float], waiting: Callable[[], float]) -> None:
-        """Read the gauges of requests in flight from their owner, so that they cannot drift."""
-        gauge = Gauge("robuq_requests_running", "Requests with at least one image under way.", registry=self.registry)
-        gauge.set_function(running)
-        gauge = Gauge("robuq_requests_waiting", "Requests none of whose images has begun.", registry=self.registry)
-        gauge.set_function(waiting)
-
-    def watch_ready(self, ready: Callable[[], float]) -> None:
-        """Tell Prometheus what /ready tells a load balancer, which alone can see it else."""
-        gauge = Gauge("robuq_ready", "1 while requests are taken, else 0.", registry=self.registry)
-        gauge.set_function(ready)
-
-    def watch_cache(self, size: Callable[[], float]) -> None:
-        """Bytes of the images that are kept for equal requests."""
-        gauge = Gauge("robuq_cache_bytes", "Bytes of images kept for equal requests.", registry=self.registry)
-        gauge.set_function(size)
-
-    def watch_keys(self, unreadable_s: Callable[[], float]) -> None:
-        """For how long revocations could not be noticed."""
-        gauge = Gauge(
-            "robuq_api_keys_unreadable_seconds",
-            "Seconds for which the file of API keys could not be read, else 0.",
-            registry=self.registry,
-        )
-        gauge.set_function(unreadable_s)
+    def watch(self, name: str, read: Callable[[], float]) -> None:
+        """Read a gauge of :data:`GAUGES` from its owner on scrape, so that it cannot drift."""
+        Gauge(f"robuq_{name}", GAUGES[name], registry=self.registry).set_function(read)
 
     def watch_workers(self, workers: Callable[[], Sequence[WorkerMemory]]) -> None:
         """Memory and number of the workers that take images, read on scrape."""

@@ -37,8 +37,7 @@ from server.keys import KeyStore
 from server.logs import current_request_id, current_trace_id
 from server.metrics import Metrics
 from server.settings import Settings, split_host
-from server.telemetry import Telemetry
-from server.tracing import from_traceparent
+from server.telemetry import Telemetry, from_traceparent
 
 logger = logging.getLogger("server.access")
 

@@ -1,11 +1,7 @@
-"""The workers: started, fed from one fair queue, watched, replaced. The event loop owns all of it; there are no locks.
+"""The pool of workers as the routes see it: requests in, results out, one checkpoint after the other.
 
-A :class:`Fleet` is the workers of one checkpoint and the requests for it. A hot swap starts a second fleet, warms it
-up, sends new requests there, and lets the first one finish what it has. A worker that dies is replaced after a pause;
-one whose forward, decoder or start hangs is killed first. Its images are tried once more, and fail with their request
-if that worker dies, too.
-
-One file, since all of it changes the same fields: an event of a worker moves requests, queue and fleets together.
+A :class:`~server.fleet.Fleet` is the workers of one checkpoint and the requests for it. A hot swap starts a second
+fleet, warms it up, sends new requests there, and lets the first one finish what it has. The event loop owns all of it.
 """
 
 from __future__ import annotations
@@ -13,19 +9,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import os
 import time
-from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from server.fair_queue import FairQueue, QueueFull
-from server.launch import Handle, Launch, Prepared, ProcessHandle, memory_file
+from server.fair_queue import QueueFull
+from server.fleet import EXIT_S, Fleet
+from server.launch import Handle, Launch, Prepared, ProcessHandle
 from server.metrics import Metrics, WorkerMemory
-from server.remote_worker import RemoteWorker, RunFailed, SentImage
 from server.request import (
     Cancelled,
     CancelReason,
@@ -45,15 +38,8 @@ logger = logging.getLogger(__name__)
 
 Status = Literal["starting", "ready", "restarting", "draining", "failed", "stopped"]
 
-MAX_RETRY_AFTER_S = 60.0
 # Between looks at what sends no signal: workers that hang.
 WATCH_S = 0.25
-# More deaths of each replica than this within the window are no accidents.
-MAX_DEATHS, DEATH_WINDOW_S = 3, 60.0
-# Pause before a dead worker is replaced: four times as long after each further death within the window.
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0
-# Until a worker that has closed its socket must have ended by itself.
-EXIT_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -78,38 +64,6 @@ class Load:
     replicas: tuple[ReplicaLoad, ...]
 
 
-class Fleet:
-    """The workers of one checkpoint, a file in memory with its weights, and the requests that are for it."""
-
-    def __init__(self, checkpoint: Path | None, settings: Settings) -> None:
-        self.checkpoint = checkpoint
-        self.weights = memory_file("robuq-weights")
-        self.stored = False  # the weights are in the file
-        self.model: ModelInfo | None = None
-        self.queue: FairQueue[Request] = FairQueue(settings.max_queue_images, settings.priority_ageing_s)
-        self.requests: dict[Request, None] = {}
-        self.workers: list[RemoteWorker | None] = [None] * settings.replicas
-        self.deaths: deque[float] = deque()
-        self.tried: set[tuple[Request, int]] = set()  # images whose worker has died once
-        self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.ready.add_done_callback(lambda ready: ready.cancelled() or ready.exception())
-        self.closed = False
-
-    @property
-    def serving(self) -> list[RemoteWorker]:
-        """The workers that take images."""
-        return [worker for worker in self.workers if worker is not None and worker.phase == "ready"]
-
-    def close(self) -> None:
-        """End the workers and free the weights."""
-        self.closed = True
-        self.ready.cancel()
-        for worker in self.workers:
-            if worker is not None and worker.phase != "dead":
-                worker.close()
-        os.close(self.weights)
-
-
 class Pool:
     """Serves requests with ``settings.replicas`` workers.
 
@@ -129,7 +83,8 @@ class Pool:
     ) -> None:
         self.settings, self.metrics, self.clock = settings, metrics, clock
         self.failure: BaseException | None = None  # what ended it, for the exit code and the log
-        self.numbers = itertools.count()
+        self.numbers = itertools.count()  # of the images that workers get
+        self.handles: set[Handle] = set()  # of workers whose end has not been seen
         self._launch = launch
         self._prepared = prepared
         self._phase: Status = "starting"
@@ -137,11 +92,8 @@ class Pool:
         self._retired: list[Fleet] = []
         self._swapping = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._handles: set[Handle] = set()  # whose end has not been seen
-        self._next_watch = 0.0
-        metrics.watch_requests(
-            running=lambda: self.load().requests_running, waiting=lambda: self.load().requests_waiting
-        )
+        metrics.watch("requests_running", lambda: self.load().requests_running)
+        metrics.watch("requests_waiting", lambda: self.load().requests_waiting)
         metrics.watch_workers(
             lambda: [
                 WorkerMemory(worker.number, worker.handle.pid, worker.gpu_memory)
@@ -157,6 +109,10 @@ class Pool:
         if self._phase == "ready" and self._fleet is not None and not self._fleet.serving:
             return "restarting"
         return self._phase
+
+    @property
+    def ended(self) -> bool:
+        return self._phase in ("failed", "stopped")
 
     @property
     def model(self) -> ModelInfo:
@@ -181,7 +137,6 @@ class Pool:
     def load(self) -> Load:
         """What is running and waiting, and on which replica."""
         fleets = self._fleets
-        workers = [worker for fleet in fleets for worker in fleet.workers if worker is not None]
         waiting = sum(fleet.queue.untouched for fleet in fleets)
         return Load(
             status=self.status,
@@ -189,7 +144,7 @@ class Pool:
             requests_waiting=waiting,
             images_in_flight=sum(request.num_images for fleet in fleets for request in list(fleet.requests)),
             images_waiting=sum(fleet.queue.images for fleet in fleets),
-            images_decoding=sum(len(worker.decoding) for worker in workers),
+            images_decoding=sum(len(worker.decoding) for fleet in fleets for worker in fleet.present),
             replicas=tuple(
                 ReplicaLoad(worker.rows, worker.budget, worker.phase == "ready")
                 if worker is not None
@@ -217,7 +172,7 @@ class Pool:
             displaced = fleet.queue.push(request)
         except QueueFull:
             self.metrics.rejected.labels("queue_full").inc()
-            raise Overloaded(self._seconds_for(fleet)) from None
+            raise Overloaded(fleet.seconds_left()) from None
         fleet.requests[request] = None
         request.fleet = fleet
         request.cancel = lambda: self.cancel(request)
@@ -226,8 +181,8 @@ class Pool:
             timer = loop.call_later(request.timeout_s, self.cancel, request, "timeout")
         request.future.add_done_callback(lambda future: _ended(request, timer))
         for other in displaced:
-            self.fail(other, "displaced", Overloaded(self._seconds_for(fleet)))
-        self.dispatch(fleet)
+            self.fail(other, "displaced", Overloaded(fleet.seconds_left()))
+        fleet.dispatch()
         return request
 
     async def generate(self, request: Request) -> Result:
@@ -246,91 +201,6 @@ class Pool:
         """End a request: its rows are gone from the next step on. No-op when it has ended."""
         error = DeadlineExceeded("not done by the deadline") if reason == "timeout" else Cancelled("request cancelled")
         self.fail(request, reason, error)
-
-    async def swap(self, checkpoint: Path) -> None:
-        """Serve new requests with another checkpoint once its workers are warm; those in flight end on theirs.
-
-        Raises:
-            NotReady: the pool is not serving, or ceased to. LoadFailed: the file cannot be used. RunFailed: it loads
-                but does not run. Then nothing has changed.
-        """
-        async with self._swapping:
-            if self.status != "ready":
-                raise NotReady(self.status)
-            fleet = Fleet(checkpoint, self.settings)
-            self._retired.append(fleet)  # so that it is watched, and ends with the pool
-            try:
-                self._start_workers(fleet)
-                await fleet.ready
-                if self._phase != "ready":
-                    raise NotReady(self.status)
-            except BaseException as error:
-                self._retired.remove(fleet)
-                self._close(fleet)
-                if isinstance(error, asyncio.CancelledError) and self._phase != "ready":
-                    raise NotReady(self.status) from None
-                raise
-            assert self._fleet is not None
-            self._retired.remove(fleet)
-            self._retired.append(self._fleet)
-            self._serve(fleet)
-            self._release_retired()
-        logger.info("swapped the checkpoint", extra={"checkpoint": self.model.name})
-
-    # Life.
-
-    async def start(self) -> None:
-        """Start the workers; ``status`` becomes ``ready`` when all are warm, or ``failed``."""
-        self._fleet = Fleet(self.settings.checkpoint, self.settings)
-        if self._prepared is not None:
-            os.close(self._fleet.weights)
-            self._fleet.weights = self._prepared.weights
-        self._start_workers(self._fleet, self._prepared.handles if self._prepared else [])
-        self._spawn(self._watch())
-
-    def begin_drain(self) -> None:
-        """Take no more requests; those in flight continue."""
-        if self._phase in ("starting", "ready"):
-            self._phase = "draining"
-
-    async def stop(self) -> None:
-        """Fail what is in flight and end every worker."""
-        if self._phase not in ("failed", "stopped"):
-            self._end("stopped")
-        for task in self._tasks:
-            task.cancel()
-        deadline = self.clock() + EXIT_S
-        while self._handles and self.clock() < deadline:
-            self._handles = {handle for handle in self._handles if handle.exit_code() is None}
-            await asyncio.sleep(0.005)
-        for handle in self._handles:
-            handle.kill()
-            handle.exit_code()
-
-    # What workers report.
-
-    def loaded(self, worker: RemoteWorker, model: ModelInfo) -> None:
-        """A worker has its model; the first of a fleet has stored its weights for the others."""
-        fleet = worker.fleet
-        if fleet.stored:
-            return
-        fleet.stored, fleet.model = True, model
-        for other in fleet.workers:
-            if other is not None and other.phase == "new":
-                other.load(store=False)
-
-    def warmed_up(self, worker: RemoteWorker) -> None:
-        """A worker takes images now."""
-        fleet = worker.fleet
-        if fleet.ready.done():
-            logger.info("worker %d has been replaced", worker.number)
-        elif len(fleet.serving) == len(fleet.workers):
-            fleet.ready.set_result(None)
-            if fleet is self._fleet:
-                self._serve(fleet)
-                if self._phase == "starting":
-                    self._phase = "ready"
-        self.dispatch(fleet)
 
     def first_step(self, request: Request, began: float, ended: float) -> None:
         """An image of a request has made its first step."""
@@ -367,91 +237,112 @@ class Pool:
             return
         fleet = self._leave(request, reason)
         request.future.set_exception(error)
-        self.dispatch(fleet)
+        fleet.dispatch()
 
-    def dispatch(self, fleet: Fleet) -> None:
-        """Send images to workers while there is room, each to the one with the least to do."""
-        queue, workers = fleet.queue, fleet.serving
-        given: dict[RemoteWorker, None] = {}
-        # Strictly in order: an image that does not fit holds up the line. That leaves less than one image's rows idle,
-        # while letting smaller images pass could keep a larger one waiting for ever.
-        while (head := queue.head()) is not None:
-            rows = head.rows_per_image
-            free = [worker for worker in workers if worker.has_room(rows)]
-            if not free:
-                break
-            worker = free[0] if len(free) == 1 else min(free, key=lambda worker: worker.rows)
-            worker.give(*queue.pop())
-            given[worker] = None
-        for worker in given:
-            worker.flush()
+    def _leave(self, request: Request, reason: str) -> Fleet:
+        """Take a request out of its fleet."""
+        request.cancel = None
+        fleet: Fleet = request.fleet
+        fleet.leave(request)
+        self.metrics.requests.labels(reason).inc()
+        if fleet is not self._fleet and not fleet.requests:
+            asyncio.get_running_loop().call_soon(self._release_retired)
+        return fleet
 
-    def lost(self, worker: RemoteWorker, reason: str, error: BaseException | None = None) -> None:
-        """A worker has failed or closed its socket, or hangs (``reason`` says in what): end it and replace it."""
-        fleet, was_ready = worker.fleet, worker.phase == "ready"
-        sent, worker.sent = worker.sent, {}
-        worker.close()
-        self._spawn(self._bury(worker, reason))
-        if fleet.closed or self._phase in ("failed", "stopped"):
-            return
-        fleet.workers[worker.number] = None
-        error = error or RunFailed(f"worker {worker.number} {'hangs in ' + reason if reason else 'has died'}")
-        if not fleet.ready.done() and (reason == "failed" or fleet is not self._fleet):
-            # What does not load or run will not do so a second later, and a swap has somewhere to go back to.
-            self._give_up(fleet, error)
-            return
-        now = self.clock()
-        fleet.deaths.append(now)
-        while now - fleet.deaths[0] > DEATH_WINDOW_S:
-            fleet.deaths.popleft()
-        if len(fleet.deaths) > MAX_DEATHS * len(fleet.workers):
-            self._give_up(fleet, error)
-            return
-        if was_ready:
-            self._retry(fleet, sent)
-        pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 4 ** (len(fleet.deaths) - 1))
-        self._spawn(self._replace(fleet, worker.number, pause))
+    # Life.
+
+    async def start(self) -> None:
+        """Start the workers; ``status`` becomes ``ready`` when all are warm, or ``failed``."""
+        prepared = self._prepared
+        self._fleet = Fleet(self, self.settings.checkpoint, None if prepared is None else prepared.weights)
+        self._fleet.start(() if prepared is None else prepared.handles)
+        self.spawn(self._watch())
+
+    async def swap(self, checkpoint: Path) -> None:
+        """Serve new requests with another checkpoint once its workers are warm; those in flight end on theirs.
+
+        Raises:
+            NotReady: the pool is not serving, or ceased to. LoadFailed: the file cannot be used. RunFailed: it loads
+                but does not run. Then nothing has changed.
+        """
+        async with self._swapping:
+            if self.status != "ready":
+                raise NotReady(self.status)
+            fleet = Fleet(self, checkpoint)
+            self._retired.append(fleet)  # so that it is watched, and ends with the pool
+            try:
+                fleet.start()
+                await fleet.ready
+                if self._phase != "ready":
+                    raise NotReady(self.status)
+            except BaseException as error:
+                self._retired.remove(fleet)
+                fleet.close()
+                if isinstance(error, asyncio.CancelledError) and self._phase != "ready":
+                    raise NotReady(self.status) from None
+                raise
+            assert self._fleet is not None
+            self._retired.remove(fleet)
+            self._retired.append(self._fleet)
+            self._serve(fleet)
+            self._release_retired()
+        logger.info("swapped the checkpoint", extra={"checkpoint": self.model.name})
+
+    def begin_drain(self) -> None:
+        """Take no more requests; those in flight continue."""
+        if self._phase in ("starting", "ready"):
+            self._phase = "draining"
+
+    async def stop(self) -> None:
+        """Fail what is in flight and end every worker."""
+        if not self.ended:
+            self._end("stopped")
+        for task in self._tasks:
+            task.cancel()
+        deadline = self.clock() + EXIT_S
+        while self.handles and self.clock() < deadline:
+            self.handles = {handle for handle in self.handles if handle.exit_code() is None}
+            await asyncio.sleep(0.005)
+        for handle in self.handles:
+            handle.kill()
+            handle.exit_code()
+
+    # What fleets need of it.
+
+    def launch(self, weights: int) -> Handle:
+        """Start a worker for the weights in a memory file."""
+        return self._launch(self.settings, weights)
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run ``work`` until it or the pool ends."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def serves(self, fleet: Fleet) -> bool:
+        """Whether new requests are for ``fleet``."""
+        return fleet is self._fleet
+
+    def warmed_up(self, fleet: Fleet) -> None:
+        """All workers of a fleet are ready for the first time."""
+        if fleet is self._fleet:
+            self._serve(fleet)
+            if self._phase == "starting":
+                self._phase = "ready"
+
+    def give_up(self, fleet: Fleet, error: BaseException) -> None:
+        """The workers of a fleet keep dying, or cannot start."""
+        if not fleet.ready.done():
+            fleet.ready.set_exception(error)
+        if fleet is self._fleet:
+            self.failure = self.failure or error
+            logger.critical("giving up: %s", error)
+            self._end("failed")
+        else:
+            for request in list(fleet.requests):
+                self.fail(request, "error", WorkerDied("the workers of this checkpoint have died"))
 
     # Inside.
-
-    def _retry(self, fleet: Fleet, sent: dict[int, SentImage]) -> None:
-        for image in sent.values():
-            request = image.request
-            if request.future.done():
-                continue
-            if (request, image.image) in fleet.tried:
-                logger.error("request failed: its worker died twice", extra={"request_id": request.request_id})
-                self.fail(request, "error", WorkerDied("its worker died, and so did the one that tried it again"))
-            else:
-                fleet.tried.add((request, image.image))
-                fleet.queue.put_back(request, image.image)
-        self.dispatch(fleet)
-
-    async def _replace(self, fleet: Fleet, number: int, pause_s: float) -> None:
-        await asyncio.sleep(pause_s)
-        if not fleet.closed and self._phase not in ("failed", "stopped"):
-            logger.warning("replacing worker %d", number)
-            self._start_worker(fleet, number, self._launch(self.settings, fleet.weights))
-
-    def _start_workers(self, fleet: Fleet, handles: list[Handle] | None = None) -> None:
-        handles = handles or []
-        for number in range(len(fleet.workers)):
-            handle = handles[number] if handles else self._launch(self.settings, fleet.weights)
-            self._start_worker(fleet, number, handle)
-
-    def _start_worker(self, fleet: Fleet, number: int, handle: Handle) -> None:
-        """The first worker of a fleet loads the checkpoint; the others wait for that, and map its weights."""
-        self._handles.add(handle)
-        worker = fleet.workers[number] = RemoteWorker(self, fleet, number, handle)
-
-        async def connect() -> None:
-            with suppress(OSError):  # closed before
-                await worker.connect()
-            loads = any(other is not None and other.phase == "loading" for other in fleet.workers)
-            if worker.phase == "new" and (fleet.stored or not loads):
-                worker.load(store=not fleet.stored)
-
-        self._spawn(connect())
 
     def _serve(self, fleet: Fleet) -> None:
         """New requests are for this fleet from now on."""
@@ -459,103 +350,33 @@ class Pool:
         assert fleet.model is not None
         self.metrics.describe_model(fleet.model)
 
-    def _give_up(self, fleet: Fleet, error: BaseException) -> None:
-        if fleet is not self._fleet:
-            for request in list(fleet.requests):
-                self.fail(request, "error", WorkerDied("the workers of this checkpoint have died"))
-        if not fleet.ready.done():
-            fleet.ready.set_exception(error)
-        if fleet is self._fleet:
-            self.failure = self.failure or error
-            logger.critical("giving up: %s", error)
-            self._end("failed")
-
     def _end(self, phase: Literal["failed", "stopped"]) -> None:
         self._phase = phase
         for fleet in self._fleets:
             for request in list(fleet.requests):
                 self.fail(request, "shutdown" if phase == "stopped" else "error", NotReady(phase))
-            self._close(fleet)
-
-    def _close(self, fleet: Fleet) -> None:
-        if fleet.closed:
-            return
-        fleet.close()
-        for worker in fleet.workers:
-            if worker is not None:
-                self._spawn(self._bury(worker, "closed"))
-
-    async def _bury(self, worker: RemoteWorker, reason: str) -> None:
-        """See a worker's end, by force if it does not come; count it and log it unless it was closed."""
-        handle = worker.handle
-        deadline = self.clock() + (0.0 if reason not in ("", "failed", "closed") else EXIT_S)
-        while (code := handle.exit_code()) is None and self.clock() < deadline:
-            await asyncio.sleep(0.005)
-        if code is None:
-            handle.kill()
-            while (code := handle.exit_code()) is None:
-                await asyncio.sleep(0.05)
-        self._handles.discard(handle)
-        if reason == "closed":
-            return
-        kind = "failed" if reason == "failed" else "hung" if reason else "killed" if code < 0 else "exited"
-        self.metrics.worker_deaths.labels(kind).inc()
-        how = f"hung in {reason}" if kind == "hung" else f"was killed by signal {-code}" if kind == "killed" else kind
-        logger.error("worker %d %s", worker.number, how, extra={"worker_pid": handle.pid, "exit_code": code})
-
-    def _leave(self, request: Request, reason: str) -> Fleet:
-        """Take a request out of its fleet."""
-        request.cancel = None
-        fleet: Fleet = request.fleet
-        del fleet.requests[request]
-        fleet.queue.discard(request)
-        if fleet.tried:
-            fleet.tried -= {(request, image) for image in range(request.num_images)}
-        if len(request.images) < request.num_images:
-            for worker in fleet.workers:
-                if worker is not None:
-                    worker.drop(request)
-        self.metrics.requests.labels(reason).inc()
-        if fleet is not self._fleet and not fleet.requests:
-            asyncio.get_running_loop().call_soon(self._release_retired)
-        return fleet
+            fleet.close()
 
     def _release_retired(self) -> None:
         for fleet in [each for each in self._retired if each.ready.done() and not each.requests]:
             self._retired.remove(fleet)
-            self._close(fleet)
+            fleet.close()
             logger.info("released a swapped checkpoint")
-
-    def _seconds_for(self, fleet: Fleet) -> float:
-        """How long what waits and runs takes, by the measured rows per second of all workers."""
-        workers = fleet.serving
-        rows_per_s = sum(worker.rows_per_s for worker in workers)
-        running = sum(sent.request.image_cost for worker in workers for sent in worker.sent.values())
-        return min(MAX_RETRY_AFTER_S, (fleet.queue.cost + running) / rows_per_s) if rows_per_s else 1.0
-
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     async def _watch(self) -> None:
         """Kill workers that hang."""
         expected = self.clock() + WATCH_S
-        while self._phase not in ("failed", "stopped"):
+        while not self.ended:
             await asyncio.sleep(WATCH_S)
             now = self.clock()
-            if now - expected > WATCH_S:
-                # This process itself was held up, and may not have read yet what its workers have sent.
-                for worker in self._workers():
-                    worker.heard_at += now - expected
-            else:
-                for worker in self._workers():
-                    if what := worker.hung(now):
-                        self.lost(worker, what)
+            late_s = now - expected
+            for worker in [worker for fleet in self._fleets for worker in fleet.present]:
+                if late_s > WATCH_S:
+                    # This process itself was held up, and may not have read yet what its workers have sent.
+                    worker.heard_at += late_s
+                elif what := worker.hung(now):
+                    worker.fleet.lost(worker, what)
             expected = self.clock() + WATCH_S
-
-    def _workers(self) -> list[RemoteWorker]:
-        return [worker for fleet in self._fleets for worker in fleet.workers if worker is not None]
 
 
 def _ended(request: Request, timer: asyncio.TimerHandle | None) -> None:

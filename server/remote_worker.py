@@ -1,4 +1,4 @@
-"""The server's end of one worker process. The event loop owns it; :class:`server.pool.Pool` decides what it gets."""
+"""The server's end of one worker process. The event loop owns it; :class:`server.fleet.Fleet` decides what it gets."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from robuq_core.config import SamplerConfig
 from robuq_core.errors import UserError
-from server.launch import Handle
+from server.launch import Handle, Unpacker, pack
 from server.request import GenerationFailed, ModelInfo, Preview, Request, StepDone
-from server.wire import Unpacker, pack
 
 if TYPE_CHECKING:
-    from server.pool import Fleet, Pool
+    from server.fleet import Fleet
 
 
 class LoadFailed(UserError):
@@ -37,16 +36,16 @@ class SentImage:
 class RemoteWorker(asyncio.Protocol):
     """The server's end of one worker process: what it has been given, what it reports, whether it hangs."""
 
-    def __init__(self, pool: Pool, fleet: Fleet, number: int, handle: Handle) -> None:
-        self.pool, self.fleet, self.number, self.handle = pool, fleet, number, handle
+    def __init__(self, fleet: Fleet, number: int, handle: Handle) -> None:
+        self.pool, self.fleet, self.number, self.handle = fleet.pool, fleet, number, handle
         self.phase: Literal["new", "loading", "warming", "ready", "dead"] = "new"
-        self.budget = pool.settings.max_batch_rows
+        self.budget = self.pool.settings.max_batch_rows
         self.rows_per_s = 0.0
         self.gpu_memory: list[int] | None = None
         self.rows = 0  # of the model, of the images that have a step to make after the one under way
         self.sent: dict[int, SentImage] = {}
         self.decoding: dict[int, None] = {}  # of these, those without a step to make, the oldest first
-        self.heard_at = pool.clock()  # or when it began to have something to do
+        self.heard_at = self.pool.clock()  # or when it began to have something to do
         self._unpacker = Unpacker()
         self._outbox: list[dict[str, Any]] = []
         self.transport: asyncio.Transport | None = None
@@ -154,14 +153,14 @@ class RemoteWorker(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self.phase != "dead":
-            self.pool.lost(self, "")
+            self.fleet.lost(self, "")
 
     def _on_loaded(self, head: dict[str, Any], _: bytes) -> None:
         self.phase = "warming"
         model = head["model"]
         model["class_names"] = tuple(model["class_names"])
         model["path"], model["defaults"] = Path(model["path"]), SamplerConfig(**model["defaults"])
-        self.pool.loaded(self, ModelInfo(**model))
+        self.fleet.loaded(ModelInfo(**model))
 
     def _on_warming(self, head: dict[str, Any], _: bytes) -> None:
         pass
@@ -171,11 +170,11 @@ class RemoteWorker(asyncio.Protocol):
     def _on_ready(self, head: dict[str, Any], _: bytes) -> None:
         self.phase = "ready"
         self._on_speed(head)
-        self.pool.warmed_up(self)
+        self.fleet.warmed_up(self)
 
     def _on_failed(self, head: dict[str, Any], _: bytes) -> None:
         error = LoadFailed(head["message"]) if head["kind"] == "user" else RunFailed(head["message"])
-        self.pool.lost(self, "failed", error)
+        self.fleet.lost(self, "failed", error)
 
     def _on_speed(self, head: dict[str, Any]) -> None:
         self.budget, self.rows_per_s = head["budget"], head["rows_per_s"]
@@ -200,14 +199,14 @@ class RemoteWorker(asyncio.Protocol):
                 sent[number].leaving_at = self.heard_at
                 self.decoding[number] = None
                 self.rows -= sent[number].request.rows_per_image
-        self.pool.dispatch(self.fleet)
+        self.fleet.dispatch()
 
     def _on_image(self, head: dict[str, Any], body: bytes) -> None:
         sent = self._forget(head["id"])
         if sent is not None:
             self.pool.metrics.decode_duration.observe(head["decode_s"])
             self.pool.finished(sent.request, sent.image, body, head["first"], head["last"])
-        self.pool.dispatch(self.fleet)
+        self.fleet.dispatch()
 
     def _on_preview(self, head: dict[str, Any], body: bytes) -> None:
         sent = self.sent.get(head["id"])
@@ -219,7 +218,7 @@ class RemoteWorker(asyncio.Protocol):
         sent = self.sent.get(head["id"])
         if sent is not None:
             self.pool.fail(sent.request, "error", GenerationFailed("the model failed on this request"))
-        self.pool.dispatch(self.fleet)
+        self.fleet.dispatch()
 
     def _forget(self, number: int) -> SentImage | None:
         sent = self.sent.pop(number, None)

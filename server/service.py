@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response, StreamingResponse
@@ -116,16 +116,9 @@ def documented_headers() -> dict[str, Any]:
     return {name: {"description": text, "schema": {"type": "string"}} for name, text in _HEADERS.items()}
 
 
-class Narrator(Protocol):
-    """What a route sends as events: names and JSON objects."""
-
-    def progress(self, event: Event) -> tuple[str, bytes] | None:
-        """A step or a preview; None for nothing."""
-
-    def completed(self, result: Result) -> Iterable[tuple[str, bytes]]:
-        """The end of a success."""
-
-
+# What a route sends as events: names and JSON objects, of a step or a preview (None for nothing), and of a success.
+Progress = Callable[[Event], tuple[str, bytes] | None]
+Completed = Callable[[Result], Iterable[tuple[str, bytes]]]
 BodySchema = Callable[[ModelInfo], dict[str, Any]]
 
 
@@ -144,7 +137,7 @@ class Service:
         self.pool, self.settings = pool, settings
         self._telemetry, self._keys = telemetry, keys
         self.cache = Cache(settings.cache_bytes, pool.metrics)
-        pool.metrics.watch_cache(lambda: self.cache.size)
+        pool.metrics.watch("cache_bytes", lambda: self.cache.size)
         self.body_schemas: dict[str, BodySchema] = {}  # by path, for the OpenAPI document
 
     @property
@@ -225,7 +218,12 @@ class Service:
             gone.cancel()
 
     async def stream(
-        self, http: HttpRequest, request: Request, narrator: Narrator, headers: Mapping[str, str] | None = None
+        self,
+        http: HttpRequest,
+        request: Request,
+        progress: Progress,
+        completed: Completed,
+        headers: Mapping[str, str] | None = None,
     ) -> Response:
         """Server-sent events of ``request`` until its end; a client that disconnects cancels.
 
@@ -241,7 +239,7 @@ class Service:
                 raise closed_by_client()
             if request.future.done():
                 outcome(request)
-            events = _events(request, buffer, gone, narrator, http.url.path)
+            events = _events(request, buffer, gone, progress, completed, http.url.path)
             stream = _EventStream(request, gone, events, {**seed_header(request), **(headers or {})})
             return stream
         finally:
@@ -323,13 +321,18 @@ async def _event_or_gone(buffer: EventBuffer, gone: asyncio.Future[None]) -> Non
 
 
 async def _events(
-    request: Request, buffer: EventBuffer, gone: asyncio.Future[None], narrator: Narrator, path: str
+    request: Request,
+    buffer: EventBuffer,
+    gone: asyncio.Future[None],
+    progress: Progress,
+    completed: Completed,
+    path: str,
 ) -> AsyncIterator[bytes]:
     while True:
         ended = request.future.done()  # asked before the events are taken, so that none of them is lost
         found = buffer.take()
         for event in found:
-            if (named := narrator.progress(event)) is not None:
+            if (named := progress(event)) is not None:
                 yield _sse(*named)
         if ended:
             break
@@ -346,7 +349,7 @@ async def _events(
             raise
         yield _sse(ERROR, failure.body(path))
         return
-    for named in narrator.completed(result):
+    for named in completed(result):
         yield _sse(*named)
 
 

@@ -58,18 +58,18 @@ class Settings(BaseSettings):
 
     checkpoint: Path | None = Field(
         None,
-        description="Packed checkpoint to serve: a file, a folder that holds one, the name of a bundled one, or an id "
-        "of the Hugging Face hub; imagenet, which is bundled, if not given.",
+        description="Packed checkpoint to serve: a file, a folder with one, the name of a bundled one, or an id of the "
+        "Hugging Face hub. Default: imagenet, which is bundled.",
     )
     decoder: Path | None = Field(
         None,
-        description="Diffusers folder of the autoencoder that turns latents into pixels; the folder vae beside the "
-        "checkpoint if not given. Checkpoints that draw pixels need none.",
+        description="Diffusers folder of the autoencoder that turns latents into pixels; default: the folder vae "
+        "beside the checkpoint. Pixel models need none.",
     )
     backend: str = Field(
         "auto", description="Kernels to run: cpu, triton or reference; auto picks the fastest that works here."
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads of the model; the backend's choice if not given.")
+    threads: int | None = Field(None, ge=1, description="CPU threads of the model; default: the backend's choice.")
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     replicas: int = Field(
@@ -82,41 +82,46 @@ class Settings(BaseSettings):
         32, ge=2, le=1024, description="Most rows in one forward of a replica; an image with guidance takes two."
     )
     target_step_s: float | None = Field(
-        None, gt=0, description="Keep batches so small that a step takes at most this; no limit if not given."
+        None,
+        gt=0,
+        description="Seconds that a step should take at most; batches are kept small enough. Default: no limit.",
     )
     max_queue_images: int = Field(
         256, ge=MAX_IMAGES, description="Most images that may wait for their first step; beyond it clients get 429."
     )
     request_timeout_s: float = Field(
-        300.0, gt=0, description="Seconds until a request is given up with 504; its timeout_s may ask for less."
+        300.0, gt=0, description="Seconds until a request fails with 504; its timeout_s may ask for less."
     )
     priority_ageing_s: float = Field(
-        5.0, gt=0, description="Seconds of waiting that weigh as much as one level of priority."
+        5.0, gt=0, description="Seconds of waiting that count as much as one level of priority."
     )
     drain_timeout_s: float = Field(
-        25.0, ge=0, description="Seconds that SIGTERM leaves to the requests in flight; the rest get 503."
+        25.0, ge=0, description="Seconds after SIGTERM for the requests in flight to end; the rest get 503."
     )
     stall_timeout_s: float = Field(
         120.0,
         gt=0,
-        description="A step or a decoder that takes longer hangs: its worker is killed and replaced. Set it above your "
-        "slowest full batch.",
+        description="Seconds after which a step or a decoder counts as hung: its worker is killed and replaced. Set it "
+        "above your slowest full batch.",
     )
     load_timeout_s: float = Field(
         600.0,
         gt=0,
-        description="A worker that takes longer to load the checkpoint hangs, too. Set it above your slowest download.",
+        description="Seconds after which loading a checkpoint counts as hung. Set it above your slowest download.",
     )
     embed_settings: bool = Field(True, description="Store checkpoint, class, seed and settings in image files.")
     decode_threads: int = Field(
-        1, ge=1, le=64, description="Threads that decode and encode images; more only where they cannot keep up."
+        1,
+        ge=1,
+        le=64,
+        description="Threads per worker that decode and encode images; raise it only if they cannot keep up.",
     )
     max_body_bytes: int = Field(65536, ge=1024, description="Longest request body; beyond it clients get 413.")
     max_connections: int = Field(
         1000, ge=1, description="Most open connections; beyond it clients get 503, but probes are answered."
     )
     max_connections_per_peer: int = Field(
-        500, ge=1, description="As --max-connections, for the connections of one client address (IPv6: one /64)."
+        500, ge=1, description="As --max-connections, per client address (IPv6: per /64)."
     )
     trusted_proxies: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
@@ -126,13 +131,13 @@ class Settings(BaseSettings):
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         description="Values of the Host header to accept, without the port; *.example.org for subdomains, * for any. "
-        "If not given: the names of this machine when --host is a loopback address, else any.",
+        "Default: the names of this machine when --host is a loopback address, else any.",
     )
     api_keys_file: Path | None = Field(
-        None, description="File of hashed API keys, made by robuq-serve keys; without it the server is open."
+        None, description="File of hashed API keys, made by robuq-serve keys; without it no key is needed."
     )
     checkpoint_dir: DirectoryPath | None = Field(
-        None, description="Folder that POST /admin/checkpoint may load from; that of the first checkpoint if not given."
+        None, description="Folder that POST /admin/checkpoint may load from; default: that of the first checkpoint."
     )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
@@ -141,8 +146,8 @@ class Settings(BaseSettings):
     cache_bytes: int = Field(
         2**28,
         ge=0,
-        description="Most bytes of images to keep for requests that are repeated with their seed; 0 turns this off, "
-        "and the sharing of equal requests in flight.",
+        description="Most bytes of images to keep for repeated requests with a seed; 0 turns this off, and the sharing "
+        "of equal requests in flight.",
     )
     otel_endpoint: str | None = Field(
         None, description="OTLP/HTTP collector for traces, such as http://localhost:4318; needs the extra robuq[otel]."
@@ -182,7 +187,7 @@ class Settings(BaseSettings):
         for origin in origins:
             parts = urlsplit(origin)
             if origin != "*" and (not parts.scheme or not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}"):
-                raise ValueError(f"{origin!r} is no origin; write it like https://example.org, without a path")
+                raise ValueError(f"{origin!r} is not an origin; write it like https://example.org, without a path")
         return origins
 
     def trusts(self, address: str) -> bool:
@@ -193,7 +198,7 @@ class Settings(BaseSettings):
             return False
 
     def accepts_host(self, header: str) -> bool:
-        """Whether a request with this ``Host`` header may be meant for this server.
+        """Whether a request with this ``Host`` header is for this server.
 
         DNS rebinding makes a page of another site the same origin as this server, but it cannot change the header.
         """

@@ -6,27 +6,20 @@ is halved when memory runs out, and kept within a target time by the measured ti
 
 from __future__ import annotations
 
-import bisect
 import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
-
-import numpy as np
-
-from robuq_core.params import RowSpec
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
-# Full forwards without a fault after which a reduced budget grows by an eighth.
+# Full forwards without a fault after which a reduced budget grows.
 GROW_AFTER = 64
-# Weight of the newest step in the running mean of its size.
+# Weight of the newest full forward in the running mean of the speed.
 SMOOTHING = 0.2
-# Observations after which a size larger than those being run is forgotten, so that one slow step, which may have been
-# an accident, does not keep batches small for ever: they grow again and find out.
-FORGET_AFTER = 1000
+# Share of the target time below which more rows are tried.
+QUICK = 0.9
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -35,55 +28,57 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class RowBudget:
-    """Most rows of the model in one forward: halved when memory runs out, growing back slowly to ``most``."""
+    """Most rows of the model in one forward.
 
-    def __init__(self, most: int) -> None:
-        self.most = self.rows = most
+    ``rows`` fit into memory: halved when it runs out. ``admitted`` also keep a forward within ``target_s``: cut in
+    proportion by each slower one. Both grow back to ``most`` by an eighth every :data:`GROW_AFTER` full forwards.
+    """
+
+    def __init__(self, most: int, target_s: float | None = None) -> None:
+        self.most = self.rows = self._in_time = most
+        self.rows_per_s = 0.0  # of full forwards
+        self._target_s = target_s
         self._full_forwards = 0
+
+    @property
+    def admitted(self) -> int:
+        return min(self.rows, self._in_time)
+
+    def restart(self, rows: int, seconds: float) -> None:
+        """Forget the times of a warm-up, but for that of its last forward."""
+        self._in_time, self.rows_per_s = self.most, rows / seconds if seconds else 0.0
+        self.fitted(rows, seconds)
 
     def out_of_memory(self, rows: int) -> None:
         """A forward of ``rows`` rows did not fit."""
         self.rows = max(1, min(self.rows, rows) // 2)
         self._full_forwards = 0
 
-    def fitted(self, rows: int) -> None:
-        """A forward of ``rows`` rows did fit."""
+    def fitted(self, rows: int, seconds: float) -> None:
+        """A forward of ``rows`` rows did fit, and took ``seconds``."""
+        quick = self._target_s is None or seconds < QUICK * self._target_s
+        if self._target_s is not None and rows and seconds > self._target_s:
+            self._in_time = max(1, int(rows * self._target_s / seconds))
         # One row less than the budget is full too: an image may take two.
-        if self.rows == self.most or rows < self.rows - 1:
+        if not 0 < rows >= self.admitted - 1:
             return
+        if seconds > 0:
+            weight = SMOOTHING if self.rows_per_s else 1.0
+            self.rows_per_s += weight * (rows / seconds - self.rows_per_s)
         self._full_forwards += 1
         if self._full_forwards >= GROW_AFTER:
-            self.rows = min(self.most, self.rows + max(1, self.rows // 8))
             self._full_forwards = 0
+            if rows >= self.rows - 1:
+                self.rows = self._grown(self.rows)
+            if quick:
+                self._in_time = self._grown(self._in_time)
 
-
-class StepSampler(Protocol):
-    """What a worker needs of a model beside what :class:`server.request.ModelInfo` says of it;
-    ``robuq_core.pipeline.Sampler`` is one.
-
-    ``start``, ``step`` and ``estimate`` are called from one thread; ``decode`` and ``decode_estimate`` from several.
-    """
-
-    def warm_up_rows(self, max_rows: int) -> tuple[int, ...]:
-        """Sizes, in rows of the model, ascending, that a forward should have seen before the first request."""
-
-    def start(self, spec: RowSpec) -> Any: ...
-
-    def step(self, rows: Sequence[Any]) -> None:
-        """One forward that advances every row by one step. A row's result must not depend on its neighbours."""
-
-    def decode(self, row: Any) -> np.ndarray:
-        """Pixels of a finished row, uint8 ``[H, W, 3]``."""
-
-    def estimate(self, row: Any) -> Any:
-        """A cheap snapshot of the picture that the model sees in a row at its latest step."""
-
-    def decode_estimate(self, estimate: Any) -> np.ndarray:
-        """Pixels of an estimate, uint8 ``[H, W, 3]``."""
+    def _grown(self, rows: int) -> int:
+        return min(self.most, rows + max(1, rows // 8))
 
 
 class Stepper:
-    """Steps rows within a budget.
+    """Steps rows of a :class:`robuq_core.pipeline.Sampler` within a budget.
 
     Args:
         on_retry: called before each forward of a step but the first.
@@ -94,8 +89,9 @@ class Stepper:
         max_batch_rows: int,
         clock: Callable[[], float] = time.monotonic,
         on_retry: Callable[[], None] = lambda: None,
+        target_step_s: float | None = None,
     ) -> None:
-        self.budget = RowBudget(max_batch_rows)
+        self.budget = RowBudget(max_batch_rows, target_step_s)
         self._clock = clock
         self._on_retry = on_retry
         self._measured: list[tuple[int, float]] = []
@@ -105,7 +101,7 @@ class Stepper:
         measured, self._measured = self._measured, []
         return measured
 
-    def step(self, sampler: StepSampler, rows: Sequence[Any]) -> dict[int, Exception]:
+    def step(self, sampler: Any, rows: Sequence[Any]) -> dict[int, Exception]:
         """Advance every row by one step; the faults by position in ``rows``.
 
         Rows that a failed forward has not moved are tried again in halves: a row's result does not depend on its
@@ -121,7 +117,7 @@ class Stepper:
 
     def _attempt(
         self,
-        sampler: StepSampler,
+        sampler: Any,
         rows: Sequence[Any],
         costs: Sequence[int],
         part: Sequence[int],
@@ -160,83 +156,14 @@ class Stepper:
             room -= costs[i]
         return list(parts)
 
-    def _forward(self, sampler: StepSampler, rows: list[Any]) -> Exception | None:
+    def _forward(self, sampler: Any, rows: list[Any]) -> Exception | None:
         block_rows = sum([row.block_rows for row in rows])
         began = self._clock()
         try:
             sampler.step(rows)
         except Exception as error:
             return error
-        else:
-            self._measured.append((block_rows, self._clock() - began))
-            self.budget.fitted(block_rows)
-            return None
-
-
-@dataclass
-class _Point:
-    seconds: float
-    seen_at: int  # number of the observation
-
-
-class StepTimeCurve:
-    """Seconds of a step as a non-decreasing function of its rows. Not thread-safe.
-
-    Each size keeps a running mean; isotonic regression makes the means monotone, lines join them. Below the smallest
-    size that was run its time is taken, beyond the largest the time grows in proportion: neither is too low.
-    """
-
-    def __init__(self) -> None:
-        self._points: dict[int, _Point] = {}
-        self._sizes: list[int] = []  # keys of _points, ascending
-        self._fitted: list[float] | None = None  # monotone means by position in _sizes; None: to be computed
-        self._observations = 0
-
-    def observe(self, rows: int, seconds: float) -> None:
-        """A step of ``rows`` rows took ``seconds``."""
-        if rows < 1 or not 0 <= seconds < float("inf"):
-            raise ValueError(f"a step needs at least 1 row and a finite time, not {rows} rows in {seconds} s")
-        self._observations += 1
-        self._fitted = None
-        point = self._points.get(rows)
-        if point is None:
-            self._points[rows] = _Point(seconds, self._observations)
-            bisect.insort(self._sizes, rows)
-        else:
-            point.seconds += SMOOTHING * (seconds - point.seconds)
-            point.seen_at = self._observations
-        largest = self._sizes[-1]
-        if self._observations - self._points[largest].seen_at > FORGET_AFTER:
-            del self._points[self._sizes.pop()]
-
-    def seconds(self, rows: int) -> float:
-        """Expected seconds of a step of ``rows`` rows; 0 before anything was observed."""
-        if not self._sizes:
-            return 0.0
-        fitted = self._fit()
-        after = bisect.bisect_left(self._sizes, rows)
-        if after == len(self._sizes):
-            return fitted[-1] * rows / self._sizes[-1]
-        if after == 0:
-            return fitted[0]
-        low, high = self._sizes[after - 1], self._sizes[after]
-        share = (rows - low) / (high - low)
-        return fitted[after - 1] + share * (fitted[after] - fitted[after - 1])
-
-    def rows_within(self, target_s: float, max_rows: int) -> int:
-        """Most rows, 1..``max_rows``, whose step is expected to take at most ``target_s``; 1 if none is."""
-        return max(1, bisect.bisect_right(range(1, max_rows + 1), target_s, key=self.seconds))
-
-    def _fit(self) -> list[float]:
-        """Least-squares non-decreasing fit of the means: pool adjacent violators."""
-        if self._fitted is None:
-            blocks: list[tuple[float, int]] = []  # mean, sizes in the block
-            for size in self._sizes:
-                mean, count = self._points[size].seconds, 1
-                while blocks and blocks[-1][0] > mean:
-                    other, others = blocks.pop()
-                    mean = (mean * count + other * others) / (count + others)
-                    count += others
-                blocks.append((mean, count))
-            self._fitted = [mean for mean, count in blocks for _ in range(count)]
-        return self._fitted
+        seconds = self._clock() - began
+        self._measured.append((block_rows, seconds))
+        self.budget.fitted(block_rows, seconds)
+        return None

@@ -28,13 +28,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 from robuq_core.errors import UserError
 from robuq_core.images import ImageFormat, encode_image
 from robuq_core.params import RowSpec
-from server.stepping import Stepper, StepTimeCurve
-from server.wire import Unpacker, pack
+from server.launch import Unpacker, pack
+from server.stepping import Stepper
 
 logger = logging.getLogger(__name__)
 
@@ -113,9 +114,8 @@ class Worker:
         try:
             self._sampler = self._make_sampler(options)
             self._send({"op": "loaded", "model": describe(self._sampler)})
-            self._stepper = Stepper(options["max_batch_rows"], self._clock, lambda: self._send({"op": "alive"}))
-            self._curve = StepTimeCurve()
-            self._target_step_s: float | None = options["target_step_s"]
+            alive = partial(self._send, {"op": "alive"})
+            self._stepper = Stepper(options["max_batch_rows"], self._clock, alive, options["target_step_s"])
             self._embed_settings: bool = options["embed_settings"]
             self._max_previews = 2 * options["max_batch_rows"]
             self._pool = ThreadPoolExecutor(options["decode_threads"], thread_name_prefix="decode")
@@ -149,9 +149,8 @@ class Worker:
                 measured = self._stepper.take_measured()
                 if sum(seconds for _, seconds in measured) > QUICK_S:
                     break
-            for forward_rows, seconds in measured:
-                self._curve.observe(forward_rows, seconds)
             row = rows[0]
+        self._stepper.budget.restart(*measured[-1])
         self._send({"op": "warming"})
         encode_image(self._sampler.decode(row), "png")
 
@@ -214,9 +213,6 @@ class Worker:
         faulty = self._stepper.step(self._sampler, [image.row for image in batch])
         ended = self._clock()
         measured = self._stepper.take_measured()
-        for rows, seconds in measured:
-            if rows:  # steps that reuse all of their blocks say nothing of those that run them
-                self._curve.observe(rows, seconds)
         for position, error in faulty.items():
             self._fault(batch[position], error)
         first, progress = [], []
@@ -237,19 +233,16 @@ class Worker:
             report |= {"first": first, "began": began, "ended": ended}
         if progress:
             report["progress"] = progress
-        budget = self._stepper.budget.rows
-        if ended - self._reported_at > SLOW_REPORT_S or self._target_step_s or budget != self._reported_budget:
+        budget = self._stepper.budget.admitted
+        if ended - self._reported_at > SLOW_REPORT_S or budget != self._reported_budget:
             self._reported_at, self._reported_budget = ended, budget
             report |= self._speed()
         return report
 
     def _speed(self) -> Options:
         """The row budget, the rows a second of full batches, and the memory of the GPU if there is one."""
-        rows = self._stepper.budget.rows
-        if self._target_step_s is not None:
-            rows = self._curve.rows_within(self._target_step_s, rows)
-        seconds = self._curve.seconds(rows)
-        speed: Options = {"budget": rows, "rows_per_s": rows / seconds if seconds else 0.0}
+        budget = self._stepper.budget
+        speed: Options = {"budget": budget.admitted, "rows_per_s": budget.rows_per_s}
         if (memory := _gpu_memory()) is not None:
             speed["gpu"] = memory
         return speed

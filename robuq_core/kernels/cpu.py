@@ -402,27 +402,29 @@ class CpuBackend:
         return y
 
     def update(
-        self, x: Tensor, output: Tensor, steps: Sequence[RowStep], clip: bool, guided_channels: int
+        self, x: Tensor, previous_x0: Tensor, output: Tensor, steps: Sequence[RowStep], clip: bool, guided_channels: int
     ) -> tuple[Tensor, Tensor]:
         """See :class:`robuq_core.diffusion.update.Update`; one thread, as it takes less time than to wake others."""
         rows, shape = len(steps), tuple(x.shape[1:])
-        x, output = _check(x, "x", (rows, *shape)), _check(output, "output", tuple(output.shape))
+        x, previous = _check(x, "x", (rows, *shape)), _check(previous_x0, "previous_x0", (rows, *shape))
+        output = _check(output, "output", tuple(output.shape))
         guided = sum(step.scale is not None for step in steps)
         if len(output) != rows + guided or output.shape[1] < shape[0] or output.shape[2:] != shape[1:]:
             raise ValueError(
                 f"output {tuple(output.shape)} does not fit {rows} rows of {shape}, {guided} of them guided"
             )
         values, x_row, output_row = math.prod(shape), 4 * x.stride(0), 4 * output.stride(0)
-        x_at, cond_at = x.data_ptr(), output.data_ptr()
+        x_at, previous_at, cond_at = x.data_ptr(), previous.data_ptr(), output.data_ptr()
         uncond_at = cond_at + rows * output_row
-        packed, kept = [], []  # the terms are kept until they are read
+        packed, kept = [], []  # noises are kept until they are read
         for i, step in enumerate(steps):
-            previous, noise = (None if term is None else _check(term, "a row", shape) for term in step[2:])
-            kept.append((previous, noise))
+            noise = None if step.noise is None else _check(step.noise, "noise", shape)
+            kept.append(noise)
             packed.append(
                 _ROW_STEP.pack(
                     *(x_at + i * x_row, cond_at + i * output_row, 0 if step.scale is None else uncond_at),
-                    *(0 if previous is None else previous.data_ptr(), 0 if noise is None else noise.data_ptr()),
+                    previous_at + i * x_row if step.multistep else 0,
+                    0 if noise is None else noise.data_ptr(),
                     *(*step.coefficients[:6], step.scale or 0.0, 0.0),
                 )
             )

@@ -101,33 +101,33 @@ class ConditioningTable:
         wanted = dict.fromkeys(pairs)
         if len(wanted) > self.table.shape[1]:
             self._allocate(2 * len(wanted))
-        missing = []
+        new: dict[Pair, int] = {}
         for pair in wanted:
             if pair in self._slot_of:
                 self._slot_of.move_to_end(pair)
             else:
-                missing.append(pair)
-        if missing:
-            self._add(missing)
-        return staged(torch.tensor([self._slot_of[pair] for pair in pairs]), self.table.device)
+                new[pair] = -1
+        # What this forward uses was moved to the end, so it is never what goes.
+        for pair in new:
+            new[pair] = self._free.pop() if self._free else self._slot_of.popitem(last=False)[1]
+        slots = torch.tensor([new[pair] if pair in new else self._slot_of[pair] for pair in pairs])
+        if not new:
+            return staged(self.table.device, slots)[0]
+        try:
+            c_UD, slots, added = self._embeddings(list(new), slots, torch.tensor(list(new.values())))
+            self._fill(c_UD, added)
+        except BaseException:
+            self._free += new.values()
+            raise
+        self._slot_of.update(new)
+        return slots
 
     def final(self, timesteps: Sequence[float], classes: Sequence[int]) -> Tensor:
         """The final layer's shift and scale alone, ``[2, B, D]``: the same values, computed and not kept."""
-        modulation = self._final(self._embeddings(list(zip(timesteps, classes, strict=True))))
-        return modulation.reshape(len(timesteps), 2, -1).transpose(0, 1)
+        (c_BD,) = self._embeddings(list(zip(timesteps, classes, strict=True)))
+        return self._final(c_BD).reshape(len(timesteps), 2, -1).transpose(0, 1)
 
-    def _add(self, pairs: list[Pair]) -> None:
-        # What this forward uses was moved to the end, so it is never what goes.
-        slots = [self._free.pop() if self._free else self._slot_of.popitem(last=False)[1] for _ in pairs]
-        try:
-            self._fill(pairs, staged(torch.tensor(slots), self.table.device))
-        except BaseException:
-            self._free += slots
-            raise
-        self._slot_of.update(zip(pairs, slots, strict=True))
-
-    def _fill(self, pairs: list[Pair], slots: Tensor) -> None:
-        c_UD = self._embeddings(pairs)
+    def _fill(self, c_UD: Tensor, slots: Tensor) -> None:
         if self._grouping is not None and self._group is not None:
             every = self._grouping.ternary_each(c_UD, self._group, "silu")
             self._put(0, slots, every.transpose(0, 1).flatten(1))
@@ -136,11 +136,26 @@ class ConditioningTable:
                 self._put(BLOCK_ENTRIES * i, slots, self._ternary(c_UD, layer, "silu"))
         self._put(BLOCK_ENTRIES * len(self._adaln), slots, self._final(c_UD))
 
-    def _embeddings(self, pairs: list[Pair]) -> Tensor:
-        """Timestep and class of each pair, embedded and added: ``[U, D]``."""
-        classes = staged(torch.tensor([label for _, label in pairs]), self.table.device)
-        embeddings = torch.stack([self._timestep_embedding(timestep) for timestep, _ in pairs])
-        return embeddings + self._dense["y_embedder.embedding_table.weight"][classes]
+    def _embeddings(self, pairs: list[Pair], *others: Tensor) -> tuple[Tensor, ...]:
+        """Timestep and class of each pair, embedded and added: ``[U, D]``. Then ``others`` on the device: all that
+        comes from the host comes in one copy."""
+        timesteps = dict.fromkeys(timestep for timestep, _ in pairs)
+        fresh = [each for each in timesteps if each not in self._timestep_embeddings]
+        if len(self._timestep_embeddings) + len(fresh) > NUM_TRAIN_TIMESTEPS:  # the times of a flow are any numbers
+            self._timestep_embeddings.clear()
+            fresh = list(timesteps)
+        classes, *rest = staged(
+            self.table.device,
+            torch.tensor([label for _, label in pairs]),
+            *others,
+            *(timestep_features(torch.tensor([timestep]), self._config.flavour) for timestep in fresh),
+        )
+        for timestep, features in zip(fresh, rest[len(others) :], strict=True):
+            hidden = F.silu(self._linear(features, "t_embedder.mlp.0"))
+            self._timestep_embeddings[timestep] = self._linear(hidden, "t_embedder.mlp.2")[0]
+        embeddings = torch.stack([self._timestep_embeddings[timestep] for timestep, _ in pairs])
+        c_UD = embeddings + self._dense["y_embedder.embedding_table.weight"][classes]
+        return c_UD, *rest[: len(others)]
 
     def _final(self, c_UD: Tensor) -> Tensor:
         # SiLU row by row: torch's vector and scalar code differ in the last bit, and which of them an element meets
@@ -152,15 +167,6 @@ class ConditioningTable:
         """Write ``modulation [U, n D]`` to entries ``first`` .. ``first + n - 1``."""
         parts = modulation.reshape(len(slots), -1, self._config.hidden_size).transpose(0, 1)
         self.table[first : first + len(parts)].index_copy_(1, slots, parts)
-
-    def _timestep_embedding(self, timestep: float) -> Tensor:
-        if timestep not in self._timestep_embeddings:
-            if len(self._timestep_embeddings) >= NUM_TRAIN_TIMESTEPS:  # the times of a flow are any numbers
-                self._timestep_embeddings.clear()
-            features = staged(timestep_features(torch.tensor([timestep]), self._config.flavour), self.table.device)
-            hidden = F.silu(self._linear(features, "t_embedder.mlp.0"))
-            self._timestep_embeddings[timestep] = self._linear(hidden, "t_embedder.mlp.2")[0]
-        return self._timestep_embeddings[timestep]
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
         return self._backend.linear(x, self._dense[f"{name}.weight"], self._dense[f"{name}.bias"])

@@ -31,6 +31,7 @@ from robuq_core.models.conditioning import BLOCK_ENTRIES, ConditioningTable
 from robuq_core.models.dit import negates_output, norm2_eps, patchify, position_table, unpatchify
 from robuq_core.models.graphs import CudaRecorder, Denoise, DenoiseKeeping, GraphedDenoise, buckets
 from robuq_core.openmp import on_one_thread
+from robuq_core.staging import taken
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
 
@@ -156,7 +157,7 @@ class PackedDiT:
         """:meth:`forward`, and beside its output what the blocks added to the tokens of the rows at ``keep`` (one or
         more): float32 ``[len(keep), L, D]``."""
         out, tokens_BLD = self._run_keeping(x_BCHW, self._slots(timesteps_B, classes_B), self.conditioning.table)
-        return out, tokens_BLD[keep] - self._embedded(x_BCHW[keep])
+        return out, taken(tokens_BLD, keep) - self._embedded(taken(x_BCHW, keep))
 
     def forward_reusing(
         self, x_BCHW: Tensor, timesteps_B: Tensor, classes_B: Tensor, block_delta_BLD: Tensor

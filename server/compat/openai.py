@@ -174,35 +174,32 @@ def _answer(request: Request, result: Result) -> list[bytes]:
     return [*parts, b"]," + to_json(common | {"size": request.model.size} | ours)[1:]]
 
 
-class _Narrator:
-    """OpenAI's events, one ``completed`` for each image; ``image`` and ``seed`` are ours."""
+def _event(request: Request, name: str, image: int, encoded: bytes, **more: Any) -> tuple[str, bytes]:
+    """One of OpenAI's events; ``image`` and ``seed`` are ours."""
+    fields = {
+        "type": name,
+        "created_at": int(time.time()),
+        "background": "opaque",
+        "output_format": request.image_format,
+        "quality": "auto",
+        "size": request.model.size,
+        "image": image,
+        "seed": request.specs[image].seed,
+        **more,
+    }
+    return name, b'{"b64_json":"' + encoded + b'",' + to_json(fields)[1:]
 
-    def __init__(self, request: Request) -> None:
-        self._request = request
 
-    def _event(self, name: str, image: int, encoded: bytes, **more: Any) -> tuple[str, bytes]:
-        fields = {
-            "type": name,
-            "created_at": int(time.time()),
-            "background": "opaque",
-            "output_format": self._request.image_format,
-            "quality": "auto",
-            "size": self._request.model.size,
-            "image": image,
-            "seed": self._request.specs[image].seed,
-            **more,
-        }
-        return name, b'{"b64_json":"' + encoded + b'",' + to_json(fields)[1:]
+def _progress(request: Request, event: Event) -> tuple[str, bytes] | None:
+    if not isinstance(event, Preview):
+        return None  # OpenAI's clients know no event of a step
+    index = event.steps_done // request.preview_every - 1
+    return _event(request, PARTIAL_IMAGE, event.image, event.encoded, partial_image_index=index)
 
-    def progress(self, event: Event) -> tuple[str, bytes] | None:
-        if not isinstance(event, Preview):
-            return None  # OpenAI's clients know no event of a step
-        index = event.steps_done // self._request.preview_every - 1
-        return self._event(PARTIAL_IMAGE, event.image, event.encoded, partial_image_index=index)
 
-    def completed(self, result: Result) -> Iterable[tuple[str, bytes]]:
-        for i, image in enumerate(result.images):
-            yield self._event(COMPLETED, i, image, usage=_NO_TOKENS)
+def _completed(request: Request, result: Result) -> Iterable[tuple[str, bytes]]:
+    for i, image in enumerate(result.images):
+        yield _event(request, COMPLETED, i, image, usage=_NO_TOKENS)
 
 
 def openai_router(service: Service) -> APIRouter:
@@ -250,7 +247,9 @@ def openai_router(service: Service) -> APIRouter:
                 # The longest stride that still gives that number of previews before the last step.
                 request.preview_every = math.ceil(request.specs[0].steps / (body.partial_images + 1))
             request = service.submit(http, request)
-            return await service.stream(http, request, _Narrator(request), warning)
+            return await service.stream(
+                http, request, partial(_progress, request), partial(_completed, request), warning
+            )
         request = service.submit(http, request)
         result = await service.result(http, request)
         return Parts(_answer(request, result), JSON, result_headers(request, result.timings) | warning)

@@ -79,7 +79,7 @@ def test_metrics_by_name_and_fed() -> None:
 
 
 def test_ready_follows_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.pool.FIRST_PAUSE_S", 0.5)
+    monkeypatch.setattr("server.fleet.FIRST_PAUSE_S", 0.5)
     sampler = WatchedSampler()
     with live_server(sampler, stall_timeout_s=0.1) as (client, engine):
         sampler.hold()
@@ -103,7 +103,7 @@ def test_ready_follows_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_health_asks_for_a_restart_when_workers_keep_dying(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.pool.FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr("server.fleet.FIRST_PAUSE_S", 0.0)
     sampler = WatchedSampler()
     with live_server(sampler) as (client, engine):
 

@@ -11,7 +11,7 @@ from serving_harness import WAIT_S, WatchedSampler, outcome, running_engine, sam
 
 from robuq_core.images import encode_image
 from server.fake import FakeRow
-from server.pool import MAX_DEATHS
+from server.fleet import MAX_DEATHS
 from server.remote_worker import RunFailed
 from server.request import Cancelled, GenerationFailed, NotReady, Overloaded, WorkerDied
 
@@ -135,7 +135,7 @@ def test_cancel_while_waiting_and_after_the_end() -> None:
 def test_the_queue_is_bounded_in_images_and_says_when_to_try_again(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = WatchedSampler(step_s=0.01)
     with running_engine(sampler, max_batch_rows=2, max_queue_images=16) as engine:
-        worker = engine.pool._workers()[0]
+        worker = engine.pool._fleet.present[0]
         assert 0 < worker.rows_per_s <= 200  # as measured by the warm-up: two rows in at least 10 ms
         sampler.hold()
         engine.submit([spec(seed=s, steps=100) for s in range(2)], "png")
@@ -234,7 +234,7 @@ def test_a_request_whose_worker_dies_twice_fails_and_says_so() -> None:
 
 
 def test_workers_that_die_again_and_again_fail_the_pool_and_strand_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.pool.FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr("server.fleet.FIRST_PAUSE_S", 0.0)
     sampler = WatchedSampler()
     with running_engine(sampler, max_queue_images=64) as engine:
 
@@ -341,5 +341,5 @@ def test_many_requests_from_many_threads_leave_nothing_behind() -> None:
         assert outcomes == [True] * 160
         until(lambda: engine.idle and engine.images_decoding == 0)
         assert sample(engine, "robuq_requests_running") == sample(engine, "robuq_requests_waiting") == 0
-        assert [worker.rows for worker in engine.pool._workers()] == [0]
+        assert [worker.rows for worker in engine.pool._fleet.present] == [0]
     assert max(map(len, sampler.batches)) <= 4

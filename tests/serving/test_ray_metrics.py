@@ -46,7 +46,8 @@ def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, Gauge]:
 
 def test_every_sample_is_told_as_it_is(told: dict[str, Gauge]) -> None:
     metrics = Metrics(max_batch_rows=4)
-    metrics.watch_requests(running=lambda: 2, waiting=lambda: 3)
+    metrics.watch("requests_running", lambda: 2)
+    metrics.watch("requests_waiting", lambda: 3)
     metrics.requests.labels("completed").inc(5)
     bridge = RayMetrics(metrics.registry)
     bridge.publish()

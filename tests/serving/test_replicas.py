@@ -139,7 +139,7 @@ def test_the_wait_that_is_reported_shrinks_with_the_number_of_replicas() -> None
             hold(samplers)
             running = engine.submit([spec(steps=100)] * (2 * replicas), "png")
             wait_for_a_step(samplers)
-            for worker in engine.pool._workers():
+            for worker in engine.pool._fleet.present:
                 worker.rows_per_s = 2 / 0.03
             engine.submit([spec(steps=100)] * 16, "png")
             with pytest.raises(Overloaded) as refused:
@@ -174,7 +174,7 @@ def test_no_two_replicas_ever_step_the_same_row() -> None:
         for job in jobs:
             outcome(job)
         until(lambda: engine.idle and engine.images_decoding == 0)
-        assert [worker.rows for worker in engine.pool._workers()] == [0] * 4
+        assert [worker.rows for worker in engine.pool._fleet.present] == [0] * 4
     assert clashes == []
 
 

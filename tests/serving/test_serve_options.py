@@ -38,7 +38,7 @@ def test_origins_come_from_options_and_from_a_variable(monkeypatch: pytest.Monke
     monkeypatch.setenv("ROBUQ_CORS_ORIGINS", " ".join(wanted))
     assert Settings().cors_origins == wanted
     for wrong in ("example.org", "https://example.org/", "https://example.org/page", "null", ""):
-        with pytest.raises(UserError, match=r"--cors-origins .* is no origin"):
+        with pytest.raises(UserError, match=r"--cors-origins .* is not an origin"):
             load_settings({"cors_origins": [wrong]})
 
 

@@ -122,10 +122,10 @@ def test_small_forwards_say_nothing_about_a_larger_budget() -> None:
     budget = RowBudget(8)
     budget.out_of_memory(8)
     for _ in range(10 * GROW_AFTER):
-        budget.fitted(2)
+        budget.fitted(2, 0.01)
     assert budget.rows == 4
     for _ in range(GROW_AFTER):
-        budget.fitted(3)
+        budget.fitted(3, 0.01)
     assert budget.rows == 5
 
 
@@ -152,3 +152,36 @@ def test_forwards_are_measured_and_further_ones_of_a_step_are_announced() -> Non
     stepper.step(FakeSampler(on_step=look), make_rows([False, False]))
     assert stepper.take_measured() == [(1, 3.0), (1, 3.0)]
     assert retries == [16.0, 19.0]  # so that a step of many halves does not seem to hang
+
+
+@pytest.mark.parametrize(
+    ("fixed_s", "row_s", "target_s", "most"), [(0.0, 0.004, 0.021, 5), (0.01, 0.001, 0.02, 10), (0.5, 0.1, 0.02, 1)]
+)
+def test_a_target_time_is_kept_and_one_slow_step_does_not_keep_batches_small(
+    fixed_s: float, row_s: float, target_s: float, most: int
+) -> None:
+    budget, late = RowBudget(32, target_s), 0
+    budget.restart(32, fixed_s + row_s * 32)
+    for _ in range(3):
+        budget.fitted(budget.admitted, fixed_s + row_s * budget.admitted)
+    assert 0.7 * most <= budget.admitted <= most
+    budget.fitted(budget.admitted, 10 * target_s)
+    assert budget.admitted <= max(1, most // 10)
+    for _ in range(most * GROW_AFTER):
+        seconds = fixed_s + row_s * budget.admitted
+        budget.fitted(budget.admitted, seconds)
+        late += seconds > target_s
+    assert 0.7 * most <= budget.admitted <= most + 1
+    assert most == 1 or late <= most
+    assert budget.rows == 32  # batches under way are not divided for it
+
+
+def test_the_speed_is_that_of_full_forwards() -> None:
+    budget = RowBudget(8)
+    budget.fitted(2, 0.01)
+    assert budget.rows_per_s == 0
+    budget.restart(8, 0.02)
+    for _ in range(50):
+        budget.fitted(7, 0.07)
+        budget.fitted(2, 0.001)
+    assert budget.rows_per_s == pytest.approx(100, rel=0.01)

@@ -18,7 +18,7 @@ from serving_harness import WAIT_S, WatchedSampler, live_server, until
 from robuq_core.errors import UserError
 from server import telemetry
 from server.logs import JsonFormatter, current_trace_id
-from server.tracing import from_traceparent
+from server.telemetry import from_traceparent
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 TRACEPARENT = f"00-{TRACE}-{PARENT}-01"

@@ -49,21 +49,21 @@ def test_the_native_update_is_the_reference_to_the_bit(
         RowStep(
             Coefficients(*factors),
             scale,
-            tensor(10 + i, *shape) if multistep else None,
+            multistep,
             tensor(20 + i, *shape) if noisy else None,
         )
         for i, (factors, scale, multistep, noisy) in enumerate(rows)
     ]
-    x = tensor(1, len(rows), *shape)
+    x, previous = tensor(1, len(rows), *shape), tensor(3, len(rows), *shape)
     output = tensor(2, len(rows) + sum(step.scale is not None for step in steps), out_channels, side, side)
     assert isinstance(native, UpdatingBackend)
-    expected = update(x, output, steps, clip, guided)
-    found = native.update(x, output, steps, clip, guided)
+    expected = update(x, previous, output, steps, clip, guided)
+    found = native.update(x, previous, output, steps, clip, guided)
     assert all(map(torch.equal, found, expected))
     for i in range(len(rows)):  # and a row alone has the bits that it has among others
         before = len(rows) + sum(step.scale is not None for step in steps[:i])
         own = output[[i, before]] if steps[i].scale is not None else output[[i]]
-        alone = native.update(x[i : i + 1], own, steps[i : i + 1], clip, guided)
+        alone = native.update(x[i : i + 1], previous[i : i + 1], own, steps[i : i + 1], clip, guided)
         assert all(torch.equal(one[0], many[i]) for one, many in zip(alone, found, strict=True))
 
 
@@ -73,7 +73,7 @@ def test_values_that_are_not_finite_stay_so(native: CpuBackend, clip: bool) -> N
     output[0, 0, 0, 0] = float("nan")
     step = RowStep(Coefficients(*[1.0] * 8))
     for advance in (update, native.update):
-        following, x0 = advance(torch.zeros(1, CHANNELS, 2, 2), output, [step], clip, CHANNELS)
+        following, x0 = advance(*torch.zeros(2, 1, CHANNELS, 2, 2), output, [step], clip, CHANNELS)
         assert bool(following[0, 0, 0, 0].isnan())
         assert bool(x0[0, 0, 0, 0].isnan())
 
@@ -81,4 +81,4 @@ def test_values_that_are_not_finite_stay_so(native: CpuBackend, clip: bool) -> N
 def test_an_output_of_another_size_is_refused(native: CpuBackend) -> None:
     guided = RowStep(Coefficients(*[1.0] * 8), scale=2.0)
     with pytest.raises(ValueError, match="output"):
-        native.update(torch.zeros(1, CHANNELS, 2, 2), torch.zeros(1, CHANNELS, 2, 2), [guided], False, CHANNELS)
+        native.update(*torch.zeros(3, 1, CHANNELS, 2, 2), [guided], False, CHANNELS)

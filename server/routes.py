@@ -1,0 +1,278 @@
+"""Routes beside those that generate images: what is served, how it does, and for administrators the hot swap."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from fastapi import Request as HttpRequest
+from fastapi.responses import Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel, ConfigDict, Field
+
+import robuq_core
+from robuq_core.config import PredictionType, SamplerConfig, SamplerName, samplers_of
+from robuq_core.images import IMAGE_FORMATS, ImageFormat
+from robuq_core.params import MAX_IMAGES, NullMeansAbsent, read_params
+from server.access import current_client
+from server.errors import ApiError, invalid
+from server.pool import Load
+from server.remote_worker import LoadFailed, RunFailed
+from server.request import MAX_PRIORITY
+from server.service import Service, classes_of, documented
+
+logger = logging.getLogger(__name__)
+
+MAX_QUERY = 200
+SUFFIX = ".safetensors"
+
+
+class StatusResponse(BaseModel):
+    """State of the server: starting, ready, restarting, draining, keys_unreadable, failed or stopped."""
+
+    status: str
+
+
+class ClassItem(BaseModel):
+    """One class; the name is empty where the checkpoint has none for it."""
+
+    id: int
+    name: str
+
+
+class ClassesResponse(BaseModel):
+    classes: list[ClassItem]
+
+
+class DecoderSchema(BaseModel):
+    """What turns the network's output into pixels; ``pixels`` where it generates them itself."""
+
+    name: str
+    weight_bytes: int
+
+
+class LimitsSchema(BaseModel):
+    """Bounds that requests meet. Times in seconds."""
+
+    max_images_per_request: int = MAX_IMAGES
+    max_batch_rows: int
+    max_queue_images: int
+    request_timeout_s: float
+    max_body_bytes: int
+
+
+class PrioritiesSchema(BaseModel):
+    """Range of ``priority``; one level weighs as much as ``ageing_s`` seconds of waiting."""
+
+    min: int = 0
+    max: int = MAX_PRIORITY
+    default: int = 0
+    ageing_s: float
+
+
+class InfoResponse(BaseModel):
+    """The server, its model, its defaults and its limits."""
+
+    version: str = robuq_core.__version__
+    checkpoint: str
+    backend: str
+    average_activation_bits: float
+    weight_bytes: int = Field(description="Of the network, without the decoder.")
+    decoder: DecoderSchema
+    image_size: int
+    num_classes: int
+    prediction_type: PredictionType
+    guidance: bool = Field(description="Whether guidance_scale may be other than 1.")
+    replicas: int
+    features: list[str]
+    samplers: list[SamplerName]
+    formats: list[ImageFormat] = list(IMAGE_FORMATS)
+    defaults: SamplerConfig
+    priorities: PrioritiesSchema
+    limits: LimitsSchema
+
+
+class SwapBody(NullMeansAbsent):
+    """Which file to serve from now on."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"path": "v2.safetensors"}]})
+
+    path: Annotated[str, Field(min_length=1, max_length=255, description="A file that GET /admin/checkpoint lists.")]
+
+
+class CheckpointFile(BaseModel):
+    """A file that could be served; whether it can shows when it is loaded."""
+
+    path: str
+    bytes: int
+    modified: datetime
+
+
+class CheckpointsResponse(BaseModel):
+    """``served`` is the name of the checkpoint as in /info."""
+
+    served: str
+    files: list[CheckpointFile]
+
+
+def describe(service: Service) -> InfoResponse:
+    """The server and the model that it serves now.
+
+    Raises:
+        NotReady: no model has been loaded yet.
+    """
+    model, settings = service.model, service.settings
+    features = ["streaming", "previews", "priorities", "deadlines", "openai", "kserve_v2", "idempotency"]
+    for name, on in (
+        ("cache", settings.cache_bytes),
+        ("api_keys", settings.api_keys_file),
+        ("opentelemetry", settings.otel_endpoint),
+    ):
+        features += [name] if on else []
+    known: dict[str, Any] = vars(model)
+    return InfoResponse(
+        **{name: known[name] for name in InfoResponse.model_fields if name in known},
+        checkpoint=model.name,
+        backend=model.backend_name,
+        decoder=DecoderSchema(name=model.decoder_name, weight_bytes=model.decoder_weight_bytes),
+        guidance=model.can_guide,
+        replicas=settings.replicas,
+        features=features,
+        samplers=list(samplers_of(model.prediction_type)),
+        priorities=PrioritiesSchema(ageing_s=settings.priority_ageing_s),
+        limits=LimitsSchema.model_validate(settings, from_attributes=True),
+    )
+
+
+def discovery_router(service: Service) -> APIRouter:
+    """What is served, which classes there are, how long the queue is."""
+    router = APIRouter(responses=documented())
+
+    @router.get("/info", responses=documented(503))
+    async def get_info() -> InfoResponse:
+        """The server, its model, its defaults and its limits."""
+        return describe(service)
+
+    @router.get("/classes", responses=documented(422, 503))
+    async def get_classes(
+        query: Annotated[str, Query(max_length=MAX_QUERY, description="A part of a name, or an id.")] = "",
+        limit: Annotated[int, Query(ge=1, le=1000, description="Most classes to return.")] = 20,
+    ) -> ClassesResponse:
+        """Classes that `query` may mean, the best first; without it, all of them in order of their ids.
+
+        First come the id itself, a whole name, the beginning of a name, of a word, any part of one; if no name holds
+        the query, those that are spelt much like it.
+        """
+        classes = classes_of(service.model)
+        found = classes.search(query, limit)
+        return ClassesResponse(classes=[ClassItem(id=i, name=classes.name(i)) for i in found])
+
+    @router.get("/queue")
+    async def get_queue() -> Load:
+        """What runs and what waits now."""
+        return service.pool.load()
+
+    return router
+
+
+def operations_router(service: Service) -> APIRouter:
+    """What probes and monitoring ask."""
+    router = APIRouter()
+
+    def answer(response: Response, status: str, unwell: bool) -> StatusResponse:
+        response.status_code = 503 if unwell else 200
+        return StatusResponse(status=status)
+
+    @router.get("/health", responses={503: {"model": StatusResponse, "description": "restart the process"}})
+    async def health(response: Response) -> StatusResponse:
+        """Liveness: 200 as long as the process can still serve, whatever a worker does; 503 asks for a restart."""
+        status = service.pool.status
+        return answer(response, status, status in ("failed", "stopped"))
+
+    @router.get("/ready", responses={503: {"model": StatusResponse, "description": "send no requests here"}})
+    async def ready(response: Response) -> StatusResponse:
+        """Readiness: 200 while a worker takes images; 503 while starting, restarting or draining, or without readable
+        API keys."""
+        return answer(response, service.status, service.status != "ready")
+
+    @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    async def metrics() -> Response:
+        """Prometheus metrics."""
+        return Response(service.pool.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+    return router
+
+
+def _is_inside(folder: Path, path: Path) -> bool:
+    """Whether ``path`` is a file in ``folder``; one that a link leads out of it is not."""
+    try:
+        return path.resolve(strict=True).is_relative_to(folder) and path.is_file()
+    except (OSError, RuntimeError):  # missing, not readable, or a circle of links
+        return False
+
+
+def _checkpoints(folder: Path) -> list[CheckpointFile]:
+    found = []
+    for path in sorted(folder.glob("*" + SUFFIX)):
+        if _is_inside(folder, path):
+            with suppress(FileNotFoundError):  # gone since the folder was read
+                status = path.stat()
+                modified = datetime.fromtimestamp(int(status.st_mtime), UTC)
+                found.append(CheckpointFile(path=path.name, bytes=status.st_size, modified=modified))
+    return found
+
+
+def admin_router(service: Service) -> APIRouter:
+    """The hot swap. ``server.middleware`` rejects everyone but administrators under ``/admin``."""
+    router = APIRouter(prefix="/admin")
+    schema = SwapBody.model_json_schema()
+    body_schema = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    busy = False
+    first_folder: Path | None = None
+
+    def folder() -> Path:
+        nonlocal first_folder
+        if first_folder is None:  # of the first checkpoint, whatever has been swapped in since
+            first_folder = (service.settings.checkpoint_dir or service.model.path.parent).resolve()
+        return first_folder
+
+    def unusable(message: str) -> ApiError:
+        """The 422 of a file, without the place of the folder, which is internal."""
+        message = message.replace(f"{folder()}/", "").replace(str(folder()), "the checkpoint folder")
+        return ApiError(422, "checkpoint_unusable", " ".join(message.split()), field="path")
+
+    @router.get("/checkpoint", responses=documented(503))
+    async def get_checkpoint() -> CheckpointsResponse:
+        """The checkpoint that is served, and the files that could be."""
+        return CheckpointsResponse(served=service.model.name, files=await asyncio.to_thread(_checkpoints, folder()))
+
+    @router.post("/checkpoint", responses=documented(409, 413, 422, 503), openapi_extra=body_schema)
+    async def swap_checkpoint(http: HttpRequest) -> InfoResponse:
+        """Load another checkpoint and serve it. No request is lost: those in flight end on the one they began with."""
+        nonlocal busy
+        name = read_params(SwapBody, await http.body()).path
+        logger.info("swapping to checkpoint %s", name, extra={"client": current_client(http)})
+        if busy:
+            raise ApiError(409, "swap_in_progress", "another checkpoint is being loaded; try again when it is done")
+        busy = True
+        try:
+            path = folder() / name
+            # Only a bare name stays itself: neither a/b nor .. nor an absolute path does. NUL is no part of any name.
+            bare = Path(name).name == name and "\0" not in name and name.endswith(SUFFIX)
+            if not bare or not _is_inside(folder(), path):
+                raise invalid("path", "path must be one of the files that GET /admin/checkpoint lists")
+            await service.pool.swap(path)
+        except LoadFailed as error:
+            raise unusable(str(error)) from error
+        except RunFailed as error:
+            raise unusable(f"{name}: it loads but does not run; the server's log has why") from error
+        finally:
+            busy = False
+        return describe(service)
+
+    return router

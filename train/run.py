@@ -62,7 +62,9 @@ class Run:
     """
 
     def __init__(self, config: TrainConfig, note: Note = print, base: Run | None = None) -> None:
-        self.config, self.folder, self.base, self._note = config, config.run_dir, base, note
+        self.config: TrainConfig = config
+        self.folder: Path = config.run_dir
+        self.base, self._note = base, note
 
     def note(self, text: str) -> None:
         """Pass one line on, from the first process."""
@@ -261,7 +263,8 @@ class Run:
             found["content of data.vae"] = self.index.digests.get("vae")
         for key, path in stage.starts_from(self).items():
             found[f"content of {key}"] = None if path is None else _content(key, path)
-        return json.loads(json.dumps(found))  # as it is read back: tuples are lists
+        as_read_back: dict[str, Any] = json.loads(json.dumps(found))  # tuples are lists
+        return as_read_back
 
     # Records.
 

@@ -277,8 +277,8 @@ class Saver:
             if not isinstance(cause, OSError):
                 raise cause from error
             parallel.on_first(lambda: _remove_hidden(state.folder.parent))  # which also frees its space
-            parallel.stop_all(StateError(f"{state.folder}: cannot write the training state ({one_line(cause)}); the one "
-                                         "before is intact: free some space and run again"))  # fmt: skip
+            message = f"{state.folder}: cannot write the training state ({one_line(cause)}); the one before is intact: "
+            parallel.stop_all(StateError(message + "free some space and run again"))
 
 
 def _remove_hidden(states: Path) -> None:

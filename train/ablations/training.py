@@ -111,7 +111,7 @@ def _resume(path: Path, model: DiT, optimiser: torch.optim.Optimizer, average: E
     state = read_state_file(path)
     model.load_state_dict(state["model"])
     optimiser.load_state_dict(state["optimiser"])
-    average.restore(state["ema"])
+    average.shadow = dict(state["ema"])
     return int(state["step"])
 
 

@@ -30,7 +30,7 @@
 #   docker buildx imagetools inspect python:3.12-slim --format '{{.Manifest.Digest}}'
 #   docker build -t robuq-serve --build-arg BASE_IMAGE=python:3.12-slim@sha256:... .
 #
-# BASE_IMAGE may be any Debian or Ubuntu image that has Python 3.11 or later as `python`. docs/containers.md has sizes
+# BASE_IMAGE may be any Debian or Ubuntu image that has Python 3.11 or later as `python`. docs/deployment.md has sizes
 # and what is in which layer.
 ARG BASE_IMAGE=python:3.12-slim
 

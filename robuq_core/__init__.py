@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from robuq_core.diffusers_pipeline import RobuQPipeline
     from robuq_core.pipeline import RowSpec, Sampler
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["RobuQPipeline", "RowSpec", "Sampler", "__version__"]
 
 limit_threads()

@@ -184,7 +184,7 @@ def inspect_command(
         for part, amount in parts.items():
             table.add_row(part, f"{amount.full / unit:.4f}", f"{amount.quantised / unit:.4f}")
         console.print(table)
-        console.print(f"{ratio(parts):.1f} times less, counted as in the paper (docs/fidelity.md)")
+        console.print(f"{ratio(parts):.1f} times less, counted as in the paper (docs/method.md)")
     console.print(f"[bold]provenance[/bold]: {json.dumps(header.provenance, default=str)}")
 
 

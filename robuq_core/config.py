@@ -59,18 +59,20 @@ class ModelConfig(StrictModel):
     of its frequencies hardly move from 0 to 1, and the network cannot tell its tokens apart; 100 spreads them.
     """
 
-    input_size: int = Field(32, ge=2, le=4096)
-    patch_size: int = Field(2, ge=1, le=256)
-    in_channels: int = Field(4, ge=1, le=1024)
-    hidden_size: int = Field(1152, ge=4, le=32_768)
-    depth: int = Field(28, ge=1, le=256)
-    num_heads: int = Field(16, ge=1, le=1024)
-    mlp_ratio: int = Field(4, ge=1, le=64)
-    num_classes: int = Field(1000, ge=0, le=MAX_CLASSES)
-    null_class: bool = True
-    learn_sigma: bool = True
-    position_scale: float = Field(1.0, gt=0, le=10_000)
-    flavour: Flavour = "official"
+    input_size: int = Field(32, ge=2, le=4096, description="side of the image, in pixels or latent cells")
+    patch_size: int = Field(2, ge=1, le=256, description="side of a token")
+    in_channels: int = Field(4, ge=1, le=1024, description="3 for RGB, 1 for grey, 4 for SD-VAE's latents")
+    hidden_size: int = Field(1152, ge=4, le=32_768, description="width")
+    depth: int = Field(28, ge=1, le=256, description="number of blocks")
+    num_heads: int = Field(16, ge=1, le=1024, description="attention heads")
+    mlp_ratio: int = Field(4, ge=1, le=64, description="width of the MLP over hidden_size")
+    num_classes: int = Field(1000, ge=0, le=MAX_CLASSES, description="0: no classes; labels are ignored")
+    null_class: bool = Field(True, description="a class-table row for no class, which guidance needs")
+    learn_sigma: bool = Field(True, description="also predict the variance")
+    position_scale: float = Field(
+        1.0, gt=0, le=10_000, description="distance of neighbours in the sin-cos table; more for few tokens"
+    )
+    flavour: Flavour = Field("official", description="whose numerics")
 
     @model_validator(mode="after")
     def _divisible(self) -> ModelConfig:
@@ -131,20 +133,26 @@ class QuantConfig(StrictModel):
     The packed runtime runs ``activation: gaussian`` alone; every other key it honours.
     """
 
-    activation_bits: int = Field(2, ge=1, le=8)
-    adaln_bits: int = Field(4, ge=1, le=8)
-    attention_bits: Literal[8] | None = 8
-    activation: ActivationRule = "gaussian"
-    grid: Grid = "midrise"
-    weight_scale: WeightScale = "conditional_mean"
-    weight_planes: int = Field(1, ge=1, le=3)
-    rotation: RotatedLinears = "all"
-    rotation_block: Literal[128] | None = None
-    rank: int = Field(16, ge=0, le=4096)
-    adaln_rank: int = Field(0, ge=0, le=4096)
-    lowrank_init: LowRankInit = "svd"
-    seed: int = Field(0, ge=-(2**63), lt=2**64)
-    bits: dict[str, Annotated[int, Field(ge=1, le=8)]] = Field(default_factory=dict)
+    activation_bits: int = Field(
+        2, ge=1, le=8, description="of qkv, proj, fc1 and fc2, unless bits or allocate say otherwise"
+    )
+    adaln_bits: int = Field(4, ge=1, le=8, description="of adaLN's inputs")
+    attention_bits: Literal[8] | None = Field(8, description="8, or null: attention is not quantised")
+    activation: ActivationRule = Field("gaussian", description="activation quantiser; only gaussian can be packed")
+    grid: Grid = Field("midrise", description="with a code at zero (midtread) or not")
+    weight_scale: WeightScale = Field("conditional_mean", description="scale of ternary weights; absmean is BitNet's")
+    weight_planes: int = Field(1, ge=1, le=3, description="ternary matrices summed to one weight")
+    rotation: RotatedLinears = Field("all", description="linears whose inputs are rotated")
+    rotation_block: Literal[128] | None = Field(
+        None, description="128: rotate blocks of this width; null: the whole width"
+    )
+    rank: int = Field(16, ge=0, le=4096, description="of the low-rank branch")
+    adaln_rank: int = Field(0, ge=0, le=4096, description="of adaLN's low-rank branch")
+    lowrank_init: LowRankInit = Field("svd", description="start of the low-rank branch")
+    seed: int = Field(0, ge=-(2**63), lt=2**64, description="of the rotation's signs")
+    bits: dict[str, Annotated[int, Field(ge=1, le=8)]] = Field(
+        default_factory=dict, description="width by layer name; not with allocate.average_bits"
+    )
 
 
 class DiffusionConfig(StrictModel):
@@ -154,16 +162,18 @@ class DiffusionConfig(StrictModel):
     are 1000 s. The others: linear betas 1e-4..0.02 over 1,000 timesteps.
     """
 
-    prediction_type: PredictionType = "epsilon"
-    clip_sample: bool = False
+    prediction_type: PredictionType = Field(
+        "epsilon", description="what the network predicts; flow: the velocity on a straight line"
+    )
+    clip_sample: bool = Field(False, description="clip predicted images to [-1, 1] while sampling")
 
 
 class SamplerConfig(StrictModel):
     """Defaults of a request that names none."""
 
-    sampler: SamplerName = "ddim"
-    steps: Steps = 50
-    guidance_scale: GuidanceScale = 1.5
+    sampler: SamplerName = Field("ddim", description="euler, heun and sde are for flow models, the others for the rest")
+    steps: Steps = Field(50, description="denoising steps")
+    guidance_scale: GuidanceScale = Field(1.5, description="classifier-free guidance; 1: none")
 
 
 def fitting_defaults(sampler: SamplerConfig, model: ModelConfig, prediction_type: PredictionType) -> SamplerConfig:

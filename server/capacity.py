@@ -1,5 +1,4 @@
-"""``robuq-serve capacity``: how many replicas a rate of images needs, and the memory of each. docs/capacity.md has the
-reasoning."""
+"""``robuq-serve capacity``: how many replicas a rate of images needs, and the memory of one. See docs/deployment.md."""
 
 from __future__ import annotations
 

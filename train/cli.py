@@ -295,6 +295,17 @@ def memory(
 
 @app.command()
 @reported
+def keys() -> None:
+    """Print every key of the configuration as YAML, with its default and meaning."""
+    try:
+        from train.config import annotated_defaults
+    except ImportError as error:
+        raise _not_installed(error) from error
+    typer.echo(annotated_defaults(), nl=False)
+
+
+@app.command()
+@reported
 def ptq(
     source: Annotated[
         Path, typer.Argument(help="Official .pt of DiT, SiT or REPA; diffusers folder; or RUN_DIR/states/teacher.")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, PydanticUndefined
 
 from robuq_core.config import (
     DiffusionConfig,
@@ -36,66 +38,62 @@ class DataConfig(StrictModel):
     """Images and their augmentation: resize the short side to ``resize``, crop to the model's size."""
 
     path: Path = Field(description="class folders, a zip of them, an npz, Parquet files, or a folder of IDX files")
-    split: Literal["train", "val", "test"] = Field(
-        default="train", description="which part of a data set that has several"
-    )
+    split: Literal["train", "val", "test"] = Field(default="train", description="part of a data set that has several")
     fit: Literal["resize", "pad", "adm"] = Field(
         default="resize",
-        description="pad: an image no larger than the wanted size is centred on black, not enlarged; adm: box "
-        "halvings, then bicubic, as published ImageNet figures crop",
+        description="resize: resize and centre-crop; pad: centre small images on black; adm: crop as published "
+        "ImageNet figures do",
     )
-    resize: int | None = Field(default=None, ge=2, description="short side before the crop; default: the crop's size")
+    resize: int | None = Field(default=None, ge=2, description="short side before the crop; null: the crop's size")
     supersample: int = Field(
-        default=1, ge=1, description="crop at this multiple of input_size and average down: shifts finer than a pixel"
+        default=1, ge=1, description="crop at this multiple of input_size and average down, for sub-pixel shifts"
     )
-    flip_probability: float = Field(default=0.5, ge=0, le=1)
+    flip_probability: float = Field(default=0.5, ge=0, le=1, description="share of mirrored samples")
     colour_jitter: float = Field(default=0.0, ge=0, lt=1, description="brightness and contrast factors in 1 +- this")
     vae: Path | None = Field(
         default=None, description="folder of a diffusers AutoencoderKL: train on its latents instead of on pixels"
     )
-    class_names: Path | None = Field(default=None, description="text file, one name a line, in class order")
+    class_names: Path | None = Field(default=None, description="text file, one name per line, in class order")
 
 
 class StageConfig(StrictModel):
     """One optimisation: AdamW at ``lr`` after a linear warm-up, constant or cosine down to ``final_lr_ratio``."""
 
-    steps: int = Field(default=400_000, ge=1)
-    batch_size: int = Field(default=256, ge=1)
-    lr: float = Field(default=1e-4, gt=0)
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    final_lr_ratio: float = Field(default=0.05, ge=0, le=1)
-    warmup_steps: int = Field(default=1000, ge=0)
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    weight_decay: float = Field(default=0.0, ge=0)
-    grad_clip: float | None = Field(default=1.0, gt=0)
-    ema_decay: float = Field(default=0.9999, ge=0, lt=1)
-    distill_weight: float = Field(default=0.0, ge=0, description="qat only: weight of the MSE to the teacher's output")
+    steps: int = Field(default=400_000, ge=1, description="optimiser steps")
+    batch_size: int = Field(default=256, ge=1, description="images per step, over all processes")
+    lr: float = Field(default=1e-4, gt=0, description="learning rate of AdamW")
+    lr_schedule: Literal["constant", "cosine"] = Field(default="constant", description="after the linear warm-up")
+    final_lr_ratio: float = Field(default=0.05, ge=0, le=1, description="where the cosine ends, as a share of lr")
+    warmup_steps: int = Field(default=1000, ge=0, description="steps over which the learning rate rises")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="of AdamW")
+    weight_decay: float = Field(default=0.0, ge=0, description="of AdamW")
+    grad_clip: float | None = Field(default=1.0, gt=0, description="largest gradient norm; null: no clipping")
+    ema_decay: float = Field(default=0.9999, ge=0, lt=1, description="of the averaged weights, which are what is used")
+    distill_weight: float = Field(
+        default=0.0, ge=0, description="weight of the MSE to the teacher's output (warmup, qat)"
+    )
     own_samples: float = Field(
         default=0.0, ge=0, le=1,
-        description="share of inputs that are the model's own one-step sample, noised, in place of the image",
+        description="share of inputs that are the model's own noised samples, for models that memorise",
     )  # fmt: skip
-    save_every: int = Field(default=1000, ge=1)
+    save_every: int = Field(default=1000, ge=1, description="steps between saved states")
     keep_every: int | None = Field(
         default=None, ge=1, description="steps between states that stay when later ones are saved; null: none"
     )
-    log_every: int = Field(default=50, ge=1)
+    log_every: int = Field(default=50, ge=1, description="steps between log records")
     eval_every: int | None = Field(
-        default=None, ge=1, description="steps between held-out losses and sheets of samples; null: none"
+        default=None, ge=1, description="steps between held-out losses and sample sheets; null: none"
     )
-    eval_samples: int = Field(
-        default=0, ge=0, description="samples of which eval_every also measures FD-EffNet; 0: none"
-    )
-    accumulate: int = Field(
-        default=1, ge=1, description="batch_size is worked through in this many parts, one after another: less memory"
-    )
+    eval_samples: int = Field(default=0, ge=0, description="samples for FD-EffNet at eval_every; 0: not measured")
+    accumulate: int = Field(default=1, ge=1, description="split each batch into this many parts: less memory")
     activation_checkpointing: bool = Field(
-        default=False, description="keep only the input of each block and compute the block again in the backward pass"
+        default=False, description="recompute each block in the backward pass: less memory"
     )
     parallel: Literal["ddp", "fsdp"] = Field(
-        default="ddp", description="several processes (torchrun): each holds the whole model, or a shard of it (FSDP2)"
+        default="ddp", description="under torchrun: each process holds the whole model, or a shard of it (FSDP2)"
     )
     gradients: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="what gradients travel in between processes; bf16 is half the traffic"
+        default="fp32", description="gradients between processes; bf16 halves the traffic"
     )
 
     @model_validator(mode="after")
@@ -120,8 +118,8 @@ class TeacherConfig(StageConfig):
 class QATConfig(StageConfig):
     """The quantised model; it starts from the teacher unless told otherwise."""
 
-    steps: int = Field(default=350_000, ge=1)
-    batch_size: int = Field(default=32, ge=1)
+    steps: int = Field(default=350_000, ge=1, description="optimiser steps")
+    batch_size: int = Field(default=32, ge=1, description="images per step, over all processes")
     warm_start: Literal["warmup"] | Path | None = Field(
         default=None,
         description="start from this run's warm-up, or from RUN_DIR/states/qat of another run, say at 4 bits",
@@ -131,41 +129,45 @@ class QATConfig(StageConfig):
 class SensitivityConfig(StrictModel):
     """What each layer loses at each activation width, all others at the width nearest to ``allocate.average_bits``."""
 
-    bits: tuple[Annotated[int, Field(ge=1, le=8)], ...] = (1, 2, 3, 4)
-    samples: int = Field(default=256, ge=1, description="fixed (x_t, t, noise, class) that every width is measured on")
-    batch_size: int = Field(default=16, ge=1, description="also what the interval of an allocation resamples")
-    guidance_scale: GuidanceScale = Field(
-        default=1.0, description="of the predictions that teacher_mse compares; 1 is none, others cost twice"
+    bits: tuple[Annotated[int, Field(ge=1, le=8)], ...] = Field(default=(1, 2, 3, 4), description="widths to try")
+    samples: int = Field(default=256, ge=1, description="fixed points that every width is measured on")
+    batch_size: int = Field(default=16, ge=1, description="points per batch; intervals resample batches")
+    guidance_scale: GuidanceScale = Field(default=1.0, description="guidance of the compared predictions; 1: none")
+    metric: Literal["teacher_mse", "diffusion_loss"] = Field(
+        default="teacher_mse", description="what the allocation uses; both are measured"
     )
-    metric: Literal["teacher_mse", "diffusion_loss"] = "teacher_mse"
     after: Literal["warmup", "teacher"] = Field(
-        default="warmup", description="measured on the warmed-up student, or on the teacher quantised untrained (PTQ)"
+        default="warmup", description="measure the warmed-up student, or the teacher quantised without training"
     )
 
 
 class AllocateConfig(StrictModel):
     """Which width each layer gets, eq. (6); ``average_bits`` null leaves ``quant.activation_bits`` everywhere."""
 
-    average_bits: float | None = Field(default=None, ge=1, le=8)
-    method: Literal["dynamic_programming", "greedy", "uniform"] = "dynamic_programming"
+    average_bits: float | None = Field(
+        default=None, ge=1, le=8, description="average weighted by multiply-accumulates; null: no search"
+    )
+    method: Literal["dynamic_programming", "greedy", "uniform"] = Field(
+        default="dynamic_programming", description="dynamic_programming is exact"
+    )
 
 
 class EvaluationConfig(StrictModel):
     """How samples are drawn to be measured; steps, guidance and sampler are ``sampler``'s."""
 
-    samples: int = Field(default=2000, ge=2, description="drawn for each seed")
+    samples: int = Field(default=2000, ge=2, description="samples per seed")
     split: Literal["train", "val", "test"] = Field(
-        default="train", description="which part of the data samples are compared with; test: never trained on"
+        default="train", description="part of the data that samples are compared with"
     )
-    photos: int = Field(default=50_000, ge=2, description="photos of the data that they are compared with, at most")
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 1, 2), min_length=1)
-    batch_size: int = Field(default=64, ge=1)
+    photos: int = Field(default=50_000, ge=2, description="most photos to compare with; at most 10,000 for latents")
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        default=(0, 1, 2), min_length=1, description="intervals are over these"
+    )
+    batch_size: int = Field(default=64, ge=1, description="samples per batch")
     inception: Path | None = Field(
-        default=None, description="torch-fidelity's Inception-v3 weights: also FID, sFID, IS, precision and recall"
+        default=None, description="torch-fidelity's Inception-v3 weights, for FID, sFID, IS, precision and recall"
     )
-    reference: Path | None = Field(
-        default=None, description="ADM's reference npz that they compare with in place of data.path"
-    )
+    reference: Path | None = Field(default=None, description="ADM's reference npz to compare with instead of data.path")
 
 
 # Overrides of a run for figures that are compared with published ones.
@@ -181,12 +183,18 @@ PROTOCOLS = {
 class TrainConfig(StrictModel):
     """A whole run: every stage reads the same file and writes below ``run_dir``."""
 
-    run_dir: Path
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    compile: bool = True
-    class_dropout: float = Field(default=0.1, ge=0, lt=1)
-    class_init: Literal["normal", "pca"] = "normal"
+    run_dir: Path = Field(description="folder for everything that the run writes")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of weights, batches and noise")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="auto: bf16 where the hardware supports it"
+    )
+    compile: bool = Field(default=True, description="use torch.compile")
+    class_dropout: float = Field(
+        default=0.1, ge=0, lt=1, description="share of labels dropped, for guidance; 0: no null class, no guidance"
+    )
+    class_init: Literal["normal", "pca"] = Field(
+        default="normal", description="class table: random, or principal components of the class means"
+    )
     class_init_std: float = Field(default=0.02, gt=0, description="initial spread of the class table")
     model: ModelConfig
     quant: QuantConfig = QuantConfig()
@@ -271,6 +279,31 @@ class TrainConfig(StrictModel):
         if self.allocate.average_bits is not None and self.quant.bits:
             raise ValueError("quant.bits and allocate.average_bits both choose the widths of layers: leave one out")
         return self
+
+
+def annotated_defaults() -> str:
+    """Every key with its default, choices and meaning, as YAML; ``warmup`` and ``qat`` have what differs from
+    ``teacher``. What has no default is ``REQUIRED``."""
+    lines, teacher = [], TrainConfig.model_fields["teacher"].default
+    for name, field in TrainConfig.model_fields.items():
+        section = field.annotation
+        if not (isinstance(section, type) and issubclass(section, StrictModel)):
+            lines.append(_annotated(name, field.default, field))
+            continue
+        lines.append(f"{name}:" + ("  # as teacher, except:" if name in ("warmup", "qat") else ""))
+        for key, inner in section.model_fields.items():
+            default = inner.get_default(call_default_factory=True, validated_data={})
+            if field.default is not PydanticUndefined:
+                default = getattr(field.default, key)
+            if name not in ("warmup", "qat") or default != getattr(teacher, key, PydanticUndefined):
+                lines.append("  " + _annotated(key, default, inner))
+    return "\n".join(lines) + "\n"
+
+
+def _annotated(key: str, default: Any, field: FieldInfo) -> str:
+    value = "REQUIRED" if default is PydanticUndefined else json.dumps(default).strip('"')
+    choices = " | ".join(choice for choice in get_args(field.annotation) if isinstance(choice, str))
+    return f"{f'{key}: {value}':<40}  # " + "; ".join(filter(None, (choices, field.description)))
 
 
 def parse_yaml(text: str | bytes) -> Any:

@@ -1,4 +1,4 @@
-"""What MkDocs does not do by itself for ``docs/``: links into the repository, equations, the HTTP reference.
+"""What MkDocs does not do by itself for ``docs/``: links into the repository, equations, tables made from the code.
 
 The pages stay plain Markdown that also reads well in a repository browser; all this happens while the site is built.
 """
@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from equations import equation
-from http_reference import http_reference
+from http_reference import http_reference, settings_table
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
@@ -25,7 +25,20 @@ MATH = re.compile(r"^```math\n(.*?)^```$|^\$\$(.+?)\$\$$", re.M | re.S)
 DRAWING = re.compile(r"^!\[([^\]]*)\]\(([^)\s]+\.svg)\)$", re.M)
 # How docstrings name other things; the reference shows their names.
 ROLE = re.compile(r":(?:class|func|meth|mod|attr):<code>~?([^<]*)</code>")
-OPENAPI_MARK = "<!-- openapi -->"
+
+
+def _configuration() -> str:
+    from train.config import annotated_defaults
+
+    return f"## Configuration\n\n```yaml\n{annotated_defaults()}```"
+
+
+# What is written where a page has a mark.
+GENERATED = {
+    "<!-- openapi -->": http_reference,
+    "<!-- settings -->": settings_table,
+    "<!-- keys -->": _configuration,
+}
 
 
 def _root(config: MkDocsConfig) -> Path:
@@ -64,14 +77,15 @@ def _drawing(folder: Path, text: str, path: str) -> str:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Point links at those files, set equations and drawings, and write the HTTP reference where its mark stands."""
+    """Point links at those files, set equations and drawings, and write what has a mark."""
     here = posixpath.dirname(page.file.src_uri) or "."
     markdown = OUTSIDE.sub(lambda found: posixpath.relpath(_source(found.group(1)), here), markdown)
     markdown = MATH.sub(lambda found: equation(found.group(1) or found.group(2)), markdown)
     folder = Path(config.docs_dir) / here
     markdown = DRAWING.sub(lambda found: _drawing(folder, found.group(1), found.group(2)), markdown)
-    if OPENAPI_MARK in markdown:
-        markdown = markdown.replace(OPENAPI_MARK, http_reference())
+    for mark, make in GENERATED.items():
+        if mark in markdown:
+            markdown = markdown.replace(mark, make())
     return markdown
 
 

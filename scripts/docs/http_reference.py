@@ -1,4 +1,4 @@
-"""The HTTP reference as Markdown, from the application's own OpenAPI document.
+"""The HTTP reference as Markdown, from the application's own OpenAPI document; and the options of the server.
 
 The document is the one that a running server gives at ``/openapi.json``; the model behind it is a stand-in with five
 classes, so nothing of the page depends on a checkpoint.
@@ -34,6 +34,17 @@ def http_reference() -> str:
 
     settings = Settings.model_construct()
     return render(create_app(Documented(settings, Metrics(settings.max_batch_rows)), settings).openapi())
+
+
+def settings_table() -> str:
+    """Every option of ``robuq-serve``."""
+    from server.settings import Settings
+
+    rows = []
+    for name, field in Settings.model_fields.items():
+        default = "" if field.default in (None, ()) else f"`{field.default}`"
+        rows.append((f"`--{name.replace('_', '-')}`", default, field.description or ""))
+    return _table(("Option", "Default", ""), rows)
 
 
 def render(document: Schema) -> str:

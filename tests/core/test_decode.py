@@ -366,7 +366,7 @@ def test_the_examples_of_the_guide(
     monkeypatch.chdir(tmp_path)
     write_latent_checkpoint(Path("latent.safetensors"))
     save_autoencoder_tiny(Path("vae"))
-    sample, serve = (shlex.split(line) for line in examples("decoding.md", "sh")[0].splitlines())
+    sample, serve = (shlex.split(line) for line in examples("weights.md", "sh")[2].splitlines())
     result = CliRunner().invoke(robuq.app, sample[1:])
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in Path("pictures").iterdir()) == ["0000_class1.png", "0001_class2.png"]
@@ -382,7 +382,7 @@ def test_the_examples_of_the_guide(
     assert result.exit_code == 0, result.output
     (settings,) = served
     assert Sampler.from_checkpoint(settings.checkpoint, decoder=settings.decoder).decoder.name == "vae"
-    for block in examples("decoding.md", "python"):
+    for block in examples("weights.md", "python")[:1]:
         names: dict[str, object] = {}
         exec(block, names)
         assert names["sampler" if "sampler" in names else "image"]

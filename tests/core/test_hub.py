@@ -348,12 +348,11 @@ def test_the_command(checkpoint: Path, tmp_path: Path) -> None:
 def test_the_examples_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_tiny(Path("mine.safetensors"))
-    shell, python = examples("hub.md", "sh"), examples("hub.md", "python")
-    assert (len(shell), len(python)) == (1, 1)
-    program, *words = shlex.split(shell[0])
+    shell, python = examples("weights.md", "sh")[-1], examples("weights.md", "python")[-1]
+    program, *words = shlex.split(shell)
     assert program == "robuq"
     assert CliRunner().invoke(robuq.app, words).exit_code == 0
     names: dict[str, object] = {}
-    exec(python[0], names)
+    exec(python, names)
     assert isinstance(names["sampler"], Sampler)
     assert names["sampler"].checkpoint_name == "mine"

@@ -40,13 +40,12 @@ BLOCK = re.compile(r"^ *```(\w*)[^\n]*\n(.*?)^ *```", re.M | re.S)
 # What is run: a page and how its commands begin.
 RUN = {
     "README.md": ("curl localhost",),
-    "docs/quickstart.md": ("curl", "robuq sample", "robuq inspect"),
-    "docs/serve-your-checkpoint.md": ("curl", "robuq sample", "robuq inspect mine", "robuq-serve"),
-    "docs/train-your-own.md": ("robuq-train", "robuq sample"),
+    "docs/index.md": ("curl", "robuq sample", "robuq inspect", "robuq-serve --checkpoint"),
+    "docs/training.md": ("robuq-train", "robuq sample"),
     "docs/performance.md": ("robuq compare",),
 }
-# Pages whose Python runs in a test of their own, with what it needs.
-PYTHON_ELSEWHERE = {"docs/serving.md", "docs/decoding.md", "docs/hub.md"}
+# Pages whose Python runs in tests of their own, with what it needs.
+PYTHON_ELSEWHERE = {"docs/http-api.md", "docs/weights.md"}
 
 STAGE = {"steps": 4, "batch_size": 4, "lr": 1e-2, "save_every": 2}
 TINY_RUN = {

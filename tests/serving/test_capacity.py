@@ -121,7 +121,7 @@ def test_what_the_command_does_not_take_is_named(options: list[str], named: str)
     assert "Traceback" not in output
 
 
-GUIDE = (Path(__file__).parents[2] / "docs" / "capacity.md").read_text()
+GUIDE = (Path(__file__).parents[2] / "docs" / "deployment.md").read_text()
 
 
 def test_commands_of_the_guide_run() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from serving_harness import WAIT_S, WatchedSampler, outcome, running_engine, sample, spec, started_engine, until
 
+from robuq_core import __version__
 from robuq_core.images import encode_image
 from server.fake import FakeRow
 from server.remote_worker import RunFailed
@@ -47,7 +48,7 @@ def test_requests_in_flight_end_on_the_old_model_and_new_ones_meet_the_new() -> 
         for job in (running, waiting):
             assert set(job.future.result(WAIT_S).images) == {old.picture()}
         assert {seed for batch in new.batches for seed, _ in batch} == {4}
-        info = {"version": "0.1.0", "checkpoint": "version-2", "backend": "fake", "avg_activation_bits": "2",
+        info = {"version": __version__, "checkpoint": "version-2", "backend": "fake", "avg_activation_bits": "2",
                 "decoder": "pixels"}  # fmt: skip
         assert sample(engine, "robuq_info", **info) == 1
         # The old worker is let go with its last request.

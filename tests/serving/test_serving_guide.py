@@ -1,4 +1,4 @@
-"""docs/serving.md against the code: its tables are what the server has, its examples run."""
+"""The guides of the server against the code: their error codes are those of the server, their examples run."""
 
 from __future__ import annotations
 
@@ -16,65 +16,16 @@ from serving_harness import live_server
 
 from server import errors
 from server.fake import FakeSampler
-from server.settings import Settings
 
 ROOT = Path(__file__).parents[2]
-GUIDE = (ROOT / "docs" / "serving.md").read_text()
-
-
-def block(name: str) -> str:
-    """What stands between the marks of a table."""
-    found = re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", GUIDE, re.S)
-    assert found, name
-    return found.group(1)
-
-
-def shown_default(value: object) -> str:
-    if value is None or value == ():
-        return ""
-    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
-
-
-def settings_table() -> str:
-    rows = ["| Option | Default | |", "|---|---|---|"]
-    for name, field in Settings.model_fields.items():
-        option = "--" + name.replace("_", "-")
-        rows.append(f"| `{option}` | {shown_default(field.default)} | {field.description} |")
-    return "\n".join(rows) + "\n"
-
-
-def metrics_table(client: httpx.Client) -> str:
-    rows = ["| Name | Type | |", "|---|---|---|"]
-    text = client.get("/metrics").text
-    for name, help_text in re.findall(r"^# HELP (\S+) (.*)$", text, re.M):
-        (kind,) = re.findall(rf"^# TYPE {name} (\S+)$", text, re.M)
-        sample = re.search(rf"^{name}\{{(.*)\}}", text, re.M)
-        labels = [f"`{label}`" for label in re.findall(r"(\w+)=", sample.group(1))] if sample else []
-        shown = f"`{name}`" + (" by " + ", ".join(labels) if labels else "")
-        rows.append(f"| {shown} | {kind} | {help_text} |")
-    return "\n".join(rows) + "\n"
+API = (ROOT / "docs" / "http-api.md").read_text()
+GUIDE = (ROOT / "docs" / "serving.md").read_text() + API
 
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
-    with live_server(FakeSampler(step_s=0.05)) as (client, engine):
-        client.post("/generate", json={"class_id": 1})
-        for reason in ("completed", "cancelled"):
-            engine.metrics.requests.labels(reason)
-        engine.metrics.rejected.labels("queue_full")
-        engine.metrics.cache_requests.labels("hit")
-        engine.metrics.worker_deaths.labels("signal")
-        engine.call(lambda: setattr(engine.pool._fleet.workers[0], "gpu_memory", [0, 0, 0]))  # there only with a GPU
-        engine.call(lambda: setattr(engine.pool._fleet.workers[0].handle, "pid", os.getpid()))  # and with a process
+    with live_server(FakeSampler(step_s=0.05)) as (client, _):
         yield client
-
-
-def test_the_settings() -> None:
-    assert block("settings") == settings_table()
-
-
-def test_the_metrics(client: httpx.Client) -> None:
-    assert block("metrics") == metrics_table(client)
 
 
 def codes_in_the_source() -> set[str]:
@@ -88,16 +39,22 @@ def codes_in_the_source() -> set[str]:
 
 
 def test_the_codes_of_errors() -> None:
-    table = GUIDE[GUIDE.index("| Status | Code |") :]
-    rows = [line.split("|")[1:3] for line in table.splitlines()[2:] if line.startswith("|")]
-    told = {code: int(status) for status, names in rows for code in re.findall(r"`(\w+)`", names)}
+    rows = [line.split("|")[1:3] for line in API[API.index("| Status | Code |") :].splitlines() if "`" in line]
+    listed = {code: int(status) for status, names in rows for code in re.findall(r"`(\w+)`", names)}
     source = codes_in_the_source()
     assert len(source) > 15
-    assert set(told) == source
-    assert sorted(told.values()) == list(told.values())
+    assert set(listed) == source
     for path in (ROOT / "server").rglob("*.py"):
         for status, code in re.findall(r"\bApiError\(\s*(\d+),\s*\"(\w+)\"", path.read_text()):
-            assert told[code] == int(status), code
+            assert listed[code] == int(status), code
+
+
+def test_metrics_that_pages_name_exist(client: httpx.Client) -> None:
+    there = set(re.findall(r"^# HELP (\S+)", client.get("/metrics").text, re.M))
+    monitoring = (ROOT / "docs" / "monitoring.md").read_text()
+    named = set(re.findall(r"`(robuq_\w+)`", GUIDE + monitoring))
+    assert len(named) > 8
+    assert named <= there
 
 
 def examples(language: str) -> list[str]:
@@ -114,9 +71,9 @@ def test_examples_in_python_run(example: str, client: httpx.Client, capsys: pyte
         assert isinstance(pictures, list)
         assert [picture[:4] for picture in pictures] == [b"\x89PNG"] * 2
     else:
-        told = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-        assert told[-1] == "image_generation.completed"
-        assert {"image_generation.step", "image_generation.partial_image"} <= set(told)
+        events = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+        assert events[-1] == "image_generation.completed"
+        assert {"image_generation.step", "image_generation.partial_image"} <= set(events)
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")

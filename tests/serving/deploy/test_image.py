@@ -1,4 +1,4 @@
-"""The built image in a container, with the rights that docs/containers.md leaves it.
+"""The built image in a container, with the rights that docs/deployment.md leaves it.
 
 It takes a container engine and an image, so name both; docker is the default engine:
 

@@ -30,7 +30,7 @@ BUILDS = {"base": ("base",), "gpu": ("gpu",), "keys": ("base", "keys"), "gpu and
 FOREIGN = {"ServiceMonitor"}
 
 BASE = build("base")
-GUIDE = (DEPLOY.parent / "docs" / "cluster.md").read_text()
+GUIDE = (DEPLOY.parent / "docs" / "deployment.md").read_text()
 needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
 each_build = pytest.mark.parametrize("overlays", BUILDS.values(), ids=BUILDS)
 

@@ -38,7 +38,7 @@ class TrainingError(UserError):
 
 
 class DivergedError(TrainingError):
-    """A loss or gradient is not finite."""
+    """The loss or the gradient is no longer finite."""
 
 
 def meaning_of_weights(config: TrainConfig) -> dict[str, Any]:
@@ -255,7 +255,7 @@ class Trainer:
         """
         log = None
         if parallel.rank() == 0:
-            log = TrainingLog(self.config.run_dir, self.name, self.step, self.stage.steps)
+            log = TrainingLog(self.states.parent.parent, self.name, self.step, self.stage.steps)
         previous = {number: signal.signal(number, self._request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         ended = False
         try:

@@ -18,7 +18,7 @@ from robuq_core.checkpoint import read_header
 from robuq_core.pipeline import Sampler
 from train.config import ConfigError, DataConfig, TrainConfig
 from train.data import BatchSource, DataError, LatentDataset, load_dataset, open_dataset, prepare, read_images
-from train.data.latents import LatentEncoder
+from train.data.preparation import LatentEncoder
 from train.run import Run
 
 CELLS, PIXELS = 4, 8
@@ -95,8 +95,8 @@ def test_a_teacher_trains_on_latents(tmp_path: Path, vae: Path) -> None:
     config = latent_config(tmp_path, vae, {"class_init": "pca", "teacher": {"steps": 3}})
     train(config)
     state = state_of(config)
-    assert state["step"] == 3
-    assert state["history"][0]["config"]["data"]["vae"] == vae.name
+    assert state.step == 3
+    assert state.history[0]["config"]["data"]["vae"] == vae.name
     assert Run(config).teacher().config.in_channels == 4
 
 

@@ -423,6 +423,10 @@ def main(make_sampler: Callable[[Options, int], Any] = load_sampler, arguments: 
     from server.settings import LogFormat, LogLevel
 
     configure_logging(cast(LogLevel, given[3]), cast(LogFormat, given[4]))
+    if make_sampler is load_sampler:
+        # Most of the start, while the server still imports its own part. What fails here fails again when it loads.
+        with suppress(Exception):
+            import robuq_core.pipeline  # noqa: F401
     with socket.socket(fileno=descriptor) as sock:
         code = 1
         try:

@@ -70,11 +70,7 @@ def hash_key(key: str) -> str:
 
 
 def read_keys(path: Path) -> tuple[ApiKey, ...]:
-    """The keys in a file.
-
-    Raises:
-        UserError: it cannot be read or does not validate; the message names the field.
-    """
+    """The keys in a file; a UserError names the field that is wrong."""
     try:
         keys = KeyFile.model_validate_json(path.read_bytes()).keys
     except FileNotFoundError as error:
@@ -134,11 +130,7 @@ def create_key(
     requests_per_minute: int | None = None,
     images_per_minute: int | None = None,
 ) -> str:
-    """Add a key to the file, which is made if it is missing, and return the key: it can never be read again.
-
-    Raises:
-        UserError: the name is taken or not allowed, a scope is unknown, or the file cannot be read.
-    """
+    """Add a key to the file, which is made if it is missing, and return the key: it can never be read again."""
     key = KEY_PREFIX + secrets.token_urlsafe(_KEY_BYTES)
     try:
         entry = ApiKey(
@@ -161,11 +153,7 @@ def create_key(
 
 
 def revoke_key(path: Path, name: str) -> None:
-    """Take a key out of the file; running servers that can read it refuse the key from their next request on.
-
-    Raises:
-        UserError: no key has that name, or the file cannot be read.
-    """
+    """Take a key out of the file; running servers reject it from their next request on."""
     with _locked(path) as path:
         keys = read_keys(path)
         kept = [key for key in keys if key.name != name]
@@ -178,11 +166,8 @@ class KeyStore:
     """The keys of a file, read again whenever it has changed. Not thread-safe.
 
     A file that cannot be read is tried again at every call. For :data:`GRACE_S` the keys of the last good one stay
-    valid, for a typing mistake must not lock everybody out; then none is, for it may hold the revocation of one. A file
-    that is gone makes every key invalid at once.
-
-    Raises:
-        UserError: on construction, if the file cannot be read.
+    valid, since a typing mistake must not lock everyone out; then none is, since it may hold a revocation. A file that
+    is gone makes every key invalid at once.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:

@@ -271,11 +271,7 @@ def body_too_large(max_body_bytes: int) -> ApiError:
 
 
 def check_head(scope: Scope, max_body_bytes: int) -> None:
-    """Refuse a request by its first line and headers, before a byte of its body is read.
-
-    Raises:
-        ApiError: 413, 414 or 431.
-    """
+    """Reject a request (413, 414, 431) by its first line and headers, before a byte of its body is read."""
     if len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"]) > MAX_TARGET_BYTES:
         raise ApiError(414, "uri_too_long", f"the path and query may have at most {MAX_TARGET_BYTES} bytes")
     headers = scope["headers"]
@@ -288,13 +284,10 @@ def check_head(scope: Scope, max_body_bytes: int) -> None:
 
 
 def check_site(scope: Scope, settings: Settings) -> None:
-    """Refuse what a page of another site makes a browser send: under a name of its own that leads here (DNS rebinding),
-    or without asking first (a form, or text by fetch).
+    """Reject (403) what a page of another site makes a browser send: under a name of its own that leads here (DNS
+    rebinding), or without asking first (a form, or text by fetch).
 
     CORS only keeps such a page from reading the answer; an open server would still generate images for it.
-
-    Raises:
-        ApiError: 403.
     """
     headers = Headers(scope=scope)
     host, origin = headers.get("host"), headers.get("origin", "").strip()

@@ -31,7 +31,7 @@ from server.service import (
     classes_of,
     documented,
     documented_headers,
-    result_headers,
+    headers_of,
 )
 
 PATH = "/v1/images/generations"
@@ -252,7 +252,7 @@ def openai_router(service: Service) -> APIRouter:
             )
         request = service.submit(http, request)
         result = await service.result(http, request)
-        return Parts(_answer(request, result), JSON, result_headers(request, result.timings) | warning)
+        return Parts(_answer(request, result), JSON, headers_of(request, result.timings) | warning)
 
     def card(model: ModelInfo) -> ModelCard:
         return ModelCard(id=model.name, created=model.created)

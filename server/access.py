@@ -142,9 +142,9 @@ class RateLimits:
             return
         limit, window, now = current
         if cost > limit:
-            raise invalid("num_images", f"num_images must be at most {limit}: this key may ask for no more per minute")
+            raise invalid("num_images", f"num_images must be at most {limit}: the limit of this key per minute")
         seconds = max(1, window.seconds_until(cost, limit, now))
-        message = f"this key may ask for {limit} {unit} per minute; try again in {seconds} s"
+        message = f"this key is limited to {limit} {unit} per minute; try again in {seconds} s"
         raise ApiError(429, "rate_limited", message, headers={"Retry-After": str(seconds)})
 
     def charge(self, key: ApiKey, unit: RateUnit, cost: int = 1) -> None:

@@ -104,7 +104,7 @@ def check_choices(model: ModelInfo, sampler: SamplerName | None, guidance_scale:
     if sampler is not None and sampler not in allowed:
         raise invalid("sampler", f"sampler must be one of {', '.join(allowed)} with this model")
     if guidance_scale not in (None, 1) and not model.can_guide:
-        raise invalid("guidance_scale", "guidance_scale must be 1 with this model, which has nothing to guide by")
+        raise invalid("guidance_scale", "guidance_scale must be 1: this model does not support guidance")
 
 
 def make_request(

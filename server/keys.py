@@ -1,6 +1,6 @@
-"""API keys: a file that holds who may come in, and a store that reads it again when it changes. Knows no HTTP.
+"""API keys: a file that holds names, scopes and limits, and a store that reads it again when it changes. Knows no HTTP.
 
-The file holds no key, only the SHA-256 of each. A plain hash is enough here: a key is 256 random bits, so nobody can
+The file holds no key, only the SHA-256 of each. A plain hash is enough here: a key is 256 random bits, so no one can
 guess keys and compare, and the slow, salted hashes that weak passwords need would only slow every request down.
 """
 
@@ -81,7 +81,7 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
         fault = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, fault["loc"])) or "content"
         raise UserError(
-            f"{path}: {where}: {fault['msg']}; mend it or make keys with: robuq-serve keys create"
+            f"{path}: {where}: {fault['msg']}; correct it, or make a new file with: robuq-serve keys create"
         ) from None
     names = [key.name for key in keys]
     if len(set(names)) < len(names):
@@ -191,7 +191,7 @@ class KeyStore:
         return self._closed
 
     def find(self, key: str) -> ApiKey | None:
-        """The entry of ``key``. Every entry is compared, each in constant time, so that timing tells nothing."""
+        """The entry of ``key``. Every entry is compared, each in constant time, so that timing reveals nothing."""
         self._reload()
         wanted = hash_key(key)
         found = None
@@ -219,7 +219,7 @@ class KeyStore:
             self._keep_or_close(error)
             return
         self._keys, self._seen, self._unreadable_since, self._closed = keys, stamp, None, False
-        logger.info("API keys read again", extra={"keys": len(keys)})
+        logger.info("API keys reloaded", extra={"keys": len(keys)})
 
     def _keep_or_close(self, error: UserError) -> None:
         now = self._clock()

@@ -136,7 +136,7 @@ class RequestContext:
             logger.exception("unhandled error")
             if status:
                 raise  # half an answer is out; all that is left is to close the connection
-            error = ApiError(500, "internal_error", "internal error; the server's log has it under this X-Request-Id")
+            error = ApiError(500, "internal_error", "internal error; see this X-Request-Id in the server's log")
             await error.response(scope["path"])(scope, receive, labelled_send)
         finally:
             # As it was sent: an encoded line break must not begin a line of a text log.
@@ -262,7 +262,7 @@ class _Body:
 
 
 def _bad_gzip() -> ApiError:
-    return ApiError(400, "invalid_encoding", "the body is not one whole gzip stream, as Content-Encoding says")
+    return ApiError(400, "invalid_encoding", "the body must be one whole gzip stream, since Content-Encoding is gzip")
 
 
 def body_too_large(max_body_bytes: int) -> ApiError:
@@ -292,7 +292,7 @@ def check_site(scope: Scope, settings: Settings) -> None:
     headers = Headers(scope=scope)
     host, origin = headers.get("host"), headers.get("origin", "").strip()
     if host is not None and not settings.accepts_host(host):
-        raise ApiError(403, "foreign_host", "this server is not called by this Host; see --allowed-hosts")
+        raise ApiError(403, "foreign_host", "this Host is not allowed; see --allowed-hosts")
     if scope["method"] in SAFE_METHODS or {origin, "*"} & set(settings.cors_origins):
         return
     # No page can change Sec-Fetch-Site. Over plain http browsers do not send it, but always the Origin.

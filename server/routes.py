@@ -270,7 +270,7 @@ def admin_router(service: Service) -> APIRouter:
         except LoadFailed as error:
             raise unusable(str(error)) from error
         except RunFailed as error:
-            raise unusable(f"{name}: it loads but does not run; the server's log has why") from error
+            raise unusable(f"{name}: it loads but does not run; see the server's log") from error
         finally:
             busy = False
         return describe(service)

@@ -110,7 +110,7 @@ class Worker:
             if self._set_up(self._load):
                 self._serve()
         except (BrokenPipeError, ConnectionResetError):
-            pass  # nobody is left to answer to
+            pass  # the server has gone
 
     # Starting.
 
@@ -132,7 +132,7 @@ class Worker:
             self._send({"op": "failed", "kind": "user", "message": str(error)})
             return False
         except BaseException as error:
-            logger.critical("the model does not run", exc_info=True)
+            logger.critical("the model cannot run", exc_info=True)
             message = " ".join(f"{type(error).__name__}: {error}".split())
             self._send({"op": "failed", "kind": "error", "message": message})
             return False
@@ -433,7 +433,7 @@ def main(make_sampler: Callable[[Options, int], Any] = load_sampler, arguments: 
             Worker(sock, lambda options: make_sampler(options, weights)).run()
             code = 0
         except BaseException:
-            logger.critical("a worker has failed", exc_info=True)
+            logger.critical("worker failed", exc_info=True)
     # Threads that decode, and handlers of libraries at exit, are not waited for.
     logging.shutdown()
     os._exit(code)

@@ -133,7 +133,7 @@ def read_inputs(body: InferRequest, raw: memoryview) -> dict[str, list[Any]]:
             known = ", ".join(INPUTS)
             raise invalid(f"inputs[{position}].name", f"unknown input {tensor.name!a}; this model takes {known}")
         if tensor.name in values:
-            raise invalid(f"inputs[{position}].name", f"input {tensor.name} comes twice")
+            raise invalid(f"inputs[{position}].name", f"input {tensor.name} is given twice")
         if tensor.datatype != kind.datatype:
             raise invalid(tensor.name, f"input {tensor.name} must have the datatype {kind.datatype}")
         size = (tensor.parameters or {}).get("binary_data_size")
@@ -256,7 +256,7 @@ def kserve_router(service: Service) -> APIRouter:
     def checked(name: str, version: str = VERSION) -> ModelInfo:
         model = service.model
         if name != model.name or version != VERSION:
-            message = f"unknown model; {model.name}, version {VERSION}, is the one that is served"
+            message = f"unknown model; {model.name}, version {VERSION}, is the only one here"
             raise ApiError(404, "model_not_found", message)
         return model
 

@@ -135,7 +135,7 @@ def images_schema(model: ModelInfo, max_timeout_s: float) -> dict[str, Any]:
 def check_model(name: str | None, model: ModelInfo) -> None:
     """Raise the 404 of a model that is not the one served."""
     if name and name != model.name:
-        raise ApiError(404, "model_not_found", f"model must be {model.name}, the one that is served", field="model")
+        raise ApiError(404, "model_not_found", f"model must be {model.name}, the only one here", field="model")
 
 
 def class_of(body: ImagesBody, classes: ClassIndex) -> int:

@@ -17,8 +17,8 @@ from PIL import EpsImagePlugin, Image
 from train.ablations.study import load_study
 from train.config import ConfigError, load_config
 from train.data import DataError, open_source
-from train.data.images import read_square
-from train.data.latents import vae_downscale
+from train.data.preparation import vae_downscale
+from train.data.sources import read_square
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n/x 1 def\nshowpage\n%%EOF\n"
 

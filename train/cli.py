@@ -220,8 +220,8 @@ def evaluate(
     Under torchrun every process draws its share of the samples.
     """
     loaded = _load(config, [*_protocol(protocol), *(override or [])])
-    from train.evaluation.models import known_model
     from train.evaluation.run import evaluate_run
+    from train.evaluation.samples import known_model
 
     which = None if model is None else known_model(model)
     options: dict[str, Any] = {"sheet": sheet, "inception": inception, "npz": npz, "agreement_only": agreement_only}
@@ -261,7 +261,7 @@ def diagnose(
     """
     loaded = _load(config, override)
     from train.diagnose.run import diagnose_run
-    from train.evaluation.models import known_model
+    from train.evaluation.samples import known_model
 
     which = None if model is None else known_model(model)
     found, report = diagnose_run(loaded, which, checkpoint)

@@ -19,8 +19,7 @@ from torch import Tensor
 from train import stages, trainer
 from train.config import StageConfig, TrainConfig, load_config
 from train.data import BatchSource
-from train.evaluation.models import load_sampler
-from train.evaluation.samples import draw
+from train.evaluation.samples import draw, load_sampler
 from train.stages import read_images, train_teacher
 from train.state import EMA, StateError, exclusive, load_state, save_state
 from train.trainer import Trainer, TrainingError, learning_rate

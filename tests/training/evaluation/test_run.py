@@ -18,8 +18,7 @@ from train.cli import app
 from train.config import TrainConfig, load_config
 from train.data import read_images
 from train.evaluation import run as module
-from train.evaluation.models import load_sampler
-from train.evaluation.samples import draw
+from train.evaluation.samples import draw, load_sampler
 from train.stages import export, train_qat, train_teacher
 
 SETS = {"evaluation": {"samples": 6, "seeds": [0, 1, 2], "batch_size": 4}}

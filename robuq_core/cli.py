@@ -183,7 +183,7 @@ def convert(
     source: Annotated[
         Path,
         typer.Argument(
-            help="Official .pt of DiT, SiT or REPA; diffusers folder; teacher.pt of robuq-train; or old packed file."
+            help="Official .pt of DiT, SiT or REPA; diffusers folder; RUN_DIR/states/teacher; or old packed file."
         ),
     ],
     target: Annotated[

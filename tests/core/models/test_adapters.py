@@ -289,8 +289,6 @@ def test_unusable_files_give_one_clear_error(tmp_path: Path) -> None:
     write_tiny(tmp_path / "packed.safetensors")
     with pytest.raises(WeightsError, match="a packed checkpoint"):
         load_dit(tmp_path / "packed.safetensors")
-    with pytest.raises(WeightsError, match="in shards"):
-        load_small(_saved(tmp_path, {"step": 1, "shards": "x", "files": [], "history": []}))
     with pytest.raises(WeightsError, match="not a state dict"):
         load_small(_saved(tmp_path, [torch.zeros(1)]))
 

@@ -1,4 +1,4 @@
-"""The HTTP server: ``api`` (what a client sees), ``scheduler`` (which rows run next), ``engine`` (who runs them)."""
+"""The HTTP server: ``app`` (routes), ``pool`` and ``fleet`` (requests and workers), ``worker`` (a process with a model)."""
 
 from robuq_core.openmp import sleep_between_regions
 

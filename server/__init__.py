@@ -1,4 +1,4 @@
-"""The HTTP server: ``app`` (routes), ``pool`` and ``fleet`` (requests and workers), ``worker`` (one process per model)."""
+"""The HTTP server: ``app`` (routes), ``pool`` and ``fleet`` (requests, workers), ``worker`` (one process per model)."""
 
 from robuq_core.openmp import sleep_between_regions
 

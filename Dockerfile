@@ -7,8 +7,8 @@
 #
 #   docker run -p 8000:8000 -v /models:/models:ro -e ROBUQ_CHECKPOINT=/models/mine.safetensors robuq-serve
 #
-# Whoever reaches the port may draw. With API keys (docs/serving.md) only their holders may; mount the folder and not
-# the file, or changes are not seen, and let user 10001 read it:
+# Anyone who can reach the port can use the server, unless there are API keys (docs/serving.md). Mount their folder and
+# not the file, or changes are not seen, and let user 10001 read it:
 #
 #   docker run -p 8000:8000 -v /srv/keys:/keys:ro -e ROBUQ_API_KEYS_FILE=/keys/keys.json robuq-serve
 #
@@ -25,7 +25,7 @@
 #
 #   docker build -t robuq-serve --build-arg EXTRAS=vae,hub .
 #
-# A tag may come to mean another image; a digest may not. Name the base by the digest that your registry gives for it:
+# A tag may move to another image, a digest cannot. Name the base by the digest that your registry gives for it:
 #
 #   docker buildx imagetools inspect python:3.12-slim --format '{{.Manifest.Digest}}'
 #   docker build -t robuq-serve --build-arg BASE_IMAGE=python:3.12-slim@sha256:... .
@@ -84,6 +84,7 @@ USER 10001:10001
 WORKDIR /tmp
 EXPOSE 8000
 STOPSIGNAL SIGTERM
+# Unhealthy asks for a restart, so it is not /ready: a server that loads or drains is healthy.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
-    CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen('http://127.0.0.1:%s/ready' % os.environ.get('ROBUQ_PORT', 8000), timeout=4)"]
+    CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen('http://127.0.0.1:%s/health' % os.environ.get('ROBUQ_PORT', 8000), timeout=4)"]
 CMD ["robuq-serve", "--host", "0.0.0.0"]

@@ -30,8 +30,7 @@ from robuq_core.cli_support import reported
 from robuq_core.config import ModelConfig
 from robuq_core.errors import UserError
 from robuq_core.files import replacing
-from robuq_core.models.adapters_files import load_pickle
-from robuq_core.models.adapters_kind import state_dict_in
+from robuq_core.models.adapters_files import load_pickle, state_dict_in
 from robuq_core.models.presets import preset
 
 PLANES = (1, 3)

@@ -1,6 +1,6 @@
 """RobuQ's runtime: diffusion transformers with ternary weights and low-bit activations (W1.58Ax).
 
-Knows neither HTTP (``server``) nor training (``train``).
+Independent of HTTP (``server``) and training (``train``).
 
     from robuq_core import Sampler
     Sampler.from_checkpoint().generate(class_ids=[207], seed=0)[0].save("golden_retriever.png")
@@ -26,7 +26,7 @@ _HOMES = {"RobuQPipeline": "diffusers_pipeline", "RowSpec": "pipeline", "Sampler
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use: a console script's --help should not wait for torch.
+    # Imported on first use: --help of a console script does not wait for torch.
     if name in _HOMES:
         return getattr(importlib.import_module(f"robuq_core.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

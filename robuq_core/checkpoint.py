@@ -1,9 +1,8 @@
-"""The packed checkpoint: one safetensors file whose header says everything about the model.
+"""The packed checkpoint: one safetensors file whose header fully describes the model.
 
-Ternary weights in base 3 (5 a byte), scales fp16, low-rank factors bf16, biases fp32, embedders and final layer fp16.
-Everything in the header is validated, and every tensor's checksum compared, before a model is built from it.
-
-One file, since it is one format: what writes a tensor and what reads it stand side by side.
+Ternary weights in base 3 (5 per byte), scales fp16, low-rank factors bf16, biases fp32, embedders and final layer fp16.
+The header is validated and every tensor's checksum verified before a model is built. Longer than most files, since
+writing and reading one format belong together.
 """
 
 from __future__ import annotations
@@ -47,13 +46,12 @@ from robuq_core.quant.bits import average_bits
 from robuq_core.quant.packing import base3_size, pack_base3, unpack_planar
 from robuq_core.safetensors_file import MalformedFileError, SafetensorsFile, parse_header
 
-# 2: weights of several planes; what else is quantised, and how. 3: codes of 8-bit attention are those of exp(l - max).
+# 2: several weight planes, and more quantiser options. 3: 8-bit attention codes are those of exp(l - max).
 FORMAT_VERSION = 3
 _METADATA_KEY = "robuq"
 _READERS = 4
-# Grey or RGB.
-_PICTURE_CHANNELS = (1, 3)
-# Of the parts of a packed layer; the other tensors are fp16.
+_IMAGE_CHANNELS = (1, 3)  # grey, RGB
+# Storage types of the parts of a packed layer; all other tensors are fp16.
 _DTYPES = {
     "trits": torch.uint8,
     "alpha": torch.float16,
@@ -62,7 +60,7 @@ _DTYPES = {
     "lowrank_a": torch.bfloat16,
     "lowrank_b": torch.bfloat16,
 }
-# Integers that a float type can be read as, and the bits of its exponent: all ones are NaN or infinity.
+# Integer view of a float type, and its exponent bits: all ones mean NaN or infinity.
 _EXPONENTS = {
     torch.float16: (torch.int16, 0x7C00),
     torch.bfloat16: (torch.int16, 0x7F80),
@@ -76,7 +74,7 @@ class CheckpointError(UserError):
 
 
 class TensorEntry(StrictModel):
-    """What the header promises of one tensor."""
+    """Type, shape and checksum of one tensor."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -108,7 +106,7 @@ class Header(StrictModel):
 
     @property
     def average_activation_bits(self) -> float:
-        """MAC-weighted over qkv, proj, fc1 and fc2 of all blocks; adaLN's fixed bits are left out, as in the paper."""
+        """MAC-weighted over qkv, proj, fc1 and fc2 of all blocks; without adaLN, as in the paper."""
         table = {name: bits for name, bits in self.bits.items() if not is_adaln(name)}
         return average_bits(table, layer_macs(self.model))
 
@@ -124,9 +122,9 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Description:
-    """What the writer of a file says of its network beside weights and shape; fields as in :class:`Header`.
+    """What the header says beside weights and shape; fields as in :class:`Header`.
 
-    ``decoder``: None takes what :func:`decoder_kind` makes of the channels.
+    ``decoder``: None takes the result of :func:`decoder_kind`.
     """
 
     quant: QuantConfig
@@ -137,20 +135,20 @@ class Description:
     decoder: DecoderKind | None = None
 
 
-def decoder_kind(model: ModelConfig, said: DecoderKind | None = None) -> DecoderKind:
-    """What ``model`` draws, if nobody has ``said`` it: grey pixels with one channel, RGB with three, latents with more.
+def decoder_kind(model: ModelConfig, chosen: DecoderKind | None = None) -> DecoderKind:
+    """``chosen``, or by the channels: pixels with one (grey) or three (RGB), latents with more.
 
     Raises:
         CheckpointError: pixels that are neither grey nor RGB.
     """
     channels = model.in_channels
-    if said == "pixels" and channels not in _PICTURE_CHANNELS:
-        raise CheckpointError(f"decoder pixels: pictures have 1 or 3 channels, not {channels}; say latent for those "
-                              "of an autoencoder, or train a model of in_channels 1 or 3")  # fmt: skip
-    if said is None and channels == 2:
-        raise CheckpointError("in_channels 2: pictures have 1 or 3; train a model of those, or say that its decoder "
-                              "is latent (--decoder-kind), if an autoencoder takes them")  # fmt: skip
-    return said or ("pixels" if channels in _PICTURE_CHANNELS else "latent")
+    if chosen == "pixels" and channels not in _IMAGE_CHANNELS:
+        raise CheckpointError(f"decoder pixels: images have 1 or 3 channels, not {channels}; give latent for the "
+                              "latents of an autoencoder, or train a model of in_channels 1 or 3")  # fmt: skip
+    if chosen is None and channels == 2:
+        raise CheckpointError("in_channels 2: images have 1 or 3; train a model of those, or give --decoder-kind "
+                              "latent if an autoencoder decodes them")  # fmt: skip
+    return chosen or ("pixels" if channels in _IMAGE_CHANNELS else "latent")
 
 
 def layer_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -167,7 +165,7 @@ def layer_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def dense_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors that stay in full precision, embedders and final layer, by name."""
+    """Shapes of the full-precision tensors (embedders and final layer), by name."""
     d, patch = model.hidden_size, model.patch_size**2
     linears = {
         "x_embedder": (d, patch * model.in_channels),
@@ -191,7 +189,7 @@ def layer_macs(model: ModelConfig) -> dict[str, int]:
 
 
 def write_checkpoint(path: Path, model: DiT, about: Description) -> Header:
-    """Pack a fake-quantised ``model`` into ``path``, whole or not at all; returns the header written.
+    """Pack a fake-quantised ``model`` into ``path``, atomically; returns the header.
 
     Raises:
         CheckpointError: as :func:`write_packed`, or the model is not quantised.
@@ -212,15 +210,15 @@ def write_packed(
     layers: Mapping[str, TernaryLayer],
     about: Description,
 ) -> Header:
-    """Write what :func:`read_checkpoint` gives back: ``dense`` tensors and packed ``layers`` by DiT name.
+    """Write ``dense`` tensors and packed ``layers``, both by DiT name; the inverse of :func:`read_checkpoint`.
 
     Raises:
-        CheckpointError: a tensor holds values that its storage type cannot, names and classes differ in number,
-            ``about.quant`` is an ablation that the runtime does not run, or as :func:`decoder_kind`.
+        CheckpointError: values that do not fit the storage type, a wrong number of class names, an ``about.quant``
+            that the runtime does not support, or as :func:`decoder_kind`.
     """
     if about.quant.activation != "gaussian":
-        raise CheckpointError(f"quant.activation {about.quant.activation} has no packed form, only gaussian has: it "
-                              "is there to be compared in training; train with quant.activation gaussian")  # fmt: skip
+        raise CheckpointError(f"quant.activation {about.quant.activation} cannot be packed, it only exists for "
+                              "comparison in training; train with quant.activation gaussian")  # fmt: skip
     try:
         check_fit(model, about.diffusion.prediction_type, about.sampler.sampler, about.sampler.guidance_scale)
     except ValueError as error:
@@ -228,7 +226,7 @@ def write_packed(
     if about.class_names and len(about.class_names) != model.num_classes:
         raise CheckpointError(f"{len(about.class_names)} class names for {model.num_classes} classes")
     if long := next((name for name in about.class_names if len(name) > MAX_NAME), None):
-        raise CheckpointError(f"class_names: {_shown(long)} has {len(long)} characters; at most {MAX_NAME} are read")
+        raise CheckpointError(f"class_names: {_printable(long)} has {len(long)} characters; the limit is {MAX_NAME}")
     decoder = decoder_kind(model, about.decoder)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
@@ -243,7 +241,7 @@ def write_packed(
         format_version=FORMAT_VERSION,
         model=model,
         tensors={name: _entry(tensor) for name, tensor in tensors.items()},
-        **(vars(about) | {"decoder": decoder}),
+        **vars(about) | {"decoder": decoder},
     )
     _save(path, header, tensors)
     return header
@@ -255,14 +253,14 @@ def _save(path: Path, header: Header, tensors: dict[str, Tensor]) -> None:
             save_file(tensors, temporary, metadata={_METADATA_KEY: header.model_dump_json()})
         except SafetensorError as error:
             raise CheckpointError(f"{path}: cannot be written ({error}); is the disk full?") from error
-        read_header(temporary)  # else nobody could: names or provenance beyond the limits of a header
+        read_header(temporary)  # refuses names or provenance beyond the limits of a header
 
 
 def renew_checkpoint(source: Path, target: Path) -> Header:
-    """Write a packed ``source`` of an older format in the present one: the same tensors, under the present rules.
+    """Rewrite a packed ``source`` of an older format in the current one, with the same tensors.
 
     Raises:
-        CheckpointError: ``source`` is of the present format or newer, or as :func:`read_checkpoint`.
+        CheckpointError: ``source`` has the current format or a newer one, or as :func:`read_checkpoint`.
     """
     with _opened(source) as file:
         header = _header_of(source, file, older=True)
@@ -279,15 +277,11 @@ def _stored_parts(layer: TernaryLayer) -> dict[str, Tensor]:
         "trits": pack_base3(torch.cat([unpack_planar(plane.planar, plane.in_features) for plane in planes])),
         "alpha": torch.cat([plane.alpha for plane in planes]).half(),
         "bias": layer.bias,
-        "signs": _pack_signs(layer.signs),
+        "signs": torch.from_numpy(np.packbits((layer.signs.cpu() > 0).numpy(), bitorder="little")),
     }
     if layer.rank:
         parts |= {"lowrank_a": layer.lowrank_a.bfloat16(), "lowrank_b": layer.lowrank_b.bfloat16()}
     return parts
-
-
-def _pack_signs(signs: Tensor) -> Tensor:
-    return torch.from_numpy(np.packbits((signs.cpu() > 0).numpy(), bitorder="little"))
 
 
 def _unpack_signs(packed: Tensor, width: int) -> Tensor:
@@ -296,18 +290,23 @@ def _unpack_signs(packed: Tensor, width: int) -> Tensor:
 
 
 def _entry(tensor: Tensor) -> TensorEntry:
-    return TensorEntry(dtype=str(tensor.dtype), shape=tuple(tensor.shape), sha256=_digest(tensor))
+    sha256 = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+    return TensorEntry(dtype=str(tensor.dtype), shape=tuple(tensor.shape), sha256=sha256)
 
 
-def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+def _damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path}: {what}; copy the file again")
+
+
+def _invalid(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path}: {what}; export the file again")
 
 
 def read_header(path: Path) -> Header:
     """The validated header of a packed checkpoint; no tensor is read.
 
     Raises:
-        CheckpointError: missing, truncated or foreign file, another format, or a field that does not validate.
+        CheckpointError: missing, truncated or foreign file, another format, or an invalid field.
     """
     with _opened(path) as file:
         return _header_of(path, file)
@@ -315,7 +314,7 @@ def read_header(path: Path) -> Header:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[SafetensorsFile]:
-    """The file at ``path``, opened once; what turns out to be wrong with it, as a :class:`CheckpointError`."""
+    """The open file at ``path``; turns errors of reading into :class:`CheckpointError`."""
     try:
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file; give the path of a packed .safetensors checkpoint")
@@ -330,61 +329,54 @@ def _header_of(path: Path, file: SafetensorsFile, older: bool = False) -> Header
         raise CheckpointError(f"{path}: a safetensors file without a '{_METADATA_KEY}' header; "
                               "pack a model with robuq-train export")  # fmt: skip
     header = _parse_header(path, file.metadata[_METADATA_KEY], older)
-    stored, promised, needed = set(file.tensors), set(header.tensors), set(_expected_shapes(header))
-    if stored != promised or promised != needed:
-        names = sorted((stored ^ promised) | (promised ^ needed))
-        raise CheckpointError(f"{path}: tensors do not match the model: {_shown(', '.join(names[:3]))}; "
-                              "export the file again")  # fmt: skip
+    expected = _expected_shapes(header)
+    for name, shape in expected.items():
+        if name in header.tensors and (found := header.tensors[name].shape) != shape:
+            raise _invalid(path, f"{name} is {_printable(found)} but the model needs {shape}")
+    stored, listed, needed = set(file.tensors), set(header.tensors), set(expected)
+    if stored != listed or listed != needed:
+        names = sorted((stored ^ listed) | (listed ^ needed))
+        raise _invalid(path, f"tensors do not match the model: {_printable(', '.join(names[:3]))}")
     for name, entry in header.tensors.items():
-        stored_as = file.tensors[name]
         if entry.dtype != str(_dtype(name)):
-            raise CheckpointError(f"{path}: {name} is {_shown(entry.dtype)} where {_dtype(name)} is needed; "
-                                  "export the file again")  # fmt: skip
-        if (str(stored_as.dtype), stored_as.shape) != (entry.dtype, entry.shape):
-            raise CheckpointError(f"{path}: {name} is damaged (type or shape differs from the header); "
-                                  "copy the file again")  # fmt: skip
+            raise _invalid(path, f"{name} is {_printable(entry.dtype)} where {_dtype(name)} is needed")
+        if (str(file.tensors[name].dtype), file.tensors[name].shape) != (entry.dtype, entry.shape):
+            raise _damaged(path, f"{name} is damaged (type or shape differs from the header)")
     return header
 
 
 def _parse_header(path: Path, text: str, older: bool) -> Header:
     try:
-        tree = parse_header(text.encode())
-        version = tree["format_version"]
+        version = parse_header(text.encode())["format_version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: header field format_version cannot be read; export the file again") from error
+        raise _invalid(path, "header field format_version cannot be read") from error
     if type(version) is not int or version < 1:
-        raise CheckpointError(f"{path}: header field format_version is {_shown(version)}, which no format has; "
-                              "export the file again")  # fmt: skip
+        raise _invalid(path, f"header field format_version is {_printable(version)}, which is not a version")
     if version > FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format_version {_shown(version)} is newer than this program reads "
+        raise CheckpointError(f"{path}: format_version {_printable(version)} is newer than this program reads "
                               f"({FORMAT_VERSION}); upgrade robuq")  # fmt: skip
     if version < FORMAT_VERSION and not older:
         raise CheckpointError(f"{path}: format_version {version} is older than this program reads ({FORMAT_VERSION}); "
                               f"convert it: robuq convert {path} NEW.safetensors")  # fmt: skip
     if version == FORMAT_VERSION and older:
-        raise CheckpointError(f"{path}: format_version {version} is the present one; use the file as it is")
+        raise CheckpointError(f"{path}: format_version {version} is the current one; use the file as it is")
     try:
         header = Header.model_validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = _shown(".".join(map(str, first["loc"])))
-        raise CheckpointError(f"{path}: header field {where}: {first['msg']}; export the file again") from error
+        where = _printable(".".join(map(str, first["loc"])))
+        raise _invalid(path, f"header field {where}: {first['msg']}") from error
     if header.quant.activation != "gaussian":
         raise CheckpointError(f"{path}: header field quant.activation: this runtime has no {header.quant.activation} "
                               "quantiser; export a model of quant.activation gaussian")  # fmt: skip
     if header.class_names and len(header.class_names) != header.model.num_classes:
-        raise CheckpointError(f"{path}: header field class_names: {len(header.class_names)} names for "
-                              f"{header.model.num_classes} classes; export the file again")  # fmt: skip
-    for name, shape in _expected_shapes(header).items():
-        entry = header.tensors.get(name)
-        if entry is not None and entry.shape != shape:
-            raise CheckpointError(f"{path}: {name} is {_shown(entry.shape)} but the model needs {shape}; "
-                                  "export the file again")  # fmt: skip
+        raise _invalid(path, f"header field class_names: {len(header.class_names)} names for "
+                             f"{header.model.num_classes} classes")  # fmt: skip
     return header
 
 
-def _shown(value: object, most: int = 120) -> str:
-    """What a file says, fit for one line of a message."""
+def _printable(value: object, most: int = 120) -> str:
+    """Untrusted text for one line of a message."""
     text = "".join(each if each.isprintable() else " " for each in str(value)[: most + 1])
     return text if len(text) <= most else text[:most] + "..."
 
@@ -403,19 +395,18 @@ def _expected_shapes(header: Header) -> dict[str, tuple[int, ...]]:
 
 
 def _dtype(name: str) -> torch.dtype:
-    """What the tensor called ``name`` is stored as."""
+    """Storage type of tensor ``name``."""
     return _DTYPES[name.rpartition(".")[2]] if name.startswith("blocks.") else torch.float16
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read, verify and unpack a checkpoint for the runtime: weights stay at 2 bits.
 
-    Every byte is read once, a few layers at a time: what was checked is what is used, whatever happens to the file
-    meanwhile, and memory never holds the file beside what is returned.
+    Every byte is read once, a few layers at a time: the verified bytes are the used ones even if the file changes
+    meanwhile, and memory never holds the file beside the result.
 
     Raises:
-        CheckpointError: as :func:`read_header`, or a tensor whose type, shape or checksum is not the header's, or that
-            is not finite.
+        CheckpointError: as :func:`read_header`, a tensor that differs from the header, or one that is not finite.
     """
     with _opened(path) as file:
         header = _header_of(path, file)
@@ -429,46 +420,38 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def _read_tensors(path: Path, file: SafetensorsFile, header: Header, names: Iterable[str]) -> dict[str, Tensor]:
-    """The named tensors, compared with what the header promises of them."""
+    """The named tensors, verified against the header."""
     tensors = {}
     for name in names:
         tensor = tensors[name] = file.read(name)
         if _entry(tensor) != header.tensors[name]:
-            raise CheckpointError(f"{path}: {name} is damaged (its checksum differs from the header); "
-                                  "copy the file again")  # fmt: skip
+            raise _damaged(path, f"{name} is damaged (its checksum differs from the header)")
         if tensor.is_floating_point() and not _is_finite(tensor):
-            raise CheckpointError(f"{path}: {name} has values that are not finite; export the file again")
+            raise _invalid(path, f"{name} has values that are not finite")
     return tensors
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether no value's exponent is all ones: many times as fast as asking for each value."""
+    """Whether no value has an exponent of all ones: many times faster than ``isfinite``."""
     kind, exponent = _EXPONENTS[tensor.dtype]
     return not tensor.numel() or int(tensor.view(kind).bitwise_and(exponent).max()) != exponent
 
 
 def _read_layer(path: Path, file: SafetensorsFile, header: Header, layer: tuple[str, tuple[int, int]]) -> TernaryLayer:
-    name, shape = layer
-    parts = [part for part in (f"{name}.{suffix}" for suffix in _DTYPES) if part in header.tensors]
-    return _unpack_layer(path, name, shape, _read_tensors(path, file, header, parts), header)
-
-
-def _unpack_layer(
-    path: Path, name: str, shape: tuple[int, int], tensors: dict[str, Tensor], header: Header
-) -> TernaryLayer:
-    out, into = shape
-    rows = header.quant.weight_planes * out
+    name, (out, into) = layer
+    stored = [f"{name}.{part}" for part in _DTYPES if f"{name}.{part}" in header.tensors]
+    parts = {key.rpartition(".")[2]: tensor for key, tensor in _read_tensors(path, file, header, stored).items()}
     try:
-        planar = planar_from_base3(tensors[f"{name}.trits"], (rows, into))
+        planar = planar_from_base3(parts["trits"], (header.quant.weight_planes * out, into))
     except ValueError as error:
-        raise CheckpointError(f"{path}: {name}.trits: {error}; export the file again") from error
+        raise _invalid(path, f"{name}.trits: {error}") from error
     return layer_of_planes(
         torch.split(planar, out),
-        torch.split(tensors[f"{name}.alpha"].float(), out),
-        bias=tensors[f"{name}.bias"].float(),
-        signs=_unpack_signs(tensors[f"{name}.signs"], into),
-        lowrank_a=tensors.get(f"{name}.lowrank_a", torch.empty(out, 0)).float(),
-        lowrank_b=tensors.get(f"{name}.lowrank_b", torch.empty(0, into)).float(),
+        torch.split(parts["alpha"].float(), out),
+        bias=parts["bias"].float(),
+        signs=_unpack_signs(parts["signs"], into),
+        lowrank_a=parts.get("lowrank_a", torch.empty(out, 0)).float(),
+        lowrank_b=parts.get("lowrank_b", torch.empty(0, into)).float(),
         bits=layer_bits(name, header.quant),
         grid=header.quant.grid,
         rotation_block=layer_rotation_block(name, header.quant),

@@ -10,24 +10,23 @@ from pathlib import Path
 from robuq_core.errors import UserError
 from robuq_core.files import read_bounded
 
-# Characters of a class name, synonyms and all.
-MAX_NAME = 1000
+MAX_NAME = 1000  # characters of a class name, including synonyms
 
 
 def normalise(name: str) -> str:
-    """What two spellings of a name have in common: no case, no underscores, single spaces, and one form of each letter
-    (NFKC). The dot of a capital I is dropped, which lower case has anyway."""
+    """Spelling to compare: ignores case, underscores, repeated spaces and the form of letters (NFKC). The dot of a
+    capital dotted I is dropped."""
     folded = unicodedata.normalize("NFKC", name).casefold().replace("i\u0307", "i")
     return " ".join(unicodedata.normalize("NFKC", folded).replace("_", " ").split())
 
 
 def synonyms_of(name: str) -> list[str]:
-    """The names that ``name`` lists with commas, as they are written; none where it is blank."""
+    """The comma-separated names in ``name``, as written; empty if it is blank."""
     return [part.strip() for part in name.split(",") if part.strip()]
 
 
 def read_names(path: Path) -> tuple[str, ...]:
-    """The names in a text file, one a line, in the order of the classes; blank lines at its end are none.
+    """The names in a text file, one per line, in class order; trailing blank lines are ignored.
 
     Raises:
         UserError: it cannot be read, is not UTF-8, or has a name longer than :data:`MAX_NAME`.
@@ -36,23 +35,22 @@ def read_names(path: Path) -> tuple[str, ...]:
         lines = read_bounded(path).decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"cannot read {path}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
-    except ValueError as error:
-        raise UserError(f"cannot read {path}: {error}; give a text file, one class name a line") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; give a text file, one class name a line") from error
+    except (ValueError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"cannot read {path}: {reason}; give a text file, one class name per line") from error
     while lines and not lines[-1].strip():
         lines.pop()
     for number, line in enumerate(lines, 1):
         if len(line) > MAX_NAME:
-            raise UserError(f"cannot read {path}: line {number} has {len(line)} characters; at most {MAX_NAME} make a "
-                            "class name")  # fmt: skip
+            raise UserError(f"cannot read {path}: line {number} has {len(line)} characters; a class name has at most "
+                            f"{MAX_NAME}")  # fmt: skip
     return tuple(lines)
 
 
 class ClassNames:
-    """Finds a class by its whole name or by one of its synonyms.
+    """Finds a class by its whole name or by a synonym.
 
-    ``whole`` and ``synonyms``: normalised names to the ids of the classes that have them.
+    ``whole`` and ``synonyms``: normalised name to the ids of the classes that have it.
     """
 
     def __init__(self, names: Sequence[str], num_classes: int) -> None:
@@ -68,27 +66,27 @@ class ClassNames:
                 self.synonyms[synonym].append(class_id)
 
     def ids(self, name: str) -> list[int]:
-        """Every class that ``name`` may mean: a whole name wins over a synonym."""
+        """Every class that ``name`` may mean; whole names take precedence over synonyms."""
         wanted = normalise(name)
         return list(self.whole.get(wanted) or self.synonyms.get(wanted) or ())
 
     def resolve(self, class_id: int | str) -> int:
-        """The id that an id or a name stands for; an id is not looked up.
+        """The id of a class name; an id is returned unchecked.
 
         Raises:
-            ValueError: no class has that name, or several have.
+            ValueError: unknown or ambiguous name.
         """
         if not isinstance(class_id, str):
             return int(class_id)
+        by_id = f"0..{self.num_classes - 1}"
         if not self.num_classes:
             raise ValueError(f"{class_id!r}: this checkpoint has no classes; name none")
         if not self.whole:
-            raise ValueError(f"{class_id!r}: this checkpoint has no class names; give the class id, "
-                             f"0..{self.num_classes - 1}")  # fmt: skip
+            raise ValueError(f"{class_id!r}: this checkpoint has no class names; give the class id, {by_id}")
         found = self.ids(class_id)
         if not found:
-            raise ValueError(f"{class_id!r} is not a class of this checkpoint; give one of its class names, "
-                             f"or the class id, 0..{self.num_classes - 1}")  # fmt: skip
+            raise ValueError(f"{class_id!r} is not a class of this checkpoint; give one of its class names, or the "
+                             f"class id, {by_id}")  # fmt: skip
         if len(found) > 1:
             raise ValueError(f"{class_id!r} fits several classes; give one of the ids {', '.join(map(str, found))}")
         return found[0]

@@ -1,5 +1,4 @@
-"""What the console scripts share: one line on standard error and exit code 2 for mistakes a user can mend, and the
-options of packing without training."""
+"""Shared by the console scripts: errors as one line with exit code 2, options from fields, and options of packing."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from robuq_core import params
-from robuq_core.config import DecoderKind, Flavour, GuidanceScale, PredictionType, SamplerName, Steps
+from robuq_core.config import DecoderKind, Flavour, GuidanceScale, PredictionType, QuantConfig, SamplerName, Steps
 from robuq_core.errors import UserError
 
 P = ParamSpec("P")
@@ -20,7 +19,7 @@ R = TypeVar("R")
 
 
 def _bounds(limits: Iterable[Any]) -> dict[str, Any]:
-    """What typer calls the bounds among pydantic's metadata."""
+    """Bounds in pydantic's metadata by the names that typer uses."""
     found: dict[str, Any] = {}
     for limit in limits:
         found |= {"min": limit.ge} if hasattr(limit, "ge") else {}
@@ -29,39 +28,46 @@ def _bounds(limits: Iterable[Any]) -> dict[str, Any]:
 
 
 def _bounds_of(kind: Any) -> dict[str, Any]:
-    """The bounds of an annotated type."""
+    """Bounds of an annotated type."""
     return _bounds(limit for info in get_args(kind)[1:] for limit in getattr(info, "metadata", ()))
+
+
+def _quant(field: str, help: str) -> Any:
+    """An option with the bounds of a field of :class:`QuantConfig`."""
+    return typer.Option(**_bounds(QuantConfig.model_fields[field].metadata), help=help)
 
 
 StepsOption = Annotated[
     int | None, typer.Option(**_bounds_of(Steps), help="Denoising steps; default: the checkpoint's.")
 ]
 ScaleOption = Annotated[
-    float | None, typer.Option(**_bounds_of(GuidanceScale), help="Guidance; 1 is none, and costs half.")
+    float | None, typer.Option(**_bounds_of(GuidanceScale), help="Guidance scale; 1 is none, and costs half.")
 ]
 SamplerOption = Annotated[SamplerName | None, typer.Option(help="Default: the checkpoint's.")]
 PlanesOption = Annotated[
-    int | None, typer.Option(min=1, max=3, help="Ternary matrices summed to a weight, 1.6 bits each; default: 3.")
+    int | None, _quant("weight_planes", "Ternary matrices summed to one weight, 1.6 bits each; default: 3.")
 ]
-ActivationBitsOption = Annotated[int | None, typer.Option(min=1, max=8, help="Of the packed model; default: 8.")]
-RankOption = Annotated[int | None, typer.Option(min=0, help="Of the low-rank branch, by SVD; default: 16.")]
-HeadsOption = Annotated[int | None, typer.Option(min=1, help="Attention heads, where the file leaves them open.")]
+ActivationBitsOption = Annotated[
+    int | None, _quant("activation_bits", "Activation bits of the packed model; default: 8.")
+]
+RankOption = Annotated[int | None, _quant("rank", "Rank of the low-rank branch, by SVD; default: 16.")]
+HeadsOption = Annotated[int | None, typer.Option(min=1, help="Attention heads, if the file leaves them open.")]
 PredictionOption = Annotated[
     PredictionType | None,
-    typer.Option(help="What the network predicts, where the file does not say: epsilon (DiT), flow (SiT, REPA)."),
+    typer.Option(help="What the network predicts, if the file does not say: epsilon (DiT), flow (SiT, REPA)."),
 ]
 ClassesOption = Annotated[
-    int | None, typer.Option(min=0, help="Classes of the network, without that of none, if the file does not say.")
+    int | None, typer.Option(min=0, help="Classes of the network without the null class, if the file does not say.")
 ]
 FlavourOption = Annotated[Flavour | None, typer.Option(help="Whose numerics to run with; default: the source's.")]
 DecoderKindOption = Annotated[
     DecoderKind | None,
-    typer.Option(help="What the model draws; default: pixels if it has one channel or three, latent if more."),
+    typer.Option(help="What the network outputs; default: pixels with one or three channels, latent with more."),
 ]
 
 
 def reported(command: Callable[P, R]) -> Callable[P, R]:
-    """Let a :class:`UserError`, ``ValueError`` or ``OSError`` end a command with its message, not a traceback."""
+    """End a command with the message of a :class:`UserError`, ``ValueError`` or ``OSError`` and exit code 2."""
 
     @functools.wraps(command)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -80,9 +86,9 @@ def given(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def takes_params(*leave_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command an option for each field of :class:`ImageParams`, but for those to leave out.
+    """Give a command an option for each field of :class:`ImageParams` except those to leave out.
 
-    The command's last parameter is ``params``: the fields that were given. typer sees the options instead.
+    The command's last parameter, ``params``, holds the fields; typer sees the options instead.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -94,16 +100,15 @@ def takes_params(*leave_out: str) -> Callable[[Callable[..., None]], Callable[..
             command(**options, params=params.read_params(params.ImageParams, fields))
 
         hints = get_type_hints(command, include_extras=True)
-        own = [
-            parameter.replace(annotation=hints[name])
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        shown = [
+            parameter.replace(annotation=hints[name], kind=keyword)
             for name, parameter in inspect.signature(command).parameters.items()
             if name != "params"
         ]
-        added = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(field))
-            for name, field in known.items()
+        shown += [
+            inspect.Parameter(name, keyword, default=None, annotation=_option(field)) for name, field in known.items()
         ]
-        shown = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + added
         wrapper.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
         wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
         return wrapper

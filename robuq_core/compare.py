@@ -1,4 +1,4 @@
-"""What a short cut saves and costs: the same seeds drawn with and without it."""
+"""What a guidance interval or step caching saves and costs: the same seeds generated with and without."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from robuq_core.pipeline import Sampler
 
 @dataclass(frozen=True)
 class Comparison:
-    """``psnr_db``: of the pictures against those without the short cut, infinite where they are the same;
-    ``fewer_steps_psnr_db``: of pictures without it in ``fewer_steps``, which is as much work for the blocks.
-    ``rows``, ``rows_full``: rows of the model that went through its blocks, with it and without; ``seconds`` too."""
+    """Of ``images`` with the short cut against those without it; ``_full`` figures are without.
+
+    ``psnr_db``: infinite if they are identical. ``fewer_steps``: steps that cost the same without the short cut, and
+    ``fewer_steps_psnr_db`` their PSNR. ``rows``: rows of the model that went through the blocks.
+    """
 
     images: int
     psnr_db: float
@@ -31,15 +33,13 @@ class Comparison:
 
 
 def compare_short_cuts(sampler: Sampler, class_ids: Sequence[int], **fields: Any) -> Comparison:
-    """Pictures of ``class_ids`` with a guidance interval or step caching, against the same seeds with guidance at every
-    timestep and all blocks at every step.
+    """Images of ``class_ids`` with a guidance interval or step caching, against the same seeds without.
 
     Args:
-        fields: of :class:`robuq_core.params.ImageParams`. Image i uses ``seed + i``, and seed 0 if none is given.
+        fields: of :class:`robuq_core.params.ImageParams`. Image i uses ``seed + i``; default seed: 0.
 
     Raises:
-        ValueError: no class, no short cut at all, an interval for a guidance scale of 1, which is none, or what the
-            network cannot be sampled with.
+        ValueError: no class, no short cut, an interval without guidance, or unsupported fields.
     """
     if not class_ids:
         raise ValueError("class_ids must name at least one class")
@@ -50,27 +50,18 @@ def compare_short_cuts(sampler: Sampler, class_ids: Sequence[int], **fields: Any
         raise ValueError("guidance_scale 1 is no guidance, so its interval changes nothing: choose another scale")
     cut = [params.spec(class_id, i) for i, class_id in enumerate(class_ids)]
     whole = [replace(spec, guidance_interval=ALL_TIMESTEPS, cache_interval=1) for spec in cut]
-    # What cannot be drawn is refused before anything is, and nobody pays for what only the first step sets up.
-    for specs in (whole, cut):
+    for specs in (whole, cut):  # refuses what is unsupported, and keeps one-time costs out of the timings
         sampler.step([sampler.start(spec) for spec in specs])
-    expected, rows_full, seconds_full = _drawn(sampler, whole)
-    images, rows, seconds = _drawn(sampler, cut)
-    fewer_steps = max(1, round(whole[0].steps * rows / rows_full))
-    fewer, _, _ = _drawn(sampler, [replace(spec, steps=fewer_steps) for spec in whole])
-    return Comparison(
-        len(whole),
-        psnr_db(images, expected),
-        fewer_steps,
-        psnr_db(fewer, expected),
-        rows,
-        rows_full,
-        seconds,
-        seconds_full,
-    )
+    expected, rows_full, seconds_full = _generate(sampler, whole)
+    images, rows, seconds = _generate(sampler, cut)
+    steps = max(1, round(whole[0].steps * rows / rows_full))
+    fewer, _, _ = _generate(sampler, [replace(spec, steps=steps) for spec in whole])
+    psnr, fewer_psnr = psnr_db(images, expected), psnr_db(fewer, expected)
+    return Comparison(len(whole), psnr, steps, fewer_psnr, rows, rows_full, seconds, seconds_full)
 
 
-def _drawn(sampler: Sampler, specs: Sequence[RowSpec]) -> tuple[np.ndarray, int, float]:
-    """Pictures, rows of the model that went through the blocks, and seconds of all steps."""
+def _generate(sampler: Sampler, specs: Sequence[RowSpec]) -> tuple[np.ndarray, int, float]:
+    """Images, rows of the model that went through the blocks, and seconds of all steps."""
     rows = [sampler.start(spec) for spec in specs]
     block_rows = 0
     sampler.synchronize()

@@ -1,7 +1,7 @@
-"""What a model is: its shape, its quantisation, its diffusion and its sampling defaults.
+"""Configuration of a model: shape, quantisation, diffusion and sampling defaults.
 
-These pydantic models are the YAML files of ``train`` and the header of a packed checkpoint alike; an unknown
-or ill-typed key is an error that names it.
+Both the YAML files of ``train`` and the header of a packed checkpoint use these pydantic models; an unknown or
+ill-typed key is an error that names it.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from robuq_core.quant.choices import ActivationRule, Grid, LowRankInit, WeightSc
 Flavour = Literal["official", "diffusers", "sit", "repa"]
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 SamplerName = Literal["ddpm", "ddim", "dpmsolver++", "euler", "heun", "sde"]
-# What a network draws: pictures themselves, or what an autoencoder makes pictures of.
 DecoderKind = Literal["pixels", "latent"]
 RotatedLinears = Literal["all", "proj_fc2", "none"]
 DIFFUSION_SAMPLERS: tuple[SamplerName, ...] = ("ddpm", "ddim", "dpmsolver++")
 FLOW_SAMPLERS: tuple[SamplerName, ...] = ("euler", "heun", "sde")
 
 NUM_TRAIN_TIMESTEPS = 1000
+BETA_START, BETA_END = 1e-4, 0.02
 MAX_SEED = 2**32 - 1
-# Bounds of what a file may ask for, well above the largest published DiT: attention grows with the square of the
-# tokens, and neither tokens nor pixels take room in a checkpoint.
+# Limits for untrusted files, well above the largest published DiT: a small file could ask for any number of tokens.
 MAX_TOKENS = 16_384
 MAX_VALUES = 2**24
 MAX_CLASSES = 1_000_000
@@ -39,24 +38,24 @@ def image_seed(seed: int, index: int) -> int:
 
 
 def samplers_of(prediction_type: PredictionType) -> tuple[SamplerName, ...]:
-    """The samplers that draw with a network of this prediction."""
+    """The samplers for a network of this prediction type."""
     return FLOW_SAMPLERS if prediction_type == "flow" else DIFFUSION_SAMPLERS
 
 
 class StrictModel(BaseModel):
-    """Base of every config section: frozen, closed to unknown keys and to numbers that are not finite."""
+    """Base of every config section: frozen; refuses unknown keys and numbers that are not finite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(StrictModel):
-    """Shape of a DiT. Sizes in pixels or latent cells; ``flavour`` says whose numerics it has, of four code bases.
+    """Shape of a DiT. Sizes in pixels or latent cells; ``flavour``: which code base's numerics it has.
 
-    ``num_classes`` 0 is a network without classes. ``null_class``: the class table has one row more, for no class,
-    which guidance needs; the one row of ``num_classes`` 0 is that.
+    ``num_classes`` 0: a network without classes. ``null_class``: the class table ends with a row for no class, which
+    guidance needs; with ``num_classes`` 0 it is the only row.
 
-    ``position_scale`` is the distance between neighbours in the sin-cos table: 1 in DiT. With few tokens a side most
-    of its frequencies hardly move from 0 to 1, and the network cannot tell its tokens apart; 100 spreads them.
+    ``position_scale`` is the distance between neighbours in the sin-cos table, 1 in DiT. With few tokens per side its
+    frequencies barely differ between tokens; 100 spreads them.
     """
 
     input_size: int = Field(32, ge=2, le=4096, description="side of the image, in pixels or latent cells")
@@ -79,19 +78,17 @@ class ModelConfig(StrictModel):
         if self.input_size % self.patch_size:
             raise ValueError(f"input_size {self.input_size} must be a multiple of patch_size {self.patch_size}")
         if self.num_tokens > MAX_TOKENS:
-            raise ValueError(
-                f"input_size {self.input_size} makes {self.num_tokens} tokens of patch_size {self.patch_size}, "
-                f"more than {MAX_TOKENS}; take larger patches or smaller images"
-            )
+            raise ValueError(f"input_size {self.input_size} makes {self.num_tokens} tokens of patch_size "
+                             f"{self.patch_size}, more than {MAX_TOKENS}; use larger patches or smaller "
+                             "images")  # fmt: skip
         if self.in_channels * self.input_size**2 > MAX_VALUES:
             raise ValueError(f"in_channels {self.in_channels} x input_size {self.input_size} squared is more than "
-                             f"{MAX_VALUES} values an image; take smaller images")  # fmt: skip
+                             f"{MAX_VALUES} values per image; use smaller images")  # fmt: skip
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads} and of 4"
-            )
+            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads} and of "
+                             "4")  # fmt: skip
         if not self.class_rows:
-            raise ValueError("null_class must be true with num_classes 0: the class table has that one row")
+            raise ValueError("null_class must be true with num_classes 0: it is the only row of the class table")
         return self
 
     @property
@@ -104,22 +101,22 @@ class ModelConfig(StrictModel):
 
     @property
     def class_rows(self) -> int:
-        """Rows of the class table; the last one is that of no class, if there is one."""
+        """Rows of the class table, including the null class."""
         return self.num_classes + self.null_class
 
     @property
     def null_row(self) -> int:
-        """Row of the class table that stands for "no class"; of use with :attr:`null_class` alone."""
+        """Row of the null class; valid only with :attr:`null_class`."""
         return self.num_classes
 
     @property
     def drawn_classes(self) -> int:
-        """How many ids a picture may be asked for with: ``num_classes``, or the one id 0 of a network without."""
+        """Number of valid class ids: ``num_classes``, or 1 (the id 0) for a network without classes."""
         return max(1, self.num_classes)
 
     @property
     def can_guide(self) -> bool:
-        """Classifier-free guidance has both of what it compares: classes and no class."""
+        """Whether classifier-free guidance is possible: it needs classes and a null class."""
         return self.null_class and self.num_classes > 0
 
 
@@ -127,10 +124,10 @@ class QuantConfig(StrictModel):
     """How the linears of the blocks are quantised. ``bits`` overrides ``activation_bits`` by layer name.
 
     The defaults are the method; the other values are the paper's ablations. ``activation``: the Gaussian-optimal
-    uniform step, Lloyd-Max levels for the same normal, or each token's own minimum and maximum. ``rotation``: which
-    linears see rotated inputs (adaLN counts to ``all``); ``rotation_block``: over blocks of this width, not the whole.
-    ``weight_planes``: ternary matrices summed to one weight; one is the method, more serve untrained weights.
-    The packed runtime runs ``activation: gaussian`` alone; every other key it honours.
+    uniform step, Lloyd-Max levels for the same normal, or each token's minimum and maximum (the packed runtime
+    supports only ``gaussian``). ``rotation``: which linears have rotated inputs (adaLN only with ``all``);
+    ``rotation_block``: rotate in blocks of this width instead of the whole. ``weight_planes``: number of ternary
+    matrices summed to one weight; one is the method, more help untrained weights.
     """
 
     activation_bits: int = Field(
@@ -156,7 +153,7 @@ class QuantConfig(StrictModel):
 
 
 class DiffusionConfig(StrictModel):
-    """The training-time process, and what the network predicts.
+    """The diffusion process of training, and what the network predicts.
 
     ``flow``: the velocity along ``x = (1 - s) x_0 + s noise``, s from 0 to 1 (arXiv 2209.03003, 2401.08740); timesteps
     are 1000 s. The others: linear betas 1e-4..0.02 over 1,000 timesteps.
@@ -169,7 +166,7 @@ class DiffusionConfig(StrictModel):
 
 
 class SamplerConfig(StrictModel):
-    """Defaults of a request that names none."""
+    """Defaults of a request."""
 
     sampler: SamplerName = Field("ddim", description="euler, heun and sde are for flow models, the others for the rest")
     steps: Steps = Field(50, description="denoising steps")
@@ -177,10 +174,10 @@ class SamplerConfig(StrictModel):
 
 
 def fitting_defaults(sampler: SamplerConfig, model: ModelConfig, prediction_type: PredictionType) -> SamplerConfig:
-    """``sampler`` with what nobody has set in it chosen for a network that predicts ``prediction_type``.
+    """``sampler`` with fields that are not set chosen to fit the network.
 
     Raises:
-        ValueError: what is set does not fit; the message names the field.
+        ValueError: a field that is set does not fit; the message names it.
     """
     chosen: dict[str, SamplerName | float] = {}
     if "sampler" not in sampler.model_fields_set and prediction_type == "flow":
@@ -193,7 +190,7 @@ def fitting_defaults(sampler: SamplerConfig, model: ModelConfig, prediction_type
 
 
 def check_fit(model: ModelConfig, prediction_type: PredictionType, sampler: SamplerName, guidance_scale: float) -> None:
-    """Refuse a sampler or a guidance that the network cannot be drawn with.
+    """Refuse a sampler or a guidance that the network does not support.
 
     Raises:
         ValueError: the message names the field.

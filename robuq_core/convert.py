@@ -1,8 +1,7 @@
-"""DiT weights from one form to another: the authors' ``.pt``, a diffusers folder, a packed file.
+"""DiT weights from one format to another: the authors' ``.pt``, a diffusers folder, a packed file.
 
-A packed file comes from full-precision weights by post-training quantisation: rotation, low rank by SVD and ternary
-planes, layer after layer, without data or training (:mod:`train.ptq` calibrates them). What that costs is measured and
-written into the file.
+Packing full-precision weights is post-training quantisation: rotation, low rank by SVD and ternary planes, layer by
+layer, without data or training (:mod:`train.ptq` calibrates them). The error is measured and stored in the file.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +28,6 @@ from robuq_core.config import (
     NUM_TRAIN_TIMESTEPS,
     DecoderKind,
     DiffusionConfig,
-    Flavour,
-    PredictionType,
     QuantConfig,
     SamplerConfig,
     fitting_defaults,
@@ -41,21 +38,21 @@ from robuq_core.kernels.ops import Backend, TernaryLayer
 from robuq_core.kernels.pack_layer import pack_layer
 from robuq_core.models.adapters import Weights, read_weights, save_diffusers, save_official
 from robuq_core.models.adapters_files import WeightsError
+from robuq_core.models.adapters_official import Hints
 from robuq_core.models.packed_dit import PackedDiT
 from robuq_core.models.quant_linear import LinearQuantizer, check_bits
 
 METHOD = "post-training quantisation, not trained"
 OFFICIAL_SUFFIXES = (".pt", ".pth")
 PACKED_SUFFIX = ".safetensors"
-# Asked for by these names is a file, not a folder.
+# Targets with these suffixes are meant as files, not folders.
 _OTHER_SUFFIXES = (PACKED_SUFFIX, ".bin", ".ckpt", ".tar", ".pkl")
 _PROBE_IMAGES = 4
-# Above this, samples of an untrained network have been seen to fall apart.
+# Above this, images of an untrained network have been seen to fall apart.
 _UNUSABLE_ERROR = 0.25
 
 Progress = Callable[[str], None]
-# Packed block linears of weights as a configuration says, and what the provenance says of how; ``SamplerConfig``: the
-# defaults of the file.
+# Packed block linears, and how they were made for the provenance. ``SamplerConfig``: the defaults of the file.
 Quantize = Callable[
     [Weights, QuantConfig, SamplerConfig, Progress | None], tuple[dict[str, TernaryLayer], dict[str, Any]]
 ]
@@ -63,59 +60,45 @@ Quantize = Callable[
 
 @dataclass(frozen=True)
 class PackedResult:
-    """``relative_error``: RMS of (packed - original) over RMS of the original's prediction, on random inputs.
-
-    None if the original predicts nothing but zeros there.
-    """
+    """``relative_error``: RMS of (packed - original) over RMS of the original's prediction, on random inputs; None if
+    the original predicts only zeros there."""
 
     header: Header
     relative_error: float | None
 
     @property
     def warning(self) -> str:
-        """What a user must know before they judge the pictures."""
-        return (
-            f"quantised without training: {self._verdict}. "
-            "What ternary weights can do shows only after robuq-train qat."
-        )
-
-    @property
-    def _verdict(self) -> str:
+        """What a user must know before judging the images."""
         if self.relative_error is None:
-            return "the original predicts nothing but zeros, as before training, so nothing could be compared"
-        pictures = (
-            "expect noise rather than pictures; take more --weight-planes or activation bits, or train"
-            if self.relative_error > _UNUSABLE_ERROR
-            else "pictures will differ from the original's, most of all with many steps and strong guidance"
-        )
-        return f"on random inputs the packed network is {self.relative_error:.1%} (RMS) off the original: {pictures}"
+            error = "the original predicts only zeros, as before training, so nothing could be compared"
+        else:
+            images = (
+                "expect noise instead of images; use more --weight-planes or activation bits, or train"
+                if self.relative_error > _UNUSABLE_ERROR
+                else "images will differ from the original's, most with many steps and strong guidance"
+            )
+            error = f"on random inputs the packed network is {self.relative_error:.1%} (RMS) off the original: {images}"
+        return f"quantised without training: {error}. What ternary weights can do shows only after robuq-train qat."
 
 
 def untrained_quant(weight_planes: int = 3, activation_bits: int = 8, rank: int = 16) -> QuantConfig:
-    """The default of :func:`pack_untrained`. adaLN's inputs have 8 bits too: they cost next to nothing."""
+    """The default for :func:`pack_untrained`. adaLN's inputs have 8 bits too, at little cost."""
     return QuantConfig(activation_bits=activation_bits, adaln_bits=8, weight_planes=weight_planes, rank=rank)
 
 
-def convert_full_precision(
-    source: Path,
-    target: Path,
-    *,
-    num_heads: int | None = None,
-    prediction: PredictionType | None = None,
-    num_classes: int | None = None,
-    flavour: Flavour | None = None,
-    vae: Path | None = None,
-) -> Weights:
-    """Write the weights of ``source`` as an official ``.pt``, or as a diffusers folder if ``target`` is not called so.
+def convert_full_precision(source: Path, target: Path, *, vae: Path | None = None, **hints: Unpack[Hints]) -> Weights:
+    """Write the weights of ``source`` as an official ``.pt``, or as a diffusers folder if ``target`` has no suffix.
+
+    Args:
+        vae, hints: see :func:`robuq_core.models.adapters.save_diffusers` and ``read_weights``.
 
     Raises:
-        WeightsError: ``target`` is called as a file of another kind, or as
-            :func:`robuq_core.models.adapters.read_weights` and the writers.
+        WeightsError: ``target`` has the suffix of another format, or as ``read_weights`` and the writers.
     """
     if target.suffix.lower() in _OTHER_SUFFIXES:
-        raise WeightsError(f"{target}: full precision is written as {' or '.join(OFFICIAL_SUFFIXES)}, or as a folder "
-                           f"of diffusers, which is not to be called {target.suffix}")  # fmt: skip
-    weights = read_weights(source, num_heads, prediction=prediction, num_classes=num_classes, flavour=flavour)
+        raise WeightsError(f"{target}: full precision is written as {' or '.join(OFFICIAL_SUFFIXES)}, or as a "
+                           f"diffusers folder, whose name cannot end in {target.suffix}")  # fmt: skip
+    weights = read_weights(source, **hints)
     model = weights.model(mapped=True)
     if target.suffix.lower() in OFFICIAL_SUFFIXES:
         if vae is not None:
@@ -139,33 +122,29 @@ def pack_untrained(
     *,
     sampler: SamplerConfig | None = None,
     class_names: tuple[str, ...] = (),
-    num_heads: int | None = None,
-    prediction: PredictionType | None = None,
-    num_classes: int | None = None,
-    flavour: Flavour | None = None,
     decoder: DecoderKind | None = None,
     on_layer: Progress | None = None,
     quantize: Quantize = _untrained,
+    **hints: Unpack[Hints],
 ) -> PackedResult:
     """Quantise the full-precision weights of ``source`` without training and pack them into ``target``.
 
-    Memory holds the packed network and one full-precision layer at a time; the source is mapped.
+    Memory holds the packed network and one full-precision layer at a time; the source is memory-mapped.
 
     Args:
-        quant: how; see :func:`untrained_quant`.
-        sampler: defaults of requests; a field that is not set in it takes what fits the network.
-        class_names: ``()`` keeps those of the source, if it has any.
-        num_heads, prediction, num_classes: as :func:`robuq_core.models.adapters.read_weights` takes them.
-        flavour: whose numerics to run with; default: those of the source's layout.
-        decoder: what the network draws; default: by its channels, as :func:`robuq_core.checkpoint.decoder_kind` says.
+        quant: see :func:`untrained_quant`.
+        sampler: defaults of requests; fields that are not set are chosen to fit the network.
+        class_names: ``()`` keeps those of the source.
+        decoder: default: see :func:`robuq_core.checkpoint.decoder_kind`.
         on_layer: called with each layer's name when it is done.
         quantize: makes the layers; default: :func:`quantize_layers`.
+        hints: see :class:`robuq_core.models.adapters_official.Hints`.
 
     Raises:
-        WeightsError, CheckpointError: the source cannot be used, or does not fit the packed form.
+        WeightsError, CheckpointError: the source cannot be used, or cannot be packed.
         ValueError: a width without a Hadamard matrix, or a rank that leaves nothing to quantise.
     """
-    weights = read_weights(source, num_heads, prediction=prediction, num_classes=num_classes, flavour=flavour)
+    weights = read_weights(source, **hints)
     diffusion = weights.diffusion or DiffusionConfig()
     try:
         defaults = fitting_defaults(sampler or SamplerConfig(), weights.config, diffusion.prediction_type)
@@ -174,17 +153,23 @@ def pack_untrained(
     names = class_names or weights.class_names
     if names and len(names) != weights.config.num_classes:
         raise CheckpointError(f"{len(names)} class names for {weights.config.num_classes} classes")
-    draws = decoder_kind(weights.config, decoder)
+    kind = decoder_kind(weights.config, decoder)
     layers, made = quantize(weights, quant, defaults, on_layer)
     dense = {name: weights.tensor(name) for name in dense_shapes(weights.config)}
     error = relative_error(weights, quant, dense, layers, select_backend())
     give_freed_memory_back()
-    about = Description(quant, diffusion, defaults, names, _provenance(weights, error, made), draws)
+    provenance = {
+        **made,
+        "source": {"name": weights.path.name, "layout": weights.layout},
+        "relative_error_on_random_inputs": error,
+        "versions": {"robuq": __version__, "torch": str(torch.__version__)},
+    }
+    about = Description(quant, diffusion, defaults, names, provenance, kind)
     return PackedResult(write_packed(target, weights.config, dense, layers, about), error)
 
 
 def quantize_layers(weights: Weights, quant: QuantConfig, on_layer: Progress | None = None) -> dict[str, TernaryLayer]:
-    """The packed block linears of ``weights``: what packing a model fresh from ``quantize_model`` gives.
+    """The packed block linears of ``weights``, as packing the result of ``quantize_model`` would give.
 
     Raises:
         WeightsError: as :meth:`Weights.tensor`.
@@ -207,16 +192,10 @@ def quantize_layers(weights: Weights, quant: QuantConfig, on_layer: Progress | N
 
 @torch.inference_mode()
 def relative_error(
-    weights: Weights,
-    quant: QuantConfig,
-    dense: Mapping[str, Tensor],
-    layers: dict[str, TernaryLayer],
-    backend: Backend,
+    weights: Weights, quant: QuantConfig, dense: Mapping[str, Tensor], layers: dict[str, TernaryLayer], backend: Backend
 ) -> float | None:
-    """``|packed - original| / |original|`` of the prediction, for noise at timesteps and classes across their range.
-
-    None if the original predicts nothing but zeros, as an untrained one does.
-    """
+    """``|packed - original| / |original|`` of the prediction, for noise at timesteps and classes across their range;
+    None if the original predicts only zeros, as an untrained one does."""
     config = weights.config
     stored = {name: tensor.half().float() for name, tensor in dense.items()}
     packed = PackedDiT(config, stored, layers, backend, quant.attention_bits is not None)
@@ -225,14 +204,5 @@ def relative_error(
     timesteps, classes = (fractions * NUM_TRAIN_TIMESTEPS).long(), (fractions * config.drawn_classes).long()
     original = weights.model(mapped=True)(x, timesteps, classes)[:, : config.in_channels]
     output = packed.forward(x.to(backend.device), timesteps, classes).cpu()[:, : config.in_channels]
-    size_of_original = float(original.norm())
-    return float((output - original).norm()) / size_of_original if size_of_original else None
-
-
-def _provenance(weights: Weights, error: float | None, made: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        **made,
-        "source": {"name": weights.path.name, "layout": weights.layout},
-        "relative_error_on_random_inputs": error,
-        "versions": {"robuq": __version__, "torch": str(torch.__version__)},
-    }
+    norm = float(original.norm())
+    return float((output - original).norm()) / norm if norm else None

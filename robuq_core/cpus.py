@@ -1,4 +1,4 @@
-"""How many processors this process may use: the default number of threads, of torch and of the native kernels alike."""
+"""How many CPUs this process may use: the default number of threads of torch and of the native kernels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _OPENMP = "OMP_NUM_THREADS"
 
 
 def available_cpus() -> int:
-    """The processors of the affinity mask, or the container's CPU quota, rounded up, if that is less."""
+    """The CPUs of the affinity mask, or the container's CPU quota, rounded up, if that is less."""
     quota = cpu_quota()
     return _allowed_cpus() if quota is None else max(1, min(_allowed_cpus(), math.ceil(quota)))
 
@@ -24,49 +24,43 @@ def _allowed_cpus() -> int:
 
 
 def cpu_quota(membership: Path = _MEMBERSHIP, cgroups: Path = _CGROUPS) -> float | None:
-    """The least CPU quota of this process's control group and those above it, in CPUs; ``None`` without a limit.
+    """The lowest CPU quota of this process's control group and its parents, in CPUs; ``None`` without a limit.
 
-    Version 2 (``cpu.max``) and version 1 (``cpu.cfs_quota_us``). Inside a container its own group is often mounted at
-    ``cgroups`` itself, while ``membership`` names the path on the host: folders that are absent are passed over.
+    Reads version 2 (``cpu.max``) and version 1 (``cpu.cfs_quota_us``). In a container the own group is often mounted
+    at ``cgroups`` itself while ``membership`` names the path on the host: missing folders are skipped.
     """
     try:
         lines = membership.read_text().splitlines()
     except OSError:
         return None
     quotas = []
+    files: tuple[str, ...]
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if not controllers:
-            mounts, read = (cgroups, cgroups / "unified"), _version_2
+            mounts, files = (cgroups, cgroups / "unified"), ("cpu.max",)
         elif "cpu" in controllers.split(","):
-            mounts, read = (cgroups / controllers, cgroups / "cpu"), _version_1
+            mounts, files = (cgroups / controllers, cgroups / "cpu"), ("cpu.cfs_quota_us", "cpu.cfs_period_us")
         else:
             continue
         inside = Path(path.strip("/"))
-        quotas += [read(mount / folder) for mount in mounts for folder in (inside, *inside.parents)]
+        quotas += [_quota(mount / folder, files) for mount in mounts for folder in (inside, *inside.parents)]
     return min((quota for quota in quotas if quota is not None), default=None)
 
 
-def _version_2(folder: Path) -> float | None:
+def _quota(folder: Path, files: tuple[str, ...]) -> float | None:
+    """Quota over period, the two numbers in ``files``; None for no limit (``max`` or -1) and missing files."""
     try:
-        quota, period = (folder / "cpu.max").read_text().split()
-        return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError, ZeroDivisionError):
-        return None
-
-
-def _version_1(folder: Path) -> float | None:
-    try:
-        quota = int((folder / "cpu.cfs_quota_us").read_text())
-        return None if quota <= 0 else quota / int((folder / "cpu.cfs_period_us").read_text())
+        quota, period = (number for name in files for number in (folder / name).read_text().split())
+        return int(quota) / int(period) if int(quota) > 0 else None
     except (OSError, ValueError, ZeroDivisionError):
         return None
 
 
 def limit_threads() -> None:
-    """Keep torch to :func:`available_cpus`, unless ``OMP_NUM_THREADS`` is set.
+    """Limit torch to :func:`available_cpus`, unless ``OMP_NUM_THREADS`` is set.
 
-    torch counts processors, not the quota: its threads would wait for each other whenever the quota is used up.
+    torch counts CPUs and ignores the quota: its threads would wait for each other whenever the quota is used up.
     """
     cpus = available_cpus()
     if _OPENMP in os.environ or cpus == _allowed_cpus():

@@ -1,7 +1,6 @@
-"""From what a network draws to pixels: as it is, or through the decoder half of an autoencoder in a diffusers folder.
+"""From a network's output to pixels: unchanged, or through the decoder of an autoencoder in a diffusers folder.
 
-One picture at a time: a picture then depends on its own latent alone, and the memory is that of one picture however
-many are drawn. Knows nothing of sampling.
+One image at a time, so that an image depends only on its own latent, and memory does not grow with their number.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from torch import Tensor
 from robuq_core.errors import UserError
 from robuq_core.files import read_json
 
-# The autoencoders that a folder may hold: SD-VAE's class, and TAESD's, which is a fraction of the work.
+# SD-VAE and TAESD; the latter takes a fraction of the work.
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 
 _FOLDER = "a diffusers folder of an AutoencoderKL (SD-VAE) or an AutoencoderTiny (TAESD)"
-# Of one block of a network; SD-VAE has two.
+# Per block of a network; SD-VAE has two.
 _MOST_LAYERS = 32
-# Not needed to decode.
+# Parts that decoding does not need.
 _ENCODER_PARTS = ("encoder", "quant_conv")
 
 
@@ -37,9 +36,9 @@ class DecoderError(UserError):
 
 
 class Decoder(Protocol):
-    """Turns what a network drew into a picture; may be called from several threads.
+    """Turns samples into images; may be called from several threads.
 
-    ``channels``: of the samples that it takes; ``device``: where it takes them; ``weight_bytes``: of its weights.
+    ``channels``: of the samples. ``device``: where they must be. ``weight_bytes``: size of its weights.
     """
 
     @property
@@ -52,17 +51,17 @@ class Decoder(Protocol):
     def weight_bytes(self) -> int: ...
 
     def image_size(self, sample_size: int) -> int:
-        """Side in pixels of the picture of a sample with sides of ``sample_size``."""
+        """Side in pixels of the image of a sample with sides of ``sample_size``."""
 
     def decode(self, sample: Tensor) -> Tensor:
-        """``[C, H, W]`` to a picture, float32 ``[3, H', W']``, -1 black to 1 white; values may lie beyond."""
+        """``[C, H, W]`` to an image, float32 ``[3, H', W']``, -1 black to 1 white; values may lie outside."""
 
     def replica(self, device: torch.device | str) -> Decoder:
-        """One for ``device``; itself where it runs there already."""
+        """The decoder on ``device``; itself if it is there already."""
 
 
 class PixelDecoder:
-    """The identity: the network draws pixels, RGB or, with one channel, grey."""
+    """The identity, for a network of pixels: RGB, or grey with one channel."""
 
     name = "pixels"
     weight_bytes = 0
@@ -81,18 +80,17 @@ class PixelDecoder:
 
 
 class LatentDecoder:
-    """The decoder half of an autoencoder: ``decode(z / scaling_factor + shift_factor)`` by its own configuration.
+    """The decoder of an autoencoder: ``decode(z / scaling_factor + shift_factor)`` by its own configuration.
 
     Args:
-        autoencoder: an ``AutoencoderKL`` or ``AutoencoderTiny`` of diffusers; it loses its encoder.
-        tile_above: pictures with longer sides, in pixels, are decoded in overlapping tiles of half that, blended into
-            each other. That bounds the memory, but what spans the picture (an AutoencoderKL's normalisation and
-            attention) then sees a tile alone, so that colours may differ a little from tile to tile. A tile has at
-            least eight latent cells a side. The autoencoder's own ``enable_tiling()`` has smaller pictures tiled, too.
+        autoencoder: an ``AutoencoderKL`` or ``AutoencoderTiny`` of diffusers; its encoder is removed.
+        tile_above: larger images (side in pixels) are decoded in overlapping, blended tiles of half that size (at
+            least eight latent cells). It bounds the memory, but an AutoencoderKL's normalisation and attention then
+            see one tile only, so colours may differ slightly between tiles. The autoencoder's own
+            ``enable_tiling()`` tiles smaller images too.
 
     Raises:
-        DecoderError: its pictures are not RGB, it normalises latents in a way that no DiT here was trained with, or
-            ``tile_above`` is below 1.
+        DecoderError: its images are not RGB, it normalises latents in an unsupported way, or ``tile_above`` < 1.
     """
 
     def __init__(self, autoencoder: Any, name: str, *, tile_above: int = 1024) -> None:
@@ -106,20 +104,20 @@ class LatentDecoder:
             raise DecoderError(f"{name}: tile_above is {tile_above}; give a side in pixels, 1 or more")
         self.name = name
         self.channels: int = config.latent_channels
-        self.autoencoder = _decoder_half(autoencoder)
+        for part in _ENCODER_PARTS:
+            if hasattr(autoencoder, part):
+                setattr(autoencoder, part, None)
+        self.autoencoder = autoencoder.eval().requires_grad_(False)
         self._scale = float(config.scaling_factor)
         self._shift = float(config.get("shift_factor") or 0.0)
         self._factor = _upsampling(config)
         self._tile_above = tile_above
         self._lock = threading.Lock()
-        self._set_tile(tile_above // 2)
-
-    def _set_tile(self, pixels: int) -> None:
-        # AutoencoderTiny takes its factor from the number of colours; eight by chance, right for TAESD alone.
+        # AutoencoderTiny derives its factor from the number of colours: eight by chance, right for TAESD only.
         self.autoencoder.spatial_scale_factor = self._factor
-        # A quarter of an AutoencoderKL's tile overlaps, rounded once in cells and once in pixels: in whole fours they
-        # agree. An eighth of an AutoencoderTiny's does, and without a cell of overlap its blending draws black.
-        cells = max(8, pixels // self._factor // 4 * 4)
+        # A quarter of an AutoencoderKL's tile overlaps, rounded in cells and again in pixels: multiples of four agree.
+        # An eighth of an AutoencoderTiny's does; without a cell of overlap its blending gives black.
+        cells = max(8, tile_above // 2 // self._factor // 4 * 4)
         self.autoencoder.tile_latent_min_size = cells
         self.autoencoder.tile_sample_min_size = cells * self._factor
 
@@ -129,7 +127,6 @@ class LatentDecoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in."""
         dtype = self.autoencoder.dtype
         assert isinstance(dtype, torch.dtype)
         return dtype
@@ -145,33 +142,35 @@ class LatentDecoder:
     def decode(self, sample: Tensor) -> Tensor:
         latent = sample.to(self.device, torch.float32) / self._scale + self._shift
         side = self._factor * max(latent.shape[-2:])
-        # One at a time, whichever thread asks: torch's own threads share the work of one picture.
+        # One at a time: torch's threads share the work of one image.
         with self._lock:
             asked = self.autoencoder.use_tiling
             self.autoencoder.use_tiling = asked or side > self._tile_above
             try:
-                (pictures,) = self.autoencoder.decode(latent[None].to(self.dtype), return_dict=False)
+                (images,) = self.autoencoder.decode(latent[None].to(self.dtype), return_dict=False)
             finally:
                 self.autoencoder.use_tiling = asked
-        return torch.as_tensor(pictures[0]).float()
+        return torch.as_tensor(images[0]).float()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(type(self), tile_above=self._tile_above), (self.autoencoder, self.name)
 
     def replica(self, device: torch.device | str) -> LatentDecoder:
         wanted = torch.device(device)
-        # "cuda" is whichever GPU is current; its tensors name one.
-        if wanted == self.device or (wanted.type == self.device.type and wanted.index is None):
-            return self
-        return self._moved(wanted, self.dtype)
+        return self if is_at(self.device, wanted) else self._moved(wanted, self.dtype)
 
     def cast(self, dtype: torch.dtype) -> LatentDecoder:
-        """One that computes in ``dtype``; itself where it does already."""
+        """The decoder computing in ``dtype``; itself if it does already."""
         return self if dtype == self.dtype else self._moved(self.device, dtype)
 
     def _moved(self, device: torch.device, dtype: torch.dtype) -> LatentDecoder:
         autoencoder = copy.deepcopy(self.autoencoder).to(device, dtype)
         return LatentDecoder(autoencoder, self.name, tile_above=self._tile_above)
+
+
+def is_at(device: torch.device, wanted: torch.device) -> bool:
+    """Whether ``device`` satisfies ``wanted``; ``cuda`` without an index is any GPU."""
+    return device.type == wanted.type and wanted.index in (None, device.index)
 
 
 def load_decoder(
@@ -181,36 +180,34 @@ def load_decoder(
     dtype: torch.dtype = torch.float32,
     tile_above: int = 1024,
 ) -> LatentDecoder:
-    """The decoder of an autoencoder in a local diffusers folder, or in ``vae/`` of a local pipeline folder.
+    """The decoder in a local diffusers folder of an autoencoder, or in ``vae/`` of a local pipeline folder.
 
     Nothing is downloaded; a pickled ``.bin`` file is read as plain tensors.
 
     Args:
-        device: where it runs. dtype: what it computes in; half precision is for GPUs.
-        tile_above: as :class:`LatentDecoder` takes it.
+        dtype: what it computes in; half precision is for GPUs.
+        tile_above: see :class:`LatentDecoder`.
 
     Raises:
         DecoderError: no such folder, another kind of model, missing or damaged weights, or no diffusers library.
     """
     folder = _autoencoder_folder(Path(path))
-    kind = _class_name(folder)
-    library = getattr(_diffusers(), kind)
-    _check_size(folder, library)
+    config, library = _read_config(folder)
+    _check_size(folder, config, library)
     try:
         autoencoder, loading = library.from_pretrained(
             folder,
             torch_dtype=dtype,
             local_files_only=True,
             output_loading_info=True,
-            disable_mmap=True,  # a mapped file that is overwritten while a server loads it would kill the server
-            low_cpu_mem_usage=False,  # else the library asks for one of its own extras, on every load
+            disable_mmap=True,  # overwriting a mapped file would kill the server that loads it
+            low_cpu_mem_usage=False,  # True warns about a missing extra on every load
         )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, EOFError, SafetensorError,
             pickle.UnpicklingError) as error:  # fmt: skip
         raise DecoderError(f"{folder}: weights that cannot be read ({_first_line(error)}); copy it again") from error
     absent = [name for name in loading["missing_keys"] if name.partition(".")[0] not in _ENCODER_PARTS]
-    if absent:
-        # The library fills them with random numbers.
+    if absent:  # diffusers has filled them with random numbers
         raise DecoderError(f"{folder}: the weights lack {absent[0]} and {len(absent) - 1} more; copy the folder again")
     for name, tensor in autoencoder.state_dict().items():
         if not bool(torch.isfinite(tensor).all()):
@@ -218,9 +215,9 @@ def load_decoder(
     return LatentDecoder(autoencoder.to(device), folder.name, tile_above=tile_above)
 
 
-def to_pixels(picture: Tensor) -> np.ndarray:
-    """A picture ``[3, H, W]`` as uint8 ``[H, W, 3]``: ``127.5 x + 128``, cut to 0..255."""
-    pixels = (picture * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+def to_pixels(image: Tensor) -> np.ndarray:
+    """An image ``[3, H, W]`` as uint8 ``[H, W, 3]``: ``127.5 x + 128``, clamped to 0..255."""
+    pixels = (image * 127.5 + 128).clamp(0, 255).to(torch.uint8)
     return pixels.permute(1, 2, 0).contiguous().cpu().numpy()
 
 
@@ -231,27 +228,30 @@ def _autoencoder_folder(path: Path) -> Path:
     raise DecoderError(f"{path}: no config.json in it; give {_FOLDER}")
 
 
-def _class_name(folder: Path) -> str:
+def _read_config(folder: Path) -> tuple[dict[str, Any], Any]:
+    """``config.json`` without its private keys, and the diffusers class that it names."""
     try:
-        kind = read_json(folder / "config.json")["_class_name"]
+        config = read_json(folder / "config.json")
+        kind = config["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DecoderError(f"{folder}/config.json: field _class_name cannot be read; give {_FOLDER}") from error
     if kind not in AUTOENCODERS:
         raise DecoderError(f"{folder}/config.json: field _class_name is {kind!r}; give {_FOLDER}")
-    return str(kind)
+    try:
+        library = getattr(importlib.import_module("diffusers"), kind)
+    except ImportError as error:
+        raise DecoderError("a latent decoder needs diffusers; from a checkout: pip install '.[vae]'") from error
+    return {key: value for key, value in config.items() if not key.startswith("_")}, library
 
 
-def _check_size(folder: Path, library: Any) -> None:
-    """The network that ``config.json`` describes, built without memory: no number in it may ask for more than the files
-    hold. The encoder, which they may lack, is about as large as the decoder.
+def _check_size(folder: Path, config: dict[str, Any], library: Any) -> None:
+    """Refuse a configuration that needs more memory than the files can fill; built on the meta device to find out.
 
-    Raises:
-        DecoderError: it does, or describes no network.
+    The files may lack the encoder, which is about as large as the decoder.
     """
-    config = {key: value for key, value in read_json(folder / "config.json").items() if not key.startswith("_")}
     for key, value in config.items():
-        counts = value if isinstance(value, list) else [value]
-        if "blocks" in key or key == "layers_per_block":  # each is a module, and takes time even without memory
+        if "blocks" in key or key == "layers_per_block":  # each is a module, which takes time even without memory
+            counts = value if isinstance(value, list) else [value]
             fits = all(type(count) is int and 0 <= count <= _MOST_LAYERS for count in counts)
         else:
             fits = not isinstance(value, list) or len(value) <= _MOST_LAYERS**2
@@ -260,33 +260,17 @@ def _check_size(folder: Path, library: Any) -> None:
     try:
         with torch.device("meta"):
             values = sum(tensor.numel() for tensor in library.from_config(config).state_dict().values())
-    except Exception as error:  # whatever the library makes of a foreign configuration
+    except Exception as error:  # diffusers raises almost anything on a foreign configuration
         raise DecoderError(f"{folder}/config.json: describes no {library.__name__} ({_first_line(error)}); "
                            f"give {_FOLDER}") from error  # fmt: skip
     stored = sum(path.stat().st_size for path in folder.glob("diffusion_pytorch_model*") if path.is_file())
     if values > 2 * stored:
-        raise DecoderError(
-            f"{folder}: weights that cannot be read (config.json describes {values} values, the files have {stored} "
-            "bytes); copy it again"
-        )
-
-
-def _diffusers() -> Any:
-    try:
-        return importlib.import_module("diffusers")
-    except ImportError as error:
-        raise DecoderError("a latent decoder needs diffusers; from a checkout: pip install '.[vae]'") from error
-
-
-def _decoder_half(autoencoder: Any) -> Any:
-    for part in _ENCODER_PARTS:
-        if hasattr(autoencoder, part):
-            setattr(autoencoder, part, None)
-    return autoencoder.eval().requires_grad_(False)
+        raise DecoderError(f"{folder}: weights that cannot be read (config.json describes {values} values, the files "
+                           f"have {stored} bytes); copy it again")  # fmt: skip
 
 
 def _upsampling(config: Any) -> int:
-    """Pixels a latent cell, along a side."""
+    """Pixels per latent cell, along a side."""
     if config.get("decoder_block_out_channels") is not None:
         return int(config.upsampling_scaling_factor ** (len(config.decoder_block_out_channels) - 1))
     return int(2 ** (len(config.block_out_channels) - 1))

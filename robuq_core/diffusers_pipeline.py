@@ -1,9 +1,9 @@
-"""A packed checkpoint behind the calls of diffusers' ``DiTPipeline``, so that a script changes one line:
+"""A packed checkpoint behind the interface of diffusers' ``DiTPipeline``, so that a script changes one line:
 
     from robuq_core import RobuQPipeline as DiTPipeline
 
-The same generator gives the same initial noise as there. Steps are this project's (those of the official DiT code), so
-pictures resemble those of a ``DiTPipeline`` with the same weights, and are not the same.
+The same generator gives the same initial noise. The steps are those of the official DiT code, so images resemble
+those of a ``DiTPipeline`` with the same weights but are not identical.
 """
 
 from __future__ import annotations
@@ -13,42 +13,37 @@ import importlib.util
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from robuq_core.classes import synonyms_of
 from robuq_core.config import MAX_SEED
-from robuq_core.decode import LatentDecoder, to_pixels
+from robuq_core.decode import LatentDecoder, is_at, to_pixels
 from robuq_core.diffusers_schedulers import sampler_of, scheduler_of
 from robuq_core.hub import resolve_checkpoint
 from robuq_core.pipeline import Row, RowSpec, Sampler
-from robuq_core.progress_bar import ProgressBar
 
-OutputType = Literal["pil", "np", "pt"]
 Generators = torch.Generator | list[torch.Generator] | None
-
-_BAR_SETTINGS = ("disable", "desc", "leave")
-
-Item = TypeVar("Item")
 
 
 @dataclass
 class PipelineOutput:
-    """``images``: a list of PIL images, or an array or tensor of the batch. Stands in for diffusers'
-    ``ImagePipelineOutput`` where that library is not installed."""
+    """``images``: a list of PIL images, or an array or tensor of the batch. Replaces diffusers'
+    ``ImagePipelineOutput`` if that library is not installed."""
 
     images: list[Image.Image] | np.ndarray | Tensor
 
 
 class RobuQPipeline:
-    """Draws with a :class:`robuq_core.pipeline.Sampler`, which is its :attr:`sampler`.
+    """Generates images with :attr:`sampler`, a :class:`robuq_core.pipeline.Sampler`.
 
     Attributes:
-        labels: every synonym of every class name, sorted, to its class id.
+        labels: class id by name, for every synonym of every class, sorted.
     """
 
     def __init__(self, sampler: Sampler) -> None:
@@ -75,30 +70,22 @@ class RobuQPipeline:
         use_safetensors: bool | None = None,
         variant: str | None = None,
     ) -> RobuQPipeline:
-        """Load a packed checkpoint: a file, a folder, an id of the hub; ``None`` is the bundled one.
+        """Load a packed checkpoint: a file, a folder or a hub id; ``None``: the bundled one.
 
         Args:
-            decoder: of a latent model, as :meth:`robuq_core.pipeline.Sampler.from_checkpoint` takes it.
-            torch_dtype: of the decoder; a packed network has number formats of its own.
-            backend, threads: as :func:`robuq_core.kernels.backends.select_backend` takes them.
+            decoder, backend, threads: as for :meth:`robuq_core.pipeline.Sampler.from_checkpoint`.
+            torch_dtype: of the decoder; a packed network has its own number formats.
             revision, cache_dir, token, local_files_only: of a hub id.
             use_safetensors, variant: ignored; a packed checkpoint is one safetensors file.
 
         Raises:
-            CheckpointError, DecoderError: what to load cannot be used, or a latent model has no decoder.
+            CheckpointError, DecoderError: it cannot be loaded, or a latent model has no decoder.
             ValueError: unknown backend.
         """
-        path = resolve_checkpoint(
-            pretrained_model_name_or_path,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-        )
+        hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        path = resolve_checkpoint(pretrained_model_name_or_path, **hub)  # type: ignore[arg-type]
         pipeline = cls(Sampler.from_checkpoint(path, decoder=decoder, backend=backend, threads=threads))
         return pipeline if torch_dtype is None else pipeline.to(torch_dtype)
-
-    # What a DiTPipeline has.
 
     @property
     def device(self) -> torch.device:
@@ -106,34 +93,34 @@ class RobuQPipeline:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the decoder; the network's rows are float32."""
+        """Of the decoder; the network computes in float32."""
         decoder = self.sampler.decoder
         return decoder.dtype if isinstance(decoder, LatentDecoder) else torch.float32
 
     @property
     def vae(self) -> Any:
-        """diffusers' autoencoder, without its encoder; None where the network draws pixels."""
+        """diffusers' autoencoder without its encoder; None for a pixel model."""
         decoder = self.sampler.decoder
         return decoder.autoencoder if isinstance(decoder, LatentDecoder) else None
 
     def to(self, *args: torch.device | torch.dtype | str, **kwargs: Any) -> RobuQPipeline:
-        """Move to a device, or have the decoder compute in another floating type, or both; returns itself.
+        """Move to a device, change the decoder's floating type, or both; returns itself.
 
         Raises:
-            ValueError: neither of the two, or the backend does not run there. TypeError: another keyword.
+            ValueError: neither is given, or the backend does not run there. TypeError: unknown keyword.
         """
         device, dtype = _destination(args, kwargs)
-        if device is not None and not _is_at(self.device, device):
+        if device is not None and not is_at(self.device, device):
             self.sampler = self.sampler.replica(device=device)
         if dtype is not None and isinstance(self.sampler.decoder, LatentDecoder):
             self.sampler.decoder = self.sampler.decoder.cast(dtype)
         return self
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
-        """Class ids of names as they stand in :attr:`labels`; one name gives a list of one.
+        """Class ids of names in :attr:`labels`; a single name gives a list of one.
 
         Raises:
-            ValueError: a name that is none of the labels.
+            ValueError: unknown name.
         """
         names = [label] if isinstance(label, str) else list(label)
         for name in names:
@@ -143,11 +130,11 @@ class RobuQPipeline:
 
     @property
     def scheduler(self) -> Any:
-        """diffusers' scheduler that stands for the sampler in use. Setting one of DDIMScheduler, DDPMScheduler and
-        DPMSolverMultistepScheduler chooses the sampler; the timesteps stay this project's.
+        """The diffusers scheduler equivalent to the sampler in use. Set a DDIMScheduler, DDPMScheduler or
+        DPMSolverMultistepScheduler to choose the sampler; the timesteps stay this project's.
 
         Raises:
-            UserError: diffusers is not installed. ValueError: one set is none of those, or of another process.
+            UserError: diffusers is not installed. ValueError: an unsupported scheduler was set.
         """
         if self._scheduler is None:
             self._scheduler = scheduler_of(self._sampler_name, self.sampler.header)
@@ -167,39 +154,28 @@ class RobuQPipeline:
         """
         return {"transformer": self.sampler.model, "vae": self.vae, "scheduler": self.scheduler}
 
-    # A packed network is small, and its attention never holds more than it needs.
-
     def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
-        """Does nothing."""
+        """Does nothing: attention is fused and needs no slicing."""
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
-        """Does nothing: the pipeline stays where it is."""
+        """Does nothing: a packed network is small enough to stay on its device."""
 
     def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
         """Does nothing."""
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
-        """``disable``, ``desc`` and ``leave`` of the bar that a call draws.
-
-        Raises:
-            ValueError: another setting.
-        """
-        for name in kwargs:
-            if name not in _BAR_SETTINGS:
-                raise ValueError(f"progress bar setting {name!r} is not supported; set {', '.join(_BAR_SETTINGS)}")
+        """Settings of the progress bar, as :class:`tqdm.tqdm` takes them: ``disable``, ``desc``, ``leave`` ..."""
         self._bar = kwargs
 
-    def progress_bar(self, iterable: Iterable[Item] | None = None, total: int | None = None) -> ProgressBar[Item | int]:
-        """A bar on standard error: loop over it for what ``iterable`` or ``range(total)`` yields, or enter it and call
-        its ``update(n)``.
+    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
+        """A :class:`tqdm.tqdm` over ``iterable`` or ``range(total)``.
 
         Raises:
             ValueError: neither is given.
         """
         if iterable is None and total is None:
             raise ValueError("progress_bar needs an iterable or a total")
-        items: Iterable[Item | int] = range(total or 0) if iterable is None else iterable
-        return ProgressBar(items, total, **self._bar)
+        return tqdm(range(total or 0) if iterable is None else iterable, **self._bar)
 
     def __call__(
         self,
@@ -210,27 +186,26 @@ class RobuQPipeline:
         output_type: str | None = "pil",
         return_dict: bool = True,
     ) -> Any:
-        """Draw one image a label, all of them together.
+        """Generate one image per label, as one batch.
 
         Args:
             guidance_scale: guides above 1; the default counts as 1 for a network that cannot be guided.
-            generator: draws the initial noise as diffusers does: one for the batch, or a list of one an image.
+            generator: of the initial noise, as in diffusers: one for the batch, or a list with one per image.
             output_type: ``pil`` images, ``np`` float32 ``[B, H, W, 3]`` or ``pt`` ``[B, 3, H, W]``, both 0 to 1;
                 ``None`` is ``np``.
 
         Returns:
-            diffusers' ``ImagePipelineOutput`` where that library is installed, else :class:`PipelineOutput`; with
-            ``return_dict=False`` a tuple of the images alone.
+            diffusers' ``ImagePipelineOutput`` if that library is installed, else :class:`PipelineOutput`; with
+            ``return_dict=False`` a tuple of the images.
 
         Raises:
-            ValueError: a label or the number of steps is out of range, another output type, or as many generators as
-                there are no labels.
+            ValueError: a label, the number of steps, the output type or the number of generators is wrong.
         """
         output_type = "np" if output_type is None else output_type
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type {output_type!r} is not supported; choose pil, np or pt")
         if not len(class_labels):
-            raise ValueError("class_labels is empty; give one class id an image")
+            raise ValueError("class_labels is empty; give one class id per image")
         with torch.inference_mode():
             scale = guidance_scale if self.sampler.can_guide or guidance_scale != 4.0 else 1.0
             rows = self._start([int(label) for label in class_labels], scale, generator, num_inference_steps)
@@ -241,21 +216,30 @@ class RobuQPipeline:
 
     def _start(self, labels: Sequence[int], scale: float, generator: Generators, steps: int) -> list[Row]:
         model = self.sampler.header.model
-        shape = (len(labels), model.in_channels, model.input_size, model.input_size)
-        noise = _initial_noise(shape, generator, self.device)
-        seeds = _later_seeds(len(labels), generator)
+        generators = generator if isinstance(generator, list) else [generator]
+        if len(generators) not in (1, len(labels)):
+            raise ValueError(f"{len(generators)} generators for {len(labels)} class labels; give one, or one per label")
+        # One generator draws the noise of the whole batch; of several, each draws that of its image.
+        shape = (len(labels) // len(generators), model.in_channels, model.input_size, model.input_size)
+        noise = torch.cat([torch.randn(shape, generator=each, device=self._place(each)) for each in generators])
+        # Seeds of the noise between the steps, which only DDPM adds.
+        seeds = [int(torch.randint(MAX_SEED + 1, (), generator=each, device=self._place(each, "cpu")))
+                 for each in generators * shape[0]]  # fmt: skip
         return [
             self.sampler.start(RowSpec(label, seed, steps, scale if scale > 1 else 1.0, self._sampler_name), x)
             for label, seed, x in zip(labels, seeds, noise, strict=True)
         ]
 
+    def _place(self, generator: torch.Generator | None, default: str | None = None) -> torch.device | str:
+        return generator.device if generator is not None else default or self.device
+
     def _decoded(self, rows: Sequence[Row], output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
-        pictures = [self.sampler.decode_float(row.x) for row in rows]
+        images = [self.sampler.decode_float(row.x) for row in rows]
         if output_type == "pil":
-            return [Image.fromarray(to_pixels(picture)) for picture in pictures]
-        # A tensor of inference mode would not take part in a gradient of the caller's.
+            return [Image.fromarray(to_pixels(image)) for image in images]
+        # Callers cannot compute gradients through a tensor made in inference mode.
         with torch.inference_mode(False):
-            batch = torch.stack([(picture.clone() / 2 + 0.5).clamp(0, 1) for picture in pictures])
+            batch = torch.stack([(image.clone() / 2 + 0.5).clamp(0, 1) for image in images])
         return batch if output_type == "pt" else batch.permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -277,35 +261,6 @@ def _destination(
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"to() takes a floating dtype, not {dtype}")
     return None if device is None else torch.device(device), dtype
-
-
-def _is_at(present: torch.device, wanted: torch.device) -> bool:
-    return present.type == wanted.type and (wanted.index is None or present.index == wanted.index)
-
-
-def _initial_noise(shape: tuple[int, int, int, int], generator: Generators, device: torch.device) -> Tensor:
-    """Standard normal, drawn as diffusers does: on the generator's device; of several, each draws its image."""
-    if not isinstance(generator, list):
-        place = device if generator is None else generator.device
-        return torch.randn(shape, generator=generator, device=place)
-    if len(generator) == 1:
-        return _initial_noise(shape, generator[0], device)
-    if len(generator) != shape[0]:
-        raise ValueError(f"{len(generator)} generators for {shape[0]} class labels; give one, or one a label")
-    return torch.cat([torch.randn((1, *shape[1:]), generator=one, device=one.device) for one in generator])
-
-
-def _later_seeds(count: int, generator: Generators) -> list[int]:
-    """Seeds of the noise between the steps, which DDPM alone has."""
-
-    def draw(one: torch.Generator | None) -> int:
-        place = "cpu" if one is None else one.device
-        return int(torch.randint(MAX_SEED + 1, (), generator=one, device=place))
-
-    if isinstance(generator, list):
-        generators = generator * count if len(generator) == 1 else generator
-        return [draw(one) for one in generators]
-    return [draw(generator) for _ in range(count)]
 
 
 def _output(images: Any) -> Any:

@@ -1,7 +1,4 @@
-"""Files that are whole or absent, also after a power cut; and small files of strangers, read within limits.
-
-Written beside the target, flushed to disk, then renamed.
-"""
+"""Atomic writes (temporary file or folder, fsync, rename), and small untrusted files read within limits."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import errno
 import json
 import os
 import secrets
+import shutil
 import stat
 import zipfile
 from collections.abc import Iterator
@@ -16,21 +14,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Of configurations, indices and lists of names; the largest in use, an index of shards, has a few hundred kB.
+# The largest in use, an index of shards, has a few hundred kB.
 MAX_TEXT_BYTES = 16 * 2**20
 
-# A folder that cannot be flushed on its own: some network file systems, and folders that may be written but not read.
+# fsync of a folder fails on some network file systems, and without permission to read it.
 _NO_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EACCES}
 
 
 @contextmanager
 def replacing(path: Path, mode: int | None = None) -> Iterator[Path]:
-    """A temporary path in the folder of ``path``; renamed over it if the block ends well, removed if it does not.
+    """A temporary path in the folder of ``path``; renamed over it if the block succeeds, removed if it fails.
 
-    The content is on the disk before the rename, and the rename before the function returns.
+    The content is on disk before the rename, and the rename before the function returns.
 
     Args:
-        mode: permissions of the file; if not given, read and write for all, less the user's umask.
+        mode: permissions of the file; default: read and write for all, less the umask.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -39,7 +37,7 @@ def replacing(path: Path, mode: int | None = None) -> Iterator[Path]:
     os.close(handle)
     try:
         yield temporary
-        temporary.chmod(permissions)  # a library may have made the file anew
+        temporary.chmod(permissions)  # a library may have recreated the file
         flush(temporary)
         temporary.replace(path)
         flush(path.parent)
@@ -47,10 +45,26 @@ def replacing(path: Path, mode: int | None = None) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside ``path``; renamed to it if the block succeeds, removed if it fails.
+
+    ``path`` must not exist, or be an empty folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        publish_folder(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def publish_folder(staging: Path, folder: Path) -> None:
     """Rename ``staging``, a finished folder, to ``folder`` beside it, which must not exist or be empty.
 
-    Its content is on the disk before the rename, and the rename before the function returns.
+    Its content is on disk before the rename, and the rename before the function returns.
     """
     for path in (*staging.rglob("*"), staging):
         flush(path)
@@ -59,7 +73,7 @@ def publish_folder(staging: Path, folder: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Return when the file ``path``, or the names in the folder ``path``, are on the disk (``fsync``)."""
+    """``fsync`` of a file or folder."""
     try:
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -72,11 +86,10 @@ def flush(path: Path) -> None:
 
 
 def check_torch_archive(path: Path) -> None:
-    """Compare the checksums that ``torch.save`` wrote, which ``torch.load`` does not.
+    """Verify the checksums that ``torch.save`` wrote; ``torch.load`` does not.
 
     Raises:
-        zipfile.BadZipFile: one differs, or a member is compressed, which ``torch.save`` never does: its size would be
-            what it claims.
+        zipfile.BadZipFile: one differs, or a member is compressed, which ``torch.save`` never does (a bomb).
     """
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
@@ -88,10 +101,10 @@ def check_torch_archive(path: Path) -> None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """``json.loads`` of text that a stranger may have written.
+    """``json.loads`` of untrusted text.
 
     Raises:
-        ValueError: malformed, or nested deeper than the interpreter can follow.
+        ValueError: malformed or nested too deeply.
     """
     try:
         return json.loads(text)

@@ -1,4 +1,4 @@
-"""Memory that was freed and that the C library keeps."""
+"""Return freed memory to the system."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ import ctypes
 
 
 def give_freed_memory_back() -> None:
-    """Pages of freed tensors that lie between those which stay: gigabytes, after the many layers of a large network."""
+    """``malloc_trim``: pages of freed tensors between live ones, gigabytes after the layers of a large network."""
     with contextlib.suppress(OSError, TypeError, AttributeError):  # a C library other than glibc
         ctypes.CDLL(None).malloc_trim(0)

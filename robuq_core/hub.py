@@ -1,8 +1,7 @@
-"""Where a checkpoint comes from: a file, a folder that holds one, an id of the Hugging Face hub, or the package itself,
-by the names of :data:`BUNDLED`.
+"""Where a checkpoint comes from: a file, a folder, an id of the Hugging Face hub, or a name in :data:`BUNDLED`.
 
-A folder of the hub is what ``robuq export-hub`` makes: its ``config.json`` names the checkpoint, so that nothing else
-is downloaded, least of all from a repository that holds something else.
+The ``config.json`` that ``robuq export-hub`` writes names the checkpoint in a hub repository, so that nothing else is
+downloaded, and nothing at all from other repositories.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any, TypeGuard
 from robuq_core.checkpoint import CheckpointError, read_header
 from robuq_core.files import read_json
 
-# Names of the checkpoints that come with the package, the default first, and their files.
+# Checkpoints of the package by name; the first is the default.
 BUNDLED = {
     "imagenet": "imagenet-1-per-class-w1.58a2.safetensors",
     "glyphs": "glyphs-w1.58a2.safetensors",
@@ -32,10 +31,10 @@ _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./
 
 
 def bundled_checkpoint(name: str | None = None) -> Path:
-    """Path of the checkpoint that comes with the package as ``name``, a key of :data:`BUNDLED`; none is the first.
+    """Path of the bundled checkpoint ``name``, a key of :data:`BUNDLED`; default: the first.
 
     Raises:
-        KeyError: no checkpoint has that name.
+        KeyError: unknown name.
     """
     chosen = next(iter(BUNDLED)) if name is None else name
     return Path(str(resources.files("robuq_core") / "assets" / BUNDLED[chosen]))
@@ -49,17 +48,17 @@ def resolve_checkpoint(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The packed file that ``source`` means.
+    """The path of the packed file that ``source`` means.
 
     Args:
-        source: a file; a folder with exactly one packed file; a name of :data:`BUNDLED`; ``owner/name`` or
-            ``owner/name@revision`` on the hub, downloaded at the first time; ``None`` for the default of the package.
-            What exists here is never looked for elsewhere.
-        revision, cache_dir, token, local_files_only: of a hub id, as ``huggingface_hub.snapshot_download`` takes them.
+        source: a file; a folder with exactly one packed file; a name in :data:`BUNDLED`; ``owner/name`` or
+            ``owner/name@revision`` on the hub, downloaded once; ``None``: the default bundled checkpoint. Existing
+            local paths come first.
+        revision, cache_dir, token, local_files_only: of a hub id; see ``huggingface_hub.snapshot_download``.
 
     Raises:
-        CheckpointError: there is no such file, folder or repository, it holds none or several, or the hub cannot be
-            reached. Whether the file itself is whole shows when it is read.
+        CheckpointError: nothing found, none or several packed files in it, or the hub cannot be reached. The file
+            itself is checked when it is read.
     """
     if source is None:
         return bundled_checkpoint()
@@ -70,8 +69,9 @@ def resolve_checkpoint(
         return bundled_checkpoint(str(source))
     match = _HUB_ID.fullmatch(str(source))
     if path.exists() or match is None or str(source).endswith(SUFFIX):
-        return path  # who reads it tells if it is missing
-    return _downloaded(match["repo"], revision or match["revision"], cache_dir, token, local_files_only)
+        return path
+    options = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+    return _downloaded(match["repo"], revision or match["revision"], options)
 
 
 def _only_checkpoint(folder: Path) -> Path:
@@ -93,28 +93,22 @@ def _only_checkpoint(folder: Path) -> Path:
     raise CheckpointError(f"{folder}: no packed {SUFFIX} checkpoint in this folder; give the path of one")
 
 
-def _downloaded(
-    repo: str, revision: str | None, cache_dir: Path | str | None, token: str | bool | None, local_files_only: bool
-) -> Path:
-    library = _huggingface_hub(repo)
+def _downloaded(repo: str, revision: str | None, options: dict[str, Any]) -> Path:
+    try:
+        library: Any = importlib.import_module("huggingface_hub")
+    except ImportError as error:
+        raise CheckpointError(f"{repo}: no such file or folder, and the hub needs the package huggingface_hub; "
+                              "from a checkout: pip install '.[hub]'") from error  # fmt: skip
 
     def snapshot(patterns: Sequence[str], revision: str | None) -> Path:
         try:
-            folder = library.snapshot_download(
-                repo,
-                revision=revision,
-                cache_dir=cache_dir,
-                token=token,
-                local_files_only=local_files_only,
-                allow_patterns=list(patterns),
-            )
-        except Exception as error:  # those of whatever network library it uses, too
+            return Path(library.snapshot_download(repo, revision=revision, allow_patterns=list(patterns), **options))
+        except Exception as error:  # also those of its network library
             raise CheckpointError(_failure(repo, revision, error)) from error
-        return Path(folder)
 
     folder = snapshot([CONFIG_NAME], revision)
     name = _checkpoint_name(repo, folder / CONFIG_NAME)
-    # Of the commit that the first call met, whoever uploads meanwhile: snapshots are folders named by it.
+    # Snapshot folders are named by commit: the second download is of the same one, whatever was uploaded meanwhile.
     path = snapshot([CONFIG_NAME, name, f"{DECODER_FOLDER}/*"], folder.name) / name
     if not path.is_file():
         raise CheckpointError(f"{repo}: {CONFIG_NAME} names {name}, which is not in the repository; "
@@ -135,8 +129,7 @@ def _checkpoint_name(repo: str, config: Path) -> str:
 
 
 def is_bare_name(name: object) -> TypeGuard[str]:
-    """Whether ``name``, which a stranger wrote, is that of a checkpoint: it must not lead out of its folder, nor be a
-    pattern of many files."""
+    """Whether an untrusted ``name`` is a file name of a checkpoint: no path and no wildcards."""
     return (
         isinstance(name, str)
         and Path(name).name == name
@@ -146,28 +139,21 @@ def is_bare_name(name: object) -> TypeGuard[str]:
     )
 
 
-def _huggingface_hub(repo: str) -> Any:
-    try:
-        return importlib.import_module("huggingface_hub")
-    except ImportError as error:
-        raise CheckpointError(f"{repo}: no such file or folder here, and the hub takes the package huggingface_hub; "
-                              "from a checkout: pip install '.[hub]'") from error  # fmt: skip
-
-
 def _failure(repo: str, revision: str | None, error: Exception) -> str:
-    errors: Any = importlib.import_module("huggingface_hub.errors")
+    errors = importlib.import_module("huggingface_hub.errors")
     where = f"{repo}@{revision}" if revision else repo
-    if isinstance(error, errors.GatedRepoError):
-        return f"{where}: the hub lets only approved accounts in; ask for access on its page and run hf auth login"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return (f"{where}: no such file or folder here and no such repository on the hub; "
-                "check the spelling, or run hf auth login if it is private")  # fmt: skip
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"{where}: the repository has no such revision; give a branch, tag or commit that its page lists"
-    if isinstance(error, errors.HFValidationError):
-        return f"{where}: no such file or folder here, and no valid id of the hub; check the spelling"
-    # A token that is out of date, or a mirror that does not say what it means.
+    reasons = {
+        errors.GatedRepoError: "the hub only serves approved accounts; request access on its page and run hf auth "
+                               "login",
+        errors.RepositoryNotFoundError: "no such file or folder, and no such repository on the hub; check the "
+                                        "spelling, or run hf auth login if it is private",
+        errors.RevisionNotFoundError: "the repository has no such revision; give a branch, tag or commit of its page",
+        errors.HFValidationError: "no such file or folder, and not a valid hub id; check the spelling",
+    }  # fmt: skip
+    if found := next((text for kind, text in reasons.items() if isinstance(error, kind)), None):
+        return f"{where}: {found}"
+    # An expired token, or a mirror with imprecise errors.
     if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
-        return f"{where}: no such file or folder here, and the hub refuses access; run hf auth login, or check HF_TOKEN"
-    return (f"{where}: no such file or folder here, and the hub cannot be reached nor is it in the cache "
+        return f"{where}: no such file or folder, and the hub refuses access; run hf auth login, or check HF_TOKEN"
+    return (f"{where}: no such file or folder, and the hub cannot be reached nor is it in the cache "
             f"({type(error).__name__}); go online once, or give a local path")  # fmt: skip

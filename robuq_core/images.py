@@ -1,4 +1,4 @@
-"""Pixels to image files, with the settings that made them, and back. Deterministic: equal input gives equal bytes."""
+"""Images with their settings as PNG, JPEG and WebP files. Deterministic: equal input gives equal bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 ImageFormat = Literal["png", "jpeg", "webp"]
 IMAGE_FORMATS: tuple[ImageFormat, ...] = ("png", "jpeg", "webp")
 
-# Full-resolution chroma: at the sizes that DiTs draw, subsampled colour is visible.
+# Full-resolution chroma: at the sizes of DiTs, subsampled colour is visible.
 _OPTIONS: dict[ImageFormat, dict[str, Any]] = {
     "png": {"compress_level": 6},
     "jpeg": {"quality": 95, "subsampling": 0},
@@ -32,19 +32,19 @@ _MAX_SETTINGS = 65_536
 
 
 def image_settings(spec: RowSpec, checkpoint: str, class_name: str | None = None) -> dict[str, Any]:
-    """What to store in the file of one image: all that is needed to generate it again.
+    """The settings to store in the file of one image, enough to generate it again.
 
     Args:
-        checkpoint: name of the packed file, without its suffix.
-        class_name: None where the model has no classes; the class id is None then, too.
+        checkpoint: name of the packed file without suffix.
+        class_name: None for a model without classes, whose ``class_id`` is stored as None too.
     """
     settings = {"version": robuq_core.__version__, "checkpoint": checkpoint, "class_name": class_name, **vars(spec)}
     return settings if class_name is not None else settings | {"class_id": None}
 
 
 def encode_image(pixels: np.ndarray, image_format: ImageFormat, settings: Mapping[str, Any] | None = None) -> bytes:
-    """Encode uint8 ``[H, W, 3]`` as a file of ``image_format`` that carries ``settings``; None for none."""
-    # Imported here: the HTTP process of the server encodes nothing, and starts sooner without.
+    """Encode uint8 ``[H, W, 3]`` as a file of ``image_format`` with ``settings``, if given."""
+    # Imported late: the HTTP process of the server encodes nothing, and starts faster without.
     from PIL import ExifTags, Image, PngImagePlugin
 
     options = dict(_OPTIONS[image_format])
@@ -62,10 +62,10 @@ def encode_image(pixels: np.ndarray, image_format: ImageFormat, settings: Mappin
 
 
 def read_settings(image: Path | bytes) -> dict[str, Any]:
-    """The settings that :func:`encode_image` stored, of a file or its content. Pixels are not decoded.
+    """The settings that :func:`encode_image` stored in a file or its content. Pixels are not decoded.
 
     Raises:
-        UserError: it is no PNG, JPEG or WebP, or carries no settings.
+        UserError: not a PNG, JPEG or WebP file, or without settings.
     """
     from PIL import ExifTags, Image
 
@@ -84,6 +84,6 @@ def read_settings(image: Path | bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         settings = None
     if not isinstance(settings, dict) or "checkpoint" not in settings:
-        raise UserError(f"{name} carries no settings of RobuQ; give an image as it was written, "
-                        "since editors and web sites often remove them")  # fmt: skip
+        raise UserError(f"{name} has no settings of RobuQ; give the original file, since editors and web sites often "
+                        "remove them")  # fmt: skip
     return settings

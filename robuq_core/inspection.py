@@ -1,18 +1,22 @@
-"""What a packed checkpoint holds, as plain data: shape, bit table, size by part, and the paper's own accounting."""
+"""What a packed checkpoint contains, as plain data: shape, bit table, size by part, and the paper's own accounting."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from robuq_core.checkpoint import Header, dense_shapes, layer_macs, layer_shapes, read_header
-from robuq_core.models.dit import FREQUENCY_SIZE, DiT
+from robuq_core.models.adapters import parameter_shapes
+from robuq_core.models.dit import FREQUENCY_SIZE
 from robuq_core.models.quant_linear import is_adaln
 
+_DENSE = "embedders and final layer"
 _PARTS = {
     "trits": "ternary weights (base 3)",
     "alpha": "weight scales",
@@ -21,26 +25,30 @@ _PARTS = {
     "signs": "rotation signs",
     "bias": "biases",
 }
-
-
-# One multiply-accumulate in full precision is worth 64 of one bit by one bit, and 4 of 8 by 8: the usual convention
-# of binary networks (arXiv 2004.03333), in which the paper's figures come out.
+# One full-precision multiply-accumulate counts as 64 of 1 x 1 bit and 4 of 8 x 8: the usual convention of binary
+# networks (arXiv 2004.03333), with which the paper's figures come out.
 _ONE_BIT_PER_FULL, _EIGHT_BIT_PER_FULL = 64, 4
-# Bits of a ternary weight, as the paper counts them: log2(3), cut. Scales are not counted.
+# Bits of a ternary weight as the paper counts them: log2(3), truncated, without scales.
 _TERNARY_BITS = 1.58
 
 
-@dataclass(frozen=True)
-class Amount:
-    """What a part of the network takes in full precision, and quantised."""
+class Amount(NamedTuple):
+    """Cost of a part of the network in full precision, and quantised."""
 
     full: float
     quantised: float
 
 
+class Table(NamedTuple):
+    """Texts to print, in the terminal or in markdown."""
+
+    head: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+
 @dataclass(frozen=True)
 class Report:
-    """``file_bytes`` includes the header; ``fp32_bytes`` is the same network's parameters at 4 bytes each.
+    """``file_bytes`` includes the header; ``fp32_bytes``: the parameters of the same network at 4 bytes each.
 
     ``compute``, ``theoretical_bytes``: see :func:`equivalent_macs` and :func:`theoretical_bytes`.
     """
@@ -56,9 +64,25 @@ class Report:
     def compression(self) -> float:
         return self.fp32_bytes / self.file_bytes
 
+    def size_table(self) -> Table:
+        parts = sorted(self.bytes_by_part.items(), key=lambda item: -item[1])
+        rows = [(part, f"{size:,}", f"{size / self.file_bytes:.1%}") for part, size in parts]
+        return Table(("Part of the file", "Bytes", "Share"), rows)
+
+    def bit_table(self) -> Table:
+        """Activation bits by block; blocks with the same widths share a row."""
+        widths = list(self.header.bits.values())
+        blocks = [tuple(map(str, widths[5 * i : 5 * i + 5])) for i in range(self.header.model.depth)]
+        rows, first = [], 0
+        for bits, group in groupby(blocks):
+            last = first + len(list(group)) - 1
+            rows.append((str(first) if first == last else f"{first}-{last}", *bits))
+            first = last + 1
+        return Table(("Block", "qkv", "proj", "fc1", "fc2", "adaLN"), rows)
+
 
 def inspect_checkpoint(path: Path) -> Report:
-    """Read the header of ``path`` (no weights) and sum it up.
+    """Summarise the header of ``path``; reads no weights.
 
     Raises:
         CheckpointError: as :func:`robuq_core.checkpoint.read_header`.
@@ -66,9 +90,8 @@ def inspect_checkpoint(path: Path) -> Report:
     header = read_header(path)
     by_part: dict[str, int] = {}
     for name, entry in header.tensors.items():
-        part = _PARTS.get(name.rpartition(".")[2], "") if name.startswith("blocks.") else ""
-        part = part or "embedders and final layer"
-        item = torch.empty(0, dtype=getattr(torch, entry.dtype.removeprefix("torch."))).element_size()
+        part = _PARTS[name.rpartition(".")[2]] if name.startswith("blocks.") else _DENSE
+        item: int = getattr(torch, entry.dtype.removeprefix("torch.")).itemsize
         by_part[part] = by_part.get(part, 0) + prod(entry.shape) * item
     size = path.stat().st_size
     by_part["header"] = size - sum(by_part.values())
@@ -76,15 +99,15 @@ def inspect_checkpoint(path: Path) -> Report:
 
 
 def ratio(parts: dict[str, Amount]) -> float:
-    """How many times less the quantised network takes in all."""
+    """Full-precision cost over quantised cost, in total."""
     return sum(part.full for part in parts.values()) / sum(part.quantised for part in parts.values())
 
 
 def equivalent_macs(header: Header) -> dict[str, Amount]:
-    """Multiply-accumulates of one image and forward by part, and what they are worth in full-precision ones.
+    """Multiply-accumulates per image and forward by part, and their equivalent in full-precision ones.
 
-    A ternary weight times b bits is worth ``b / 64``, 8 by 8 bits of attention ``1 / 4``; the low-rank branch, the
-    embedders and the final layer are in full precision. The paper calls these GFLOPs.
+    A ternary weight times b bits counts as ``b / 64``, 8 by 8 bits of attention as ``1 / 4``; the low-rank branch, the
+    embedders and the final layer are full precision. The paper calls these GFLOPs.
     """
     model, quant = header.model, header.quant
     macs, shapes, d = layer_macs(model), layer_shapes(model), model.hidden_size
@@ -96,22 +119,22 @@ def equivalent_macs(header: Header) -> dict[str, Amount]:
         rank = quant.adaln_rank if is_adaln(name) else quant.rank
         branch += rank * sum(shapes[name]) * (1 if is_adaln(name) else model.num_tokens)
     attention = 2.0 * model.depth * model.num_tokens**2 * d
-    worth = 1 if quant.attention_bits is None else _EIGHT_BIT_PER_FULL
+    per_full = 1 if quant.attention_bits is None else _EIGHT_BIT_PER_FULL
     patch = model.patch_size**2 * (model.in_channels + model.out_channels)
     rest = float(model.num_tokens * patch * d + FREQUENCY_SIZE * d + d * d + 2 * d * d)
     return {
         "linears of the blocks": Amount(*linears),
-        "attention": Amount(attention, attention / worth),
+        "attention": Amount(attention, attention / per_full),
         "adaLN": Amount(*adaln),
         "low-rank branch": Amount(0, branch),
-        "embedders and final layer": Amount(rest, rest),
+        _DENSE: Amount(rest, rest),
     }
 
 
 def theoretical_bytes(header: Header) -> dict[str, Amount]:
-    """Bytes by part as the paper counts them: 1.58 bits a ternary weight, all else in FP32, scales not counted.
+    """Bytes by part as the paper counts them: 1.58 bits per ternary weight without scales, all else FP32.
 
-    What the file holds differs: 1.6 bits and scales, but a narrower branch, embedders and final layer.
+    The file differs: 1.6 bits and scales, but a narrower branch, embedders and final layer.
     """
     model, quant = header.model, header.quant
     weights, branch, biases = {True: 0, False: 0}, 0, 0
@@ -131,7 +154,5 @@ def theoretical_bytes(header: Header) -> dict[str, Amount]:
 
 
 def fp32_bytes(header: Header) -> int:
-    """Bytes of the full-precision network of the same shape, positions not counted."""
-    with torch.device("meta"):
-        skeleton: nn.Module = DiT(header.model)
-    return 4 * sum(parameter.numel() for parameter in skeleton.parameters())
+    """Bytes of the full-precision network of the same shape, without positions."""
+    return 4 * sum(prod(shape) for shape in parameter_shapes(header.model).values())

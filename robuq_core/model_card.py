@@ -1,60 +1,43 @@
-"""The README.md of a checkpoint on the Hugging Face hub, written from the checkpoint's own header."""
+"""The README.md of a checkpoint on the Hugging Face hub, written from the checkpoint's header."""
 
 from __future__ import annotations
 
 import json
-from itertools import groupby
 from typing import Any
 
 from robuq_core.checkpoint import Header
 from robuq_core.convert import METHOD
 from robuq_core.hub import DECODER_FOLDER, LIBRARY_NAME
-from robuq_core.inspection import Report
+from robuq_core.inspection import Report, Table
 
-_TAGS = (
-    "image-generation",
-    "diffusion",
-    "diffusion-transformer",
-    "quantized",
-    "arxiv:2509.23582",
-)
-# Of one plane: the sum of several has more levels.
-_TERNARY_TAGS = ("ternary", "1.58-bit")
-_LAYERS = ("qkv", "proj", "fc1", "fc2", "adaLN")
+_TAGS = ("image-generation", "diffusion", "diffusion-transformer", "quantized", "arxiv:2509.23582")
+_TERNARY_TAGS = ("ternary", "1.58-bit")  # only with one plane: the sum of several has more levels
 # Whole configurations: too long for a card, and in config.json.
 _LONG_KEYS = ("config", "class_names")
 
 
 def model_card(report: Report, name: str, licence: str) -> str:
-    """The card of the checkpoint file ``name`` in markdown, front matter first.
+    """The card of the checkpoint file ``name`` in markdown, with front matter.
 
     Args:
         licence: of the weights, by the hub's identifier.
     """
+    header = report.header
     title = name.removesuffix(".safetensors")
-    parts = [
-        _front_matter(report.header, licence),
-        _introduction(report, title),
-        *_untrained(report.header),
-        _facts(report, name),
-        _bit_table(report.header),
-        _usage(report.header, name),
-        _provenance(report.header, licence),
-    ]
+    bits = f"## Activation bits\n\n{_markdown(report.bit_table())}"
+    parts = [_front_matter(header, licence), _introduction(report, title), *_untrained(header), _facts(report, name),
+             bits, _usage(header, name), _provenance(header, licence)]  # fmt: skip
     return "\n".join(parts)
 
 
 def _front_matter(header: Header, licence: str) -> str:
-    tree: dict[str, Any] = {
-        "license": licence,
-        "library_name": LIBRARY_NAME,
-        "pipeline_tag": "unconditional-image-generation",
-        "tags": [
-            *_TAGS,
-            *(("class-conditional",) if header.model.num_classes else ()),
-            *(_TERNARY_TAGS if header.quant.weight_planes == 1 else ()),
-        ],
-    }
+    tags = [
+        *_TAGS,
+        *(("class-conditional",) if header.model.num_classes else ()),
+        *(_TERNARY_TAGS if header.quant.weight_planes == 1 else ()),
+    ]
+    pipeline = "unconditional-image-generation"
+    tree = {"license": licence, "library_name": LIBRARY_NAME, "pipeline_tag": pipeline, "tags": tags}
     # A JSON value is a YAML value.
     return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in tree.items()), "---", ""])
 
@@ -72,20 +55,20 @@ def _introduction(report: Report, title: str) -> str:
 
 {model} with **{weights} and {bits}-bit activations** (MAC-weighted average),
 packed for the RobuQ runtime: {classes}, samples of {side}x{side} {kind}, {megabytes},
-{report.compression:.1f} times smaller than the same network in FP32. After the method of
+{report.compression:.1f} times smaller than the same network in FP32. Method:
 [RobuQ, arXiv 2509.23582](https://arxiv.org/abs/2509.23582).
 """
 
 
 def _untrained(header: Header) -> list[str]:
-    """What a reader must know before they judge the pictures; nothing of a network that was trained to be quantised."""
+    """The warning for weights that were only rounded, not trained to be quantised."""
     if header.provenance.get("method") != METHOD:
         return []
     error = header.provenance.get("relative_error_on_random_inputs")
     measured = (
         f"on random inputs its predictions are {error:.1%} (RMS) off those of the original"
         if isinstance(error, float) and error > 0
-        else "how far its predictions are off those of the original could not be measured"
+        else "the error of its predictions against the original could not be measured"
     )
     warning = f"""> **Not trained**: rounded from full-precision weights, without data (post-training quantisation);
 > {measured}.
@@ -100,34 +83,22 @@ def _facts(report: Report, name: str) -> str:
     rows = [
         ("network", f"DiT: {model.depth} blocks of width {model.hidden_size}, {model.num_heads} heads, "
                     f"{model.num_tokens} tokens, patches of {model.patch_size}"),
-        ("draws", "pixels" if header.decoder == "pixels" else
-                  f"latents of {model.in_channels} channels; needs the autoencoder it was trained with"),
+        ("output", "pixels" if header.decoder == "pixels" else
+                   f"latents of {model.in_channels} channels; needs the autoencoder it was trained with"),
         ("weights of the blocks", f"{quant.weight_planes} x ternary, scales by {quant.weight_scale}, "
                                   f"low-rank branch of rank {quant.rank}"),
         ("activations", f"{header.average_activation_bits:.2f} bits on average, {quant.adaln_bits} for adaLN, "
-                        f"attention products {'full precision' if quant.attention_bits is None else '8'} bits"),
-        ("predicts", header.diffusion.prediction_type),
+                        f"attention products {'full precision' if quant.attention_bits is None else '8 bits'}"),
+        ("prediction", header.diffusion.prediction_type),
         ("default", f"{sampler.sampler}, {sampler.steps} steps, guidance {sampler.guidance_scale:g}"),
         ("file", f"`{name}`, {report.file_bytes:,} bytes; FP32 {report.fp32_bytes:,}"),
     ]  # fmt: skip
-    sizes = sorted(report.bytes_by_part.items(), key=lambda item: -item[1])
-    lines = ["| | |", "|---|---|", *(f"| {left} | {right} |" for left, right in rows), ""]
-    lines += ["| Part of the file | Bytes | Share |", "|---|---|---|"]
-    lines += [f"| {part} | {size:,} | {size / report.file_bytes:.1%} |" for part, size in sizes]
-    return "\n".join([*lines, ""])
+    return _markdown(Table(("", ""), rows)) + "\n" + _markdown(report.size_table())
 
 
-def _bit_table(header: Header) -> str:
-    widths = list(header.bits.values())
-    blocks = [tuple(widths[5 * i : 5 * i + 5]) for i in range(header.model.depth)]
-    lines = ["## Activation bits", "", f"| Block | {' | '.join(_LAYERS)} |", "|---" * (len(_LAYERS) + 1) + "|"]
-    first = 0
-    for bits, group in groupby(blocks):
-        last = first + len(list(group)) - 1
-        label = str(first) if first == last else f"{first}-{last}"
-        lines.append(f"| {label} | {' | '.join(map(str, bits))} |")
-        first = last + 1
-    return "\n".join([*lines, ""])
+def _markdown(table: Table) -> str:
+    lines = [table.head, ("---",) * len(table.head), *table.rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def _usage(header: Header, name: str) -> str:
@@ -135,8 +106,8 @@ def _usage(header: Header, name: str) -> str:
     decoder = f', decoder="{DECODER_FOLDER}"' if latent else ""
     option = f" --decoder {DECODER_FOLDER}" if latent else ""
     note = (
-        f"The network draws latents. `{DECODER_FOLDER}` stands for a diffusers folder of the autoencoder that it was\n"
-        "trained with; put beside the checkpoint under that name, it is found without being named.\n\n"
+        f"This is a latent model: `{DECODER_FOLDER}` stands for a diffusers folder of the autoencoder that it was\n"
+        "trained with. Put beside the checkpoint under that name, it is found without the option.\n\n"
         if latent
         else ""
     )
@@ -171,8 +142,8 @@ robuq-serve --checkpoint {name}{option}
 docker run -p 8000:8000 -v "$PWD:/model:ro" -e ROBUQ_CHECKPOINT=/model/{name}{environment} robuq-serve
 ```
 
-`--checkpoint`, `from_checkpoint` and `from_pretrained` take this repository's id in place of the file, if RobuQ was
-installed with its extra `hub`.
+`--checkpoint`, `from_checkpoint` and `from_pretrained` also take this repository's id instead of the file, if RobuQ
+was installed with its extra `hub`.
 """
 
 
@@ -180,7 +151,7 @@ def _provenance(header: Header, licence: str) -> str:
     tree = json.dumps(_shortened(header.provenance), indent=2, default=str)
     return f"""## Provenance
 
-What the checkpoint says of its own making; `config.json` and `robuq inspect --json` have all of it.
+How the checkpoint was made, as recorded in it; complete in `config.json` and `robuq inspect --json`.
 
 ```json
 {tree}

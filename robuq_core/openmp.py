@@ -1,6 +1,6 @@
-"""The threads of torch's OpenMP, beside those of the native kernels: both want every core.
+"""torch's OpenMP threads beside those of the native kernels, which want the same cores.
 
-After each parallel region torch's threads go on spinning for a while, on the cores that the kernels' threads want next.
+After each parallel region torch's threads keep spinning for a while, on cores that the kernels' threads want next.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from functools import lru_cache
 
 
 def sleep_between_regions() -> None:
-    """Let torch's threads sleep between parallel regions, unless ``OMP_WAIT_POLICY`` says otherwise.
+    """Let torch's threads sleep between parallel regions, unless ``OMP_WAIT_POLICY`` is set.
 
-    OpenMP reads its settings once: this comes before torch is imported.
+    OpenMP reads its settings once: call this before torch is imported.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -24,16 +24,16 @@ def sleep_between_regions() -> None:
 def _openmp() -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(None)
-    except (OSError, TypeError):  # no way to look into the process itself
+    except (OSError, TypeError):  # no access to the process's own symbols
         return None
     return library if hasattr(library, "omp_set_num_threads") else None
 
 
 @contextmanager
 def on_one_thread(wanted: bool = True) -> Iterator[None]:
-    """Within it torch's operators, called by this thread, take no other; where torch has OpenMP, and ``wanted``.
+    """Run torch's operators of the calling thread on one thread, if torch uses OpenMP and ``wanted``.
 
-    :func:`torch.set_num_threads` would be heard by threads that start meanwhile.
+    :func:`torch.set_num_threads` would also affect threads that start meanwhile.
     """
     library = _openmp() if wanted else None
     if library is None:

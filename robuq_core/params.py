@@ -1,7 +1,7 @@
-"""The fields that an image is requested with: type, default, range and description of each, once. Knows no torch.
+"""The fields of an image request: type, default, range and description of each, defined once. Imports no torch.
 
-HTTP bodies, ``robuq sample``, :meth:`Sampler.generate`, the dialects of other servers and the load test take their
-fields from :class:`ImageParams`: a field added here appears in all of them. :class:`RowSpec` is one image of it.
+HTTP bodies, ``robuq sample``, :meth:`Sampler.generate`, the OpenAI and KServe APIs and the load test take their fields
+from :class:`ImageParams`: a field added here appears in all of them. :class:`RowSpec` is one image of a request.
 """
 
 from __future__ import annotations
@@ -37,18 +37,17 @@ from robuq_core.config import (
 from robuq_core.errors import UserError
 
 MAX_IMAGES = 16
-# The largest integer that JavaScript, and JSON readers built on it, keep exactly.
+# The largest integer that JavaScript, and JSON readers based on it, keep exactly.
 MAX_REQUEST_SEED = 2**53 - 1
 ALL_TIMESTEPS = (0, NUM_TRAIN_TIMESTEPS - 1)
-# Which field an error of several fields together names.
-_CHOICE = "choice"
+_CHOICE = "choice"  # type of the errors of choice_error
 
 Model = TypeVar("Model", bound=BaseModel)
 Timestep = Annotated[int, Field(ge=0, le=NUM_TRAIN_TIMESTEPS - 1, strict=True)]
 
 
 class ParamError(UserError, ValueError):
-    """A field that cannot be taken; ``field`` is its name, or ``body`` if the whole is not an object."""
+    """An invalid field; ``field`` is its name, or ``body`` if the whole is not an object."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
@@ -57,7 +56,7 @@ class ParamError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class RowSpec:
-    """One image to generate; the fields are those of :class:`ImageParams`, with every default filled in.
+    """One image to generate; the fields are those of :class:`ImageParams` with all defaults filled in.
 
     ``seed`` 0..2**32-1; ``guidance_scale`` 1 is no guidance and costs half; ``guidance_interval`` includes both ends
     (arXiv 2404.07724); ``cache_interval``: see :mod:`robuq_core.step_cache`.
@@ -73,7 +72,7 @@ class RowSpec:
 
 
 class NullMeansAbsent(BaseModel):
-    """Base of request bodies: ``null`` for a field that has a default is the same as leaving it out."""
+    """Base of request bodies: ``null`` for an optional field is the same as leaving it out."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -82,13 +81,9 @@ class NullMeansAbsent(BaseModel):
     def _without_nulls(cls, data: Any) -> Any:
         if not isinstance(data, Mapping) or None not in data.values():
             return data
-        # A required field keeps its null, and an unknown one too, so that errors name them.
-        known = cls.model_fields
-        return {
-            name: value
-            for name, value in data.items()
-            if value is not None or name not in known or known[name].is_required()
-        }
+        # Required and unknown fields keep their null, so that errors name them.
+        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {name: value for name, value in data.items() if value is not None or name not in optional}
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
@@ -102,16 +97,13 @@ class NullMeansAbsent(BaseModel):
 
 
 class ImageParams(NullMeansAbsent):
-    """What to generate. A class is needed where the model has classes; what is None takes the checkpoint's default."""
+    """What to generate. A class is required if the model has classes; None takes the checkpoint's default."""
 
     class_id: int | None = Field(
         None, ge=0, le=MAX_CLASSES - 1, description="Class to generate; at most num_classes - 1 of /info."
     )
     class_name: str | None = Field(
-        None,
-        min_length=1,
-        max_length=200,
-        description="Name of the class instead, in any case; _ stands for a space.",
+        None, min_length=1, max_length=200, description="Class by name instead, ignoring case; _ matches a space."
     )
     num_images: int = Field(
         1, ge=1, le=MAX_IMAGES, description="Images to generate; image i has the seed (seed + i) mod 2**32."
@@ -120,7 +112,7 @@ class ImageParams(NullMeansAbsent):
         None,
         ge=-1,
         le=MAX_REQUEST_SEED,
-        description="Random if not given or -1. The answer repeats it; the noise depends on seed mod 2**32.",
+        description="Random if absent or -1. The response repeats it; the noise depends on seed mod 2**32.",
     )
     steps: Steps | None = Field(None, description="Denoising steps; default: the checkpoint's.")
     guidance_scale: GuidanceScale | None = Field(
@@ -128,7 +120,7 @@ class ImageParams(NullMeansAbsent):
     )
     guidance_interval: tuple[Timestep, Timestep] = Field(
         ALL_TIMESTEPS,
-        strict=False,  # a list, too
+        strict=False,  # accepts a list
         description="Lowest and highest timestep with guidance (arXiv 2404.07724); the other steps cost half.",
     )
     cache_interval: int = Field(
@@ -155,24 +147,24 @@ class ImageParams(NullMeansAbsent):
 
     @property
     def given(self) -> dict[str, Any]:
-        """The fields that were given, by name."""
+        """The fields that were set, by name."""
         return {name: getattr(self, name) for name in self.model_fields_set}
 
     def resolved(self, defaults: SamplerConfig, seed: int | None = None) -> Self:
-        """A copy without open fields: the checkpoint's defaults, and ``seed`` or a random one."""
+        """A copy with the checkpoint's defaults and ``seed``, or a random one, filled in."""
         found = {name: getattr(defaults, name) for name in SamplerConfig.model_fields if getattr(self, name) is None}
         if self.seed is None:
             found["seed"] = secrets.randbelow(MAX_SEED + 1) if seed is None else seed
         return self.model_copy(update=found) if found else self
 
     def spec(self, class_id: int, image: int) -> RowSpec:
-        """Image number ``image`` of resolved parameters, of the class that was asked for by id or name."""
+        """Image number ``image`` of resolved parameters, with the class that ``class_id`` or ``class_name`` means."""
         assert self.seed is not None
         shared = {name: getattr(self, name) for name in _SHARED}
         return RowSpec(class_id=class_id, seed=image_seed(self.seed, image), **shared)
 
     def specs(self, class_id: int) -> tuple[RowSpec, ...]:
-        """Every image of :meth:`spec`."""
+        """All images; see :meth:`spec`."""
         return tuple(self.spec(class_id, i) for i in range(self.num_images))
 
 
@@ -180,7 +172,7 @@ _SHARED = tuple(field.name for field in fields(RowSpec) if field.name not in ("c
 
 
 def check_spec(spec: RowSpec) -> None:
-    """Refuse an image whose fields are out of range, but for its class, whose bound is the model's.
+    """Check the ranges of all fields but the class, whose bound is the model's.
 
     Raises:
         ParamError: names the field.
@@ -191,7 +183,7 @@ def check_spec(spec: RowSpec) -> None:
 
 
 def choice_error(field: str, message: str) -> PydanticCustomError:
-    """What a validator raises for a fault of several fields together; ``field`` is the one that is named."""
+    """What a validator raises for an error of several fields together; reported for ``field``."""
     return PydanticCustomError(_CHOICE, message, {"field": field})
 
 
@@ -201,15 +193,14 @@ def read_params(
     schema: Callable[[], Mapping[str, Any]] | None = None,
     example: Mapping[str, Any] | None = None,
 ) -> Model:
-    """``data`` as a ``model``: JSON bytes strictly by type, a mapping of Python values as Python converts them.
+    """``data`` as a ``model``: JSON bytes with strict types, a mapping with Python's conversions.
 
     Args:
-        schema: gives the JSON schema of ``model`` whose ranges errors state; another than its own where a range is
-            the loaded checkpoint's.
-        example: an object that errors show where ``data`` is none.
+        schema: returns the JSON schema whose ranges errors state, if the loaded checkpoint narrows the model's own.
+        example: an object to show in the error if ``data`` is not an object.
 
     Raises:
-        ParamError: names the first field at fault and what it may be.
+        ParamError: names the first invalid field and its allowed values.
     """
     try:
         if isinstance(data, bytes):
@@ -237,14 +228,10 @@ def read_params(
 
 
 def _fault_of_number(model: type[BaseModel], data: bytes) -> Mapping[str, Any] | None:
-    """The fault of JSON with an integer of more digits than pydantic reads; None where that is not what is wrong.
-
-    Python has the same limit, since the time to read one grows with the square of its digits.
-    """
+    """The error of JSON with an integer of more digits than pydantic and Python read; None for other faults."""
     try:
-        # The first digits are enough to be outside of every range.
-        found = json.loads(data.decode("utf-8-sig"), parse_int=lambda digits: int(digits[:400]))
-        model.model_validate(found)
+        # 400 digits are already outside of every range; reading takes time quadratic in their number.
+        model.model_validate(json.loads(data.decode("utf-8-sig"), parse_int=lambda digits: int(digits[:400])))
     except ValidationError as error:
         fault: Mapping[str, Any] = error.errors(include_url=False)[0]
         return fault
@@ -254,7 +241,7 @@ def _fault_of_number(model: type[BaseModel], data: bytes) -> Mapping[str, Any] |
 
 
 def allowed_values(field: Mapping[str, Any], definitions: Mapping[str, Any] | None = None) -> str:
-    """One field's JSON schema in words, such as "an integer from 1 to 16"."""
+    """The JSON schema of a field in words, such as "an integer from 1 to 16"."""
     if "anyOf" in field:
         kinds = [kind for kind in field["anyOf"] if kind.get("type") != "null"]
         return " or ".join(allowed_values(kind, definitions) for kind in kinds)

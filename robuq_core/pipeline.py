@@ -1,9 +1,7 @@
 """Sampling: requests in, images out. :meth:`Sampler.step` advances any mix of rows by one denoising step.
 
-A row's picture depends on the checkpoint and its own :class:`RowSpec` alone, not on the rows beside it: every op of
-the forward and of the update keeps one order of float operations per row.
-
-One file, since it is one class: how a model is loaded, stepped and decoded is what :class:`Sampler` is.
+A row's image depends only on the checkpoint and its own :class:`RowSpec`, not on the rows beside it: every operation
+of the forward and the update keeps one order of float operations per row.
 """
 
 from __future__ import annotations
@@ -38,9 +36,9 @@ from robuq_core.rows import Batch, Row, together
 from robuq_core.staging import taken
 from robuq_core.step_cache import cached_forward
 
-NO_DECODER = (
-    "it draws latents: give decoder (--decoder, ROBUQ_DECODER), a diffusers folder of the autoencoder that it was "
-    "trained with, or put that folder beside the checkpoint as vae"
+_NO_DECODER = (
+    "a latent model without a decoder: give decoder (--decoder, ROBUQ_DECODER), a diffusers folder of the autoencoder "
+    "that it was trained with, or put that folder beside the checkpoint as vae"
 )
 
 __all__ = ["ALL_TIMESTEPS", "Denoiser", "Row", "RowSpec", "Sampler", "Timings", "bundled_checkpoint"]
@@ -48,7 +46,7 @@ __all__ = ["ALL_TIMESTEPS", "Denoiser", "Row", "RowSpec", "Sampler", "Timings", 
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds that :meth:`Sampler.generate` took: for all steps, and apart from that for decoding the pictures."""
+    """Seconds that :meth:`Sampler.generate` took for all steps, and for decoding."""
 
     sampling_s: float
     decode_s: float
@@ -56,7 +54,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A verified checkpoint and the decoder of its latents, before they are put on a device."""
+    """A verified checkpoint and its latent decoder, not yet on a device."""
 
     path: Path
     checkpoint: Checkpoint
@@ -68,31 +66,36 @@ def load_model(
     decoder: Path | str | Decoder | None = None,
     device: torch.device | str = "cpu",
 ) -> LoadedModel:
-    """Read a packed checkpoint and its decoder, the latter onto ``device``; arguments and errors as
-    :meth:`Sampler.from_checkpoint`."""
+    """Read a packed checkpoint, and its decoder onto ``device``. See :meth:`Sampler.from_checkpoint`."""
     chosen = resolve_checkpoint(path)
-    # The decoder first: a missing one is reported before the weights are read.
-    loaded = _decoder_for(chosen, decoder, torch.device(device))
+    loaded: Decoder | None = None
+    if read_header(chosen).decoder == "latent":  # before the weights, to report a missing decoder at once
+        beside = chosen.parent / DECODER_FOLDER
+        if decoder is None and not beside.is_dir():
+            raise CheckpointError(f"{chosen}: {_NO_DECODER}")
+        source = beside if decoder is None else decoder
+        loaded = load_decoder(source, device=device) if isinstance(source, (str, Path)) else source.replica(device)
     return LoadedModel(chosen, read_checkpoint(chosen), loaded)
 
 
 class Denoiser(Protocol):
-    """What a sampler needs of a network, packed or plain: one forward. ``x`` on its device, the rest on the CPU."""
+    """A network, packed or plain. ``x`` is on its device, the rest on the CPU."""
 
     def forward(self, x: Tensor, timesteps: Tensor, classes: Tensor, /) -> Tensor: ...
 
 
 class Sampler:
-    """Draws images with ``model``, which ``header`` describes.
+    """Generates images with ``model``, which ``header`` describes.
 
-    Not thread-safe: one owner calls :meth:`start`, :meth:`step` and :meth:`estimate`; :meth:`decode` and
-    :meth:`decode_estimate` may be called from any thread.
+    Not thread-safe: one thread calls :meth:`start`, :meth:`step` and :meth:`estimate`; :meth:`decode` and
+    :meth:`decode_estimate` may be called from any.
 
     Args:
-        device: where ``model`` takes its input and rows lie.
-        decoder: of a ``header`` that says ``latent``; pixels need none.
+        backend_name, weight_bytes, device: of a ``model`` that is not packed.
+        decoder: of a latent model; a pixel model needs none.
 
-    ``image_size`` is the side of a picture in pixels; ``timings`` of the latest :meth:`generate`.
+    ``image_size`` is the side of an image in pixels; ``timings`` of the latest :meth:`generate`; ``path`` of the
+    packed checkpoint, if it was loaded from one.
 
     Raises:
         CheckpointError: a latent model without a decoder, or with one for other latents.
@@ -104,36 +107,40 @@ class Sampler:
         header: Header,
         *,
         checkpoint_name: str,
-        backend_name: str,
-        weight_bytes: int,
+        backend_name: str = "torch",
+        weight_bytes: int = 0,
         device: torch.device | str = "cpu",
         decoder: Decoder | None = None,
     ) -> None:
-        self.model, self.header, self.device = model, header, torch.device(device)
-        self.checkpoint_name, self.backend_name, self.weight_bytes = checkpoint_name, backend_name, weight_bytes
+        self.model, self.header, self.checkpoint_name = model, header, checkpoint_name
+        self.backend_name, self.weight_bytes, self.device = backend_name, weight_bytes, torch.device(device)
+        self._update: Update = update
+        if isinstance(model, PackedDiT):
+            backend = model.backend
+            self.backend_name, self.weight_bytes, self.device = backend.name, model.weight_bytes, model.device
+            self._update = backend.update if isinstance(backend, UpdatingBackend) else update
+        shape = header.model
         self.decoder = self._fitting(decoder)
         self.defaults = header.sampler
         self.class_names = header.class_names
-        self.num_classes = header.model.num_classes
-        self.drawn_classes = header.model.drawn_classes
-        self.image_size = self.decoder.image_size(header.model.input_size)
+        self.num_classes = shape.num_classes
+        self.drawn_classes = shape.drawn_classes
+        self.image_size = self.decoder.image_size(shape.input_size)
         self.average_activation_bits = header.average_activation_bits
         self.timings: Timings | None = None
-        self.path: Path | None = None  # of the packed checkpoint, if it was loaded from one
-        self._classes = ClassNames(header.class_names, header.model.num_classes)
+        self.path: Path | None = None
+        self._classes = ClassNames(header.class_names, shape.num_classes)
         self._backend_choice = "auto"
-        self._shape = (header.model.in_channels, header.model.input_size, header.model.input_size)
-        backend = model.backend if isinstance(model, PackedDiT) else None
-        self._update: Update = backend.update if isinstance(backend, UpdatingBackend) else update
+        self._shape = (shape.in_channels, shape.input_size, shape.input_size)
 
     def _fitting(self, decoder: Decoder | None) -> Decoder:
         channels = self.header.model.in_channels
         if self.header.decoder == "pixels":
             return PixelDecoder(self.device, channels)
         if decoder is None:
-            raise CheckpointError(f"{self.checkpoint_name}: {NO_DECODER}")
+            raise CheckpointError(f"{self.checkpoint_name}: {_NO_DECODER}")
         if decoder.channels != channels:
-            raise CheckpointError(f"{self.checkpoint_name}: draws latents of {channels} channels, but the decoder "
+            raise CheckpointError(f"{self.checkpoint_name}: has latents of {channels} channels, but the decoder "
                                   f"{decoder.name} takes {decoder.channels}; "
                                   "give the one that the model was trained with")  # fmt: skip
         return decoder
@@ -151,15 +158,13 @@ class Sampler:
         """Load a packed checkpoint; ``None`` is the bundled one.
 
         Args:
-            path: a file, a folder that holds one, or an id of the hub, as
-                :func:`robuq_core.hub.resolve_checkpoint` takes them.
-            decoder: of a model that draws latents: a folder, as :func:`robuq_core.decode.load_decoder` takes it, or
-                what that gave. ``None`` takes the folder ``vae`` beside the file. A model that draws pixels needs
-                none, and does not read it.
-            backend, threads, device: as :func:`robuq_core.kernels.backends.select_backend` takes them.
+            path: a file, a folder with one, or a hub id: see :func:`robuq_core.hub.resolve_checkpoint`.
+            decoder: of a latent model: a folder (see :func:`robuq_core.decode.load_decoder`) or a loaded one; ``None``:
+                the folder ``vae`` beside the file. Ignored for a pixel model.
+            backend, threads, device: see :func:`robuq_core.kernels.backends.select_backend`.
 
         Raises:
-            CheckpointError, DecoderError: what to load cannot be used, or a latent model has no decoder.
+            CheckpointError, DecoderError: the files cannot be used, or a latent model has no decoder.
             ValueError: unknown backend, or it does not run on ``device``.
         """
         chosen = resolve_checkpoint(path)
@@ -175,60 +180,43 @@ class Sampler:
         threads: int | None = None,
         device: torch.device | str | None = None,
     ) -> Sampler:
-        """A sampler of what :func:`load_model` gave; the rest, and what it raises, as :meth:`from_checkpoint`."""
+        """A sampler of what :func:`load_model` returned; see :meth:`from_checkpoint`."""
         return cls._on(loaded, select_backend(backend, threads, device), backend)
 
     @classmethod
     def _on(cls, loaded: LoadedModel, ops: Backend, backend_choice: str) -> Sampler:
-        checkpoint = loaded.checkpoint
-        attention_is_quantized = checkpoint.header.quant.attention_bits is not None
-        model = PackedDiT(checkpoint.header.model, checkpoint.dense, checkpoint.layers, ops, attention_is_quantized)
+        header, dense, layers = loaded.checkpoint.header, loaded.checkpoint.dense, loaded.checkpoint.layers
+        model = PackedDiT(header.model, dense, layers, ops, header.quant.attention_bits is not None)
         decoder = loaded.decoder and loaded.decoder.replica(ops.device)
-        sampler = cls._of_packed(model, checkpoint.header, loaded.path.stem, backend_choice, decoder)
-        sampler.path = loaded.path
-        return sampler
-
-    @classmethod
-    def _of_packed(
-        cls, model: PackedDiT, header: Header, name: str, backend_choice: str, decoder: Decoder | None
-    ) -> Sampler:
-        sampler = cls(
-            model,
-            header,
-            checkpoint_name=name,
-            backend_name=model.backend.name,
-            weight_bytes=model.weight_bytes,
-            device=model.device,
-            decoder=decoder,
-        )
-        sampler._backend_choice = backend_choice
+        sampler = cls(model, header, checkpoint_name=loaded.path.stem, decoder=decoder)
+        sampler.path, sampler._backend_choice = loaded.path, backend_choice
         return sampler
 
     def replica(self, *, threads: int | None = None, device: torch.device | str | None = None) -> Sampler:
-        """A sampler for another thread or device: a backend of its own; on the same device, the same weights and the
-        same decoder.
+        """A sampler for another thread or device, with its own backend; on the same device it shares the weights.
 
         Args:
-            threads: of the native CPU backend; ``None`` takes torch's number.
+            threads: of the native CPU backend; ``None``: torch's number.
             device: ``None`` stays on this sampler's.
 
         Raises:
-            ValueError: this sampler does not run a packed checkpoint, or its backend does not run on ``device``.
+            ValueError: this sampler's network is not packed, or its backend does not run on ``device``.
         """
         if not isinstance(self.model, PackedDiT):
             raise ValueError(f"{self.checkpoint_name}: only a sampler of a packed checkpoint can be replicated")
         ops = select_backend(self._backend_choice, threads, self.device if device is None else device)
-        return self._of_packed(self.model.replica(ops), self.header, self.checkpoint_name, self._backend_choice,
-                               self.decoder.replica(ops.device))  # fmt: skip
+        decoder = self.decoder.replica(ops.device)
+        copy = type(self)(self.model.replica(ops), self.header, checkpoint_name=self.checkpoint_name, decoder=decoder)
+        copy._backend_choice = self._backend_choice
+        return copy
 
     @property
     def prediction_type(self) -> PredictionType:
-        """What the network predicts."""
         return self.header.diffusion.prediction_type
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256, in hex, of the checkpoint's header, which has the SHA-256 of every tensor."""
+        """SHA-256, in hex, of the checkpoint's header, which contains the SHA-256 of every tensor."""
         return hashlib.sha256(self.header.model_dump_json().encode()).hexdigest()
 
     @property
@@ -237,17 +225,17 @@ class Sampler:
         return self.header.model.can_guide
 
     def warm_up_rows(self, max_rows: int) -> tuple[int, ...]:
-        """Sizes, in rows of the model, that a forward should have seen before its first request, ascending."""
+        """Batch sizes, in rows of the model and ascending, to run once before the first request."""
         return self.model.warm_up_rows(max_rows) if isinstance(self.model, PackedDiT) else (max_rows,)
 
     def start(self, spec: RowSpec, noise: Tensor | None = None) -> Row:
-        """A new row at its first step: pure noise from its seed, or ``noise [C, H, W]`` instead.
+        """A new row at its first step: noise from its seed, or ``noise [C, H, W]``.
 
         Raises:
-            ValueError: class, seed, steps, guidance interval or cache interval out of range, a cache interval above 1
-                for a network that is not packed, or a sampler or guidance that this network cannot be drawn with.
+            ValueError: a field out of range, a sampler or guidance that the network does not support, or a cache
+                interval above 1 for a network that is not packed.
         """
-        classes = self.header.model.drawn_classes
+        classes = self.drawn_classes
         if not 0 <= spec.class_id < classes:
             raise ValueError(f"class_id must be 0..{classes - 1}, not {spec.class_id}")
         check_spec(spec)
@@ -260,7 +248,7 @@ class Sampler:
     def step(self, rows: Sequence[Row]) -> None:
         """Advance every row by one step with one forward.
 
-        Rows may differ in class, timestep, step count, guidance and sampler. If it raises, no row has moved.
+        Rows may differ in class, timestep, step count, guidance and sampler. If it raises, no row has advanced.
         """
         with on_one_thread(getattr(self.model, "has_own_threads", False)):
             self._step(rows)
@@ -269,7 +257,7 @@ class Sampler:
         before = together(rows)
         output, block_deltas = self._output(rows, before.x)
         model, channels = self.header.model, self._shape[0]
-        # A flow's second half of channels, where SiT's weights have one, was not trained.
+        # In SiT's weights a second half of channels exists, but was not trained.
         learned = model.learn_sigma and self.prediction_type != "flow"
         steps = [row.next_step(with_noise=not learned) for row in rows]
         clip = self.header.diffusion.clip_sample
@@ -281,21 +269,21 @@ class Sampler:
             row.advance(after, i, block_deltas.get(i))
 
     def _output(self, rows: Sequence[Row], x: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        """The network's output for ``x [B, C, H, W]``, the rows' ``x_t``, after it that of the guided ones without a
-        class, and by position the block deltas that rows are to keep."""
+        """The network's output for ``x [B, C, H, W]``, then for the guided rows again without a class; and the block
+        deltas to keep, by position in ``rows``."""
         guided = [i for i, row in enumerate(rows) if row.guided]
         timesteps = [row.timestep for row in rows]
         classes = [row.spec.class_id for row in rows] + [self.header.model.null_row] * len(guided)
         if guided:
             timesteps += [timesteps[i] for i in guided]
             x = torch.cat([x, taken(x, guided)])
-        at, of = torch.tensor(timesteps), torch.tensor(classes)
+        inputs = x, torch.tensor(timesteps), torch.tensor(classes)
         if isinstance(self.model, PackedDiT) and any(row.spec.cache_interval > 1 for row in rows):
-            return cached_forward(self.model, rows, [*range(len(rows)), *guided], x, at, of)
-        return self.model.forward(x, at, of), {}
+            return cached_forward(self.model, rows, [*range(len(rows)), *guided], *inputs)
+        return self.model.forward(*inputs), {}
 
     def decode(self, row: Row) -> np.ndarray:
-        """Pixels of a row, uint8 ``[H, W, 3]``: ``127.5 x + 128``, cut to 0..255, of what the decoder gives.
+        """The image of a row, uint8 ``[H, W, 3]``: ``127.5 x + 128``, clamped to 0..255, of the decoder's output.
 
         Raises:
             CheckpointError: as :meth:`decode_float`.
@@ -303,27 +291,27 @@ class Sampler:
         return to_pixels(self.decode_float(row.x))
 
     def decode_float(self, x: Tensor) -> Tensor:
-        """The picture of ``x [C, H, W]`` as the decoder gives it, float32 ``[3, H', W']``.
+        """The decoder's output for ``x [C, H, W]``, float32 ``[3, H', W']``.
 
         Raises:
-            CheckpointError: values that are not finite, in ``x`` or in the picture.
+            CheckpointError: values that are not finite, in ``x`` or in the image.
         """
         if not bool(x.isfinite().all()):
             raise CheckpointError(f"{self.checkpoint_name}: its network gives values that are not finite; "
                                   "export the file again, or train on")  # fmt: skip
-        picture = self.decoder.decode(x)
-        if not bool(picture.isfinite().all()):
+        image = self.decoder.decode(x)
+        if not bool(image.isfinite().all()):
             raise CheckpointError(f"{self.checkpoint_name}: the decoder {self.decoder.name} gives values that are not "
                                   "finite; let it compute in float32")  # fmt: skip
-        return picture
+        return image
 
     def estimate(self, row: Row) -> Tensor:
-        """The clean picture that the network saw behind the noise at the row's latest step, for
-        :meth:`decode_estimate`; a snapshot that later steps leave alone. Grey before the first step."""
+        """The clean image as predicted at the row's latest step, for :meth:`decode_estimate`; grey before the first
+        step. Later steps do not change it."""
         return row.previous_x0
 
     def decode_estimate(self, estimate: Tensor) -> np.ndarray:
-        """Pixels of what :meth:`estimate` gave, uint8 ``[H, W, 3]``. Errors: as :meth:`decode`."""
+        """The image of an :meth:`estimate`, uint8 ``[H, W, 3]``. Errors: as :meth:`decode`."""
         return to_pixels(self.decode_float(estimate))
 
     def generate(
@@ -334,19 +322,17 @@ class Sampler:
         on_step: Callable[[], None] | None = None,
         **fields: Any,
     ) -> list[Image.Image]:
-        """One image for each class, given by its id or its name, or None where the network has no classes; image i
-        uses ``seed + i``.
+        """One image per class id or name, or per None for a network without classes; image i uses ``seed + i``.
 
         Args:
-            seed, fields: of :class:`robuq_core.params.ImageParams`, such as ``steps`` or ``guidance_scale``; what is
-                None takes the checkpoint's default. ``num_images`` is per class.
-            on_step: is called after each step, for a progress bar. How long it took is in :attr:`timings`.
+            seed, fields: of :class:`robuq_core.params.ImageParams`, such as ``steps`` or ``guidance_scale``; None takes
+                the checkpoint's default. ``num_images`` is per class.
+            on_step: called after each step, for a progress bar. :attr:`timings` has the duration.
 
         Raises:
-            ValueError: an unknown field or a value out of range, a name that is no class's, or a name that is not in
-                a list.
+            ValueError: an unknown field or class name, a value out of range, or ``class_ids`` is not a list.
         """
-        if isinstance(class_ids, str):  # which is a sequence of its letters
+        if isinstance(class_ids, str):  # a sequence of its letters
             raise ValueError(f"class_ids must be a list: [{class_ids!r}], not {class_ids!r}")
         params = read_params(ImageParams, {"seed": seed, **fields}).resolved(self.defaults)
         classes = [self.class_id(class_id) for class_id in class_ids for _ in range(params.num_images)]
@@ -359,16 +345,16 @@ class Sampler:
         return images
 
     def settings_of(self, spec: RowSpec) -> dict[str, Any]:
-        """What :func:`robuq_core.images.encode_image` stores in the image of ``spec``."""
+        """The settings that :func:`robuq_core.images.encode_image` stores in the image of ``spec``."""
         names = self.class_names
         name = names[spec.class_id] if spec.class_id < len(names) else ""
         return image_settings(spec, self.checkpoint_name, name if self.num_classes else None)
 
     def class_id(self, class_id: int | str | None) -> int:
-        """The id of a class by its name, or by itself; None, of a network without classes, is 0.
+        """The class id of an id or a name; None, of a network without classes, is 0.
 
         Raises:
-            ValueError: a name that no class has, or several have; None where there are classes.
+            ValueError: an unknown or ambiguous name, or None for a network with classes.
         """
         if class_id is None:
             if self.num_classes:
@@ -385,18 +371,6 @@ class Sampler:
         self.synchronize()
 
     def synchronize(self) -> None:
-        """Wait until the device has done what it was given, so that what is timed has happened."""
+        """Wait for the device, so that timings are real."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def _decoder_for(path: Path, decoder: Path | str | Decoder | None, device: torch.device) -> Decoder | None:
-    """What the checkpoint at ``path`` decodes with, on ``device``; None where it draws pixels."""
-    if read_header(path).decoder == "pixels":
-        return None
-    if decoder is None:
-        beside = path.parent / DECODER_FOLDER
-        if not beside.is_dir():
-            raise CheckpointError(f"{path}: {NO_DECODER}")
-        decoder = beside
-    return load_decoder(decoder, device=device) if isinstance(decoder, (str, Path)) else decoder.replica(device)

@@ -1,7 +1,7 @@
-"""A safetensors file read through one open handle into memory of our own, never through a mapping.
+"""A safetensors file read through one open handle into own memory, never memory-mapped.
 
-A mapped file that somebody truncates or overwrites kills the process (SIGBUS), and its bytes may change between the
-check of a checksum and their use. Here every byte is read once: what is checked is what is used.
+A mapped file that is truncated or overwritten kills the process (SIGBUS), and its bytes may change between the check
+of a checksum and their use. Here every byte is read once, so the verified bytes are the used ones.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import struct
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from robuq_core.files import parse_json
 
-# Of the JSON at the start of a file, in bytes and in values; a DiT-XL/2 has 0.22 MB and 15,000.
+# Limits of the JSON at the start of a file, in bytes and in values; a DiT-XL/2 has 0.22 MB and 15,000.
 MAX_HEADER_BYTES = 4 * 2**20
 MAX_HEADER_VALUES = 2**17
 _MAX_DIMENSIONS, _MAX_SIZE = 8, 2**48
@@ -44,7 +43,7 @@ class MalformedFileError(ValueError):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Type, shape and place of a tensor: ``start`` and ``stop`` are bytes from the start of the file."""
+    """``start`` and ``stop``: its bytes, from the start of the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -55,7 +54,7 @@ class StoredTensor:
 class SafetensorsFile:
     """An open file: ``metadata`` and, by name, ``tensors``. A context manager; may be read from several threads.
 
-    The header is checked against the size of the file: no number in it asks for more than the file holds.
+    The header is checked against the size of the file, so that no number in it can ask for more memory than that.
 
     Raises:
         OSError: it cannot be opened or read. MalformedFileError: not a whole safetensors file.
@@ -73,9 +72,7 @@ class SafetensorsFile:
     def __enter__(self) -> SafetensorsFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stream.close()
 
     def read(self, name: str) -> Tensor:
@@ -89,26 +86,27 @@ class SafetensorsFile:
         self._read_into(content.numpy().data, stored.start)
         return content.view(stored.dtype).reshape(stored.shape)
 
-    def _read_into(self, buffer: memoryview, position: int) -> None:
+    def _read_into(self, buffer: memoryview | bytearray, position: int) -> None:
+        rest = memoryview(buffer)
         with self._lock:
             self._stream.seek(position)
-            while buffer:
-                count = self._stream.readinto(buffer)
+            while rest:
+                count = self._stream.readinto(rest)
                 if not count:
                     raise MalformedFileError("it ends too early")
-                buffer = buffer[count:]
+                rest = rest[count:]
 
     def _read_header(self) -> tuple[dict[str, str], dict[str, StoredTensor]]:
         size = os.fstat(self._stream.fileno()).st_size
         prefix = bytearray(8)
-        self._read_into(memoryview(prefix), 0)
+        self._read_into(prefix, 0)
         (length,) = struct.unpack("<Q", prefix)
         if length > size - len(prefix):
             raise MalformedFileError(f"its header of {length} bytes is longer than the file")
         if length > MAX_HEADER_BYTES:
             raise MalformedFileError(f"its header of {length} bytes is above the limit of {MAX_HEADER_BYTES}")
         text = bytearray(length)
-        self._read_into(memoryview(text), len(prefix))
+        self._read_into(text, len(prefix))
         try:
             tree = parse_header(bytes(text))
         except ValueError as error:
@@ -122,10 +120,10 @@ class SafetensorsFile:
 
 
 def parse_header(text: bytes) -> Any:
-    """JSON of a header, its values counted before they take memory.
+    """JSON of a header; its values are counted before they take memory.
 
     Raises:
-        ValueError: malformed, too deep, or more than :data:`MAX_HEADER_VALUES` values.
+        ValueError: malformed, nested too deeply, or more than :data:`MAX_HEADER_VALUES` values.
     """
     if sum(map(text.count, (b",", b":", b"[", b"{"))) > MAX_HEADER_VALUES:
         raise ValueError(f"more than {MAX_HEADER_VALUES} values")
@@ -133,7 +131,7 @@ def parse_header(text: bytes) -> Any:
 
 
 def _placed(tree: dict[str, Any], start: int, stop: int) -> dict[str, StoredTensor]:
-    """The tensors of a header; together they fill the bytes ``start .. stop`` of the file without gap or overlap."""
+    """The tensors of a header, which must fill the bytes ``start .. stop`` of the file without gap or overlap."""
     tensors = {name: _stored(name, entry, start) for name, entry in tree.items()}
     end = start
     for stored in sorted(tensors.values(), key=lambda stored: (stored.start, stored.stop)):
@@ -152,7 +150,7 @@ def _stored(name: str, entry: Any, base: int) -> StoredTensor:
     except (KeyError, TypeError, ValueError):
         raise MalformedFileError(f"tensor {name[:80]!r} has no usable dtype, shape and data_offsets") from None
     if len(shape) > _MAX_DIMENSIONS or not all(type(n) is int and 0 <= n <= _MAX_SIZE for n in (*shape, start, stop)):
-        raise MalformedFileError(f"tensor {name[:80]!r} has an impossible shape or place")
+        raise MalformedFileError(f"tensor {name[:80]!r} has an impossible shape or offset")
     if stop - start != math.prod(shape) * dtype.itemsize:
-        raise MalformedFileError(f"tensor {name[:80]!r} has a shape that does not fit its place")
+        raise MalformedFileError(f"tensor {name[:80]!r} has a shape that does not fit its offsets")
     return StoredTensor(dtype, shape, base + start, base + stop)

@@ -1,6 +1,6 @@
-"""A loaded model in a file in memory, mapped by several processes: one copy of its weights, however many there are.
+"""A loaded model in a memory file mapped by several processes: one copy of the weights for all of them.
 
-The file holds the bytes of every tensor, each aligned, then everything else as a pickle, then the pickle's place.
+The file holds the bytes of every tensor, each aligned, then a pickle of the rest, then the pickle's offset and length.
 Only files that this program has just written are read.
 """
 
@@ -16,30 +16,30 @@ from typing import Any
 import torch
 
 _ALIGNMENT = 64
-_TRAILER = struct.Struct("<QQ")  # offset and length of the pickle
+_TRAILER = struct.Struct("<QQ")
 
 
 def store(value: Any, descriptor: int) -> None:
-    """Replace the content of the file by ``value``: any picklable object with tensors on the CPU in it.
+    """Replace the content of the file by ``value``, a picklable object with CPU tensors in it.
 
     Raises:
-        OSError: no memory for it.
+        OSError: out of memory.
     """
     os.ftruncate(descriptor, 0)
     with os.fdopen(os.dup(descriptor), "wb") as file:
         file.seek(0)
         rest = io.BytesIO()
         _Writer(rest, file).dump(value)
-        place = file.tell()
+        offset = file.tell()
         file.write(rest.getbuffer())
-        file.write(_TRAILER.pack(place, rest.tell()))
+        file.write(_TRAILER.pack(offset, rest.tell()))
 
 
 def mapped(descriptor: int) -> Any:
-    """What :func:`store` was given. Its tensors lie in the file; a process that writes to one gets a copy of a page."""
+    """The value that :func:`store` wrote. Its tensors are in the file; writing to one copies its page."""
     memory = mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    place, length = _TRAILER.unpack_from(memory, len(memory) - _TRAILER.size)
-    return _Reader(io.BytesIO(memory[place : place + length]), memory).load()
+    offset, length = _TRAILER.unpack_from(memory, len(memory) - _TRAILER.size)
+    return _Reader(io.BytesIO(memory[offset : offset + length]), memory).load()
 
 
 class _Writer(pickle.Pickler):
@@ -54,8 +54,7 @@ class _Writer(pickle.Pickler):
         offset = self._file.tell()
         content = value.detach().contiguous()
         self._file.write(content.reshape(-1).view(torch.uint8).numpy().data)
-        is_parameter = isinstance(value, torch.nn.Parameter)
-        return offset, content.dtype, tuple(content.shape), is_parameter
+        return offset, content.dtype, tuple(content.shape), isinstance(value, torch.nn.Parameter)
 
 
 class _Reader(pickle.Unpickler):
@@ -63,8 +62,8 @@ class _Reader(pickle.Unpickler):
         super().__init__(rest)
         self._memory = memory
 
-    def persistent_load(self, place: Any) -> torch.Tensor:
-        offset, dtype, shape, is_parameter = place
+    def persistent_load(self, stored: Any) -> torch.Tensor:
+        offset, dtype, shape, is_parameter = stored
         count = torch.Size(shape).numel()
         if count:
             tensor = torch.frombuffer(self._memory, dtype=dtype, count=count, offset=offset).reshape(shape)

@@ -18,16 +18,12 @@ def _trigrams(text: str) -> set[str]:
     return {padded[i : i + 3] for i in range(len(padded) - 2)}
 
 
-class ClassIndex:
-    """Finds a class by its whole name or by one of its comma-separated synonyms."""
+class ClassIndex(ClassNames):
+    """Finds a class by its whole name, by a synonym, or by a part of either."""
 
     def __init__(self, class_names: Sequence[str], num_classes: int) -> None:
-        found = ClassNames(class_names, num_classes)
-        self.names = found.names
-        self.num_classes = num_classes
-        self._found = found
-        self._whole, self._synonyms = found.whole, found.synonyms
-        self._trigrams = {synonym: _trigrams(synonym) for synonym in self._synonyms}
+        super().__init__(class_names, num_classes)
+        self._trigrams = {synonym: _trigrams(synonym) for synonym in self.synonyms}
         self._by_trigram: defaultdict[str, list[str]] = defaultdict(list)
         for synonym, trigrams in self._trigrams.items():
             for trigram in trigrams:
@@ -39,7 +35,7 @@ class ClassIndex:
 
     def has_name(self, name: str) -> bool:
         """Whether that is a whole name or a synonym."""
-        return normalise(name) in self._synonyms
+        return normalise(name) in self.synonyms
 
     def search(self, query: str, limit: int) -> list[int]:
         """Class ids that ``query`` may mean, the best first; all of them in order if it is blank.
@@ -54,12 +50,12 @@ class ClassIndex:
         if wanted.isascii() and wanted.isdigit() and int(wanted[:9]) < self.num_classes:
             found[int(wanted[:9])] = None
         for synonym in self._ranked(wanted):
-            found.update(dict.fromkeys(self._synonyms[synonym]))
+            found.update(dict.fromkeys(self.synonyms[synonym]))
             if len(found) >= limit:
                 break
         return list(found)[:limit]
 
-    def resolve(self, class_id: int | None, class_name: str | None) -> int:
+    def of_request(self, class_id: int | None, class_name: str | None) -> int:
         """The class id of a request that has at most one of the two, or the 422 that tells why there is none.
 
         0 where the model has no classes, and the request names none.
@@ -79,7 +75,7 @@ class ClassIndex:
 
     def by_name(self, name: str, field: str, instead: str) -> int:
         """The class of that whole name or synonym; else the 422 for ``field``, with what to do ``instead``."""
-        found = self._found.ids(name)
+        found = self.ids(name)
         if not found:
             raise self._unknown(normalise(name), field)
         if len(found) > 1:
@@ -87,7 +83,7 @@ class ClassIndex:
         return found[0]
 
     def _unknown(self, wanted: str, field: str) -> ApiError:
-        if not self._whole:
+        if not self.whole:
             return invalid(field, "this checkpoint has no class names; give the class id")
         close = [synonym for synonym, _ in zip(self._ranked(wanted), range(MAX_HINTS), strict=False)]
         hint = f"; close are: {', '.join(close)}" if close else ""
@@ -95,7 +91,7 @@ class ClassIndex:
 
     def _ranked(self, wanted: str) -> Iterator[str]:
         tiers: tuple[list[str], ...] = ([], [], [], [])
-        for synonym in self._synonyms:
+        for synonym in self.synonyms:
             position = synonym.find(wanted)
             if position < 0:
                 continue

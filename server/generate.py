@@ -17,7 +17,7 @@ from robuq_core.images import IMAGE_FORMATS, ImageFormat
 from robuq_core.params import ImageParams, choice_error, read_params
 from server.cache import idempotent_seed
 from server.errors import ApiError, invalid
-from server.request import MAX_PRIORITY, MIN_TIMEOUT_S, Event, ModelInfo, Preview, Request, Result
+from server.request import MAX_PRIORITY, MIN_TIMEOUT_S, Event, ModelInfo, Preview, Request, Result, Timings
 from server.service import (
     COMPLETED,
     DOCUMENTED_EVENTS,
@@ -27,7 +27,6 @@ from server.service import (
     STEP,
     Parts,
     Service,
-    TimingsSchema,
     classes_of,
     documented,
     documented_headers,
@@ -86,7 +85,7 @@ class GenerateResponse(GeneratedWith):
 
     images: list[str] = Field(description="Files in base64, in order of their seeds.")
     format: ImageFormat
-    timings: TimingsSchema
+    timings: Timings
 
 
 def generate_schema(model: ModelInfo, max_timeout_s: float) -> dict[str, Any]:
@@ -268,7 +267,7 @@ def generate_router(service: Service) -> APIRouter:
             http,
             model,
             body,
-            classes_of(model).resolve(body.class_id, body.class_name),
+            classes_of(model).of_request(body.class_id, body.class_name),
             image_format=image_format,
             as_base64=media_type in (JSON, EVENT_STREAM),
             timeout_s=body.timeout_s,

@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from robuq_core.config import PredictionType, SamplerConfig
 from robuq_core.images import ImageFormat
@@ -25,7 +27,7 @@ CacheOutcome = Literal["hit", "shared", "miss"]
 
 
 class EngineError(Exception):
-    """Base of refusals and failures."""
+    """Base of what a request may end with."""
 
 
 class Overloaded(EngineError):
@@ -62,29 +64,24 @@ class DeadlineExceeded(EngineError):
 
 @dataclass(frozen=True, eq=False)
 class ModelInfo:
-    """What the server knows of a loaded checkpoint.
-
-    ``drawn_classes``: number of valid ids, 1 for a model without classes. ``image_size``: side in pixels.
-    ``weight_bytes``: of the network without its decoder. ``digest``: of its weights and configuration.
-    ``created``: when it was loaded, seconds since 1970.
-    """
+    """What the server knows of a loaded checkpoint."""
 
     name: str
     path: Path
     class_names: tuple[str, ...]
     num_classes: int
-    drawn_classes: int
+    drawn_classes: int  # valid ids, 1 for a model without classes
     prediction_type: PredictionType
     can_guide: bool
-    image_size: int
+    image_size: int  # side in pixels
     defaults: SamplerConfig
     backend_name: str
     average_activation_bits: float
-    weight_bytes: int
+    weight_bytes: int  # of the network
     decoder_name: str
     decoder_weight_bytes: int
-    digest: str
-    created: int = field(default_factory=lambda: int(time.time()))
+    digest: str  # of weights and configuration
+    created: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
 
     @property
     def size(self) -> str:
@@ -94,15 +91,11 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds. The first three add up to ``total_s``.
+    """Seconds; the first three add up to ``total_s``."""
 
-    ``queue_s``: accepted until the first step of its first row. ``inference_s``: until the last step of its last row.
-    ``decode_s``: until every image is encoded.
-    """
-
-    queue_s: float
-    inference_s: float
-    decode_s: float
+    queue_s: Annotated[float, Field(description="Until the first step.")]
+    inference_s: Annotated[float, Field(description="From the first step to the last.")]
+    decode_s: Annotated[float, Field(description="Until every image was encoded.")]
     total_s: float
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response, StreamingResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
@@ -95,15 +95,6 @@ class ErrorResponse(BaseModel):
     """The one shape of every answer that is not a success."""
 
     error: ErrorBody
-
-
-class TimingsSchema(BaseModel):
-    """Seconds; the first three add up to ``total_s``."""
-
-    queue_s: float = Field(description="Until the first step.")
-    inference_s: float = Field(description="From the first step to the last.")
-    decode_s: float = Field(description="Until every image was encoded.")
-    total_s: float
 
 
 def documented(*statuses: int, model: type[BaseModel] = ErrorResponse) -> dict[int | str, dict[str, Any]]:

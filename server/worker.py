@@ -51,6 +51,11 @@ SLOW_REPORT_S = 0.5
 _RECEIVE = 1 << 18
 _PR_SET_PDEATHSIG = 1
 
+_DESCRIBED = (
+    *("class_names", "num_classes", "drawn_classes", "prediction_type", "can_guide", "image_size"),
+    *("backend_name", "average_activation_bits", "weight_bytes", "digest"),
+)
+
 Options = dict[str, Any]
 MakeSampler = Callable[[Options], Any]
 
@@ -343,21 +348,11 @@ class Worker:
 
 def describe(sampler: Any) -> dict[str, Any]:
     """The fields of :class:`server.request.ModelInfo` as plain data."""
-    return {
+    return {name: getattr(sampler, name) for name in _DESCRIBED} | {
         "name": sampler.checkpoint_name,
         "path": str(sampler.path or ""),
-        "class_names": list(sampler.class_names),
-        "num_classes": sampler.num_classes,
-        "drawn_classes": sampler.drawn_classes,
-        "prediction_type": sampler.prediction_type,
-        "can_guide": sampler.can_guide,
-        "image_size": sampler.image_size,
         "defaults": sampler.defaults.model_dump(),
-        "backend_name": sampler.backend_name,
-        "average_activation_bits": sampler.average_activation_bits,
-        "weight_bytes": sampler.weight_bytes,
         "decoder_name": sampler.decoder.name,
-        "digest": sampler.digest,
         "decoder_weight_bytes": sampler.decoder.weight_bytes,
     }
 

@@ -48,6 +48,8 @@ class WatchedSampler(FakeSampler):
         self.entered = threading.Semaphore(0)  # one count for each step that was begun while held
 
     def hold(self) -> None:
+        while self._permits.acquire(blocking=False):
+            pass  # of the release before
         self._held = True
 
     def permit(self, steps: int = 1) -> None:
@@ -55,7 +57,7 @@ class WatchedSampler(FakeSampler):
 
     def release(self) -> None:
         self._held = False
-        self._permits.release()
+        self._permits.release(100)  # for all that wait, workers that count as dead among them
 
     def step(self, rows: Sequence[FakeRow]) -> None:
         self.batches.append([(row.spec.seed, row.steps_done) for row in rows])
@@ -209,6 +211,21 @@ class Engine:
 
     def begin_drain(self) -> None:
         self.call(self.pool.begin_drain)
+
+    def make_stale(self, number: int = 0, stage: str = "step") -> None:
+        """What a worker of each checkpoint is doing (``step``: loading and warm-up, too; or ``decode``) seems to have
+        begun longer ago than any limit, whatever the real time is."""
+
+        def changed() -> None:
+            for fleet in self.pool._fleets:
+                worker = fleet.workers[number]
+                assert worker is not None
+                if stage == "step":
+                    worker.heard_at -= 10_000
+                for image in worker.decoding if stage == "decode" else ():
+                    worker.sent[image].leaving_at -= 10_000
+
+        self.call(changed)
 
     def kill(self, number: int = 0) -> None:
         """The worker's socket closes, as when its process is killed."""

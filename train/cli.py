@@ -372,17 +372,22 @@ def ablate(
     ),
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the study's runs.")] = Path("runs/ablations"),
     report: Annotated[
-        Path | None, typer.Option(help="Folder for ablations.md, its pictures and figures; default: OUT.")
+        Path | None, typer.Option(help="Folder for ablations.md, ablations.json and the plot; default: OUT.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Runs at once; default: one a core.")] = None,
+    overrides: SetOption = None,
+    report_only: Annotated[bool, typer.Option(help="Train nothing: write the report of what is done.")] = False,
 ) -> None:
-    """Train and measure every row of an ablation study; what is done already is left alone. Then write the tables."""
-    from train.ablations.config import load_study
-    from train.ablations.report import write_report
-    from train.ablations.study import run_study
+    """Train and measure every row of an ablation study, and write its tables.
 
-    study = run_study(load_study(config), out, workers)
+    Finished rows are kept, so a stopped study continues; several processes may share one folder."""
+    from train.ablations.report import write_report
+    from train.ablations.study import Study, load_study
+
+    study = Study(load_study(config, overrides), out)
+    busy = 0 if report_only else study.run()
     typer.echo(f"wrote {write_report(study, report or out)}")
+    if busy:
+        typer.echo(f"{busy} rows are being trained by other processes: start again when they are done")
 
 
 if __name__ == "__main__":

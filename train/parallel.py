@@ -150,6 +150,11 @@ def on_first(action: Callable[[], object]) -> None:
         stop_all(failure)
 
 
+def sharing() -> tuple[int, int]:
+    """Number of this process, and of how many that share the work: within :func:`on_first` one works alone."""
+    return (0, 1) if _alone else (rank(), world_size())
+
+
 def from_first(action: Callable[[], T]) -> T:
     """What ``action`` gives in the first process, in all of them.
 

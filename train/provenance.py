@@ -13,9 +13,7 @@ import torch
 
 from robuq_core import __version__
 from train.config import TrainConfig
-from train.data.digest import data_digest
-from train.data.preparation import data_folder, marks
-from train.data.shards import read_index
+from train.data import data_digest, data_folder, marks, read_index
 
 _ABSOLUTE_PATH = re.compile(r"(?P<before>(?:-\w|[^/]*=)?)(?P<path>/.*)")
 

@@ -44,8 +44,8 @@ from robuq_core.models.quant_linear import LinearQuantizer, QuantLinear, check_b
 from robuq_core.params import RowSpec
 from robuq_core.pipeline import Sampler
 from robuq_core.quant.activation import fake_quantize_activation, straight_through
+from robuq_core.quant.lowrank import truncated_svd
 from robuq_core.quant.ternary import planes_of_levels, ternary_planes
-from robuq_core.quant.truncated_svd import truncated_svd
 
 METHOD = "post-training quantisation, calibrated on the teacher's own samples"
 

@@ -41,6 +41,10 @@ class TrainingError(UserError):
     """Training ended before its last step; the last saved state is intact."""
 
 
+class DivergedError(TrainingError):
+    """The loss or the gradient is no longer finite."""
+
+
 def meaning_of_weights(config: TrainConfig) -> dict[str, Any]:
     """The settings that a state must share with the run that reads it: see :func:`train.state.check_settings`."""
     model = {f"model.{key}": value for key, value in config.model.model_dump(mode="json").items()}
@@ -348,7 +352,7 @@ class Trainer:
         for i, (loss, norm) in enumerate(zip(losses, norms.tolist(), strict=True)):
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 parallel.stop_all(
-                    TrainingError(f"loss is {loss} and the gradient's norm {norm} at step "
+                    DivergedError(f"loss is {loss} and the gradient's norm {norm} at step "
                                   f"{self.step - len(pending) + i}; lower {self.state_path.stem}.lr and run again: "
                                   "training continues from the last saved state")
                 )  # fmt: skip

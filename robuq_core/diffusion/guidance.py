@@ -1,4 +1,4 @@
-"""Classifier-free guidance, per row: ``uncond + scale (cond - uncond)`` on the channels that a flavour guides."""
+"""Classifier-free guidance per row: ``uncond + scale (cond - uncond)`` on the channels that a flavour guides."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ GUIDED_CHANNELS_OFFICIAL = 3
 
 
 def guided_channels(channels: int, flavour: Flavour) -> int:
-    """How many of the ``channels`` prediction channels guidance acts on: the first 3 in ``official`` and ``sit``, else
-    all."""
+    """Number of leading channels that guidance acts on: 3 in the flavours ``official`` and ``sit``, else all."""
     return min(GUIDED_CHANNELS_OFFICIAL, channels) if flavour in ("official", "sit") else channels
 
 
 def guide(cond: Tensor, uncond: Tensor, scale: Tensor, guided: int) -> Tensor:
-    """Guided output ``[B, C_out, H, W]``; ``scale`` float32 ``[B]``, ``guided``: as :func:`guided_channels` gives it.
+    """Guided output ``[B, C_out, H, W]``; ``scale`` float32 ``[B]``, ``guided``: see :func:`guided_channels`.
 
-    The other channels (a learned variance too) are the conditional half's.
+    The other channels, including a learned variance, are those of ``cond``.
     """
     out = cond.clone()
     weight = scale[:, None, None, None]

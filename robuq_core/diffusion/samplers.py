@@ -1,9 +1,9 @@
-"""DDPM, DDIM, DPM-Solver++(2M) and the samplers of a flow as tables: one step is a linear map of its own coefficients.
+"""DDPM, DDIM, DPM-Solver++(2M) and the flow samplers as tables: a step is a linear map with its own coefficients.
 
     x_next = on_xt x_t + on_x0 x_0 + on_previous_x0 x_0' + std noise
 
-where ``x_0`` is the network's estimate at this step and ``x_0'`` the one before. So rows at any timestep of any sampler
-advance in one expression. Tables are built in float64 from the mixture of image and noise at the visited timesteps.
+where ``x_0`` is the network's estimate at this step and ``x_0'`` the one before. Rows at any timestep of any sampler
+thus advance in one expression. Tables are built in float64.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from robuq_core.diffusion.schedule import (
     to_sample_coefficients,
 )
 
-# Where the SDE of a flow takes its last step, without noise: towards s = 0 its score has no bound.
+# Start of the last step of a flow's SDE, without noise: towards s = 0 its score is unbounded.
 _LAST_SDE_STEP = 0.04
 
 
 @dataclass(frozen=True)
 class StepTable:
-    """The steps of one sampler run, first to last, timesteps not rising; every tensor is float64 ``[steps]``.
+    """The steps of one sampler run, first to last, timesteps not increasing; every tensor is float64 ``[steps]``.
 
-    ``timesteps``: what the network sees, original indices 0..999 or, of a flow, 1000 s. ``signal`` and ``sigma``: of
-    ``x_t = signal x_0 + sigma noise`` there. ``std``: of the noise added (0: none) where the network learns no
-    variance. ``log_beta`` and ``log_posterior``: the bounds between which a learned variance interpolates (DDPM only).
+    ``timesteps``: input of the network, original indices 0..999 or, of a flow, 1000 s. ``signal``, ``sigma``:
+    ``x_t = signal x_0 + sigma noise`` there. ``std``: of the added noise (0: none) if the network learns no variance.
+    ``log_beta``, ``log_posterior``: the bounds between which a learned variance interpolates (DDPM only).
     """
 
     timesteps: tuple[float, ...]
@@ -52,12 +52,12 @@ class StepTable:
 
     @cached_property
     def multistep(self) -> bool:
-        """Some step looks at the estimate before its own."""
+        """Whether a step uses the previous estimate."""
         return bool(self.on_previous_x0.any())
 
 
 class Coefficients(NamedTuple):
-    """Of one step, float32 values: ``x_0 = x0_on_xt x_t + x0_on_output output``, the rest as in the table."""
+    """Of one step, float32: ``x_0 = x0_on_xt x_t + x0_on_output output``, the rest as in :class:`StepTable`."""
 
     x0_on_xt: float
     x0_on_output: float
@@ -77,15 +77,8 @@ def step_coefficients(sampler: SamplerName, steps: int, prediction_type: Predict
         ValueError: as :func:`step_table`.
     """
     table = step_table(sampler, steps)
-    columns = (
-        *to_sample_coefficients(table.signal, table.sigma, prediction_type),
-        table.on_xt,
-        table.on_x0,
-        table.on_previous_x0,
-        table.std,
-        table.log_beta,
-        table.log_posterior,
-    )
+    columns = (*to_sample_coefficients(table.signal, table.sigma, prediction_type), table.on_xt, table.on_x0,
+               table.on_previous_x0, table.std, table.log_beta, table.log_posterior)  # fmt: skip
     return tuple(Coefficients(*row) for row in torch.stack(columns, dim=1).float().tolist())
 
 
@@ -100,18 +93,18 @@ def step_table(sampler: SamplerName, steps: int) -> StepTable:
         return _flow_table(sampler, steps)
     timesteps = (interior_timesteps if sampler == "dpmsolver++" else respaced_timesteps)(steps)[::-1]
     alpha_bar = alphas_cumprod()[timesteps]
-    # Past the last step the image is clean.
+    # After the last step the image is clean.
     following = torch.cat([alpha_bar[1:], alpha_bar.new_ones(1)])
     beta = 1 - alpha_bar / following
     posterior = beta * (1 - following) / (1 - alpha_bar)
     zeros = torch.zeros_like(alpha_bar)
-    # The last posterior variance is 0; its logarithm is cut to the one before, as no noise is added there anyway.
+    # The last posterior variance is 0; its logarithm is that of the one before, as no noise is added there anyway.
     clipped = posterior.clone()
     clipped[-1] = posterior[-2] if steps > 1 else beta[-1]
     if sampler == "ddpm":
         on_x0 = beta * following.sqrt() / (1 - alpha_bar)
         on_xt = (1 - following) * (1 - beta).sqrt() / (1 - alpha_bar)
-        # Without a learned variance, the larger of the two bounds, as in the official code.
+        # The larger of the two bounds, as in the official code.
         std = beta.sqrt()
         std[-1] = 0
         coefficients = (on_xt, on_x0, zeros, std)
@@ -146,7 +139,7 @@ def _dpm_solver_2m(alpha_bar: Tensor, following: Tensor) -> tuple[Tensor, Tensor
 
 
 def _flow_table(sampler: SamplerName, steps: int) -> StepTable:
-    """Samplers of ``dx/ds = v`` from s = 1 to 0, by the image that the velocity stands for: ``v = (x - x_0) / s``."""
+    """Samplers of ``dx/ds = v`` from s = 1 to 0, with ``v = (x - x_0) / s``."""
     if not 1 <= steps <= NUM_TRAIN_TIMESTEPS:
         raise ValueError(f"steps must be 1..{NUM_TRAIN_TIMESTEPS}, not {steps}")
     stochastic = sampler == "sde" and steps > 1
@@ -170,11 +163,11 @@ def _euler(sigma: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _heun(steps: int) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Heun's method as steps of one forward each: one that predicts, and one at its end that corrects.
+    """Heun's method with one forward per step: a prediction, then a correction at its end.
 
-    The prediction lies on the line from x to x_0', so there ``v' = (x - x_0') / s`` still is the velocity it was made
-    with, and ``x + (s_end - s_start) (v - v') / 2`` is the mean of both. The last interval, whose end is s = 0, has no
-    correction, nor has the one before where ``steps`` is even.
+    The prediction is on the line from x to x_0', so ``v' = (x - x_0') / s`` there is still the velocity that made it,
+    and ``x + (s_end - s_start) (v - v') / 2`` takes the mean of both. The last interval, which ends at s = 0, has no
+    correction, nor the one before if ``steps`` is even.
     """
     intervals, corrected = steps // 2 + 1, (steps - 1) // 2
     times = torch.linspace(1, 0, intervals + 1, dtype=torch.float64)

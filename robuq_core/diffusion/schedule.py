@@ -8,20 +8,20 @@ from itertools import accumulate, repeat
 import torch
 from torch import Tensor
 
-from robuq_core.config import NUM_TRAIN_TIMESTEPS, PredictionType
+from robuq_core.config import BETA_END, BETA_START, NUM_TRAIN_TIMESTEPS, PredictionType
 
 
 @lru_cache(maxsize=1)
 def alphas_cumprod() -> Tensor:
     """``alpha_bar_t`` for t = 0..999, float64 ``[1000]``: linear betas from 1e-4 to 0.02."""
-    return torch.cumprod(1 - torch.linspace(1e-4, 0.02, NUM_TRAIN_TIMESTEPS, dtype=torch.float64), 0)
+    return torch.cumprod(1 - torch.linspace(BETA_START, BETA_END, NUM_TRAIN_TIMESTEPS, dtype=torch.float64), 0)
 
 
 def respaced_timesteps(steps: int) -> list[int]:
-    """``steps`` original indices, ascending, 0 and 999 included: a fractional stride, rounded (IDDPM's spacing).
+    """``steps`` original indices, ascending, including 0 and 999: a fractional stride, rounded (IDDPM's spacing).
 
-    As in the official code the stride is added up in floating point, which decides ties: ``round(i * stride)`` differs
-    at 278 of the step counts. One step starts from noise, at 999; the official code would take t = 0.
+    As in the official code the stride is summed in floating point, which decides ties: ``round(i * stride)`` differs
+    for 278 of the step counts. A single step starts from noise, at 999; the official code would use t = 0.
 
     Raises:
         ValueError: steps outside 1..1000.
@@ -31,14 +31,14 @@ def respaced_timesteps(steps: int) -> list[int]:
     if steps == 1:
         return [NUM_TRAIN_TIMESTEPS - 1]
     stride = (NUM_TRAIN_TIMESTEPS - 1) / (steps - 1)
-    return [round(place) for place in accumulate(repeat(stride, steps - 1), initial=0.0)]
+    return [round(t) for t in accumulate(repeat(stride, steps - 1), initial=0.0)]
 
 
 def interior_timesteps(steps: int) -> list[int]:
     """``steps`` original indices, ascending: ``linspace(0, 999, steps + 1)`` rounded, without its 0.
 
-    For solvers in log-SNR, which grows without bound towards 0: a step onto t = 0 would dwarf the one before it.
-    All 1,000 steps have no room to leave one out.
+    For solvers in log-SNR, which is unbounded towards 0: a step onto t = 0 would dwarf the one before it. All 1,000
+    steps include 0.
 
     Raises:
         ValueError: steps outside 1..1000.

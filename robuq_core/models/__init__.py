@@ -1,1 +1,1 @@
-"""Networks: the plain DiT of the paper, its fake-quantised form for training, and its packed form for serving."""
+"""Networks: the plain DiT, its fake-quantised form for training, and its packed form for serving."""

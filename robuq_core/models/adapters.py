@@ -1,8 +1,11 @@
-"""Full-precision DiT weights of other code bases, in and out.
+"""Full-precision DiT weights of other code bases, read and written.
 
-Read: the ``.pt`` of DiT, SiT and REPA (a flat state dict, or one in what their training saves), the same as
+Read: the ``.pt`` of DiT, SiT and REPA (a flat state dict, or one in the file of a training script), the same as
 safetensors, a diffusers pipeline folder or its ``transformer`` folder, and ``teacher.pt`` of this project's training.
-Written: the first and the third. The same tensors come back, bit for bit; ``flavour`` says whose numerics they have.
+Written: the first and the third. Round trips are exact bit for bit; ``flavour`` records whose numerics weights have.
+
+Layouts differ: the patch embedder is a convolution elsewhere and a linear here; diffusers keeps q, k and v apart and
+stores the embedders of timestep and class once per block.
 """
 
 from __future__ import annotations
@@ -11,15 +14,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import isqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, Unpack
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from robuq_core.config import DiffusionConfig, Flavour, ModelConfig, PredictionType
+from robuq_core.config import DiffusionConfig, ModelConfig
 from robuq_core.files import replacing
 from robuq_core.models.adapters_diffusers import read_pipeline, write_pipeline
 from robuq_core.models.adapters_files import (
@@ -28,26 +30,72 @@ from robuq_core.models.adapters_files import (
     folder_tensors,
     load_pickle,
     safetensors_of,
+    state_dict_in,
     tensors_of,
-    unwrapped,
+    without_wrappers,
 )
-from robuq_core.models.adapters_keys import PATCH_WEIGHT, POSITIONS, Layout, foreign_keys
-from robuq_core.models.adapters_kind import argument, classes_of, kind_of, network_alone, state_dict_in
-from robuq_core.models.adapters_positions import position_scale
+from robuq_core.models.adapters_official import POSITIONS, Hints, network_alone, official_shape, position_scale
 from robuq_core.models.dit import DiT, position_table
-from robuq_core.models.presets import PRESETS
 
-# Keys that only repeat what the configuration says.
+Layout = Literal["official", "diffusers", "robuq"]
+_PATCH_WEIGHT = "x_embedder.weight"
+# Module here -> official, diffusers. "*": stored once per block.
+_MODULES = {
+    "x_embedder": ("x_embedder.proj", "pos_embed.proj"),
+    "t_embedder.mlp.0": ("t_embedder.mlp.0", "transformer_blocks.*.norm1.emb.timestep_embedder.linear_1"),
+    "t_embedder.mlp.2": ("t_embedder.mlp.2", "transformer_blocks.*.norm1.emb.timestep_embedder.linear_2"),
+    "y_embedder.embedding_table": (
+        "y_embedder.embedding_table",
+        "transformer_blocks.*.norm1.emb.class_embedder.embedding_table",
+    ),
+    "final_layer.adaLN_modulation.1": ("final_layer.adaLN_modulation.1", "proj_out_1"),
+    "final_layer.linear": ("final_layer.linear", "proj_out_2"),
+}
+# The same within a block; parts joined by "|" are stacked along the first dimension.
+_BLOCK_MODULES = {
+    "attn.qkv": ("attn.qkv", "attn1.to_q|attn1.to_k|attn1.to_v"),
+    "attn.proj": ("attn.proj", "attn1.to_out.0"),
+    "mlp.fc1": ("mlp.fc1", "ff.net.0.proj"),
+    "mlp.fc2": ("mlp.fc2", "ff.net.2"),
+    "adaLN_modulation.1": ("adaLN_modulation.1", "norm1.linear"),
+}
+_COLUMN = {"official": 0, "diffusers": 1}
+_BLOCKS = {"official": "blocks", "diffusers": "transformer_blocks"}
+# Keys that repeat what the configuration says.
 _REPEATED = {"official": {POSITIONS}, "diffusers": {POSITIONS, "pos_embed.pos_embed"}, "robuq": set()}
-_HEAD_WIDTHS = (64, 72)
+
+
+class Keys(NamedTuple):
+    """Where a tensor lies in another layout: in equal ``copies``, or in ``parts`` along its first dimension."""
+
+    names: tuple[str, ...]
+    how: Literal["copies", "parts"] = "copies"
+
+
+def foreign_keys(name: str, layout: Layout, depth: int) -> Keys:
+    """The keys of this project's parameter ``name`` in ``layout``.
+
+    Raises:
+        KeyError: not a parameter of a DiT.
+    """
+    if layout == "robuq":
+        return Keys((name,))
+    module, _, kind = name.rpartition(".")
+    if module.startswith("blocks."):
+        _, index, inner = module.split(".", 2)
+        parts = _BLOCK_MODULES[inner][_COLUMN[layout]].split("|")
+        names = tuple(f"{_BLOCKS[layout]}.{index}.{part}.{kind}" for part in parts)
+        return Keys(names, "parts" if len(parts) > 1 else "copies")
+    pattern = f"{_MODULES[module][_COLUMN[layout]]}.{kind}"
+    return Keys(tuple(pattern.replace("*", str(i)) for i in range(depth)) if "*" in pattern else (pattern,))
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Full-precision weights in a file, checked for names and shapes; a tensor is read when asked for.
+    """Full-precision weights in a file, names and shapes checked; a tensor is read when asked for.
 
     ``positions``: the table that the file holds in full precision, ``[1, L, D]``, or None. ``diffusion``: the process
-    that it was trained on, or None if nothing says. ``class_names``: as far as the file tells.
+    it was trained on, None if unknown. ``class_names``: empty if unknown.
     """
 
     path: Path
@@ -64,10 +112,10 @@ class Weights:
         return parameter_shapes(self.config)
 
     def tensor(self, name: str) -> Tensor:
-        """Parameter ``name``, float32, where possible mapped from the file: not to be written to.
+        """Parameter ``name``, float32, memory-mapped where possible: read-only.
 
         Raises:
-            WeightsError: copies of it in the file differ or hold NaN, or it is no floating-point tensor.
+            WeightsError: copies of it in the file differ or hold NaN, or it is not floating point.
         """
         keys = foreign_keys(name, self.layout, self.config.depth)
         first = self.table[keys.names[0]].read()
@@ -88,7 +136,7 @@ class Weights:
                             "blocks; use weights whose embedders are equal")  # fmt: skip
 
     def model(self, *, mapped: bool = False) -> DiT:
-        """The network with these weights; ``mapped``: to run only, sharing memory with the file where possible.
+        """The network with these weights; ``mapped``: for inference only, sharing memory with the file where possible.
 
         Raises:
             WeightsError: as :meth:`tensor`.
@@ -101,83 +149,59 @@ class Weights:
         return model
 
 
-def read_weights(
-    path: Path | str,
-    num_heads: int | None = None,
-    *,
-    prediction: PredictionType | None = None,
-    num_classes: int | None = None,
-    flavour: Flavour | None = None,
-) -> Weights:
-    """Find out what ``path`` holds; see the module for what is understood.
+def read_weights(path: Path | str, **hints: Unpack[Hints]) -> Weights:
+    """Find out what ``path`` holds; the module lists the formats.
 
     Args:
-        num_heads: attention heads, for an official file of a width that leaves them open.
-        prediction, num_classes: for an official file that does not say them.
-        flavour: whose numerics to run with; default: those of the file's kind.
+        hints: see :class:`~robuq_core.models.adapters_official.Hints`.
 
     Raises:
-        WeightsError: nothing usable, or not enough to know what it is; the message names the file, the key and the fix.
+        WeightsError: nothing usable, ambiguous, or not what ``hints`` say; the message names file, key and fix.
     """
+    if unknown := hints.keys() - Hints.__annotations__:
+        raise TypeError(f"weights have no hint {sorted(unknown)[0]!r}; give {', '.join(Hints.__annotations__)}")
     path = Path(path)
-    given = Given(num_heads, prediction, num_classes, flavour)
     if path.is_dir():
-        return given.compared(_read_diffusers(path, num_heads))
+        return _matching(_read_diffusers(path, hints.get("num_heads")), hints)
     if path.suffix == ".safetensors" and path.is_file():
         table, metadata = safetensors_of(path)
         if "robuq" in metadata:
-            raise WeightsError(
-                f"{path}: a packed checkpoint, whose full-precision weights are gone; give what it was made from"
-            )
-        return _read_official(path, table, None, given)
+            raise WeightsError(f"{path}: a packed checkpoint, which has no full-precision weights; give the file it "
+                               "was made from")  # fmt: skip
+        return _read_official(path, table, None, hints)
     tree = load_pickle(path)
     if isinstance(tree, dict) and {"ema", "optimiser", "history"} <= set(tree):
-        return given.compared(_read_trained(path, tree))
+        return _matching(_read_trained(path, tree), hints)
     if isinstance(tree, dict) and {"shards", "history"} <= set(tree):
-        raise WeightsError(
-            f"{path}: a training state in shards; go on with the stage in one process, which saves whole"
-        )
+        raise WeightsError(f"{path}: a training state in shards; continue the stage in one process, which saves a "
+                           "whole file")  # fmt: skip
     arguments = tree.get("args") if isinstance(tree, dict) else None
-    return _read_official(path, tensors_of(path, state_dict_in(tree)), arguments, given)
+    return _read_official(path, tensors_of(path, state_dict_in(tree)), arguments, hints)
 
 
-@dataclass(frozen=True)
-class Given:
-    """What the caller of :func:`read_weights` says about a file."""
-
-    num_heads: int | None
-    prediction: PredictionType | None
-    num_classes: int | None
-    flavour: Flavour | None
-
-    def compared(self, weights: Weights) -> Weights:
-        """``weights`` of a file that says what it is, in the flavour asked for.
-
-        Raises:
-            WeightsError: it is something else than what is said here.
-        """
-        found = (weights.diffusion or DiffusionConfig()).prediction_type
-        if self.prediction not in (None, found):
-            raise WeightsError(f"{weights.path}: prediction is {found} there, not {self.prediction}; leave it out")
-        if self.num_classes not in (None, weights.config.num_classes):
-            raise WeightsError(f"{weights.path}: num_classes is {weights.config.num_classes} there, not "
-                               f"{self.num_classes}; leave it out")  # fmt: skip
-        if self.flavour is None:
-            return weights
-        return replace(weights, config=weights.config.model_copy(update={"flavour": self.flavour}))
+def _matching(weights: Weights, hints: Hints) -> Weights:
+    """``weights`` of a self-describing file, in the flavour of ``hints``; the other hints must agree with it."""
+    found = {
+        "prediction": (weights.diffusion or DiffusionConfig()).prediction_type,
+        "num_classes": weights.config.num_classes,
+    }
+    for name, value in found.items():
+        if hints.get(name) not in (None, value):
+            raise WeightsError(f"{weights.path}: {name} is {value} there, not {hints.get(name)}; leave it out")
+    flavour = hints.get("flavour") or weights.config.flavour
+    return replace(weights, config=weights.config.model_copy(update={"flavour": flavour}))
 
 
-def load_dit(path: Path | str, num_heads: int | None = None, **said: Any) -> tuple[ModelConfig, DiT]:
+def load_dit(path: Path | str, **hints: Unpack[Hints]) -> tuple[ModelConfig, DiT]:
     """The network in ``path`` and its shape, parameters float32. Arguments and errors: as :func:`read_weights`."""
-    weights = read_weights(path, num_heads, **said)
+    weights = read_weights(path, **hints)
     return weights.config, weights.model()
 
 
 def save_official(model: DiT, path: Path, diffusion: DiffusionConfig | None = None) -> None:
-    """Write a full-precision ``model`` as the DiT authors' ``.pt``, positions included.
+    """Write a full-precision ``model`` as ``{ema, args}``, the form that DiT's training saves.
 
-    It is the form that their training saves, ``{ema, args}``: the arguments say what the tensors do not. ``diffusion``
-    defaults to DiT's.
+    ``args`` records what the tensors do not say; ``diffusion`` defaults to DiT's.
 
     Raises:
         WeightsError: the model is quantised.
@@ -203,13 +227,13 @@ def save_diffusers(
 ) -> None:
     """Write a full-precision ``model`` as a folder that diffusers' ``DiTPipeline`` loads, whole or not at all.
 
-    diffusers runs any weights with its own numerics: those of ``flavour="diffusers"``.
+    diffusers runs any weights with its own numerics (``flavour="diffusers"``).
 
     Args:
-        vae: a folder of diffusers' ``AutoencoderKL`` to copy in; without one the pipeline must be given its own.
+        vae: folder of an ``AutoencoderKL`` to copy into it; without one, pass ``vae`` when loading the pipeline.
 
     Raises:
-        WeightsError: the model is quantised or has a shape that diffusers cannot express, or ``folder`` is taken.
+        WeightsError: the model is quantised, diffusers cannot express it, or ``folder`` exists.
     """
     tensors = _foreign_tensors(model, "diffusers")
     write_pipeline(folder, model.config, tensors, diffusion or DiffusionConfig(), class_names, vae)
@@ -223,7 +247,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _foreign_tensors(model: DiT, layout: Layout) -> dict[str, Tensor]:
-    """The parameters of ``model`` by their names in ``layout``, each in memory of its own where it has copies."""
+    """The parameters of ``model`` by their names in ``layout``; copies do not share memory."""
     config = model.config
     parameters = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
     if parameters.keys() != parameter_shapes(config).keys():
@@ -241,11 +265,11 @@ def _foreign_tensors(model: DiT, layout: Layout) -> dict[str, Tensor]:
 
 def _foreign_shape(name: str, shape: tuple[int, ...], config: ModelConfig) -> tuple[int, ...]:
     patch = config.patch_size
-    return (shape[0], config.in_channels, patch, patch) if name == PATCH_WEIGHT else shape
+    return (shape[0], config.in_channels, patch, patch) if name == _PATCH_WEIGHT else shape
 
 
 def _checked(weights: Weights) -> Weights:
-    """``weights``, if its file has every tensor that its configuration asks for, in that shape, and no other."""
+    """``weights``, if the tensors of the file are exactly those that the configuration needs."""
     config, layout, table = weights.config, weights.layout, weights.table
     needed: dict[str, tuple[int, ...]] = {}
     for name, shape in weights.shapes.items():
@@ -255,13 +279,9 @@ def _checked(weights: Weights) -> Weights:
             stored = (shape[0] // len(keys.names), *shape[1:])
         needed |= dict.fromkeys(keys.names, stored)
     needed |= dict.fromkeys(_REPEATED[layout] & table.keys(), (1, config.num_tokens, config.hidden_size))
-    missing, unknown = sorted(needed.keys() - table.keys()), sorted(table.keys() - needed.keys())
-    if missing or unknown:
-        lists = [
-            f"{len(keys)} {what} ({', '.join(keys[:3])})"
-            for what, keys in (("missing", missing), ("unknown", unknown))
-            if keys
-        ]
+    differences = {"missing": sorted(needed.keys() - table.keys()), "unknown": sorted(table.keys() - needed.keys())}
+    lists = [f"{len(keys)} {what} ({', '.join(keys[:3])})" for what, keys in differences.items() if keys]
+    if lists:
         raise WeightsError(f"{weights.path}: not the tensors of a class-conditional DiT: {'; '.join(lists)}")
     for key, shape in needed.items():
         if table[key].shape != shape:
@@ -279,75 +299,33 @@ def _config(path: Path, **values: Any) -> ModelConfig:
         raise WeightsError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}") from error
 
 
-def _depth(table: Mapping[str, object], prefix: str) -> int:
-    return len({found[1] for key in table if (found := re.match(rf"{prefix}\.(\d+)\.", key))})
+def _depth(table: Mapping[str, object], layout: Layout) -> int:
+    return len({found[1] for key in table if (found := re.match(rf"{_BLOCKS[layout]}\.(\d+)\.", key))})
 
 
-def _read_official(path: Path, table: TensorTable, arguments: object, given: Given) -> Weights:
-    table, projectors = network_alone(unwrapped(table))
-    if "pos_embed.proj.weight" in table:
-        raise WeightsError(f"{path}: tensors of diffusers; give the folder that holds this file and its config.json")
-    try:
-        width, channels, patch, _ = table["x_embedder.proj.weight"].shape
-        if POSITIONS not in table:
-            raise WeightsError(f"{path}: {POSITIONS} is missing, which alone tells the size of the pictures; "
-                               "save the whole state_dict() of the authors' model")  # fmt: skip
-        _, tokens, _ = table[POSITIONS].shape
-        rows = table["y_embedder.embedding_table.weight"].shape[0]
-        outputs, hidden = table["final_layer.linear.weight"].shape[0], table["blocks.0.mlp.fc1.weight"].shape[0]
-    except KeyError as error:
-        raise WeightsError(f"{path}: not the tensors of a class-conditional DiT: {error.args[0]} is missing") from error
-    except ValueError as error:
-        raise WeightsError(f"{path}: not the tensors of a class-conditional DiT: {error}") from error
+def _read_official(path: Path, table: TensorTable, arguments: object, hints: Hints) -> Weights:
+    table = without_wrappers(table)
+    shape, kind = official_shape(path, table, arguments, hints)
+    table = network_alone(table)
+    config = _config(path, **shape, depth=_depth(table, "official"))
     positions = table[POSITIONS].read()
-    kind = kind_of(path, arguments, projectors, given.prediction, given.flavour)
-    classes, null_class = classes_of(path, rows, arguments, given.num_classes)
-    config = _config(
-        path,
-        input_size=isqrt(tokens) * patch,
-        patch_size=patch,
-        in_channels=channels,
-        hidden_size=width,
-        depth=_depth(table, "blocks"),
-        num_heads=given.num_heads or _official_heads(path, width, arguments),
-        mlp_ratio=hidden // width,
-        num_classes=classes,
-        null_class=null_class,
-        flavour=kind.flavour,
-        learn_sigma=outputs != channels * patch**2,
-        position_scale=position_scale(path, POSITIONS, positions),
-    )
-    # Half precision has blurred the table: the exact one is known.
+    # Half precision has blurred the table: position_table has the exact one.
     kept = positions if positions.dtype is torch.float32 else None
     return _checked(Weights(path, "official", config, table, kept, DiffusionConfig(prediction_type=kind.prediction)))
 
 
-def _official_heads(path: Path, width: int, arguments: object) -> int:
-    """No tensor tells: the published sizes do, or the one of DiT's head widths that divides ``width``."""
-    named = PRESETS.get(str(argument(arguments, "model")).replace("SiT", "DiT"))
-    if named is not None and named.hidden_size == width:
-        return named.num_heads
-    published = {shape.hidden_size: shape.num_heads for shape in PRESETS.values()}
-    fits = [width // head for head in _HEAD_WIDTHS if width % head == 0]
-    if width not in published and len(fits) != 1:
-        raise WeightsError(f"{path}: the tensors leave open how many attention heads a width of {width} has; "
-                           "say it with num_heads (--heads)")  # fmt: skip
-    return published.get(width) or fits[0]
-
-
 def _read_diffusers(folder: Path, num_heads: int | None) -> Weights:
     pipeline = read_pipeline(folder)
-    table = unwrapped(folder_tensors(pipeline.transformer))
-    if num_heads not in (None, pipeline.shape["num_heads"]):
-        raise WeightsError(
-            f"{folder}: config.json says {pipeline.shape['num_heads']} heads, not {num_heads}; leave num_heads out"
-        )
-    if pipeline.shape["depth"] != (depth := _depth(table, "transformer_blocks")):
-        raise WeightsError(f"{folder}: config.json says {pipeline.shape['depth']} layers, the weights have {depth}")
+    table = without_wrappers(folder_tensors(pipeline.transformer))
+    shape = pipeline.shape
+    if num_heads not in (None, shape["num_heads"]):
+        raise WeightsError(f"{folder}: config.json says {shape['num_heads']} heads, not {num_heads}; leave num_heads "
+                           "out")  # fmt: skip
+    if shape["depth"] != (depth := _depth(table, "diffusers")):
+        raise WeightsError(f"{folder}: config.json says {shape['depth']} layers, the weights have {depth}")
     hidden = table.get("transformer_blocks.0.ff.net.0.proj.weight")
-    width = pipeline.shape["hidden_size"]
-    ratio = hidden.shape[0] // width if hidden is not None else 4
-    config = _config(folder, **pipeline.shape, mlp_ratio=ratio, flavour="diffusers")
+    ratio = hidden.shape[0] // shape["hidden_size"] if hidden is not None else 4
+    config = _config(folder, **shape, mlp_ratio=ratio, flavour="diffusers")
     weights = _checked(Weights(folder, "diffusers", config, table, None, pipeline.diffusion, pipeline.class_names))
     for key in sorted(_REPEATED["diffusers"] & table.keys()):
         if (scale := position_scale(folder, key, table[key].read())) != 1:
@@ -363,10 +341,10 @@ def _read_trained(path: Path, tree: dict[str, Any]) -> Weights:
         config = ModelConfig.model_validate(settings["model"])
         diffusion = DiffusionConfig.model_validate(settings["diffusion"])
     except (KeyError, IndexError, TypeError, ValidationError) as error:
-        raise WeightsError(f"{path}: a training state that does not say which model it trained; "
-                           "train on with this version") from error  # fmt: skip
+        raise WeightsError(f"{path}: a training state without the configuration of its model; "
+                           "continue its training with this version") from error  # fmt: skip
     table = tensors_of(path, tree["ema"])
     if any(".lowrank_" in key for key in table):
-        raise WeightsError(f"{path}: a quantised student, whose full-precision weights are gone; pack it with "
+        raise WeightsError(f"{path}: a quantised student, which has no full-precision weights; pack it with "
                            "robuq-train export, or give teacher.pt")  # fmt: skip
     return _checked(Weights(path, "robuq", config, table, None, diffusion))

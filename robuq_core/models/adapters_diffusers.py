@@ -1,17 +1,14 @@
-"""The JSON of a diffusers DiT pipeline folder, read and written: what is not a tensor.
+"""The JSON of a diffusers DiT pipeline folder, read and written without diffusers.
 
-diffusers itself is not needed. Its numerics differ from the DiT authors' in three places, which ``flavour`` carries:
-time frequencies of k/127, an epsilon of 1e-5 in the second norm, and guidance on all channels.
+Its numerics differ from the DiT authors' in three places, recorded as ``flavour="diffusers"``: time frequencies of
+k/127, an epsilon of 1e-5 in the second norm, and guidance on all channels.
 """
 
 from __future__ import annotations
 
 import json
 import reprlib
-import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -20,17 +17,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from safetensors.torch import save_file
 from torch import Tensor
 
-from robuq_core.config import NUM_TRAIN_TIMESTEPS, DiffusionConfig, ModelConfig
-from robuq_core.files import publish_folder, replacing
+from robuq_core.config import BETA_END, BETA_START, NUM_TRAIN_TIMESTEPS, DiffusionConfig, ModelConfig
+from robuq_core.files import new_folder
 from robuq_core.models.adapters_files import WEIGHTS_NAME, WeightsError, read_json
 
 Section = TypeVar("Section", bound=BaseModel)
 
-_BETA_START, _BETA_END = 1e-4, 0.02
-
 
 class _Transformer(BaseModel):
-    """The keys of ``transformer/config.json`` that decide what is computed; the defaults are diffusers' own."""
+    """The keys of ``transformer/config.json`` that affect the result; the defaults are diffusers' own."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -51,14 +46,14 @@ class _Transformer(BaseModel):
 
 
 class _Scheduler(BaseModel):
-    """The keys of ``scheduler/scheduler_config.json`` that say which process the network was trained on."""
+    """The keys of ``scheduler/scheduler_config.json`` that describe the process the network was trained on."""
 
     model_config = ConfigDict(extra="ignore")
 
     class_name: str = Field("", alias="_class_name")
     num_train_timesteps: Literal[1000] = 1000
-    beta_start: float = Field(_BETA_START, ge=0.999 * _BETA_START, le=1.001 * _BETA_START)
-    beta_end: float = Field(_BETA_END, ge=0.999 * _BETA_END, le=1.001 * _BETA_END)
+    beta_start: float = Field(BETA_START, ge=0.999 * BETA_START, le=1.001 * BETA_START)
+    beta_end: float = Field(BETA_END, ge=0.999 * BETA_END, le=1.001 * BETA_END)
     beta_schedule: Literal["linear"] = "linear"
     trained_betas: None = None
     rescale_betas_zero_snr: Literal[False] = False
@@ -76,7 +71,7 @@ class _Scheduler(BaseModel):
 
     @field_validator("clip_sample_range")
     @classmethod
-    def _ours(cls, value: float, info: ValidationInfo) -> float:
+    def _clips_to_one(cls, value: float, info: ValidationInfo) -> float:
         if info.data.get("clip_sample") and value != 1:
             raise ValueError("with clip_sample it must be 1")
         return value
@@ -84,7 +79,7 @@ class _Scheduler(BaseModel):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What a folder says: where the weights lie, the values of :class:`ModelConfig` that JSON knows, the process."""
+    """Where the weights are, the values of :class:`ModelConfig` in the JSON, and the process."""
 
     transformer: Path
     shape: dict[str, Any]
@@ -96,7 +91,7 @@ def read_pipeline(folder: Path) -> Pipeline:
     """Read a pipeline folder, or its ``transformer`` folder alone.
 
     Raises:
-        WeightsError: no such model, or one that this network cannot be; the message names file and key.
+        WeightsError: no such model, or an unsupported one; the message names file and key.
     """
     transformer = folder / "transformer" if (folder / "transformer").is_dir() else folder
     path = transformer / "config.json"
@@ -138,13 +133,13 @@ def _diffusion(folder: Path) -> DiffusionConfig | None:
 
 
 def _class_names(folder: Path, classes: int) -> tuple[str, ...]:
-    """The names of ``model_index.json``, if there is one for every class."""
+    """The names in ``model_index.json``; empty unless there is one for every class."""
     path = folder / "model_index.json"
     names = read_json(path).get("id2label") if path.is_file() else None
     if not isinstance(names, dict) or len(names) != classes or set(names) != {str(i) for i in range(classes)}:
         return ()
     if not all(isinstance(name, str) for name in names.values()):
-        raise WeightsError(f"{path}: id2label has names that are not text; mend or remove it")
+        raise WeightsError(f"{path}: id2label has names that are not text; fix or remove it")
     return tuple(names[str(i)] for i in range(classes))
 
 
@@ -159,13 +154,13 @@ def write_pipeline(
     """Write a pipeline folder whose transformer has ``tensors``; see :func:`robuq_core.models.adapters.save_diffusers`.
 
     Raises:
-        WeightsError: a shape that diffusers cannot express, a taken folder, or a ``vae`` without a configuration.
+        WeightsError: diffusers cannot express the model, the folder exists, or ``vae`` has no configuration.
     """
     if model.position_scale != 1 or model.mlp_ratio != 4:
         raise WeightsError("diffusers' DiT has a position_scale of 1 and an mlp_ratio of 4, not "
                            f"{model.position_scale:g} and {model.mlp_ratio}; write the official format")  # fmt: skip
     if diffusion.prediction_type == "flow" or not model.null_class:
-        reason = "prediction_type flow" if model.null_class else "a class table without a row for no class"
+        reason = "prediction_type flow" if model.null_class else "a class table without a row for no class (null class)"
         raise WeightsError(f"diffusers has no DiT with {reason}; write the official format")
     vae_class = None if vae is None else read_json(vae / "config.json").get("_class_name")
     index: dict[str, Any] = {
@@ -176,13 +171,13 @@ def write_pipeline(
     }
     if class_names:
         index["id2label"] = {str(i): name for i, name in enumerate(class_names)}
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise WeightsError(f"{folder}: exists already; choose another folder, or remove it first")
     with new_folder(folder) as root:
         _write_json(root / "model_index.json", index)
         _write_json(root / "scheduler" / "scheduler_config.json", _scheduler_config(diffusion))
         _write_json(root / "transformer" / "config.json", _transformer_config(model))
-        weights = root / "transformer" / f"{WEIGHTS_NAME}.safetensors"
-        with replacing(weights) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
+        save_file(tensors, root / "transformer" / f"{WEIGHTS_NAME}.safetensors", metadata={"format": "pt"})
         if vae is not None:
             shutil.copytree(vae, root / "vae")
 
@@ -210,8 +205,8 @@ def _scheduler_config(diffusion: DiffusionConfig) -> dict[str, Any]:
     return {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": NUM_TRAIN_TIMESTEPS,
-        "beta_start": _BETA_START,
-        "beta_end": _BETA_END,
+        "beta_start": BETA_START,
+        "beta_end": BETA_END,
         "beta_schedule": "linear",
         "clip_sample": diffusion.clip_sample,
         "prediction_type": diffusion.prediction_type,
@@ -223,22 +218,3 @@ def _scheduler_config(diffusion: DiffusionConfig) -> dict[str, Any]:
 def _write_json(path: Path, tree: dict[str, Any]) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside ``path``; renamed to it if the block ends well, removed if it does not.
-
-    Raises:
-        WeightsError: ``path`` exists and is not an empty folder.
-    """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise WeightsError(f"{path}: exists already; choose another folder, or remove it first")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        publish_folder(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""Tensors of foreign weight files, by name, each read when asked for: torch pickles, safetensors, whole or in shards.
+"""Tensors of foreign weight files by name, each read when asked for: torch pickles and safetensors, whole or sharded.
 
-Nothing is unpickled but tensors, plain containers and ``argparse.Namespace``, which the DiT training script stores.
+Only tensors, plain containers and ``argparse.Namespace`` (which DiT's training script stores) are unpickled.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from robuq_core import files
 from robuq_core.errors import UserError
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
-# What DistributedDataParallel, torch.compile and trainers put before every name.
+# Prefixes that DistributedDataParallel, torch.compile and trainers add to every name.
 _WRAPPERS = ("module.", "_orig_mod.", "ema_model.", "model.")
+# Keys of the state dict in the files of training scripts; averaged weights before raw ones.
+_STATE_DICTS = ("ema", "ema_model", "state_dict_ema", "model", "state_dict", "delta")
+_MOST_NESTED = 4
 
 
 class WeightsError(UserError):
@@ -31,7 +34,7 @@ class WeightsError(UserError):
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a file; ``read`` gives it, mapped from the file where the format allows."""
+    """One tensor of a file; ``read`` returns it, memory-mapped where the format allows."""
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
@@ -41,52 +44,62 @@ TensorTable = dict[str, Stored]
 
 
 def load_pickle(path: Path) -> Any:
-    """What ``torch.save`` wrote to ``path``, tensors mapped from the file.
+    """What ``torch.save`` wrote to ``path``, tensors memory-mapped.
 
     Raises:
-        WeightsError: missing, damaged, or holding objects that plain weights have no need of.
+        WeightsError: missing or damaged, or it holds other objects than weights.
     """
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; give a DiT .pt or .safetensors file or a diffusers folder")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            if not zipfile.is_zipfile(path):  # files of old torch are no archives and cannot be mapped
+            if not zipfile.is_zipfile(path):  # files of old torch are not archives and cannot be mapped
                 return torch.load(path, map_location="cpu", weights_only=True)
             files.check_torch_archive(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged or foreign file leads the unpickler to raise almost anything
+    except Exception as error:  # the unpickler raises almost anything on a damaged or foreign file
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise WeightsError(f"{path}: not a file of plain torch weights ({reason}); copy it again, or save its "
                            "state dict alone with torch.save") from error  # fmt: skip
+
+
+def state_dict_in(tree: Any) -> Any:
+    """The state dict in the tree of a training script's file, which may be nested."""
+    for _ in range(_MOST_NESTED):  # bounded: a mapping may contain itself
+        inner = [tree[key] for key in _STATE_DICTS if isinstance(tree.get(key), dict)] if isinstance(tree, dict) else []
+        if not inner:
+            break
+        tree = inner[0]
+    return tree
 
 
 def tensors_of(path: Path, tree: Any) -> TensorTable:
     """A state dict as a table.
 
     Raises:
-        WeightsError: something in it is no tensor.
+        WeightsError: it contains something other than tensors.
     """
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise WeightsError(f"{path}: not a state dict; save the model's state_dict() with torch.save")
-    strangers = [key for key, value in tree.items() if not isinstance(value, Tensor)]
-    if strangers:
-        raise WeightsError(f"{path}: {', '.join(strangers[:3])} is no tensor; save the model's state_dict() alone")
-    return {key: Stored(tuple(value.shape), partial(_given, path, key, value)) for key, value in tree.items()}
+    others = [key for key, value in tree.items() if not isinstance(value, Tensor)]
+    if others:
+        raise WeightsError(f"{path}: {', '.join(others[:3])} is no tensor; save the model's state_dict() alone")
+    return {key: Stored(tuple(value.shape), partial(_checked_size, path, key, value)) for key, value in tree.items()}
 
 
-def unwrapped(table: TensorTable) -> TensorTable:
-    """``table`` without the prefixes that wrappers of a model leave on all its names."""
-    for prefix in _WRAPPERS * 2:  # each may be within another
-        if table and all(key.startswith(prefix) for key in table):
-            table = {key.removeprefix(prefix): stored for key, stored in table.items()}
-    return table
-
-
-def _given(path: Path, key: str, tensor: Tensor) -> Tensor:
-    # A view may repeat a few stored numbers as often as it likes; what is computed from it would take the room.
+def _checked_size(path: Path, key: str, tensor: Tensor) -> Tensor:
+    # A strided view may repeat a few stored values without limit; copies of it would fill the memory.
     if tensor.nbytes > tensor.untyped_storage().nbytes():
         raise WeightsError(f"{path}: {key} claims more values than the file holds; save the model's state_dict()")
     return tensor
+
+
+def without_wrappers(table: TensorTable) -> TensorTable:
+    """``table`` without prefixes that all of its names share, such as ``module.``."""
+    for prefix in _WRAPPERS * 2:  # they may be nested in any order
+        if table and all(key.startswith(prefix) for key in table):
+            table = {key.removeprefix(prefix): stored for key, stored in table.items()}
+    return table
 
 
 def safetensors_of(path: Path) -> tuple[TensorTable, dict[str, str]]:
@@ -97,16 +110,17 @@ def safetensors_of(path: Path) -> tuple[TensorTable, dict[str, str]]:
     """
     try:
         file: Any = safe_open(path, "pt")
-        table = {}
-        for name in sorted(file.keys()):
-            table[name] = Stored(tuple(file.get_slice(name).get_shape()), partial(file.get_tensor, name))
+        table = {
+            name: Stored(tuple(file.get_slice(name).get_shape()), partial(file.get_tensor, name))
+            for name in sorted(file.keys())
+        }
         return table, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: not a whole safetensors file ({error}); copy it again") from error
 
 
 def folder_tensors(folder: Path) -> TensorTable:
-    """The weights of a diffusers model folder: safetensors before ``.bin``, whole before shards.
+    """The weights of a diffusers model folder; prefers safetensors to ``.bin``, and one file to shards.
 
     Raises:
         WeightsError: none found, a shard missing, or a damaged file.
@@ -132,12 +146,10 @@ def _sharded(index: Path) -> TensorTable:
         raise WeightsError(f"{index}: no weight_map; download the folder again")
     table: TensorTable = {}
     for name in sorted(set(weight_map.values())):
-        # A shard lies beside its index: nothing else is followed.
-        shard = index.parent / Path(name).name
+        shard = index.parent / Path(name).name  # only files beside the index are followed
         if not shard.is_file():
             raise WeightsError(f"{shard}: missing, but {index.name} names it; download the folder again")
-        stored = _any_tensors(shard)
-        table |= {key: entry for key, entry in stored.items() if weight_map.get(key) == name}
+        table |= {key: entry for key, entry in _any_tensors(shard).items() if weight_map.get(key) == name}
     missing = sorted(set(weight_map) - set(table))
     if missing:
         raise WeightsError(f"{index}: {missing[0]} is in none of the shards; download the folder again")

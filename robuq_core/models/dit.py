@@ -1,8 +1,7 @@
 """DiT (arXiv 2212.09748): patch tokens, fixed sin-cos positions, adaLN-Zero blocks, optional learned variance.
 
-Plain and readable on purpose. Its linears are swapped for :class:`~robuq_core.models.quant_linear.QuantLinear`
-to train at low bits. Parameter names follow the published checkpoints. Shape suffixes: B images, L tokens,
-D hidden size, H heads, C channels.
+To train at low bits its linears are swapped for :class:`~robuq_core.models.quant_linear.QuantLinear`. Parameter names
+follow the published checkpoints. Shape suffixes: B images, L tokens, D hidden size, H heads, C channels.
 """
 
 from __future__ import annotations
@@ -36,16 +35,16 @@ def sincos_positions(width: int, grid_size: int, scale: float = 1.0) -> Tensor:
 
 
 def position_table(config: ModelConfig) -> Tensor:
-    """The positions that ``config`` asks for, ``[L, D]`` float32."""
+    """The positions of ``config``, ``[L, D]`` float32."""
     return sincos_positions(config.hidden_size, config.input_size // config.patch_size, config.position_scale)
 
 
 def timestep_features(timesteps: Tensor, flavour: str) -> Tensor:
     """Sinusoids ``[cos|sin]`` of timesteps ``[B]`` -> ``[B, 256]``, float32.
 
-    Frequencies ``exp(-ln(10000) k / 128)``; the ``diffusers`` flavour divides by 127 instead. What is encoded is the
-    timestep itself; in the flavour ``repa`` its thousandth, the time from image to noise, and in ``sit`` that from
-    noise to image.
+    Frequencies ``exp(-ln(10000) k / 128)``; the ``diffusers`` flavour divides by 127 instead. Encodes the timestep
+    itself; in the flavour ``repa`` the time from image to noise, ``t / 1000``, and in ``sit`` the time from noise to
+    image, ``1 - t / 1000``.
     """
     half = FREQUENCY_SIZE // 2
     divisor = half - 1 if flavour == "diffusers" else half
@@ -148,7 +147,7 @@ def norm2_eps(config: ModelConfig) -> float:
 
 
 def negates_output(config: ModelConfig) -> bool:
-    """Whether the final layer gives the velocity from noise to image: here it runs from image to noise."""
+    """Whether the final layer predicts the velocity from noise to image; here it points from image to noise."""
     return config.flavour == "sit"
 
 

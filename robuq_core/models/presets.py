@@ -1,4 +1,4 @@
-"""Model shapes by their published names, and a few small ones."""
+"""Model shapes by their published names, and a small one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def preset(name: str) -> ModelConfig:
-    """The shape called ``name``, such as ``DiT-XL/2``: 32x32 latents of 4 channels, learned variance.
+    """The shape ``name``, such as ``DiT-XL/2``: 32x32 latents of 4 channels, learned variance.
 
     Raises:
         ValueError: no such preset; the message lists them.

@@ -1,4 +1,4 @@
-"""The linear of a fake-quantised DiT, eq. (1)-(5), and the swap that puts it in place of ``nn.Linear``."""
+"""The linear layer of a fake-quantised DiT, eq. (1)-(5), and its swap for ``nn.Linear``."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from robuq_core.quant.ternary import ternary_fake_quantize, ternary_planes
 class QuantLinear(nn.Module):
     """``y = Q_w(R) Q_a(x_H) + A B x_H + bias``, eq. (5), in floating point with straight-through gradients.
 
-    ``weight`` is the latent residual R ``[out, in]`` and lives in the rotated basis; ``lowrank_a [out, r]`` and
-    ``lowrank_b [r, in]`` see the rotated, unquantised activation.
+    ``weight`` is the latent residual R ``[out, in]`` in the rotated basis; ``lowrank_a [out, r]`` and
+    ``lowrank_b [r, in]`` multiply the rotated, unquantised activation.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class QuantLinear(nn.Module):
         return self.lowrank_a.shape[1]
 
     def quantized(self) -> Tensor:
-        """The weight that the forward multiplies with, ``[out, in]``."""
+        """The quantised weight of the forward, ``[out, in]``."""
         return ternary_fake_quantize(self.weight, self.weight_scale, self.weight_planes)
 
     @torch.no_grad()
@@ -74,7 +74,7 @@ class QuantLinear(nn.Module):
 
 
 def quantizable_linears(model: DiT) -> Iterator[tuple[str, nn.Module]]:
-    """``(name, module)`` of every linear of the blocks, in order: qkv, proj, fc1, fc2 and adaLN of each."""
+    """``(name, module)`` of every linear of the blocks in order: qkv, proj, fc1, fc2 and adaLN of each."""
     for name, module in model.named_modules():
         if name.startswith("blocks.") and isinstance(module, nn.Linear | QuantLinear):
             yield name, module
@@ -85,30 +85,30 @@ def is_adaln(name: str) -> bool:
 
 
 def layer_bits(name: str, config: QuantConfig) -> int:
-    """Activation bits of a layer: its own entry of ``config.bits``, else the default of its kind."""
+    """Activation bits of a layer: its entry in ``config.bits``, else the default of its kind."""
     return config.bits.get(name, config.adaln_bits if is_adaln(name) else config.activation_bits)
 
 
 def layer_rotation_block(name: str, config: QuantConfig) -> int | None:
-    """Width of the blocks in which a layer's input is rotated: ``None`` is the whole, 1 no rotation."""
+    """Width of the blocks in which a layer's input is rotated: ``None``: the whole, 1: no rotation."""
     rotated = config.rotation == "all" or (config.rotation == "proj_fc2" and name.endswith((".proj", ".fc2")))
     return config.rotation_block if rotated else 1
 
 
 def check_bits(config: QuantConfig, layers: Collection[str]) -> None:
-    """Raises: ValueError: ``config.bits`` names something else than ``layers``."""
+    """Raises: ValueError: ``config.bits`` names a layer that is not in ``layers``."""
     unknown = sorted(set(config.bits) - set(layers))
     if unknown:
         raise ValueError(f"quant.bits names layers that the model lacks: {', '.join(unknown)}")
 
 
 class LinearQuantizer:
-    """Makes the :class:`QuantLinear` of one linear after the other, in the order of the network: signs are drawn so."""
+    """Quantises linears; call it in the order of the network, since the random signs depend on it."""
 
     def __init__(self, config: QuantConfig) -> None:
         self._config = config
         self._signs = torch.Generator().manual_seed(config.seed)
-        # Apart from the signs, which thereby are the same whatever the branch starts from.
+        # A separate generator: the signs do not depend on how the branch is initialised.
         self._factors = torch.Generator().manual_seed(config.seed + 1)
 
     def __call__(self, name: str, linear: nn.Linear) -> QuantLinear:
@@ -131,7 +131,7 @@ class LinearQuantizer:
 def quantize_model(model: DiT, config: QuantConfig) -> DiT:
     """Swap every block linear of ``model`` for a :class:`QuantLinear`, in place; returns it.
 
-    Sign vectors come from ``config.seed``. The embedders and the final layer stay in full precision.
+    Sign vectors are drawn from ``config.seed``. The embedders and the final layer stay in full precision.
 
     Raises:
         ValueError: ``config.bits`` names a layer that the model lacks, or a width has no Hadamard matrix.

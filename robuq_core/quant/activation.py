@@ -1,8 +1,8 @@
-"""Per-token activation quantisers, 1 to 8 bits: the Gaussian-step uniform one, eq. (4), and what it is compared with.
+"""Per-token activation quantisers, 1 to 8 bits: the Gaussian-step uniform one, eq. (4), and two to compare it with.
 
-After the rotation every token is close to normal, so one step per bit width, optimal for N(0, 1), serves
-every layer and timestep: no calibration, no learned clip. The others exist in training alone: Lloyd-Max levels for
-the same normal (better on it, but no integer product), and each token's own minimum and maximum.
+After the rotation every token is close to normal, so one step per bit width, optimal for N(0, 1), serves every layer
+and timestep without calibration or learned clipping. The others exist only in training: Lloyd-Max levels for the same
+normal (more accurate, but without an integer product), and each token's minimum and maximum.
 """
 
 from __future__ import annotations
@@ -31,16 +31,14 @@ GAUSSIAN_STEP = {
 }
 
 _NEWTON_STEPS = 30
-
-# A token of zeros has scale 0; the clamp only keeps its codes finite.
+# A token of zeros has scale 0; the clamp keeps its codes finite.
 _SMALLEST_SCALE = 1e-30
-
-# sigma of a normal from its mean absolute value.
+# sigma of a normal over its mean absolute value.
 SIGMA_PER_MEAN_ABS = math.sqrt(math.pi / 2)
 
 
 def is_midrise(bits: int, grid: Grid) -> bool:
-    """Whether codes are odd half-steps (mid-rise). One bit always is; eight bits never: odd codes would leave int8."""
+    """Whether codes are odd half-steps (mid-rise): always with one bit; never with eight, where they exceed int8."""
     if not MIN_BITS <= bits <= MAX_BITS:
         raise ValueError(f"activation bits must be {MIN_BITS}..{MAX_BITS}, not {bits}")
     return bits == 1 or (grid == "midrise" and bits < MAX_BITS)
@@ -61,7 +59,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def straight_through(x: Tensor, value: Tensor) -> Tensor:
-    """Exactly ``value``, with the identity as its gradient with respect to ``x`` (same shape and dtype)."""
+    """``value``, whose gradient with respect to ``x`` (same shape and dtype) is the identity."""
     return _StraightThrough.apply(x, value)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -88,7 +86,7 @@ def quantize_activation(x: Tensor, bits: int, grid: Grid = "midrise") -> tuple[T
 def _codes_and_scales(x: Tensor, bits: int, grid: Grid) -> tuple[Tensor, Tensor]:
     midrise = is_midrise(bits, grid)
     step = x.abs().mean(dim=-1, keepdim=True).mul_(SIGMA_PER_MEAN_ABS * GAUSSIAN_STEP[bits])
-    # Below, in place: training on a CPU is bound by passes over memory like these.
+    # In place: training on a CPU is bound by such passes over memory.
     codes = x * (1.0 / step.clamp(min=_SMALLEST_SCALE))
     if midrise:
         top = 2**bits - 1
@@ -98,10 +96,10 @@ def _codes_and_scales(x: Tensor, bits: int, grid: Grid) -> tuple[Tensor, Tensor]
 
 
 def fake_quantize_activation(x: Tensor, bits: int, grid: Grid = "midrise", rule: ActivationRule = "gaussian") -> Tensor:
-    """The quantised value of ``x`` ``[..., K]``, same dtype, with the identity as its gradient (also where clipped).
+    """The quantised value of ``x`` ``[..., K]``, same dtype; its gradient is the identity (also where clipped).
 
     ``gaussian``: ``scale * codes`` of :func:`quantize_activation`, on ``grid``. ``lloyd_max``: the nearest of
-    :func:`lloyd_max_levels` times the token's sigma. ``minmax``: ``2^bits`` even levels from its least to its greatest.
+    :func:`lloyd_max_levels` times the token's sigma. ``minmax``: ``2^bits`` even levels from minimum to maximum.
 
     Raises:
         ValueError: bits outside 1..8.
@@ -125,17 +123,17 @@ def _nearest_level(x: Tensor, bits: int) -> Tensor:
 
 
 def _between_extremes(x: Tensor, bits: int) -> Tensor:
-    is_midrise(bits, "midrise")  # the check of the width
+    is_midrise(bits, "midrise")  # checks the width
     low, high = torch.aminmax(x, dim=-1, keepdim=True)
     step = (high - low) / (2**bits - 1)
     return (x - low).div_(step.clamp(min=_SMALLEST_SCALE)).round_().mul_(step).add_(low)
 
 
 def lloyd_max_levels(bits: int) -> tuple[float, ...]:
-    """The ``2^bits`` levels of least mean squared error on N(0, 1), ascending (Lloyd 1957, Max 1960).
+    """The ``2^bits`` levels with the least mean squared error on N(0, 1), ascending (Lloyd 1957, Max 1960).
 
-    Each level is the mean of its cell, whose borders lie half-way to its neighbours. Solved by Newton's method in
-    float64 on the positive half, from the density ``p^(1/3)`` that many levels tend to.
+    Each level is the mean of its cell, whose borders are half-way to its neighbours. Solved by Newton's method in
+    float64 on the positive half, starting from the limit density ``p^(1/3)``.
 
     Raises:
         ValueError: bits outside 1..8.
@@ -143,14 +141,14 @@ def lloyd_max_levels(bits: int) -> tuple[float, ...]:
     return _solved_levels(bits)
 
 
-# torch.compile calls it instead of tracing it. torch.compiler.assume_constant_result sets the same mark, but imports
-# all of torch._dynamo, which takes seconds, on every start of a server too.
+# Keeps torch.compile from tracing it. torch.compiler.assume_constant_result sets the same mark, but imports
+# torch._dynamo, which takes seconds at every start of a server.
 lloyd_max_levels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=8)
 def _solved_levels(bits: int) -> tuple[float, ...]:
-    is_midrise(bits, "midrise")  # the check of the width
+    is_midrise(bits, "midrise")  # checks the width
     half = 2 ** (bits - 1)
     quantiles = (torch.arange(half, dtype=torch.float64) + half + 0.5) / (2 * half)
     levels = math.sqrt(3) * torch.special.ndtri(quantiles)
@@ -161,7 +159,7 @@ def _solved_levels(bits: int) -> tuple[float, ...]:
 
 
 def _off_centre(levels: Tensor) -> Tensor:
-    """Positive ``levels`` minus the means of their cells under N(0, 1)."""
+    """Positive ``levels`` minus the means of their cells in N(0, 1)."""
     borders = torch.cat([levels.new_zeros(1), (levels[1:] + levels[:-1]) / 2])
     density = torch.cat([torch.exp(-borders.square() / 2) / math.sqrt(2 * math.pi), levels.new_zeros(1)])
     beyond = torch.cat([torch.special.ndtr(-borders), levels.new_zeros(1)])

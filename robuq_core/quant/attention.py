@@ -1,7 +1,7 @@
 """Eight-bit attention: symmetric per-token Q and K, per-head V, and codes of ``exp(l - max)`` for probabilities.
 
-The paper gives 8/8 bits for ``Q K^T`` and ``P V`` and no method; this one keeps both products and the sum that
-normalises a row exact integers. Codes of normalised probabilities would lose diffuse rows: with L tokens their mean is
+The paper gives 8/8 bits for ``Q K^T`` and ``P V`` but no method; here both products and the normalising sum of a row
+are exact integers. Codes of normalised probabilities would lose diffuse rows: with L tokens their mean is
 ``255 / L``, less than half a code from 512 tokens on. Here the largest entry of a row always has code 255.
 """
 
@@ -27,8 +27,8 @@ def quantized_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     With integer codes ``q, k, v`` and scales ``s``: ``l_ij = (q_i . k_j) s_i s_j / sqrt(head_dim)``,
     ``c_ij = round(255 exp(l_ij - max_j l_ij))``, and ``out_i = (sum_j c_ij v_j) (s_v / sum_j c_ij)``.
 
-    Runs in float32 (float64 of float64), whatever autocast asks for. Products of codes are exact there (in TF32
-    too) while their partial sums stay below 2^24.
+    Computes in float32 (float64 for float64 inputs), regardless of autocast. Products of codes are exact, in TF32 too,
+    while their partial sums stay below 2^24.
 
     Args:
         q, k, v: ``[B, heads, L, head_dim]``, floating point.

@@ -1,4 +1,4 @@
-"""What a quantiser can be, by name, for configurations. Knows no torch, which takes seconds to import."""
+"""Names of quantiser options for configurations. Imports no torch, which takes seconds."""
 
 from typing import Literal
 

@@ -1,8 +1,8 @@
-"""Two packed forms of a ternary matrix: base 3 for files (1.6 bits a weight), planar 2-bit for kernels.
+"""Two packed forms of a ternary matrix: base 3 for files (1.6 bits per weight), planar 2-bit for kernels.
 
 Base 3: the matrix flat in row-major order, five codes a byte, ``sum_i (t_i + 1) 3^i``. Planar: each row in groups of
 128 along K; byte j of a group's 32 holds k = j, j + 32, j + 64, j + 96 in bits 0-1, 2-3, 4-5, 6-7, each as ``t + 1``:
-one 32-byte load, four constant shifts and masks, and 128 weights lie in order. Padding is code 0 in both.
+one 32-byte load and four constant shifts and masks give 128 weights in order. Padding is code 0 in both.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def planar_width(in_features: int) -> int:
 
 
 def _digits(codes: Tensor) -> Tensor:
-    """``t + 1`` as uint8, after a check that the codes are ternary."""
+    """``t + 1`` as uint8; checks that the codes are ternary."""
     if codes.dtype != torch.int8 or codes.dim() != 2:
         raise ValueError(f"ternary codes must be an int8 matrix, not {codes.dtype} of shape {tuple(codes.shape)}")
     if codes.numel() and (int(codes.min()) < -1 or int(codes.max()) > 1):
@@ -67,7 +67,7 @@ def unpack_base3(packed: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def planar_from_base3(packed: Tensor, shape: tuple[int, int]) -> Tensor:
-    """``pack_planar(unpack_base3(packed, shape))`` in one go: how a file's weights become the runtime's.
+    """``pack_planar(unpack_base3(packed, shape))`` in one pass: from the file's form to the runtime's.
 
     Raises:
         ValueError: as :func:`unpack_base3`.
@@ -75,7 +75,7 @@ def planar_from_base3(packed: Tensor, shape: tuple[int, int]) -> Tensor:
     check_base3(packed, shape)
     rows, in_features = shape
     planar = packed.new_empty(rows, planar_width(in_features))
-    # In pieces that stay in cache, each of whole rows and whole bytes.
+    # In pieces of whole rows and whole bytes that stay in cache.
     step = max(1, _PIECE // in_features // TRITS_PER_BYTE) * TRITS_PER_BYTE
     for first in range(0, rows, step):
         piece = (min(step, rows - first), in_features)
@@ -89,28 +89,26 @@ def check_base3(packed: Tensor, shape: tuple[int, int]) -> None:
     """Raises: ValueError: another dtype or length than ``shape`` asks for, or a byte above 242."""
     count = math.prod(shape)
     if packed.dtype != torch.uint8 or packed.shape != (base3_size(count),):
-        raise ValueError(
-            f"a ternary matrix of shape {tuple(shape)} needs {base3_size(count)} uint8 bytes, "
-            f"not {packed.dtype} of shape {tuple(packed.shape)}"
-        )
+        raise ValueError(f"a ternary matrix of shape {tuple(shape)} needs {base3_size(count)} uint8 bytes, "
+                         f"not {packed.dtype} of shape {tuple(packed.shape)}")  # fmt: skip
     if packed.numel() and int(packed.max()) > BASE3_TOP:
         raise ValueError(f"packed ternary bytes must be 0..{BASE3_TOP}, found {int(packed.max())}")
 
 
 def _base3_digits(packed: Tensor, shape: tuple[int, int]) -> Tensor:
-    """``t + 1`` as uint8 ``shape``. Two bytes a look-up: twice as fast as one."""
+    """``t + 1`` as uint8 ``shape``; looks up two bytes at a time, twice as fast as one."""
     count = math.prod(shape)
     stored = packed.cpu().numpy()
     if len(stored) % 2:
         stored = np.append(stored, np.uint8(0))
-    # "clip" skips a second pass that looks for indices out of range; there are none.
+    # "clip" skips a pass that checks indices.
     digits = _digit_table().take(stored.view("<u2"), axis=0, mode="clip").reshape(-1)[:count]
     return torch.from_numpy(digits).reshape(shape).to(packed.device)
 
 
 @lru_cache(maxsize=1)
 def _digit_table() -> np.ndarray:
-    """The ten digits of every two bytes, the first the lower one, uint8 ``[65536, 10]``."""
+    """The ten digits of every pair of bytes, lower byte first, uint8 ``[65536, 10]``."""
     low, high = np.arange(2**16) % 256, np.arange(2**16) // 256
     powers = 3 ** np.arange(TRITS_PER_BYTE)
     return np.concatenate([pair[:, None] // powers % 3 for pair in (low, high)], axis=1).astype(np.uint8)
@@ -129,7 +127,7 @@ def _pack_digits(digits: Tensor) -> Tensor:
     rows, in_features = digits.shape
     if rest := -in_features % PLANAR_GROUP:
         digits = torch.cat([digits, digits.new_ones(rows, rest)], dim=1)
-    # Eight bytes at a time: a digit is at most 2, so no shift leaves its byte.
+    # Eight bytes at a time: digits are at most 2, so shifts stay within a byte.
     words = digits.contiguous().view(torch.int64).reshape(-1, _CODES_PER_BYTE, PLANAR_GROUP_BYTES // 8)
     packed = words[:, -1].clone()
     for i in reversed(range(_CODES_PER_BYTE - 1)):
@@ -146,10 +144,8 @@ def unpack_planar(planar: Tensor, in_features: int) -> Tensor:
     """
     width = planar_width(in_features)
     if planar.dtype != torch.uint8 or planar.dim() != 2 or planar.shape[1] != width:
-        raise ValueError(
-            f"{in_features} planar codes a row need uint8 [N, {width}], "
-            f"not {planar.dtype} of shape {tuple(planar.shape)}"
-        )
+        raise ValueError(f"{in_features} packed 2-bit codes per row need uint8 [N, {width}], "
+                         f"not {planar.dtype} of shape {tuple(planar.shape)}")  # fmt: skip
     groups = planar.reshape(planar.shape[0], -1, 1, PLANAR_GROUP_BYTES)
     planes = torch.cat([(groups >> (2 * i)) & 3 for i in range(_CODES_PER_BYTE)], dim=2)
     return planes.reshape(planar.shape[0], -1)[:, :in_features].to(torch.int8) - 1

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from robuq_core.quant.choices import WeightScale
 
-# Step of the best uniform quantiser of N(0, 1) with 9 and 27 levels, 0 among them: where the fit of a row starts.
+# Step of the best uniform quantiser of N(0, 1) with 9 and 27 levels including 0: the start of the fit of a row.
 _GAUSSIAN_STEP = {2: 0.535, 3: 0.22}
 _REFITS = 4
 
@@ -19,8 +19,7 @@ def ternarize(weight: Tensor, scale: WeightScale = "conditional_mean") -> tuple[
     ``|R_c|`` where ``T_c != 0`` (``conditional_mean``) or over the whole row (``absmean``, BitNet's rule).
 
     Returns:
-        codes int8 ``[out, in]`` in {-1, 0, 1}; alpha float32 ``[out]``, rounded to fp16, the width in
-        which it is stored, so that training and the packed file use the same number.
+        codes int8 ``[out, in]`` in {-1, 0, 1}; alpha float32 ``[out]``, rounded to fp16 as in the packed file.
     """
     magnitude = weight.abs()
     mean = magnitude.mean(dim=1, keepdim=True)
@@ -36,11 +35,11 @@ def ternarize(weight: Tensor, scale: WeightScale = "conditional_mean") -> tuple[
 
 
 def ternary_planes(weight: Tensor, planes: int = 1, scale: WeightScale = "conditional_mean") -> tuple[Tensor, Tensor]:
-    """``weight [out, in] ~ sum_p alpha_p T_p`` with ``planes`` ternary matrices, the coarsest first.
+    """``weight [out, in] ~ sum_p alpha_p T_p`` with ``planes`` ternary matrices, coarsest first.
 
     One plane is :func:`ternarize`. P planes hold the ``3^P`` integers k of a uniform grid in balanced ternary,
     ``k = sum_p 3^(P-1-p) T_p``; each row's step is fitted by alternating ``k = round(R / step)`` with the least-squares
-    ``step = <R, k> / <k, k>``. Then ``scale`` has no say.
+    ``step = <R, k> / <k, k>``; ``scale`` is then ignored.
 
     Returns:
         codes int8 ``[planes, out, in]``; alpha float32 ``[planes, out]``, each rounded to fp16.
@@ -62,7 +61,7 @@ def ternary_planes(weight: Tensor, planes: int = 1, scale: WeightScale = "condit
 
 
 def planes_of_levels(levels: Tensor, step: Tensor, planes: int) -> tuple[Tensor, Tensor]:
-    """``step_c k_c`` as ``planes`` ternary matrices: the digits of ``k`` in balanced ternary, the coarsest first.
+    """``step_c k_c`` as ``planes`` ternary matrices: the digits of ``k`` in balanced ternary, coarsest first.
 
     Args:
         levels: integers ``[out, in]`` of any dtype, at most ``(3^planes - 1) / 2`` in size. step: ``[out]``.
@@ -80,7 +79,7 @@ def planes_of_levels(levels: Tensor, step: Tensor, planes: int) -> tuple[Tensor,
 
 
 def _levels(weight: Tensor, step: Tensor, top: int) -> Tensor:
-    # A row of zeros has step 0; the clamp only keeps its levels finite.
+    # A row of zeros has step 0; the clamp keeps its levels finite.
     return torch.round(weight / step.clamp(min=1e-30)).clamp(-top, top)
 
 
@@ -109,7 +108,6 @@ class _TernarySTE(torch.autograd.Function):
 def ternary_fake_quantize(weight: Tensor, scale: WeightScale = "conditional_mean", planes: int = 1) -> Tensor:
     """``sum_p alpha_pc T_pc`` of ``weight`` ``[out, in]``, same dtype.
 
-    The gradient passes straight through to ``weight``, clamped to [-1, 1] by element; none flows through
-    the threshold or the scale.
+    The gradient passes straight through to ``weight``, clamped to [-1, 1] by element; none to threshold or scale.
     """
     return _TernarySTE.apply(weight, scale, planes)  # type: ignore[no-any-return, no-untyped-call]

@@ -210,7 +210,7 @@ def make_specs(service: Service, model: ModelInfo, values: dict[str, list[Any]],
         params = params.resolved(model.defaults, key_seed if first is None else first.seed)
         first = first or params
         counted = 0 if len(values.get(SEED, ())) == images > 1 else i
-        specs.append(params.spec(classes.resolve(params.class_id, params.class_name), counted))
+        specs.append(params.spec(classes.of_request(params.class_id, params.class_name), counted))
     assert first is not None
     assert first.seed is not None
     return Request(model, tuple(specs), seed=first.seed, timeout_s=service.timeout(None), repeatable=repeatable)

@@ -142,7 +142,7 @@ def class_of(body: ImagesBody, classes: ClassIndex) -> int:
     """The class that ``prompt`` names, or its number; a class whose name is a number wins over that number. Our own
     fields for a class win over the prompt, which clients must send."""
     if body.class_id is not None or body.class_name is not None:
-        return classes.resolve(body.class_id, body.class_name)
+        return classes.of_request(body.class_id, body.class_name)
     if not classes.num_classes:
         return 0  # there is nothing to choose
     number = body.prompt.strip()

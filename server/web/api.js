@@ -2,7 +2,7 @@
 
 const KEY = "robuq.api-key";
 
-/** An answer that is not a success; `field` names the part of the request to mend. */
+/** An answer that is not a success; `field` names the part of the request to change. */
 export class Problem extends Error {
   constructor(status, { code = "error", message, field = null }) {
     super(message);
@@ -43,7 +43,7 @@ export const onUnauthorised = (ask) => (askForKey = ask);
 // Relative to the page, so that the server may live under a path of a proxy.
 export const address = (path) => new URL(path, document.baseURI);
 
-/** The answer of a route if it is a success; after a 401 the person is asked for a key, unless `ask` is false. */
+/** The answer of a route if it is a success; after a 401 the user is asked for a key, unless `ask` is false. */
 export async function call(path, { ask = true, ...options } = {}) {
   for (;;) {
     const headers = new Headers(options.headers);
@@ -63,7 +63,7 @@ export async function call(path, { ask = true, ...options } = {}) {
 
 export const getJson = async (path, options) => (await call(path, options)).json();
 
-const cutOff = () => new Problem(0, { code: "cut_off", message: "the connection ended before the picture was done" });
+const cutOff = () => new Problem(0, { code: "cut_off", message: "the connection ended before the image was done" });
 
 /** Events of a `text/event-stream` body as `[name, data]`, data parsed as JSON. */
 async function* events(body) {
@@ -89,7 +89,7 @@ async function* events(body) {
   }
 }
 
-/** Draw; `on(data)` gets each step and preview. Resolves to the data of the last event, `completed`. */
+/** Generate; `on(data)` gets each step and preview. Resolves to the data of the last event, `completed`. */
 export async function generate(body, { signal, on }) {
   const answer = await call("generate", {
     method: "POST",

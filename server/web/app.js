@@ -72,7 +72,7 @@ function sheetChanged() {
   const underWay = strips.filter(({ running }) => running).length;
   // Not `disabled`, which would take the keyboard's focus away.
   byId("generate").setAttribute("aria-disabled", String(underWay >= MAX_IN_FLIGHT));
-  byId("generate").textContent = underWay >= MAX_IN_FLIGHT ? `${underWay} under way` : "Generate";
+  byId("generate").textContent = underWay >= MAX_IN_FLIGHT ? `${underWay} running` : "Generate";
 }
 
 /** Takes the events of one strip; progress is spoken at its quarters only. */
@@ -105,7 +105,7 @@ async function draw() {
   loupe.show(strip, 0);
   bringIntoView(byId("loupe"));
   if (!settings.seedIsKept) settings.newSeed();
-  announce(`drawing ${plural(strip.frames.length, "image")} of ${strip.name}`);
+  announce(`generating ${plural(strip.frames.length, "image")} of ${strip.name}`);
   pollQueue();
   followSwaps(strip);
   try {
@@ -129,7 +129,7 @@ function ended(strip, body, error) {
   else dropStrip(strip);
   if (cancelled) return;
   if (!settings.seedIsKept) byId("seed").value = body.seed ?? byId("seed").value; // to try the same again
-  const message = error.status === undefined ? `the page has a fault: ${error.message}` : error.message;
+  const message = error.status === undefined ? `error in this page: ${error.message}` : error.message;
   if (!error.field || !settings.showError(error.field, message)) byId("form-error").textContent = message;
 }
 

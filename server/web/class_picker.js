@@ -61,6 +61,7 @@ export class ClassPicker {
 
   typed() {
     this.chosen = null;
+    this.searching = true;
     clearTimeout(this.timer);
     this.timer = setTimeout(() => this.open(), DEBOUNCE_MS);
   }
@@ -80,6 +81,7 @@ export class ClassPicker {
 
   show(found) {
     this.found = found;
+    this.searching = false;
     this.list.replaceChildren(
       ...found.map((item, index) =>
         element(
@@ -97,6 +99,7 @@ export class ClassPicker {
   }
 
   close() {
+    this.searching = false;
     clearTimeout(this.timer);
     this.pending?.abort();
     this.list.hidden = true;
@@ -125,11 +128,8 @@ export class ClassPicker {
       event.preventDefault(); // takes the option; without one, Enter sends the form
       this.choose(this.found[this.active]);
     } else if (event.key === "Escape") {
-      if (this.isOpen) this.close();
-      else {
-        this.input.value = "";
-        this.chosen = null;
-      }
+      if (this.isOpen || this.searching) this.close();
+      else this.clear();
     } else if (event.key === "Enter") this.close();
   }
 }

@@ -57,8 +57,8 @@ export class Loupe {
     byId("loupe-making").hidden = !strip?.running;
     byId("loupe-made").hidden = strip?.state !== "done";
     byId("loupe-facts").replaceChildren(...(strip ? pairs(this.facts()) : []));
-    byId("loupe-title").textContent = strip ? strip.name : "Nothing drawn yet";
-    byId("loupe-state").textContent = strip ? this.sentence() : "Choose a class, press Generate and watch it develop.";
+    byId("loupe-title").textContent = strip ? strip.name : "No image yet";
+    byId("loupe-state").textContent = strip ? this.sentence() : "Choose a class and press Generate.";
     const image = byId("loupe-image");
     if (!strip) {
       Object.assign(image, { src: grain(0), alt: "" });
@@ -78,10 +78,10 @@ export class Loupe {
     if (strip.state === "drawing") return `Step ${frame.step} of ${strip.steps}`;
     if (strip.state === "cancelled") return `Cancelled at step ${frame.step} of ${strip.steps}`;
     if (strip.state === "failed") return strip.message;
-    if (!frame.whole) return "A thumbnail: the picture itself was too large to keep. Draw it again to have it back.";
-    if (!strip.timings) return "Kept from an earlier visit";
+    if (!frame.whole) return "A thumbnail: the image was too large to keep. Generate it again.";
+    if (!strip.timings) return "From an earlier visit";
     const { queue_s: queue, inference_s: inference, total_s: total } = strip.timings;
-    return `Drawn in ${seconds(total)}: ${seconds(queue)} in the queue, ${seconds(inference)} in the model`;
+    return `Generated in ${seconds(total)}: ${seconds(queue)} in the queue, ${seconds(inference)} in the model`;
   }
 
   facts() {

@@ -118,15 +118,15 @@ def test_a_network_that_predicts_zeros_has_no_relative_error(tmp_path: Path) -> 
     result = pack_untrained(tmp_path / "fresh.pt", tmp_path / "fresh.safetensors", QuantConfig(rank=2))
     assert result.relative_error is None
     assert result.header.provenance["relative_error_on_random_inputs"] is None
-    assert "predicts nothing but zeros" in result.warning
+    assert "predicts only zeros" in result.warning
     assert "%" not in result.warning
 
 
 def test_the_warning_follows_the_error(source: Path, tmp_path: Path) -> None:
     header = pack_untrained(source, tmp_path / "packed.safetensors", untrained_quant(rank=4)).header
     assert "30.0% (RMS) off" in PackedResult(header, 0.3).warning
-    assert "noise rather than pictures" in PackedResult(header, 0.3).warning
-    assert "pictures will differ" in PackedResult(header, 0.05).warning
+    assert "noise instead of images" in PackedResult(header, 0.3).warning
+    assert "images will differ" in PackedResult(header, 0.05).warning
 
 
 def test_what_does_not_fit_is_said_before_the_work(source: Path, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_suffixes_are_known_in_any_case(source: Path, tmp_path: Path, name: str)
 
 @pytest.mark.parametrize("name", ["out.safetensors", "out.bin", "OUT.CKPT", "out.pth.tar"])
 def test_no_folder_is_called_like_a_file(source: Path, tmp_path: Path, name: str) -> None:
-    with pytest.raises(WeightsError, match=r"written as \.pt or \.pth, or as a folder"):
+    with pytest.raises(WeightsError, match=r"written as \.pt or \.pth, or as a diffusers folder"):
         convert_full_precision(source, tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
     convert_full_precision(source, tmp_path / "DiT-XL-2.v1")  # a dot alone is no suffix
@@ -205,7 +205,7 @@ def test_command_says_what_the_model_draws(tmp_path: Path, channels: int, said: 
 
 @pytest.mark.parametrize(
     ("channels", "said", "message"),
-    [(2, None, "in_channels 2"), (4, "pixels", "not 4; say latent")],
+    [(2, None, "in_channels 2"), (4, "pixels", "not 4; give latent")],
 )
 def test_pictures_that_are_neither_grey_nor_rgb_are_refused_before_the_work(
     tmp_path: Path, channels: int, said: DecoderKind | None, message: str
@@ -228,19 +228,19 @@ def test_pictures_that_are_neither_grey_nor_rgb_are_refused_before_the_work(
 def test_command_ignores_no_option_of_packing(source: Path, tmp_path: Path, options: str) -> None:
     result = run(app, ["convert", str(source), str(tmp_path / "copy.pt"), *options.split()])
     assert result.exit_code == 2
-    assert result.stderr == f"error: {options.split()[0]} belongs to --ptq; leave it out\n"
+    assert result.stderr == f"error: {options.split()[0]} is only for --ptq; leave it out\n"
     assert not (tmp_path / "copy.pt").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["model.pt", "out.safetensors"], "is made with --ptq"),
-        (["model.pt", "out.safetensors", "--ptq", "--vae", "nope"], "--vae belongs to a diffusers folder"),
+        (["model.pt", "out.safetensors"], "only --ptq writes a packed file"),
+        (["model.pt", "out.safetensors", "--ptq", "--vae", "nope"], "--vae is only for a diffusers folder"),
         (["model.pt", "out.safetensors", "--ptq", "--class-names", "absent.txt"], "cannot read absent.txt: No such"),
         (["model.pt", "out.safetensors", "--ptq", "--class-names", "model.pt"], "cannot read model.pt: not UTF-8"),
-        (["model.pt", "out.bin"], "which is not to be called .bin"),
-        (["model.pt", "out.pt", "--ptq"], "a packed file ends in .safetensors"),
+        (["model.pt", "out.bin"], "whose name cannot end in .bin"),
+        (["model.pt", "out.pt", "--ptq"], "a packed file, whose name ends in .safetensors"),
         (["absent.pt", "out.safetensors", "--ptq"], "no such file"),
         (["model.pt", "copy.pt", "--vae", "vae"], "holds no decoder"),
         (["model.pt", "folder", "--vae", "vae"], "cannot be read as JSON"),

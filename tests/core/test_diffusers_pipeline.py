@@ -284,7 +284,6 @@ def test_tiles_of_the_decoder_are_asked_for_as_there(tmp_path: Path) -> None:
         (lambda pipe: pipe([1, 2], generator=[seeded()] * 3), "3 generators for 2 class labels"),
         (lambda pipe: pipe.to(), "needs a device, a dtype or both"),
         (lambda pipe: pipe.to(torch.int8), "floating dtype, not torch.int8"),
-        (lambda pipe: pipe.set_progress_bar_config(colour="red"), "setting 'colour' is not supported"),
         (lambda pipe: pipe.progress_bar(), "an iterable or a total"),
         (
             lambda pipe: setattr(pipe, "scheduler", diffusers.EulerDiscreteScheduler()),

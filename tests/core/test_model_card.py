@@ -56,7 +56,7 @@ def test_weights_that_were_not_trained_are_introduced_as_such(tmp_path: Path) ->
 
 def test_nothing_is_claimed_of_a_network_that_predicts_zeros(tmp_path: Path) -> None:
     text = card_of(packed_untrained(tmp_path, 3, std=0)).text
-    assert "how far its predictions are off those of the original could not be measured" in text
+    assert "the error of its predictions against the original could not be measured" in text
     assert "0.0%" not in text
 
 

@@ -31,7 +31,7 @@ def test_a_running_request_expires_though_its_worker_is_stuck() -> None:
     sampler = WatchedSampler()
     with running_engine(sampler) as engine:
         sampler.hold()
-        late = engine.submit([spec(seed=1, steps=1000)], "png", timeout_s=0.3)
+        late = engine.submit([spec(seed=1, steps=1000)], "png", timeout_s=2.0)  # a step begins before
         assert sampler.entered.acquire(timeout=WAIT_S)
         assert isinstance(outcome(late), DeadlineExceeded)
         assert engine.idle

@@ -168,7 +168,9 @@ def test_what_is_copied_exists_and_is_not_ignored() -> None:
             assert not ignored, f"{source} is ignored"
 
 
-def test_the_health_check_follows_ready_and_needs_no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_health_check_passes_while_draining_fails_after_a_failure_and_needs_no_key(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     create_key(tmp_path / "keys.json", "somebody")
     python, flag, program = health_command()
     assert (python, flag) == ("python", "-c")
@@ -176,5 +178,8 @@ def test_the_health_check_follows_ready_and_needs_no_key(monkeypatch: pytest.Mon
         monkeypatch.setenv("ROBUQ_PORT", str(httpx.URL(client.base_url).port))
         exec(compile(program, "healthcheck", "exec"), {})
         engine.begin_drain()
+        assert client.get("/ready").status_code == 503
+        exec(compile(program, "healthcheck", "exec"), {})
+        engine.run(engine.pool.stop())
         with pytest.raises(urllib.error.HTTPError, match="503"):
             exec(compile(program, "healthcheck", "exec"), {})

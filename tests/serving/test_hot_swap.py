@@ -113,11 +113,12 @@ def test_a_model_whose_warm_up_kills_its_worker_changes_nothing() -> None:
 
 def test_a_model_that_hangs_in_its_warm_up_is_given_up_while_the_old_one_serves() -> None:
     old, hanging = Checkpoint(1), Checkpoint(2)
-    with ThreadPoolExecutor(1) as pool, running_engine(old, stall_timeout_s=0.5) as engine:
+    with ThreadPoolExecutor(1) as pool, running_engine(old) as engine:
         hanging.hold()
         swapping = pool.submit(engine.swap, "hanging", [hanging])
         assert hanging.entered.acquire(timeout=WAIT_S)
         assert outcome(engine.submit([spec()], "png")) is None
+        engine.make_stale()
         assert isinstance(swapping.exception(WAIT_S), RunFailed)
         hanging.release()
         assert engine.model.name == "version-1"

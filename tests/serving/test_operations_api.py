@@ -78,12 +78,13 @@ def test_metrics_by_name_and_fed() -> None:
     assert 'avg_activation_bits="2"' in info
 
 
-def test_ready_follows_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.fleet.FIRST_PAUSE_S", 0.5)
+def test_ready_follows_the_pool() -> None:
     sampler = WatchedSampler()
-    with live_server(sampler, stall_timeout_s=0.1) as (client, engine):
-        sampler.hold()
+    with live_server(sampler) as (client, engine):
+        sampler.hold()  # the warm-up of the next worker, too
         job = engine.submit([spec()], "png")
+        assert sampler.entered.acquire(timeout=WAIT_S)
+        engine.make_stale()
         until(lambda: client.get("/ready").status_code == 503)
         assert client.get("/ready").json() == {"status": "restarting"}
         assert client.get("/health").status_code == 200

@@ -256,10 +256,11 @@ def test_workers_that_die_again_and_again_fail_the_pool_and_strand_nobody(monkey
 
 def test_a_step_that_hangs_costs_its_worker_and_is_tried_again() -> None:
     sampler = WatchedSampler()
-    with running_engine(sampler, stall_timeout_s=0.2) as engine:
+    with running_engine(sampler) as engine:
         sampler.hold()
         job = engine.submit([spec()], "png")
         assert sampler.entered.acquire(timeout=WAIT_S)
+        engine.make_stale()
         until(lambda: sample(engine, "robuq_worker_deaths_total", reason="hung") == 1)
         sampler.release()
         assert outcome(job) is None
@@ -275,31 +276,35 @@ def test_a_decoder_that_hangs_costs_its_worker_though_steps_go_on(monkeypatch: p
             assert gate.wait(WAIT_S)
         return decode(row)
 
-    with running_engine(sampler, stall_timeout_s=0.3) as engine:
+    with running_engine(sampler) as engine:
         monkeypatch.setattr(sampler, "decode", hang_once)
-        long = engine.submit([spec(seed=1, steps=400)], "png")
+        long = engine.submit([spec(seed=1, steps=100)], "png")
         stuck = engine.submit([spec(seed=7)], "png")
+        until(lambda: engine.images_decoding == 1)
+        engine.make_stale(stage="decode")
         assert [outcome(stuck), outcome(long)] == [None, None]  # by the worker that replaced the first one
         until(lambda: sample(engine, "robuq_worker_deaths_total", reason="hung") == 1)
         gate.set()
 
 
 def test_a_worker_that_hangs_in_loading_is_killed_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    gate, loads = threading.Event(), iter(range(10))
+    gates, loads = (threading.Event(), threading.Event()), iter(range(10))
 
     def load(options: dict[str, object]) -> WatchedSampler:
-        if next(loads) == 0:
-            assert gate.wait(WAIT_S)
+        assert gates[next(loads)].wait(WAIT_S)
         return WatchedSampler()
 
-    with started_engine(load, load_timeout_s=0.2) as engine:
+    with started_engine(load) as engine:
+        until(lambda: engine.call(lambda: engine.pool._fleet.present[0].phase) == "loading")
+        engine.make_stale()
         until(lambda: sample(engine, "robuq_worker_deaths_total", reason="hung") == 1)
         assert engine.status == "starting"
         with pytest.raises(NotReady):
             engine.model  # noqa: B018
+        gates[1].set()
         until(lambda: engine.status == "ready")
         assert outcome(engine.submit([spec()], "png")) is None
-        gate.set()
+        gates[0].set()
 
 
 def test_warm_up_comes_before_ready_and_its_failure_shows(monkeypatch: pytest.MonkeyPatch) -> None:

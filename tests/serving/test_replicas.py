@@ -94,11 +94,12 @@ def test_a_request_begins_with_its_earliest_step_whichever_ends_first() -> None:
 
 def test_a_worker_that_hangs_leaves_the_rest_ready_and_its_images_go_there() -> None:
     stuck, free = WatchedSampler(), WatchedSampler(step_s=0.002)
-    with running_engine(stuck, free, stall_timeout_s=1.0) as engine:
+    with running_engine(stuck, free) as engine:
         stuck.hold()
         jobs = [engine.submit([spec(seed=s, steps=50)], "png") for s in range(2)]
         assert stuck.entered.acquire(timeout=WAIT_S)
         assert engine.status == "ready"
+        engine.make_stale(0)
         assert [outcome(engine.submit([spec(seed=s)], "png")) for s in (7, 8, 9)].count(None) >= 1
         assert [outcome(job) for job in jobs] == [None, None]
         assert sample(engine, "robuq_worker_deaths_total", reason="hung") >= 1

@@ -180,7 +180,7 @@ def test_no_answer_tells_of_the_inside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_body_that_comes_too_slowly_gets_408(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(middleware, "BODY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(middleware, "BODY_TIMEOUT_S", 1.0)
     with live_server(FakeSampler()) as (client, engine), connected(client) as sock:
         sock.sendall(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 20\r\n\r\n{")
         raw = read_all(sock)
@@ -189,7 +189,7 @@ def test_a_body_that_comes_too_slowly_gets_408(monkeypatch: pytest.MonkeyPatch) 
         assert engine.idle
         # The limit is on the body alone, not on the answer.
         slow = WatchedSampler(step_s=0.05)
-        body = json.dumps(DRAW | {"steps": 8}).encode()
+        body = json.dumps(DRAW | {"steps": 30}).encode()
         head = f"POST /generate HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
         with live_server(slow) as (patient, _), connected(patient) as sock:
             sock.sendall(head.encode() + body)  # at once, which httpx does not

@@ -84,7 +84,7 @@ sampler.decode = lambda row: time.sleep(600) if row.spec.steps == 3 else decode(
 
 @pytest.mark.slow
 def test_a_warm_up_that_never_returns_shows_and_does_not_keep_the_process_alive() -> None:
-    process = start("--stall-timeout-s", "0.2", change="import time; sampler.on_step = lambda rows: time.sleep(600)")
+    process = start("--stall-timeout-s", "2", change="import time; sampler.on_step = lambda rows: time.sleep(600)")
     try:
         with httpx.Client(base_url=told_address(process), timeout=WAIT_S) as client:
             until(lambda: answers(client, "/ready") == 503)

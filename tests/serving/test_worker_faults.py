@@ -75,14 +75,14 @@ def hang_once(rows):
         pathlib.Path({str(hung)!r}).touch()
         time.sleep(600)
 sampler.on_step = hang_once"""
-    with serving("--stall-timeout-s", "0.5", change=change) as (_, client):
+    with serving("--stall-timeout-s", "3", change=change) as (_, client):
         assert client.post("/generate", json=DRAW).status_code == 200
         assert hung.exists()
         assert deaths(client, "hung") == 1
 
 
 def test_a_worker_that_is_stopped_from_outside_is_replaced() -> None:
-    with serving("--stall-timeout-s", "0.5") as (process, client):
+    with serving("--stall-timeout-s", "3") as (process, client):
         workers_of(process)[0].suspend()
         assert client.post("/generate", json=DRAW).status_code == 200
         assert deaths(client, "hung") == 1

@@ -13,7 +13,7 @@ from synthetic_run import REPOSITORY, write_config
 from tiny_study import write_study
 from typer.testing import CliRunner
 
-from train.ablations.config import load_study
+from train.ablations.study import load_study
 from train.cli import app
 from train.config import load_config
 from train.memory import memory_table, time_line
@@ -43,7 +43,7 @@ def test_memory_prints_the_table(tmp_path: Path) -> None:
 
 def test_ablate_trains_a_study_and_writes_its_tables(tmp_path: Path) -> None:
     path = write_study(tmp_path)
-    words = ("ablate", "-c", path, "-o", tmp_path / "out", "--report", tmp_path / "report", "--workers", "1")
+    words = ("ablate", "-c", path, "-o", tmp_path / "out", "--report", tmp_path / "report")
     printed = run(*words).splitlines()
     assert printed[-1] == f"wrote {tmp_path / 'report' / 'ablations.md'}"
     page = (tmp_path / "report" / "ablations.md").read_text()

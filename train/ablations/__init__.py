@@ -1,4 +1,1 @@
-"""The paper's ablations on data that anyone can have: one command trains every row, measures it and writes the tables.
-
-Rows are students of one full-precision teacher that differ in how they are quantised, and in nothing else.
-"""
+"""Ablation studies: rows of overrides of one training run, trained, measured and compared."""

@@ -1,130 +1,268 @@
-"""The tables of a study as Markdown, between two marks of a page whose other text is written by hand."""
+"""The report of a study: ``ablations.json`` with every figure, a plot, and tables between two marks of a page whose
+other text is written by hand."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy import stats
 
 from robuq_core.files import replacing
-from train.ablations.findings import (
-    AIMS,
-    METRIC,
-    Cell,
-    Direction,
-    as_json,
-    cells,
-    directions,
-    distances,
-    searched_widths,
-)
-from train.ablations.intervals import Interval, mean_interval
-from train.ablations.pictures import plot_ladder, plot_samples
-from train.ablations.runs import floor_distance, network_digest, write_json
-from train.ablations.study import Study
+from train.ablations.study import Cell, Contrast, Result, Row, Study
 from train.allocate import LAYER_TYPES, PAPER_AVERAGES, averages_by_type
 
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
+_LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Geometric mean of positive values with its 95% interval by Student's t; ``low``, ``high`` null of one value."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+    def __str__(self) -> str:
+        if self.low is None or self.high is None:
+            return f"{self.value:.3g}"
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """``ratio`` of the held-out MSE, paired by seed; ``p`` of the paired t-test on its logarithm, ``corrected`` by Holm
+    over all contrasts. Null with fewer than two seeds, or where a training diverged."""
+
+    contrast: Contrast
+    ratio: Interval | None
+    seeds: int
+    p: float | None
+    corrected: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        if self.ratio is None or self.corrected is None:
+            return "-"
+        if self.corrected > _LEVEL:
+            return "not shown"
+        return "better" if self.ratio.value < 1 else "worse"
+
+
+def geometric(values: Sequence[float]) -> Interval:
+    """Of at least one positive value."""
+    logs = [math.log(value) for value in values]
+    mean = math.fsum(logs) / len(logs)
+    if len(logs) < 2:
+        return Interval(math.exp(mean), None, None)
+    half = float(stats.t.ppf(0.975, len(logs) - 1) * stats.sem(logs))
+    return Interval(math.exp(mean), math.exp(mean - half), math.exp(min(mean + half, 700.0)))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's step-down correction: each p times the number of hypotheses not yet rejected, never falling."""
+    corrected, most = [0.0] * len(p), 0.0
+    for place, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        most = max(most, min(1.0, (len(p) - place) * p[i]))
+        corrected[i] = most
+    return corrected
+
+
+class Findings:
+    """The results of ``study`` that are there, by row, bits and outlier factor."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.results: dict[tuple[str, float, float], dict[int, Result]] = {}
+        self.cells = list(study.cells())
+        for cell in self.cells:
+            if (found := study.result(cell)) is not None:
+                self.results.setdefault((cell.row.name, cell.bits, cell.factor), {})[cell.seed] = found
+
+    def mse(self, row: str, bits: float, factor: float = 1) -> dict[int, float | None]:
+        return {seed: each.teacher_mse for seed, each in self.results.get((row, bits, factor), {}).items()}
+
+    def interval(self, row: str, bits: float, factor: float = 1) -> Interval | None:
+        """None without results, or if a training diverged."""
+        values = self.mse(row, bits, factor).values()
+        kept = [value for value in values if value is not None]
+        return geometric(kept) if kept and len(kept) == len(values) else None
+
+    def compared(self) -> list[Comparison]:
+        found = [self._compare(each) for each in self.study.config.contrasts]
+        # A contrast without a p value still counts: leaving it out would favour the others.
+        corrected = holm([1.0 if each.p is None else each.p for each in found])
+        return [
+            Comparison(each.contrast, each.ratio, each.seeds, each.p, None if each.p is None else value)
+            for each, value in zip(found, corrected, strict=True)
+        ]
+
+    def _compare(self, contrast: Contrast) -> Comparison:
+        row, against = self.mse(contrast.row, contrast.bits), self.mse(contrast.against, contrast.bits)
+        pairs = [(row[seed], against[seed]) for seed in sorted(row.keys() & against.keys())]
+        ratios = [a / b for a, b in pairs if a is not None and b is not None]
+        if not ratios or len(ratios) < len(pairs):
+            return Comparison(contrast, None, len(pairs), None)
+        p = None
+        if len(ratios) > 1:
+            p = float(stats.ttest_1samp([math.log(ratio) for ratio in ratios], 0.0).pvalue)
+        return Comparison(contrast, geometric(ratios), len(ratios), p)
+
+    def columns(self) -> list[Cell]:
+        """One cell of each row, bits and factor that has results."""
+        unique = {(cell.row.name, cell.bits, cell.factor): cell for cell in self.cells}
+        ordered = sorted(unique.items(), key=lambda item: self._order(*item[0]))
+        return [cell for key, cell in ordered if key in self.results]
+
+    def _order(self, row: str, bits: float, factor: float) -> tuple[int, float, float]:
+        return [each.name for each in self.study.config.rows].index(row), factor, -bits
+
+    def widths(self) -> Iterator[tuple[Cell, dict[str, float]]]:
+        """Of each searched row at each number of bits: mean width by layer type, over seeds."""
+        for cell in self.columns():
+            if not cell.row.search or cell.factor != 1:
+                continue
+            seeds = self.results[cell.row.name, cell.bits, 1]
+            found = [self.study.allocation(Cell(cell.row, cell.bits, 1, seed)) for seed in seeds]
+            means = [averages_by_type(each.bits) for each in found if each is not None]
+            yield cell, {kind: sum(each[kind] for each in means) / len(means) for kind in LAYER_TYPES}
 
 
 def write_report(study: Study, folder: Path) -> Path:
-    """Write ``ablations.md``, its pictures and ``ablations.json`` to ``folder``; returns the page."""
-    page = folder / "ablations.md"
+    """Write ``ablations.md``, its plot and ``ablations.json`` to ``folder``; returns the page."""
+    findings, page = Findings(study), folder / "ablations.md"
     text = page.read_text() if page.exists() else f"# Ablations\n\n{BEGIN}\n{END}\n"
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         before, after = text.rstrip() + "\n\n", "\n"
-    images = folder / "images"
-    images.mkdir(parents=True, exist_ok=True)
-    plot_ladder(study, images / "ablations.svg")
-    plot_samples(study, images / "ablations-samples.png")
-    with replacing(page) as temporary:
-        temporary.write_text(f"{before}{BEGIN}\n{markdown(study)}{END}{after}")
-    write_json(folder / "ablations.json", as_json(study))
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    plot(findings, folder / "images" / "ablations.svg")
+    for path, content in (
+        (page, f"{before}{BEGIN}\n{markdown(findings)}{END}{after}"),
+        (folder / "ablations.json", json.dumps(as_json(findings), indent=1) + "\n"),
+    ):
+        with replacing(path) as temporary:
+            temporary.write_text(content)
     return page
 
 
-def markdown(study: Study) -> str:
-    parts = [_setup(study), _distance_table(study), _direction_table(study), _extras_table(study)]
-    parts += [_allocation_table(study), _pictures()]
-    return "\n".join(part for part in parts if part)
+def as_json(findings: Findings) -> dict[str, Any]:
+    """Every result, the contrasts, and the study that they are of."""
+    study = findings.study
+    config = study.config.model_dump(mode="json")
+    config["run"] = study.config.run.name
+    return {
+        "study": config,
+        "results": [
+            {"row": row, "bits": bits, "outliers": factor, "seed": seed, **asdict(each)}
+            for (row, bits, factor), by_seed in findings.results.items()
+            for seed, each in sorted(by_seed.items())
+        ],
+        "contrasts": [{**asdict(each), "contrast": each.contrast.model_dump(), "verdict": each.verdict}
+                      for each in findings.compared()],
+        "widths": [{"row": cell.row.name, "bits": cell.bits, **means} for cell, means in findings.widths()],
+    }  # fmt: skip
 
 
-def _setup(study: Study) -> str:
-    config = study.config
-    _, _, accuracy = study.place.network(network_digest(study.full_precision(0)))
-    model = config.model
+def markdown(findings: Findings) -> str:
+    parts = [_setup(findings), _contrasts(findings), _rows(findings), _outliers(findings), _widths(findings)]
+    return "\n".join([*filter(None, parts), "![MSE to the teacher by row, bits and outliers](images/ablations.svg)\n"])
+
+
+def _setup(findings: Findings) -> str:
+    study = findings.study
+    config = study.run_config(findings.cells[0])
+    model, done = config.model, sum(map(len, findings.results.values()))
+    fd = f" FD is FD-EffNet of {study.config.fd_samples:,} samples." if study.config.fd_samples else ""
     return (
-        f"DiT of width {model.hidden_size}, depth {model.depth}, {model.num_tokens} tokens of {model.patch_size}x"
-        f"{model.patch_size} pixels; teacher {config.teacher.steps:,} steps, then {config.qat.steps:,} steps of "
-        f"quantisation-aware training, batch {config.qat.batch_size}; {len(config.seeds)} seeds; {config.samples:,} "
-        f"samples of {config.sampler.steps} {config.sampler.sampler} steps, no guidance. {METRIC}: the Fréchet "
-        f"distance from the training images on features of a small convolutional classifier of the same data, which "
-        f"gets {accuracy:.1%} of the test images right. Lower is better; it is no FID.\n"
+        f"{done} of {len(findings.cells)} trainings are done. DiT of width {model.hidden_size}, depth {model.depth}, "
+        f"{model.num_tokens} tokens of {model.patch_size}x{model.patch_size} pixels, {model.num_classes} classes; "
+        f"teacher {config.teacher.steps:,} steps, then {config.qat.steps:,} steps of quantisation-aware training, "
+        f"batch {config.qat.batch_size}. {len(study.config.seeds)} seeds, each with its own batches and rotation. "
+        f"MSE: of the prediction to the teacher's, on {study.config.points:,} noised images of the "
+        f"{config.evaluation.split} split.{fd}\n"
     )
 
 
-def _distance_table(study: Study) -> str:
-    config = study.config
-    found = {(cell.row, cell.width): cell for cell in cells(study, config.ladder)}
-    lines = [f"### {METRIC}, mean over seeds with its 95% interval, and ratio to full precision", ""]
-    lines += [_header("", *(f"A{width}" for width in config.widths), *(f"A{w} / full" for w in config.widths))]
-    for row in config.ladder:
-        entries = [found.get((row.name, width)) for width in config.widths]
-        lines.append(_line(row.name, *(_distance(cell) for cell in entries), *(_ratio_text(cell) for cell in entries)))
-    aims = (f"aim <= {AIMS[width]}" if width in AIMS else "" for width in config.widths)
-    lines.append(_line("aim", *("" for _ in config.widths), *aims))
-    full = [each for each in distances(study.results(None, 0)) if each is not None]
-    if full:
-        lines += ["", f"Full precision, trained for the same steps: {_mean(full)}. As many unseen real images: "
-                      f"{floor_distance(study.place, study.full_precision(0)):.2f}."]  # fmt: skip
+def _contrasts(findings: Findings) -> str:
+    lines = ["### Contrasts", "", "Ratio of the MSE, paired by seed, with its 95% interval; p of the paired t-test, "
+             "corrected by Holm over all contrasts. Below 1 is better.", ""]  # fmt: skip
+    lines.append(_header("contrast", "bits", "ratio", "seeds", "p", "p, Holm", "verdict"))
+    for each in findings.compared():
+        p = "-" if each.p is None else f"{each.p:.2g}"
+        corrected = "-" if each.corrected is None else f"{each.corrected:.2g}"
+        contrast = f"{each.contrast.name}: “{each.contrast.row}” / “{each.contrast.against}”"
+        ratio = "-" if each.ratio is None else str(each.ratio)
+        lines.append(_line(contrast, f"A{each.contrast.bits:g}", ratio, str(each.seeds), p, corrected, each.verdict))
     return "\n".join(lines) + "\n"
 
 
-def _direction_table(study: Study) -> str:
-    ladder = {row.name for row in study.config.ladder}
-    lines = ["### Each step against the row above it", "",
-             "Ratio of distances, paired by seed, with its 95% interval. The paper finds every step better.", "",
-             _header("step", *(f"A{width}" for width in study.config.widths))]  # fmt: skip
-    table = {(each.row, each.width): each for each in directions(study) if each.row in ladder}
-    for row in study.config.ladder[1:]:
-        entries = (table.get((row.name, width)) for width in study.config.widths)
-        lines.append(_line(row.name, *(_direction(each) for each in entries)))
+def _rows(findings: Findings) -> str:
+    fd = bool(findings.study.config.fd_samples)
+    lines = ["### All rows", "", _header("row", "bits", "MSE to the teacher", "excess loss", "seeds", *["FD"] * fd)]
+    for cell in findings.columns():
+        if cell.factor != 1:
+            continue
+        results = list(findings.results[cell.row.name, cell.bits, 1].values())
+        found = findings.interval(cell.row.name, cell.bits)
+        excess = [each.loss - each.teacher_loss for each in results if each.loss is not None]
+        distances = [each.fd for each in results if each.fd is not None]
+        entries = [
+            cell.row.name,
+            "full" if cell.row.full_precision else f"A{cell.bits:g}",
+            "diverged" if found is None else str(found),
+            f"{sum(excess) / len(excess):.4f}" if excess else "-",
+            str(len(results)),
+        ]
+        lines.append(_line(*entries, *[f"{sum(distances) / len(distances):.1f}" if distances else "-"] * fd))
     return "\n".join(lines) + "\n"
 
 
-def _extras_table(study: Study) -> str:
-    extras = list(cells(study, study.config.extras))
-    if not extras:
+def _outliers(findings: Findings) -> str:
+    rows, factors = _dose(findings)
+    if not rows:
         return ""
-    against = {(each.row, each.width): each for each in directions(study)}
-    lines = [f"### Beside the ladder, against “{study.config.ladder[-1].name}”", "",
-             _header("", "width", METRIC, "/ full precision", "/ the whole method")]  # fmt: skip
-    for cell in extras:
-        lines.append(_line(cell.row, f"A{cell.width}", _distance(cell), _ratio_text(cell),
-                           _direction(against.get((cell.row, cell.width)))))  # fmt: skip
+    channels = findings.study.config.outlier_channels
+    lines = [
+        "### Outliers", "",
+        f"MSE to the teacher where {channels} input channels of each qkv, proj and fc1 are larger by a factor and "
+        "their weights smaller: in full precision the same function.", "",
+        _header("row", *(f"x{factor:g}" for factor in factors), "seeds"),
+    ]  # fmt: skip
+    for row in rows:
+        found = [findings.interval(row.name, row.bits[0], factor) for factor in factors]
+        seeds = str(min(len(findings.mse(row.name, row.bits[0], factor)) for factor in factors))
+        lines.append(
+            _line(f"{row.name}, A{row.bits[0]:g}", *("-" if each is None else str(each) for each in found), seeds)
+        )
     return "\n".join(lines) + "\n"
 
 
-def _allocation_table(study: Study) -> str:
-    lines = ["### Widths that the search gives each layer type", "",
-             _header("row", "budget", "method", *LAYER_TYPES, "average", "predicted rise of the MSE")]  # fmt: skip
-    budgets = set()
-    for row, width, found in searched_widths(study):
-        budgets.add(width)
-        for method, each in found.allocations.items():
-            means = averages_by_type(each.bits)
-            by_type = (f"{means[kind]:.2f}" for kind in LAYER_TYPES)
-            lines.append(_line(row.name, f"A{width}", method.replace("_", " "), *by_type,
-                               f"{each.average_bits:.3f}", f"{each.predicted_loss:+.2e}"))  # fmt: skip
-    for budget in sorted(budgets & set(PAPER_AVERAGES), reverse=True):
-        means = PAPER_AVERAGES[budget]
-        lines.append(_line("the paper, DiT-XL/2", f"A{budget}", "", *(f"{means[k]:.2f}" for k in LAYER_TYPES), "", ""))
-    return "\n".join(lines) + "\n" if budgets else ""
+def _dose(findings: Findings) -> tuple[list[Row], list[float]]:
+    rows = [row for row in findings.study.config.rows if len(row.outliers) > 1
+            and any(findings.mse(row.name, row.bits[0], factor) for factor in row.outliers if factor != 1)]  # fmt: skip
+    return rows, sorted({factor for row in rows for factor in row.outliers})
 
 
-def _pictures() -> str:
-    return "![Distance by row and width](images/ablations.svg)\n\n![Samples by row](images/ablations-samples.png)\n"
+def _widths(findings: Findings) -> str:
+    found = list(findings.widths())
+    if not found:
+        return ""
+    lines = ["### Widths that the search gives each layer type", "", _header("row", "average", *LAYER_TYPES)]
+    for cell, means in found:
+        lines.append(_line(cell.row.name, f"A{cell.bits:g}", *(f"{means[kind]:.2f}" for kind in LAYER_TYPES)))
+    for bits, means in PAPER_AVERAGES.items():
+        lines.append(_line("the paper, DiT-XL/2", f"A{bits}", *(f"{means[kind]:.2f}" for kind in LAYER_TYPES)))
+    return "\n".join(lines) + "\n"
 
 
 def _header(*names: str) -> str:
@@ -135,28 +273,48 @@ def _line(*entries: str) -> str:
     return "| " + " | ".join(entries) + " |"
 
 
-def _distance(cell: Cell | None) -> str:
-    if cell is None:
-        return "-"
-    kept = [each for each in cell.distances if each is not None]
-    diverged = len(cell.distances) - len(kept)
-    return f"{diverged} of {len(cell.distances)} diverged" if diverged else _mean(kept)
+def plot(findings: Findings, path: Path) -> None:
+    """MSE by row at the contrasts' bits, by average bits, and by outlier factor; every seed is a dot; SVG."""
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    bars, curve, dose = figure.subplots(1, 3, width_ratios=(1.3, 1, 1))
+    shown = [cell for cell in findings.columns() if cell.factor == 1 and cell.bits == 2]
+    for i, cell in enumerate(reversed(shown)):
+        _points(bars, [(i, findings.mse(cell.row.name, 2))], "C0", vertical=False)
+    bars.set_yticks(range(len(shown)), [cell.row.name for cell in reversed(shown)])
+    bars.set(xlabel="MSE to the teacher", xscale="log", title="Rows at 2 bits")
+    for row in findings.study.config.rows:
+        points = [(bits, findings.mse(row.name, bits)) for bits in sorted(row.bits)]
+        if sum(bool(values) for _, values in points) > 2:
+            _points(curve, points, f"C{len(curve.lines) % 10}", label=row.name)
+    curve.set(xlabel="average bits", yscale="log", title="Average bits")
+    rows, _ = _dose(findings)
+    for i, row in enumerate(rows):
+        points = [(factor, findings.mse(row.name, row.bits[0], factor)) for factor in sorted(row.outliers)]
+        _points(dose, points, f"C{i}", label=row.name)
+    dose.set(xlabel="outliers larger by", xscale="log", yscale="log", title="Outliers, same function")
+    for axes in (curve, dose):
+        axes.grid(alpha=0.3, which="both")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+    # Without a date and with fixed ids, the same results give the same file.
+    with replacing(path) as temporary, mpl.rc_context({"svg.hashsalt": "robuq"}):
+        figure.savefig(temporary, format="svg", metadata={"Date": None})
 
 
-def _mean(values: Sequence[float]) -> str:
-    found = mean_interval(values)
-    return f"{found.value:.2f} ± {found.high - found.value:.2f}" if len(values) > 1 else f"{found.value:.2f}"
-
-
-def _ratio_text(cell: Cell | None) -> str:
-    return "-" if cell is None or cell.ratio is None else _interval(cell.ratio)
-
-
-def _interval(found: Interval) -> str:
-    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]" if found.low > 0 else f"{found.value:.2f}"
-
-
-def _direction(each: Direction | None) -> str:
-    if each is None:
-        return "-"
-    return each.verdict if each.ratio is None else f"{_interval(each.ratio)} {each.verdict}"
+def _points(
+    axes: Axes,
+    points: Sequence[tuple[float, dict[int, float | None]]],
+    colour: str,
+    *,
+    vertical: bool = True,
+    label: str | None = None,
+) -> None:
+    """A line through the geometric means, a dot for each seed."""
+    kept = [(x, [value for value in values.values() if value is not None]) for x, values in points]
+    kept = [(x, values) for x, values in kept if values]
+    means = [(x, geometric(values).value) for x, values in kept]
+    dots = [(x, value) for x, values in kept for value in values]
+    for line, style in ((means, "o-"), (dots, ".")):
+        xs, ys = [x for x, _ in line], [y for _, y in line]
+        axes.plot(*((xs, ys) if vertical else (ys, xs)), style, color=colour, alpha=1 if line is means else 0.4,
+                  label=label if line is means else None)  # fmt: skip

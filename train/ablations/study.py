@@ -1,213 +1,469 @@
-"""A whole study: every run of the configuration on all cores, what is done already left alone, then the report."""
+"""A study: one training run, and rows that override some of its keys.
+
+Every row is the run's own quantisation-aware training, from the same teacher, with the same data, loop and loss. Rows
+of one seed share batches, noise and the signs of the rotation, so they are compared seed by seed. Each result is a file
+named by the digest of all that it depends on: a study that was stopped continues, and a changed key retrains what
+depends on it and nothing else.
+"""
 
 from __future__ import annotations
 
-import os
-import threading
+import copy
+import hashlib
+import json
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
-from multiprocessing import get_context
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal
 
 import torch
-from rich.console import Console
+from pydantic import Field, ValidationError, model_validator
+from torch import nn
 
-from robuq_core.config import QuantConfig
-from robuq_core.cpus import available_cpus
-from train.ablations.config import AllocationSpec, Row, RunSpec, StudyConfig, TeacherSpec
-from train.ablations.dataset import check_fits
-from train.ablations.runs import (
-    RowAllocation,
-    RunResult,
-    Workplace,
-    find_widths,
-    network_digest,
-    read_allocation,
-    read_result,
-    run,
-    with_widths,
-)
-from train.state import exclusive
+from robuq_core.checkpoint import layer_macs
+from robuq_core.config import QuantConfig, StrictModel
+from robuq_core.files import read_bounded, read_json, replacing
+from robuq_core.models.dit import DiT, DiTBlock
+from robuq_core.models.quant_linear import quantize_model
+from train.allocate import Allocation, allocate
+from train.config import ConfigError, StageConfig, TrainConfig, load_config, parse_yaml
+from train.data import BatchSource, open_dataset, prepare
+from train.evaluation.frechet import RunningMoments, frechet_distance_of_moments
+from train.evaluation.models import plain_sampler
+from train.evaluation.networks import EfficientNetLite0
+from train.evaluation.reference import compared_with, reference
+from train.evaluation.samples import balanced_classes, draw
+from train.loss import diffusion_loss
+from train.messages import one_line
+from train.sensitivity import FixedBatch, Sensitivity, fixed_set, measure_sensitivity
+from train.stages.models import at_search_width, load_teacher
+from train.stages.run import run_stage
+from train.state import StateError, locked
+from train.trainer import DivergedError, Trainer
 
-_ORPHAN_CHECK_S = 1.0
+Note = Callable[[str], None]
 
-_Found = TypeVar("_Found")
+_BATCH = 100
+# Keys that change no number: a study may change them and keep its results.
+_IDLE = ("save_every", "keep_every", "log_every", "eval_every", "eval_samples")
+
+
+class Row(StrictModel):
+    """One way to quantise: overrides ``set`` of the run, at each of ``bits``.
+
+    ``search``: each layer has its own width at that average, by sensitivities measured after the warm-up or on the
+    untrained student (``teacher``). ``outliers``: factors of :func:`add_outliers`, at the first of ``bits``.
+    ``full_precision``: not quantised, the teacher trained for as many more steps.
+    """
+
+    name: str = Field(min_length=1)
+    set: dict[str, Any] = Field(default_factory=dict)
+    bits: tuple[float, ...] = (2,)
+    outliers: tuple[float, ...] = (1,)
+    seeds: tuple[int, ...] | None = None
+    search: Literal["warmup", "teacher"] | None = None
+    full_precision: bool = False
+
+    @property
+    def trainings(self) -> list[tuple[float, float]]:
+        """Bits and outlier factor of each."""
+        found = [(bits, 1.0) for bits in self.bits] + [(self.bits[0], factor) for factor in self.outliers]
+        return list(dict.fromkeys(found))
+
+    @model_validator(mode="after")
+    def _whole_bits(self) -> Row:
+        if not self.search and any(bits != int(bits) for bits in self.bits):
+            raise ValueError("bits must be whole numbers in a row without search")
+        return self
+
+
+class Contrast(StrictModel):
+    """A comparison named before the study runs: row ``row`` against row ``against``, at the same ``bits``."""
+
+    name: str
+    row: str
+    against: str
+    bits: float = 2
+
+
+class StudyConfig(StrictModel):
+    """``run``: YAML file of the training run, relative to the study's file; ``set``: overrides of it for all rows."""
+
+    run: Path
+    set: dict[str, Any] = Field(default_factory=dict)
+    seeds: tuple[int, ...] = Field(default=(0, 1, 2, 3), min_length=1)
+    points: int = Field(default=2000, ge=1, description="held-out (image, noise, t) that every student is measured on")
+    fd_samples: int = Field(default=0, ge=0, description="samples of which FD-EffNet is measured; 0: none")
+    outlier_channels: int = Field(default=2, ge=1)
+    rows: tuple[Row, ...] = Field(min_length=1)
+    contrasts: tuple[Contrast, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StudyConfig:
+        rows = {row.name: row for row in self.rows}
+        if len(rows) < len(self.rows):
+            raise ValueError("rows: two have the same name")
+        for each in self.contrasts:
+            for name in (each.row, each.against):
+                if name not in rows or each.bits not in rows[name].bits:
+                    raise ValueError(f"contrasts: {each.name!r} needs a row {name!r} at {each.bits:g} bits")
+        return self
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training: a row at one number of bits, outlier factor and seed."""
+
+    row: Row
+    bits: float
+    factor: float
+    seed: int
+
+    def __str__(self) -> str:
+        outliers = "" if self.factor == 1 else f", outliers x{self.factor:g}"
+        return f"{self.row.name}, A{self.bits:g}{outliers}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """``teacher_mse``: of the prediction on the held-out points; ``loss``: the diffusion loss there, ``teacher_loss``
+    the teacher's. All null if the training diverged. ``fd``: FD-EffNet of samples, null where none were drawn."""
+
+    teacher_mse: float | None
+    loss: float | None
+    teacher_loss: float
+    fd: float | None
+    seconds: float
+
+
+def load_study(path: Path, overrides: list[str] | None = None) -> StudyConfig:
+    """Read the YAML file of a study; ``overrides``: ``section.key=value`` of its run, or ``points=500`` of the study.
+
+    Raises:
+        ConfigError: unreadable file, unknown key or value out of range.
+    """
+    pairs = {key: value for key, _, value in (override.partition("=") for override in overrides or [])}
+    try:
+        changes = {key: parse_yaml(value) for key, value in pairs.items()}
+        own = {key: changes.pop(key) for key in list(changes) if key in StudyConfig.model_fields}
+        study = StudyConfig.model_validate({**parse_yaml(read_bounded(path)), **own})
+    except ValidationError as error:
+        found = (f"{'.'.join(map(str, e['loc'])) or 'study'}: {e['msg']}" for e in error.errors())
+        raise ConfigError(f"{path}: " + "; ".join(found)) from error
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: cannot read the configuration: {one_line(error)}") from error
+    return study.model_copy(update={"run": path.parent / study.run, "set": {**study.set, **changes}})
+
+
+@torch.no_grad()
+def add_outliers(model: DiT, factor: float, channels: int, seed: int) -> DiT:
+    """Make ``channels`` input channels of each qkv, proj and fc1 ``factor`` times as large; returns ``model``.
+
+    The columns of their weights become as much smaller, so in full precision the function stays the same. Inputs of
+    qkv and fc1 grow by the rows of adaLN that modulate them, those of proj by the rows of V.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for block in model.blocks:
+        assert isinstance(block, DiTBlock)
+        adaln, qkv = block.adaLN_modulation.get_submodule("1"), block.attn.qkv
+        assert isinstance(adaln, nn.Linear)
+        width = qkv.in_features
+        for consumer, shift in ((qkv, 0), (block.mlp.fc1, 3)):
+            chosen = torch.randperm(width, generator=generator)[:channels]
+            consumer.weight[:, chosen] /= factor
+            for row in (shift * width + chosen, (shift + 1) * width + chosen):
+                adaln.weight[row] *= factor
+                adaln.bias[row] *= factor
+            adaln.bias[(shift + 1) * width + chosen] += factor - 1  # the channel is multiplied by 1 + scale
+        chosen = torch.randperm(width, generator=generator)[:channels]
+        block.attn.proj.weight[:, chosen] /= factor
+        qkv.weight[2 * width + chosen] *= factor
+        qkv.bias[2 * width + chosen] *= factor
+    return model
+
+
+class Teacher:
+    """The teacher of a configuration, an ordinary run below the study's folder, and the points of its comparison."""
+
+    def __init__(self, config: TrainConfig, points: int) -> None:
+        self.config, self._points = config, points
+        self.dataset = open_dataset(config, prepare(config, note=lambda _: None))
+
+    def model(self) -> DiT:
+        return load_teacher(self.config).eval().requires_grad_(True)
+
+    def source(self, config: TrainConfig, batch_size: int, still: bool = False) -> BatchSource:
+        """Batches of the training data; ``still``: not augmented."""
+        data = config.data.model_copy(update={"flip_probability": 0.0, "colour_jitter": 0.0}) if still else config.data
+        return BatchSource(self.dataset, data, config.model.input_size, batch_size, config.seed)
+
+    @cached_property
+    def held_out(self) -> list[FixedBatch]:
+        config = compared_with(self.config)
+        dataset = open_dataset(config, prepare(config, note=lambda _: None))
+        data = config.data.model_copy(update={"flip_probability": 0.0, "colour_jitter": 0.0})
+        size = min(_BATCH, len(dataset))
+        source = BatchSource(dataset, data, config.model.input_size, size, 0)
+        return fixed_set(source, self._points, 0, torch.device("cpu"), config.diffusion.prediction_type)
+
+    @cached_property
+    def predictions(self) -> tuple[list[torch.Tensor], float]:
+        return self.predict(self.model())
+
+    @torch.inference_mode()
+    def predict(self, model: DiT) -> tuple[list[torch.Tensor], float]:
+        """Outputs of ``model`` on the held-out points, by batch, and its mean diffusion loss there."""
+        outputs, total = [], 0.0
+        device = next(model.parameters()).device
+        for each in self.held_out:
+            output = model(each.x_t.to(device), each.timesteps.to(device), each.classes.to(device)).float().cpu()
+            loss = diffusion_loss(output, each.x0, each.x_t, each.noise, each.timesteps, self.config.diffusion)
+            outputs.append(output[:, : each.x0.shape[1]])
+            total += float(loss) * len(output)
+        return outputs, total / sum(map(len, outputs))
 
 
 class Study:
-    """The runs that ``config`` asks for, by row, width and seed, and where their results lie (``place``)."""
+    """The cells of ``config``, and their results below ``folder``."""
 
     def __init__(self, config: StudyConfig, folder: Path) -> None:
-        self.config = config
-        self.place = Workplace(folder, config.data, config.classifier)
-        data = self.place.images()
-        check_fits(data, config.model.input_size, config.model.num_classes)
-        self.teacher = TeacherSpec(
-            data=data.checksum,
-            model=config.model,
-            diffusion=config.diffusion,
-            class_dropout=config.class_dropout,
-            stage=config.teacher,
+        self.config, self.folder = config, folder
+        self._teachers: dict[Path, Teacher] = {}
+        self._network: EfficientNetLite0 | None = None
+        for cell in self.cells():
+            self.run_config(cell)  # a mistake in any row is reported before the first one trains
+
+    def cells(self) -> Iterator[Cell]:
+        """All trainings: those of the contrasts first, seed by seed, so that a study cut short has what it is for."""
+        contrasts = {(name, each.bits) for each in self.config.contrasts for name in (each.row, each.against)}
+        found = [
+            Cell(row, bits, factor, seed)
+            for seed in self.config.seeds
+            for row in self.config.rows
+            for bits, factor in row.trainings
+            if row.seeds is None or seed in row.seeds
+        ]
+        yield from sorted(found, key=lambda cell: cell.factor != 1 or (cell.row.name, cell.bits) not in contrasts)
+
+    def _load(self, row: Row, **more: Any) -> TrainConfig:
+        keys = {**self.config.set, **row.set, **more}
+        return load_config(self.config.run, [f"{key}={json.dumps(value)}" for key, value in keys.items()])
+
+    def run_config(self, cell: Cell) -> TrainConfig:
+        """The run with the row's overrides and seed; its ``run_dir`` is that of the teacher."""
+        if cell.row.search:
+            width: dict[str, Any] = {"allocate.average_bits": cell.bits, "sensitivity.after": cell.row.search}
+        else:
+            width = {"quant.activation_bits": int(cell.bits)}
+        config = self._load(cell.row, **{"seed": cell.seed, "quant.seed": cell.seed}, **width)
+        return config.model_copy(update={"run_dir": self.teacher_config(cell.row).run_dir})
+
+    def teacher_config(self, row: Row) -> TrainConfig:
+        """One teacher for all rows that change nothing of it, whatever the seed."""
+        config = self._load(row)
+        keys = (
+            "seed",
+            "precision",
+            "class_dropout",
+            "class_init",
+            "class_init_std",
+            "model",
+            "diffusion",
+            "data",
+            "teacher",
         )
+        made_of = {key: value for key, value in config.model_dump(mode="json").items() if key in keys}
+        made_of["teacher"] = _without_idle(config.teacher)
+        made_of["data"] = {key: value for key, value in made_of["data"].items() if key not in ("path", "class_names")}
+        return config.model_copy(update={"run_dir": self.folder / f"teacher-{_digest(made_of)}"})
 
-    def run_spec(self, quant: QuantConfig | None, seed: int) -> RunSpec:
-        config = self.config
-        return RunSpec(
-            teacher=self.teacher,
-            classifier=config.classifier,
-            sampler=config.sampler,
-            samples=config.samples,
-            stage=config.qat if quant is not None else config.qat.model_copy(update={"distill_weight": 0.0}),
-            quant=quant,
-            seed=seed,
-        )
+    def teacher(self, row: Row, note: Note = lambda _: None) -> Teacher:
+        """Trained first, or continued, if it is not there."""
+        config = self.teacher_config(row)
+        if config.run_dir not in self._teachers:
+            run_stage("teacher", config, note)
+            self._teachers[config.run_dir] = Teacher(config, self.config.points)
+        return self._teachers[config.run_dir]
 
-    def full_precision(self, seed: int) -> RunSpec:
-        """The teacher trained on for as many steps as a student, not quantised."""
-        return self.run_spec(None, seed)
+    def sensitivity_path(self, cell: Cell) -> Path:
+        config = at_search_width(self.run_config(cell))
+        warm = _without_idle(config.warmup) if cell.row.search == "warmup" else None
+        measured = config.sensitivity.model_dump(mode="json", exclude={"metric"})
+        made_of = {"warmup": warm, "sensitivity": measured, **self._made_of(cell, config, config.quant)}
+        return self.folder / "sensitivity" / f"{_digest(made_of)}.json"
 
-    def allocation_spec(self, row: Row, width: int) -> AllocationSpec:
-        return AllocationSpec(
-            teacher=self.teacher,
-            quant=_at_width(row, width),
-            warmup=self.config.warmup if row.sensitivity_after == "warmup" else None,
-            sensitivity=self.config.sensitivity,
-        )
+    def _made_of(self, cell: Cell, config: TrainConfig, quant: QuantConfig) -> dict[str, Any]:
+        return {
+            "teacher": config.run_dir.name,
+            "quant": None if cell.row.full_precision else quant.model_dump(mode="json"),
+            "seed": cell.seed,
+            "precision": config.precision,
+            "outliers": None if cell.factor == 1 else (cell.factor, self.config.outlier_channels),
+        }
 
-    def row_spec(self, row: Row, width: int, seed: int) -> RunSpec | None:
-        """None as long as the row's widths are not found."""
-        quant = _at_width(row, width)
-        if row.allocate is not None:
-            found = read_allocation(self.place, self.allocation_spec(row, width))
+    def allocation(self, cell: Cell) -> Allocation | None:
+        """The widths that the search gives ``cell``; none without a search, or before it."""
+        path = self.sensitivity_path(cell)
+        if not cell.row.search or not path.exists():
+            return None
+        config = self.run_config(cell)
+        losses = Sensitivity.load(path).rise[config.sensitivity.metric]
+        return allocate(losses, layer_macs(config.model), cell.bits, config.allocate.method)
+
+    def result_path(self, cell: Cell) -> Path | None:
+        """None as long as the widths of a searched row are not known."""
+        config = self.run_config(cell)
+        quant = config.quant
+        if cell.row.search:
+            found = self.allocation(cell)
             if found is None:
                 return None
-            quant = with_widths(quant, found.allocations[row.allocate].bits)
-        return self.run_spec(quant, seed)
+            quant = _with_bits(quant, found.bits)
+        made_of = {
+            **self._made_of(cell, config, quant),
+            "qat": _without_idle(config.qat),
+            "points": self.config.points,
+            "split": config.evaluation.split,
+        }
+        if self.config.fd_samples:
+            made_of |= {"fd": self.config.fd_samples, "sampler": config.sampler.model_dump(mode="json")}
+        return self.folder / "results" / f"{_digest(made_of)}.json"
 
-    def row_specs(self, rows: Iterable[Row]) -> Iterator[RunSpec]:
-        """Those whose widths are known, seed by seed: a study that is cut short has whole ladders of fewer seeds."""
-        for seed in self.config.seeds:
-            for row in rows:
-                for width in self.config.row_widths(row):
-                    spec = self.row_spec(row, width, seed)
-                    if spec is not None:
-                        yield spec
+    def result(self, cell: Cell) -> Result | None:
+        """None if it is not there yet.
 
-    def results(self, row: Row | None, width: int) -> list[RunResult]:
-        """Results of the seeds, in order, of ``row`` or (none) of full precision; empty if one is missing."""
-        specs = [self.full_precision(s) if row is None else self.row_spec(row, width, s) for s in self.config.seeds]
-        found = [None if spec is None else read_result(self.place, spec) for spec in specs]
-        return [] if None in found else [each for each in found if each is not None]
+        Raises:
+            StateError: the file is damaged.
+        """
+        path = self.result_path(cell)
+        if path is None or not path.exists():
+            return None
+        try:
+            return Result(**read_json(path)["result"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StateError(
+                f"{path}: not a result of a study ({one_line(error)}); delete it to train the row again"
+            ) from error
 
-    def allocation(self, row: Row, width: int) -> RowAllocation | None:
-        return None if row.allocate is None else read_allocation(self.place, self.allocation_spec(row, width))
+    def run(self, note: Note = print) -> int:
+        """Train and measure every cell that has no result; returns how many other processes are busy with."""
+        cells, busy = list(self.cells()), 0
+        for i, cell in enumerate(cells, 1):
+            if self.result(cell) is not None:
+                continue
+            with ExitStack() as held:
+                teacher = self.teacher(cell.row, note)
+                try:
+                    if cell.row.search:
+                        held.enter_context(locked(self.sensitivity_path(cell)))
+                        self._search(cell, teacher)
+                    path = self.result_path(cell)
+                    assert path is not None
+                    held.enter_context(locked(path))
+                except StateError as error:
+                    note(f"[{i}/{len(cells)}] {cell}: {error}")
+                    busy += 1
+                    continue
+                if not path.exists():
+                    found = self._train(cell, teacher, path)
+                    note(f"[{i}/{len(cells)}] {cell}: MSE to the teacher {found.teacher_mse} in {found.seconds:.0f} s")
+        return busy
+
+    def _student(self, cell: Cell, teacher: Teacher, quant: QuantConfig) -> DiT:
+        model = teacher.model()
+        if cell.factor != 1:
+            add_outliers(model, cell.factor, self.config.outlier_channels, cell.seed)
+        return model if cell.row.full_precision else quantize_model(model, quant)
+
+    def _search(self, cell: Cell, teacher: Teacher) -> None:
+        path = self.sensitivity_path(cell)
+        if path.exists():
+            return
+        config = at_search_width(self.run_config(cell))
+        student = self._student(cell, teacher, config.quant)
+        if cell.row.search == "warmup":
+            source, state = teacher.source(config, config.warmup.batch_size), path.with_suffix(".pt")
+            trainer = Trainer(config, config.warmup, student, source, state)
+            trainer.run()
+            with trainer.ema.applied_to(student):
+                student = copy.deepcopy(student)
+            _remove_state(state)
+        settings = config.sensitivity
+        source = teacher.source(config, settings.batch_size, still=True)
+        device = next(student.parameters()).device
+        batches = fixed_set(source, settings.samples, config.seed, device, config.diffusion.prediction_type)
+        measured = measure_sensitivity(
+            student,
+            teacher.model().to(device),
+            batches,
+            config.diffusion,
+            bits=settings.bits,
+            reference_bits=config.quant.activation_bits,
+            guidance_scale=settings.guidance_scale,
+        )
+        measured.save(path)
+
+    def _train(self, cell: Cell, teacher: Teacher, path: Path) -> Result:
+        config, started = self.run_config(cell), time.perf_counter()
+        found = self.allocation(cell)
+        quant = config.quant if found is None else _with_bits(config.quant, found.bits)
+        config = config.model_copy(update={"quant": quant})
+        student = self._student(cell, teacher, quant)
+        state = path.with_suffix(".pt")
+        targets, teacher_loss = teacher.predictions
+        mse = loss = fd = None
+        distilled = teacher.model() if config.qat.distill_weight and not cell.row.full_precision else None
+        try:
+            source = teacher.source(config, config.qat.batch_size)
+            trainer = Trainer(config, config.qat, student, source, state, distilled)
+            trainer.run()
+        except DivergedError:
+            pass
+        else:
+            with trainer.ema.applied_to(student):
+                student.eval()
+                outputs, loss = teacher.predict(student)
+                errors = [(a - b).double().square().mean(dim=(1, 2, 3)) for a, b in zip(outputs, targets, strict=True)]
+                mse = float(torch.cat(errors).mean())
+                if self.config.fd_samples:
+                    fd = self._distance(config, student, cell.seed)
+        result = Result(mse, loss, teacher_loss, fd, time.perf_counter() - started)
+        tree = {"cell": str(cell), "config": config.model_dump(mode="json"), "result": asdict(result)}
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(tree, indent=1) + "\n")
+        _remove_state(state)
+        return result
+
+    def _distance(self, config: TrainConfig, student: DiT, seed: int) -> float:
+        """FD-EffNet of samples of ``student``; rows of one seed start from the same noise."""
+        if self._network is None:
+            self._network = EfficientNetLite0()
+        photos, moments = reference(config, self._network).pool, RunningMoments()
+        sampler = plain_sampler(student, config, "student")
+        classes = balanced_classes(self.config.fd_samples, config.model.drawn_classes, seed)
+        for first in range(0, len(classes), _BATCH):
+            batch = classes[first : first + _BATCH]
+            moments.add(self._network(draw(sampler, batch, (seed << 16) + first, config.sampler)).pool)
+        return frechet_distance_of_moments(moments.result(), photos)
 
 
-def _at_width(row: Row, width: int) -> QuantConfig:
-    return row.quant.model_copy(update={"activation_bits": width})
+def _remove_state(path: Path) -> None:
+    for file in (path, path.with_suffix(".log.jsonl")):
+        file.unlink(missing_ok=True)
 
 
-def run_study(config: StudyConfig, folder: Path, workers: int | None = None) -> Study:
-    """Do what is missing of the study; its files lie below ``folder``.
-
-    Feature network and teacher are trained first, on all cores; then as many runs at once as there are ``workers``
-    (default: one a core), each on its share of the cores.
-
-    Raises:
-        UserError: data that do not fit, a folder in use or not writable.
-    """
-    console, cores = Console(), available_cpus()
-    with exclusive(folder / "study.json"):
-        study = Study(config, folder)
-        # One image set, not one a process, of what all runs read.
-        started = time.perf_counter()
-        _, _, accuracy = study.place.network(network_digest(study.full_precision(0)))
-        console.print(f"feature network: {accuracy:.1%} of the test images right ({_since(started)})")
-        study.place.teacher(study.teacher)
-        console.print(f"teacher {study.teacher.digest} ready ({_since(started)})")
-        with _pool(workers or cores, cores) as pool:
-            _run_all(study, pool, console)
-    return study
+def _with_bits(quant: QuantConfig, bits: dict[str, int]) -> QuantConfig:
+    """``quant`` with ``bits``; those equal to its own width are left out, so that equal trainings have one result."""
+    own = {name: width for name, width in bits.items() if width != quant.activation_bits}
+    return quant.model_copy(update={"bits": own})
 
 
-def _run_all(study: Study, pool: Executor, console: Console) -> None:
-    config = study.config
-    searched = [row for row in config.rows if row.allocate is not None]
-    fixed = [row for row in config.rows if row.allocate is None]
-    widths = {
-        spec.digest: spec
-        for row in searched
-        for width in config.row_widths(row)
-        if read_allocation(study.place, spec := study.allocation_spec(row, width)) is None
-    }
-    searches = {pool.submit(find_widths, study.place, spec): f"widths {spec.digest}" for spec in widths.values()}
-    plain = [*map(study.full_precision, config.seeds), *study.row_specs(fixed)]
-    taken: set[str] = set()
-    runs = _submit(study, pool, plain, taken)
-    _follow(searches, console, lambda found: f"base {found.sensitivity.base}")
-    runs |= _submit(study, pool, study.row_specs(searched), taken)
-    _follow(runs, console, lambda result: f"distance {result.distance} in {result.seconds:.0f} s")
+def _without_idle(stage: StageConfig) -> dict[str, Any]:
+    return stage.model_dump(mode="json", exclude=set(_IDLE))
 
 
-def _submit(study: Study, pool: Executor, specs: Iterable[RunSpec], taken: set[str]) -> dict[Future[RunResult], str]:
-    """Start what has no result and is not ``taken``: searched widths may come out as those of a row without search."""
-    missing = {s.digest: s for s in specs if s.digest not in taken and read_result(study.place, s) is None}
-    taken |= missing.keys()
-    return {pool.submit(run, study.place, spec): _title(spec) for spec in missing.values()}
-
-
-def _title(spec: RunSpec) -> str:
-    quant = spec.quant
-    kind = "full precision" if quant is None else (
-        f"A{quant.activation_bits}{' AMPN' if quant.bits else ''} {quant.activation} rotation {quant.rotation} "
-        f"rank {quant.rank}"
-    )  # fmt: skip
-    return f"{kind}, seed {spec.seed}"
-
-
-def _follow(pending: dict[Future[_Found], str], console: Console, said: Callable[[_Found], str]) -> None:
-    for i, future in enumerate(as_completed(pending), 1):
-        console.print(f"[{i}/{len(pending)}] {pending[future]}: {said(future.result())}", highlight=False)
-
-
-def _since(started: float) -> str:
-    return f"{time.perf_counter() - started:.0f} s"
-
-
-class _InTurn(Executor):
-    """Runs each task when it is handed in, in this process."""
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(fn(*args, **kwargs))
-        return future
-
-
-@contextmanager
-def _pool(workers: int, cores: int) -> Iterator[Executor]:
-    if workers == 1:
-        yield _InTurn()
-        return
-    # Spawned, not forked: a fork of a process whose torch has threads may hang.
-    pool = ProcessPoolExecutor(
-        workers, get_context("spawn"), initializer=_start_worker, initargs=(max(1, cores // workers), os.getpid())
-    )
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start_worker(threads: int, parent: int) -> None:
-    torch.set_num_threads(threads)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """A worker whose study was killed would go on for nobody."""
-    while os.getppid() == parent:
-        time.sleep(_ORPHAN_CHECK_S)
-    os._exit(1)
+def _digest(made_of: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]

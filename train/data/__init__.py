@@ -1,13 +1,19 @@
 """Data of a run: where images come from, how they are kept, and how a step draws its batch."""
 
-from train.data.batches import BatchSource, sample_noise, step_generator
-from train.data.digest import data_digest, looked_at_once
-from train.data.errors import DataError
-from train.data.images import ImageDataset, centre_images, load_dataset
-from train.data.latents import LatentDataset
-from train.data.pictures import IMAGE_SUFFIXES
-from train.data.preparation import Dataset, data_folder, open_dataset, prepare, read_images
-from train.data.shards import Index, ShardedTensor
+from train.data.batches import BatchSource, ImageDataset, LatentDataset, centre_images, sample_noise, step_generator
+from train.data.pictures import IMAGE_SUFFIXES, DataError
+from train.data.preparation import (
+    Dataset,
+    data_folder,
+    image_size,
+    load_dataset,
+    marks,
+    open_dataset,
+    prepare,
+    read_images,
+    vae_downscale,
+)
+from train.data.shards import Index, ShardedTensor, data_digest, looked_at_once, read_index
 from train.data.sources import Source, open_source
 
 __all__ = [
@@ -23,12 +29,16 @@ __all__ = [
     "centre_images",
     "data_digest",
     "data_folder",
+    "image_size",
     "load_dataset",
     "looked_at_once",
+    "marks",
     "open_dataset",
     "open_source",
     "prepare",
     "read_images",
+    "read_index",
     "sample_noise",
     "step_generator",
+    "vae_downscale",
 ]

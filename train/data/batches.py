@@ -1,4 +1,4 @@
-"""Batches that are a pure function of the step.
+"""Prepared samples, and batches of them that are a pure function of the step.
 
 Nothing here holds random state: the batch of step ``s`` depends on the seed and ``s`` alone, so a resumed run
 sees what the unbroken one would have seen.
@@ -7,14 +7,84 @@ sees what the unbroken one would have seen.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from train.config import DataConfig
-from train.data.images import ImageDataset, shrink, to_unit
-from train.data.latents import LatentDataset
+from train.data.shards import ShardedTensor
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """``images`` uint8 ``[N, C, S, S]``, RGB or grey, short side resized and centre-cropped to S; ``labels`` int64
+    ``[N]``.
+
+    Crops are taken at ``supersample`` times the wanted size and averaged down.
+    """
+
+    images: Tensor | ShardedTensor
+    labels: Tensor
+    supersample: int = 1
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def centre_images(dataset: ImageDataset, size: int, rows: slice = slice(None)) -> Tensor:
+    """Centre crops, float32 in [-1, 1], ``[N, C, size, size]`` of ``rows``; mind the memory that all of them need."""
+    side = size * dataset.supersample
+    margin = (dataset.images.shape[-1] - side) // 2
+    crops = dataset.images[rows][..., margin : margin + side, margin : margin + side]
+    return shrink(to_unit(crops), dataset.supersample)
+
+
+def shrink(images: Tensor, factor: int) -> Tensor:
+    """Means of ``factor x factor`` pixels."""
+    return F.avg_pool2d(images, factor) if factor > 1 else images
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """Bytes 0..255 as float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+@dataclass(frozen=True)
+class LatentDataset:
+    """``moments`` float16 ``[N, mirrors, 2 C, S, S]``, C means and then C deviations; ``labels`` int64 ``[N]``.
+
+    The encoder's normal, of each image and of its mirror image: a step draws ``z = (mean + deviation * noise -
+    shift_factor) * scaling_factor``, as encoding afresh each time would. Latents drawn before have deviation 0.
+    """
+
+    moments: Tensor | ShardedTensor
+    labels: Tensor
+    scaling_factor: float
+    shift_factor: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def channels(self) -> int:
+        return self.moments.shape[2] // 2
+
+    def draw(self, index: Tensor, mirrored: Tensor, noise: Tensor) -> Tensor:
+        """Latents float32 ``[n, C, S, S]`` of ``index`` int64 ``[n]``, with ``noise`` of their own shape."""
+        last = self.moments.shape[1] - 1
+        rows = [
+            self.moments[i][min(int(flip), last)] for i, flip in zip(index.tolist(), mirrored.tolist(), strict=True)
+        ]
+        mean, deviation = torch.stack(rows).float().chunk(2, dim=1)
+        latents: Tensor = (mean + deviation * noise - self.shift_factor) * self.scaling_factor
+        return latents
+
+    def means(self, rows: slice) -> Tensor:
+        """The unmirrored means, scaled, float32 ``[n, C, S, S]``."""
+        return (self.moments[rows][:, 0, : self.channels].float() - self.shift_factor) * self.scaling_factor
 
 
 def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:

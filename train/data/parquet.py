@@ -13,8 +13,7 @@ import numpy as np
 from PIL import Image
 
 from robuq_core.files import parse_json
-from train.data.errors import DataError
-from train.data.pictures import open_image
+from train.data.pictures import DataError, open_image
 from train.messages import one_line
 
 # Readers run a little apart from each other: at a boundary two groups are in use.

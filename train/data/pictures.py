@@ -1,12 +1,17 @@
-"""Encoded images: which formats are read, and how their pixels become 8-bit RGB or grey."""
+"""One image: which formats are read, how its pixels become 8-bit RGB or grey, and how it becomes a square."""
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
+
+from robuq_core.errors import UserError
+
+Fit = Literal["resize", "pad", "adm"]
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 # Most bytes that deflate makes of one.
@@ -60,3 +65,31 @@ def _from_sixteen_bits(image: Image.Image) -> Image.Image:
     if isinstance(hidden := image.info.get("transparency"), int):
         grey[values == hidden] = 255
     return Image.fromarray(grey)
+
+
+class DataError(UserError):
+    """Data that cannot be trained on; the message names the file and the fix."""
+
+
+def square(image: Image.Image, size: int, fit: Fit) -> Image.Image:
+    """``resize`` takes the middle square and resizes it (Lanczos); ``pad`` centres a smaller image on black; ``adm``
+    halves the image by box filters while its short side is at least twice ``size``, resizes the short side to
+    ``size`` (bicubic) and crops, as published ImageNet figures do (ADM, arXiv 2105.05233)."""
+    if fit == "pad" and max(image.size) <= size:
+        padded = Image.new(image.mode, (size, size))
+        padded.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+        return padded
+    if fit == "adm":
+        return _adm_crop(image, size)
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+
+
+def _adm_crop(image: Image.Image, size: int) -> Image.Image:
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))

@@ -1,7 +1,7 @@
 """Prepared samples on disk: ``.npy`` shards and an index, written once and read through the page cache.
 
-A shard is whole or absent, and the index is written last. Until then ``progress.json`` lists the shards that are
-done, so that a run that was killed, or that met a full disk, goes on with the next one.
+A shard is whole or absent, and the index is written last. Until then ``progress.json`` says what is being made, and
+each finished shard has its own ``.json``, so that a run that was killed, or that met a full disk, makes the others.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import hashlib
 import json
 import shutil
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from robuq_core.config import StrictModel
 from robuq_core.files import replacing
-from train.data.errors import DataError
+from train import parallel
+from train.data.pictures import DataError
 from train.messages import one_line
 
 SHARD_BYTES = 64 << 20
@@ -30,12 +32,16 @@ _REMEDY = "delete that folder and run again"
 
 
 class Shard(StrictModel):
-    """A file of ``count`` samples, with the SHA-256 of its bytes."""
+    """A file of ``count`` samples, with the SHA-256 of its bytes.
+
+    ``transparent``: how many of its images have transparency, and the first of them in the data set.
+    """
 
     file: str
     count: int
     bytes: int
     sha256: str
+    transparent: tuple[int, int] | None = None
 
 
 class Index(StrictModel):
@@ -147,40 +153,68 @@ def verify_shards(folder: Path, index: Index) -> None:
 
 
 def write_shards(
-    folder: Path, index: Index, labels: np.ndarray, make: Callable[[range], np.ndarray], note: Callable[[str], None]
+    folder: Path,
+    index: Index,
+    labels: np.ndarray,
+    make: Callable[[range], np.ndarray],
+    note: Callable[[str], None],
+    transparent: list[int] | None = None,
 ) -> Index:
     """Write ``make(range)`` of all of ``index.count`` samples, shard by shard; returns the finished index.
 
-    What an earlier call with the same ``made_with`` and ``digests`` has finished is kept; anything else is removed.
+    All processes of a run call it together; each makes its share. What an earlier call with the same ``made_with`` and
+    ``digests`` has finished is kept; anything else is removed. ``transparent`` is what ``make`` adds numbers of samples
+    to.
 
     Raises:
         DataError: the disk is too small or full; ``make``'s own.
     """
+    noted = transparent if transparent is not None else []
+    per_shard = max(1, SHARD_BYTES // index.sample_bytes)
+    shards = [range(first, min(first + per_shard, index.count)) for first in range(0, index.count, per_shard)]
+    done = parallel.from_first(lambda: _begin(folder, index, shards, note))
+    rank, world = parallel.sharing()
+    mine = [number for number in range(len(shards)) if number not in done][rank::world]
+    with Progress(disable=rank > 0) as progress:
+        task = progress.add_task("preparing", total=len(mine))
+        for number in mine:
+            samples = make(shards[number])
+            if samples.shape[1:] != index.shape or samples.dtype != index.dtype:
+                raise ValueError(f"samples {samples.dtype} {samples.shape[1:]}, not {index.dtype} {index.shape}")
+            shard = _save(folder / f"{number:05d}.npy", samples)
+            if noted:
+                shard = shard.model_copy(update={"transparent": (len(noted), min(noted))})
+                noted.clear()
+            _write_json(folder / f"{number:05d}.json", shard)
+            progress.update(task, advance=1)
+    parallel.on_first(lambda: None)  # all have made their share
+    return parallel.from_first(lambda: _finish(folder, index, shards, labels))
+
+
+def _begin(folder: Path, index: Index, shards: Sequence[range], note: Callable[[str], None]) -> set[int]:
+    """Numbers of the shards that an unfinished call for the same data and settings has left whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    done = _unfinished(folder, index)
+    done = _unfinished(folder, index, shards)
+    finished = sum(len(shards[number]) for number in done)
     if done:
-        note(f"prepare: goes on after {sum(shard.count for shard in done)} of {index.count} samples")
+        note(f"prepare: continues after {finished} of {index.count} samples")
     else:
         _clear(folder)
-    per_shard = max(1, SHARD_BYTES // index.sample_bytes)
-    first = sum(shard.count for shard in done)
-    needed, free = (index.count - first) * index.sample_bytes, shutil.disk_usage(folder).free
+    needed, free = (index.count - finished) * index.sample_bytes, shutil.disk_usage(folder).free
     if needed > free:
         raise DataError(f"run_dir: the prepared data need {needed / 1e9:.1f} GB more, but {folder} has "
                         f"{free / 1e9:.1f} GB free; free some space or choose another run_dir")  # fmt: skip
-    with Progress() as progress:
-        task = progress.add_task("preparing", total=index.count, completed=first)
-        for start in range(first, index.count, per_shard):
-            rows = range(start, min(start + per_shard, index.count))
-            samples = make(rows)
-            if samples.shape[1:] != index.shape or samples.dtype != index.dtype:
-                raise ValueError(f"samples {samples.dtype} {samples.shape[1:]}, not {index.dtype} {index.shape}")
-            done.append(_save(folder / f"{len(done):05d}.npy", samples))
-            _write_json(folder / "progress.json", index.model_copy(update={"shards": tuple(done)}))
-            progress.update(task, completed=rows.stop)
-    finished = index.model_copy(update={"shards": tuple(done), "labels": _save(folder / "labels.npy", labels)})
+    _write_json(folder / "progress.json", index)
+    return done
+
+
+def _finish(folder: Path, index: Index, shards: Sequence[range], labels: np.ndarray) -> Index:
+    records = [folder / f"{number:05d}.json" for number in range(len(shards))]
+    made = tuple(Shard.model_validate_json(path.read_bytes()) for path in records)
+    finished = index.model_copy(update={"shards": made, "labels": _save(folder / "labels.npy", labels)})
     _write_json(folder / "index.json", finished)
-    (folder / "progress.json").unlink(missing_ok=True)
+    for path in (*records, folder / "progress.json"):
+        path.unlink(missing_ok=True)
     return finished
 
 
@@ -189,20 +223,21 @@ def update_index(folder: Path, index: Index) -> None:
     _write_json(folder / "index.json", index)
 
 
-def _unfinished(folder: Path, index: Index) -> list[Shard]:
-    """The shards that an unfinished call for the same data and settings has left whole."""
+def _unfinished(folder: Path, index: Index, shards: Sequence[range]) -> set[int]:
     try:
         progress = Index.model_validate_json((folder / "progress.json").read_bytes())
     except (OSError, ValueError):
-        return []
+        return set()
     if any(getattr(progress, key) != getattr(index, key) for key in ("made_with", "digests", "count", "shape", "kind")):
-        return []
-    whole = []
-    for shard in progress.shards:
-        path = folder / shard.file
-        if not path.is_file() or path.stat().st_size != shard.bytes:
-            break
-        whole.append(shard)
+        return set()
+    whole = set()
+    for number, rows in enumerate(shards):
+        try:
+            shard = Shard.model_validate_json((folder / f"{number:05d}.json").read_bytes())
+            if shard.count == len(rows) and (folder / shard.file).stat().st_size == shard.bytes:
+                whole.add(number)
+        except (OSError, ValueError):
+            continue
     return whole
 
 
@@ -210,7 +245,12 @@ def _clear(folder: Path) -> None:
     """Remove the index first: a folder that is half emptied must not pass for a whole one."""
     for name in ("index.json", "progress.json", "labels.npy"):
         (folder / name).unlink(missing_ok=True)
-    for file in (*folder.glob("[0-9]*.npy"), *folder.glob(".*.npy.*"), *folder.glob(".*.json.*")):
+    for file in (
+        *folder.glob("[0-9]*.npy"),
+        *folder.glob("[0-9]*.json"),
+        *folder.glob(".*.npy.*"),
+        *folder.glob(".*.json.*"),
+    ):
         file.unlink(missing_ok=True)
 
 
@@ -225,10 +265,10 @@ def _save(path: Path, array: np.ndarray) -> Shard:
     return shard
 
 
-def _write_json(path: Path, index: Index) -> None:
+def _write_json(path: Path, content: StrictModel) -> None:
     try:
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps(index.model_dump(mode="json"), indent=1) + "\n")
+            temporary.write_text(json.dumps(content.model_dump(mode="json"), indent=1) + "\n")
     except OSError as error:
         raise _no_room(path, error) from error
 
@@ -241,3 +281,50 @@ def _no_room(path: Path, error: Exception) -> DataError:
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# Of what was looked at within :func:`looked_at_once`; none outside.
+_known: dict[Path, str] | None = None
+
+
+@contextmanager
+def looked_at_once() -> Iterator[None]:
+    """Inside, :func:`fingerprint` walks each path once: on a network disk ImageNet's files take minutes."""
+    global _known
+    if _known is not None:
+        yield
+        return
+    _known = {}
+    try:
+        yield
+    finally:
+        _known = None
+
+
+def data_digest(path: Path) -> str:
+    """SHA-256 of a file; of a folder, that of its sorted names with the SHA-256 of each file."""
+    if not path.is_dir():
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for file in _files(path):
+        digest.update(f"{file.relative_to(path)}:{data_digest(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of the names, sizes and modification times below ``path``: alike means that nothing was touched."""
+    if _known is not None and path in _known:
+        return _known[path]
+    digest = hashlib.sha256()
+    for file in _files(path) if path.is_dir() else [path]:
+        status = file.stat()
+        digest.update(f"{file.relative_to(path)}:{status.st_size}:{status.st_mtime_ns}\n".encode())
+    found = digest.hexdigest()
+    if _known is not None:
+        _known[path] = found
+    return found
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file())

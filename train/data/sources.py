@@ -1,16 +1,20 @@
-"""Labelled images as they come: class folders, a zip of them, npz, Parquet or IDX, opened one image at a time.
+"""Labelled data as they come: class folders, a zip of them, npz, Parquet or IDX, opened one image at a time, and
+latents that another program encoded.
 
-Nothing here knows the size that a model wants; :mod:`train.data.images` does.
+Nothing here knows the size that a model wants; :func:`read_square` is given it.
 """
 
 from __future__ import annotations
 
+import gzip
 import math
+import struct
 import threading
 import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,10 +23,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from train.data.errors import DataError
-from train.data.idx import holds_idx, read_idx
 from train.data.parquet import ParquetImages, parquet_files
-from train.data.pictures import DEFLATE_RATIO, IMAGE_SUFFIXES, open_image
+from train.data.pictures import DEFLATE_RATIO, IMAGE_SUFFIXES, DataError, Fit, eight_bit, open_image, square
 from train.messages import one_line
 
 Split = Literal["train", "val", "test"]
@@ -109,6 +111,78 @@ def open_source(path: Path, num_classes: int, split: Split = "train") -> Source:
     if classes[0] < 0 or classes[-1] >= num_classes or len(classes) != num_classes:
         raise wrong_classes(path, source.labels, num_classes)
     return source
+
+
+def features_folders(path: Path) -> tuple[Path, Path] | None:
+    """``NAME_features`` and ``NAME_labels`` in ``path``, as fast-DiT's ``extract_features.py`` leaves them.
+
+    Raises:
+        DataError: there are several, or one lacks the other.
+    """
+    if not path.is_dir():
+        return None
+    found = sorted(each for each in path.glob("*_features") if any(each.glob("*.npy")))
+    if not found:
+        return None
+    labels = found[0].with_name(found[0].name.removesuffix("_features") + "_labels")
+    if len(found) > 1 or not labels.is_dir():
+        raise DataError(f"data.path {path} must hold one NAME_features folder and its NAME_labels, not "
+                        f"{', '.join(each.name for each in found)} without {labels.name}")  # fmt: skip
+    return found[0], labels
+
+
+class Features:
+    """Latents drawn by fast-DiT's ``extract_features.py``: ``NAME_features/I.npy``, float ``[1, C, S, S]``, scaled, and
+    ``NAME_labels/I.npy``, ``[1]``; ``labels`` int64 ``[N]``.
+
+    Raises:
+        DataError: a feature without its label, or a file that is no such array.
+    """
+
+    def __init__(self, features: Path, labels: Path) -> None:
+        self.files = sorted(features.glob("*.npy"))
+        self.labels = np.array(self._each([labels / file.name for file in self.files], (), "iu"), dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, rows: range, shape: tuple[int, ...]) -> np.ndarray:
+        """Latents float32 ``[n, C, S, S]`` of ``rows``."""
+        return np.stack(self._each([self.files[i] for i in rows], shape, "f")).astype(np.float32)
+
+    def _each(self, files: list[Path], shape: tuple[int, ...], kinds: str) -> list[np.ndarray]:
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(lambda file: _read_npy(file, shape, kinds), files))
+
+
+def _read_npy(path: Path, shape: tuple[int, ...], kinds: str) -> np.ndarray:
+    """An array of ``shape``, with or without a leading 1, whose kind of number is one of ``kinds``."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"{path}: not a readable npy file ({one_line(error)}); extract the features again") from error
+    if array.shape not in (shape, (1, *shape)) or array.dtype.kind not in kinds:
+        wanted = f"floats {list(shape)}" if shape else "a whole number"
+        raise DataError(f"{path}: {array.dtype} {list(array.shape)}, not {wanted}; check model.in_channels and "
+                        "model.input_size, or extract the features again")  # fmt: skip
+    return np.array(array).reshape(shape)
+
+
+def open_features(path: Path, num_classes: int) -> Features | None:
+    """The latents of ``path``; none if it holds none.
+
+    Raises:
+        DataError: damaged files, or labels that are not ``0 .. num_classes - 1``.
+    """
+    folders = features_folders(path)
+    if folders is None:
+        return None
+    found = Features(*folders)
+    if num_classes == 0:
+        found.labels = np.zeros_like(found.labels)
+    elif found.labels.min() < 0 or found.labels.max() >= num_classes:
+        raise wrong_classes(path, found.labels, num_classes)
+    return found
 
 
 def wrong_classes(path: Path, labels: np.ndarray, num_classes: int) -> DataError:
@@ -234,3 +308,86 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if not images.size:
         raise DataError(f"data.path {path} holds no image")
     return images, labels
+
+
+_PREFIX = {"train": "train", "test": "t10k"}
+_KINDS = {"images": "images-idx3-ubyte", "labels": "labels-idx1-ubyte"}
+_UNSIGNED_BYTE = 0x08
+
+
+def holds_idx(folder: Path) -> bool:
+    """Whether ``folder`` is laid out as MNIST is."""
+    return any(_find_idx(folder, prefix, "images") for prefix in _PREFIX.values())
+
+
+def read_idx(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Grey images uint8 ``[N, H, W]`` and labels uint8 ``[N]`` of ``split`` (train or test).
+
+    Raises:
+        DataError: a file is missing, cut short or of another kind, or the two differ in number.
+    """
+    arrays = {}
+    for kind, dimensions in (("images", 3), ("labels", 1)):
+        path = _find_idx(folder, _PREFIX[split], kind)
+        if path is None:
+            raise DataError(f"data.path {folder} lacks {_PREFIX[split]}-{_KINDS[kind]} or its .gz (data.split {split})")
+        arrays[kind] = _read_array(path, dimensions)
+    images, labels = arrays["images"], arrays["labels"]
+    if len(images) != len(labels):
+        raise DataError(f"data.path {folder}: {len(images)} images but {len(labels)} labels in split {split}")
+    if not images.size:
+        raise DataError(f"data.path {folder} holds no image")
+    return images, labels
+
+
+def _find_idx(folder: Path, prefix: str, kind: str) -> Path | None:
+    name = f"{prefix}-{_KINDS[kind]}"
+    return next((path for path in (folder / f"{name}.gz", folder / name) if path.is_file()), None)
+
+
+def _read_array(path: Path, dimensions: int) -> np.ndarray:
+    """The array of an IDX file, of which no more is unpacked than its header says."""
+    packed = path.suffix == ".gz"
+    try:
+        with gzip.open(path) if packed else path.open("rb") as stream:
+            header = stream.read(4 + 4 * dimensions)
+            if len(header) < 4 + 4 * dimensions or header[:4] != bytes((0, 0, _UNSIGNED_BYTE, dimensions)):
+                raise DataError(f"{path}: not an IDX file of bytes in {dimensions} dimension(s); fetch it again")
+            shape = struct.unpack(f">{dimensions}I", header[4:])
+            size = math.prod(shape)
+            most = path.stat().st_size * (DEFLATE_RATIO if packed else 1)
+            content = stream.read(size + 1) if size <= most else b""
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: not a readable gzip file ({one_line(error)}); fetch it again") from error
+    if len(content) != size:
+        found = f"more than {size}" if len(content) > size else str(len(content) or "fewer")
+        raise DataError(f"{path}: {found} bytes where its header says {'x'.join(map(str, shape))}; fetch it again")
+    return np.frombuffer(content, dtype=np.uint8).reshape(shape)
+
+
+def read_square(
+    source: Source,
+    index: int,
+    size: int,
+    fit: Fit = "resize",
+    channels: int = 3,
+    transparent: list[int] | None = None,
+) -> np.ndarray:
+    """Image ``index`` as uint8 ``[channels, size, size]``; three ``channels`` are RGB, one is grey.
+
+    ``fit``: see :func:`train.data.pictures.square`.
+    ``transparent``: gets ``index`` if the image has transparency (see :func:`train.data.pictures.eight_bit`).
+
+    Raises:
+        DataError: it is unreadable.
+    """
+    try:
+        image = source.open(index)
+        if transparent is not None and image.has_transparency_data:
+            transparent.append(index)
+        image = eight_bit(image, channels)
+    except Exception as error:  # a damaged file leads decoders to raise almost anything
+        raise DataError(
+            f"{source.name(index)}: not a readable image ({one_line(error)}); remove it or replace it"
+        ) from error
+    return np.ascontiguousarray(np.asarray(square(image, size, fit)).reshape(size, size, channels).transpose(2, 0, 1))

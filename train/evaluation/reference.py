@@ -15,8 +15,7 @@ from torch import Tensor
 
 from robuq_core.files import replacing
 from train.config import TrainConfig
-from train.data import ImageDataset, centre_images
-from train.data.preparation import image_size, prepare, read_images
+from train.data import ImageDataset, centre_images, image_size, prepare, read_images
 from train.evaluation.agreement import Gallery, gallery_of
 from train.evaluation.errors import EvaluationError
 from train.evaluation.frechet import Moments, RunningMoments

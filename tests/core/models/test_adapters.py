@@ -16,9 +16,15 @@ from tiny import TINY, tiny_model, write_tiny
 from torch import Tensor
 
 from robuq_core.config import ModelConfig
-from robuq_core.models.adapters import load_dit, parameter_shapes, read_weights, save_diffusers, save_official
+from robuq_core.models.adapters import (
+    foreign_keys,
+    load_dit,
+    parameter_shapes,
+    read_weights,
+    save_diffusers,
+    save_official,
+)
 from robuq_core.models.adapters_files import WeightsError
-from robuq_core.models.adapters_keys import foreign_keys
 from robuq_core.models.dit import DiT
 from robuq_core.models.presets import preset
 
@@ -242,7 +248,7 @@ def test_loaded_weights_are_not_tied_to_the_file(tmp_path: Path) -> None:
         (lambda s: s.pop("blocks.1.attn.proj.bias"), r"1 missing \(blocks\.1\.attn\.proj\.bias\)"),
         (lambda s: s.update(extra=torch.zeros(1)), r"1 unknown \(extra\)"),
         (lambda s: s.pop("x_embedder.proj.weight"), r"x_embedder\.proj\.weight is missing"),
-        (lambda s: s.pop("pos_embed"), "pos_embed is missing, which alone tells the size"),
+        (lambda s: s.pop("pos_embed"), "pos_embed is missing, and only it gives the size"),
         (lambda s: s.update({"blocks.1.mlp.fc1.weight": torch.zeros(3, 64)}), r"fc1\.weight is \(3, 64\)"),
         (lambda s: s["pos_embed"].add_(0.1), "not DiT's sin-cos table; learned positions are not supported$"),
         (lambda s: s.update(pos_embed=s["pos_embed"].long()), "not DiT's sin-cos table"),

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from robuq_core.quant.truncated_svd import truncated_svd
+from robuq_core.quant.lowrank import truncated_svd
 
 
 @pytest.mark.parametrize("shape", [(576, 640), (640, 576)])

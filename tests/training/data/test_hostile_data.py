@@ -14,13 +14,11 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from robuq_core.errors import UserError
-from train.ablations.config import load_study
-from train.ablations.network import readable
+from train.ablations.study import load_study
 from train.config import ConfigError, load_config
 from train.data import DataError, open_source
-from train.data.images import read_square
-from train.data.latents import vae_downscale
+from train.data.preparation import vae_downscale
+from train.data.sources import read_square
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n/x 1 def\nshowpage\n%%EOF\n"
 
@@ -173,9 +171,3 @@ def test_settings_of_a_vae_that_only_nest(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"block_out_channels": [8] * 10_000}))
     with pytest.raises(DataError, match=r"data\.vae"):
         vae_downscale(tmp_path)
-
-
-def test_a_damaged_piece_of_a_study_is_one_line(tmp_path: Path) -> None:
-    path = tmp_path / "piece.json"
-    with pytest.raises(UserError, match=r"piece\.json"), readable(path):
-        path.read_text()

@@ -18,7 +18,7 @@ from robuq_core.checkpoint import read_header
 from robuq_core.pipeline import Sampler
 from train.config import ConfigError, DataConfig, TrainConfig
 from train.data import BatchSource, DataError, LatentDataset, load_dataset, open_dataset, prepare, read_images
-from train.data.latents import LatentEncoder
+from train.data.preparation import LatentEncoder
 from train.stages import load_teacher, packed_path, run_stage, train_teacher
 from train.state import load_state
 

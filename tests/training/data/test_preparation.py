@@ -14,7 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from synthetic_run import CLASSES, PER_CLASS, make_config, write_photos
+from several_processes import finish, start
+from synthetic_run import CLASSES, PER_CLASS, make_config, write_config, write_photos
 
 from train.config import DataConfig, TrainConfig
 from train.data import (
@@ -24,16 +25,15 @@ from train.data import (
     ShardedTensor,
     data_digest,
     data_folder,
-    digest,
     load_dataset,
     looked_at_once,
     open_dataset,
     preparation,
     prepare,
     read_images,
+    read_index,
     shards,
 )
-from train.data.shards import read_index
 from train.state import StateError, locked
 
 COUNT = CLASSES * PER_CLASS
@@ -200,7 +200,7 @@ def test_a_crash_is_gone_on_from(config: TrainConfig, monkeypatch: pytest.Monkey
     assert read_index(data_folder(config)) is None
     kept = at // 3 * 3
     notes = notes_of(config)
-    assert (f"prepare: goes on after {kept} of {COUNT} samples" in notes) == (kept > 0)
+    assert (f"prepare: continues after {kept} of {COUNT} samples" in notes) == (kept > 0)
     assert torch.equal(prepared(config).images[:], load_dataset(config.data.path, SIDE, CLASSES).images)
 
 
@@ -245,8 +245,8 @@ def test_a_full_disk_keeps_what_is_finished(config: TrainConfig, monkeypatch: py
         ) as e:
             prepare(config, lambda _: None)
     assert "\n" not in str(e.value)
-    assert sorted(files_of(config)) == ["00000.npy", "progress.json"]
-    assert notes_of(config)[0] == "prepare: goes on after 3 of 8 samples"
+    assert sorted(files_of(config)) == ["00000.json", "00000.npy", "progress.json"]
+    assert notes_of(config)[0] == "prepare: continues after 3 of 8 samples"
     assert torch.equal(prepared(config).images[:], torch.from_numpy(images))
 
 
@@ -365,12 +365,85 @@ def test_the_digest_of_a_folder_is_of_its_content(tmp_path: Path) -> None:
 
 def test_a_command_walks_the_data_once(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     walks: list[Path] = []
-    walk = digest._files
+    walk = shards._files
     prepare(config)
-    monkeypatch.setattr(digest, "_files", lambda folder: walks.append(folder) or walk(folder))
+    monkeypatch.setattr(shards, "_files", lambda folder: walks.append(folder) or walk(folder))
     with looked_at_once():
         for _ in range(3):
             prepare(config)
     assert walks == [config.data.path]
     (config.data.path / "class_0" / "new.png").write_bytes((config.data.path / "class_0" / "0.png").read_bytes())
     assert prepare(config).count == CLASSES * PER_CLASS + 1
+
+
+SMALL_SHARDS = "from train.data import shards; shards.SHARD_BYTES = 900; from train.cli import app; app()"
+
+
+def test_two_processes_share_the_shards(tmp_path: Path) -> None:
+    photos = write_photos(tmp_path / "photos")
+    Image.new("RGBA", (12, 14), (9, 9, 9, 0)).save(photos / "class_3" / "0.png")
+    one, two = (write_config(tmp_path, {"run_dir": str(tmp_path / name)}, f"{name}.yaml") for name in ("one", "two"))
+    for path, world in ((one, 1), (two, 2)):
+        ends = finish(start("-c", SMALL_SHARDS, "prepare", "-c", str(path), world=world))
+        assert [code for code, _ in ends] == [0] * world, ends
+    files = [{f.name: f.read_bytes() for f in (tmp_path / name / "data").iterdir()} for name in ("one", "two")]
+    assert files[0] == files[1]
+    assert sum(name.endswith(".npy") for name in files[0]) == 4  # three shards and the labels
+    index = read_index(tmp_path / "two" / "data")
+    assert index is not None
+    assert [shard.transparent for shard in index.shards] == [None, None, (1, 6)]
+
+
+def write_features(folder: Path, count: int = 6, side: int = 8) -> np.ndarray:
+    """Latents as fast-DiT extracts them, beside the settings of an autoencoder that halves an image once."""
+    latents = np.random.default_rng(0).normal(size=(count, 1, 4, side, side)).astype(np.float32)
+    for name in ("imagenet16_features", "imagenet16_labels", "vae"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / "vae" / "config.json").write_text('{"block_out_channels": [4, 4]}')
+    for i, latent in enumerate(latents):
+        np.save(folder / "imagenet16_features" / f"{i}.npy", latent)
+        np.save(folder / "imagenet16_labels" / f"{i}.npy", np.array([i % CLASSES]))
+    return latents[:, 0]
+
+
+def features_config(root: Path) -> TrainConfig:
+    data = {"path": str(root / "features"), "vae": str(root / "features" / "vae"), "resize": None, "colour_jitter": 0.0}
+    return make_config(root, {"data": data, "model": {"in_channels": 4}})
+
+
+def test_features_of_fast_dit_are_drawn_as_they_are(tmp_path: Path) -> None:
+    latents = write_features(tmp_path / "features")
+    config = features_config(tmp_path)
+    assert config.data.flip_probability > 0
+    dataset = open_dataset(config, prepare(config, lambda _: None))
+    x0, labels = BatchSource(dataset, config.data, 8, 6, seed=0).batch(0)
+    order = [int(np.abs(latents - each.numpy()).max(axis=(1, 2, 3)).argmin()) for each in x0]
+    assert sorted(order) == list(range(6))
+    np.testing.assert_allclose(x0.numpy(), latents[order], rtol=2**-10, atol=1e-6)
+    assert labels.tolist() == [i % CLASSES for i in order]
+    with pytest.raises(DataError, match=r"holds latents and no photos; set evaluation\.reference"):
+        read_images(config, 2)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda folder: (folder / "imagenet16_labels" / "3.npy").unlink(),
+            r"imagenet16_labels/3\.npy: not a readable npy",
+        ),
+        (lambda folder: np.save(folder / "imagenet16_features" / "0.npy", np.zeros((4, 9, 9))), "not floats"),
+        (lambda folder: np.save(folder / "imagenet16_labels" / "5.npy", np.array([9])), "labels 0..9"),
+        (
+            lambda folder: np.save(folder / "imagenet16_labels" / "5.npy", np.array(["a"], dtype=object)),
+            "not a readable",
+        ),
+        (lambda folder: shutil.copytree(folder / "imagenet16_features", folder / "b_features"), "one NAME_features"),
+        (lambda folder: shutil.rmtree(folder / "imagenet16_labels"), "without imagenet16_labels"),
+    ],
+)
+def test_features_of_no_use_are_named(tmp_path: Path, spoil: Callable[[Path], Any], message: str) -> None:
+    write_features(tmp_path / "features")
+    spoil(tmp_path / "features")
+    with pytest.raises(DataError, match=message):
+        prepare(features_config(tmp_path), lambda _: None)

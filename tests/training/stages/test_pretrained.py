@@ -92,7 +92,7 @@ def test_a_trained_teacher_is_converted(trained: TrainConfig, tmp_path: Path, ta
         header = read_header(tmp_path / target)
         assert (header.model, header.diffusion) == (trained.model, trained.diffusion)
         return
-    weights, ours = read_weights(tmp_path / target, trained.model.num_heads), load_teacher(trained)
+    weights, ours = read_weights(tmp_path / target, num_heads=trained.model.num_heads), load_teacher(trained)
     assert all(torch.equal(value, ours.get_parameter(name)) for name, value in weights.model().named_parameters())
     assert weights.diffusion is not None
     assert weights.diffusion.prediction_type == trained.diffusion.prediction_type

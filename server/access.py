@@ -49,25 +49,17 @@ def presented_key(headers: Headers) -> str | None:
     return headers.get("x-api-key", "").strip() or None  # the parser leaves blanks at the end
 
 
-def current_client(request: Request) -> str:
-    """The name of the request's API key, under which it shares the server; empty on an open server."""
-    return client_of(request.scope)
-
-
 def client_of(scope: Scope) -> str:
-    """As :func:`current_client`, of an ASGI scope; empty, too, for a request that was not admitted."""
+    """The name of the request's API key, under which it shares the server; empty without one."""
     access: Access | None = scope.get(ACCESS)
     return access.key.name if access else ""
 
 
 @contextmanager
 def image_budget(request: Request, images: int) -> Iterator[None]:
-    """Count ``images`` against the request's key if the block, which queues them, ends well.
+    """Count ``images`` against the request's key if the block, which queues them, ends well; else 429 or 422.
 
     The block must not await, or another request could use the same room.
-
-    Raises:
-        ApiError: 429 with Retry-After if the key has used up its minute, 422 if it may never ask for that many.
     """
     access: Access | None = request.scope.get(ACCESS)
     if access is not None:
@@ -150,9 +142,9 @@ class RateLimits:
             return
         limit, window, now = current
         if cost > limit:
-            raise invalid("num_images", f"num_images must be at most {limit}: this key may ask for no more per minute")
+            raise invalid("num_images", f"num_images must be at most {limit}: the limit of this key per minute")
         seconds = max(1, window.seconds_until(cost, limit, now))
-        message = f"this key may ask for {limit} {unit} per minute; try again in {seconds} s"
+        message = f"this key is limited to {limit} {unit} per minute; try again in {seconds} s"
         raise ApiError(429, "rate_limited", message, headers={"Retry-After": str(seconds)})
 
     def charge(self, key: ApiKey, unit: RateUnit, cost: int = 1) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from fastapi import Request as HttpRequest
 
 from robuq_core.config import MAX_SEED
-from server.access import current_client
+from server.access import client_of
 from server.errors import invalid
 from server.metrics import Metrics
 from server.request import Request, Result, Timings
@@ -32,18 +32,14 @@ _NO_TIME = Timings(0.0, 0.0, 0.0, 0.0)
 
 def idempotent_seed(request: HttpRequest) -> int | None:
     """The seed that an ``Idempotency-Key`` stands for, the same for each client (API key) that repeats it; None without
-    the header.
-
-    Raises:
-        ApiError: 422, the header is no key.
-    """
+    the header."""
     key = request.headers.get(IDEMPOTENCY_HEADER)
     if key is None:
         return None
     if not _KEY.fullmatch(key):
         message = f"{IDEMPOTENCY_HEADER} must be 1 to 255 visible ASCII characters, such as a UUID"
         raise invalid(IDEMPOTENCY_HEADER, message)
-    digest = hashlib.sha256(f"{current_client(request)}\0{key}".encode()).digest()
+    digest = hashlib.sha256(f"{client_of(request.scope)}\0{key}".encode()).digest()
     return int.from_bytes(digest[:8]) % (MAX_SEED + 1)
 
 

@@ -93,7 +93,7 @@ def capacity(
 ) -> None:
     """Plan replicas for a rate of images."""
     if measure == (images_per_second is not None):
-        raise UserError("give --images-per-second X, or --measure to find it out here, one of the two")
+        raise UserError("give either --images-per-second X, or --measure to measure it here")
     if not measure and (backend is not None or threads is not None):
         raise UserError("--backend and --threads need --measure; leave them out with --images-per-second")
     replicas_for(rate, images_per_second or 1.0, utilisation)  # before anything slow

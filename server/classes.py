@@ -56,7 +56,7 @@ class ClassIndex(ClassNames):
         return list(found)[:limit]
 
     def of_request(self, class_id: int | None, class_name: str | None) -> int:
-        """The class id of a request that has at most one of the two, or the 422 that tells why there is none.
+        """The class id of a request that has at most one of the two, or the 422 that says why there is none.
 
         0 where the model has no classes, and the request names none.
         """
@@ -86,7 +86,7 @@ class ClassIndex(ClassNames):
         if not self.whole:
             return invalid(field, "this checkpoint has no class names; give the class id")
         close = [synonym for synonym, _ in zip(self._ranked(wanted), range(MAX_HINTS), strict=False)]
-        hint = f"; close are: {', '.join(close)}" if close else ""
+        hint = f"; did you mean: {', '.join(close)}" if close else ""
         return invalid(field, f"{field} is not a class of this checkpoint{hint}")
 
     def _ranked(self, wanted: str) -> Iterator[str]:

@@ -2,7 +2,7 @@
 pace, its connection.
 
 Whole heads and bodies are checked in ``server.middleware``. Here end heads and trailers that do not end, connections
-that send or read nothing, connections beyond the allowed number, and what is no HTTP.
+that send or read nothing, connections beyond the allowed number, and bytes that are not HTTP.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ MAX_PIPELINED = 16
 PROBE_RESERVE = 64
 
 
-class _Refused(Exception):
-    """Stops the parser in the middle of what has been refused."""
+class _Rejected(Exception):
+    """Stops the parser in the middle of a rejected request."""
 
 
 def _peer_of(client: tuple[str, int] | None) -> str:
@@ -82,7 +82,7 @@ class GuardedProtocol(HttpToolsProtocol):
         ):
             self.reserve[self] = None
             if len(self.reserve) > PROBE_RESERVE:
-                self.reserve.popitem(last=False)[0]._refuse(_too_many())
+                self.reserve.popitem(last=False)[0]._reject(_too_many())
         self._wait(FIRST_REQUEST_S, self.transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -105,11 +105,11 @@ class GuardedProtocol(HttpToolsProtocol):
                 data = data[upgrade.args[0] :]
             except httptools.HttpParserError:
                 if not self.transport.is_closing():
-                    self._refuse(ApiError(400, "invalid_http", "this is not a valid HTTP/1.1 request"))
+                    self._reject(ApiError(400, "invalid_http", "this is not a valid HTTP/1.1 request"))
                 return
         if self._outside_left < 0 and not self.transport.is_closing():
             text = f"at most {MAX_OUTSIDE_BYTES} bytes are accepted around the body: headers, chunk sizes, trailers"
-            self._refuse(ApiError(431, "headers_too_large", text))
+            self._reject(ApiError(431, "headers_too_large", text))
 
     def on_message_begin(self) -> None:
         self._unset_keepalive_if_required()
@@ -124,17 +124,17 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         in_reserve = self.reserve.pop(self, False) is None
         if in_reserve and httptools.parse_url(self.url).path.decode("latin-1") not in PROBE_PATHS:
-            self._refuse(_too_many())
-            raise _Refused
+            self._reject(_too_many())
+            raise _Rejected
         self._check_framing()
         super().on_headers_complete()
-        _mend(self.cycle, self.scope["http_version"])
+        _fix_answers(self.cycle, self.scope["http_version"])
         self._in_head = False
         if in_reserve:
             self.cycle.keep_alive = False
         if len(self.pipeline) > MAX_PIPELINED:
             self.transport.abort()
-            raise _Refused
+            raise _Rejected
         self._wait(BODY_TIMEOUT_S + _BODY_GRACE_S, self.transport.abort)
 
     def _check_framing(self) -> None:
@@ -142,11 +142,11 @@ class GuardedProtocol(HttpToolsProtocol):
         hosts = sum(name == b"host" for name, _ in self.headers)
         codings = [value.strip().lower() for name, value in self.headers if name == b"transfer-encoding"]
         if hosts > 1 or (not hosts and self.parser.get_http_version() != "1.0"):
-            self._refuse(ApiError(400, "invalid_http", "a request must have exactly one Host header"))
-            raise _Refused
+            self._reject(ApiError(400, "invalid_http", "a request must have exactly one Host header"))
+            raise _Rejected
         if codings not in ([], [b"chunked"]):
-            self._refuse(ApiError(501, "unsupported_transfer_encoding", "Transfer-Encoding must be chunked or absent"))
-            raise _Refused
+            self._reject(ApiError(501, "unsupported_transfer_encoding", "Transfer-Encoding must be chunked or absent"))
+            raise _Rejected
 
     def on_body(self, body: bytes) -> None:
         # What came in one piece with the request before must not count as credit.
@@ -175,10 +175,10 @@ class GuardedProtocol(HttpToolsProtocol):
         self._reading = None if then is None else self.loop.call_later(seconds, then)
 
     def _head_is_late(self) -> None:
-        self._refuse(ApiError(408, "head_timeout", f"the headers were not received within {HEAD_TIMEOUT_S:g} s"))
+        self._reject(ApiError(408, "head_timeout", f"the headers were not received within {HEAD_TIMEOUT_S:g} s"))
 
-    def _refuse(self, error: ApiError) -> None:
-        """End the connection, with the answer ``error`` if it is the turn of the request that is being read."""
+    def _reject(self, error: ApiError) -> None:
+        """End the connection, with the answer ``error`` if no other answer is due first."""
         cycle, waits = self.cycle, self.cycle is not None and not self.cycle.response_complete
         if waits and (self._in_head or self.pipeline or cycle.response_started):
             self.transport.abort()  # another answer is due first, or is half sent
@@ -205,12 +205,12 @@ class GuardedProtocol(HttpToolsProtocol):
         logger.info("%s %s %d", peer, error.code, error.status, extra=extra)
 
 
-def _mend(cycle: RequestResponseCycle, http_version: str) -> None:
+def _fix_answers(cycle: RequestResponseCycle, http_version: str) -> None:
     """What uvicorn gets wrong in answers: it writes to connections that have just closed, which fails with uvloop, and
     sends chunks to HTTP/1.0, where a body of unknown length ends with its connection."""
     send, open_ended = cycle.send, False
 
-    async def mended_send(message: Any) -> None:
+    async def fixed_send(message: Any) -> None:
         nonlocal open_ended
         if cycle.transport.is_closing():
             cycle.disconnected = True
@@ -222,7 +222,7 @@ def _mend(cycle: RequestResponseCycle, http_version: str) -> None:
             cycle.expected_content_length = len(message.get("body", b""))
         await send(message)
 
-    cycle.send = mended_send  # type: ignore[method-assign]
+    cycle.send = fixed_send  # type: ignore[method-assign]
 
 
 def _too_many() -> ApiError:

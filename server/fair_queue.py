@@ -1,4 +1,4 @@
-"""Images that wait, and whose turn it is: clients share the server fairly, each client's requests go by priority.
+"""Images that wait, and which is next: clients share the server fairly, each client's requests go by priority.
 
 Between clients: start-time fair queueing (Goyal, Vin, Cheng 1996). A client's service grows by steps x rows of the
 model with each of its images that is sent to a worker, and the client with the least service is next. The virtual time
@@ -7,7 +7,7 @@ Clients with images waiting all the time are never further apart than one image 
 
 The room is shared, too: when it is full, a client with fewer images waiting displaces the requests whose turn is last
 of the client with most (McKenney, Stochastic Fairness Queuing, 1990: the longest queue drops). So a client may take all
-the room that nobody else asks for, and is refused only when it would have as many images waiting as any other.
+the room that no other client asks for, and is rejected only when it would have as many images waiting as any other.
 
 Within a client: by ``submitted_at - priority * ageing_s``. The key never changes, so a request is overtaken only by
 those that arrive less than ``(MAX_PRIORITY - priority) * ageing_s`` after it.

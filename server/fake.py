@@ -1,4 +1,4 @@
-"""A model that draws noise at once: for tests, and to measure the server without a model."""
+"""A model that generates noise at once: for tests, and to measure the server without a model."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ class Fleet:
     def warmed_up(self, worker: RemoteWorker) -> None:
         """A worker takes images now."""
         if self.ready.done():
-            logger.info("worker %d has been replaced", worker.number)
+            logger.info("worker %d recovered", worker.number)
         elif len(self.serving) == len(self.workers):
             self.ready.set_result(None)
             self.pool.warmed_up(self)
@@ -140,7 +140,7 @@ class Fleet:
         if self.closed or self.pool.ended:
             return
         self.workers[worker.number] = None
-        error = error or RunFailed(f"worker {worker.number} {'hangs in ' + reason if reason else 'has died'}")
+        error = error or RunFailed(f"worker {worker.number} {'hung in ' + reason if reason else 'died'}")
         now = self.pool.clock()
         self._deaths.append(now)
         while now - self._deaths[0] > DEATH_WINDOW_S:
@@ -164,7 +164,7 @@ class Fleet:
                 continue
             if (request, image.image) in self._tried:
                 logger.error("request failed: its worker died twice", extra={"request_id": request.request_id})
-                error = WorkerDied("its worker died, and so did the one that tried it again")
+                error = WorkerDied("the worker died twice while generating this request")
                 self.pool.fail(request, "error", error)
             else:
                 self._tried.add((request, image.image))

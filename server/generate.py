@@ -30,8 +30,8 @@ from server.service import (
     classes_of,
     documented,
     documented_headers,
+    headers_of,
     json_parts,
-    result_headers,
 )
 
 _EXAMPLE: dict[str, Any] = {"class_id": 207}
@@ -104,7 +104,7 @@ def check_choices(model: ModelInfo, sampler: SamplerName | None, guidance_scale:
     if sampler is not None and sampler not in allowed:
         raise invalid("sampler", f"sampler must be one of {', '.join(allowed)} with this model")
     if guidance_scale not in (None, 1) and not model.can_guide:
-        raise invalid("guidance_scale", "guidance_scale must be 1 with this model, which has nothing to guide by")
+        raise invalid("guidance_scale", "guidance_scale must be 1: this model does not support guidance")
 
 
 def make_request(
@@ -120,11 +120,7 @@ def make_request(
     priority: int = 0,
 ) -> Request:
     """A request for images of one class; what ``params`` leaves open takes the model's default, the seed that of the
-    ``Idempotency-Key``, or a random one.
-
-    Raises:
-        ApiError: 422 for a sampler, a guidance, a timeout or a key that cannot be.
-    """
+    ``Idempotency-Key``, or a random one."""
     check_choices(model, params.sampler, params.guidance_scale)
     key_seed = idempotent_seed(http)
     resolved = params.resolved(model.defaults, key_seed)
@@ -278,7 +274,7 @@ def generate_router(service: Service) -> APIRouter:
         if body.stream:
             return await service.stream(http, request, partial(_progress, request), partial(_completed, request))
         result = await service.result(http, request)
-        headers = result_headers(request, result.timings)
+        headers = headers_of(request, result.timings)
         if media_type != JSON:
             return Response(result.images[0], media_type=media_type, headers=headers)
         return Parts(json_parts("images", result.images, answer_fields(request, result)), JSON, headers)

@@ -1,6 +1,6 @@
-"""API keys: a file that holds who may come in, and a store that reads it again when it changes. Knows no HTTP.
+"""API keys: a file that holds names, scopes and limits, and a store that reads it again when it changes. Knows no HTTP.
 
-The file holds no key, only the SHA-256 of each. A plain hash is enough here: a key is 256 random bits, so nobody can
+The file holds no key, only the SHA-256 of each. A plain hash is enough here: a key is 256 random bits, so no one can
 guess keys and compare, and the slow, salted hashes that weak passwords need would only slow every request down.
 """
 
@@ -70,11 +70,7 @@ def hash_key(key: str) -> str:
 
 
 def read_keys(path: Path) -> tuple[ApiKey, ...]:
-    """The keys in a file.
-
-    Raises:
-        UserError: it cannot be read or does not validate; the message names the field.
-    """
+    """The keys in a file; a UserError names the field that is wrong."""
     try:
         keys = KeyFile.model_validate_json(path.read_bytes()).keys
     except FileNotFoundError as error:
@@ -85,7 +81,7 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
         fault = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, fault["loc"])) or "content"
         raise UserError(
-            f"{path}: {where}: {fault['msg']}; mend it or make keys with: robuq-serve keys create"
+            f"{path}: {where}: {fault['msg']}; correct it, or make a new file with: robuq-serve keys create"
         ) from None
     names = [key.name for key in keys]
     if len(set(names)) < len(names):
@@ -134,11 +130,7 @@ def create_key(
     requests_per_minute: int | None = None,
     images_per_minute: int | None = None,
 ) -> str:
-    """Add a key to the file, which is made if it is missing, and return the key: it can never be read again.
-
-    Raises:
-        UserError: the name is taken or not allowed, a scope is unknown, or the file cannot be read.
-    """
+    """Add a key to the file, which is made if it is missing, and return the key: it can never be read again."""
     key = KEY_PREFIX + secrets.token_urlsafe(_KEY_BYTES)
     try:
         entry = ApiKey(
@@ -161,11 +153,7 @@ def create_key(
 
 
 def revoke_key(path: Path, name: str) -> None:
-    """Take a key out of the file; running servers that can read it refuse the key from their next request on.
-
-    Raises:
-        UserError: no key has that name, or the file cannot be read.
-    """
+    """Take a key out of the file; running servers reject it from their next request on."""
     with _locked(path) as path:
         keys = read_keys(path)
         kept = [key for key in keys if key.name != name]
@@ -178,11 +166,8 @@ class KeyStore:
     """The keys of a file, read again whenever it has changed. Not thread-safe.
 
     A file that cannot be read is tried again at every call. For :data:`GRACE_S` the keys of the last good one stay
-    valid, for a typing mistake must not lock everybody out; then none is, for it may hold the revocation of one. A file
-    that is gone makes every key invalid at once.
-
-    Raises:
-        UserError: on construction, if the file cannot be read.
+    valid, since a typing mistake must not lock everyone out; then none is, since it may hold a revocation. A file that
+    is gone makes every key invalid at once.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
@@ -206,7 +191,7 @@ class KeyStore:
         return self._closed
 
     def find(self, key: str) -> ApiKey | None:
-        """The entry of ``key``. Every entry is compared, each in constant time, so that timing tells nothing."""
+        """The entry of ``key``. Every entry is compared, each in constant time, so that timing reveals nothing."""
         self._reload()
         wanted = hash_key(key)
         found = None
@@ -234,7 +219,7 @@ class KeyStore:
             self._keep_or_close(error)
             return
         self._keys, self._seen, self._unreadable_since, self._closed = keys, stamp, None, False
-        logger.info("API keys read again", extra={"keys": len(keys)})
+        logger.info("API keys reloaded", extra={"keys": len(keys)})
 
     def _keep_or_close(self, error: UserError) -> None:
         now = self._clock()

@@ -66,7 +66,7 @@ class TextFormatter(logging.Formatter):
 def configure_logging(level: LogLevel, log_format: LogFormat) -> None:
     """Send every logger, uvicorn's too, to one handler."""
     logging.raiseExceptions = False  # a full disk behind standard output must not take requests down
-    # Facts that no line tells, looked up for each of them otherwise.
+    # Fields that no line has; looking them up costs time.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     if hasattr(logging, "logAsyncioTasks"):
         logging.logAsyncioTasks = False

@@ -95,7 +95,7 @@ class Metrics:
     """All series of one server, in a registry of its own. The engine observes; gauges are read on scrape."""
 
     def __init__(self, max_batch_rows: int) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series beside each counter that nobody asked for
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # else each counter has a second series
         self.registry = registry = CollectorRegistry()
 
         def histogram(name: str, text: str) -> Histogram:

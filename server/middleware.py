@@ -136,7 +136,7 @@ class RequestContext:
             logger.exception("unhandled error")
             if status:
                 raise  # half an answer is out; all that is left is to close the connection
-            error = ApiError(500, "internal_error", "internal error; the server's log has it under this X-Request-Id")
+            error = ApiError(500, "internal_error", "internal error; see this X-Request-Id in the server's log")
             await error.response(scope["path"])(scope, receive, labelled_send)
         finally:
             # As it was sent: an encoded line break must not begin a line of a text log.
@@ -262,7 +262,7 @@ class _Body:
 
 
 def _bad_gzip() -> ApiError:
-    return ApiError(400, "invalid_encoding", "the body is not one whole gzip stream, as Content-Encoding says")
+    return ApiError(400, "invalid_encoding", "the body must be one whole gzip stream, since Content-Encoding is gzip")
 
 
 def body_too_large(max_body_bytes: int) -> ApiError:
@@ -271,11 +271,7 @@ def body_too_large(max_body_bytes: int) -> ApiError:
 
 
 def check_head(scope: Scope, max_body_bytes: int) -> None:
-    """Refuse a request by its first line and headers, before a byte of its body is read.
-
-    Raises:
-        ApiError: 413, 414 or 431.
-    """
+    """Reject a request (413, 414, 431) by its first line and headers, before a byte of its body is read."""
     if len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"]) > MAX_TARGET_BYTES:
         raise ApiError(414, "uri_too_long", f"the path and query may have at most {MAX_TARGET_BYTES} bytes")
     headers = scope["headers"]
@@ -288,18 +284,15 @@ def check_head(scope: Scope, max_body_bytes: int) -> None:
 
 
 def check_site(scope: Scope, settings: Settings) -> None:
-    """Refuse what a page of another site makes a browser send: under a name of its own that leads here (DNS rebinding),
-    or without asking first (a form, or text by fetch).
+    """Reject (403) what a page of another site makes a browser send: under a name of its own that leads here (DNS
+    rebinding), or without asking first (a form, or text by fetch).
 
     CORS only keeps such a page from reading the answer; an open server would still generate images for it.
-
-    Raises:
-        ApiError: 403.
     """
     headers = Headers(scope=scope)
     host, origin = headers.get("host"), headers.get("origin", "").strip()
     if host is not None and not settings.accepts_host(host):
-        raise ApiError(403, "foreign_host", "this server is not called by this Host; see --allowed-hosts")
+        raise ApiError(403, "foreign_host", "this Host is not allowed; see --allowed-hosts")
     if scope["method"] in SAFE_METHODS or {origin, "*"} & set(settings.cors_origins):
         return
     # No page can change Sec-Fetch-Site. Over plain http browsers do not send it, but always the Origin.

@@ -116,11 +116,7 @@ class Pool:
 
     @property
     def model(self) -> ModelInfo:
-        """Of the checkpoint that new requests are for.
-
-        Raises:
-            NotReady: none has been loaded yet.
-        """
+        """Of the checkpoint that new requests are for; NotReady before the first has been loaded."""
         if self._fleet is None or self._fleet.model is None:
             raise NotReady(self.status)
         return self._fleet.model
@@ -186,11 +182,7 @@ class Pool:
         return request
 
     async def generate(self, request: Request) -> Result:
-        """Submit a request and wait for it; cancelling the caller cancels the request.
-
-        Raises:
-            EngineError: as :meth:`submit`, or what the request ended with.
-        """
+        """Submit a request and wait for it; cancelling the caller cancels the request."""
         self.submit(request).join()
         try:
             return await asyncio.shield(request.future)

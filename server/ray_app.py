@@ -118,7 +118,7 @@ class _ProxyNamesRequest:
         async def send_without_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                # It is another one where the client's was not fit for a log, and then has to be told.
+                # It differs where the client's was not fit for a log; then the answer must have it.
                 if headers.get("x-request-id") == Headers(scope=scope).get("x-request-id"):
                     del headers["x-request-id"]
             await send(message)

@@ -50,7 +50,7 @@ class RayMetrics:
 class TwoChoices(FIFOMixin, RequestRouter):
     """Two replicas at random, wherever they are; Ray sends the request to the one that has fewer.
 
-    Ray's own router draws from the proxy's node alone until the replicas there accept no more. That saves a hop between
+    Ray's own router takes replicas of the proxy's node alone until they accept no more. That saves a hop between
     machines, which is nothing beside an image, and lets requests wait on one node while others are idle.
     """
 

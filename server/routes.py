@@ -19,7 +19,7 @@ import robuq_core
 from robuq_core.config import PredictionType, SamplerConfig, SamplerName, samplers_of
 from robuq_core.images import IMAGE_FORMATS, ImageFormat
 from robuq_core.params import MAX_IMAGES, NullMeansAbsent, read_params
-from server.access import current_client
+from server.access import client_of
 from server.errors import ApiError, invalid
 from server.pool import Load
 from server.remote_worker import LoadFailed, RunFailed
@@ -256,7 +256,7 @@ def admin_router(service: Service) -> APIRouter:
         """Load another checkpoint and serve it. No request is lost: those in flight end on the one they began with."""
         nonlocal busy
         name = read_params(SwapBody, await http.body()).path
-        logger.info("swapping to checkpoint %s", name, extra={"client": current_client(http)})
+        logger.info("swapping to checkpoint %s", name, extra={"client": client_of(http.scope)})
         if busy:
             raise ApiError(409, "swap_in_progress", "another checkpoint is being loaded; try again when it is done")
         busy = True
@@ -270,7 +270,7 @@ def admin_router(service: Service) -> APIRouter:
         except LoadFailed as error:
             raise unusable(str(error)) from error
         except RunFailed as error:
-            raise unusable(f"{name}: it loads but does not run; the server's log has why") from error
+            raise unusable(f"{name}: it loads but does not run; see the server's log") from error
         finally:
             busy = False
         return describe(service)

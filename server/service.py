@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
-from server.access import current_client, image_budget
+from server.access import client_of, image_budget
 from server.cache import CACHE_HEADER, Cache
 from server.classes import ClassIndex
 from server.errors import ApiError, as_api_error, closed_by_client, invalid
@@ -133,11 +133,7 @@ class Service:
 
     @property
     def model(self) -> ModelInfo:
-        """The model that is served now; read it once for each request, since it may be swapped.
-
-        Raises:
-            NotReady: none has been loaded yet.
-        """
+        """The model that is served now; read it once for each request, since it may be swapped."""
         return self.pool.model
 
     @property
@@ -147,23 +143,15 @@ class Service:
         return "keys_unreadable" if status == "ready" and self._keys is not None and self._keys.closed else status
 
     def timeout(self, asked_s: float | None) -> float:
-        """The time limit in seconds of a request that asks for ``asked_s``, or for none.
-
-        Raises:
-            ApiError: 422 for more than the server allows.
-        """
+        """The time limit in seconds of a request that asks for ``asked_s``, or for none; 422 for more than allowed."""
         most = self.settings.request_timeout_s
         if asked_s is not None and asked_s > most:
             raise invalid("timeout_s", f"timeout_s must be a number from {MIN_TIMEOUT_S:g} to {most:g}")
         return most if asked_s is None else asked_s
 
     def submit(self, http: HttpRequest, request: Request) -> Request:
-        """Queue ``request`` within the budget of the client's key, unless its images are there or under way.
-
-        Raises:
-            ApiError: 422, 429. NotReady, Overloaded: the pool does not take it.
-        """
-        request.client, request.request_id = current_client(http), current_request_id.get()
+        """Queue ``request`` within the budget of the client's key, unless its images are there or under way."""
+        request.client, request.request_id = client_of(http.scope), current_request_id.get()
         if not self.cache.find(request):
             with image_budget(http, request.num_images):
                 self.pool.submit(request)
@@ -173,11 +161,7 @@ class Service:
         return request
 
     async def result(self, http: HttpRequest, request: Request) -> Result:
-        """Wait for the result; a client that disconnects cancels. The body of ``http`` must have been read.
-
-        Raises:
-            ApiError: 499, 504. GenerationFailed, NotReady, Overloaded: what the request ended with.
-        """
+        """Wait for the result; a client that disconnects cancels. The body of ``http`` must have been read."""
         if request.future.done():
             return outcome(request)
         gone = asyncio.ensure_future(client_gone(http))
@@ -231,7 +215,7 @@ class Service:
             if request.future.done():
                 outcome(request)
             events = _events(request, buffer, gone, progress, completed, http.url.path)
-            stream = _EventStream(request, gone, events, {**seed_header(request), **(headers or {})})
+            stream = _EventStream(request, gone, events, {**headers_of(request), **(headers or {})})
             return stream
         finally:
             if stream is None:
@@ -240,11 +224,7 @@ class Service:
 
 
 def outcome(request: Request) -> Result:
-    """The result of a request that has ended.
-
-    Raises:
-        ApiError: 504. EngineError: what it ended with.
-    """
+    """The result of a request that has ended, or raise what it ended with."""
     try:
         return request.future.result()
     except DeadlineExceeded:
@@ -262,19 +242,14 @@ async def client_gone(http: HttpRequest) -> None:
         pass
 
 
-def seed_header(request: Request) -> dict[str, str]:
-    """What is known before the images are."""
-    return {"X-Seed": str(request.seed), **({CACHE_HEADER: request.source} if request.source else {})}
-
-
-def result_headers(request: Request, timings: Timings) -> dict[str, str]:
-    """Headers of an answer with images; times in seconds."""
-    return {
-        **seed_header(request),
-        "x-queue-time": f"{timings.queue_s:.6f}",
-        "x-inference-time": f"{timings.inference_s:.6f}",
-        "x-total-time": f"{timings.total_s:.6f}",
-    }
+def headers_of(request: Request, timings: Timings | None = None) -> dict[str, str]:
+    """Headers of an answer with images; of a stream without times, which come at its end. Seconds."""
+    headers = {"X-Seed": str(request.seed)}
+    if request.source:
+        headers[CACHE_HEADER] = request.source
+    for name in ("queue", "inference", "total") if timings is not None else ():
+        headers[f"x-{name}-time"] = f"{getattr(timings, name + '_s'):.6f}"
+    return headers
 
 
 class Parts(Response):

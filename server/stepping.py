@@ -134,7 +134,7 @@ class Stepper:
         unmoved = [i for i, done in zip(part, before, strict=True) if rows[i].steps_done == done]
         if is_out_of_memory(error):
             self.budget.out_of_memory(size)
-            logger.warning("no memory for a step of %d rows; at most %d from now on", size, self.budget.rows)
+            logger.warning("out of memory in a step of %d rows; at most %d rows from now on", size, self.budget.rows)
         elif len(part) > 1:
             logger.warning("a step of %d rows failed (%r); retrying its halves", size, error)
         if len(part) == 1:

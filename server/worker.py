@@ -110,7 +110,7 @@ class Worker:
             if self._set_up(self._load):
                 self._serve()
         except (BrokenPipeError, ConnectionResetError):
-            pass  # nobody is left to answer to
+            pass  # the server has gone
 
     # Starting.
 
@@ -132,7 +132,7 @@ class Worker:
             self._send({"op": "failed", "kind": "user", "message": str(error)})
             return False
         except BaseException as error:
-            logger.critical("the model does not run", exc_info=True)
+            logger.critical("the model cannot run", exc_info=True)
             message = " ".join(f"{type(error).__name__}: {error}".split())
             self._send({"op": "failed", "kind": "error", "message": message})
             return False
@@ -423,13 +423,17 @@ def main(make_sampler: Callable[[Options, int], Any] = load_sampler, arguments: 
     from server.settings import LogFormat, LogLevel
 
     configure_logging(cast(LogLevel, given[3]), cast(LogFormat, given[4]))
+    if make_sampler is load_sampler:
+        # Most of the start, while the server still imports its own part. What fails here fails again when it loads.
+        with suppress(Exception):
+            import robuq_core.pipeline  # noqa: F401
     with socket.socket(fileno=descriptor) as sock:
         code = 1
         try:
             Worker(sock, lambda options: make_sampler(options, weights)).run()
             code = 0
         except BaseException:
-            logger.critical("a worker has failed", exc_info=True)
+            logger.critical("worker failed", exc_info=True)
     # Threads that decode, and handlers of libraries at exit, are not waited for.
     logging.shutdown()
     os._exit(code)

@@ -21,7 +21,7 @@ from server.cache import idempotent_seed
 from server.errors import ApiError, invalid
 from server.generate import check_choices
 from server.request import ModelInfo, Request, Result
-from server.service import JSON, Parts, Service, classes_of, documented, documented_headers, json_parts, result_headers
+from server.service import JSON, Parts, Service, classes_of, documented, documented_headers, headers_of, json_parts
 
 VERSION = "1"
 IMAGE, SEED = "image", "seed"
@@ -115,11 +115,7 @@ def _parse(content: bytes, header_length: str | None) -> tuple[InferRequest, mem
 
 
 def _elements(raw: memoryview) -> Iterator[str]:
-    """Strings of a binary BYTES tensor: each after its length, 4 bytes little-endian.
-
-    Raises:
-        ValueError: they do not fill ``raw``, or are not UTF-8. struct.error: likewise.
-    """
+    """Strings of a binary BYTES tensor: each after its length, 4 bytes little-endian."""
     while raw:
         (size,) = struct.unpack_from("<I", raw)
         if size > len(raw) - 4:
@@ -129,11 +125,7 @@ def _elements(raw: memoryview) -> Iterator[str]:
 
 
 def read_inputs(body: InferRequest, raw: memoryview) -> dict[str, list[Any]]:
-    """Values by the field's name, one for each image or a single one for all; ranges are not checked.
-
-    Raises:
-        ApiError: 422 that names the input.
-    """
+    """Values by the field's name, one for each image or a single one for all; ranges are not checked."""
     values: dict[str, list[Any]] = {}
     for position, tensor in enumerate(body.inputs):
         kind = INPUTS.get(tensor.name)
@@ -141,7 +133,7 @@ def read_inputs(body: InferRequest, raw: memoryview) -> dict[str, list[Any]]:
             known = ", ".join(INPUTS)
             raise invalid(f"inputs[{position}].name", f"unknown input {tensor.name!a}; this model takes {known}")
         if tensor.name in values:
-            raise invalid(f"inputs[{position}].name", f"input {tensor.name} comes twice")
+            raise invalid(f"inputs[{position}].name", f"input {tensor.name} is given twice")
         if tensor.datatype != kind.datatype:
             raise invalid(tensor.name, f"input {tensor.name} must have the datatype {kind.datatype}")
         size = (tensor.parameters or {}).get("binary_data_size")
@@ -165,11 +157,7 @@ def read_inputs(body: InferRequest, raw: memoryview) -> dict[str, list[Any]]:
 
 
 def _per_image(tensor: InferInput, data: list[Any] | None, kind: TensorMetadata) -> list[Any]:
-    """One value, or one list of a field that is a list, for each image.
-
-    Raises:
-        ValueError: shape and data do not fit.
-    """
+    """One value, or one list of a field that is a list, for each image; ValueError if shape and data do not fit."""
     is_list = len(kind.shape) > 1
     width = kind.shape[1] if is_list else 1
     shape = tensor.shape if len(tensor.shape) == 2 else [1, *tensor.shape] if is_list else [*tensor.shape, 1]
@@ -183,11 +171,7 @@ def _per_image(tensor: InferInput, data: list[Any] | None, kind: TensorMetadata)
 
 
 def make_specs(service: Service, model: ModelInfo, values: dict[str, list[Any]], http: HttpRequest) -> Request:
-    """A request of which each image may have its own class, seed and settings.
-
-    Raises:
-        ApiError, ParamError: name the input.
-    """
+    """A request of which each image may have its own class, seed and settings."""
 
     def read(fields: dict[str, Any]) -> ImageParams:
         return read_params(ImageParams, fields, lambda: service.body_schemas["/generate"](model))
@@ -272,7 +256,7 @@ def kserve_router(service: Service) -> APIRouter:
     def checked(name: str, version: str = VERSION) -> ModelInfo:
         model = service.model
         if name != model.name or version != VERSION:
-            message = f"unknown model; {model.name}, version {VERSION}, is the one that is served"
+            message = f"unknown model; {model.name}, version {VERSION}, is the only one here"
             raise ApiError(404, "model_not_found", message)
         return model
 
@@ -329,7 +313,7 @@ def kserve_router(service: Service) -> APIRouter:
         request = service.submit(http, request)
         result = await service.result(http, request)
         parts, headers, media_type = answer(body, wanted, request, result)
-        return Parts(parts, media_type, result_headers(request, result.timings) | headers)
+        return Parts(parts, media_type, headers_of(request, result.timings) | headers)
 
     responses = documented(400, 404, 413, 429, 500, 503, 504, model=KServeError)
     responses |= {200: {"description": "The images.", "headers": documented_headers()}}

@@ -31,7 +31,7 @@ from server.service import (
     classes_of,
     documented,
     documented_headers,
-    result_headers,
+    headers_of,
 )
 
 PATH = "/v1/images/generations"
@@ -135,7 +135,7 @@ def images_schema(model: ModelInfo, max_timeout_s: float) -> dict[str, Any]:
 def check_model(name: str | None, model: ModelInfo) -> None:
     """Raise the 404 of a model that is not the one served."""
     if name and name != model.name:
-        raise ApiError(404, "model_not_found", f"model must be {model.name}, the one that is served", field="model")
+        raise ApiError(404, "model_not_found", f"model must be {model.name}, the only one here", field="model")
 
 
 def class_of(body: ImagesBody, classes: ClassIndex) -> int:
@@ -252,7 +252,7 @@ def openai_router(service: Service) -> APIRouter:
             )
         request = service.submit(http, request)
         result = await service.result(http, request)
-        return Parts(_answer(request, result), JSON, result_headers(request, result.timings) | warning)
+        return Parts(_answer(request, result), JSON, headers_of(request, result.timings) | warning)
 
     def card(model: ModelInfo) -> ModelCard:
         return ModelCard(id=model.name, created=model.created)

@@ -61,16 +61,6 @@ def health_command() -> list[str]:
     return exec_form(check[check.index("CMD ") + 4 :])
 
 
-def test_instructions_are_known() -> None:
-    known = "ARG FROM RUN ENV WORKDIR COPY USER EXPOSE STOPSIGNAL HEALTHCHECK CMD"
-    assert {instruction.name for instruction in INSTRUCTIONS} <= set(known.split())
-
-
-def test_two_stages_from_one_overridable_base() -> None:
-    assert values("ARG", stage=0) == ["BASE_IMAGE=python:3.12-slim"]
-    assert values("FROM", stage=None) == ["${BASE_IMAGE} AS builder", "${BASE_IMAGE} AS runtime"]
-
-
 def test_no_compiler_and_no_sources_in_the_final_stage() -> None:
     assert values("RUN") == []
     assert values("COPY") == [f"--from=builder {folder} {folder}" for folder in ("/opt/robuq", "/opt/app")]

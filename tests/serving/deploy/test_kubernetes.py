@@ -52,11 +52,6 @@ def setting_of(resources: dict[str, Document], variable: str) -> Any:
     return TypeAdapter(field.annotation).validate_python(environment(resources)[variable])
 
 
-def test_there_are_schemas_to_check_against() -> None:
-    assert VERSIONS[0].startswith(f"{OLDEST}.")
-    assert len({Version(version).minor for version in VERSIONS}) >= 2
-
-
 @pytest.mark.parametrize("version", [VERSIONS[0], VERSIONS[-1]])
 def test_kubernetes_takes_every_manifest(version: str) -> None:
     seen: list[Document] = []
@@ -67,13 +62,6 @@ def test_kubernetes_takes_every_manifest(version: str) -> None:
                 kubernetes_validate.validate(document, version, strict=True)
                 seen.append(document)
     assert len(seen) == len(BASE) + len(BUILDS) - 1, "each overlay changes the deployment alone"
-
-
-def test_the_schema_would_refuse_a_misspelt_key() -> None:
-    document = build("base")["Deployment"]
-    document["spec"]["template"]["spec"]["terminationGracePeriodSecond"] = 45
-    with pytest.raises(kubernetes_validate.ValidationError, match="terminationGracePeriodSecond"):
-        kubernetes_validate.validate(document, VERSIONS[-1], strict=True)
 
 
 def unordered(tree: Any) -> Any:
@@ -97,32 +85,6 @@ def kustomized(folder: Path) -> dict[str, Document]:
 @pytest.mark.parametrize("overlay", ["base", "gpu", "monitoring"])
 def test_kustomize_builds_what_these_tests_read(overlay: str) -> None:
     assert unordered(kustomized(KUBERNETES / overlay)) == unordered(build(overlay))
-
-
-@needs_kubectl
-@pytest.mark.parametrize("base", ["base", "gpu"])
-def test_kustomize_adds_the_keys_as_these_tests_do(base: str, tmp_path: Path) -> None:
-    shutil.copytree(DEPLOY, tmp_path / "deploy")
-    of_ones_own = {"resources": [f"deploy/kubernetes/{base}"], "components": ["deploy/kubernetes/keys"]}
-    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(of_ones_own))
-    assert unordered(kustomized(tmp_path)) == unordered(build(base, "keys"))
-
-
-@needs_kubectl
-def test_the_guide_s_kustomization_builds(tmp_path: Path) -> None:
-    """In the root of a checkout, as the guide has it."""
-    shutil.copytree(DEPLOY, tmp_path / "deploy")
-    (block,) = re.findall(r"^```yaml\n(resources:.*?)^```", GUIDE, re.M | re.S)
-    (tmp_path / "kustomization.yaml").write_text(block)
-    resources = kustomized(tmp_path)
-    for document in resources.values():
-        for version in (VERSIONS[0], VERSIONS[-1]):
-            kubernetes_validate.validate(document, version, strict=True)
-    image = server_of(resources).pop("image")
-    assert f"docker build -t {image} " in GUIDE
-    expected = build("base", "keys")
-    del server_of(expected)["image"]
-    assert unordered(resources) == unordered(expected)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -271,28 +233,13 @@ def test_the_autoscaler_asks_for_what_the_adapter_tells(exposition: Exposition) 
     assert {override["resource"] for override in overrides.values()} == {"namespace", "pod"}
 
 
-def test_the_service_monitor_scrapes_the_service() -> None:
-    """No schema here knows it: every field, by hand."""
+def test_the_service_monitor_scrapes_the_service_under_the_job_of_the_alerts() -> None:
     (monitor,) = build("monitoring").values()
-    assert set(monitor) == {"apiVersion", "kind", "metadata", "spec"}
-    assert (monitor["apiVersion"], monitor["kind"]) == ("monitoring.coreos.com/v1", "ServiceMonitor")
-    assert set(monitor["spec"]) == {"selector", "endpoints"}
-    assert set(monitor["spec"]["selector"]) == {"matchLabels"}
     wanted, service = monitor["spec"]["selector"]["matchLabels"], BASE["Service"]
     assert wanted
     assert wanted.items() <= service["metadata"]["labels"].items()
-    # Without a namespaceSelector it looks in its own namespace, which is the service's: neither names one.
-    assert "namespace" not in monitor["metadata"]
-    assert "namespace" not in service["metadata"]
     (endpoint,) = monitor["spec"]["endpoints"]
-    assert set(endpoint) == {"port", "path", "interval"}
     assert endpoint["port"] in {port["name"] for port in service["spec"]["ports"]}
-    assert endpoint["path"] == "/metrics"
-    assert re.fullmatch(r"\d+s", endpoint["interval"])
-
-
-def test_the_alerts_find_the_job_of_the_service_monitor() -> None:
-    service = BASE["Service"]["metadata"]
-    # The operator names the job after the service; the alerts ask for up{job="robuq"}.
-    assert service["name"] == "robuq"
-    assert 'up{job="robuq"}' in (KUBERNETES.parent / "prometheus" / "alerts.yml").read_text()
+    # The operator names the job after the service.
+    job = service["metadata"]["name"]
+    assert f'up{{job="{job}"}}' in (KUBERNETES.parent / "prometheus" / "alerts.yml").read_text()

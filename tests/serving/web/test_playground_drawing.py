@@ -145,7 +145,7 @@ def test_several_requests_at_once_and_no_more_than_the_browser_can_hold(open_pag
         ("guidance_scale", "-1", "guidance_scale must be a number from 0 to 20"),
         ("num_images", "17", "num_images must be an integer from 1 to 16"),
         ("seed", "-2", "seed must be an integer from -1 to 9007199254740991"),
-        ("class", "goldfisch", "close are: goldfish"),
+        ("class", "goldfisch", "did you mean: goldfish"),
         ("class", "99", "class_id must be an integer from 0 to 4"),
         ("class", "", "give class_id or class_name"),
     ],

@@ -13,7 +13,7 @@ PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 REQUIREMENTS := pyproject.toml constraints.txt
 NATIVE := setup.py $(wildcard robuq_core/kernels/native/*)
 
-.PHONY: serve test test-all lint loadtest docs sbom dist clean
+.PHONY: serve test test-all lint loadtest docs sbom lock dist clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.serve $(VENV)/.native
@@ -44,9 +44,20 @@ loadtest: $(VENV)/.dev-all
 docs: $(VENV)/.dev-all
 	$(BIN)/mkdocs build --strict
 
-# CycloneDX bill of materials of the installed packages.
+# CycloneDX bill of materials of a serving installation, with the SHA-256 of every published file.
 sbom: $(VENV)/.dev-all
-	$(BIN)/python scripts/sbom.py --out dist/sbom.cdx.json
+	mkdir -p dist
+	$(BIN)/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible --output-file dist/sbom.cdx.json requirements-cuda.lock
+
+# Needs uv (pip install uv). requirements.lock has all but torch, for any build of torch; requirements-cuda.lock adds
+# torch's default build with NVIDIA's libraries. Versions are those of constraints.txt.
+lock:
+	echo "# Made by make lock. Beside torch: pip install --no-deps --require-hashes -r requirements.lock" > requirements.lock
+	echo "# Made by make lock. Complete: pip install --require-hashes -r requirements-cuda.lock" > requirements-cuda.lock
+	echo "-r requirements.lock" >> requirements-cuda.lock
+	uv pip compile --quiet --no-config --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+	    --constraint constraints.txt pyproject.toml | awk '/^[^ ]/ { cuda = /^(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z0-9-]+)==/ } \
+	    { print >> (cuda ? "requirements-cuda.lock" : "requirements.lock") }'
 
 dist: $(VENV)/.dev-all
 	$(BIN)/python -m build

@@ -2,7 +2,7 @@
 
     python examples/quantise_dit.py DiT-XL-2-256x256.pt --planes 1 --bits 2
 
-The source may be an official .pt file, a diffusers folder or the teacher.pt of a run.
+The source may be an official .pt file, a diffusers folder or RUN_DIR/states/teacher of a run.
 """
 
 import argparse

@@ -142,7 +142,7 @@ def inspect_command(
 
     from robuq_core.hub import resolve_checkpoint
     from robuq_core.images import read_settings
-    from robuq_core.inspection import Table, inspect_checkpoint, ratio
+    from robuq_core.inspection import Table, inspect_checkpoint, ratio, short_provenance
 
     if checkpoint is not None and checkpoint.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
         typer.echo(json.dumps(read_settings(checkpoint), indent=2))
@@ -165,6 +165,10 @@ def inspect_command(
                            ("sampler", header.sampler)):  # fmt: skip
         values = ", ".join(f"{key} {value}" for key, value in section.model_dump().items() if value != {})
         console.print(f"[bold]{title}[/bold]: {values}")
+    if header.class_names:
+        shown = "; ".join(header.class_names[:3])
+        console.print(f"[bold]classes[/bold]: {len(header.class_names)}, from 0: {shown} ...")
+    console.print(f"[bold]decoder[/bold]: {header.decoder}")
     console.print(f"[bold]average activation bits[/bold] (MAC-weighted): {header.average_activation_bits:.3f}")
     show("activation bits", report.bit_table())
     show(f"{path.name}: {report.file_bytes:,} bytes", report.size_table())
@@ -174,7 +178,8 @@ def inspect_command(
         rows = [(part, f"{cost.full / unit:.4f}", f"{cost.quantised / unit:.4f}") for part, cost in parts.items()]
         show(title, Table(("Part", "FP32", "Quantised"), rows))
         console.print(f"{ratio(parts):.1f} times less, counted as in the paper (docs/method.md)")
-    console.print(f"[bold]provenance[/bold]: {json.dumps(header.provenance, default=str)}")
+    short = json.dumps(short_provenance(header), default=str)
+    console.print(f"[bold]provenance[/bold] (--json prints all of it): {short}")
 
 
 @app.command()
@@ -183,7 +188,7 @@ def convert(
     source: Annotated[
         Path,
         typer.Argument(
-            help="Official .pt of DiT, SiT or REPA; diffusers folder; teacher.pt of robuq-train; or old packed file."
+            help="Official .pt of DiT, SiT or REPA; diffusers folder; RUN_DIR/states/teacher; or old packed file."
         ),
     ],
     target: Annotated[

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -151,6 +151,17 @@ def theoretical_bytes(header: Header) -> dict[str, Amount]:
         "low-rank branch": Amount(0, 4.0 * branch),
         "embedders, final layer, positions and biases": Amount(rest, rest),
     }
+
+
+def short_provenance(header: Header) -> Any:
+    """The provenance without whole configurations and lists of names."""
+
+    def shortened(tree: Any) -> Any:
+        if isinstance(tree, dict):
+            return {key: shortened(value) for key, value in tree.items() if key not in ("config", "class_names")}
+        return [shortened(value) for value in tree] if isinstance(tree, list) else tree
+
+    return shortened(header.provenance)
 
 
 def fp32_bytes(header: Header) -> int:

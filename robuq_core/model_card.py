@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from robuq_core.checkpoint import Header
 from robuq_core.convert import METHOD
 from robuq_core.hub import DECODER_FOLDER, LIBRARY_NAME
-from robuq_core.inspection import Report, Table
+from robuq_core.inspection import Report, Table, short_provenance
 
 _TAGS = ("image-generation", "diffusion", "diffusion-transformer", "quantized", "arxiv:2509.23582")
 _TERNARY_TAGS = ("ternary", "1.58-bit")  # only with one plane: the sum of several has more levels
-# Whole configurations: too long for a card, and in config.json.
-_LONG_KEYS = ("config", "class_names")
 
 
 def model_card(report: Report, name: str, licence: str) -> str:
@@ -148,7 +145,7 @@ was installed with its extra `hub`.
 
 
 def _provenance(header: Header, licence: str) -> str:
-    tree = json.dumps(_shortened(header.provenance), indent=2, default=str)
+    tree = json.dumps(short_provenance(header), indent=2, default=str)
     return f"""## Provenance
 
 How the checkpoint was made, as recorded in it; complete in `config.json` and `robuq inspect --json`.
@@ -161,9 +158,3 @@ How the checkpoint was made, as recorded in it; complete in `config.json` and `r
 
 Weights: `{licence}`. The runtime is Apache-2.0.
 """
-
-
-def _shortened(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: _shortened(value) for key, value in tree.items() if key not in _LONG_KEYS}
-    return [_shortened(value) for value in tree] if isinstance(tree, list) else tree

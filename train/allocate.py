@@ -9,12 +9,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+from matplotlib.figure import Figure
 from rich.table import Table
 
 from robuq_core.errors import UserError
+from robuq_core.files import replacing
 from robuq_core.quant.bits import average_bits
 
 Method = Literal["dynamic_programming", "greedy", "uniform"]
@@ -239,3 +242,37 @@ def layer_table(allocations: Sequence[Allocation], interval: Resampled | None = 
             cells += [str(low) if low == high else f"{low}..{high}", f"{interval.kept[name]:.0%}"]
         table.add_row(name, *cells)
     return table
+
+
+def plot_allocations(allocations: Sequence[Allocation], path: Path) -> None:
+    """Draw the widths that each method gives: one panel per method, one column per block, one row per layer type.
+
+    The format is that of the suffix of ``path`` (png, svg or pdf).
+    """
+    grids = {each.method: _grid(each) for each in allocations}
+    blocks = max(grid.shape[1] for grid in grids.values())
+    figure = Figure(figsize=(max(6.0, 0.4 * blocks + 2), 1.6 * len(grids) + 0.6), layout="constrained")
+    top = max(max(each.bits.values()) for each in allocations)
+    for i, each in enumerate(allocations):
+        grid = grids[each.method]
+        axes = figure.add_subplot(len(allocations), 1, i + 1)
+        axes.imshow(grid, cmap="viridis", vmin=1, vmax=top, aspect="auto")
+        title = f"{each.method.replace('_', ' ')}: {each.average_bits:.3f} bits, predicted {each.predicted_loss:+.3g}"
+        axes.set_title(title, fontsize="medium")
+        axes.set_yticks(range(len(LAYER_TYPES)), LAYER_TYPES)
+        axes.set_xticks(range(grid.shape[1]))
+        for (row, column), width in np.ndenumerate(grid):
+            dark = width < (1 + top) / 2
+            axes.text(column, row, f"{width:.0f}", ha="center", va="center", color="white" if dark else "black")
+    axes.set_xlabel("block")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.removeprefix("."))
+
+
+def _grid(allocation: Allocation) -> np.ndarray:
+    """Widths ``[types, blocks]``; not a number where a block lacks a type."""
+    names = {name: int(name.split(".")[1]) for name in allocation.bits}
+    grid = np.full((len(LAYER_TYPES), max(names.values()) + 1), np.nan)
+    for name, block in names.items():
+        grid[LAYER_TYPES.index(layer_type(name)), block] = allocation.bits[name]
+    return grid

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +31,7 @@ from robuq_core.errors import UserError
 
 if TYPE_CHECKING:
     from train.config import TrainConfig
+    from train.run import Run
 
 
 class _Program(typer.Typer):
@@ -55,14 +58,15 @@ app = _Program(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Train W1.58Ax diffusion transformers: prepare -> teacher -> warmup -> sensitivity -> allocate -> qat -> "
-    "export -> evaluate. 'run' does them all. Every stage reads the same YAML file, writes below its run_dir and, "
-    "started again, goes on from where it was, or is left alone if it is done.",
+    "export -> evaluate. 'run' runs them all. Every stage reads the same YAML file and writes below its run_dir. "
+    "Started again, it resumes, or is skipped if it is up to date.",
 )
 
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="YAML file of the run (see configs/).")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", "-s", help="Override one key: --set qat.lr=3e-4. Repeatable.")
 ]
+RedoOption = Annotated[bool, typer.Option("--redo", help="Discard this stage's output and rerun it.")]
 
 
 def _load(config: Path, overrides: list[str] | None) -> TrainConfig:
@@ -78,17 +82,16 @@ def _not_installed(error: ImportError) -> UserError:
     return UserError(f"training is not installed ({error}); from a checkout: pip install '.[train]'")
 
 
-RedoOption = Annotated[bool, typer.Option("--redo", help="Throw away what this stage has made, and start it again.")]
-
-
-def _stage(name: str, config: Path, overrides: list[str] | None, redo: bool) -> None:
+@contextmanager
+def _run(config: Path, overrides: list[str] | None) -> Iterator[Run]:
+    """The configured run, in all processes that ``torchrun`` started."""
     loaded = _load(config, overrides)
     from train.data import looked_at_once
     from train.parallel import processes
-    from train.stages import run_stage
+    from train.run import Run
 
     with processes(), looked_at_once():
-        run_stage(name, loaded, typer.echo, redo)
+        yield Run(loaded, typer.echo)
 
 
 @app.command()
@@ -97,21 +100,17 @@ def run(
     config: ConfigOption,
     override: SetOption = None,
     redo: Annotated[
-        list[str] | None, typer.Option(help="Make this stage again, and all after it. Repeatable.", metavar="STAGE")
+        list[str] | None, typer.Option(help="Rerun this stage and all after it. Repeatable.", metavar="STAGE")
     ] = None,
 ) -> None:
-    """Run every stage, in order; those that are up to date are left alone."""
-    loaded = _load(config, override)
-    from train.data import looked_at_once
-    from train.parallel import processes
-    from train.stages import STAGES
-    from train.stages import run as run_stages
+    """Run every stage, in order; skip those that are up to date."""
+    with _run(config, override) as whole:
+        from train.stages import BY_NAME
 
-    unknown = sorted(set(redo or ()) - {stage.name for stage in STAGES})
-    if unknown:
-        raise UserError(f"--redo {unknown[0]}: no such stage; one of {', '.join(stage.name for stage in STAGES)}")
-    with processes(), looked_at_once():
-        run_stages(loaded, typer.echo, redo or ())
+        unknown = sorted(set(redo or ()) - set(BY_NAME))
+        if unknown:
+            raise UserError(f"--redo {unknown[0]}: no such stage; one of {', '.join(BY_NAME)}")
+        whole.until(redo=redo or ())
 
 
 @app.command()
@@ -121,48 +120,49 @@ def prepare(
     override: SetOption = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read all shards and compare their checksums.")] = False,
 ) -> None:
-    """Turn the data set into shards, of pixels or of latents, that training maps into memory."""
-    loaded = _load(config, override)
-    from train.parallel import processes
-    from train.stages import run_prepare
-
-    with processes():
-        run_prepare(loaded, typer.echo, verify)
+    """Convert the data set into shards of pixels or latents, which training maps into memory."""
+    with _run(config, override) as whole:
+        whole.prepare(verify)
 
 
 @app.command()
 @reported
 def teacher(config: ConfigOption, override: SetOption = None, redo: RedoOption = False) -> None:
-    """Train the full-precision DiT that quantisation starts from, or take it from elsewhere."""
-    _stage("teacher", config, override, redo)
+    """Train the full-precision DiT that quantisation starts from, or import its weights."""
+    with _run(config, override) as whole:
+        whole.alone("teacher", redo)
 
 
 @app.command()
 @reported
 def warmup(config: ConfigOption, override: SetOption = None, redo: RedoOption = False) -> None:
-    """Train the quantised teacher for a while at one uniform width, for sensitivities to be measured on."""
-    _stage("warmup", config, override, redo)
+    """Train the quantised teacher briefly at one uniform width; sensitivities are measured on the result."""
+    with _run(config, override) as whole:
+        whole.alone("warmup", redo)
 
 
 @app.command()
 @reported
 def sensitivity(config: ConfigOption, override: SetOption = None, redo: RedoOption = False) -> None:
-    """Measure what each layer loses at each activation width."""
-    _stage("sensitivity", config, override, redo)
+    """Measure the loss of each layer at each activation width."""
+    with _run(config, override) as whole:
+        whole.alone("sensitivity", redo)
 
 
 @app.command()
 @reported
 def allocate(config: ConfigOption, override: SetOption = None, redo: RedoOption = False) -> None:
-    """Choose the width of each layer under allocate.average_bits, and print the table."""
-    _stage("allocate", config, override, redo)
+    """Choose the width of each layer within allocate.average_bits, and print the table."""
+    with _run(config, override) as whole:
+        whole.alone("allocate", redo)
 
 
 @app.command()
 @reported
 def qat(config: ConfigOption, override: SetOption = None, redo: RedoOption = False) -> None:
-    """Quantise the teacher (ternary weights, low-bit activations) and train it on."""
-    _stage("qat", config, override, redo)
+    """Quantise the teacher (ternary weights, low-bit activations) and continue training."""
+    with _run(config, override) as whole:
+        whole.alone("qat", redo)
 
 
 @app.command()
@@ -171,20 +171,22 @@ def export(
     config: ConfigOption,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="The packed file to write; default: RUN_DIR/model.safetensors."),
+        typer.Option("--out", "-o", help="Write the packed file here; default: RUN_DIR/model.safetensors."),
     ] = None,
     override: SetOption = None,
     redo: RedoOption = False,
 ) -> None:
     """Pack the trained student into one file that robuq and robuq-serve load."""
-    if out is None:
-        _stage("export", config, override, redo)
-        return
-    loaded = _load(config, override)
-    from train.stages import export_to
+    with _run(config, override) as whole:
+        if out is None:
+            whole.alone("export", redo)
+            return
+        from train.stages import BY_NAME
+        from train.stages import export as write
 
-    export_to(loaded, out)
-    typer.echo(f"wrote {out} ({out.stat().st_size / 1e6:.2f} MB)")
+        whole.check_lineage(BY_NAME["export"])
+        write(whole, out)
+        typer.echo(f"wrote {out} ({out.stat().st_size / 1e6:.2f} MB)")
 
 
 @app.command()
@@ -195,7 +197,7 @@ def evaluate(
         str | None, typer.Option(help="teacher, student or packed; default: the last that the run has made.")
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="A packed file from elsewhere; or, with --model, a state in RUN_DIR/kept.")
+        Path | None, typer.Option(help="A packed file, or, with --model, a kept state RUN_DIR/states/STAGE/step-....")
     ] = None,
     classes: Annotated[int, typer.Option(min=1, help="Agreement: how many classes to draw at random.")] = 200,
     seed: Annotated[int, typer.Option(help="Agreement: seed of the classes and of the samples.")] = 0,
@@ -219,17 +221,14 @@ def evaluate(
     Prints JSON and keeps it in RUN_DIR/evaluation.json. Needs no download: FD-EffNet is on EfficientNet-Lite0 features.
     Under torchrun every process draws its share of the samples.
     """
-    loaded = _load(config, [*_protocol(protocol), *(override or [])])
-    from train.evaluation.models import known_model
-    from train.evaluation.run import evaluate_run
+    with _run(config, [*_protocol(protocol), *(override or [])]) as whole:
+        from train.evaluation.models import known_model
+        from train.evaluation.run import evaluate_run
+        from train.parallel import rank
 
-    which = None if model is None else known_model(model)
-    options: dict[str, Any] = {"sheet": sheet, "inception": inception, "npz": npz, "agreement_only": agreement_only}
-    from train.data import looked_at_once
-    from train.parallel import processes, rank
-
-    with processes(), looked_at_once():
-        entry = evaluate_run(loaded, which, checkpoint=checkpoint, classes=classes, seed=seed, **options)
+        which = None if model is None else known_model(model)
+        options: dict[str, Any] = {"sheet": sheet, "inception": inception, "npz": npz, "agreement_only": agreement_only}
+        entry = evaluate_run(whole.config, which, checkpoint=checkpoint, classes=classes, seed=seed, **options)
         if rank() == 0:
             typer.echo(json.dumps(entry, indent=2))
 
@@ -309,7 +308,7 @@ def keys() -> None:
 @reported
 def ptq(
     source: Annotated[
-        Path, typer.Argument(help="Official .pt of DiT, SiT or REPA; diffusers folder; or teacher.pt of a run.")
+        Path, typer.Argument(help="Official .pt of DiT, SiT or REPA; diffusers folder; or RUN_DIR/states/teacher.")
     ],
     target: Annotated[Path, typer.Argument(help="The packed file to write, x.safetensors.")],
     steps: Annotated[

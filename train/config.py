@@ -78,7 +78,7 @@ class StageConfig(StrictModel):
     )  # fmt: skip
     save_every: int = Field(default=1000, ge=1, description="steps between saved states")
     keep_every: int | None = Field(
-        default=None, ge=1, description="steps between states to keep, as kept/STAGE-STEP.pt; null: none"
+        default=None, ge=1, description="steps between states that stay when later ones are saved; null: none"
     )
     log_every: int = Field(default=50, ge=1, description="steps between log records")
     eval_every: int | None = Field(
@@ -109,7 +109,9 @@ class TeacherConfig(StageConfig):
     """The full-precision model: trained, or taken as it is from elsewhere."""
 
     pretrained: Path | None = Field(
-        default=None, description="DiT weights to use instead of training: official .pt, or a diffusers folder"
+        default=None,
+        description="weights to import in place of training: the authors' .pt, a diffusers folder, or "
+        "RUN_DIR/states/teacher of another run",
     )
 
 
@@ -119,7 +121,8 @@ class QATConfig(StageConfig):
     steps: int = Field(default=350_000, ge=1, description="optimiser steps")
     batch_size: int = Field(default=32, ge=1, description="images per step, over all processes")
     warm_start: Literal["warmup"] | Path | None = Field(
-        default=None, description="warmup, or the qat.pt of another run; null: start from the teacher"
+        default=None,
+        description="start from this run's warm-up, or from RUN_DIR/states/qat of another run, say at 4 bits",
     )
 
 

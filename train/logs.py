@@ -18,7 +18,7 @@ _FLUSH_SECONDS = 10
 
 
 class TrainingLog:
-    """The records of the stage whose state is at ``path``: ``STAGE.log.jsonl`` and ``tensorboard/STAGE``.
+    """The records of stage ``name`` in ``run_dir``: ``STAGE.log.jsonl`` and ``tensorboard/STAGE``.
 
     Where standard output is no terminal, every record is also a plain line there: a bar would show nothing.
 
@@ -26,10 +26,10 @@ class TrainingLog:
     steps again.
     """
 
-    def __init__(self, path: Path, step: int, steps: int) -> None:
-        self._path, self._steps = path.with_suffix(".log.jsonl"), steps
+    def __init__(self, run_dir: Path, name: str, step: int, steps: int) -> None:
+        self._path, self._name, self._steps = run_dir / f"{name}.log.jsonl", name, steps
         self._forget_after(step)
-        folder = path.parent / "tensorboard" / path.stem
+        folder = run_dir / "tensorboard" / name
         self._curves = SummaryWriter(str(folder), purge_step=step + 1, flush_secs=_FLUSH_SECONDS)
 
     def write(self, step: int, **values: float) -> None:
@@ -40,7 +40,7 @@ class TrainingLog:
         for name, value in values.items():
             self._curves.add_scalar(name, value, step)
         if not is_terminal():
-            print(f"{self._path.name.split('.')[0]} {step}/{self._steps}", *self._shown(step, rounded), flush=True)
+            print(f"{self._name} {step}/{self._steps}", *self._shown(step, rounded), flush=True)
 
     def _shown(self, step: int, values: dict[str, float]) -> Iterator[str]:
         for name, value in values.items():

@@ -1,7 +1,7 @@
 """Training by several processes: how they find each other, agree, and share a model.
 
-``torchrun`` starts them and tells each its rank; with one process everything here does nothing. Knows no file and no
-stage: what is saved is :mod:`train.state`'s and :mod:`train.state_shards`' business.
+``torchrun`` starts them and gives each its rank; with one process everything here does nothing. Knows no file and no
+stage: :mod:`train.state` saves.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -34,6 +34,8 @@ T = TypeVar("T")
 # How long the others wait while the first process does what one can do alone: measure, evaluate, save.
 _PATIENCE = timedelta(days=30)
 _patient: dist.ProcessGroup | None = None
+# Of the thread that writes states while training uses the others.
+_saving: dist.ProcessGroup | None = None
 # The first process is at work on its own, within :func:`on_first`.
 _alone = False
 
@@ -53,6 +55,15 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_joint() -> bool:
+    """Whether several processes run this code together, and not only the first, within :func:`on_first`."""
+    return world_size() > 1 and not _alone
+
+
+def saving_group() -> dist.ProcessGroup | None:
+    return _saving
 
 
 def training_device() -> torch.device:
@@ -78,8 +89,8 @@ def processes() -> Iterator[None]:
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
-    global _patient
-    _patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    global _patient, _saving
+    _patient, _saving = (dist.new_group(backend="gloo", timeout=_PATIENCE) for _ in range(2))
     try:
         yield
     except BaseException as error:
@@ -167,10 +178,19 @@ def from_first(action: Callable[[], T]) -> T:
         found[0] = action()
 
     on_first(keep)
-    if world_size() > 1 and not _alone:
-        dist.broadcast_object_list(found, 0)
+    if is_joint():
+        dist.broadcast_object_list(found, 0, group=_patient)
     result: T = found[0]
     return result
+
+
+def any_of(problem: str | None) -> str | None:
+    """The problem of the first process that has one, in all of them."""
+    found: list[str | None] = [problem]
+    if is_joint():
+        found *= world_size()
+        dist.all_gather_object(found, problem, group=_patient)
+    return next((each for each in found if each is not None), None)
 
 
 def agree(losses: Tensor, asked_to_stop: signal.Signals | None) -> tuple[list[float], signal.Signals | None]:
@@ -266,13 +286,6 @@ def is_sharded(model: nn.Module) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """The part of ``tensor`` that this process holds: all of it, unless it is sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """``tensor``, the same in every process, cut as ``like`` is; unchanged if that is whole."""
-    if not isinstance(like, DTensor) or tensor.shape != like.shape:
-        return tensor
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:

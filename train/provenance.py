@@ -13,7 +13,6 @@ import torch
 
 from robuq_core import __version__
 from train.config import TrainConfig
-from train.data import data_digest, data_folder, marks, read_index
 
 _ABSOLUTE_PATH = re.compile(r"(?P<before>(?:-\w|[^/]*=)?)(?P<path>/.*)")
 
@@ -35,16 +34,11 @@ def git_commit() -> str:
         return "unknown"
 
 
-def _digest_of_data(config: TrainConfig) -> str:
-    """SHA-256 of the data, as :func:`train.data.prepare` has noted it if nothing was touched since."""
-    index = read_index(data_folder(config))
-    if index is not None and index.fingerprint == marks(config):
-        return index.digests["data"]
-    return data_digest(config.data.path)
+def run_provenance(config: TrainConfig, data_sha256: str | None) -> dict[str, Any]:
+    """What reproduces a stage. Of files outside the working folder only the name is kept, not where they lay.
 
-
-def run_provenance(config: TrainConfig) -> dict[str, Any]:
-    """What reproduces a stage. Of files outside the working folder only the name is kept, not where they lay."""
+    ``data_sha256``: of the data that it trained on, if it did.
+    """
     tree = config.model_dump(mode="json")
     tree["run_dir"] = _without_folder(tree["run_dir"])
     tree["data"]["path"] = config.data.path.name
@@ -54,7 +48,7 @@ def run_provenance(config: TrainConfig) -> dict[str, Any]:
     return {
         "config": tree,
         "seed": config.seed,
-        "data": {"name": config.data.path.name, "sha256": _digest_of_data(config)},
+        "data": {"name": config.data.path.name, "sha256": data_sha256},
         "commit": git_commit(),
         "command": " ".join([_program(), *(_without_folder(argument) for argument in sys.argv[1:])]),
         "versions": {"robuq": __version__, "torch": str(torch.__version__), "python": platform.python_version()},

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +27,7 @@ from train.loss import add_noise, diffusion_loss, draw_timesteps, own_sample
 from train.messages import one_line
 from train.prefetch import Prefetcher
 from train.provenance import run_provenance
-from train.state import EMA, StateError, check_settings, keep_state
-from train.state_file import read_state_file, save_state
-from train.state_shards import is_pointer, read_shards_into, read_whole, save_shards, shards_folder
-from train.watch import Watch
+from train.state import EMA, Saver, State, StateError, find_state
 
 # Steps between looks at the loss, and at the signals of other processes: each look waits for the device.
 _CHECK_EVERY = 10
@@ -46,7 +42,7 @@ class DivergedError(TrainingError):
 
 
 def meaning_of_weights(config: TrainConfig) -> dict[str, Any]:
-    """The settings that a state must share with the run that reads it: see :func:`train.state.check_settings`."""
+    """The settings that a state must share with the run that reads it: see :meth:`train.state.State.check`."""
     model = {f"model.{key}": value for key, value in config.model.model_dump(mode="json").items()}
     return {**model, "diffusion.prediction_type": config.diffusion.prediction_type}
 
@@ -158,11 +154,13 @@ def step_flops(config: TrainConfig, stage: StageConfig) -> int:
 
 
 class Trainer:
-    """Runs one stage of ``model`` on ``source`` and keeps ``state_path`` up to date.
+    """Runs one stage of ``model`` on ``source`` and saves its states below ``states``, ``RUN_DIR/states/STAGE``.
 
-    ``teacher``, if given with a positive ``distill_weight``, adds the MSE to its output. Inside
-    :func:`train.parallel.processes` every process makes a trainer of the same arguments, and all of them train one
-    model: the batch of a step, its noise, timesteps and dropped labels do not depend on how many they are.
+    ``teacher``, if given with a positive ``distill_weight``, adds the MSE to its output. ``inputs``: what the stage is
+    made from, by name, kept in every state. ``watch``, called every ``eval_every`` steps with the averaged model and
+    the step, gives figures to log. Inside :func:`train.parallel.processes` every process makes a trainer of the same
+    arguments, and all of them train one model: the batch of a step, its noise, timesteps and dropped labels do not
+    depend on how many they are.
 
     Raises:
         ConfigError: the batch does not divide between the processes. StateError: the saved state cannot be used.
@@ -174,11 +172,15 @@ class Trainer:
         stage: StageConfig,
         model: DiT,
         source: BatchSource,
-        state_path: Path,
+        states: Path,
+        *,
         teacher: DiT | None = None,
+        inputs: Mapping[str, Any] | None = None,
+        watch: Callable[[DiT, int], dict[str, float]] | None = None,
     ) -> None:
-        self.config, self.stage, self.source, self.state_path = config, stage, source, state_path
-        check_shares(stage, f"{state_path.stem}.batch_size", parallel.world_size())
+        self.config, self.stage, self.source, self.states, self.name = config, stage, source, states, states.name
+        self.inputs, self.watch = {**meaning_of_weights(config), **(inputs or {})}, watch
+        check_shares(stage, f"{self.name}.batch_size", parallel.world_size())
         self.device = parallel.training_device()
         self.model = model.to(self.device)
         if stage.activation_checkpointing:
@@ -196,76 +198,54 @@ class Trainer:
         )
         self.ema = EMA(self.model, stage.ema_decay)
         self.step = 0
-        # One entry a start of this stage: a resumed run may have another commit or configuration.
         self.history: list[dict[str, Any]] = []
+        self._saver = Saver()
         self._unchecked: list[tuple[Tensor, Tensor]] = []  # loss and gradient norm of each step since the last check
         self._asked_to_stop: signal.Signals | None = None
         self._stopped_by: signal.Signals | None = None
-        if state_path.exists():
-            self._resume()
-        if not parallel.same_everywhere(self.step):
-            raise StateError(f"{state_path}: the processes see different states; run_dir must lie on a disk that all "
-                             "of them share")  # fmt: skip
+        state = find_state(states)
+        if not parallel.same_everywhere(-1 if state is None else state.step):
+            raise StateError(f"{states}: the processes see different states; run_dir must lie on a disk that all of "
+                             "them share")  # fmt: skip
+        if state is not None:
+            self._resume(state)
         if self.step < stage.steps:
             start = {"from_step": self.step, "processes": parallel.world_size()}
-            self.history.append({**start, **run_provenance(config)})
+            self.history.append({**start, **run_provenance(config, self.inputs.get("content of data.path"))})
 
-    def _resume(self) -> None:
-        state = read_state_file(self.state_path)
-        check_settings(self.state_path, state, meaning_of_weights(self.config))
+    def _resume(self, state: State) -> None:
+        state.check(meaning_of_weights(self.config))
+        for p in self.model.parameters():
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.optimiser.state[p] = {"step": torch.zeros((), device=self.device), **moments}
         try:
-            if is_pointer(state) and parallel.is_sharded(self.model):
-                self._restore_shards(state)
-            else:
-                self._restore(read_whole(self.state_path, state) if is_pointer(state) else state)
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise StateError(f"{self.state_path}: does not fit the configuration ({one_line(error)}); "
-                             "restore the configuration it was made with, or delete it") from error  # fmt: skip
-        self.step, self.history = state["step"], list(state["history"])
+            state.restore(self._tensors())
+        except ValueError as error:
+            raise StateError(f"{state.folder}: does not fit the configuration ({one_line(error)}); restore the "
+                             "configuration it was made with, or rerun the stage with --redo") from error  # fmt: skip
+        self.step, self.history = state.step, list(state.history)
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        own = self.model.state_dict()
-        weights = {name: parallel.sharded_like(value, own.get(name, value)) for name, value in state["model"].items()}
-        self.model.load_state_dict(weights)
-        moments = {
-            i: {name: parallel.sharded_like(value, parameter) for name, value in state["optimiser"]["state"][i].items()}
-            for i, parameter in enumerate(self.model.parameters())
-            if i in state["optimiser"]["state"]
-        }
-        self.optimiser.load_state_dict({**state["optimiser"], "state": moments})
-        shadow = self.ema.shadow
-        self.ema.restore(
-            {name: parallel.sharded_like(value, shadow.get(name, value)) for name, value in state["ema"].items()}
-        )
-
-    def _restore_shards(self, pointer: dict[str, Any]) -> None:
-        moments = {
-            i: {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            for i, p in enumerate(self.model.parameters())
-            if p.numel()
-        }
-        weights = self.model.state_dict()
-        read_shards_into(self.state_path, pointer, model=weights, ema=self.ema.shadow, moments=moments)
-        self.model.load_state_dict(weights)
-        self.optimiser.load_state_dict({"state": moments, "param_groups": pointer["param_groups"]})
+    def _tensors(self) -> dict[str, Tensor]:
+        """Every tensor that training continues from, by name: the very tensors, so that reading fills them."""
+        return {
+            **{f"model.{name}": value for name, value in self.model.state_dict().items()},
+            **{f"ema.{name}": value for name, value in self.ema.shadow.items()},
+            **{f"optimiser.{name}.{key}": value for name, p in self.model.named_parameters() if p.numel()
+               for key, value in self.optimiser.state[p].items()},
+        }  # fmt: skip
 
     def save(self) -> None:
-        """Write the state of the current step; a state that was there before stays until the new one is whole."""
-        state: dict[str, Any] = {
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "ema": self.ema.shadow,
-            "optimiser": self.optimiser.state_dict(),
-            "history": self.history,
-        }
-        if parallel.is_sharded(self.model):
-            save_shards(self.state_path, **state)
-        else:
-            parallel.on_first(lambda: self._save_whole(state))
-
-    def _save_whole(self, state: dict[str, Any]) -> None:
-        save_state(self.state_path, **state)
-        shutil.rmtree(shards_folder(self.state_path), ignore_errors=True)  # of a run that was sharded before
+        """Start writing the state of this step, after the state before; a state is whole or absent."""
+        step, stage = self.step, self.stage
+        state = State(
+            folder=self.states / f"step-{step:07d}",
+            step=step,
+            finished=step == stage.steps,
+            kept=stage.keep_every is not None and step % stage.keep_every == 0,
+            inputs=self.inputs,
+            history=self.history,
+        )
+        self._saver.save(state, self._tensors())
 
     def run(self) -> None:
         """Train up to ``stage.steps``, saving as it goes; SIGTERM and SIGINT save and end the run early.
@@ -273,12 +253,16 @@ class Trainer:
         Raises:
             TrainingError: the loss is no longer finite, or a signal ended the run. StateError: the disk is full.
         """
-        self.state_path.parent.mkdir(parents=True, exist_ok=True)
-        log = TrainingLog(self.state_path, self.step, self.stage.steps) if parallel.rank() == 0 else None
+        log = None
+        if parallel.rank() == 0:
+            log = TrainingLog(self.states.parent.parent, self.name, self.step, self.stage.steps)
         previous = {number: signal.signal(number, self._request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         ended = False
         try:
-            self._loop(log)
+            try:
+                self._loop(log)
+            finally:
+                self._saver.wait()  # also of a run that failed: no other may save meanwhile
             ended = self._stopped_by is None
         finally:
             if log is not None:
@@ -290,7 +274,7 @@ class Trainer:
         if self.step < self.stage.steps and self._stopped_by is not None:
             parallel.stop_all(
                 TrainingError(f"stopped by {self._stopped_by.name} at step {self.step} of {self.stage.steps}, which "
-                              f"{self.state_path} holds; run again to continue")
+                              f"{self.states} holds; run again to continue")
             )  # fmt: skip
 
     def _request_stop(self, number: int, frame: FrameType | None) -> None:
@@ -298,9 +282,8 @@ class Trainer:
 
     def _loop(self, log: TrainingLog | None) -> None:
         stage, losses, started, saved = self.stage, list[float](), time.perf_counter(), -1
-        watch = None if stage.eval_every is None else Watch(self.config, stage, self.state_path, self.device)
         with closing(Prefetcher(self._batch, self.step, stage.steps)) as batches, progress_bar(log) as bar:
-            task = bar.add_task(self.state_path.stem, total=stage.steps, completed=self.step)
+            task = bar.add_task(self.name, total=stage.steps, completed=self.step)
             while self.step < stage.steps and self._stopped_by is None:
                 self._train_step(batches.next())
                 self.step += 1
@@ -326,11 +309,9 @@ class Trainer:
                 if saves:
                     self.save()
                     saved = self.step
-                    if stage.keep_every is not None and self.step % stage.keep_every == 0:
-                        parallel.on_first(lambda: keep_state(self.state_path, self.step))
-                if watch is not None and watches:
+                if self.watch is not None and watches:
                     with self.ema.applied_to(self.model):
-                        figures = watch(self.model, self.step)
+                        figures = self.watch(self.model, self.step)
                     if log is not None:
                         log.write(self.step, **figures)
         if saved != self.step:
@@ -353,7 +334,7 @@ class Trainer:
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 parallel.stop_all(
                     DivergedError(f"loss is {loss} and the gradient's norm {norm} at step "
-                                  f"{self.step - len(pending) + i}; lower {self.state_path.stem}.lr and run again: "
+                                  f"{self.step - len(pending) + i}; lower {self.name}.lr and run again: "
                                   "training continues from the last saved state")
                 )  # fmt: skip
         return losses, norm

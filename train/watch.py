@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,8 +11,11 @@ from robuq_core.models.dit import DiT
 from robuq_core.pipeline import Sampler
 from train import parallel
 from train.config import StageConfig, TrainConfig
-from train.data import BatchSource, open_dataset, prepare
+from train.data import BatchSource
 from train.loss import diffusion_loss
+
+if TYPE_CHECKING:
+    from train.run import Run
 
 _LOSS_IMAGES = 256
 _LOSS_BATCH = 32
@@ -22,26 +25,26 @@ _SEED = 0
 
 
 class Watch:
-    """Measures the model of the stage whose state is at ``path``; every process of a run calls it.
+    """Measures the model of stage ``name`` as it trains; every process of a run calls it.
 
     The loss is the training loss on up to 256 images of ``evaluation.split`` with fixed noise, so it falls
     smoothly. Sheets go to ``run_dir/samples/STAGE-STEP.png``.
     """
 
-    def __init__(self, config: TrainConfig, stage: StageConfig, path: Path, device: torch.device) -> None:
-        from train.evaluation.reference import compared_with
+    def __init__(self, run: Run, config: TrainConfig, name: str) -> None:
         from train.sensitivity import fixed_set
 
-        self.config, self.stage, self.name, self.device = config, stage, path.stem, device
-        held_out = compared_with(config)
-        still = held_out.data.model_copy(update={"flip_probability": 0.0, "colour_jitter": 0.0})
-        dataset = open_dataset(held_out, prepare(held_out, note=lambda _: None))
+        self.config, self.name = config, name
+        self.stage: StageConfig = getattr(config, name)
+        still = config.data.model_copy(update={"flip_probability": 0.0, "colour_jitter": 0.0})
+        dataset = run.held_out.dataset
         size = min(_LOSS_BATCH, len(dataset))
         source = BatchSource(dataset, still, config.model.input_size, size, _SEED)
         count = min(_LOSS_IMAGES, len(dataset) // size * size)
+        device = parallel.training_device()
         self._batches = fixed_set(source, count, _SEED, device, config.diffusion.prediction_type)
         self._sampler: Sampler | None = None  # with the autoencoder and, on a GPU, the compiled network
-        if stage.eval_samples:
+        if self.stage.eval_samples:
             parallel.on_first(self._prepare_distance)
 
     def __call__(self, model: DiT, step: int) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Full-precision DiT weights of other code bases, read and written.
 
 Read: the ``.pt`` of DiT, SiT and REPA (a flat state dict, or one in the file of a training script), the same as
-safetensors, a diffusers pipeline folder or its ``transformer`` folder, and ``teacher.pt`` of this project's training.
+safetensors, a diffusers pipeline folder or its ``transformer`` folder, and ``RUN_DIR/states/teacher`` of a run.
 Written: the first and the third. Round trips are exact bit for bit; ``flavour`` records whose numerics weights have.
 
 Layouts differ: the patch embedder is a convolution elsewhere and a linear here; diffusers keeps q, k and v apart and
@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from robuq_core.config import DiffusionConfig, ModelConfig
-from robuq_core.files import replacing
+from robuq_core.files import read_json, replacing
 from robuq_core.models.adapters_diffusers import read_pipeline, write_pipeline
 from robuq_core.models.adapters_files import (
     TensorTable,
@@ -162,6 +162,8 @@ def read_weights(path: Path | str, **hints: Unpack[Hints]) -> Weights:
         raise TypeError(f"weights have no hint {sorted(unknown)[0]!r}; give {', '.join(Hints.__annotations__)}")
     path = Path(path)
     if path.is_dir():
+        if (state := _newest_state(path)) is not None:
+            return _matching(_read_state(state), hints)
         return _matching(_read_diffusers(path, hints.get("num_heads")), hints)
     if path.suffix == ".safetensors" and path.is_file():
         table, metadata = safetensors_of(path)
@@ -172,9 +174,6 @@ def read_weights(path: Path | str, **hints: Unpack[Hints]) -> Weights:
     tree = load_pickle(path)
     if isinstance(tree, dict) and {"ema", "optimiser", "history"} <= set(tree):
         return _matching(_read_trained(path, tree), hints)
-    if isinstance(tree, dict) and {"shards", "history"} <= set(tree):
-        raise WeightsError(f"{path}: a training state in shards; continue the stage in one process, which saves a "
-                           "whole file")  # fmt: skip
     arguments = tree.get("args") if isinstance(tree, dict) else None
     return _read_official(path, tensors_of(path, state_dict_in(tree)), arguments, hints)
 
@@ -334,6 +333,25 @@ def _read_diffusers(folder: Path, num_heads: int | None) -> Weights:
     return weights
 
 
+def _newest_state(folder: Path) -> Path | None:
+    """``folder`` if it is a training state, or the newest state in it, if it holds any."""
+    if (folder / "state.json").exists():
+        return folder
+    states = [path for path in folder.glob("step-*") if (path / "state.json").exists()]
+    return max(states, key=lambda path: (len(path.name), path.name), default=None)
+
+
+def _read_state(folder: Path) -> Weights:
+    from robuq_core.shards import read_all  # imports torch.distributed, which costs a start of the server
+
+    try:
+        history = read_json(folder / "state.json")["history"]
+        average = {name.removeprefix("ema."): tensor for name, tensor in read_all(folder, "ema.").items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{folder}: not a whole training state ({error})") from error
+    return _read_trained(folder, {"history": history, "ema": average})
+
+
 def _read_trained(path: Path, tree: dict[str, Any]) -> Weights:
     """A training state of this project: its averaged weights, and the configuration of its latest run."""
     try:
@@ -346,5 +364,5 @@ def _read_trained(path: Path, tree: dict[str, Any]) -> Weights:
     table = tensors_of(path, tree["ema"])
     if any(".lowrank_" in key for key in table):
         raise WeightsError(f"{path}: a quantised student, which has no full-precision weights; pack it with "
-                           "robuq-train export, or give teacher.pt")  # fmt: skip
+                           "robuq-train export, or give RUN_DIR/states/teacher")  # fmt: skip
     return _checked(Weights(path, "robuq", config, table, None, diffusion))

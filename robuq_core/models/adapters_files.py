@@ -58,7 +58,10 @@ def load_pickle(path: Path) -> Any:
             files.check_torch_archive(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # the unpickler raises almost anything on a damaged or foreign file
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        # torch's own advice is to load without weights_only: only the reason after it is shown.
+        detail = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
+        reason = detail.strip().partition("\n")[0].partition(". Please")[0]
+        reason = type(error).__name__ if not reason or "weights_only" in reason else reason
         raise WeightsError(f"{path}: not a file of plain torch weights ({reason}); copy it again, or save its "
                            "state dict alone with torch.save") from error  # fmt: skip
 

@@ -10,8 +10,8 @@ import posixpath
 import re
 from pathlib import Path
 
-from equations import equation
 from http_reference import http_reference, settings_table
+from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
@@ -80,7 +80,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Point links at those files, set equations and drawings, and write what has a mark."""
     here = posixpath.dirname(page.file.src_uri) or "."
     markdown = OUTSIDE.sub(lambda found: posixpath.relpath(_source(found.group(1)), here), markdown)
-    markdown = MATH.sub(lambda found: equation(found.group(1) or found.group(2)), markdown)
+    markdown = MATH.sub(lambda found: convert(" ".join((found[1] or found[2]).split()), display="block"), markdown)
     folder = Path(config.docs_dir) / here
     markdown = DRAWING.sub(lambda found: _drawing(folder, found.group(1), found.group(2)), markdown)
     for mark, make in GENERATED.items():

@@ -197,12 +197,6 @@ def test_values_out_of_range_name_the_option(checkpoint: Path, option: tuple[str
     assert option[0] in run(robuq.app, "sample", "1", "-c", checkpoint, *option, code=2)
 
 
-def test_an_output_folder_that_is_a_file(checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "taken").write_text("")
-    arguments = ("--backend", "reference", "--steps", "1", "--out", tmp_path / "taken")
-    assert "taken" in error_of(robuq.app, "sample", "1", "-c", checkpoint, *arguments)
-
-
 def test_damaged_files_are_one_line(checkpoint: Path, tmp_path: Path) -> None:
     whole = checkpoint.read_bytes()
     path = tmp_path / "damaged.safetensors"
@@ -223,10 +217,3 @@ def test_mistakes_of_bench(checkpoint: Path) -> None:
                             ("--layer", "unknown layer 'all': choose from attn.qkv")):  # fmt: skip
         assert message in error_of(robuq.app, "bench", "-c", checkpoint, option, "all")
     assert "no such file" in error_of(robuq.app, "bench", "plot", "absent.json")
-
-
-def test_no_arguments_show_the_help() -> None:
-    for app in (robuq.app, robuq_train.app):
-        result = CliRunner().invoke(app, [], env=WIDE)
-        assert "Usage" in result.output
-        assert result.exit_code == 2

@@ -26,7 +26,6 @@ from autoencoders import write_latent as write_latent_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import write_tiny
-from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from robuq_core import cli as robuq
@@ -95,17 +94,6 @@ def test_a_picture_does_not_depend_on_who_else_decodes(folder: Path, count: int,
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
-def test_tiles_of_convolutions_make_the_whole_picture(tmp_path: Path) -> None:
-    folder = save_autoencoder_tiny(tmp_path / "tiny")
-    (latent,) = latents(1, side=100)
-    whole = load_decoder(folder, tile_above=200).decode(latent)
-    tiled = load_decoder(folder, tile_above=150).decode(latent)
-    assert tiled.shape == whole.shape == (3, 200, 200)
-    # A convolution at a tile's edge sees zeros in place of its neighbours; blending hides most of it.
-    assert not torch.equal(tiled, whole)
-    assert float((tiled - whole).abs().mean()) < 0.05 * float(whole.std())
-
-
 def test_tiles_bound_what_an_autoencoder_kl_sees_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = load_decoder(save_autoencoder_kl(tmp_path / "kl"), tile_above=32)
     seen: list[int] = []
@@ -155,37 +143,6 @@ def test_a_decoder_has_no_encoder_in_memory(folder: Path) -> None:
     assert decoder.weight_bytes == size - sum(
         parameter.nbytes for name, parameter in whole.named_parameters() if name.startswith(("encoder.", "quant_conv."))
     )
-
-
-SD_VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "sample_size": 256,
-}
-
-
-@pytest.mark.parametrize(
-    ("kind", "config", "gmacs", "millions"),
-    [("AutoencoderKL", SD_VAE, 311, (83.7, 49.5)), ("AutoencoderTiny", {}, 18, (2.4, 1.2))],
-)
-def test_the_published_shapes_are_what_the_guide_says(
-    kind: str, config: dict[str, object], gmacs: int, millions: tuple[float, float]
-) -> None:
-    import diffusers
-
-    with torch.device("meta"):
-        autoencoder = getattr(diffusers, kind)(**config)
-    whole = sum(parameter.numel() for parameter in autoencoder.parameters())
-    decoder = LatentDecoder(autoencoder, kind)
-    assert (decoder.channels, decoder.image_size(32)) == (4, 256)
-    assert (round(whole / 1e6, 1), round(decoder.weight_bytes / 4e6, 1)) == millions
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        picture = autoencoder.decode(torch.empty(1, 4, 32, 32, device="meta")).sample
-    assert picture.shape == (1, 3, 256, 256)
-    assert round(counter.get_total_flops() / 2e9) == gmacs
 
 
 def test_half_precision_computes_in_half_and_gives_float(folder: Path) -> None:
@@ -249,13 +206,6 @@ def test_a_loaded_decoder_and_one_beside_the_file_do_as_well(latent_checkpoint: 
         found = Sampler.from_checkpoint(source, backend="reference")
         assert isinstance(found.decoder, LatentDecoder)
         assert found.generate([1], seed=0, steps=1)[0] == given.generate([1], seed=0, steps=1)[0]
-
-
-def test_replicas_decode_alike(folder: Path, latent_checkpoint: Path) -> None:
-    sampler = Sampler.from_checkpoint(latent_checkpoint, decoder=folder)
-    replica = sampler.replica(threads=1)
-    assert replica.decoder is sampler.decoder
-    assert replica.generate([1], seed=0, steps=1)[0] == sampler.generate([1], seed=0, steps=1)[0]
 
 
 def test_a_pixel_model_needs_no_decoder_and_reads_none(tmp_path: Path) -> None:
@@ -333,31 +283,10 @@ def test_a_folder_that_cannot_be_used_is_one_error(
         load_decoder(folder)
 
 
-def test_a_decoder_of_grey_pictures_is_refused(tmp_path: Path) -> None:
-    folder = save_autoencoder_tiny(tmp_path / "grey", out_channels=1)
-    with pytest.raises(DecoderError, match="out_channels is 1, not 3"):
-        load_decoder(folder)
-
-
 @pytest.mark.parametrize("tile_above", [0, -1])
 def test_tiles_of_no_size_are_refused(folder: Path, tile_above: int) -> None:
     with pytest.raises(DecoderError, match=rf"{folder.name}: tile_above is {tile_above}; give a side in pixels"):
         load_decoder(folder, tile_above=tile_above)
-
-
-def test_loading_says_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffusers.models import modeling_utils
-
-    told: list[str] = []
-    monkeypatch.setattr(modeling_utils, "is_accelerate_available", lambda: False)
-    monkeypatch.setattr(modeling_utils.logger, "warning", lambda message, *_, **__: told.append(message))
-    load_decoder(folder)
-    assert told == []
-
-
-def test_a_pipeline_folder_is_read_by_its_vae(tmp_path: Path) -> None:
-    save_autoencoder_tiny(tmp_path / "pipeline" / "vae")
-    assert load_decoder(tmp_path / "pipeline").name == "vae"
 
 
 def test_the_examples_of_the_guide(

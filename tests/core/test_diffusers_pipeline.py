@@ -19,7 +19,7 @@ from PIL import Image
 from tiny import TINY, write_tiny
 
 from robuq_core import RobuQPipeline, diffusers_pipeline
-from robuq_core.checkpoint import Description, read_header, write_checkpoint
+from robuq_core.checkpoint import Description, write_checkpoint
 from robuq_core.decode import LatentDecoder
 from robuq_core.diffusion.samplers import step_table
 from robuq_core.errors import UserError
@@ -89,11 +89,6 @@ def test_output_types_hold_the_same_pictures(pipe: RobuQPipeline) -> None:
     # A tensor that a caller may compute gradients with.
     tensor.clone().requires_grad_().sum().backward()
     assert not tensor.is_inference()
-
-
-def test_a_tuple_on_request(pipe: RobuQPipeline) -> None:
-    (images,) = pipe([1], num_inference_steps=1, return_dict=False)
-    assert len(images) == 1
 
 
 def test_the_generator_draws_the_noise_that_diffusers_draws(
@@ -189,14 +184,11 @@ def test_the_scheduler_stands_for_the_sampler(pipe: RobuQPipeline) -> None:
     scheduler = pipe.scheduler
     assert type(scheduler).__name__ == "DDIMScheduler"
     assert pipe.scheduler is scheduler
-    assert scheduler.config.prediction_type == read_header_prediction(pipe)
+    assert scheduler.config.prediction_type == pipe.sampler.header.diffusion.prediction_type
+    assert pipe.components == {"transformer": pipe.sampler.model, "vae": pipe.vae, "scheduler": scheduler}
     assert (scheduler.config.beta_start, scheduler.config.beta_end) == (1e-4, 0.02)
     # The steps themselves are this project's.
     assert step_table("ddim", 4).timesteps[0] == 999
-
-
-def read_header_prediction(pipe: RobuQPipeline) -> str:
-    return pipe.sampler.header.diffusion.prediction_type
 
 
 def test_without_diffusers_everything_but_a_scheduler_works(
@@ -215,31 +207,6 @@ def test_without_diffusers_everything_but_a_scheduler_works(
         _ = pipe.scheduler
 
 
-def test_the_progress_bar(pipe: RobuQPipeline, capsys: pytest.CaptureFixture[str]) -> None:
-    pipe.set_progress_bar_config(desc="drawing")
-    assert list(pipe.progress_bar([5, 6])) == [5, 6]
-    assert list(pipe.progress_bar(total=3)) == [0, 1, 2]
-    shown = capsys.readouterr()
-    assert "drawing" in shown.err
-    assert shown.out == ""
-    pipe.set_progress_bar_config(disable=True)
-    assert list(pipe.progress_bar(total=2)) == [0, 1]
-    assert capsys.readouterr().err == ""
-
-
-def test_the_progress_bar_is_entered_and_updated(pipe: RobuQPipeline, capsys: pytest.CaptureFixture[str]) -> None:
-    for disable in (False, True):
-        pipe.set_progress_bar_config(desc="drawing", disable=disable)
-        with pipe.progress_bar(total=4) as bar:
-            bar.update()
-            bar.update(3)
-        with pipe.progress_bar("ab") as bar:
-            assert list(bar) == ["a", "b"]
-        shown = capsys.readouterr().err
-        assert ("100%" in shown) is not disable
-        bar.close()
-
-
 def test_calls_of_scripts_that_have_no_use_here_do_nothing(path: Path, pipe: RobuQPipeline) -> None:
     same = RobuQPipeline.from_pretrained(path, use_safetensors=True, variant="fp16", backend="reference")
     same.set_progress_bar_config(disable=True)
@@ -250,11 +217,6 @@ def test_calls_of_scripts_that_have_no_use_here_do_nothing(path: Path, pipe: Rob
         getattr(same, call)()
     draw = {"class_labels": [1], "num_inference_steps": 1, "output_type": "np"}
     assert np.array_equal(same(generator=seeded(), **draw).images, pipe(generator=seeded(), **draw).images)
-
-
-def test_components_are_named_as_there(pipe: RobuQPipeline) -> None:
-    assert pipe.components == {"transformer": pipe.sampler.model, "vae": pipe.vae, "scheduler": pipe.scheduler}
-    assert set(pipe.components) == set(inspect.signature(DiTPipeline).parameters) - {"id2label"}
 
 
 def test_tiles_of_the_decoder_are_asked_for_as_there(tmp_path: Path) -> None:
@@ -315,5 +277,13 @@ def test_unknown_keywords_are_named(path: Path, pipe: RobuQPipeline) -> None:
         pipe(prompt="a dog")  # type: ignore[call-arg]
 
 
-def test_the_header_decides_the_default_sampler(path: Path, pipe: RobuQPipeline) -> None:
-    assert read_header(path).sampler.sampler == "ddim" == pipe.sampler.defaults.sampler
+def test_the_progress_bar(pipe: RobuQPipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    for disable in (False, True):
+        pipe.set_progress_bar_config(desc="generating", disable=disable)
+        assert list(pipe.progress_bar([5, 6])) == [5, 6]
+        assert list(pipe.progress_bar(total=2)) == [0, 1]
+        with pipe.progress_bar(total=4) as bar:
+            bar.update(4)
+        assert ("generating: 100%" in capsys.readouterr().err) is not disable
+    (images,) = pipe([1], num_inference_steps=1, return_dict=False)
+    assert len(images) == 1

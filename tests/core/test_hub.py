@@ -119,25 +119,6 @@ def test_an_id_is_read_from_the_librarys_cache(cache: Path) -> None:
     assert read_header(path).model == TINY
 
 
-def test_only_what_is_needed_is_downloaded(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, object]] = []
-    snapshot = tmp_path / COMMIT
-
-    def download(repo: str, **options: object) -> str:
-        asked.append({"repo": repo, **options})
-        export_hub(checkpoint, snapshot, licence="mit")
-        return str(snapshot)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert resolve_checkpoint(f"{REPO}@v1", token="secret") == snapshot / "tiny.safetensors"
-    first, second = asked
-    assert (first["repo"], first["revision"], first["token"]) == (REPO, "v1", "secret")
-    assert first["allow_patterns"] == ["config.json"]
-    # The rest comes from the commit that the first answer was of.
-    assert second["revision"] == COMMIT
-    assert second["allow_patterns"] == ["config.json", "tiny.safetensors", "vae/*"]
-
-
 @pytest.mark.parametrize(
     "config",
     [
@@ -165,27 +146,6 @@ def test_a_repository_without_its_checkpoint(cache: Path) -> None:
 def test_offline_and_not_in_the_cache_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"someone/tiny@v2: .* the hub cannot be reached nor is it in the cache"):
         offline(tmp_path, f"{REPO}@v2")
-
-
-@pytest.mark.parametrize(
-    ("failure", "message"),
-    [
-        ("GatedRepoError", "approved accounts"),
-        ("RepositoryNotFoundError", "no such repository on the hub"),
-        ("RevisionNotFoundError", "no such revision"),
-        ("HfHubHTTPError", r"cannot be reached .* \(HfHubHTTPError\)"),
-    ],
-)
-def test_what_the_hub_refuses_is_one_error(monkeypatch: pytest.MonkeyPatch, failure: str, message: str) -> None:
-    kind = getattr(huggingface_hub.errors, failure)
-    error = kind.__new__(kind)  # they are made from a whole HTTP response
-
-    def refuse(*_: object, **__: object) -> str:
-        raise error
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(CheckpointError, match=message):
-        resolve_checkpoint(REPO)
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,12 +190,6 @@ def test_the_card_is_one_that_the_hub_reads(checkpoint: Path, tmp_path: Path) ->
     assert "vae" not in card.text
 
 
-def test_blocks_of_the_same_widths_share_a_line(tmp_path: Path) -> None:
-    write_tiny(tmp_path / "tiny.safetensors")
-    card = export_hub(tmp_path / "tiny.safetensors", tmp_path / "export", licence="mit").read_text()
-    assert "| 0-1 | 2 | 2 | 2 | 2 | 4 |" in card
-
-
 def test_the_card_of_latents_names_the_decoder(tmp_path: Path) -> None:
     write_latent(tmp_path / "latent.safetensors")
     card = export_hub(tmp_path / "latent.safetensors", tmp_path / "export", licence="mit").read_text()
@@ -276,13 +230,6 @@ def test_a_folder_with_other_things_is_left_alone(checkpoint: Path, tmp_path: Pa
     assert (tmp_path / "README.md").exists()
 
 
-def test_an_empty_clone_of_a_repository_may_be_written(checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / ".git").mkdir()
-    (tmp_path / ".gitattributes").write_text("*.safetensors filter=lfs")
-    export_hub(checkpoint, tmp_path, licence="mit")
-    assert (tmp_path / ".git").is_dir()
-
-
 def damaged(checkpoint: Path, folder: Path) -> Path:
     whole = checkpoint.read_bytes()
     (folder / "damaged.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -311,18 +258,6 @@ def test_what_cannot_be_exported_leaves_nothing_behind(
     with pytest.raises(error, match=message):
         export_hub(path, tmp_path / "export", licence=licence)
     assert sorted(tmp_path.iterdir()) == before
-
-
-def test_a_failure_on_the_way_leaves_nothing_behind(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> str:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("robuq_core.export_hub.model_card", full)
-    with pytest.raises(OSError, match="no space"):
-        export_hub(checkpoint, tmp_path / "export", licence="mit")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_command(checkpoint: Path, tmp_path: Path) -> None:

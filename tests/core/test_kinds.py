@@ -14,7 +14,6 @@ from robuq_core.config import FLOW_SAMPLERS, DiffusionConfig, ModelConfig, Quant
 from robuq_core.convert import pack_untrained, untrained_quant
 from robuq_core.diffusers_pipeline import RobuQPipeline
 from robuq_core.errors import UserError
-from robuq_core.export_hub import export_hub
 from robuq_core.models.adapters import save_official
 from robuq_core.models.dit import DiT, timestep_features
 from robuq_core.pipeline import RowSpec, Sampler
@@ -146,17 +145,6 @@ def test_every_kind_packs_and_draws(
     assert len(list((tmp_path / "out").iterdir())) == 1
 
 
-def test_packing_is_close_to_the_original_for_a_flow(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = DiT(TINY.model_copy(update={"flavour": "sit"}))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    save_official(model, tmp_path / "x.pt", FLOW)
-    result = pack_untrained(tmp_path / "x.pt", tmp_path / "x.safetensors", untrained_quant(rank=4), num_heads=4)
-    assert result.relative_error is not None
-    assert result.relative_error < 0.2  # a wrong sign would give 2
-
-
 def test_defaults_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     save_official(DiT(TINY), tmp_path / "x.pt", FLOW)
     for given, field in ((SamplerConfig(sampler="ddim"), "sampler"), (SamplerConfig(sampler="sde"), "")):
@@ -193,11 +181,3 @@ def test_the_calls_of_diffusers_draw_every_kind(flow: Sampler, tmp_path: Path) -
     assert len(RobuQPipeline(unguided)([0, 0], num_inference_steps=2).images) == 2
     with pytest.raises(ValueError, match="guidance_scale"):
         RobuQPipeline(unguided)([0], num_inference_steps=2, guidance_scale=3.0)
-
-
-def test_the_model_card_of_a_model_without_classes_does_not_speak_of_them(tmp_path: Path) -> None:
-    model = TINY.model_copy(update={"num_classes": 0})
-    written(tmp_path / "x.safetensors", model, DiffusionConfig(), SamplerConfig(steps=2, guidance_scale=1))
-    card = export_hub(tmp_path / "x.safetensors", tmp_path / "hub", licence="mit").read_text()
-    assert "class-conditional" not in card
-    assert "0 classes" not in card

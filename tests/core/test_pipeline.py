@@ -135,20 +135,6 @@ def test_requests_out_of_range_are_refused(sampler: Sampler, spec: RowSpec, mess
         sampler.start(spec)
 
 
-def test_a_failing_forward_moves_no_row(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = sampler.start(RowSpec(1, 0, 4, 1.0, "ddpm"))
-    before = row.x.clone()
-
-    def fail(*_: object) -> torch.Tensor:
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(sampler.model, "forward", fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        sampler.step([row])
-    assert row.steps_done == 0
-    assert torch.equal(row.x, before)
-
-
 def test_a_step_repeated_after_a_failure_draws_the_same_noise(
     sampler: Sampler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,15 +163,6 @@ def test_classes_by_name_are_those_by_id(sampler: Sampler) -> None:
         sampler.generate("class 3")
 
 
-def test_what_a_drawing_took_is_told(sampler: Sampler) -> None:
-    fresh = sampler.replica()
-    assert fresh.timings is None
-    fresh.generate([1], seed=0, steps=1)
-    assert fresh.timings is not None
-    assert fresh.timings.sampling_s > 0
-    assert fresh.timings.decode_s > 0
-
-
 def test_a_row_may_start_from_noise_of_its_own(sampler: Sampler) -> None:
     spec = RowSpec(1, 5, 3, 1.5, "ddpm")
     expected = _draw_alone(sampler, spec)
@@ -194,10 +171,6 @@ def test_a_row_may_start_from_noise_of_its_own(sampler: Sampler) -> None:
     sampler.finish([same, other])
     assert torch.equal(same.x, expected.x)
     assert not torch.equal(other.x, expected.x)
-
-
-def test_weights_stay_packed_in_memory(sampler: Sampler) -> None:
-    assert 0 < sampler.weight_bytes < 4 * 48 * 48 * (3 + 1 + 8 + 6) * 2
 
 
 def test_estimates_are_snapshots_that_end_in_the_picture(sampler: Sampler) -> None:

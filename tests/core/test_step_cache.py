@@ -108,16 +108,6 @@ def test_a_step_between_stands_on_the_kept_delta(sampler: Sampler, network: Pack
     assert not torch.equal(row.x, plain.x)
 
 
-def test_what_no_later_step_takes_is_not_kept(sampler: Sampler) -> None:
-    row = sampler.start(RowSpec(3, 8, 6, 2.0, "ddim", cache_interval=2))
-    kept = []
-    while not row.done:
-        sampler.step([row])
-        kept.append(row.block_delta is not None)
-    # The first step's sum would be replaced by the second's before any step takes it; the last clears up.
-    assert kept == [False, True, True, True, True, False]
-
-
 @given(pairs=st.lists(st.tuples(st.integers(0, 999), st.integers(0, 10)), min_size=1, max_size=5))
 def test_the_final_layer_alone_is_what_the_table_holds(network: PackedDiT, pairs: list[tuple[int, int]]) -> None:
     timesteps, classes = zip(*pairs, strict=True)

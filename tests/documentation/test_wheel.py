@@ -87,7 +87,7 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = folder / "bin" / "python"
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=folder)
     (packages,) = (folder / "lib").glob("python*/site-packages")
-    for distribution in filter(None, runpy.run_path(str(ROOT / "scripts/sbom.py"))["needed"]().values()):
+    for distribution in filter(None, runpy.run_path(str(ROOT / "scripts/licences.py"))["needed"]().values()):
         for path in distribution.files:
             if ".." not in path.parts:  # programs are in bin/, and not needed
                 (packages / path).parent.mkdir(parents=True, exist_ok=True)

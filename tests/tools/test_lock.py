@@ -6,7 +6,6 @@ import re
 import tomllib
 from pathlib import Path
 
-import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from scripts_loaded import script
@@ -49,7 +48,7 @@ def test_versions_are_those_of_the_constraints() -> None:
 
 
 def test_nothing_that_serving_needs_is_missing() -> None:
-    needed = script("sbom").needed()
+    needed = script("licences").needed()
     assert set(needed) <= {*entries(PLAIN), "torch"}
     direct = {canonicalize_name(Requirement(text).name) for text in PROJECT["project"]["dependencies"]}
     assert direct <= {*entries(PLAIN), "torch"}
@@ -68,28 +67,6 @@ def test_what_builds_the_package_is_pinned() -> None:
         assert entries(PLAIN)[canonicalize_name(requirement.name)][0] == pinned[canonicalize_name(requirement.name)]
 
 
-def test_packages_are_divided_by_who_needs_them() -> None:
-    text = (
-        "numpy==2.0 \\\n    --hash=sha256:aa\n"
-        "nvidia-cufft==12.0 ; sys_platform == 'linux' \\\n    --hash=sha256:bb \\\n    --hash=sha256:cc\n"
-        "torch==2.0 \\\n    --hash=sha256:dd\n"
-    )
-    plain, cuda = script("lock").split(text)
-    assert plain == "numpy==2.0 \\\n    --hash=sha256:aa\n"
-    assert "nvidia-cufft" in cuda
-    assert "torch==2.0" in cuda
-    assert plain + cuda == text
-
-
 def test_no_file_names_an_index() -> None:
     for path in (PLAIN, CUDA):
         assert not re.search(r"https?:|file:|--index|--find-links", path.read_text())
-
-
-def test_without_uv_one_line_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lock = script("lock")
-    monkeypatch.setattr(lock.shutil, "which", lambda *_, **__: None)
-    assert lock.main() == 2
-    assert "uv" in capsys.readouterr().err

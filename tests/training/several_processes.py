@@ -29,7 +29,7 @@ from train.config import TrainConfig, load_config  # noqa: E402
 from train.data import BatchSource, ImageDataset  # noqa: E402
 from train.evaluation.models import load_sampler  # noqa: E402
 from train.evaluation.samples import draw_to_disk  # noqa: E402
-from train.state import exclusive, load_ema  # noqa: E402
+from train.state import exclusive, latest_state  # noqa: E402
 from train.trainer import Trainer, meaning_of_weights  # noqa: E402
 
 
@@ -77,13 +77,13 @@ def train_stage(stage: str, config: TrainConfig) -> None:
     model, teacher = DiT(config.model), None
     section = config.qat if stage == "qat" else config.teacher
     if stage == "qat":
-        load_ema(config.run_dir / "teacher.pt", model, meaning_of_weights(config))
+        latest_state(config.run_dir / "states" / "teacher").load_average(model, meaning_of_weights(config))
         teacher = copy.deepcopy(model)
         quantize_model(model, config.quant)
-    path = config.run_dir / f"{stage}.pt"
+    states = config.run_dir / "states" / stage
     source = BatchSource(dataset, config.data, config.model.input_size, section.batch_size, config.seed)
-    with exclusive(path):
-        Trainer(config, section, model, source, path, teacher).run()
+    with exclusive(states):
+        Trainer(config, section, model, source, states, teacher=teacher).run()
 
 
 def draw_samples(config: TrainConfig) -> Path:

@@ -15,8 +15,12 @@ from typing import Any
 import numpy as np
 import yaml
 from PIL import Image
+from torch import Tensor
 
+from robuq_core.shards import read_all
 from train.config import TrainConfig, load_config
+from train.run import Run
+from train.state import State, latest_state
 
 CLASSES, PER_CLASS, SIZE = 4, 2, 8
 REPOSITORY = Path(__file__).parents[2]
@@ -97,6 +101,24 @@ def write_config(root: Path, changes: Mapping[str, Any] | None = None, name: str
 
 def make_config(root: Path, changes: Mapping[str, Any] | None = None) -> TrainConfig:
     return load_config(write_config(root, changes), [])
+
+
+def train(config: TrainConfig, *stages: str, redo: bool = False) -> Run:
+    """Run ``stages``, each on its own, without a word; by default the teacher."""
+    run = Run(config, lambda _: None)
+    for stage in stages or ("teacher",):
+        run.alone(stage, redo)
+    return run
+
+
+def state_of(config: TrainConfig, stage: str = "teacher") -> State:
+    return latest_state(config.run_dir / "states" / stage)
+
+
+def tensors_of(state: State, part: str = "") -> dict[str, Tensor]:
+    """What training continues from, by name; only of ``part``: ``model``, ``ema`` or ``optimiser``."""
+    prefix = f"{part}." if part else ""
+    return {name.removeprefix(prefix): value for name, value in read_all(state.folder, prefix).items()}
 
 
 def signalled(stage: str, step: int, number: signal.Signals, rank: int = 0) -> dict[str, str]:

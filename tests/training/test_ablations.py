@@ -38,7 +38,7 @@ def test_every_training_has_a_result_of_its_own(finished: Study) -> None:
     seeds = [results[f"RobustQuantizer, A2, seed {seed}"] for seed in (0, 1)]
     assert seeds[0] != seeds[1]
     assert [each.row.name for each in cells[:4]] == ["baseline", "RobustQuantizer"] * 2, "contrasts come first"
-    assert not list(finished.folder.rglob("results/*.pt")), "states of finished trainings are removed"
+    assert not list(finished.folder.glob("states/*/")), "states of finished trainings are removed"
 
 
 def test_the_search_keeps_its_budget_and_seeds_have_their_own_rotation(finished: Study) -> None:

@@ -16,10 +16,10 @@ from train.allocate import (
     allocate,
     averages_by_type,
     layer_table,
+    plot_allocations,
     resample,
     type_table,
 )
-from train.allocation_plot import plot_allocations
 
 LOSS = st.floats(-1, 1, allow_nan=False)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from synthetic_run import make_config
+from synthetic_run import make_config, train
 from torch import Tensor
 
 from robuq_core.checkpoint import FORMAT_VERSION, Header
@@ -20,7 +20,6 @@ from train.evaluation.models import Which, load_sampler
 from train.evaluation.pixels import pixel_agreement
 from train.evaluation.samples import draw
 from train.loss import own_sample
-from train.stages import train_qat, train_teacher
 from train.trainer import Trainer, autocast, batch_loss
 
 CLASSES, SIDE = 96, 16
@@ -56,14 +55,14 @@ def test_own_rows_see_the_models_sample_and_the_others_the_noised_image(tmp_path
     config = make_config(tmp_path, {"teacher": {"own_samples": 0.5, "batch_size": 32}})
     model = DiT(config.model)
     source = BatchSource(read_images(config), config.data, config.model.input_size, 32, config.seed)
-    trainer = Trainer(config, config.teacher, model, source, tmp_path / "teacher.pt")
+    trainer = Trainer(config, config.teacher, model, source, tmp_path / "teacher")
     batch = trainer._batch(0)
     again = trainer._batch(0)
     assert batch.own is not None
     assert again.own is not None
     assert torch.equal(batch.own, again.own)
     assert 4 < int(batch.own.sum()) < 28
-    plain = Trainer(config, config.teacher.model_copy(update={"own_samples": 0.0}), model, source, tmp_path / "x.pt")
+    plain = Trainer(config, config.teacher.model_copy(update={"own_samples": 0.0}), model, source, tmp_path / "x")
     without = plain._batch(0)
     assert without.own is None
     assert torch.equal(without.noise, batch.noise)
@@ -88,7 +87,7 @@ def test_the_estimate_is_not_trained_through(tmp_path: Path) -> None:
     source = BatchSource(read_images(config), config.data, config.model.input_size, 4, config.seed)
     model = DiT(config.model)
     torch.nn.init.normal_(model.final_layer.linear.weight)
-    batch = Trainer(config, config.teacher, model, source, tmp_path / "teacher.pt")._batch(0)
+    batch = Trainer(config, config.teacher, model, source, tmp_path / "teacher")._batch(0)
     last = torch.full_like(batch.timesteps, LAST)
     with torch.no_grad():
         estimate = model(batch.noise, last, batch.classes)
@@ -155,11 +154,11 @@ def test_a_model_that_remembers_is_not_spoilt_by_more_steps(tmp_path: Path) -> N
     found = {}
     for own_samples in (0.0, 1.0):
         config = remembering(tmp_path, own_samples)
-        train_teacher(config)
+        train(config)
         found[own_samples] = psnr(config, "teacher", 1), psnr(config, "teacher", 20)
     assert found[0.0][1] < found[0.0][0] - 1
     assert found[1.0][1] > found[1.0][0] - 0.2
     assert found[1.0][0] > found[0.0][0] + 1
-    train_qat(config)
+    train(config, "qat")
     quantised = psnr(config, "student", 1), psnr(config, "student", 20)
     assert quantised[1] > quantised[0] - 0.2

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -18,14 +17,12 @@ import pytest
 import several_processes
 import torch
 from several_processes import train_stage
-from synthetic_run import SIGNALLED, merged, signalled, write_config
+from synthetic_run import SIGNALLED, merged, signalled, tensors_of, train, write_config
+from synthetic_run import state_of as state_in
 from torch import Tensor
 
 from train.config import ConfigError, StageConfig, TrainConfig, load_config
-from train.stages import train_teacher
-from train.state import StateError, load_state
-from train.state_file import read_state_file
-from train.state_shards import is_pointer, save_shards, shards_folder
+from train.state import State, read_state
 from train.trainer import check_shares
 
 pytestmark = pytest.mark.slow
@@ -51,8 +48,12 @@ def curve(config: Path, stage: str = "teacher") -> list[tuple[float, float]]:
     return [(record["loss"], record["grad_norm"]) for record in map(json.loads, lines)]
 
 
-def state_of(config: Path, stage: str = "teacher") -> dict[str, Any]:
-    return load_state(load_config(config, []).run_dir / f"{stage}.pt")
+def state_of(config: Path, stage: str = "teacher") -> State:
+    return state_in(load_config(config, []), stage)
+
+
+def model_in(config: Path) -> dict[str, Tensor]:
+    return tensors_of(state_of(config), "model")
 
 
 def distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
@@ -67,13 +68,11 @@ def assert_same_training(one: Path, several: Path, stage: str = "teacher") -> No
     near, apart = (1e-2, 1e-2) if stage == "qat" else (2e-4, 1e-4)
     assert curve(several, stage) == [pytest.approx(point, rel=near) for point in curve(one, stage)]
     first, second = state_of(one, stage), state_of(several, stage)
-    assert first["step"] == second["step"]
-    for part in ("model", "ema"):
-        assert distance(first[part], second[part]) < apart
-    assert first["optimiser"]["state"].keys() == second["optimiser"]["state"].keys()
-    for i, moments in first["optimiser"]["state"].items():
-        assert moments["step"] == second["optimiser"]["state"][i]["step"]
-        assert distance(moments, second["optimiser"]["state"][i]) < 100 * apart
+    assert first.step == second.step
+    for part in ("model", "ema", "optimiser"):
+        assert distance(tensors_of(first, part), tensors_of(second, part)) < (
+            apart if part != "optimiser" else 100 * apart
+        )
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +107,7 @@ def several(root: Path, one: Path) -> dict[str, Path]:
     }
     train_stage("teacher", load_config(paths["from-one"], ["teacher.steps=3"]))
     run_dir = load_config(paths["fsdp-parts"], []).run_dir
-    run_dir.mkdir()
-    (run_dir / "teacher.pt").write_bytes((load_config(one, []).run_dir / "teacher.pt").read_bytes())
+    shutil.copytree(load_config(one, []).run_dir / "states" / "teacher", run_dir / "states" / "teacher")
     plan: list[str | Path] = []
     for name in ("ddp", "fsdp"):
         plan += ["teacher", paths[name], "qat", paths[name]]
@@ -143,16 +141,15 @@ def test_two_processes_draw_the_samples_of_one(several: dict[str, Path]) -> None
 
 
 def test_a_kept_state_of_shards_is_whole(several: dict[str, Path]) -> None:
-    run_dir = load_config(several["fsdp"], []).run_dir
-    state = load_state(run_dir / "kept" / "teacher-0000004.pt")
-    assert state["step"] == 4
-    assert distance(state["model"], load_state(run_dir / "teacher.pt")["model"]) > 1e-3
+    state = read_state(load_config(several["fsdp"], []).run_dir / "states" / "teacher" / "step-0000004")
+    assert (state.step, state.kept) == (4, True)
+    assert distance(tensors_of(state, "model"), model_in(several["fsdp"])) > 1e-3
 
 
 @pytest.mark.parametrize("how", ["bf16", "bf16-fsdp"])
 def test_gradients_in_bf16_train_nearly_the_same(one: Path, several: dict[str, Path], how: str) -> None:
     """Rounding to 8 bits moves a gradient by up to 0.4%: seen, and small."""
-    apart = distance(state_of(one)["model"], state_of(several[how])["model"])
+    apart = distance(model_in(one), model_in(several[how]))
     assert 1e-4 < apart < 5e-2
 
 
@@ -160,72 +157,46 @@ def test_gradients_are_clipped_by_the_norm_of_the_whole_batch(several: dict[str,
     assert all(norm > STAGE["grad_clip"] for how in ("ddp", "fsdp") for _, norm in curve(several[how]))
 
 
-def test_each_process_writes_its_slices(several: dict[str, Path]) -> None:
-    path = load_config(several["fsdp"], []).run_dir / "teacher.pt"
-    pointer = read_state_file(path)
-    assert is_pointer(pointer)
-    assert pointer["step"] == 6
-    folder = shards_folder(path) / pointer["shards"]
-    assert [each.name for each in shards_folder(path).iterdir()] == [folder.name]
-    sizes = sorted(file.stat().st_size for file in folder.iterdir())
-    assert len(sizes) == 2
-    assert sizes[0] > 0.7 * sizes[1]
-    assert not is_pointer(read_state_file(load_config(several["ddp"], []).run_dir / "teacher.pt"))
+def test_each_process_writes_its_share(several: dict[str, Path]) -> None:
+    for how in ("ddp", "fsdp"):
+        state = state_of(several[how])
+        sizes = sorted(file.stat().st_size for file in state.folder.glob("*.safetensors"))
+        assert len(sizes) == len(state.files) == 2
+        assert sizes[0] > 0.7 * sizes[1]
 
 
-@pytest.mark.parametrize("damage", ["missing", "flipped", "cut"])
-def test_damaged_shards_are_refused(several: dict[str, Path], tmp_path: Path, damage: str) -> None:
-    whole = load_config(several["fsdp"], []).run_dir
-    for name in ("teacher.pt", "teacher.shards"):
-        (shutil.copytree if (whole / name).is_dir() else shutil.copy)(whole / name, tmp_path / name)
-    shard = sorted(tmp_path.glob("teacher.shards/*/*"))[1]
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    if damage == "missing":
-        shard.unlink()
-    else:
-        shard.write_bytes(content if damage == "flipped" else content[:-10])
-    with pytest.raises(StateError, match=f"{shard.name}: {'missing' if damage == 'missing' else 'damaged'}"):
-        load_state(tmp_path / "teacher.pt")
+def test_a_lost_file_of_one_process_is_one_error(several: dict[str, Path], tmp_path: Path) -> None:
+    path = configure(tmp_path, "lost", {"teacher": {"parallel": "fsdp", "steps": 8}})
+    run_dir = load_config(path, []).run_dir
+    shutil.copytree(load_config(several["fsdp"], []).run_dir / "states", run_dir / "states")
+    lost = sorted(state_of(path).folder.glob("*.safetensors"))[1]
+    lost.unlink()
+    (first, said), (second, repeated) = several_processes.train("teacher", path)
+    assert first == second == 2, said + repeated
+    assert f"{lost}: missing; put it back" in said
+    assert "Traceback" not in said + repeated
+    assert "error" not in repeated
 
 
-def test_shards_on_a_full_disk_leave_those_before(tmp_path: Path) -> None:
-    path = tmp_path / "teacher.pt"
-    small, large = {"weight": torch.arange(10.0)}, {"weight": torch.zeros(100_000)}
-    moments = {0: {"step": torch.tensor(4.0), "exp_avg": torch.ones(10)}}
-    optimiser: dict[str, Any] = {"state": moments, "param_groups": []}
-
-    def save(step: int, weights: dict[str, torch.Tensor]) -> None:
-        average = {name: weight.clone() for name, weight in weights.items()}
-        save_shards(path, step=step, model=weights, ema=average, optimiser=optimiser, history=[])
-
-    save(1, small)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    try:
-        with pytest.raises(StateError, match=r"cannot write the training state .*File too large.* is intact") as caught:
-            save(2, large)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "\n" not in str(caught.value)
-    state = load_state(path)
-    assert state["step"] == 1
-    assert torch.equal(state["ema"]["weight"], small["weight"])
-    assert state["optimiser"]["state"][0]["step"] == 4
-    save(2, large)
-    assert [each.name for each in shards_folder(path).iterdir()] == ["step-00000002"]
-
-
-def test_shards_go_on_from_a_file_and_a_file_from_shards(one: Path, several: dict[str, Path]) -> None:
+def test_any_number_of_processes_continues_a_state(one: Path, several: dict[str, Path]) -> None:
     assert_same_training(one, several["from-one"])
-    assert state_of(several["halfway"])["step"] == 3
-    config = load_config(several["halfway"], ["teacher.steps=6", "teacher.parallel=ddp"])
+    assert state_of(several["halfway"]).step == 3
     copy = several["halfway"].with_name("halfway-alone.yaml")
     copy.write_text(several["halfway"].read_text())
-    train_stage("teacher", config)
+    train_stage("teacher", load_config(several["halfway"], ["teacher.steps=6", "teacher.parallel=ddp"]))
     assert_same_training(one, copy)
-    assert not shards_folder(config.run_dir / "teacher.pt").exists()
-    assert [start["processes"] for start in state_of(copy)["history"]] == [2, 1]
+    assert [start["processes"] for start in state_of(copy).history] == [2, 1]
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_three_processes_share_an_odd_batch(tmp_path: Path, how: str) -> None:
+    stage = {"batch_size": 15, "parallel": how}
+    alone, three = (configure(tmp_path, name, {"teacher": stage}) for name in ("alone", "three"))
+    train_stage("teacher", load_config(alone, []))
+    ends = several_processes.train("teacher", three, world=3, TEST_BACKEND="aot_eager")
+    assert [code for code, _ in ends] == [0, 0, 0], ends
+    assert len(state_of(three).files) == 3
+    assert_same_training(alone, three)
 
 
 def test_a_loss_that_is_not_finite_in_one_process_ends_all_with_one_message(
@@ -238,18 +209,16 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_all_with_one_message(
     assert "Traceback" not in said + repeated
     assert "error" not in repeated
     state = state_of(several["spoiled"])
-    assert state["step"] == 2
-    assert all(bool(value.isfinite().all()) for value in state["model"].values())
+    assert state.step == 2
+    assert all(bool(value.isfinite().all()) for value in tensors_of(state).values())
 
 
 def test_a_killed_and_a_terminated_process_lose_nothing(root: Path, one: Path) -> None:
     """Two processes that torchrun started, one killed; two that go on, one terminated; one that ends the work."""
     changes = {"teacher": {"steps": 150, "save_every": 7, "log_every": 5, "parallel": "fsdp"}, "model": {"depth": 1}}
     whole = configure(root, "unbroken", changes)
-    train_teacher(load_config(whole, []))
+    train(load_config(whole, []))
     broken = configure(root, "broken", changes)
-    path = load_config(broken, []).run_dir / "teacher.pt"
-
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = [str(SIGNALLED), "teacher", "-c", str(broken)]
     launcher = subprocess.run(
@@ -263,20 +232,20 @@ def test_a_killed_and_a_terminated_process_lose_nothing(root: Path, one: Path) -
     assert launcher.returncode != 0
     assert [each.pid for each in psutil.process_iter(["cmdline"]) if str(broken) in (each.info["cmdline"] or ())] == []
     assert "process 0 of 2 lost another one" in launcher.stderr
-    assert load_state(path)["step"] == 14
+    assert state_of(broken).step in (7, 14)  # the latter may not have been whole yet
 
     processes = several_processes.start(*arguments, **signalled("teacher", 30, signal.SIGTERM, rank=1))
     (first, said), (second, repeated) = several_processes.finish(processes)
     assert first == second == 2, said + repeated
-    stopped = load_state(path)["step"]
+    stopped = state_of(broken).step
     assert 31 <= stopped <= 40  # the processes agree every 10 steps
     assert f"stopped by SIGTERM at step {stopped} of 150" in said
     assert "error" not in repeated
 
-    train_teacher(load_config(broken, []))
-    assert distance(state_of(whole)["model"], state_of(broken)["model"]) < 1e-2
-    assert distance(state_of(whole)["ema"], state_of(broken)["ema"]) < 1e-2
-    lines = map(json.loads, path.with_suffix(".log.jsonl").read_text().splitlines())
+    train(load_config(broken, []))
+    assert distance(model_in(whole), model_in(broken)) < 1e-2
+    assert distance(tensors_of(state_of(whole), "ema"), tensors_of(state_of(broken), "ema")) < 1e-2
+    lines = map(json.loads, (load_config(broken, []).run_dir / "teacher.log.jsonl").read_text().splitlines())
     assert [line["step"] for line in lines] == list(range(5, 151, 5))
 
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from synthetic_run import REPOSITORY, write_config
+from synthetic_run import REPOSITORY, state_of, write_config
 from tiny_study import write_study
 from typer.testing import CliRunner
 
@@ -17,7 +17,6 @@ from train.ablations.study import load_study
 from train.cli import app
 from train.config import load_config
 from train.memory import memory_table, time_line
-from train.state import load_state
 
 pytestmark = pytest.mark.slow
 
@@ -68,8 +67,8 @@ def test_torchrun_trains_in_two_processes(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PATH": search}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    state = load_state(tmp_path / "run" / "teacher.pt")
-    assert state["step"] == 6
-    assert [start["processes"] for start in state["history"]] == [2]
+    state = state_of(load_config(path, []))
+    assert state.step == 6
+    assert [start["processes"] for start in state.history] == [2]
     records = (tmp_path / "run" / "teacher.log.jsonl").read_text().splitlines()
     assert [json.loads(record)["step"] for record in records] == [1, 2, 3, 4, 5, 6], "the first process alone writes"

@@ -2,8 +2,6 @@
 
 import json
 import math
-import re
-import resource
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,37 +11,37 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic_run import make_config, signalled, train_signalled, write_config, write_photos
+from synthetic_run import (
+    make_config,
+    signalled,
+    state_of,
+    tensors_of,
+    train,
+    train_signalled,
+    write_config,
+    write_photos,
+)
 from torch import Tensor
 
-from train import stages, trainer
+from robuq_core.models.dit import DiT
+from train import trainer
 from train.config import StageConfig, TrainConfig, load_config
-from train.data import BatchSource
+from train.data import BatchSource, read_images
 from train.evaluation.models import load_sampler
 from train.evaluation.samples import draw
-from train.stages import read_images, train_teacher
-from train.state import EMA, StateError, exclusive, load_state, save_state
+from train.state import EMA, State, StateError, find_state, read_state
 from train.trainer import Trainer, TrainingError, learning_rate
 
 LONG = {"teacher": {"steps": 250, "save_every": 7, "log_every": 3}}
 
 
-def weights(path: Path) -> dict[str, Tensor]:
-    """Every number of a state that training goes on from."""
-    state = load_state(path)
-    moments = state["optimiser"]["state"]
-    return {
-        "step": torch.tensor(state["step"]),
-        **{f"model.{name}": value for name, value in state["model"].items()},
-        **{f"ema.{name}": value for name, value in state["ema"].items()},
-        **{f"adam.{i}.{name}": value for i, moment in moments.items() for name, value in moment.items()},
-    }
-
-
-def assert_equal_states(first: Path, second: Path) -> None:
-    left, right = weights(first), weights(second)
+def assert_equal_states(first: State, second: State) -> None:
+    """In every number that training continues from."""
+    assert first.step == second.step
+    left, right = tensors_of(first), tensors_of(second)
     assert left.keys() == right.keys()
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
+    assert first.digest == second.digest
 
 
 def logged_steps(run_dir: Path) -> list[int]:
@@ -51,39 +49,43 @@ def logged_steps(run_dir: Path) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> State:
     """The state at the end of a long run that nothing disturbed."""
     config = make_config(tmp_path_factory.mktemp("unbroken"), LONG)
-    train_teacher(config)
-    return config.run_dir / "teacher.pt"
+    train(config)
+    return state_of(config)
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_with_the_numbers_of_an_unbroken_one(tmp_path: Path, unbroken: Path) -> None:
+@pytest.mark.parametrize(("killed_in", "step", "left"), [("teacher", 17, {7, 14}), ("save", 14, {7})])
+def test_a_killed_run_ends_with_the_numbers_of_an_unbroken_one(
+    tmp_path: Path, unbroken: State, killed_in: str, step: int, left: set[int]
+) -> None:
     path = write_config(tmp_path, LONG)
     config = load_config(path, [])
-    process = train_signalled("teacher", path, signalled("teacher", 17, signal.SIGKILL))
+    process = train_signalled("teacher", path, signalled(killed_in, step, signal.SIGKILL))
     assert process.returncode == -signal.SIGKILL, process.stderr
-    assert load_state(config.run_dir / "teacher.pt")["step"] == 14
+    resumed = state_of(config).step
+    assert resumed in left
 
-    train_teacher(config)
-    assert_equal_states(config.run_dir / "teacher.pt", unbroken)
+    train(config)
+    assert_equal_states(state_of(config), unbroken)
     assert logged_steps(config.run_dir) == list(range(3, 251, 3))
-    assert [start["from_step"] for start in load_state(config.run_dir / "teacher.pt")["history"]] == [0, 14]
+    assert [start["from_step"] for start in state_of(config).history] == [0, resumed]
 
 
 @pytest.mark.slow
-def test_a_terminated_run_saves_its_step_and_ends_with_the_same_numbers(tmp_path: Path, unbroken: Path) -> None:
+def test_a_terminated_run_saves_its_step_and_ends_with_the_same_numbers(tmp_path: Path, unbroken: State) -> None:
     path = write_config(tmp_path, LONG)
     config = load_config(path, [])
     process = train_signalled("teacher", path, signalled("teacher", 17, signal.SIGTERM))
     # Not 0: a script that goes on to the next stage must not take this for a finished one.
     assert process.returncode == 2
-    assert load_state(config.run_dir / "teacher.pt")["step"] == 18
+    assert state_of(config).step == 18
     assert "stopped by SIGTERM at step 18 of 250" in process.stderr
     assert "Traceback" not in process.stderr
-    train_teacher(config)
-    assert_equal_states(config.run_dir / "teacher.pt", unbroken)
+    train(config)
+    assert_equal_states(state_of(config), unbroken)
 
 
 class Crash(Exception):
@@ -98,17 +100,17 @@ def test_a_crash_at_any_step_changes_nothing(
     root = tmp_path_factory.mktemp("crash")
     stage = {"steps": 12, "save_every": save_every}
     whole = make_config(root, {"teacher": stage, "run_dir": str(root / "whole")})
-    train_teacher(whole)
+    train(whole)
     broken = make_config(root, {"teacher": stage, "run_dir": str(root / "broken")})
     for crash in crashes:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(BatchSource, "batch", failing_at(crash, BatchSource.batch))
             try:
-                train_teacher(broken)
+                train(broken)
             except Crash:
-                assert not (path := broken.run_dir / "teacher.pt").exists() or load_state(path)["step"] <= crash
-    train_teacher(broken)
-    assert_equal_states(whole.run_dir / "teacher.pt", broken.run_dir / "teacher.pt")
+                assert (state := find_state(broken.run_dir / "states" / "teacher")) is None or state.step <= crash
+    train(broken)
+    assert_equal_states(state_of(whole), state_of(broken))
     assert logged_steps(broken.run_dir) == list(range(1, 13))
 
 
@@ -127,41 +129,37 @@ def test_the_seed_alone_decides(tmp_path: Path) -> None:
     for name, seed in (("first", 3), ("again", 3), ("other", 4)):
         config = make_config(tmp_path, {"seed": seed, "run_dir": str(tmp_path / name)})
         torch.manual_seed(len(name))
-        train_teacher(config)
-        final[name] = config.run_dir / "teacher.pt"
+        train(config)
+        final[name] = state_of(config)
     assert_equal_states(final["first"], final["again"])
-    other = weights(final["other"])
-    assert all(
-        not torch.equal(value, other[name]) for name, value in weights(final["first"]).items() if "weight" in name
-    )
+    other = tensors_of(final["other"], "model")
+    first = tensors_of(final["first"], "model")
+    assert all(not torch.equal(value, other[name]) for name, value in first.items() if "weight" in name)
 
 
 def test_a_finished_stage_is_left_as_it_is(tmp_path: Path) -> None:
     config = make_config(tmp_path)
-    train_teacher(config)
-    before = load_state(config.run_dir / "teacher.pt")
-    train_teacher(config)
-    after = load_state(config.run_dir / "teacher.pt")
-    assert after["history"] == before["history"]
-    assert after["step"] == before["step"]
-    assert all(torch.equal(value, before["model"][name]) for name, value in after["model"].items())
+    train(config)
+    before = {path: path.stat().st_mtime_ns for path in config.run_dir.rglob("*") if path.is_file()}
+    train(config)
+    assert {path: path.stat().st_mtime_ns for path in config.run_dir.rglob("*") if path.is_file()} == before
     assert logged_steps(config.run_dir) == list(range(1, 7))
 
 
 def test_more_steps_go_on_from_the_end(tmp_path: Path) -> None:
-    train_teacher(make_config(tmp_path))
+    train(make_config(tmp_path))
     config = make_config(tmp_path, {"teacher": {"steps": 8}})
-    train_teacher(config)
-    state = load_state(config.run_dir / "teacher.pt")
-    assert state["step"] == 8
-    assert [start["from_step"] for start in state["history"]] == [0, 6]
+    train(config)
+    state = state_of(config)
+    assert state.step == 8
+    assert [start["from_step"] for start in state.history] == [0, 6]
 
 
 def test_training_lowers_the_loss(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "one_each", per_class=1)
     data = {"path": str(photos), "resize": 8, "flip_probability": 0, "colour_jitter": 0}
     config = make_config(tmp_path, {"teacher": {"steps": 150, "log_every": 25}, "class_dropout": 0, "data": data})
-    train_teacher(config)
+    train(config)
     losses = [json.loads(line)["loss"] for line in (config.run_dir / "teacher.log.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.75 * losses[0]
 
@@ -185,15 +183,15 @@ def test_a_value_that_is_not_finite_ends_the_run_and_keeps_the_state(
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "diffusion_loss", spoiled)
         with pytest.raises(TrainingError, match=r"at step 3; lower teacher\.lr"):
-            train_teacher(config)
-    state = load_state(config.run_dir / "teacher.pt")
-    assert state["step"] == 3
-    assert all(bool(value.isfinite().all()) for value in state["model"].values())
+            train(config)
+    state = state_of(config)
+    assert state.step == 3
+    assert all(bool(value.isfinite().all()) for value in tensors_of(state).values())
 
     unclipped = make_config(tmp_path, {"run_dir": str(whole.run_dir), "teacher": {"grad_clip": None}})
-    train_teacher(unclipped)
-    train_teacher(config)
-    assert_equal_states(config.run_dir / "teacher.pt", whole.run_dir / "teacher.pt")
+    train(unclipped)
+    train(config)
+    assert_equal_states(state_of(config), state_of(whole))
 
 
 def test_a_spoiled_step_is_found_before_the_next_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,18 +205,18 @@ def test_a_spoiled_step_is_found_before_the_next_save(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(trainer, "diffusion_loss", spoiled)
     with pytest.raises(TrainingError, match=r"at step 9; lower teacher\.lr"):
-        train_teacher(config)
-    state = load_state(config.run_dir / "teacher.pt")
-    assert state["step"] == 8
-    assert all(bool(value.isfinite().all()) for value in state["model"].values())
+        train(config)
+    state = state_of(config)
+    assert state.step == 8
+    assert all(bool(value.isfinite().all()) for value in tensors_of(state).values())
 
 
 def test_held_out_figures_change_nothing_in_the_training(tmp_path: Path) -> None:
     plain = make_config(tmp_path, {"run_dir": str(tmp_path / "plain")})
     watched = make_config(tmp_path, {"run_dir": str(tmp_path / "watched"), "teacher": {"eval_every": 3}})
-    train_teacher(plain)
-    train_teacher(watched)
-    assert_equal_states(plain.run_dir / "teacher.pt", watched.run_dir / "teacher.pt")
+    train(plain)
+    train(watched)
+    assert_equal_states(state_of(plain), state_of(watched))
     lines = [json.loads(line) for line in (watched.run_dir / "teacher.log.jsonl").read_text().splitlines()]
     found = {line["step"]: line["held_out_loss"] for line in lines if "held_out_loss" in line}
     assert found.keys() == {3, 6}
@@ -234,18 +232,19 @@ def test_states_are_kept_by_step(tmp_path: Path) -> None:
     )
     stage = {"lr_schedule": "constant", "keep_every": 4, "save_every": 2}
     kept = make_config(tmp_path, {"run_dir": str(tmp_path / "kept"), "teacher": stage})
-    train_teacher(short)
-    train_teacher(kept)
-    assert [path.name for path in (kept.run_dir / "kept").iterdir()] == ["teacher-0000004.pt"]
-    assert_equal_states(kept.run_dir / "kept" / "teacher-0000004.pt", short.run_dir / "teacher.pt")
-    assert load_state(kept.run_dir / "teacher.pt")["step"] == 6
-    sampler, _ = load_sampler(kept, "teacher", kept.run_dir / "kept" / "teacher-0000004.pt")
+    train(short)
+    train(kept)
+    states = kept.run_dir / "states" / "teacher"
+    assert sorted(path.name for path in states.iterdir()) == ["step-0000004", "step-0000006"]
+    assert_equal_states(read_state(states / "step-0000004"), state_of(short))
+    assert state_of(kept).step == 6
+    sampler, _ = load_sampler(kept, "teacher", states / "step-0000004")
     expected, _ = load_sampler(short, "teacher")
     assert torch.equal(draw(sampler, [0, 1], 0), draw(expected, [0, 1], 0))
 
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train_teacher(make_config(tmp_path, {"teacher": {"log_every": 3}}))
+    train(make_config(tmp_path, {"teacher": {"log_every": 3}}))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("teacher ")]
     assert [line.split()[1] for line in lines] == ["3/6", "6/6"]
     assert all({"loss", "steps_per_second", "left"} <= set(line.split()) for line in lines)
@@ -261,152 +260,45 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(tmp_path: Path, caps
     ],
 )
 def test_a_state_of_another_model_is_refused(tmp_path: Path, changes: Mapping[str, Any], expected: str) -> None:
-    train_teacher(make_config(tmp_path))
+    train(make_config(tmp_path))
     config = make_config(tmp_path, {**changes, "run_dir": str(tmp_path / "run")})
     with pytest.raises(StateError, match=expected) as caught:
-        train_teacher(config)
-    assert str(config.run_dir / "teacher.pt") in str(caught.value)
+        train(config)
+    assert str(config.run_dir / "states" / "teacher") in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_a_state_whose_weights_do_not_fit_is_refused(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
-    train_teacher(config)
-    path = config.run_dir / "teacher.pt"
-    whole = load_state(path)
-    for part in ("model", "ema", "optimiser"):
-        save_state(path, **{**whole, part: dict(list(whole[part].items())[1:])})
-        with pytest.raises(StateError, match="does not fit the configuration") as caught:
-            train_teacher(config)
-        assert "\n" not in str(caught.value)
-
-
-@settings(max_examples=40)
-@given(where=st.floats(0, 0.9999), cut=st.booleans(), mask=st.integers(1, 255))
-def test_a_damaged_state_is_refused(
-    tmp_path_factory: pytest.TempPathFactory, saved_state: bytes, where: float, cut: bool, mask: int
-) -> None:
-    """Every cut; and a flipped byte is either noticed or lies where it does not matter."""
-    path = tmp_path_factory.mktemp("damaged") / "teacher.pt"
-    position = int(where * len(saved_state))
-    damaged = bytearray(saved_state)
-    damaged[position] ^= mask
-    path.write_bytes(saved_state[:position] if cut else damaged)
-    raised = None
-    try:
-        assert torch.equal(load_state(path)["model"]["weight"], torch.arange(1000.0))
-    except StateError as error:
-        raised = str(error)
-    assert raised is not None or not cut
-    assert raised is None or re.search(r"teacher\.pt: .*delete it to start the stage again$", raised)
-
-
-@pytest.fixture(scope="module")
-def saved_state(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    path = tmp_path_factory.mktemp("whole") / "teacher.pt"
-    save_state(path, step=1, model={"weight": torch.arange(1000.0)}, ema={}, optimiser={}, history=[])
-    return path.read_bytes()
-
-
-def test_files_that_are_no_states_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "teacher.pt"
-    with pytest.raises(StateError, match="does not exist: run the stage that writes it first"):
-        load_state(path)
-    path.write_text("text")
-    with pytest.raises(StateError, match="not a whole training state"):
-        load_state(path)
-    torch.save({"step": 1}, path)
-    with pytest.raises(StateError, match="not a training state of this project"):
-        load_state(path)
-
-
-class RunsCode:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (Path("ran-by-unpickling"),))
-
-
-def test_a_state_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "teacher.pt"
-    torch.save({"step": RunsCode(), "model": {}, "ema": {}, "optimiser": {}, "history": []}, path)
-    with pytest.raises(StateError):
-        load_state(path)
-    assert not (tmp_path / "ran-by-unpickling").exists()
-
-
-def test_a_state_of_the_trainer_loads_with_weights_only(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
-    train_teacher(config)
-    state = torch.load(config.run_dir / "teacher.pt", weights_only=True)
-    assert set(state) == {"step", "model", "ema", "optimiser", "history"}
-    json.dumps(state["history"])
-
-
-def test_a_full_disk_keeps_the_state_before(tmp_path: Path) -> None:
-    path = tmp_path / "teacher.pt"
-    state: dict[str, Any] = {"model": {}, "ema": {}, "optimiser": {}, "history": []}
-    save_state(path, step=1, **state)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    try:
-        with pytest.raises(StateError, match=r"cannot write the training state .* is intact") as caught:
-            save_state(path, step=2, **{**state, "model": {"weight": torch.zeros(100_000)}})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "\n" not in str(caught.value)
-    assert load_state(path)["step"] == 1
-    assert [each.name for each in tmp_path.iterdir()] == ["teacher.pt"]
-
-
-def test_two_runs_of_one_stage_do_not_mix(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
-    with exclusive(config.run_dir / "teacher.pt"):
-        with pytest.raises(StateError, match="another process trains this stage"):
-            train_teacher(config)
-        with exclusive(config.run_dir / "qat.pt"):
-            pass
-    train_teacher(config)
-
-
-def test_what_a_kill_left_of_a_save_is_removed(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
-    train_teacher(config)
-    (config.run_dir / ".teacher.pt.x1y2z3").write_text("half a state")
-    train_teacher(make_config(tmp_path, {"teacher": {"steps": 8}}))
-    assert [each.name for each in config.run_dir.glob(".*")] == []
 
 
 @pytest.mark.gpu
 def test_a_gpu_trains_what_a_cpu_goes_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {"model": {"learn_sigma": True}, "qat": {"distill_weight": 1.0}}
     config = make_config(tmp_path, changes)
-    train_teacher(config)
-    stages.train_qat(config)
+    train(config)
+    train(config, "qat")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    train_teacher(make_config(tmp_path, {**changes, "teacher": {"steps": 8}}))
-    assert load_state(config.run_dir / "teacher.pt")["step"] == 8
+    train(make_config(tmp_path, {**changes, "teacher": {"steps": 8}}))
+    assert state_of(config).step == 8
 
 
 def test_the_log_drops_a_line_that_a_kill_cut_short(tmp_path: Path) -> None:
     config = make_config(tmp_path)
-    train_teacher(config)
+    train(config)
     with (config.run_dir / "teacher.log.jsonl").open("a") as log:
         log.write('{"step": 7, "lo')
-    train_teacher(make_config(tmp_path, {"teacher": {"steps": 8}}))
+    train(make_config(tmp_path, {"teacher": {"steps": 8}}))
     assert logged_steps(config.run_dir) == list(range(1, 9))
 
 
 def test_every_class_and_the_null_class_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config(tmp_path, {"class_dropout": 0.4, "teacher": {"steps": 20}})
     seen: list[int] = []
-    forward = stages.DiT.forward
+    forward = DiT.forward
 
-    def watched(model: stages.DiT, x: Tensor, timesteps: Tensor, classes: Tensor) -> Tensor:
+    def watched(model: DiT, x: Tensor, timesteps: Tensor, classes: Tensor) -> Tensor:
         seen.extend(classes.tolist())
         return forward(model, x, timesteps, classes)
 
-    monkeypatch.setattr(stages.DiT, "forward", watched)
-    train_teacher(config)
+    monkeypatch.setattr(DiT, "forward", watched)
+    train(config)
     assert set(seen) == set(range(config.model.num_classes + 1))
     assert seen.count(config.model.null_row) / len(seen) == pytest.approx(0.4, abs=0.15)
 
@@ -442,12 +334,12 @@ def test_the_average_moves_by_its_decay(decay: float, step: int, before: float, 
 
 def test_a_teacher_pulls_the_student_only_with_a_weight(tmp_path: Path) -> None:
     config: TrainConfig = make_config(tmp_path)
-    model, other = stages.DiT(config.model), stages.DiT(config.model)
+    model, other = DiT(config.model), DiT(config.model)
     torch.nn.init.normal_(other.final_layer.linear.weight)
     source = BatchSource(read_images(config), config.data, 8, 4, config.seed)
-    alone = Trainer(config, config.qat, model, source, tmp_path / "a.pt", other)
+    alone = Trainer(config, config.qat, model, source, tmp_path / "a", teacher=other)
     pulled = Trainer(
-        config, config.qat.model_copy(update={"distill_weight": 0.5}), model, source, tmp_path / "b.pt", other
+        config, config.qat.model_copy(update={"distill_weight": 0.5}), model, source, tmp_path / "b", teacher=other
     )
     assert alone.teacher is None
     with torch.no_grad():

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -38,9 +39,9 @@ from train.evaluation.reference import compared_with, reference
 from train.evaluation.samples import balanced_classes, draw
 from train.loss import diffusion_loss
 from train.messages import one_line
+from train.run import Run
 from train.sensitivity import FixedBatch, Sensitivity, fixed_set, measure_sensitivity
-from train.stages.models import at_search_width, load_teacher
-from train.stages.run import run_stage
+from train.stages import at_search_width
 from train.state import StateError, locked
 from train.trainer import DivergedError, Trainer
 
@@ -193,7 +194,7 @@ class Teacher:
         self.dataset = open_dataset(config, prepare(config, note=lambda _: None))
 
     def model(self) -> DiT:
-        return load_teacher(self.config).eval().requires_grad_(True)
+        return Run(self.config).teacher().eval().requires_grad_(True)
 
     def source(self, config: TrainConfig, batch_size: int, still: bool = False) -> BatchSource:
         """Batches of the training data; ``still``: not augmented."""
@@ -284,7 +285,7 @@ class Study:
         """Trained first, or continued, if it is not there."""
         config = self.teacher_config(row)
         if config.run_dir not in self._teachers:
-            run_stage("teacher", config, note)
+            Run(config, note).alone("teacher")
             self._teachers[config.run_dir] = Teacher(config, self.config.points)
         return self._teachers[config.run_dir]
 
@@ -385,7 +386,7 @@ class Study:
         config = at_search_width(self.run_config(cell))
         student = self._student(cell, teacher, config.quant)
         if cell.row.search == "warmup":
-            source, state = teacher.source(config, config.warmup.batch_size), path.with_suffix(".pt")
+            source, state = teacher.source(config, config.warmup.batch_size), self.folder / "states" / path.stem
             trainer = Trainer(config, config.warmup, student, source, state)
             trainer.run()
             with trainer.ema.applied_to(student):
@@ -412,13 +413,13 @@ class Study:
         quant = config.quant if found is None else _with_bits(config.quant, found.bits)
         config = config.model_copy(update={"quant": quant})
         student = self._student(cell, teacher, quant)
-        state = path.with_suffix(".pt")
+        state = self.folder / "states" / path.stem
         targets, teacher_loss = teacher.predictions
         mse = loss = fd = None
         distilled = teacher.model() if config.qat.distill_weight and not cell.row.full_precision else None
         try:
             source = teacher.source(config, config.qat.batch_size)
-            trainer = Trainer(config, config.qat, student, source, state, distilled)
+            trainer = Trainer(config, config.qat, student, source, state, teacher=distilled)
             trainer.run()
         except DivergedError:
             pass
@@ -450,9 +451,11 @@ class Study:
         return frechet_distance_of_moments(moments.result(), photos)
 
 
-def _remove_state(path: Path) -> None:
-    for file in (path, path.with_suffix(".log.jsonl")):
-        file.unlink(missing_ok=True)
+def _remove_state(states: Path) -> None:
+    folder = states.parent.parent
+    for path in (states, folder / "tensorboard" / states.name):
+        shutil.rmtree(path, ignore_errors=True)
+    (folder / f"{states.name}.log.jsonl").unlink(missing_ok=True)
 
 
 def _with_bits(quant: QuantConfig, bits: dict[str, int]) -> QuantConfig:

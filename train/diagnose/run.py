@@ -25,8 +25,8 @@ from train.evaluation.models import Which, default_model, model_path, plain_samp
 from train.evaluation.samples import random_classes
 from train.messages import one_line
 from train.progress import tracked
+from train.run import Run
 from train.sensitivity import fixed_set
-from train.stages.models import load_student, load_teacher, resolved_quant
 
 _DRAWN = 8  # images that are drawn to see activations where there are no photos
 
@@ -60,7 +60,7 @@ def diagnosis_of(config: TrainConfig, which: Which | None = None, checkpoint: Pa
     name = chosen if checkpoint is None else checkpoint.stem
     if checkpoint is not None or chosen == "packed":
         return diagnose_packed(config, checkpoint or model_path(config, "packed"), name)
-    model = load_teacher(config) if chosen == "teacher" else load_student(config)[0]
+    model = Run(config).teacher() if chosen == "teacher" else Run(config).student()
     return diagnose_model(config, model, name)
 
 
@@ -68,7 +68,7 @@ def diagnose_model(config: TrainConfig, model: DiT, name: str) -> Diagnosis:
     """Of a plain or fake-quantised model."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.eval().to(device)
-    quant = resolved_quant(config) if name == "student" else config.quant
+    quant = Run(config).quant if name == "student" else config.quant
     watch = LayerWatch(layer_inputs(model, quant), config.model.num_heads, config.seed)
     with torch.no_grad(), observed(model, watch, watch.attention):
         source = _run(config, model, device, lambda: plain_sampler(model, config, name))

@@ -16,8 +16,8 @@ from train.config import TrainConfig
 from train.evaluation.errors import EvaluationError
 from train.evaluation.reference import sample_side
 from train.parallel import training_device
-from train.stages.models import load_student, load_teacher, packed_path, qat_path, resolved_quant, teacher_path
-from train.stages.records import file_digest
+from train.run import Run
+from train.state import file_digest, read_state
 from train.trainer import autocast
 
 Which = Literal["teacher", "student", "packed"]
@@ -77,36 +77,39 @@ def known_model(name: str) -> Which:
     raise EvaluationError(f"--model {name}: choose one of {', '.join(MODELS)}")
 
 
+_STAGES: dict[Which, str] = {"teacher": "teacher", "student": "qat", "packed": "export"}
+
+
 def default_model(config: TrainConfig) -> Which:
     """The last that the run has made."""
     return next((which for which in reversed(MODELS) if model_path(config, which).exists()), "teacher")
 
 
 def model_path(config: TrainConfig, which: Which) -> Path:
-    return {"teacher": teacher_path, "student": qat_path, "packed": packed_path}[which](config)
+    return Run(config).path(_STAGES[which])
 
 
 def load_sampler(config: TrainConfig, which: Which, checkpoint: Path | None = None) -> tuple[Sampler, str]:
-    """The sampler of ``which``, and the SHA-256 of the file it is from.
+    """The sampler of ``which``, and what identifies its weights: the SHA-256 of a packed file, or a state's digest.
 
-    ``checkpoint``: a packed file elsewhere, or a kept state of ``which``, by its suffix ``.pt``.
+    ``checkpoint``: a packed file elsewhere, or the folder of a kept state of ``which``.
 
     Raises:
         StateError, CheckpointError: the file is missing or damaged. EvaluationError: it is of another shape.
     """
-    path = checkpoint or model_path(config, which)
-    kept = checkpoint if checkpoint is not None and checkpoint.suffix == ".pt" else None
+    run = Run(config)
+    kept = checkpoint if checkpoint is not None and checkpoint.is_dir() else None
     if which == "packed" or (checkpoint is not None and kept is None):
-        sampler = Sampler.from_checkpoint(path, decoder=config.data.vae)
-    elif which == "student":
-        quantised = config.model_copy(update={"quant": resolved_quant(config)})
-        sampler = plain_sampler(load_student(config, kept)[0], quantised, which)
+        path = checkpoint or run.path("export")
+        sampler, digest = Sampler.from_checkpoint(path, decoder=config.data.vae), file_digest(path)
     else:
-        sampler = plain_sampler(load_teacher(config, kept), config, which)
-    model, side = config.model, sample_side(config)
-    if (sampler.image_size, sampler.num_classes) != (side, model.num_classes):
+        model, settings = (run.student(kept), run.resolved) if which == "student" else (run.teacher(kept), config)
+        sampler = plain_sampler(model, settings, which)
+        digest = run.digest(_STAGES[which]) if kept is None else read_state(kept).digest
+    network, side = config.model, sample_side(config)
+    if (sampler.image_size, sampler.num_classes) != (side, network.num_classes):
         raise EvaluationError(
             f"{sampler.checkpoint_name} draws {sampler.image_size} px and {sampler.num_classes} classes, but the "
-            f"configuration has {side} px and {model.num_classes}: give the one it was trained with"
+            f"configuration has {side} px and {network.num_classes}: give the one it was trained with"
         )
-    return sampler, file_digest(path)
+    return sampler, digest

@@ -29,14 +29,6 @@ def test_respacing_visits_distinct_original_indices(steps: int) -> None:
     assert (timesteps[0], timesteps[-1]) == (0, 999)
 
 
-def test_respacing_to_250_uses_a_fractional_stride() -> None:
-    timesteps = respaced_timesteps(250)
-    assert timesteps[:5] == [0, 4, 8, 12, 16]
-    assert timesteps[1:] == [round(i * 999 / 249) for i in range(1, 250)]
-    assert respaced_timesteps(1000) == list(range(1000))
-    assert respaced_timesteps(1) == [999]
-
-
 def test_respacing_adds_its_stride_up_at_every_step_count() -> None:
     """As the official code does, written out; at 278 of the counts a product would round some index the other way."""
     others = []

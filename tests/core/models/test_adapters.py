@@ -67,24 +67,16 @@ def test_published_checkpoints_have_these_keys() -> None:
     assert "transformer_blocks.27.norm1.emb.timestep_embedder.linear_2.bias" in diffusers
 
 
-def test_official_weights_compute_what_the_equations_say(tmp_path: Path) -> None:
+@pytest.mark.parametrize("heads", [1, 4])
+def test_official_weights_compute_what_the_equations_say(tmp_path: Path, heads: int) -> None:
     state = random_state(**SMALL)
-    config, model = load_small(_saved(tmp_path, state))
+    config, model = load_small(_saved(tmp_path, state), num_heads=None if heads == 1 else heads)
     assert config == ModelConfig(
-        input_size=6, patch_size=2, in_channels=4, hidden_size=64, depth=2, num_heads=1, num_classes=7
+        input_size=6, patch_size=2, in_channels=4, hidden_size=64, depth=2, num_heads=heads, num_classes=7
     )
     x, timesteps, classes = torch.randn(4, 4, 6, 6), torch.tensor([0, 1, 500, 999]), torch.tensor([0, 3, 6, 7])
     with torch.no_grad():
-        expected = forward(state, x, timesteps, classes, heads=1)
-        assert_floats_agree(model(x, timesteps, classes), expected)
-
-
-def test_heads_split_as_the_equations_say(tmp_path: Path) -> None:
-    state = random_state(**SMALL)
-    _, model = load_small(_saved(tmp_path, state), num_heads=4)
-    x, timesteps, classes = torch.randn(2, 4, 6, 6), torch.tensor([10, 900]), torch.tensor([1, 7])
-    with torch.no_grad():
-        expected = forward(state, x, timesteps, classes, heads=4)
+        expected = forward(state, x, timesteps, classes, heads=heads)
         assert_floats_agree(model(x, timesteps, classes), expected)
 
 
@@ -198,25 +190,6 @@ def test_half_precision_blurs_no_position_scale(tmp_path: Path, dtype: torch.dty
     assert load_dit(_saved(tmp_path, halved), prediction="epsilon", num_classes=3)[0] == config
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_learned_positions_in_half_precision_are_told_too(tmp_path: Path, dtype: torch.dtype) -> None:
-    state = {key: value.to(dtype) for key, value in random_state(**SMALL).items()}
-    state["pos_embed"][0, 4, 7] += 0.1
-    with pytest.raises(WeightsError, match=r"not DiT's sin-cos table; .* keep pos_embed in float32"):
-        load_small(_saved(tmp_path, state))
-
-
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-def test_the_names_of_wrapped_models_are_unwrapped(tmp_path: Path, prefix: str) -> None:
-    state = random_state(**SMALL)
-    wrapped = {f"{prefix}{key}": value for key, value in state.items()}
-    _, model = load_small(_saved(tmp_path, {"model": wrapped}))
-    assert torch.equal(model.get_parameter("blocks.1.mlp.fc2.bias"), state["blocks.1.mlp.fc2.bias"])
-    wrapped["pos_embed"] = wrapped.pop(f"{prefix}pos_embed")
-    with pytest.raises(WeightsError, match=r"x_embedder\.proj\.weight is missing"):
-        load_small(_saved(tmp_path, wrapped))
-
-
 def test_weights_of_this_projects_training_come_in(tmp_path: Path) -> None:
     config = TINY.model_copy(update={"position_scale": 100.0})
     model = _random_dit(config)
@@ -269,11 +242,6 @@ class _Stranger:
     """An object that plain weights have no need of."""
 
 
-def test_nothing_but_weights_is_unpickled(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="not a file of plain torch weights"):
-        load_small(_saved(tmp_path, {"model": _Stranger()}))
-
-
 def test_unusable_files_give_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="no such file"):
         load_dit(tmp_path / "absent.pt")
@@ -289,8 +257,9 @@ def test_unusable_files_give_one_clear_error(tmp_path: Path) -> None:
     write_tiny(tmp_path / "packed.safetensors")
     with pytest.raises(WeightsError, match="a packed checkpoint"):
         load_dit(tmp_path / "packed.safetensors")
-    with pytest.raises(WeightsError, match="in shards"):
-        load_small(_saved(tmp_path, {"step": 1, "shards": "x", "files": [], "history": []}))
+    with pytest.raises(WeightsError, match=r"not a file of plain torch weights .*_Stranger") as refused:
+        load_small(_saved(tmp_path, {"model": _Stranger()}))
+    assert "weights_only" not in str(refused.value)
     with pytest.raises(WeightsError, match="not a state dict"):
         load_small(_saved(tmp_path, [torch.zeros(1)]))
 

@@ -159,12 +159,6 @@ def test_diffusers_runs_what_was_written(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "vae"]
 
 
-def test_a_folder_without_a_decoder_takes_one(tmp_path: Path) -> None:
-    save_diffusers(DiT(CONFIG), tmp_path / "out")
-    pipeline = DiTPipeline.from_pretrained(tmp_path / "out", vae=AutoencoderKL(block_out_channels=(32,)))
-    assert pipeline.transformer.config.num_layers == 3
-
-
 def test_unequal_embedders_are_refused(tmp_path: Path) -> None:
     theirs = _theirs()
     with torch.no_grad():
@@ -244,11 +238,6 @@ def test_every_field_of_another_process_is_refused(folder: Path, changes: dict[s
     with pytest.raises(WeightsError, match=message) as refused:
         load_dit(folder)
     assert "\n" not in str(refused.value)
-
-
-def test_a_range_that_clips_nothing_is_no_other_process(folder: Path) -> None:
-    DDIMScheduler(clip_sample=False, clip_sample_range=3.0).save_pretrained(folder / "scheduler")
-    assert read_weights(folder).diffusion == DiffusionConfig()
 
 
 def test_incomplete_folders_are_named(folder: Path) -> None:

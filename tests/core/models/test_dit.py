@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from robuq_core.config import ModelConfig
-from robuq_core.models.dit import DiT, patchify, sincos_positions, timestep_features, unpatchify
+from robuq_core.models.dit import DiT, patchify, sincos_positions, unpatchify
 from robuq_core.models.presets import PRESETS, preset
 
 SMALL = ModelConfig(input_size=8, patch_size=4, in_channels=3, hidden_size=24, depth=2, num_heads=2, num_classes=5)
@@ -12,20 +12,6 @@ def test_xl_has_the_published_number_of_parameters() -> None:
     with torch.device("meta"):
         model = DiT(preset("DiT-XL/2"))
     assert sum(p.numel() for p in model.parameters()) + model.pos_embed.numel() == 675_129_632
-
-
-def test_parameter_names_are_those_of_the_published_checkpoints() -> None:
-    names = {name for name, _ in DiT(SMALL).named_parameters()}
-    assert {
-        "x_embedder.weight",
-        "t_embedder.mlp.2.bias",
-        "y_embedder.embedding_table.weight",
-        "blocks.1.attn.qkv.weight",
-        "blocks.0.mlp.fc2.bias",
-        "blocks.0.adaLN_modulation.1.weight",
-        "final_layer.linear.weight",
-        "final_layer.adaLN_modulation.1.bias",
-    } <= names
 
 
 def test_a_new_model_outputs_zero_and_blocks_are_the_identity() -> None:
@@ -51,22 +37,6 @@ def test_positions_code_x_in_the_first_half() -> None:
     assert torch.equal(grid[0, :, :8], grid[2, :, :8])
     assert torch.equal(grid[:, 0, 8:], grid[:, 2, 8:])
     assert not torch.equal(grid[0, 0], grid[0, 1])
-
-
-def test_a_larger_position_scale_tells_few_tokens_apart() -> None:
-    def distance(scale: float) -> float:
-        first, second = sincos_positions(256, 2, scale)[:2]
-        return float((first - second).norm())
-
-    assert distance(100.0) > 3 * distance(1.0)
-
-
-def test_flavours_differ_in_their_frequencies() -> None:
-    t = torch.tensor([0, 999])
-    official, diffusers = timestep_features(t, "official"), timestep_features(t, "diffusers")
-    assert official.shape == (2, 256)
-    assert torch.equal(official[0], diffusers[0])
-    assert float((official[1] - diffusers[1]).abs().max()) > 0.5
 
 
 def test_presets_are_named_and_unknown_ones_listed() -> None:

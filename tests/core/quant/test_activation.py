@@ -5,7 +5,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from robuq_core.quant.activation import (
-    GAUSSIAN_STEP,
     ActivationRule,
     Grid,
     fake_quantize_activation,
@@ -49,30 +48,11 @@ def test_error_on_normal_tokens_is_the_published_one(bits: int) -> None:
     assert float((codes * scales - x).square().mean()) == pytest.approx(PUBLISHED_MSE[bits], rel=0.02)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_no_other_step_serves_normal_tokens_better(bits: int) -> None:
-    x = torch.randn(200_000, generator=torch.Generator().manual_seed(7))
-
-    def error(step: float) -> float:
-        top = 2**bits - 1
-        return float(((torch.floor(x / step) * 2 + 1).clamp(-top, top) * step / 2 - x).square().mean())
-
-    best = error(GAUSSIAN_STEP[bits])
-    assert best <= error(GAUSSIAN_STEP[bits] * 1.05)
-    assert best <= error(GAUSSIAN_STEP[bits] * 0.95)
-
-
 def test_a_row_does_not_depend_on_the_others() -> None:
     x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     whole, _ = quantize_activation(x, 2)
     alone = torch.cat([quantize_activation(row[None], 2)[0] for row in x])
     assert torch.equal(whole, alone)
-
-
-@given(bits=BITS, grid=GRIDS)
-def test_zero_tokens_stay_zero(bits: int, grid: Grid) -> None:
-    codes, scales = quantize_activation(torch.zeros(2, 8), bits, grid)
-    assert not (codes * scales).any()
 
 
 @given(bits=BITS, grid=GRIDS, seed=st.integers(0, 2**16))
@@ -141,9 +121,3 @@ def test_every_rule_keeps_zero_tokens_and_passes_gradients(bits: int, rule: Acti
     fake_quantize_activation(x, bits, rule=rule).backward(upstream)
     assert x.grad is not None
     assert torch.equal(x.grad, upstream)
-
-
-@pytest.mark.parametrize("rule", ["gaussian", "lloyd_max", "minmax"])
-def test_every_rule_refuses_other_widths(rule: ActivationRule) -> None:
-    with pytest.raises(ValueError, match=r"1\.\.8"):
-        fake_quantize_activation(torch.ones(1, 4), 9, rule=rule)

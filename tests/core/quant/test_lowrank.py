@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from robuq_core.quant.lowrank import lowrank_split, round_to_storage
+from robuq_core.quant.lowrank import lowrank_split, round_to_storage, truncated_svd
 
 
 @pytest.mark.parametrize("rank", [0, 1, 4, 11])
@@ -39,3 +39,23 @@ def test_zero_init_leaves_the_weight_whole_and_can_learn() -> None:
     # The gradient of A is made of B x: it must not be zero too.
     assert bool(b.any(dim=1).all())
     assert torch.equal(b, lowrank_split(weight, 4, "zero", torch.Generator().manual_seed(1))[1])
+
+
+@pytest.mark.parametrize("shape", [(576, 640), (640, 576)])
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_large_matrices_lose_hardly_more_than_the_best_approximation(shape: tuple[int, int], decay: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    u, s, vh = torch.linalg.svd(torch.randn(shape, generator=generator, dtype=torch.float64), full_matrices=False)
+    spectrum = s * torch.arange(1, len(s) + 1) ** -decay
+    matrix = u * spectrum @ vh
+    left, values, right = truncated_svd(matrix, 16)
+    assert bool((values.diff() <= 0).all())
+    best = spectrum[16:].square().sum()
+    lost = (matrix - left * values @ right).square().sum()
+    assert float(best) <= float(lost) * (1 + 1e-9)
+    assert float(lost) < 1.003 * float(best)
+    eye = torch.eye(16, dtype=torch.float64)
+    torch.testing.assert_close(left.T @ left, eye)
+    torch.testing.assert_close(right @ right.T, eye)
+    again = truncated_svd(matrix, 16)
+    assert all(torch.equal(one, other) for one, other in zip((left, values, right), again, strict=True))

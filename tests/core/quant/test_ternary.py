@@ -86,25 +86,7 @@ def test_planes_of_zero_rows_are_zero(planes: int) -> None:
     assert not alpha.any()
 
 
-def test_a_fit_never_loses_to_where_it_starts() -> None:
-    """Heavy tails are where the step of a normal row is far off."""
-    generator = torch.Generator().manual_seed(3)
-    weight = torch.randn(16, 512, generator=generator) * torch.rand(16, 512, generator=generator).pow(4).mul(9).add(0.1)
-    for planes in (2, 3):
-        top, step = (3**planes - 1) // 2, weight.square().mean(1, keepdim=True).sqrt() * {2: 0.534, 3: 0.217}[planes]
-        fixed = (weight / step).round().clamp(-top, top) * step
-        fitted = ternary_fake_quantize(weight, planes=planes)
-        assert float((weight - fitted).square().mean()) < float((weight - fixed).square().mean())
-
-
 def test_other_numbers_of_planes_are_refused() -> None:
     for planes in (0, 4):
         with pytest.raises(ValueError, match=r"weight_planes must be 1\.\.3"):
             ternary_planes(torch.ones(1, 2), planes)
-
-
-def test_gradient_through_planes_is_the_same() -> None:
-    weight = torch.randn(2, 3, requires_grad=True)
-    ternary_fake_quantize(weight, planes=3).backward(torch.full((2, 3), 2.0))
-    assert weight.grad is not None
-    assert torch.equal(weight.grad, torch.ones(2, 3))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic_run import CLASSES, PER_CLASS, make_config, merged
+from synthetic_run import CLASSES, PER_CLASS, make_config, merged, state_of, train
 from tiny_vae import write_vae
 from torch import Tensor
 
@@ -19,8 +19,7 @@ from robuq_core.pipeline import Sampler
 from train.config import ConfigError, DataConfig, TrainConfig
 from train.data import BatchSource, DataError, LatentDataset, load_dataset, open_dataset, prepare, read_images
 from train.data.preparation import LatentEncoder
-from train.stages import load_teacher, packed_path, run_stage, train_teacher
-from train.state import load_state
+from train.run import Run
 
 CELLS, PIXELS = 4, 8
 SHIFT = torch.tensor([1.0] * 4 + [0.0] * 4).reshape(1, 1, 8, 1, 1)  # of means, not of deviations
@@ -94,11 +93,11 @@ def test_a_batch_draws_from_the_normal_of_the_right_side(step: int, flip: float)
 
 def test_a_teacher_trains_on_latents(tmp_path: Path, vae: Path) -> None:
     config = latent_config(tmp_path, vae, {"class_init": "pca", "teacher": {"steps": 3}})
-    train_teacher(config)
-    state = load_state(config.run_dir / "teacher.pt")
-    assert state["step"] == 3
-    assert state["history"][0]["config"]["data"]["vae"] == vae.name
-    assert load_teacher(config).config.in_channels == 4
+    train(config)
+    state = state_of(config)
+    assert state.step == 3
+    assert state.history[0]["config"]["data"]["vae"] == vae.name
+    assert Run(config).teacher().config.in_channels == 4
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -106,10 +105,10 @@ def test_latents_are_packed_as_latents_however_many_channels_they_have(tmp_path:
     vae = write_vae(tmp_path / "vae", channels=channels)
     config = latent_config(tmp_path, vae, {"model": {"in_channels": channels}})
     for stage in ("teacher", "qat", "export"):
-        run_stage(stage, config, lambda _: None)
-    header = read_header(packed_path(config))
+        train(config, stage)
+    header = read_header(Run(config).path("export"))
     assert (header.model.in_channels, header.decoder) == (channels, "latent")
-    assert Sampler.from_checkpoint(packed_path(config), decoder=vae).image_size == PIXELS
+    assert Sampler.from_checkpoint(Run(config).path("export"), decoder=vae).image_size == PIXELS
 
 
 def test_photos_of_a_latent_run_are_read_afresh(tmp_path: Path, vae: Path) -> None:

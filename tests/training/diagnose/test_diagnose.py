@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from synthetic_run import make_config, write_config
+from synthetic_run import make_config, train, write_config
 from tiny import write_tiny
 from typer.testing import CliRunner
 
@@ -21,7 +21,8 @@ from train.diagnose.capture import LayerInput
 from train.diagnose.run import diagnosis_of
 from train.diagnose.watch import Diagnosis, LayerDiagnosis, LayerWatch
 from train.evaluation.models import MODELS
-from train.stages import export, train_qat, train_teacher
+from train.run import Run
+from train.stages import export
 
 LAYERS = ["adaLN_modulation.1", "attn.proj", "attn.qkv", "mlp.fc1", "mlp.fc2"]
 
@@ -30,9 +31,9 @@ LAYERS = ["adaLN_modulation.1", "attn.proj", "attn.qkv", "mlp.fc1", "mlp.fc2"]
 def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     root = tmp_path_factory.mktemp("trained")
     config = make_config(root, {"sensitivity": {"samples": 6, "batch_size": 4}})
-    train_teacher(config)
-    train_qat(config)
-    export(config, config.run_dir / "model.safetensors")
+    train(config)
+    train(config, "qat")
+    export(Run(config), config.run_dir / "model.safetensors")
     return config
 
 
@@ -208,4 +209,4 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_a_missing_state_is_said(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["diagnose", "-c", str(write_config(tmp_path)), "--model", "student"])
     assert result.exit_code == 2
-    assert "qat.pt does not exist" in " ".join(result.stderr.split())
+    assert "states/qat does not exist" in " ".join(result.stderr.split())

@@ -9,7 +9,7 @@ import pytest
 from click.testing import Result
 from PIL import Image
 from stand_in import PixelNetwork
-from synthetic_run import CLASSES, make_config, write_config, write_idx
+from synthetic_run import CLASSES, make_config, train, write_config, write_idx
 from tiny import write_tiny
 from typer.testing import CliRunner
 
@@ -20,7 +20,8 @@ from train.data import read_images
 from train.evaluation import run as module
 from train.evaluation.models import load_sampler
 from train.evaluation.samples import draw
-from train.stages import export, train_qat, train_teacher
+from train.run import Run
+from train.stages import export
 
 SETS = {"evaluation": {"samples": 6, "seeds": [0, 1, 2], "batch_size": 4}}
 
@@ -39,9 +40,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainConfig
     """A run with a teacher, a student and a packed file."""
     root = tmp_path_factory.mktemp("trained")
     config = make_config(root, SETS)
-    train_teacher(config)
-    train_qat(config)
-    export(config, config.run_dir / "model.safetensors")
+    train(config)
+    train(config, "qat")
+    export(Run(config), config.run_dir / "model.safetensors")
     return root / "run.yaml", config
 
 
@@ -142,9 +143,9 @@ def test_a_grey_model_is_compared_with_images_that_it_was_not_trained_on(tmp_pat
     data = {"path": str(tmp_path / "grey"), "resize": None, "colour_jitter": 0.0}
     path = write_config(tmp_path, {**SETS, "model": {"in_channels": 1}, "data": data})
     config = load_config(path, [])
-    train_teacher(config)
-    train_qat(config)
-    export(config, config.run_dir / "model.safetensors")
+    train(config)
+    train(config, "qat")
+    export(Run(config), config.run_dir / "model.safetensors")
     assert read_header(config.run_dir / "model.safetensors").decoder == "pixels"
     found = {}
     for split in ("train", "test"):
@@ -188,7 +189,7 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
     [
         (["--model", "pupil"], "choose one of teacher, student, packed"),
         (["--model", "packed"], "no such file"),
-        (["--model", "teacher"], "teacher.pt does not exist"),
+        (["--model", "teacher"], "states/teacher does not exist"),
         (["--inception", "absent.pth"], "--inception"),
         (["--protocol", "slow"], "ddpm-cfg-1.5, ddpm-cfg-4.0, quick"),
     ],

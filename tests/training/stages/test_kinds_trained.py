@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from synthetic_run import make_config, merged
+from synthetic_run import make_config, merged, train
 from typer.testing import CliRunner
 
 from robuq_core.checkpoint import read_header
@@ -15,7 +15,7 @@ from robuq_core.pipeline import Sampler
 from train.config import ConfigError, TrainConfig
 from train.evaluation.models import load_sampler
 from train.evaluation.samples import balanced_classes
-from train.stages import load_teacher, run_stage, train_teacher
+from train.run import Run
 
 FLOW: dict[str, Any] = {
     "model": {"flavour": "sit"},
@@ -34,7 +34,7 @@ def test_a_run_of_each_kind_is_exported_as_what_it_is(tmp_path: Path, kind: str)
     changes, (classes, null_class, sampler, scale) = KINDS[kind]
     config = make_config(tmp_path, changes)
     for stage in ("teacher", "warmup", "sensitivity", "qat", "export"):
-        run_stage(stage, config, lambda _: None)
+        train(config, stage)
     path = config.run_dir / "model.safetensors"
     header = read_header(path)
     assert (header.model.num_classes, header.model.null_class) == (classes, null_class)
@@ -52,8 +52,8 @@ def test_a_flow_learns(tmp_path: Path) -> None:
     """Photos of one colour each: the velocity that explains them is found within a few hundred steps."""
     stage = {"steps": 200, "batch_size": 16, "lr": 3e-3, "log_every": 20, "save_every": 200}
     config = make_config(tmp_path, merged(FLOW, {"teacher": stage, "data": {"colour_jitter": 0}}))
-    train_teacher(config)
-    model = load_teacher(config)
+    train(config)
+    model = Run(config).teacher()
     x = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         velocity = model(x, torch.full((8,), 1000.0), torch.arange(8) % 4)
@@ -87,19 +87,19 @@ def test_weights_of_a_flow_are_trained_on(tmp_path: Path, flavour: str, wrong: s
         return make_config(root, merged(FLOW, model))
 
     made = config_for(tmp_path, flavour, None)
-    train_teacher(made)
-    teacher = load_teacher(made)
+    train(made)
+    teacher = Run(made).teacher()
     save_official(teacher, tmp_path / "weights.pt", made.diffusion)
     taken = config_for(tmp_path / "taken", flavour, tmp_path / "weights.pt")
-    run_stage("teacher", taken, lambda _: None)
+    train(taken, "teacher")
     assert all(
-        torch.equal(value, load_teacher(taken).get_parameter(name)) for name, value in teacher.named_parameters()
+        torch.equal(value, Run(taken).teacher().get_parameter(name)) for name, value in teacher.named_parameters()
     )
     with pytest.raises(Exception, match="flavour"):
-        run_stage("teacher", config_for(tmp_path / "other", wrong, tmp_path / "weights.pt"), lambda _: None)
+        train(config_for(tmp_path / "other", wrong, tmp_path / "weights.pt"), "teacher")
     save_official(teacher, tmp_path / "noise.pt", DiffusionConfig())
     with pytest.raises(Exception, match="prediction"):
-        run_stage("teacher", config_for(tmp_path / "noise", flavour, tmp_path / "noise.pt"), lambda _: None)
+        train(config_for(tmp_path / "noise", flavour, tmp_path / "noise.pt"), "teacher")
 
 
 def test_a_folder_of_images_without_classes_is_enough(tmp_path: Path) -> None:
@@ -107,17 +107,17 @@ def test_a_folder_of_images_without_classes_is_enough(tmp_path: Path) -> None:
     photos = Path(config.data.path)
     for file in sorted(photos.glob("*/*")):
         file.rename(photos / f"{file.parent.name}-{file.name}")
-    run_stage("teacher", config, lambda _: None)
+    train(config, "teacher")
     with pytest.raises(Exception, match=r"data\.path"):
-        run_stage("teacher", make_config(tmp_path, {"run_dir": str(tmp_path / "again")}), lambda _: None)
+        train(make_config(tmp_path, {"run_dir": str(tmp_path / "again")}), "teacher")
 
 
 def test_the_commands_run_on_a_flow(tmp_path: Path) -> None:
     from robuq_core.cli import app
 
     config = make_config(tmp_path, FLOW)
-    train_teacher(config)
+    train(config)
     target = tmp_path / "x.safetensors"
-    result = CliRunner().invoke(app, ["convert", str(config.run_dir / "teacher.pt"), str(target), "--ptq"])
+    result = CliRunner().invoke(app, ["convert", str(config.run_dir / "states" / "teacher"), str(target), "--ptq"])
     assert result.exit_code == 0, result.output
     assert read_header(target).diffusion.prediction_type == "flow"

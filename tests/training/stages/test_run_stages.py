@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from synthetic_run import CLASSES, REPOSITORY, make_config, merged, signalled, train_signalled, write_config
+from synthetic_run import (
+    CLASSES,
+    REPOSITORY,
+    make_config,
+    merged,
+    signalled,
+    state_of,
+    tensors_of,
+    train,
+    train_signalled,
+    write_config,
+)
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -26,23 +38,10 @@ from train.cli import app
 from train.config import ConfigError, TrainConfig, load_config
 from train.evaluation import run as evaluation
 from train.evaluation.networks import Features
+from train.run import Run
 from train.sensitivity import Sensitivity, searched_layers
-from train.stages import (
-    STAGES,
-    load_student,
-    load_teacher,
-    load_warmup,
-    resolved_quant,
-    run,
-    run_stage,
-    sensitivity_path,
-    teacher_path,
-    train_qat,
-    train_teacher,
-    warmup_path,
-)
-from train.stages.records import file_digest, read_record
-from train.state import StateError, load_state, save_state
+from train.stages import STAGES
+from train.state import StateError
 from train.trainer import TrainingError
 
 SEARCH = {"allocate": {"average_bits": 2}}
@@ -69,12 +68,13 @@ def pixels_are_features() -> Any:
 def notes_of(config: TrainConfig, redo: tuple[str, ...] = ()) -> dict[str, str]:
     """What a run says of each stage, the last word."""
     notes: list[str] = []
-    run(config, notes.append, redo)
+    Run(config, notes.append).until(redo=redo)
     return {name: text for name, _, text in (note.partition(": ") for note in notes)}
 
 
 def digests(config: TrainConfig) -> dict[str, str]:
-    return {stage.name: file_digest(stage.output(config)) for stage in STAGES if stage.output(config).exists()}
+    run = Run(config)
+    return {name: run.digest(name) for name in NAMES if run.path(name).exists()}
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +94,7 @@ def copied(done: TrainConfig, tmp_path: Path) -> Path:
 
 def test_every_stage_leaves_its_file(done: TrainConfig) -> None:
     assert set(digests(done)) == set(NAMES)
-    for name in NAMES:
-        record = read_record(done.run_dir, name)
-        assert record is not None
-        assert record.finished
+    assert all(state_of(done, stage).finished for stage in ("teacher", "warmup", "qat"))
     table = json.loads((done.run_dir / "bits.json").read_text())
     assert table["average_bits"] <= 2
     assert set(table["compared"]) == {"greedy", "uniform"}
@@ -106,14 +103,14 @@ def test_every_stage_leaves_its_file(done: TrainConfig) -> None:
 
 
 def test_the_found_bits_reach_the_packed_file(done: TrainConfig) -> None:
-    quant = resolved_quant(done)
+    quant = Run(done).quant
     table = json.loads((done.run_dir / "bits.json").read_text())
     assert quant.bits == table["bits"]
     assert len(quant.bits) == 4 * done.model.depth
     header = read_header(done.run_dir / "model.safetensors")
     assert header.quant == quant
     assert header.provenance["qat"]["history"][0]["config"]["quant"]["bits"] == quant.bits
-    student, _ = load_student(done)
+    student = Run(done).student()
     assert {name: student.get_submodule(name).bits for name in quant.bits} == quant.bits
 
 
@@ -134,37 +131,37 @@ def test_a_finished_run_is_left_alone(copied: Path) -> None:
 def test_the_search_is_a_switch(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     notes = notes_of(config)
-    assert {name for name, text in notes.items() if text.startswith("left out, as")} == {
+    assert {name for name, text in notes.items() if text.startswith("skipped, as")} == {
         "warmup",
         "sensitivity",
         "allocate",
     }
-    assert not warmup_path(config).exists()
-    assert resolved_quant(config) == config.quant
+    assert not Run(config).path("warmup").exists()
+    assert Run(config).quant == config.quant
     assert read_header(config.run_dir / "model.safetensors").quant.bits == {}
 
 
 def test_sensitivity_of_the_untrained_student_needs_no_warmup(tmp_path: Path) -> None:
     notes = notes_of(make_config(tmp_path, {**SEARCH, "sensitivity": {"after": "teacher"}}))
-    assert notes["warmup"] == "left out, as nothing starts from it"
-    assert not (tmp_path / "run" / "warmup.pt").exists()
+    assert notes["warmup"] == "skipped, as nothing starts from it"
+    assert not (tmp_path / "run" / "states" / "warmup").exists()
     assert notes["sensitivity"] == "4 layers at 4 widths each, the others at 2 bits"
 
 
 def test_widths_are_searched_around_the_width_of_the_budget(tmp_path: Path) -> None:
     config = make_config(tmp_path, {"allocate": {"average_bits": 2.6}, "quant": {"activation_bits": 2}})
     for stage in ("teacher", "warmup", "sensitivity", "allocate"):
-        run_stage(stage, config, lambda _: None)
-    assert Sensitivity.load(sensitivity_path(config)).reference_bits == 3
-    assert {layer.bits for layer in searched_layers(load_warmup(config)).values()} == {3}
+        train(config, stage)
+    assert Sensitivity.load(Run(config).path("sensitivity")).reference_bits == 3
+    assert {layer.bits for layer in searched_layers(Run(config).warmed_up()).values()} == {3}
     found = json.loads((config.run_dir / "bits.json").read_text())
     assert set(found["resampled"]["bits"]) == set(found["bits"])
-    assert resolved_quant(config).activation_bits == 2
+    assert Run(config).quant.activation_bits == 2
 
 
 def test_a_quantiser_that_is_not_packed_is_measured_as_it_is(tmp_path: Path) -> None:
     notes = notes_of(make_config(tmp_path, {"quant": {"activation": "minmax"}}))
-    assert notes["export"] == "left out, as the packed runtime does not know quant.activation minmax"
+    assert notes["export"] == "skipped, as the packed runtime does not know quant.activation minmax"
     assert notes["evaluate"].startswith("student: ")
 
 
@@ -182,37 +179,37 @@ def test_short_stages_are_made_again_when_their_inputs_change(
     notes: list[str] = []
     config = make_config(copied, merged(SEARCH, changes))
     with suppress(StateError):  # other sensitivities may give other bits, which the student was not trained with
-        run(config, notes.append)
+        Run(config, notes.append).until()
     for name, text in expected.items():
-        assert any(re.search(rf"^{name}: made again, as .*{text}", note) for note in notes), notes
-    assert not any(note.startswith(("teacher: goes", "warmup: goes", "qat: goes")) for note in notes)
+        assert any(re.search(rf"^{name}: rebuilt, as .*{text}", note) for note in notes), notes
+    assert not any(note.startswith(("teacher: continues", "warmup: continues", "qat: continues")) for note in notes)
 
 
 @pytest.mark.parametrize(
-    ("changes", "file", "expected"),
+    ("changes", "stage", "expected"),
     [
-        ({"teacher": {"lr": 0.02}}, "teacher.pt", r"trained with teacher\.lr 0\.01, but the configuration says 0\.02"),
-        ({"teacher": {"steps": 5}}, "teacher.pt", r"teacher\.steps 6, .* says 5"),
-        ({"class_dropout": 0.3}, "teacher.pt", r"class_dropout 0\.1, .* says 0\.3"),
-        ({"seed": 4}, "teacher.pt", r"seed 3, .* says 4"),
-        ({"data": {"colour_jitter": 0}}, "teacher.pt", r"data\.colour_jitter"),
-        ({"data": {"resize": 9}}, "teacher.pt", r"data\.size 10, .* says 9"),
-        ({"quant": {"rank": 4}}, "warmup.pt", r"quant\.rank 2, .* says 4"),
-        ({"qat": {"batch_size": 2}}, "qat.pt", r"qat\.batch_size 4, .* says 2"),
-        ({"qat": {"warm_start": "warmup"}}, "qat.pt", r"content of qat\.warm_start None"),
+        ({"teacher": {"lr": 0.02}}, "teacher", r"trained with teacher\.lr 0\.01, but the configuration says 0\.02"),
+        ({"teacher": {"steps": 5}}, "teacher", r"teacher\.steps 6, .* says 5"),
+        ({"class_dropout": 0.3}, "teacher", r"class_dropout 0\.1, .* says 0\.3"),
+        ({"seed": 4}, "teacher", r"seed 3, .* says 4"),
+        ({"data": {"colour_jitter": 0}}, "teacher", r"data\.colour_jitter"),
+        ({"data": {"resize": 9}}, "teacher", r"data\.size 10, .* says 9"),
+        ({"quant": {"rank": 4}}, "warmup", r"quant\.rank 2, .* says 4"),
+        ({"qat": {"batch_size": 2}}, "qat", r"qat\.batch_size 4, .* says 2"),
+        ({"qat": {"warm_start": "warmup"}}, "qat", r"content of qat\.warm_start None"),
     ],
 )
 def test_long_stages_are_never_thrown_away_unasked(
-    copied: Path, changes: dict[str, Any], file: str, expected: str
+    copied: Path, changes: dict[str, Any], stage: str, expected: str
 ) -> None:
     config = make_config(copied, merged(SEARCH, changes))
-    before = file_digest(config.run_dir / file)
+    before = Run(config).digest(stage)
     with pytest.raises(StateError, match=expected) as caught:
-        run(config, lambda _: None)
-    assert str(config.run_dir / file) in str(caught.value)
-    assert f"robuq-train {Path(file).stem} --redo" in str(caught.value)
+        Run(config, lambda _: None).until()
+    assert str(Run(config).path(stage)) in str(caught.value)
+    assert f"robuq-train {stage} --redo" in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert file_digest(config.run_dir / file) == before
+    assert Run(config).digest(stage) == before
 
 
 def test_what_is_no_input_changes_nothing(copied: Path) -> None:
@@ -227,12 +224,12 @@ def test_what_is_no_input_changes_nothing(copied: Path) -> None:
 def test_more_steps_go_on_and_what_follows_must_be_asked_for(copied: Path) -> None:
     config = make_config(copied, merged(SEARCH, {"teacher": {"steps": 8, "lr": 0.005}}))
     notes: list[str] = []
-    with pytest.raises(StateError, match=r"warmup\.pt: trained with teacher\.pt .*robuq-train warmup --redo"):
-        run(config, notes.append)
-    assert "teacher: goes on, as teacher.steps 6 is now 8, teacher.lr 0.01 is now 0.005" in notes
-    assert load_state(teacher_path(config))["step"] == 8
-    with pytest.raises(StateError, match=r"(qat|warmup)\.pt: made from another teacher\.pt .* robuq-train \w+ --redo"):
-        run_stage("export", config, lambda _: None)
+    with pytest.raises(StateError, match=r"warmup: trained with output of teacher .*robuq-train warmup --redo"):
+        Run(config, notes.append).until()
+    assert "teacher: continues, as teacher.steps 6 is now 8, teacher.lr 0.01 is now 0.005" in notes
+    assert state_of(config).step == 8
+    with pytest.raises(StateError, match=r"(qat|warmup): made from another .*teacher than .* robuq-train \w+ --redo"):
+        train(config, "export")
     notes_of(config, redo=("warmup",))
     assert all(text.startswith("up to date") for text in notes_of(config).values())
 
@@ -245,7 +242,7 @@ def test_redo_makes_a_stage_again_and_all_after_it(copied: Path) -> None:
     assert [name for name in NAMES if notes[name].startswith("up to date")] == ["teacher", "warmup", "sensitivity"]
     after = digests(config)
     assert after["teacher"] == before["teacher"]
-    assert load_state(config.run_dir / "qat.pt")["history"][0]["from_step"] == 0
+    assert state_of(config, "qat").history[0]["from_step"] == 0
     assert [json.loads(line)["step"] for line in (config.run_dir / "qat.log.jsonl").read_text().splitlines()] == [
         1, 2, 3, 4, 5, 6
     ]  # fmt: skip
@@ -254,86 +251,82 @@ def test_redo_makes_a_stage_again_and_all_after_it(copied: Path) -> None:
 def test_a_file_that_was_tampered_with_is_made_again(copied: Path) -> None:
     config = make_config(copied, SEARCH)
     before = digests(config)
-    sensitivity_path(config).write_text("{}")
+    Run(config).path("sensitivity").write_text("{}")
     (config.run_dir / "model.safetensors").unlink()
     notes: list[str] = []
-    run(config, notes.append)
-    assert "sensitivity: looked at again, as sensitivity.json is not the file that it wrote" in notes
+    Run(config, notes.append).until()
+    assert "sensitivity: rebuilt, as sensitivity.json is not the file that it wrote" in notes
     assert "allocate: up to date (bits.json)" in notes
     assert digests(config) == before
 
 
 def test_touching_files_changes_nothing(copied: Path) -> None:
     config = make_config(copied, SEARCH)
-    for stage in STAGES:
-        os.utime(stage.output(config), (1, 1))
+    for path in config.run_dir.rglob("*"):
+        os.utime(path, (1, 1))
     assert all(text.startswith("up to date") for text in notes_of(config).values())
 
 
 def test_bits_of_another_budget_are_not_used(copied: Path) -> None:
     config = make_config(copied, {"allocate": {"average_bits": 3}})
     with pytest.raises(StateError, match=r"found for allocate\.average_bits 2\.0, but the configuration says 3\.0"):
-        train_qat(config)
+        train(config, "qat")
     (config.run_dir / "bits.json").write_text('{"bits": {"blocks.0.attn.qkv": 99}}')
     with pytest.raises(StateError, match=r"bits\.json: not a bit table"):
-        train_qat(config)
+        train(config, "qat")
     (config.run_dir / "bits.json").unlink()
     with pytest.raises(StateError, match=r"bits\.json does not exist: run the stage that writes it first"):
-        train_qat(config)
+        train(config, "qat")
 
 
-def test_a_state_without_a_record_is_taken_at_its_own_word(copied: Path) -> None:
-    config = make_config(copied, SEARCH)
-    for stage in ("teacher", "qat"):
-        (config.run_dir / "stages" / f"{stage}.json").unlink()
-    before = digests(config)
+def test_a_state_brings_its_record_along(copied: Path) -> None:
+    """Copied alone into another run folder, it is taken for what it is."""
+    config = make_config(copied, {"run_dir": str(copied / "other"), "qat": {"lr": 0.5}})
+    shutil.copytree(copied / "run" / "states" / "teacher", copied / "other" / "states" / "teacher")
     notes: list[str] = []
-    run(config, notes.append)
-    assert "teacher: teacher.pt has no record; its own history stands for one" in notes
-    assert "qat: up to date (qat.pt)" in notes
-    assert digests(config) == before
-    (config.run_dir / "stages" / "teacher.json").unlink()
+    Run(config, notes.append).until("qat")
+    assert "teacher: up to date (teacher)" in notes
     with pytest.raises(StateError, match=r"trained with teacher\.lr 0\.01"):
-        train_teacher(make_config(copied, merged(SEARCH, {"teacher": {"lr": 1.0}})))
+        train(make_config(copied, {"run_dir": str(copied / "other"), "teacher": {"lr": 1.0}}))
 
 
 def test_a_damaged_record_is_named(copied: Path) -> None:
     config = make_config(copied, SEARCH)
-    (config.run_dir / "stages" / "qat.json").write_text("[]")
-    with pytest.raises(StateError, match=r"qat\.json: not a readable record .*; delete it"):
-        run(config, lambda _: None)
+    (config.run_dir / "stages" / "export.json").write_text("[]")
+    with pytest.raises(StateError, match=r"export\.json: not a readable record .*; delete it"):
+        Run(config, lambda _: None).until()
 
 
 def test_qat_starts_from_the_warmed_up_student(copied: Path) -> None:
     config = make_config(copied, merged(SEARCH, {"qat": {"warm_start": "warmup", "steps": 1, "lr": 1e-12}}))
-    run_stage("qat", config, lambda _: None, redo=True)
-    student, _ = load_student(config)
-    warm = load_warmup(config)
+    train(config, "qat", redo=True)
+    student = Run(config).student()
+    warm = Run(config).warmed_up()
     for name, value in student.named_parameters():
         torch.testing.assert_close(value, warm.get_parameter(name), atol=1e-6, rtol=0)
 
 
 def test_qat_starts_from_a_run_at_other_bits(copied: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     other = make_config(copied, {"run_dir": str(copied / "a4"), "quant": {"activation_bits": 4}})
-    train_teacher(other)
-    train_qat(other)
-    start = {"qat": {"warm_start": str(copied / "a4" / "qat.pt"), "steps": 1, "lr": 1e-12}}
+    train(other)
+    train(other, "qat")
+    start = {"qat": {"warm_start": str(copied / "a4" / "states" / "qat"), "steps": 1, "lr": 1e-12}}
     config = make_config(copied, merged(SEARCH, start))
-    run_stage("qat", config, lambda _: None, redo=True)
-    student, _ = load_student(config)
-    four, _ = load_student(other)
+    train(config, "qat", redo=True)
+    student = Run(config).student()
+    four = Run(other).student()
     for name, value in student.named_parameters():
         torch.testing.assert_close(value, four.get_parameter(name), atol=1e-6, rtol=0)
     with pytest.raises(StateError, match=r"trained with quant\.seed 0, but the configuration says 1"):
-        run_stage("qat", make_config(copied, merged(start, {"quant": {"seed": 1}})), lambda _: None, redo=True)
-    with pytest.raises(StateError, match=r"qat\.warm_start: .*absent\.pt does not exist"):
-        run_stage("qat", make_config(copied, {"qat": {"warm_start": str(copied / "absent.pt")}}), redo=True)
+        train(make_config(copied, merged(start, {"quant": {"seed": 1}})), "qat", redo=True)
+    with pytest.raises(StateError, match=r"qat\.warm_start: .*absent does not exist"):
+        train(make_config(copied, {"qat": {"warm_start": str(copied / "absent")}}), "qat", redo=True)
 
 
 def official_weights(config: TrainConfig, path: Path) -> Path:
     from robuq_core.models.adapters import save_official
 
-    save_official(load_teacher(config), path, config.diffusion)
+    save_official(Run(config).teacher(), path, config.diffusion)
     return path
 
 
@@ -342,34 +335,34 @@ def test_a_teacher_is_taken_from_elsewhere(done: TrainConfig, tmp_path: Path) ->
     config = make_config(tmp_path, {"teacher": {"pretrained": str(weights)}})
     notes = notes_of(config)
     assert notes["teacher"] == f"taken from {weights}"
-    taken, ours = load_teacher(config), load_teacher(done)
+    taken, ours = Run(config).teacher(), Run(done).teacher()
     assert all(torch.equal(value, ours.get_parameter(name)) for name, value in taken.named_parameters())
     assert (
         read_header(config.run_dir / "model.safetensors").provenance["teacher"]["history"][0]["pretrained"] == "DiT.pt"
     )
-    assert all(text.startswith(("up to date", "left out")) for text in notes_of(config).values())
+    assert all(text.startswith(("up to date", "skipped")) for text in notes_of(config).values())
     # Neither the schedule nor the data made these weights.
     idle = {"teacher": {"pretrained": str(weights), "lr": 9.0}, "class_dropout": 0.1}
-    run_stage("teacher", make_config(tmp_path, idle), lambda text: notes.update(last=text))
-    assert notes["last"] == "teacher: up to date (teacher.pt)"
-    save_state(weights, **load_state(teacher_path(done)))
+    Run(make_config(tmp_path, idle), lambda text: notes.update(last=text)).alone("teacher")
+    assert notes["last"] == "teacher: up to date (teacher)"
+    weights.write_bytes(weights.read_bytes() + b"more")
     with pytest.raises(StateError, match=r"trained with content of teacher\.pretrained"):
-        run_stage("teacher", config, lambda _: None)
+        train(config, "teacher")
 
 
 def test_weights_of_another_shape_are_named(done: TrainConfig, tmp_path: Path) -> None:
     weights = official_weights(done, tmp_path / "DiT.pt")
     config = make_config(tmp_path, {"teacher": {"pretrained": str(weights)}, "model": {"depth": 2}})
     with pytest.raises(ConfigError, match=r"model\.depth is 1 there, not 2; write into the configuration"):
-        train_teacher(config)
-    assert not teacher_path(config).exists()
+        train(config)
+    assert not Run(config).path("teacher").exists()
     with pytest.raises(StateError, match=r"teacher\.pretrained: .*absent does not exist"):
-        train_teacher(make_config(tmp_path, {"teacher": {"pretrained": str(tmp_path / "absent")}}))
+        train(make_config(tmp_path, {"teacher": {"pretrained": str(tmp_path / "absent")}}))
 
 
 def test_a_loss_that_is_not_finite_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, compute = make_config(tmp_path, {"qat": {"save_every": 1}}), trainer.diffusion_loss
-    train_teacher(config)
+    train(config)
     calls = iter(range(100))
 
     def spoiled(*arguments: Any) -> Tensor:
@@ -379,12 +372,12 @@ def test_a_loss_that_is_not_finite_costs_nothing(tmp_path: Path, monkeypatch: py
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "diffusion_loss", spoiled)
         with pytest.raises(TrainingError, match=r"loss is nan .* at step 4; lower qat\.lr and run again"):
-            run(config, lambda _: None)
-    assert load_state(config.run_dir / "qat.pt")["step"] == 4
+            Run(config, lambda _: None).until()
+    assert state_of(config, "qat").step == 4
     notes: list[str] = []
-    run(make_config(tmp_path, {"qat": {"save_every": 1, "lr": 0.001}}), notes.append)
-    assert "qat: goes on, as qat.lr 0.01 is now 0.001" in notes
-    assert load_state(config.run_dir / "qat.pt")["step"] == 6
+    Run(make_config(tmp_path, {"qat": {"save_every": 1, "lr": 0.001}}), notes.append).until()
+    assert "qat: continues, as qat.lr 0.01 is now 0.001" in notes
+    assert state_of(config, "qat").step == 6
 
 
 @pytest.mark.parametrize("file", ["data/00000.npy", *(stage.writes for stage in STAGES)])
@@ -402,20 +395,22 @@ def test_a_full_disk_ends_a_run_in_one_line_and_costs_no_stage(
             self.replace = Path.replace
 
         def __call__(self, source: Path, target: Path) -> Path:
-            if target.name == victim.name:
+            if file in str(target):
                 raise OSError(errno.ENOSPC, "No space left on device", str(target))
             return self.replace(source, target)
 
     full = Full()
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", lambda source, target: full(source, target))
+        patch.setattr(Path, "rename", lambda source, target: full(source, target))
         result = CliRunner().invoke(app, ["run", "-c", str(path)])
     assert result.exit_code == 2, result.output
     message = result.stderr.strip().splitlines()
     assert len(message) == 1
     assert "No space left on device" in message[0]
     assert victim.name in message[0]
-    assert not (config.run_dir / file).exists()
+    assert not (config.run_dir / file).is_file()
+    assert not any((config.run_dir / file).glob("*"))
     assert [each for each in config.run_dir.rglob(".*") if each.is_file()] == []
     notes = notes_of(config)
     later = NAMES[NAMES.index(next((s.name for s in STAGES if s.writes == file), "teacher")) :]
@@ -434,13 +429,12 @@ def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(
 ) -> None:
     path = write_config(tmp_path, {**SEARCH, killed_in: {"save_every": 1}})
     config = load_config(path, [])
-    process = train_signalled("run", path, signalled(killed_in, 1, signal.SIGKILL))
+    process = train_signalled("run", path, signalled(killed_in, 3, signal.SIGKILL))
     assert process.returncode == -signal.SIGKILL, process.stderr
-    assert load_state(config.run_dir / f"{killed_in}.pt")["step"] == 1
-    run(config, lambda _: None)
-    for name in ("teacher.pt", "qat.pt"):
-        ours, theirs = load_state(config.run_dir / name)["ema"], load_state(done.run_dir / name)["ema"]
-        assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    assert (config.run_dir / f"{killed_in}.log.jsonl").exists()
+    Run(config, lambda _: None).until()
+    for name in ("teacher", "qat"):
+        assert state_of(config, name).digest == state_of(done, name).digest
 
 
 def invoke(*arguments: str, code: int = 0) -> str:
@@ -456,7 +450,7 @@ def test_the_command_line_runs_all_and_each(copied: Path) -> None:
     assert invoke("prepare", "-c", path, "--verify").strip() == "prepare: 1 shards are as they were written"
     for name in ("teacher", "warmup", "sensitivity", "allocate", "qat", "export"):
         assert invoke(name, "-c", path).startswith(f"{name}: up to date")
-    assert "allocate: made again, as asked" in invoke("allocate", "-c", path, "--redo")
+    assert "allocate: rerun, as asked" in invoke("allocate", "-c", path, "--redo")
     assert "no such stage; one of teacher, warmup" in invoke("run", "-c", path, "--redo", "pack", code=2)
     assert "allocate.average_bits is null" in invoke("allocate", "-c", path, "-s", "allocate.average_bits=null", code=2)
 
@@ -506,7 +500,7 @@ def test_two_processes_run_it_together(tmp_path: Path, done: TrainConfig) -> Non
     assert result.stdout.count("prepare: 8 images of 4 classes") == 1
     assert result.stdout.count("export: wrote") == 1
     config = load_config(path, [])
-    ours, theirs = load_state(teacher_path(config))["ema"], load_state(teacher_path(done))["ema"]
+    ours, theirs = tensors_of(state_of(config), "ema"), tensors_of(state_of(done), "ema")
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], atol=1e-4, rtol=1e-3)
 

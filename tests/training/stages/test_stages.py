@@ -9,7 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 from agreement import assert_networks_agree, run_packed, run_training
-from synthetic_run import CLASSES, PER_CLASS, REPOSITORY, make_config, merged, settings, write_config, write_photos
+from synthetic_run import (
+    CLASSES,
+    PER_CLASS,
+    REPOSITORY,
+    make_config,
+    merged,
+    settings,
+    state_of,
+    tensors_of,
+    train,
+    write_config,
+    write_photos,
+)
 from typer.testing import CliRunner
 
 from robuq_core.checkpoint import read_checkpoint, read_header
@@ -19,10 +31,11 @@ from robuq_core.pipeline import Sampler
 from train import provenance
 from train.cli import app
 from train.config import ConfigError, load_config
-from train.data import ImageDataset
-from train.provenance import data_digest, git_commit, run_provenance
-from train.stages import export, initialise_class_table, load_student, load_teacher, train_qat, train_teacher
-from train.state import StateError, load_state
+from train.data import ImageDataset, data_digest
+from train.provenance import git_commit, run_provenance
+from train.run import Run
+from train.stages import export, initialise_class_table
+from train.state import StateError
 
 NAMES = ("tench", "goldfish", "great white shark", "tiger shark")
 
@@ -60,11 +73,9 @@ def test_the_packed_file_draws_pictures(trained: tuple[Path, Path]) -> None:
 
 def test_the_packed_file_is_the_averaged_student(trained: tuple[Path, Path]) -> None:
     config = load_config(trained[0], [])
-    student, _ = load_student(config)
-    state = load_state(config.run_dir / "qat.pt")
-    assert all(
-        torch.equal(value, state["ema"][name]) for name, value in student.state_dict().items() if name in state["ema"]
-    )
+    student = Run(config).student()
+    average = tensors_of(state_of(config, "qat"), "ema")
+    assert all(torch.equal(value, average[name]) for name, value in student.state_dict().items() if name in average)
     with torch.no_grad():  # the file keeps embedders and final layer in fp16
         for name, parameter in student.named_parameters():
             if not name.startswith("blocks."):
@@ -77,8 +88,8 @@ def test_the_packed_file_is_the_averaged_student(trained: tuple[Path, Path]) -> 
 
 def test_the_student_starts_from_the_averaged_teacher(trained: tuple[Path, Path], tmp_path: Path) -> None:
     config = load_config(trained[0], [])
-    ema = load_state(config.run_dir / "teacher.pt")["ema"]
-    teacher = load_teacher(config)
+    ema = tensors_of(state_of(config), "ema")
+    teacher = Run(config).teacher()
     assert all(torch.equal(value, ema[name]) for name, value in teacher.named_parameters())
 
 
@@ -110,7 +121,7 @@ def test_the_header_keeps_no_absolute_path(trained: tuple[Path, Path]) -> None:
 
 
 def test_a_second_export_writes_the_same_bytes(trained: tuple[Path, Path], tmp_path: Path) -> None:
-    export(load_config(trained[0], []), tmp_path / "again.safetensors")
+    export(Run(load_config(trained[0], [])), tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == trained[1].read_bytes()
 
 
@@ -120,18 +131,18 @@ def test_export_refuses_another_quantisation_than_was_trained(
 ) -> None:
     config = load_config(trained[0], [key])
     with pytest.raises(StateError, match=f"trained with {key.partition('=')[0]}"):
-        export(config, tmp_path / "never.safetensors")
+        export(Run(config), tmp_path / "never.safetensors")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("stage", "arguments", "missing"),
-    [("qat", [], "teacher.pt"), ("export", ["--out", "x"], "qat.pt"), ("evaluate", ["--classes", "2"], "teacher.pt")],
+    [("qat", [], "teacher"), ("export", ["--out", "x"], "teacher"), ("evaluate", ["--classes", "2"], "teacher")],
 )
 def test_a_stage_without_the_one_before_says_so(tmp_path: Path, stage: str, arguments: list[str], missing: str) -> None:
     errors = run(stage, "-c", str(write_config(tmp_path)), *arguments, code=2)
     assert errors.startswith("error: ")
-    assert f"{missing} does not exist: run the stage that writes it first" in errors
+    assert f"states/{missing} does not exist: run the stage that writes it first" in errors
     assert len(errors.splitlines()) == 1
 
 
@@ -166,10 +177,10 @@ def test_a_run_dir_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 
 def test_class_names_must_be_one_a_class_before_the_student_trains(tmp_path: Path) -> None:
     config = make_config(tmp_path)
-    train_teacher(config)
+    train(config)
     (tmp_path / "names.txt").write_text("one\ntwo\n")
     with pytest.raises(ConfigError, match=r"has 2 names but model\.num_classes is 4"):
-        train_qat(make_config(tmp_path, {"data": {"class_names": str(tmp_path / "names.txt")}}))
+        train(make_config(tmp_path, {"data": {"class_names": str(tmp_path / "names.txt")}}), "qat")
 
 
 def table_of(root: Path, dataset: ImageDataset, **changes: object) -> torch.Tensor:
@@ -243,7 +254,7 @@ def test_absolute_paths_are_cut_to_their_names(tmp_path: Path, monkeypatch: pyte
     arguments = ["-c/home/me/run.yaml", "--config=/home/me/run.yaml", "-s", "data.path=/data/x.zip", "a/b.yaml", "/x/y"]
     monkeypatch.setattr(sys, "argv", ["/usr/bin/robuq-train", *arguments])
     tree = merged(settings(tmp_path), {"data": {"class_names": "configs/names.txt"}})
-    made = run_provenance(make_config(tmp_path, tree))
+    made = run_provenance(make_config(tmp_path, tree), "0")
     assert made["command"] == "robuq-train -crun.yaml --config=run.yaml -s data.path=x.zip a/b.yaml y"
     assert made["config"]["run_dir"] == "run"
     assert made["config"]["data"]["path"] == "photos"

@@ -1,0 +1,421 @@
+"""A run: its configuration, its folder, its data opened once, and which of its stages are up to date.
+
+Files below ``run_dir``: ``data/`` (prepared samples), ``states/teacher``, ``states/warmup`` and ``states/qat``
+(:mod:`train.state`) with ``STAGE.log.jsonl``, ``sensitivity.json``, ``bits.json``, ``model.safetensors``,
+``evaluation.json``, ``config.yaml`` (as last used) and ``stages/`` (what each short stage was made from).
+
+One comparison decides whether a stage is up to date: its inputs, recorded when it ran, with its inputs now. Inputs are
+settings, digests of the data, and digests of what earlier stages wrote. A short stage that is not up to date is
+rebuilt; one that trains continues if only its schedule changed, and is otherwise refused with the way out.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from safetensors import SafetensorError
+
+from robuq_core.classes import read_names
+from robuq_core.config import QuantConfig, StrictModel
+from robuq_core.errors import UserError
+from robuq_core.files import read_json, replacing
+from robuq_core.models.dit import DiT
+from robuq_core.models.quant_linear import quantize_model
+from train.config import ConfigError, TrainConfig
+from train.data import Dataset, Index, data_digest, open_dataset, prepare
+from train.messages import one_line
+from train.parallel import from_first, on_first
+from train.stages import BY_NAME, STAGES, Stage, at_search_width, quant_settings
+from train.state import State, StateError, file_digest, find_state, latest_state, locked, read_state
+from train.trainer import meaning_of_weights
+
+Note = Callable[[str], None]
+Changed = dict[str, tuple[Any, Any]]
+
+# Keys of a training stage that do not change its numbers beyond rounding, or whose file's content is compared instead.
+_IDLE = {"save_every", "keep_every", "log_every", "eval_every", "eval_samples", "accumulate",
+         "activation_checkpointing", "parallel", "pretrained", "warm_start"}  # fmt: skip
+
+
+class Record(StrictModel):
+    """What a stage was made from, by name, and the digest of what it wrote."""
+
+    inputs: dict[str, Any]
+    output: str
+    finished: bool = True
+
+
+class Run:
+    """The stages of one configuration, in one folder. Of several processes each makes the same run.
+
+    Args:
+        note: receives one line for everything that is done or left as it is.
+        base: another run, of the same data and model, whose prepared data and teacher this one uses.
+    """
+
+    def __init__(self, config: TrainConfig, note: Note = print, base: Run | None = None) -> None:
+        self.config: TrainConfig = config
+        self.folder: Path = config.run_dir
+        self.base, self._note = base, note
+
+    def note(self, text: str) -> None:
+        """Pass one line on, from the first process."""
+        on_first(partial(self._note, text))
+
+    # The data.
+
+    @cached_property
+    def index(self) -> Index:
+        """The prepared data, brought up to date when first asked for."""
+        return self.base.index if self.base is not None else prepare(self.config, self._note)
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The prepared samples, mapped into memory."""
+        return self.base.dataset if self.base is not None else open_dataset(self.config, self.index)
+
+    @cached_property
+    def held_out(self) -> Run:
+        """This run on the part of the data that samples are compared with, ``evaluation.split``."""
+        split = self.config.evaluation.split
+        if split == self.config.data.split:
+            return self
+        data = self.config.data.model_copy(update={"split": split})
+        return Run(self.config.model_copy(update={"data": data}), lambda _: None)
+
+    # What the stages write, and the models in it.
+
+    def path(self, stage: str) -> Path:
+        """The file, or folder of states, that ``stage`` writes."""
+        if self.base is not None and stage == "teacher":
+            return self.base.path(stage)
+        return self.folder / BY_NAME[stage].writes
+
+    def digest(self, stage: str) -> str:
+        """What identifies the output of ``stage``.
+
+        Raises:
+            StateError: it does not exist.
+        """
+        path = self.path(stage)
+        if BY_NAME[stage].trains:
+            return latest_state(path).digest
+        if not path.is_file():
+            raise StateError(f"{path} does not exist: run the stage that writes it first")
+        return file_digest(path)
+
+    def teacher(self, state: Path | None = None) -> DiT:
+        """The full-precision model with the averaged weights of the latest state, or of the one at ``state``."""
+        model = DiT(self.config.model)
+        self._state("teacher", state).load_average(model, meaning_of_weights(self.config))
+        return model
+
+    def student(self, state: Path | None = None) -> DiT:
+        """The fake-quantised model with the averaged weights of the latest state, or of the one at ``state``."""
+        return self._quantized(self._state("qat", state), self.quant)
+
+    def warmed_up(self) -> DiT:
+        """The student of the warm-up, every layer at the width that others are searched around."""
+        return self._quantized(latest_state(self.path("warmup")), at_search_width(self.config).quant)
+
+    def _state(self, stage: str, folder: Path | None) -> State:
+        return latest_state(self.path(stage)) if folder is None else read_state(folder)
+
+    def _quantized(self, state: State, quant: QuantConfig) -> DiT:
+        model = quantize_model(DiT(self.config.model), quant)
+        state.load_average(model, {**meaning_of_weights(self.config), **quant_settings(quant)})
+        return model
+
+    @property
+    def quant(self) -> QuantConfig:
+        """``quant`` with the activation width of every layer as the run found it: ``bits.json``, if it searches.
+
+        Raises:
+            StateError: no usable ``bits.json``, or one of another budget or method than is configured.
+        """
+        config, path = self.config, self.path("allocate")
+        if config.allocate.average_bits is None:
+            return config.quant
+        try:
+            table = read_json(path)
+            quant = config.quant.model_validate({**config.quant.model_dump(), "bits": table["bits"]})
+            made = {"average_bits": table["budget_bits"], "method": table["method"]}
+        except FileNotFoundError as error:
+            raise StateError(f"{path} does not exist: run the stage that writes it first") from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StateError(f"{path}: not a bit table; delete it and run the allocate stage again") from error
+        for key, found in made.items():
+            if found != (wanted := getattr(config.allocate, key)):
+                raise StateError(f"{path}: found for allocate.{key} {found}, but the configuration says {wanted}; run "
+                                 "the allocate stage again")  # fmt: skip
+        return quant
+
+    @property
+    def resolved(self) -> TrainConfig:
+        """The configuration with :attr:`quant` in it."""
+        return self.config.model_copy(update={"quant": self.quant})
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names in ``data.class_names``, one per class; empty if none are configured.
+
+        Raises:
+            ConfigError: the file cannot be read, or does not have one name for each class.
+        """
+        path, classes = self.config.data.class_names, self.config.model.num_classes
+        if path is None:
+            return ()
+        try:
+            names = read_names(path)
+        except UserError as error:
+            raise ConfigError(f"data.class_names: {error}") from error
+        if len(names) != classes:
+            raise ConfigError(f"data.class_names: {path} has {len(names)} names but model.num_classes is {classes}")
+        return names
+
+    # Running stages.
+
+    def until(self, last: str = "evaluate", redo: Collection[str] = ()) -> Run:
+        """Run every stage that the configuration calls for, in order, up to ``last``; returns the run.
+
+        Args:
+            redo: stages to rerun, with all that follow the first of them.
+
+        Raises:
+            UserError: of the first stage that fails; those before it are kept.
+        """
+        _ = self.class_names  # export needs them: better a clear error now than after the training
+        self.prepare()
+        again = False
+        for stage in STAGES:
+            again = again or stage.name in redo
+            if self.base is not None and stage.name == "teacher":
+                continue
+            reason = stage.skipped(self.config)
+            if reason is None:
+                self._bring_up_to_date(stage, again)
+            else:
+                self.note(f"{stage.name}: skipped, as {reason}")
+            if stage.name == last:
+                break
+        return self
+
+    def prepare(self, verify: bool = False) -> None:
+        """Bring the prepared data up to date; ``verify``: also read every shard and compare its checksum."""
+        notes: list[str] = []  # of the first process
+
+        def listen(text: str) -> None:
+            notes.append(text)
+            self._note(text)
+
+        if self.base is None:
+            self.index = prepare(self.config, listen, verify)
+        on_first(lambda: self._keep_config(self.config))
+        if from_first(lambda: not notes):
+            index = self.index
+            self.note(f"prepare: up to date ({index.count} {index.kind} in {len(index.shards)} shards)")
+
+    def alone(self, name: str, redo: bool = False) -> Run:
+        """Run one stage from what the stages before it left; returns the run.
+
+        Raises:
+            StateError: what they left was not made from one another. UserError: the stage's own.
+        """
+        on_first(lambda: self.check_lineage(BY_NAME[name]))
+        self._bring_up_to_date(BY_NAME[name], redo)
+        return self
+
+    def _bring_up_to_date(self, stage: Stage, redo: bool) -> None:
+        _ = self.class_names
+        config = stage.resolve(self)
+        inputs = self._inputs(stage, config)
+        if not from_first(lambda: self._begin(stage, config, inputs, redo)):
+            return
+        if stage.trains or stage.together:
+            stage.work(self, config, inputs)
+        else:
+            on_first(lambda: self._work_alone(stage, config, inputs))
+        if not stage.trains:  # a state keeps its inputs itself
+            on_first(lambda: self._write_record(stage, inputs))
+
+    def _work_alone(self, stage: Stage, config: TrainConfig, inputs: dict[str, Any]) -> None:
+        try:
+            stage.work(self, config, inputs)
+        except (OSError, SafetensorError) as error:
+            raise StateError(f"{self.path(stage.name)}: cannot be written ({one_line(error)}); free some space and run "
+                             "again") from error  # fmt: skip
+
+    def _inputs(self, stage: Stage, config: TrainConfig) -> dict[str, Any]:
+        """Everything that the result of ``stage`` depends on, by name."""
+        found: dict[str, Any] = {f"output of {name}": self.digest(name) for name in stage.reads(config)}
+        found.update(settings_of(config, *stage.settings(config)))
+        if stage.on_data(config):
+            found.update({f"data.{key}": value for key, value in self.index.made_with.items()})
+            found["content of data.path"] = self.index.digests["data"]
+            found["content of data.vae"] = self.index.digests.get("vae")
+        for key, path in stage.starts_from(self).items():
+            found[f"content of {key}"] = None if path is None else _content(key, path)
+        as_read_back: dict[str, Any] = json.loads(json.dumps(found))  # tuples are lists
+        return as_read_back
+
+    # Records.
+
+    def _record(self, stage: Stage) -> Record | None:
+        """What the output of ``stage`` was made from; none if there is none."""
+        if stage.trains:
+            state = find_state(self.path(stage.name))
+            return None if state is None else Record(inputs=state.inputs, output=state.digest, finished=state.finished)
+        path = self._record_path(stage)
+        try:
+            return Record.model_validate_json(path.read_bytes()) if self.path(stage.name).exists() else None
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValidationError) as error:
+            raise StateError(f"{path}: not a readable record ({one_line(error)}); delete it, and the stage is rebuilt"
+                             ) from error  # fmt: skip
+
+    def _record_path(self, stage: Stage) -> Path:
+        return self.folder / "stages" / f"{stage.name}.json"
+
+    def _write_record(self, stage: Stage, inputs: dict[str, Any]) -> None:
+        record = Record(inputs=inputs, output=self.digest(stage.name))
+        _write(self._record_path(stage), json.dumps(record.model_dump(mode="json"), indent=1) + "\n")
+
+    def _begin(self, stage: Stage, config: TrainConfig, inputs: dict[str, Any], redo: bool) -> bool:
+        """Whether there is work to do."""
+        path, name = self.path(stage.name), stage.name
+        if redo:
+            self._forget(stage)
+            self.note(f"{name}: rerun, as asked")
+        record = self._record(stage)
+        if record is not None:
+            changed = {key: pair for key, pair in changes(record.inputs, inputs).items() if _matters(key)}
+            intact = record.output == self.digest(name)
+            if record.finished and intact and not changed:
+                self.note(f"{name}: up to date ({path.name})")
+                return False
+            if stage.trains:
+                _check_continuation(stage, path, changed, record.finished)
+            if changed:
+                self.note(f"{name}: {'continues' if stage.trains else 'rebuilt'}, as {_described(changed)}")
+            elif not intact:
+                self.note(f"{name}: rebuilt, as {path.name} is not the file that it wrote")
+        self._keep_config(config)
+        return True
+
+    def _forget(self, stage: Stage) -> None:
+        """Remove what ``stage`` wrote, unless another process is at it."""
+        path = self.path(stage.name)
+        with locked(path) if stage.trains else nullcontext():
+            for file in (self._record_path(stage), self.folder / f"{stage.name}.log.jsonl"):
+                file.unlink(missing_ok=True)
+            if path.is_file():
+                path.unlink()
+            for folder in (path, self.folder / "tensorboard" / stage.name):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def check_lineage(self, stage: Stage) -> None:
+        """Check that every output that ``stage`` stands on was made from the outputs that are there now.
+
+        Raises:
+            StateError: one was made from another; the message names the stage to run.
+        """
+        for maker in (BY_NAME[name] for name in stage.reads(self.config)):
+            record = self._record(maker)
+            for parent in maker.reads(self.config):
+                made_from = None if record is None else record.inputs.get(f"output of {parent}")
+                if made_from is not None and self.path(parent).exists() and made_from != self.digest(parent):
+                    raise StateError(f"{self.path(maker.name)}: made from another {self.path(parent)} than the one "
+                                     f"there now; run robuq-train {maker.name} --redo first")  # fmt: skip
+            self.check_lineage(maker)
+
+    def _keep_config(self, config: TrainConfig) -> None:
+        """Keep the resolved configuration beside what it made; its history is in the states."""
+        path = self.folder / "config.yaml"
+        text = "# What this folder was last made with, every key spelled out.\n"
+        text += yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+        try:
+            unchanged = path.exists() and path.read_text() == text
+        except OSError as error:
+            raise StateError(f"run_dir {self.folder}: cannot be read ({error})") from error
+        if not unchanged:
+            _write(path, text)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        with replacing(path) as temporary:
+            temporary.write_text(text)
+    except OSError as error:
+        raise StateError(f"run_dir {path.parent}: cannot be written to ({one_line(error)})") from error
+
+
+def settings_of(config: TrainConfig, *keys: str) -> dict[str, Any]:
+    """The values of ``keys`` (a section, ``section.key`` or a top-level key) by dotted key."""
+    tree, found = config.model_dump(mode="json"), dict[str, Any]()
+    for key in keys:
+        section, _, leaf = key.partition(".")
+        value = tree[section]
+        if leaf:
+            found[key] = value[leaf]
+        elif isinstance(value, Mapping):
+            found.update({f"{section}.{name}": each for name, each in value.items()})
+        else:
+            found[section] = value
+    return found
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changed:
+    """Old and new value of every input that differs; one that the older record does not know is taken as the same."""
+    return {key: (before[key], value) for key, value in now.items() if key in before and before[key] != value}
+
+
+def _content(key: str, path: Path) -> str:
+    if not path.exists():
+        raise StateError(f"{key}: {path} does not exist")
+    if (path / "state.json").exists():
+        return read_state(path).digest
+    return data_digest(path)
+
+
+def _check_continuation(stage: Stage, path: Path, changed: Changed, finished: bool) -> None:
+    """Raises:
+    StateError: what changed is more than the schedule, or the stage is finished and asks for no more steps.
+    """
+    own = {key for key in changed if key == "precision" or key.startswith(f"{stage.name}.")}
+    before, now = changed.get(f"{stage.name}.steps", (0, 0))
+    bad = {key: pair for key, pair in changed.items() if key not in own or (finished and now <= before)}
+    if bad:
+        old = ", ".join(f"{key} {_shown(pair[0])}" for key, pair in bad.items())
+        new = ", ".join(_shown(pair[1]) for pair in bad.values())
+        raise StateError(f"{path}: trained with {old}, but the configuration says {new}; restore the configuration it "
+                         f"was made with, or start the stage again with robuq-train {stage.name} --redo")  # fmt: skip
+
+
+def _matters(key: str) -> bool:
+    return key.startswith(("content of ", "output of ")) or key.partition(".")[2] not in _IDLE
+
+
+def _described(changed: Changed) -> str:
+    """``quant.rank 16 is now 8, output of teacher is another``."""
+    return ", ".join(
+        f"{key} is another" if _is_digest(old) or _is_digest(new) else f"{key} {_shown(old)} is now {_shown(new)}"
+        for key, (old, new) in changed.items()
+    )
+
+
+def _shown(value: Any) -> str:
+    """``value`` for a message: digests by their beginning, long tables cut."""
+    return value[:12] if _is_digest(value) else one_line(ValueError(str(value)), 80)
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")

@@ -34,7 +34,7 @@ Isa = Literal["amx", "avx512vbmi", "avx512vnni", "avx2", "i8mm", "dotprod", "neo
 ISA_VARIABLE = "ROBUQ_CPU_ISA"
 
 # The native side's enumerations (native/robuq.h) and the number of its interface (native/module.c).
-_INTERFACE = 11
+_INTERFACE = 12
 _ISA_CODE: Mapping[Isa, int] = {
     **{"plain": 0, "avx2": 1, "avx512vnni": 2, "avx512vbmi": 3, "amx": 4},
     **{"neon": 5, "dotprod": 6, "i8mm": 7},
@@ -59,8 +59,8 @@ _SIGNATURES = {
     "robuq_update": [_POINTER, _SIZE, _SIZE, _SIZE, _INT, _POINTER, _POINTER],
     # packed, N, K; planar
     "robuq_planar_from_base3": [_POINTER, _SIZE, _SIZE, _POINTER],
-    # planar, N, bytes of a row, mid-rise; offsets
-    "robuq_weight_offsets": [_POINTER, _SIZE, _SIZE, _INT, _POINTER],
+    # planar, N, bytes of a row; counts
+    "robuq_weight_counts": [_POINTER, _SIZE, _SIZE, _POINTER],
 }
 
 
@@ -69,7 +69,7 @@ class _LayerStruct(ctypes.Structure):
 
     _fields_ = (
         *((name, _POINTER) for name in ("planar", "alpha", "bias", "signs", "lowrank_a", "lowrank_b")),
-        *((name, _POINTER) for name in ("weight_offsets", "base_matrix")),
+        *((name, _POINTER) for name in ("weight_counts", "base_matrix")),
         *((name, _SIZE) for name in ("width", "channels", "rank", "base", "block", "max_code")),
         ("step_factor", _FLOAT),
         *((name, ctypes.c_int32) for name in ("midrise", "lowest", "highest")),
@@ -179,11 +179,11 @@ def _check_rows(tensor: Tensor, name: str, shape: tuple[int, int]) -> Tensor:
     return _check(tensor, name, shape)
 
 
-def _weight_offsets(planar: Tensor, midrise: bool) -> Tensor:
-    """int32 ``[N]``, see native/module.c."""
-    planar, offsets = planar.contiguous(), torch.empty(planar.shape[0], dtype=torch.int32)
-    load_library().robuq_weight_offsets(planar.data_ptr(), *planar.shape, midrise, offsets.data_ptr())
-    return offsets
+def _weight_counts(planar: Tensor) -> Tensor:
+    """int32 ``[2, N]``: how many weights of a channel are not 0, and how many are 1."""
+    planar, counts = planar.contiguous(), torch.empty(2, planar.shape[0], dtype=torch.int32)
+    load_library().robuq_weight_counts(planar.data_ptr(), *planar.shape, counts.data_ptr())
+    return counts
 
 
 class _NativeLayer:
@@ -203,7 +203,7 @@ class _NativeLayer:
             _check(layer.signs, "signs", (inputs,)),
             _check(layer.lowrank_a, "lowrank_a", (outputs, rank)),
             _check(layer.lowrank_b, "lowrank_b", (rank, inputs)),
-            _weight_offsets(layer.planar, midrise),
+            _weight_counts(layer.planar),
             base,
         )
         self._struct = _LayerStruct(

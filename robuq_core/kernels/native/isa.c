@@ -40,7 +40,8 @@ static int has_avx512vnni(void) {
     return has_avx2() && saves(0xE6) && (id.b & f_bw_vl) == f_bw_vl && id.c >> 11 & 1;
 }
 
-static int has_avx512vbmi(void) { return has_avx512vnni() && cpuid_of(7).c >> 1 & 1; }
+/* And GFNI, which came with it, but for Intel's first processor. */
+static int has_avx512vbmi(void) { return has_avx512vnni() && cpuid_of(7).c >> 1 & cpuid_of(7).c >> 8 & 1; }
 
 /* Linux hands out the 8 KiB of tile registers on request, once for a process. */
 static int may_use_tiles(void) {

@@ -14,7 +14,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 /* One more whenever an argument list changes: cpu.py refuses a library built from other source than its own. */
-EXPORT int robuq_interface(void) { return 11; }
+EXPORT int robuq_interface(void) { return 12; }
 
 EXPORT int robuq_supports(int isa) { return isa_supported(isa); }
 
@@ -132,6 +132,7 @@ static void plan_ternary(struct ternary_job *job, const struct ternary_way *way,
     job->padded_width = groups * GROUP;
     job->slice_groups = ceil_div(groups, ceil_div(groups, most_groups));
     job->operand_bytes = way->operand_bytes;
+    job->panel_bytes = way->panel_bytes ? way->panel_bytes : GROUP * PANEL;
     job->panels = way->panels;
     job->safe_steps = 32767 / (4 * max_code); /* each takes two products of at most 2 max_code in magnitude */
     job->safe_pairs = 2;
@@ -274,18 +275,18 @@ EXPORT int robuq_planar_from_base3(const uint8_t *packed, int64_t rows, int64_t 
     return 0;
 }
 
-/* What look-ups take off their sums, see ternary.h: of each channel the number of weights that are not 0 (mid-rise), or
- * are 1. Codes are t + 1, and padding is t = 0. */
-EXPORT int robuq_weight_offsets(const uint8_t *planar, int64_t channels, int64_t row_bytes, int midrise,
-                                int32_t *offsets) {
+/* Of each channel the weights that are not 0, then those that are 1. Codes are t + 1, and padding is t = 0. */
+EXPORT int robuq_weight_counts(const uint8_t *planar, int64_t channels, int64_t row_bytes, int32_t *counts) {
     for (int64_t c = 0; c < channels; c++, planar += row_bytes) {
-        int64_t ones = 0; /* of the bits that are set: t = 1 has the higher of two, t = 0 the lower */
+        int64_t nonzero = 0, ones = 0; /* of the two bits that are set, t = 1 has the higher and t = 0 the lower */
         for (int64_t at = 0; at < row_bytes; at += 8) {
             uint64_t word;
             memcpy(&word, planar + at, sizeof word);
-            ones += __builtin_popcountll(midrise ? ~word & 0x5555555555555555u : word & 0xAAAAAAAAAAAAAAAAu);
+            nonzero += __builtin_popcountll(~word & 0x5555555555555555u);
+            ones += __builtin_popcountll(word & 0xAAAAAAAAAAAAAAAAu);
         }
-        offsets[c] = (int32_t)ones;
+        counts[c] = (int32_t)nonzero;
+        counts[channels + c] = (int32_t)ones;
     }
     return 0;
 }

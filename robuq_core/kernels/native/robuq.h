@@ -47,7 +47,7 @@ struct layer {
     const float *signs;         /* [width] */
     const float *lowrank_a;     /* [channels, rank] */
     const float *lowrank_b;     /* [rank, width] */
-    const int32_t *weight_offsets; /* [channels], see robuq_weight_offsets() */
+    const int32_t *weight_counts; /* [2, channels]: how many weights are not 0, and how many are 1 */
     const float *base_matrix;   /* +-1, [base, base]; block = base * 2^k */
     int64_t width, channels, rank, base;
     int64_t block;              /* each run of so many inputs is rotated by itself; 1: none is */
@@ -89,6 +89,7 @@ struct ternary_job {
     int64_t slice_groups;       /* groups of a slice of the width */
     int64_t block_rows, block_channels; /* of a task */
     int64_t operand_bytes;      /* of a row's group of codes, as the product wants them */
+    int64_t panel_bytes;        /* of a group of the panels that are multiplied at a time, likewise */
     int64_t panels;             /* that are multiplied at a time */
     int64_t safe_steps;         /* vpmaddubsw products that a 16-bit lane holds */
     int64_t safe_pairs;         /* table entries that a byte holds: a power of two from 2 on */
@@ -113,6 +114,7 @@ typedef void task_function(const void *job, int64_t task, char *scratch);
 struct ternary_way {
     task_function *task;        /* block_rows rows x block_channels channels each, channels fastest */
     int operand_bytes;          /* of a row's group of codes, as the product wants them */
+    int panel_bytes;            /* of a group of the panels that are multiplied at a time; 0: a byte for each weight */
     int panels;                 /* that are multiplied at a time */
     int most_groups;            /* of a slice of the width */
     int kept_panels;            /* most of a task, where their sums wait for the last slice */
@@ -152,7 +154,7 @@ static inline size_t rotate_carve(char *scratch, const struct rotate_job *job, s
 
 /* Working buffers of a ternary_linear task. */
 struct ternary_buffers {
-    uint8_t *panel;             /* [slice_groups, GROUP * PANEL] */
+    uint8_t *panel;             /* [slice_groups, panel_bytes] */
     int8_t *operands;           /* [block_rows, slice_groups, operand_bytes] */
     int32_t *offsets;           /* [block_rows] */
     int32_t *products;          /* [panels, block_rows, PANEL]; of those multiplied together where there is one slice */
@@ -165,7 +167,7 @@ static inline size_t ternary_carve(char *scratch, const struct ternary_job *job,
     const int64_t block_panels = round_up(ceil_div(job->block_channels, PANEL), job->panels);
     const int64_t kept = job->slice_groups * GROUP == job->padded_width ? job->panels : block_panels;
     char *cursor = scratch;
-    b->panel = carve(&cursor, job->slice_groups, GROUP * PANEL);
+    b->panel = carve(&cursor, job->slice_groups, (size_t)job->panel_bytes);
     b->operands = carve(&cursor, rows * job->slice_groups, (size_t)job->operand_bytes);
     b->offsets = carve(&cursor, rows, sizeof *b->offsets);
     b->products = carve(&cursor, kept * rows * PANEL, sizeof *b->products);

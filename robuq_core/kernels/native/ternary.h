@@ -20,7 +20,7 @@ struct product {
 
 /* Look-ups sum cells. A code's cell u, of 2^b from -2^(b-1) on, adds u + 1 where the weight is 1 and -u where it is -1.
  * Sums S are then smaller than those of mid-rise codes 2 u + 1 by half: sum t (2 u + 1) = 2 S - n with n weights that
- * are not 0; of mid-tread codes u, sum t u = S - p with p weights that are 1. robuq_weight_offsets() counts them. */
+ * are not 0; of mid-tread codes u, sum t u = S - p with p weights that are 1. */
 
 /* Bias that makes the sum of two cells positive, 2 (2^(b-1) - 1): it is 0 .. 2 (2^b - 1) then. */
 INLINE int pair_bias(const struct layer *layer) { return (int)layer->max_code - 1; }
@@ -28,8 +28,9 @@ INLINE int pair_bias(const struct layer *layer) { return (int)layer->max_code - 
 /* Products of `rows` rows and a panel begin with what comes off their sums. */
 INLINE void begin_products(const struct layer *layer, int64_t channel, int64_t rows, int32_t *products) {
     const int64_t count = min64(PANEL, layer->channels - channel);
+    const int32_t *counts = layer->weight_counts + (layer->midrise ? 0 : layer->channels) + channel;
     int32_t first[PANEL] = {0};
-    for (int64_t c = 0; c < count; c++) first[c] = -layer->weight_offsets[channel + c];
+    for (int64_t c = 0; c < count; c++) first[c] = -counts[c];
     for (int64_t m = 0; m < rows; m++) memcpy(products + m * PANEL, first, sizeof first);
 }
 

@@ -31,7 +31,7 @@ FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-pthr
 _FUNCTIONS = (
     *("robuq_interface", "robuq_supports", "robuq_open", "robuq_close", "robuq_rotate_quantize"),
     *("robuq_ternary_linear", "robuq_ternary", "robuq_attention", "robuq_block", "robuq_linear"),
-    *("robuq_planar_from_base3", "robuq_weight_offsets"),
+    *("robuq_planar_from_base3", "robuq_weight_counts"),
 )
 _ARGUMENTS, _ARENA = 10, 1 << 28
 
@@ -134,8 +134,13 @@ class RemoteLibrary:
         width, channels, rank = layer.width, layer.channels, layer.rank
         for name, size in {
             **{"planar": channels * -(-width // 128) * 32, "signs": 4 * width, "base_matrix": 4 * layer.base**2},
-            **dict.fromkeys(("alpha", "bias", "weight_offsets"), 4 * channels),
-            **{"lowrank_a": 4 * channels * rank, "lowrank_b": 4 * width * rank},
+            **{
+                "alpha": 4 * channels,
+                "bias": 4 * channels,
+                "weight_counts": 8 * channels,
+                "lowrank_a": 4 * channels * rank,
+            },
+            "lowrank_b": 4 * width * rank,
         }.items():
             setattr(there, name, self._copied(getattr(layer, name), size))
         return layer, self._copied(ctypes.addressof(there), ctypes.sizeof(there))
@@ -247,9 +252,9 @@ class RemoteLibrary:
         return self._run("robuq_planar_from_base3", [packed, rows, width], [(planar, rows * -(-width // 128) * 32)])
 
     @_in_turn
-    def robuq_weight_offsets(self, planar: int, channels: int, row_bytes: int, midrise: int, offsets: int) -> int:
-        arguments = [self._copied(planar, channels * row_bytes), channels, row_bytes, int(midrise)]
-        return self._run("robuq_weight_offsets", arguments, [(offsets, 4 * channels)])
+    def robuq_weight_counts(self, planar: int, channels: int, row_bytes: int, counts: int) -> int:
+        arguments = [self._copied(planar, channels * row_bytes), channels, row_bytes]
+        return self._run("robuq_weight_counts", arguments, [(counts, 8 * channels)])
 
 
 def collected(errors: str) -> int:

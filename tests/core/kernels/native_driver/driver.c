@@ -15,12 +15,12 @@ enum { ARGUMENTS = 10 };
  * type serves to hand them on. */
 typedef int64_t any(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
 any robuq_interface, robuq_supports, robuq_open, robuq_close, robuq_rotate_quantize, robuq_ternary_linear, robuq_ternary,
-    robuq_attention, robuq_block, robuq_linear, robuq_planar_from_base3, robuq_weight_offsets;
+    robuq_attention, robuq_block, robuq_linear, robuq_planar_from_base3, robuq_weight_counts;
 
 /* In the order of remote.py. */
 static any *const functions[] = {
     robuq_interface, robuq_supports, robuq_open, robuq_close, robuq_rotate_quantize, robuq_ternary_linear,
-    robuq_ternary, robuq_attention, robuq_block, robuq_linear, robuq_planar_from_base3, robuq_weight_offsets,
+    robuq_ternary, robuq_attention, robuq_block, robuq_linear, robuq_planar_from_base3, robuq_weight_counts,
 };
 
 int main(int argc, char **argv) {

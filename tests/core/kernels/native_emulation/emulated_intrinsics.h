@@ -7,6 +7,7 @@
 #define SIMDE_NO_NATIVE /* all of it emulated, whatever the processor has */
 #include <simde/x86/avx512.h>
 #include <simde/x86/fma.h>
+#include <simde/x86/gfni.h>
 
 #ifndef _MM_FROUND_NO_EXC /* which SIMDe names with its prefix only */
 #define _MM_FROUND_NO_EXC SIMDE_MM_FROUND_NO_EXC

@@ -1,0 +1,435 @@
+/* The integer product in bit planes, for codes of up to five bits: a vector holds one bit of 512 output channels.
+ *
+ * A cell of b bits is a sum of 2^i s_i / 2 with signs s_i = +-1, one for each of its bits. A weight t of 0 or +-1 adds a
+ * one to the count of a sign where t s_i = 1. So a product is 2^i times such counts, twice over, less what the layer's
+ * weights alone give (see put_row).
+ *
+ * Three weights of a channel and three signs add 0 to 3. For each of the eight choices of signs a table holds both bits
+ * of that sum for all channels, so that tokens pick entries: 1 KiB for three codes, and those of half a group, 22 tables,
+ * stay in a level-1 cache. Full adders, two instructions of three inputs each, add the entries of a token to its counters.
+ * These are planes as well, and lie where the products will be. After the last slice they are transposed to integers. */
+
+enum {
+    BIT_PANELS = 8,             /* of a vector of 512 channels */
+    HALF_CODES = GROUP / 2,     /* the codes k, k + 32, k + 64, k + 96 for 16 of k, 16 of each */
+    TRIPLES = HALF_CODES / 3,   /* tables of the codes t, t + 21 and t + 42; one more has the last code alone */
+    PICKS = 32,                 /* of a token and a sign, each an offset in bytes; the last ten are not used */
+    ENTRY_BYTES = 128,          /* of a table: the low bits of the sums, then the high ones */
+    TABLE_BYTES = 8 * ENTRY_BYTES,
+    HALF_BYTES = (TRIPLES + 1) * TABLE_BYTES,
+    MOST_BITS = 5,
+    PLANE_INTS = 16,            /* of a vector */
+    PASS_PLANES = 9,            /* that a pass over one or two signs adds to; carries go beyond */
+};
+
+INLINE int code_bits(const struct layer *layer) { return 64 - __builtin_clzll((uint64_t)layer->max_code); }
+
+/* Planes of a token's counters. */
+INLINE int count_planes(const struct ternary_job *job) {
+    const int bits = code_bits(job->layer), passed = PASS_PLANES + (bits - 1) / 2 * 2;
+    const int needed = 64 - __builtin_clzll((uint64_t)(job->layer->max_code * job->padded_width));
+    return needed > passed ? needed : passed;
+}
+
+INLINE __m512i xor3(__m512i a, __m512i b, __m512i c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
+INLINE __m512i majority(__m512i a, __m512i b, __m512i c) { return _mm512_ternarylogic_epi32(a, b, c, 0xE8); }
+
+/* A byte of each of 64 rows: 16 vectors, of the bytes 0 to 15; each eight rows in reverse, as transpose_bits() wants it. */
+INLINE void transpose_panel(const uint8_t *rows, int64_t stride, __m512i out[16]) {
+    __m512i other[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) {
+        const uint8_t *row = rows + (i ^ 7) * stride;
+        out[i] = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)row));
+        out[i] = _mm512_inserti32x4(out[i], _mm_loadu_si128((const __m128i *)(row + 16 * stride)), 1);
+        out[i] = _mm512_inserti32x4(out[i], _mm_loadu_si128((const __m128i *)(row + 32 * stride)), 2);
+        out[i] = _mm512_inserti32x4(out[i], _mm_loadu_si128((const __m128i *)(row + 48 * stride)), 3);
+    }
+#pragma GCC unroll 2
+    for (int stage = 0; stage < 2; stage++) {
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) {
+            other[2 * i] = _mm512_unpacklo_epi8(out[i], out[i + 8]);
+            other[2 * i + 1] = _mm512_unpackhi_epi8(out[i], out[i + 8]);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) {
+            out[2 * i] = _mm512_unpacklo_epi8(other[i], other[i + 8]);
+            out[2 * i + 1] = _mm512_unpackhi_epi8(other[i], other[i + 8]);
+        }
+    }
+}
+
+/* The bits of each eight bytes, the last of them first, as eight bytes. */
+INLINE __m512i transpose_bits(__m512i x) {
+    return _mm512_gf2p8affine_epi64_epi8(_mm512_set1_epi64((int64_t)0x8040201008040201u), x, 0);
+}
+
+/* Lanes of 16 bytes: 0 and 2 of a and of b, or 1 and 3. */
+INLINE __m512i even_lanes_of(__m512i a, __m512i b) { return _mm512_shuffle_i32x4(a, b, 0x88); }
+INLINE __m512i odd_lanes_of(__m512i a, __m512i b) { return _mm512_shuffle_i32x4(a, b, 0xDD); }
+
+/* Planes of a byte of all channels: of its eight bits, a bit for each channel. */
+INLINE void byte_planes(const __m512i bytes[BIT_PANELS], __m512i planes[8]) {
+    uint8_t order[64];
+    for (int i = 0; i < 64; i++) order[i] = (uint8_t)(i % 8 * 8 + i / 8);
+    const __m512i together = _mm512_loadu_si512(order);
+    __m512i x[8], pairs[8];
+#pragma GCC unroll 8
+    for (int p = 0; p < 8; p++) x[p] = _mm512_permutexvar_epi8(together, transpose_bits(bytes[p]));
+#pragma GCC unroll 4
+    for (int p = 0; p < 8; p += 2) {
+        pairs[p] = _mm512_unpacklo_epi64(x[p], x[p + 1]);
+        pairs[p + 1] = _mm512_unpackhi_epi64(x[p], x[p + 1]);
+    }
+#pragma GCC unroll 2
+    for (int odd = 0; odd < 2; odd++) {
+        const __m512i a = even_lanes_of(pairs[odd], pairs[odd + 2]), b = even_lanes_of(pairs[odd + 4], pairs[odd + 6]);
+        const __m512i c = odd_lanes_of(pairs[odd], pairs[odd + 2]), d = odd_lanes_of(pairs[odd + 4], pairs[odd + 6]);
+        planes[odd] = even_lanes_of(a, b);
+        planes[2 + odd] = even_lanes_of(c, d);
+        planes[4 + odd] = odd_lanes_of(a, b);
+        planes[6 + odd] = odd_lanes_of(c, d);
+    }
+}
+
+/* Tables of half a group, from the planes of t + 1. */
+FN void half_tables(const __m512i low[HALF_CODES], const __m512i high[HALF_CODES], uint8_t *out) {
+    for (int t = 0; t <= TRIPLES; t++, out += TABLE_BYTES) {
+        __m512i adds[3][2]; /* of the three codes, for a sign of -1 and of 1: where the weight is -1, and 1 */
+        for (int i = 0; i < 3; i++) {
+            const int code = t + i * TRIPLES;
+            adds[i][0] = adds[i][1] = _mm512_setzero_si512();
+            if (t == TRIPLES && i < 2) continue;
+            adds[i][0] = _mm512_ternarylogic_epi32(low[code], high[code], high[code], 0x03); /* neither */
+            adds[i][1] = high[code];
+        }
+#pragma GCC unroll 8
+        for (int entry = 0; entry < 8; entry++) {
+            const __m512i a = adds[0][entry & 1], b = adds[1][entry >> 1 & 1], c = adds[2][entry >> 2];
+            _mm512_store_si512(out + entry * ENTRY_BYTES, xor3(a, b, c));
+            _mm512_store_si512(out + entry * ENTRY_BYTES + 64, majority(a, b, c));
+        }
+    }
+}
+
+FN void bits_decode(const struct ternary_job *job, int64_t channel, int64_t group, int64_t groups, uint8_t *panel) {
+    const int64_t stride = job->padded_width / GROUP * GROUP_BYTES;
+    (void)groups; /* one */
+    for (int64_t at = group * GROUP_BYTES; at < (group + 1) * GROUP_BYTES; at += 16, panel += HALF_BYTES) {
+        __m512i bytes[16][BIT_PANELS] = {0}, low[HALF_CODES], high[HALF_CODES];
+        for (int p = 0; p < BIT_PANELS && channel + p * PANEL < job->layer->channels; p++) {
+            const int64_t first = channel + p * PANEL;
+            __m512i part[16];
+            if (first + PANEL <= job->layer->channels) {
+                transpose_panel(job->layer->planar + first * stride + at, stride, part);
+            } else {
+                uint8_t edge[PANEL * 16];
+                for (int i = 0; i < PANEL; i++) memcpy(edge + i * 16, planar_row(job, first + i) + at, 16);
+                transpose_panel(edge, 16, part);
+            }
+            for (int j = 0; j < 16; j++) bytes[j][p] = part[j];
+        }
+        for (int j = 0; j < 16; j++) {
+            __m512i planes[8];
+            byte_planes(bytes[j], planes);
+            for (int digit = 0; digit < 4; digit++) {
+                low[digit * 16 + j] = planes[2 * digit];
+                high[digit * 16 + j] = planes[2 * digit + 1];
+            }
+        }
+        half_tables(low, high, panel);
+    }
+}
+
+/* Which entries a token picks: [half][bit][PICKS]. */
+FN void bits_operands(const struct ternary_job *job, int64_t first, int64_t rows, int64_t group, int64_t groups,
+                      int8_t *operands, int32_t *offsets) {
+    const struct layer *layer = job->layer;
+    const int bits = code_bits(layer);
+    const uint64_t triples = 0x5555555555555555u >> (64 - 2 * TRIPLES); /* low bytes of so many lanes of 16 bits */
+    const __m512i one = _mm512_set1_epi16(1);
+    /* A code's cell from 0 on: (code + max_code) / 2, or code + 2^(bits - 1). */
+    const __m512i lowest = _mm512_set1_epi8((char)(layer->midrise ? layer->max_code : (layer->max_code + 1) / 2));
+    uint8_t lanes[2][64] = {{0}};
+    for (int t = 0; t < PICKS; t++) {
+        lanes[0][2 * t] = (uint8_t)t;
+        const uint16_t at = (uint16_t)(t * TABLE_BYTES);
+        memcpy(&lanes[1][2 * t], &at, sizeof at);
+    }
+    const __m512i lane = _mm512_loadu_si512(lanes[0]), tables = _mm512_loadu_si512(lanes[1]);
+    uint16_t *out = (uint16_t *)operands;
+    (void)groups;
+    for (int64_t row = 0; row < rows; row++) {
+        int8_t tail[GROUP];
+        const int8_t *codes = group_codes(job, first + row, group, tail);
+        __m512i cells[2];
+        for (int i = 0; i < 2; i++) {
+            cells[i] = _mm512_add_epi8(_mm512_loadu_si512(codes + i * 64), lowest);
+            if (layer->midrise) cells[i] = _mm512_and_si512(_mm512_srli_epi16(cells[i], 1), _mm512_set1_epi8(0x7F));
+        }
+        for (int half = 0; half < 2; half++) {
+            const __m512i all = half ? _mm512_shuffle_i32x4(cells[0], cells[1], 0xDD)
+                                     : _mm512_shuffle_i32x4(cells[0], cells[1], 0x88);
+            __m512i a = _mm512_maskz_permutexvar_epi8(triples, lane, all);
+            __m512i b = _mm512_maskz_permutexvar_epi8(triples, _mm512_add_epi8(lane, _mm512_set1_epi8(TRIPLES)), all);
+            __m512i c = _mm512_maskz_permutexvar_epi8(triples << 2 | 1, _mm512_add_epi8(lane, _mm512_set1_epi8(2 * TRIPLES)), all);
+            for (int bit = 0; bit < bits; bit++, out += PICKS) {
+                const __m512i entry =
+                    _mm512_or_si512(_mm512_and_si512(a, one),
+                                    _mm512_or_si512(_mm512_slli_epi16(_mm512_and_si512(b, one), 1),
+                                                    _mm512_slli_epi16(_mm512_and_si512(c, one), 2)));
+                _mm512_storeu_si512(out, _mm512_add_epi16(_mm512_slli_epi16(entry, 7), tables));
+                a = _mm512_srli_epi16(a, 1);
+                b = _mm512_srli_epi16(b, 1);
+                c = _mm512_srli_epi16(c, 1);
+            }
+        }
+        offsets[row] = 0;
+    }
+    memset(out, 0, (size_t)(2 * bits * PICKS) * sizeof *out); /* of a token beside the last */
+}
+
+/* sum += b + c, bit by bit; returns the carry. In assembly: GCC moves more from register to register. */
+INLINE __m512i full_adder(__m512i *sum, __m512i b, __m512i c) {
+#if defined(ROBUQ_SIMDE)
+    const __m512i carry = majority(*sum, b, c);
+    *sum = xor3(*sum, b, c);
+#else
+    __m512i carry;
+    __asm__("vmovdqa64 %0, %1\n\tvpternlogd $0x96, %2, %3, %0\n\tvpternlogd $0xE8, %2, %3, %1"
+            : "+v"(*sum), "=&v"(carry) : "v"(b), "v"(c));
+#endif
+    return carry;
+}
+
+/* Counters of a token while entries are added, and what waits at each plane for a second summand. `full` is known to the
+ * compiler everywhere. */
+struct adder {
+    __m512i sums[PASS_PLANES + 1], waiting[PASS_PLANES + 1];
+    unsigned full;
+};
+
+#define ADD_PLANE(plane, next)                                                          \
+    INLINE void add_plane##plane(struct adder *a, __m512i x) {                          \
+        if (!(a->full >> plane & 1)) {                                                  \
+            a->waiting[plane] = x;                                                      \
+            a->full |= 1u << plane;                                                     \
+            return;                                                                     \
+        }                                                                               \
+        a->full &= ~(1u << plane);                                                      \
+        next(a, full_adder(&a->sums[plane], a->waiting[plane], x));                       \
+    }                                                                                   \
+    /* Without a second summand. */                                                     \
+    INLINE void end_plane##plane(struct adder *a) {                                     \
+        if (!(a->full >> plane & 1)) return;                                            \
+        const __m512i carry = _mm512_and_si512(a->sums[plane], a->waiting[plane]);      \
+        a->sums[plane] = _mm512_xor_si512(a->sums[plane], a->waiting[plane]);           \
+        next(a, carry);                                                                 \
+    }
+
+/* The carry of all. */
+INLINE void add_plane9(struct adder *a, __m512i x) {
+    a->sums[PASS_PLANES] = x; /* once at most: all that a pass adds is less than 2^8 */
+}
+ADD_PLANE(8, add_plane9)
+ADD_PLANE(7, add_plane8)
+ADD_PLANE(6, add_plane7)
+ADD_PLANE(5, add_plane6)
+ADD_PLANE(4, add_plane5)
+ADD_PLANE(3, add_plane4)
+ADD_PLANE(2, add_plane3)
+ADD_PLANE(1, add_plane2)
+ADD_PLANE(0, add_plane1)
+#undef ADD_PLANE
+
+/* The entries that a token picks, or two side by side where they have no more than half as many channels. */
+INLINE __m512i load_entries(const uint8_t *table, const uint16_t *picks, int64_t picks_stride, const int side) {
+    if (side == 1) return _mm512_load_si512(table + picks[0]);
+    const __m512i first = _mm512_castsi256_si512(load_bytes(table + picks[0]));
+    return _mm512_inserti64x4(first, load_bytes(table + picks[picks_stride]), 1);
+}
+
+INLINE void add_entries(struct adder *a, const uint8_t *tables, const uint16_t *picks, int64_t picks_stride, int t,
+                        const int two, const int side) {
+    const uint16_t *second = picks + PICKS;
+    add_plane0(a, load_entries(tables, picks + t, picks_stride, side));
+    if (two) add_plane1(a, load_entries(tables, second + t, picks_stride, side));
+    if (t == TRIPLES) return;
+    add_plane1(a, load_entries(tables + ENTRY_BYTES / 2, picks + t, picks_stride, side));
+    if (two) add_plane2(a, load_entries(tables + ENTRY_BYTES / 2, second + t, picks_stride, side));
+}
+
+/* Where a plane of a token's counters lies: four to a panel's products, in the panels' order. */
+INLINE int32_t *plane_at(int32_t *products, int64_t stride, int plane) {
+    return products + plane / 4 * stride + plane % 4 * PLANE_INTS;
+}
+
+INLINE void end_adder(struct adder *a, int32_t *products, int64_t stride, const int level, int planes) {
+    a->sums[PASS_PLANES] = _mm512_setzero_si512();
+    end_plane0(a);
+    end_plane1(a);
+    end_plane2(a);
+    end_plane3(a);
+    end_plane4(a);
+    end_plane5(a);
+    end_plane6(a);
+    end_plane7(a);
+    end_plane8(a);
+#pragma GCC unroll 9
+    for (int p = 0; p < PASS_PLANES; p++) _mm512_storeu_si512(plane_at(products, stride, level + p), a->sums[p]);
+    __m512i carry = a->sums[PASS_PLANES];
+    for (int p = level + PASS_PLANES; p < planes; p++) {
+        int32_t *at = plane_at(products, stride, p);
+        const __m512i before = _mm512_loadu_si512(at);
+        _mm512_storeu_si512(at, _mm512_xor_si512(before, carry));
+        carry = _mm512_and_si512(before, carry);
+    }
+}
+
+/* Adds picks of one or two bits to counters from the plane `level` on, of one or two tokens, `side`. */
+INLINE void add_picks(const uint8_t *tables, const uint16_t *picks, int64_t picks_stride, int32_t *products,
+                      int64_t stride, const int level, int planes, const int two, const int side) {
+    struct adder a;
+    a.full = 0;
+#pragma GCC unroll 9
+    for (int p = 0; p < PASS_PLANES; p++) a.sums[p] = _mm512_loadu_si512(plane_at(products, stride, level + p));
+#define ADD(t) add_entries(&a, tables, picks, picks_stride, t, two, side);
+    ADD(0) ADD(1) ADD(2) ADD(3) ADD(4) ADD(5) ADD(6) ADD(7) ADD(8) ADD(9) ADD(10)
+    ADD(11) ADD(12) ADD(13) ADD(14) ADD(15) ADD(16) ADD(17) ADD(18) ADD(19) ADD(20) ADD(21)
+#undef ADD
+    end_adder(&a, products, stride, level, planes);
+}
+
+/* Functions of their own: the compiler then keeps all of an adder in registers. */
+#define PICK_FUNCTIONS(side)                                                                                     \
+    FN __attribute__((noinline)) void add_two_bits##side(const uint8_t *tables, const uint16_t *picks,           \
+                                                         int64_t picks_stride, int32_t *products, int64_t stride, \
+                                                         int planes) {                                           \
+        add_picks(tables, picks, picks_stride, products, stride, 0, planes, 1, side);                            \
+    }                                                                                                            \
+    FN __attribute__((noinline)) void add_bits##side(const uint8_t *tables, const uint16_t *picks,               \
+                                                     int64_t picks_stride, int32_t *products, int64_t stride,    \
+                                                     int planes, int level, int two) {                           \
+        if (two) add_picks(tables, picks, picks_stride, products, stride, level, planes, 1, side);               \
+        else add_picks(tables, picks, picks_stride, products, stride, level, planes, 0, side);                   \
+    }
+PICK_FUNCTIONS(1)
+PICK_FUNCTIONS(2)
+#undef PICK_FUNCTIONS
+
+/* All bits of half a group of codes. */
+FN void add_tokens(const uint8_t *tables, const uint16_t *picks, int64_t picks_stride, int32_t *products, int64_t stride,
+                   int planes, int bits, int side) {
+    if (bits > 1) {
+        if (side == 1) add_two_bits1(tables, picks, picks_stride, products, stride, planes);
+        else add_two_bits2(tables, picks, picks_stride, products, stride, planes);
+    }
+    for (int bit = bits > 1 ? 2 : 0; bit < bits; bit += 2) {
+        const uint16_t *further = picks + bit * PICKS;
+        const int two = bit + 1 < bits;
+        if (side == 1) add_bits1(tables, further, picks_stride, products, stride, planes, bit, two);
+        else add_bits2(tables, further, picks_stride, products, stride, planes, bit, two);
+    }
+}
+
+/* Eight planes of 512 bits, the highest first, to bytes: out[m] holds 16 channels of every lane, those of a panel. */
+INLINE void planes_to_bytes(const __m512i planes[8], __m512i out[8]) {
+    uint8_t order[64];
+    for (int i = 0; i < 64; i++) order[i] = (uint8_t)(i / 2 % 8 * 8 + i % 2 * 4 + i / 16);
+    const __m512i bytes = _mm512_loadu_si512(order);
+    __m512i other[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) out[i] = _mm512_permutexvar_epi8(bytes, planes[i]);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        other[2 * i] = _mm512_unpacklo_epi8(out[i], out[i + 4]);
+        other[2 * i + 1] = _mm512_unpackhi_epi8(out[i], out[i + 4]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        out[2 * i] = _mm512_unpacklo_epi8(other[i], other[i + 4]);
+        out[2 * i + 1] = _mm512_unpackhi_epi8(other[i], other[i + 4]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        other[2 * i] = _mm512_unpacklo_epi8(out[i], out[i + 4]);
+        other[2 * i + 1] = _mm512_unpackhi_epi8(out[i], out[i + 4]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) out[i] = transpose_bits(other[i]);
+}
+
+INLINE __m512i widen_half(__m512i x, const int second) {
+    return _mm512_cvtepu16_epi32(second ? _mm512_extracti64x4_epi64(x, 1) : _mm512_castsi512_si256(x));
+}
+
+/* Counters of `side` tokens, at the first one's, become products, in place. With n weights that are not 0, p of them 1, and m = 2^b - 1, counts c give
+ * sum t (2 u + 1) = 2 c - m n on the mid-rise grid, and sum t u = c - p - n (m - 1) / 2 on the mid-tread one. */
+FN void put_products(const struct ternary_job *job, int32_t *products, int64_t stride, int planes,
+                     const int32_t *offsets, int panels, int side, int64_t rows) {
+    const int twice = job->layer->midrise;
+    __m512i sums[3][BIT_PANELS];
+#pragma GCC unroll 3
+    for (int byte = 0; byte < 3; byte++) {
+        __m512i part[8];
+        if (8 * byte >= planes) {
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++) sums[byte][i] = _mm512_setzero_si512();
+            continue;
+        }
+        for (int i = 0; i < 8; i++) {
+            const int plane = 8 * byte + 7 - i;
+            part[i] = plane < planes ? _mm512_loadu_si512(plane_at(products, stride, plane)) : _mm512_setzero_si512();
+        }
+        planes_to_bytes(part, sums[byte]);
+    }
+    const __m512i zero = _mm512_setzero_si512();
+    for (int i = 0; i < BIT_PANELS; i++) {
+        const int token = i / (BIT_PANELS / side), p = i % (BIT_PANELS / side);
+        if (p >= panels || token >= rows) continue;
+        int32_t *out = products + p * stride + token * PANEL;
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            const __m512i low = half ? _mm512_unpackhi_epi8(sums[0][i], sums[1][i])
+                                     : _mm512_unpacklo_epi8(sums[0][i], sums[1][i]);
+            const __m512i high = half ? _mm512_unpackhi_epi8(sums[2][i], zero) : _mm512_unpacklo_epi8(sums[2][i], zero);
+#pragma GCC unroll 2
+            for (int quarter = 0; quarter < 2; quarter++) {
+                const int at = half * 32 + quarter * 16;
+                __m512i sum = widen_half(low, quarter);
+                if (planes > 16) sum = _mm512_add_epi32(sum, _mm512_slli_epi32(widen_half(high, quarter), 16));
+                if (twice) sum = _mm512_add_epi32(sum, sum);
+                _mm512_storeu_si512(out + at, _mm512_sub_epi32(sum, _mm512_loadu_si512(offsets + p * PANEL + at)));
+            }
+        }
+    }
+}
+
+FN void bits_multiply(const struct ternary_job *job, int64_t channel, int64_t group, int64_t groups,
+                      const uint8_t *panel, const int8_t *operands, int64_t rows, int32_t *products, int64_t stride) {
+    const struct layer *layer = job->layer;
+    const int bits = code_bits(layer), planes = count_planes(job), picks_stride = 2 * bits * PICKS;
+    (void)groups;
+    if (group == 0) {
+        for (int p = 0; p < planes; p += 4)
+            memset(products + p / 4 * stride, 0, (size_t)(rows * PANEL) * sizeof *products);
+    }
+    const int panels = (int)min64(ceil_div(layer->channels - channel, PANEL), BIT_PANELS);
+    const int side = panels > BIT_PANELS / 2 ? 1 : 2;
+    for (int half = 0; half < 2; half++, panel += HALF_BYTES) {
+        const uint16_t *picks = (const uint16_t *)operands + half * bits * PICKS;
+        for (int64_t row = 0; row < rows; row += side)
+            add_tokens(panel, picks + row * picks_stride, picks_stride, products + row * PANEL, stride, planes, bits, side);
+    }
+    if ((group + 1) * GROUP < job->padded_width) return;
+    int32_t offsets[BIT_PANELS * PANEL] = {0};
+    const int32_t *nonzero = layer->weight_counts + channel, *ones = nonzero + layer->channels;
+    const int32_t most = (int32_t)layer->max_code;
+    for (int64_t c = 0; c < min64(BIT_PANELS * PANEL, layer->channels - channel); c++)
+        offsets[c] = layer->midrise ? most * nonzero[c] : ones[c] + nonzero[c] * ((most - 1) / 2);
+    for (int64_t row = 0; row < rows; row += side)
+        put_products(job, products + row * PANEL, stride, planes, offsets, panels, side, rows - row);
+}
+
+static const struct product bits_product = {0, bits_decode, bits_operands, bits_multiply};

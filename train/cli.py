@@ -222,8 +222,8 @@ def evaluate(
     Under torchrun every process draws its share of the samples.
     """
     with _run(config, [*_protocol(protocol), *(override or [])]) as whole:
-        from train.evaluation.models import known_model
         from train.evaluation.run import evaluate_run
+        from train.evaluation.samples import known_model
         from train.parallel import rank
 
         which = None if model is None else known_model(model)
@@ -260,7 +260,7 @@ def diagnose(
     """
     loaded = _load(config, override)
     from train.diagnose.run import diagnose_run
-    from train.evaluation.models import known_model
+    from train.evaluation.samples import known_model
 
     which = None if model is None else known_model(model)
     found, report = diagnose_run(loaded, which, checkpoint)

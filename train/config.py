@@ -167,6 +167,9 @@ class EvaluationConfig(StrictModel):
     inception: Path | None = Field(
         default=None, description="torch-fidelity's Inception-v3 weights, for FID, sFID, IS, precision and recall"
     )
+    dinov2: Path | None = Field(
+        default=None, description="the authors' DINOv2 weights (dinov2_vitl14_pretrain.pth), for FD-DINOv2"
+    )
     reference: Path | None = Field(default=None, description="ADM's reference npz to compare with instead of data.path")
 
 

@@ -49,9 +49,7 @@ class Watch:
 
     def __call__(self, model: DiT, step: int) -> dict[str, float]:
         """Figures of ``model``, the same one in every call, by name."""
-        from train.evaluation.models import plain_sampler
-        from train.evaluation.samples import balanced_classes, draw
-        from train.evaluation.sheet import write_sheet
+        from train.evaluation.samples import balanced_classes, draw, plain_sampler, write_sheet
 
         training = model.training
         model.eval()

@@ -27,8 +27,7 @@ from robuq_core.models.quant_linear import quantize_model  # noqa: E402
 from train import parallel, trainer  # noqa: E402
 from train.config import TrainConfig, load_config  # noqa: E402
 from train.data import BatchSource, ImageDataset  # noqa: E402
-from train.evaluation.models import load_sampler  # noqa: E402
-from train.evaluation.samples import draw_to_disk  # noqa: E402
+from train.evaluation.samples import draw_to_disk, load_sampler  # noqa: E402
 from train.state import exclusive, latest_state  # noqa: E402
 from train.trainer import Trainer, meaning_of_weights  # noqa: E402
 

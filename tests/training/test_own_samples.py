@@ -16,9 +16,8 @@ from robuq_core.models.dit import DiT
 from robuq_core.pipeline import RowSpec, Sampler
 from train.config import ConfigError, TrainConfig
 from train.data import BatchSource, read_images
-from train.evaluation.models import Which, load_sampler
-from train.evaluation.pixels import pixel_agreement
-from train.evaluation.samples import draw
+from train.evaluation.figures import pixel_agreement
+from train.evaluation.samples import Which, draw, load_sampler
 from train.loss import own_sample
 from train.trainer import Trainer, autocast, batch_loss
 

@@ -27,8 +27,7 @@ from robuq_core.models.dit import DiT
 from train import trainer
 from train.config import StageConfig, TrainConfig, load_config
 from train.data import BatchSource, read_images
-from train.evaluation.models import load_sampler
-from train.evaluation.samples import draw
+from train.evaluation.samples import draw, load_sampler
 from train.state import EMA, State, StateError, find_state, read_state
 from train.trainer import Trainer, TrainingError, learning_rate
 

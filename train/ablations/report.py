@@ -114,6 +114,7 @@ class Findings:
         p = None
         if len(ratios) > 1:
             p = float(stats.ttest_1samp([math.log(ratio) for ratio in ratios], 0.0).pvalue)
+            p = 1.0 if math.isnan(p) else p  # equal trainings, as where a search finds one width for all
         return Comparison(contrast, geometric(ratios), len(ratios), p)
 
     def columns(self) -> list[Cell]:

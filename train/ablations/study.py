@@ -33,10 +33,9 @@ from train.allocate import Allocation, allocate
 from train.config import ConfigError, StageConfig, TrainConfig, load_config, parse_yaml
 from train.data import BatchSource, open_dataset, prepare
 from train.evaluation.frechet import RunningMoments, frechet_distance_of_moments
-from train.evaluation.models import plain_sampler
 from train.evaluation.networks import EfficientNetLite0
 from train.evaluation.reference import compared_with, reference
-from train.evaluation.samples import balanced_classes, draw
+from train.evaluation.samples import balanced_classes, draw, plain_sampler
 from train.loss import diffusion_loss
 from train.messages import one_line
 from train.run import Run

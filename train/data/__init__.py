@@ -5,6 +5,7 @@ from train.data.pictures import IMAGE_SUFFIXES, DataError
 from train.data.preparation import (
     Dataset,
     data_folder,
+    holds_features,
     image_size,
     load_dataset,
     marks,
@@ -29,6 +30,7 @@ __all__ = [
     "centre_images",
     "data_digest",
     "data_folder",
+    "holds_features",
     "image_size",
     "load_dataset",
     "looked_at_once",

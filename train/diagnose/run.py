@@ -20,9 +20,8 @@ from train.data import BatchSource, open_dataset, prepare
 from train.diagnose.capture import layer_inputs, observed, observed_packed
 from train.diagnose.report import html_report
 from train.diagnose.watch import Diagnosis, LayerWatch
-from train.evaluation.errors import EvaluationError
-from train.evaluation.models import Which, default_model, model_path, plain_sampler
-from train.evaluation.samples import random_classes
+from train.evaluation.networks import EvaluationError
+from train.evaluation.samples import Which, default_model, model_path, plain_sampler, random_classes
 from train.messages import one_line
 from train.progress import tracked
 from train.run import Run

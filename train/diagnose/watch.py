@@ -13,7 +13,7 @@ from robuq_core.quant.choices import ActivationRule, Grid
 from train.data import step_generator
 from train.diagnose.capture import LayerInput
 from train.diagnose.shape import Shape, ShapeStatistics
-from train.evaluation.errors import EvaluationError
+from train.evaluation.networks import EvaluationError
 
 TOKENS_A_FORWARD = 256  # of each layer, picked anew by a fixed seed
 IMAGES_A_FORWARD = 4  # of each attention, evenly spaced

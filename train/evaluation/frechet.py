@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from train.evaluation.errors import EvaluationError
+from train.evaluation.networks import EvaluationError
 
 
 @dataclass(frozen=True)

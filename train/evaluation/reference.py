@@ -16,16 +16,31 @@ from torch import Tensor
 from robuq_core.files import replacing
 from train.config import TrainConfig
 from train.data import ImageDataset, centre_images, image_size, prepare, read_images
-from train.evaluation.agreement import Gallery, gallery_of
-from train.evaluation.errors import EvaluationError
 from train.evaluation.frechet import Moments, RunningMoments
-from train.evaluation.networks import FeatureNetwork, Features
+from train.evaluation.networks import EvaluationError, FeatureNetwork, Features
 from train.messages import one_line
 from train.progress import tracked
 
 MOST_LATENT_PHOTOS = 10_000  # a run on latents keeps no pixels: its photos are decoded afresh, into memory
 GALLERY_PHOTOS = 10_000
 _BATCH = 64
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Real photos as a feature network sees them: ``features [P, F]``, ``labels [P]``, ``top5 [P, 5]`` its verdicts."""
+
+    features: Tensor
+    labels: Tensor
+    top5: Tensor
+
+
+def gallery_of(features: Features, labels: Tensor) -> Gallery:
+    return Gallery(features.pool, labels, best_five(features.logits))
+
+
+def best_five(logits: Tensor) -> Tensor:
+    return logits.topk(min(5, logits.shape[1]), dim=1).indices
 
 
 @dataclass(frozen=True)

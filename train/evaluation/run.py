@@ -12,23 +12,38 @@ from robuq_core.files import read_json, replacing
 from robuq_core.pipeline import Sampler
 from train import parallel
 from train.config import TrainConfig
-from train.data import read_images
-from train.evaluation.agreement import IMAGENET_CLASSES, agreement
-from train.evaluation.errors import EvaluationError
-from train.evaluation.figures import effnet_figures, inception_figures
+from train.data import holds_features, read_images
+from train.evaluation.figures import (
+    IMAGENET_CLASSES,
+    Estimate,
+    agreement,
+    dinov2_figures,
+    effnet_figures,
+    inception_figures,
+    pixel_agreement,
+    ratio,
+)
 from train.evaluation.frechet import frechet_distance_of_moments
-from train.evaluation.inception import Inception
-from train.evaluation.intervals import Estimate, ratio
-from train.evaluation.models import Which, default_model, load_sampler
-from train.evaluation.networks import EfficientNetLite0, FeatureNetwork
-from train.evaluation.pixels import pixel_agreement
+from train.evaluation.networks import DinoV2, EfficientNetLite0, EvaluationError, FeatureNetwork, Inception
 from train.evaluation.reference import GALLERY_PHOTOS, Reference, compared_with, published_reference, reference
-from train.evaluation.samples import SampleSet, draw, draw_to_disk, random_classes
-from train.evaluation.sheet import write_sheet
+from train.evaluation.samples import (
+    SampleSet,
+    Which,
+    default_model,
+    draw,
+    draw_to_disk,
+    load_sampler,
+    random_classes,
+    write_sheet,
+)
 from train.messages import one_line
 
 Measure = Callable[[SampleSet, FeatureNetwork, Reference], dict[str, float]]
 _TEACHER = "teacher"
+_MEASURES: dict[str, Measure] = {
+    "effnet": effnet_figures, "inception": inception_figures, "dinov2": dinov2_figures,
+}  # fmt: skip
+EFFNET_FEATURES = 1280
 
 
 def evaluation_path(config: TrainConfig) -> Path:
@@ -67,14 +82,20 @@ def evaluate_run(
     """
     chosen = which or default_model(config)
     weights = inception or config.evaluation.inception
-
-    networks: list[FeatureNetwork] = []  # of the first process, which measures
+    has_photos = not holds_features(config)
+    spectators: list[FeatureNetwork] = []  # of the first process, which measures
 
     def load_networks() -> None:
-        # Before anything is drawn: what is missing for the figures at the end is said at the beginning.
-        networks.append(EfficientNetLite0())
+        # Before anything is drawn: what is missing for the figures at the end is reported at the beginning.
+        if has_photos:
+            spectators.append(EfficientNetLite0())
+        elif agreement_only or weights is None or config.evaluation.reference is None:
+            raise EvaluationError(f"data.path {config.data.path} holds latents and no photos to compare with; set "
+                                  "evaluation.inception and evaluation.reference")  # fmt: skip
         if weights is not None and not agreement_only:
-            networks.append(Inception(weights))
+            spectators.append(Inception(weights))
+        if config.evaluation.dinov2 is not None and has_photos and not agreement_only:
+            spectators.append(DinoV2(config.evaluation.dinov2))
 
     parallel.on_first(load_networks)
     sampler, digest = load_sampler(config, chosen, checkpoint)
@@ -84,16 +105,12 @@ def evaluate_run(
     sets = [_samples(config, sampler, settings, name, digest, each) for each in seeds]
 
     def measure() -> dict[str, Any]:
-        network, *spectators = networks
-        photos = reference(config, network)
-        entry: dict[str, Any] = {
-            "model": name,
-            "sha256": digest,
-            "sampler": settings.model_dump(mode="json"),
-            "agreement": {"seed": seed, **_agreement(config, sampler, settings, network, photos, classes, seed, sheet)},
-        }
+        entry: dict[str, Any] = {"model": name, "sha256": digest, "sampler": settings.model_dump(mode="json")}
+        if has_photos:
+            found = _agreement(config, sampler, settings, spectators[0], classes, seed, sheet)
+            entry["agreement"] = {"seed": seed, **found}
         if sets:
-            entry |= _distances(config, sets, network, photos, *spectators)
+            entry |= _distances(config, sets, spectators)
         if npz is not None:
             for each, samples in zip(seeds, sets, strict=True):
                 samples.write_npz(npz / f"{name}-seed{each}.npz")
@@ -103,27 +120,19 @@ def evaluate_run(
     return parallel.from_first(measure)
 
 
-def _distances(
-    config: TrainConfig,
-    sets: list[SampleSet],
-    network: FeatureNetwork,
-    photos: Reference,
-    inception: FeatureNetwork | None = None,
-) -> dict[str, Any]:
-    entry: dict[str, Any] = {
-        "samples": config.evaluation.samples,
-        "seeds": list(config.evaluation.seeds),
-        "photos": photos.pool.count,
-        "figures": _over_seeds(effnet_figures, sets, network, photos),
-    }
-    if config.evaluation.split != "train":
-        entry["training_images"] = _training_images(config, network, photos)
-    if inception is not None:
-        path = config.evaluation.reference
-        theirs = reference(config, inception) if path is None else published_reference(path, inception)
-        entry["figures"] |= _over_seeds(inception_figures, sets, inception, theirs)
-        entry["reference"] = "data.path" if path is None else path.name
-    entry["cautions"] = _cautions(config, photos, with_inception=inception is not None)
+def _distances(config: TrainConfig, sets: list[SampleSet], networks: list[FeatureNetwork]) -> dict[str, Any]:
+    settings = config.evaluation
+    entry: dict[str, Any] = {"samples": settings.samples, "seeds": list(settings.seeds), "figures": {}}
+    for network in networks:
+        published = settings.reference if network.name == "inception" else None
+        photos = reference(config, network) if published is None else published_reference(published, network)
+        entry["figures"] |= _over_seeds(_MEASURES[network.name], sets, network, photos)
+        if network.name == "inception":
+            entry["reference"] = "data.path" if published is None else published.name
+        entry.setdefault("photos", photos.pool.count)
+        if network.name == "effnet" and settings.split != "train":
+            entry["training_images"] = _training_images(config, network, photos)
+    entry["cautions"] = _cautions(config, entry["photos"], {network.name for network in networks})
     return entry
 
 
@@ -132,7 +141,6 @@ def _agreement(
     sampler: Sampler,
     settings: SamplerConfig,
     network: FeatureNetwork,
-    photos: Reference,
     count: int,
     seed: int,
     sheet: Path | None,
@@ -142,6 +150,7 @@ def _agreement(
     if sheet is not None:
         write_sheet(samples, sheet)
     fits = config.model.num_classes == IMAGENET_CLASSES
+    photos = reference(config, network)
     found = agreement(network(samples), classes, photos.gallery, classifier=fits).as_dict()
     # A run on latents keeps no pixels, and its model does not repeat them.
     if config.data.vae is None:
@@ -176,18 +185,20 @@ def _over_seeds(measure: Measure, sets: list[SampleSet], network: FeatureNetwork
     return {name: Estimate(tuple(each[name] for each in by_seed)).as_dict() for name in by_seed[0]}
 
 
-def _cautions(config: TrainConfig, photos: Reference, with_inception: bool) -> list[str]:
+def _cautions(config: TrainConfig, photos: int, networks: set[str]) -> list[str]:
     """What a reader must know before comparing the figures with anyone's."""
-    cautions = [
-        "fd_effnet is a Fréchet distance on EfficientNet-Lite0 features; it is not FID and no FID compares to it"
-    ]
-    fewest = min(config.evaluation.samples, photos.pool.count)
-    features = len(photos.pool.mean)
-    if fewest <= features:
-        cautions.append(f"{fewest} samples or photos are no more than the {features} features: the covariance is "
-                        "singular and fd_effnet is biased upwards; compare at equal numbers only")  # fmt: skip
-    if with_inception and config.evaluation.samples < 50_000:
-        cautions.append("FID and sFID are usually given of 50,000 samples; of fewer they are higher")
+    cautions = []
+    fewest = min(config.evaluation.samples, photos)
+    if "effnet" in networks:
+        cautions.append("fd_effnet is a Fréchet distance on EfficientNet-Lite0 features; it is not FID and no FID "
+                        "compares to it")  # fmt: skip
+        if fewest <= EFFNET_FEATURES:
+            cautions.append(
+                f"{fewest} samples or photos are no more than the {EFFNET_FEATURES} features: the covariance is "
+                "singular and fd_effnet is biased upwards; compare at equal numbers only"
+            )
+    if networks != {"effnet"} and config.evaluation.samples < 50_000:
+        cautions.append("FID, sFID and FD-DINOv2 are usually given of 50,000 samples; of fewer they are higher")
     if len(config.evaluation.seeds) < 2:
         cautions.append("one seed: no interval")
     return cautions
@@ -223,7 +234,7 @@ def _ratios(entry: dict[str, Any], teacher: dict[str, Any]) -> dict[str, Any]:
     if entry is teacher or not alike:
         return {}
     found = {}
-    for name in ("fd_effnet", "fid", "sfid"):
+    for name in ("fd_effnet", "fid", "sfid", "fd_dinov2"):
         if name in entry.get("figures", {}) and name in teacher.get("figures", {}):
             estimate = ratio(entry["figures"][name]["by_seed"], teacher["figures"][name]["by_seed"])
             if estimate is not None:

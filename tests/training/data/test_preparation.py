@@ -34,6 +34,8 @@ from train.data import (
     read_index,
     shards,
 )
+from train.evaluation.networks import EvaluationError
+from train.evaluation.run import evaluate_run
 from train.state import StateError, locked
 
 COUNT = CLASSES * PER_CLASS
@@ -423,6 +425,8 @@ def test_features_of_fast_dit_are_drawn_as_they_are(tmp_path: Path) -> None:
     assert labels.tolist() == [i % CLASSES for i in order]
     with pytest.raises(DataError, match=r"holds latents and no photos; set evaluation\.reference"):
         read_images(config, 2)
+    with pytest.raises(EvaluationError, match=r"no photos to compare with; set evaluation\.inception and"):
+        evaluate_run(config, "teacher")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from train.diagnose import watch as module
 from train.diagnose.capture import LayerInput
 from train.diagnose.run import diagnosis_of
 from train.diagnose.watch import Diagnosis, LayerDiagnosis, LayerWatch
-from train.evaluation.models import MODELS
+from train.evaluation.samples import MODELS
 from train.run import Run
 from train.stages import export
 

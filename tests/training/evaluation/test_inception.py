@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from train.evaluation import inception
-from train.evaluation.errors import EvaluationError
+from train.evaluation import networks as inception
+from train.evaluation.figures import fid, inception_score, precision_and_recall, sfid
 from train.evaluation.frechet import Moments, RunningMoments, frechet_distance_of_moments
-from train.evaluation.inception import Inception, SpatialProbe, fid, inception_score, precision_and_recall, sfid
+from train.evaluation.networks import DinoV2, EvaluationError, Inception, SpatialProbe
 
 
 def library_is_there() -> bool:
@@ -84,7 +84,7 @@ class StandInLibrary:
 @pytest.fixture
 def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Weights for the stand-in, which takes the library's place."""
-    monkeypatch.setattr(inception, "_library", lambda module: StandInLibrary)
+    monkeypatch.setattr(inception, "library", lambda module: StandInLibrary)
     extractor = StandInExtractor.__new__(StandInExtractor)
     nn.Module.__init__(extractor)
     extractor.Mixed_6d = nn.Module()
@@ -202,3 +202,79 @@ def test_the_librarys_network_takes_weights_from_a_file(tmp_path: Path) -> None:
     assert features.spatial is not None
     # The branch comes first in the block's output: the two definitions of the spatial features that are around agree.
     torch.testing.assert_close(seen[0][:, :7].flatten(1).float(), features.spatial)
+
+
+def dino_weights(width: int = 128, depth: int = 2, side: int = 16) -> dict[str, Tensor]:
+    """Of a DINOv2 of one or two heads, drawn; names and shapes as in the authors' files."""
+    shapes = {"cls_token": (1, 1, width), "mask_token": (1, width), "pos_embed": (1, side**2 + 1, width),
+              "patch_embed.proj.weight": (width, 3, 14, 14), "patch_embed.proj.bias": (width,),
+              "norm.weight": (width,), "norm.bias": (width,)}  # fmt: skip
+    for i in range(depth):
+        for name, shape in (("attn.qkv", (3 * width, width)), ("attn.proj", (width, width)),
+                            ("mlp.fc1", (4 * width, width)), ("mlp.fc2", (width, 4 * width)),
+                            ("norm1", (width,)), ("norm2", (width,))):  # fmt: skip
+            shapes |= {f"blocks.{i}.{name}.weight": shape, f"blocks.{i}.{name}.bias": shape[:1]}
+        shapes |= {f"blocks.{i}.ls1.gamma": (width,), f"blocks.{i}.ls2.gamma": (width,)}
+    generator = torch.Generator().manual_seed(0)
+    return {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def test_dinov2_is_a_vision_transformer(tmp_path: Path) -> None:
+    """Its blocks are torch's own encoder layers once their layer scale is folded into the last weights."""
+    weights = dino_weights()
+    torch.save(weights, tmp_path / "dino.pth")
+    images = torch.rand(3, 3, 224, 224) * 2 - 1
+    found = DinoV2(tmp_path / "dino.pth")(images)
+    assert found.logits.shape == (3, 0)
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    pixels = ((images + 1) / 2 - mean[:, None, None]) / deviation[:, None, None]
+    patches = nn.functional.conv2d(pixels, weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"], 14)
+    x = torch.cat([weights["cls_token"].expand(3, -1, -1), patches.flatten(2).transpose(1, 2)], dim=1)
+    x = x + weights["pos_embed"]
+    for i in range(2):
+        own = {name.split(".", 2)[2]: value for name, value in weights.items() if name.startswith(f"blocks.{i}.")}
+        layer = nn.TransformerEncoderLayer(128, 2, 512, 0.0, "gelu", 1e-6, batch_first=True, norm_first=True).eval()
+        scaled = {
+            "self_attn.in_proj_weight": own["attn.qkv.weight"], "self_attn.in_proj_bias": own["attn.qkv.bias"],
+            "linear1.weight": own["mlp.fc1.weight"], "linear1.bias": own["mlp.fc1.bias"],
+        }  # fmt: skip
+        for name, source, gamma in (("self_attn.out_proj", "attn.proj", "ls1"), ("linear2", "mlp.fc2", "ls2")):
+            scaled[f"{name}.weight"] = own[f"{gamma}.gamma"][:, None] * own[f"{source}.weight"]
+            scaled[f"{name}.bias"] = own[f"{gamma}.gamma"] * own[f"{source}.bias"]
+        scaled |= {
+            f"{name}.{part}": own[f"{name}.{part}"] for name in ("norm1", "norm2") for part in ("weight", "bias")
+        }
+        layer.load_state_dict(scaled)
+        with torch.no_grad():
+            x = layer(x)
+    expected = nn.functional.layer_norm(x[:, 0], (128,), weights["norm.weight"], weights["norm.bias"], 1e-6)
+    torch.testing.assert_close(found.pool, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_positions_of_larger_images_are_resized(tmp_path: Path) -> None:
+    weights = {**dino_weights(side=37), "pos_embed": torch.ones(1, 37**2 + 1, 128)}
+    torch.save(weights, tmp_path / "large.pth")
+    torch.save({**weights, "pos_embed": torch.ones(1, 16**2 + 1, 128)}, tmp_path / "small.pth")
+    images = torch.rand(1, 3, 64, 64) * 2 - 1
+    large, small = (DinoV2(tmp_path / f"{name}.pth")(images).pool for name in ("large", "small"))
+    torch.testing.assert_close(large, small, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file; give the authors'"),
+        (b"not a file of weights", "not a file of weights"),
+        ({"cls_token": torch.zeros(1, 1, 64)}, "not the weights of a DINOv2"),
+        ({**dino_weights(depth=1), "register_tokens": torch.zeros(1, 4, 128)}, "not the weights of a DINOv2"),
+        ({name: value for name, value in dino_weights().items() if "norm1" not in name}, "not the weights of a DINOv2"),
+    ],
+)
+def test_dinov2_without_its_weights_is_refused(tmp_path: Path, content: Any, message: str) -> None:
+    path = tmp_path / "dino.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(EvaluationError, match=message):
+        DinoV2(path)

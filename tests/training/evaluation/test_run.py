@@ -18,8 +18,7 @@ from train.cli import app
 from train.config import TrainConfig, load_config
 from train.data import read_images
 from train.evaluation import run as module
-from train.evaluation.models import load_sampler
-from train.evaluation.samples import draw
+from train.evaluation.samples import draw, load_sampler
 from train.run import Run
 from train.stages import export
 

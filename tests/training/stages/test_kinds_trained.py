@@ -13,8 +13,7 @@ from robuq_core.config import DiffusionConfig
 from robuq_core.models.adapters import save_official
 from robuq_core.pipeline import Sampler
 from train.config import ConfigError, TrainConfig
-from train.evaluation.models import load_sampler
-from train.evaluation.samples import balanced_classes
+from train.evaluation.samples import balanced_classes, load_sampler
 from train.run import Run
 
 FLOW: dict[str, Any] = {

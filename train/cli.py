@@ -266,7 +266,7 @@ def diagnose(
     found, report = diagnose_run(loaded, which, checkpoint)
     from rich.console import Console
 
-    from train.diagnose.tables import head_table, layer_table, rotation_verdict
+    from train.diagnose.report import head_table, layer_table, rotation_verdict
 
     console = Console()
     console.print(layer_table(found), head_table(found))

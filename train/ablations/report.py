@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from robuq_core.files import replacing
-from train.ablations.study import Cell, Contrast, Result, Row, Study
+from train.ablations.config import Contrast, Row
+from train.ablations.study import Cell, Result, Study
 from train.allocate import LAYER_TYPES, PAPER_AVERAGES, averages_by_type
 
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"

@@ -1,4 +1,4 @@
-"""The HTTP server: ``api`` (what a client sees), ``scheduler`` (which rows run next), ``engine`` (who runs them)."""
+"""The HTTP server: ``app`` (routes), ``pool`` and ``fleet`` (requests, workers), ``worker`` (one process per model)."""
 
 from robuq_core.openmp import sleep_between_regions
 

@@ -37,12 +37,9 @@ from server.service import (
 _EXAMPLE: dict[str, Any] = {"class_id": 207}
 
 
-class GenerateBody(ImageParams):
-    """What to generate, and how to answer. The class is needed where the model has classes."""
+class QueuedParams(ImageParams):
+    """What to generate, when, and whether to stream: the fields of every body in JSON."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"class_id": 207}]})
-
-    format: Annotated[ImageFormat, Field(description="File format of the images.")] = "png"
     priority: Annotated[
         int, Field(ge=0, le=MAX_PRIORITY, description="The higher the sooner, among the requests of one API key.")
     ] = 0
@@ -51,6 +48,14 @@ class GenerateBody(ImageParams):
         Field(ge=MIN_TIMEOUT_S, description="Seconds until the request fails with 504; default: the server's limit."),
     ] = None
     stream: Annotated[bool, Field(description="Answer with server-sent events while the images are generated.")] = False
+
+
+class GenerateBody(QueuedParams):
+    """What to generate, and how to answer. The class is needed where the model has classes."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
+
+    format: Annotated[ImageFormat, Field(description="File format of the images.")] = "png"
     preview_every: Annotated[
         int,
         Field(
@@ -111,13 +116,11 @@ def make_request(
     service: Service,
     http: HttpRequest,
     model: ModelInfo,
-    params: ImageParams,
+    params: QueuedParams,
     class_id: int,
     *,
-    image_format: ImageFormat = "png",
+    image_format: ImageFormat,
     as_base64: bool = True,
-    timeout_s: float | None = None,
-    priority: int = 0,
 ) -> Request:
     """A request for images of one class; what ``params`` leaves open takes the model's default, the seed that of the
     ``Idempotency-Key``, or a random one."""
@@ -131,8 +134,8 @@ def make_request(
         seed=resolved.seed,
         image_format=image_format,
         as_base64=as_base64,
-        priority=priority,
-        timeout_s=service.timeout(timeout_s),
+        priority=params.priority,
+        timeout_s=service.timeout(params.timeout_s),
         repeatable=params.seed is not None or key_seed is not None,
     )
 
@@ -266,8 +269,6 @@ def generate_router(service: Service) -> APIRouter:
             classes_of(model).of_request(body.class_id, body.class_name),
             image_format=image_format,
             as_base64=media_type in (JSON, EVENT_STREAM),
-            timeout_s=body.timeout_s,
-            priority=body.priority,
         )
         request.watched, request.preview_every = body.stream, body.preview_every
         request = service.submit(http, request)

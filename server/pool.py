@@ -72,6 +72,8 @@ class Pool:
         prepared: workers that have been started already, with the file for their weights.
     """
 
+    fleet_type = Fleet
+
     def __init__(
         self,
         settings: Settings,
@@ -181,14 +183,6 @@ class Pool:
         fleet.dispatch()
         return request
 
-    async def generate(self, request: Request) -> Result:
-        """Submit a request and wait for it; cancelling the caller cancels the request."""
-        self.submit(request).join()
-        try:
-            return await asyncio.shield(request.future)
-        finally:
-            request.leave()
-
     def cancel(self, request: Request, reason: CancelReason = "cancelled") -> None:
         """End a request: its rows are gone from the next step on. No-op when it has ended."""
         error = DeadlineExceeded("not done by the deadline") if reason == "timeout" else Cancelled("request cancelled")
@@ -246,7 +240,7 @@ class Pool:
     async def start(self) -> None:
         """Start the workers; ``status`` becomes ``ready`` when all are warm, or ``failed``."""
         prepared = self._prepared
-        self._fleet = Fleet(self, self.settings.checkpoint, None if prepared is None else prepared.weights)
+        self._fleet = self.fleet_type(self, self.settings.checkpoint, None if prepared is None else prepared.weights)
         self._fleet.start(() if prepared is None else prepared.handles)
         self.spawn(self._watch())
 
@@ -260,7 +254,7 @@ class Pool:
         async with self._swapping:
             if self.status != "ready":
                 raise NotReady(self.status)
-            fleet = Fleet(self, checkpoint)
+            fleet = self.fleet_type(self, checkpoint)
             self._retired.append(fleet)  # so that it is watched, and ends with the pool
             try:
                 fleet.start()

@@ -26,7 +26,12 @@ class LocalPool:
         """Cancelling the future cancels the request."""
 
         async def generated() -> Result:
-            return await self.pool.generate(Request(self.pool.model, tuple(specs)))
+            request = self.pool.submit(Request(self.pool.model, tuple(specs)))
+            request.join()
+            try:
+                return await asyncio.shield(request.future)
+            finally:
+                request.leave()
 
         return asyncio.run_coroutine_threadsafe(generated(), self._loop)
 

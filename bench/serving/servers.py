@@ -24,9 +24,10 @@ import psutil
 
 from server import launch
 from server.fake import FakeRow, FakeSampler
+from server.fleet import Fleet
 from server.launch import bind, prepare
 from server.logs import configure_logging
-from server.pool import Fleet, Pool
+from server.pool import Pool
 from server.settings import Settings
 
 Kind = Literal["noop", "continuous", "window", "litserve"]
@@ -56,29 +57,35 @@ main(lambda options, weights: NoOpSampler())
 """
 
 
-class WindowPool(Pool):
+class WindowFleet(Fleet):
     """Window batching, what most servers do, to compare with: collect, run the batch to its end, collect again.
 
-    The order, the bound of the queue and the deadlines are those of the pool; an image that is done before its batch
-    is answers at once. What differs is when images may join, and that alone. One worker.
+    The order, the bound of the queue and the deadlines are ours, too; an image that is done before its batch answers at
+    once. Only the moment differs at which images may join. One worker.
     """
 
     _due: asyncio.TimerHandle | None = None
 
-    def dispatch(self, fleet: Fleet) -> None:
-        (worker,) = fleet.workers
-        if worker is None or not fleet.queue.images or len(worker.sent) > len(worker.decoding):
+    def dispatch(self) -> None:
+        (worker,) = self.workers
+        if worker is None or not self.queue.images or len(worker.sent) > len(worker.decoding):
             return
-        waited = max(self.clock() - request.submitted_at for request in fleet.requests)
-        if fleet.queue.images < MAX_ROWS and waited < WINDOW_S:
+        waited = max(self.pool.clock() - request.submitted_at for request in self.requests)
+        if self.queue.images < MAX_ROWS and waited < WINDOW_S:
             if self._due is None:
-                self._due = asyncio.get_running_loop().call_later(WINDOW_S - waited, self._window_ends, fleet)
+                self._due = asyncio.get_running_loop().call_later(WINDOW_S - waited, self._window_ends)
             return
-        super().dispatch(fleet)
+        super().dispatch()
 
-    def _window_ends(self, fleet: Fleet) -> None:
+    def _window_ends(self) -> None:
         self._due = None
-        self.dispatch(fleet)
+        self.dispatch()
+
+
+class WindowPool(Pool):
+    """A pool with window batching."""
+
+    fleet_type = WindowFleet
 
 
 def bench_settings(port: int = 0) -> Settings:

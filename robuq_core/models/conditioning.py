@@ -1,7 +1,7 @@
-"""The adaLN side of a packed DiT: shifts, scales and gates of every block, one entry a (timestep, class).
+"""The adaLN side of a packed DiT: a cache of the shifts, scales and gates of all blocks by (timestep, class).
 
-An entry depends on nothing else, so rows that share a pair share it, and it is kept from step to step (guided rows meet
-the null class at every timestep). The least recently used entries make room.
+An entry depends on nothing else, so rows with the same pair share it, and entries are kept between steps (guided rows
+use the null class at every timestep). The least recently used entries are evicted.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class ConditioningTable:
     """Modulations by (timestep, class): ``table [6 depth + 2, slots, D]``, float32 on the backend's device.
 
     Entries 6 i .. 6 i + 5 of the first dimension are block i's shift, scale and gate of attention, then of the MLP; the
-    last two are the final layer's shift and scale. Pages of memory are taken as slots fill up.
+    last two are the final layer's shift and scale. Memory pages are used as slots fill up.
 
     Args:
         dense: the embedders and the final layer, by DiT name. adaln: the packed linear of every block.
-        max_bytes: of the table; a forward with more pairs than that makes it grow. None: 32 MiB, or on a GPU room for
-            the null class at every timestep, up to 1/32 of its memory.
+        max_bytes: of the table; it grows for a forward with more pairs. None: 32 MiB, or on a GPU room for the null
+            class at every timestep, up to 1/32 of its memory.
         group: ``adaln`` stacked, for a backend that runs them in one launch.
     """
 
@@ -65,7 +65,6 @@ class ConditioningTable:
             self._compile()
 
     def _default_bytes(self, entry_bytes: int) -> int:
-        """:data:`TABLE_BYTES`; on a GPU, room for the null class at every timestep, as far as its memory allows."""
         device = self._backend.device
         if device.type != "cuda":
             return TABLE_BYTES
@@ -73,7 +72,7 @@ class ConditioningTable:
         return max(TABLE_BYTES, min(share, (NUM_TRAIN_TIMESTEPS + _SPARE_SLOTS) * entry_bytes))
 
     def _compile(self) -> None:
-        """Run every launch shape once, so that none is compiled while requests wait."""
+        """Run every launch shape once, so that no request waits for compilation."""
         for layer in {(each.rank, each.bits, each.grid): each for each in self._adaln}.values():
             for pairs in _PAIR_BUCKETS:
                 self._ternary(torch.zeros(pairs, layer.in_features, device=self.table.device), layer, "silu")
@@ -88,7 +87,7 @@ class ConditioningTable:
         self.clear()
 
     def clear(self) -> None:
-        """Forget every entry (timestep embeddings stay): the next forward computes all it needs."""
+        """Drop all entries (timestep embeddings stay)."""
         self._slot_of.clear()
         self._free = list(reversed(range(self.table.shape[1])))
 

@@ -1,7 +1,7 @@
 """A DiT that runs from packed weights on a kernel backend: the same network as :mod:`robuq_core.models.dit`.
 
-Inference only. Weights lie on the backend's device. A forward has two parts: the modulations of its rows, looked up or
-computed (:mod:`robuq_core.models.conditioning`), and :meth:`PackedDiT.denoise`, which is nothing but tensor operations.
+Inference only. A forward has two parts: the modulations of its rows, looked up or computed
+(:mod:`robuq_core.models.conditioning`), and :meth:`PackedDiT.denoise`, which consists of tensor operations only.
 """
 
 from __future__ import annotations
@@ -56,14 +56,15 @@ class PackedBlock:
 class PackedDiT:
     """``forward(x [B, C, H, W], timesteps [B], classes [B]) -> [B, out_channels, H, W]``, float32.
 
-    ``x`` lies on :attr:`device`; ``timesteps`` and ``classes``, on the CPU, are what the host looks modulations up by.
-    The tokens that the blocks add to, and what proj and fc2 add to them, are float32 on every backend; qkv, heads and
-    the MLP's hidden values are what a :class:`~robuq_core.kernels.ops.NarrowBackend` asks for.
+    ``x`` is on :attr:`device`; ``timesteps`` and ``classes`` on the CPU, where modulations are looked up. The residual
+    stream, and what proj and fc2 add to it, is float32 on every backend; qkv, heads and the MLP's hidden values have
+    the type of a :class:`~robuq_core.kernels.ops.NarrowBackend`.
 
     Args:
-        dense: the full-precision tensors under their DiT names (embedders and final layer), float32.
-        layers: the packed linears under their DiT names.
+        dense: the full-precision tensors (embedders and final layer) by DiT name, float32.
+        layers: the packed linears by DiT name.
         backend: runs the ops; the weights are moved to its device.
+        group: the adaLN layers of another copy of this network, to share their memory on the same device.
     """
 
     def __init__(
@@ -73,29 +74,18 @@ class PackedDiT:
         layers: dict[str, TernaryLayer],
         backend: Backend,
         quantized_attention: bool = True,
-    ) -> None:
-        blocks = [PackedBlock(*(layers[f"blocks.{i}.{name}"] for name in LAYERS)) for i in range(config.depth)]
-        self._build(config, dense, blocks, position_table(config), backend, quantized_attention)
-
-    def _build(
-        self,
-        config: ModelConfig,
-        dense: dict[str, Tensor],
-        blocks: list[PackedBlock],
-        pos_embed: Tensor,
-        backend: Backend,
-        quantized_attention: bool,
         group: LayerGroup | None = None,
     ) -> None:
+        blocks = [PackedBlock(*(layers[f"blocks.{i}.{name}"] for name in LAYERS)) for i in range(config.depth)]
         self.config, self.backend, self.quantized_attention = config, backend, quantized_attention
-        self._ternary, self._handed_on = whole_layer(backend), whole_layer(backend, handed_on=True)
+        self._ternary, self._intermediate = whole_layer(backend), whole_layer(backend, handed_on=True)
         # GELU follows fc1 where that is one kernel, so that fc2 reads rounded values; otherwise fc2 begins with it.
         self._gelu_follows = isinstance(backend, NarrowBackend)
         self._hidden = whole_layer(backend, handed_on=True, gelu=self._gelu_follows)
         self._fused = backend if isinstance(backend, FusedBackend) else None
         self.dense = {name: tensor.to(backend.device) for name, tensor in dense.items()}
         self.blocks = [block.to(backend.device) for block in blocks]
-        self.pos_embed = pos_embed.to(backend.device)
+        self.pos_embed = position_table(config).to(backend.device)
         if not isinstance(backend, GroupingBackend):
             group = None
         elif group is None or group.stacked.planar.device != backend.device:
@@ -107,7 +97,7 @@ class PackedDiT:
         self.conditioning = ConditioningTable(config, self.dense, adaln, backend, group=group)
         self._whole_block = backend if isinstance(backend, BlockBackend) else None
         self._in_one_call = self._blocks_in_one_call()
-        # Between native kernels torch has little to do, and its threads would be in the way of theirs.
+        # Between native kernels torch has little to do, and its threads would compete with theirs.
         self.has_own_threads = self._fused is not None and self.device.type == "cpu"
         self._run: Denoise = self.denoise
         self._run_keeping: DenoiseKeeping = self.denoise_keeping
@@ -119,7 +109,7 @@ class PackedDiT:
             self._run_keeping = GraphedDenoise(self.denoise_keeping, record)
 
     def _blocks_in_one_call(self) -> dict[int, Block]:
-        """By id of a block, what the backend runs in one call."""
+        """By id of a block, its form for a backend that runs whole blocks; blocks with several planes have none."""
         if self._whole_block is None:
             return {}
         heads, eps = self.config.num_heads, (1e-6, norm2_eps(self.config))
@@ -130,12 +120,13 @@ class PackedDiT:
         }
 
     def replica(self, backend: Backend) -> PackedDiT:
-        """The same network on another backend; weights are shared where both run on one device."""
-        copy = object.__new__(PackedDiT)
-        copy._build(
-            self.config, self.dense, self.blocks, self.pos_embed, backend, self.quantized_attention, self._group
-        )
-        return copy
+        """The same network on another backend; shares the weights if both run on one device."""
+        layers = {
+            f"blocks.{i}.{name}": layer
+            for i, block in enumerate(self.blocks)
+            for name, layer in zip(LAYERS, block.layers, strict=True)
+        }
+        return PackedDiT(self.config, self.dense, layers, backend, self.quantized_attention, self._group)
 
     @property
     def device(self) -> torch.device:
@@ -143,7 +134,7 @@ class PackedDiT:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights as they lie in memory: 2-bit codes, scales, low-rank factors, dense tensors."""
+        """Bytes of all weights in memory: 2-bit codes, scales, low-rank factors, dense tensors."""
         packed = sum(layer.nbytes for block in self.blocks for layer in block.layers)
         return packed + sum(tensor.nbytes for tensor in self.dense.values())
 
@@ -230,7 +221,7 @@ class PackedDiT:
     def _run_images(self, x_BLD: Tensor, modulation_6BD: Tensor, block: PackedBlock) -> None:
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation_6BD.unbind()
         norm1 = Modulation(shift1, scale1, 1e-6)
-        qkv = self._handed_on(x_BLD.flatten(0, 1), block.qkv, norm1).reshape(*x_BLD.shape[:2], -1)
+        qkv = self._intermediate(x_BLD.flatten(0, 1), block.qkv, norm1).reshape(*x_BLD.shape[:2], -1)
         heads = self.backend.attention(qkv, self.config.num_heads, self.quantized_attention)
         self._add_ternary(x_BLD, gate1, heads.flatten(0, 1), block.proj)
         norm2 = Modulation(shift2, scale2, norm2_eps(self.config))

@@ -56,21 +56,11 @@ def pack_base3(codes: Tensor) -> Tensor:
     return packed
 
 
-def unpack_base3(packed: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Inverse of :func:`pack_base3`: uint8 ``[ceil(N K / 5)]`` -> int8 ``shape``.
-
-    Raises:
-        ValueError: another dtype or length than ``shape`` asks for, or a byte above 242.
-    """
-    check_base3(packed, shape)
-    return _base3_digits(packed, shape).to(torch.int8) - 1
-
-
 def planar_from_base3(packed: Tensor, shape: tuple[int, int]) -> Tensor:
-    """``pack_planar(unpack_base3(packed, shape))`` in one pass: from the file's form to the runtime's.
+    """The codes ``shape`` of :func:`pack_base3` in the form of :func:`pack_planar`: from the file's to the runtime's.
 
     Raises:
-        ValueError: as :func:`unpack_base3`.
+        ValueError: as :func:`check_base3`.
     """
     check_base3(packed, shape)
     rows, in_features = shape

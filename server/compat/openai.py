@@ -16,11 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import to_json
 
 from robuq_core.images import ImageFormat
-from robuq_core.params import MAX_IMAGES, ImageParams, choice_error, read_params
+from robuq_core.params import MAX_IMAGES, choice_error, read_params
 from server.classes import ClassIndex
 from server.errors import ApiError, invalid
-from server.generate import GeneratedWith, answer_fields, make_request
-from server.request import MAX_PRIORITY, MIN_TIMEOUT_S, Event, ModelInfo, Preview, Request, Result
+from server.generate import GeneratedWith, QueuedParams, answer_fields, make_request
+from server.request import Event, ModelInfo, Preview, Request, Result
 from server.service import (
     COMPLETED,
     DOCUMENTED_EVENTS,
@@ -46,7 +46,7 @@ _NO_TOKENS = {
 _MAX_NAMED = 8
 
 
-class ImagesBody(ImageParams):
+class ImagesBody(QueuedParams):
     """OpenAI's fields, and those of ``POST /generate`` (``extra_body`` of its clients). Others are ignored."""
 
     model_config = ConfigDict(extra="allow", json_schema_extra={"examples": [_EXAMPLE]})
@@ -59,11 +59,8 @@ class ImagesBody(ImageParams):
         "b64_json", description="Images are in the answer; none is stored for a URL."
     )
     output_format: ImageFormat = Field("png", description="File format.")
-    stream: bool = Field(False, description="Answer with server-sent events.")
     partial_images: int = Field(0, ge=0, le=3, description="With stream: previews of each image, evenly spaced.")
     background: Literal["auto", "opaque"] = Field("auto", description="Images are opaque.")
-    priority: int = Field(0, ge=0, le=MAX_PRIORITY, description="The higher the sooner.")
-    timeout_s: float | None = Field(None, ge=MIN_TIMEOUT_S, description="Seconds until 504.")
 
     @model_validator(mode="after")
     def _one_number(self) -> Self:
@@ -237,8 +234,6 @@ def openai_router(service: Service) -> APIRouter:
             body if body.n is None else body.model_copy(update={"num_images": body.n}),
             class_of(body, classes_of(model)),
             image_format=body.output_format,
-            timeout_s=body.timeout_s,
-            priority=body.priority,
         )
         warning = warning_of(body)
         if body.stream:

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 from loaded_server import fake_server
+from serving_harness import WAIT_S, WatchedSampler, outcome, running_engine, spec
 from tiny import TINY, tiny_model
 
 from bench.serving.arrivals import Comparison, appended, figure
 from bench.serving.client import Connection, closed_loop, run
 from bench.serving.figures import CheckFailed, Figure, require, write
 from bench.serving.http_costs import BODY
-from bench.serving.servers import NoOpSampler
+from bench.serving.servers import NoOpSampler, WindowPool
 from loadtest.open_loop import Outcome, summarise
 from loadtest.workload import check_image, gauges
 from robuq_core.checkpoint import Description, write_checkpoint
@@ -112,6 +113,22 @@ def test_a_flow_without_classes_is_measured(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "occupancy" in done.stdout
+
+
+@pytest.mark.parametrize("window", [False, True])
+def test_nothing_joins_the_batch_of_a_window(monkeypatch: pytest.MonkeyPatch, window: bool) -> None:
+    if window:
+        monkeypatch.setattr("serving_harness.Pool", WindowPool)
+    sampler = WatchedSampler()
+    with running_engine(sampler, max_batch_rows=32, max_queue_images=64) as engine:
+        sampler.hold()
+        first = engine.submit([spec(seed=1, steps=3)])
+        assert sampler.entered.acquire(timeout=WAIT_S)
+        second = engine.submit([spec(seed=2, steps=1)])
+        sampler.release()
+        assert [outcome(first), outcome(second)] == [None, None]
+    seeds = [[seed for seed, _ in batch] for batch in sampler.batches]
+    assert seeds == ([[1], [1], [1], [2]] if window else [[1], [1, 2], [1]])
 
 
 def test_rounds_are_joined_end_to_end() -> None:

@@ -32,6 +32,7 @@ stage = {
 }
 config = {
     "run_dir": str(arguments.run),
+    "compile": False,  # true is faster after minutes of compilation, and needs a C++ compiler
     "class_init_std": 0.5,
     # 32 x 32 pixels as 16 tokens; position_scale keeps so few tokens apart.
     "model": {

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import typer
 
@@ -69,7 +69,7 @@ def _takes_settings(command: Callable[..., None]) -> Callable[..., None]:
     for name, field in Settings.model_fields.items():
         option = "--" + name.replace("_", "-")
         kind: Any
-        kinds = get_args(field.annotation) if get_origin(field.annotation) is UnionType else [field.annotation]
+        kinds = get_args(field.annotation) if get_origin(field.annotation) in (Union, UnionType) else [field.annotation]
         (kind,) = (each for each in kinds if each is not NoneType)
         if get_origin(kind) is Annotated:
             kind = get_args(kind)[0]

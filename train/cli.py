@@ -266,7 +266,7 @@ def diagnose(
     found, report = diagnose_run(loaded, which, checkpoint)
     from rich.console import Console
 
-    from train.diagnose.tables import head_table, layer_table, rotation_verdict
+    from train.diagnose.report import head_table, layer_table, rotation_verdict
 
     console = Console()
     console.print(layer_table(found), head_table(found))
@@ -379,8 +379,9 @@ def ablate(
     """Train and measure every row of an ablation study, and write its tables.
 
     Finished rows are kept, so a stopped study continues; several processes may share one folder."""
+    from train.ablations.config import load_study
     from train.ablations.report import write_report
-    from train.ablations.study import Study, load_study
+    from train.ablations.study import Study
 
     study = Study(load_study(config, overrides), out)
     busy = 0 if report_only else study.run()

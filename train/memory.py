@@ -22,10 +22,10 @@ from torch.utils._pytree import tree_leaves
 from robuq_core.config import QuantConfig
 from robuq_core.diffusion.schedule import alphas_cumprod
 from robuq_core.models.dit import DiT
-from robuq_core.models.quant_linear import quantize_model
+from robuq_core.models.quant_linear import QuantLinear, quantize_model
 from train.config import ConfigError, StageConfig, TrainConfig
 from train.parallel import checkpoint_blocks
-from train.trainer import NoisyBatch, batch_loss, check_shares, step_flops
+from train.trainer import NoisyBatch, batch_loss, check_shares, repeats_forwards, step_flops
 
 FP32 = 4
 # Blocks whose weights FSDP holds whole at once: the one that computes and the next, which is being gathered.
@@ -73,6 +73,7 @@ class StepMemory:
 
     weights: int
     lowrank: int
+    codes: int
     constants: int
     gradients: int
     moments: int
@@ -90,6 +91,7 @@ class StepMemory:
         """``(component, bytes)``, all that add up to the total."""
         yield "latent weights, embedders, head (FP32)", self.weights
         yield "low-rank factors (FP32)", self.lowrank
+        yield "ternary codes, held for a step (int8)", self.codes
         yield "rotations, positions", self.constants
         yield "gradients (FP32)", self.gradients
         yield "AdamW's two moments (FP32)", self.moments
@@ -131,6 +133,7 @@ def step_memory(
     return StepMemory(
         weights=(parameters - lowrank) // sharded,
         lowrank=lowrank // sharded,
+        codes=_codes(model) if repeats_forwards(stage) and sharded == 1 else 0,
         constants=sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
         gradients=parameters // sharded,
         moments=2 * parameters // sharded,
@@ -145,6 +148,11 @@ def step_memory(
 
 def _bytes(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters()) * FP32
+
+
+def _codes(model: nn.Module) -> int:
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    return sum(layer.weight.numel() * layer.weight_planes for layer in layers)
 
 
 def _shapes(config: TrainConfig, quant: QuantConfig | None) -> DiT:

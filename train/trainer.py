@@ -19,6 +19,7 @@ from robuq_core.checkpoint import layer_macs
 from robuq_core.config import NUM_TRAIN_TIMESTEPS, DiffusionConfig
 from robuq_core.errors import UserError
 from robuq_core.models.dit import DiT
+from robuq_core.models.quant_linear import held_codes
 from train import parallel
 from train.config import ConfigError, StageConfig, TrainConfig
 from train.data import BatchSource, sample_noise, step_generator
@@ -141,6 +142,11 @@ def check_shares(stage: StageConfig, key: str, world: int) -> None:
     if stage.batch_size % parts:
         raise ConfigError(f"{key} {stage.batch_size} must be a multiple of {parts}: {world} processes times "
                           f"accumulate {stage.accumulate}")  # fmt: skip
+
+
+def repeats_forwards(stage: StageConfig) -> bool:
+    """Whether a step uses a weight in more than one forward, so that its ternary codes are worth keeping."""
+    return stage.accumulate > 1 or stage.activation_checkpointing or stage.own_samples > 0
 
 
 def step_flops(config: TrainConfig, stage: StageConfig) -> int:
@@ -344,12 +350,15 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.stage, self.step)
         loss = torch.zeros((), device=self.device)
-        for i, part in enumerate(batch.parts(self.stage.accumulate)):
-            last = i == self.stage.accumulate - 1
-            with nullcontext() if last else parallel.without_averaging(self._forward):
-                share = self._loss(part.to(self.device)) / self.stage.accumulate
-                share.backward()  # type: ignore[no-untyped-call]
-            loss += share.detach()
+        # Slices of sharded weights are gathered for each forward anew.
+        held = repeats_forwards(self.stage) and not parallel.is_sharded(self.model)
+        with held_codes(self.model) if held else nullcontext():
+            for i, part in enumerate(batch.parts(self.stage.accumulate)):
+                last = i == self.stage.accumulate - 1
+                with nullcontext() if last else parallel.without_averaging(self._forward):
+                    share = self._loss(part.to(self.device)) / self.stage.accumulate
+                    share.backward()  # type: ignore[no-untyped-call]
+                loss += share.detach()
         # Without a limit this only measures.
         norm = parallel.clip_gradients(self.model, math.inf if self.stage.grad_clip is None else self.stage.grad_clip)
         self._unchecked.append((loss, norm))

@@ -81,13 +81,13 @@ def measure_loading(name: str, path: Path, where: Where, runs: int) -> Loading:
     return Loading(model=name, file_bytes=path.stat().st_size, **figures)
 
 
-def run_child(task: str, arguments: dict[str, Any], module: str = "robuq_core.bench.child") -> dict[str, Any]:
-    """What a fresh process, ``python -m MODULE TASK JSON``, prints last: one JSON object.
+def run_child(task: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What a fresh process, ``python -m robuq_core.bench.child TASK JSON``, prints last: one JSON object.
 
     Raises:
         BenchError: it failed, or took too long.
     """
-    command = [sys.executable, "-m", module, task, json.dumps(arguments)]
+    command = [sys.executable, "-m", "robuq_core.bench.child", task, json.dumps(arguments)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:

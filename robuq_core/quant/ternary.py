@@ -24,9 +24,9 @@ def ternarize(weight: Tensor, scale: WeightScale = "conditional_mean") -> tuple[
     magnitude = weight.abs()
     mean = magnitude.mean(dim=1, keepdim=True)
     mask = (magnitude >= 0.5 * mean) & (magnitude > 0)
-    codes = torch.where(mask, weight.sign(), torch.zeros_like(weight))
+    codes = torch.where(mask, weight.sign(), 0.0)
     if scale == "conditional_mean":
-        alpha = (magnitude * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+        alpha = magnitude.mul_(mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
     elif scale == "absmean":
         alpha = mean.squeeze(1)
     else:
@@ -89,8 +89,8 @@ def _stored(alpha: Tensor) -> Tensor:
 
 class _TernarySTE(torch.autograd.Function):
     @staticmethod
-    def forward(weight: Tensor, scale: WeightScale, planes: int) -> Tensor:
-        codes, alpha = ternary_planes(weight.float(), planes, scale)
+    def forward(weight: Tensor, scale: WeightScale, planes: int, made: tuple[Tensor, Tensor] | None) -> Tensor:
+        codes, alpha = ternary_planes(weight.float(), planes, scale) if made is None else made
         total = codes[0] * alpha[0][:, None]
         for p in range(1, planes):
             total += codes[p] * alpha[p][:, None]
@@ -102,12 +102,18 @@ class _TernarySTE(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        return grad.clamp(-1, 1), None, None
+        return grad.clamp(-1, 1), None, None, None
 
 
-def ternary_fake_quantize(weight: Tensor, scale: WeightScale = "conditional_mean", planes: int = 1) -> Tensor:
+def ternary_fake_quantize(
+    weight: Tensor,
+    scale: WeightScale = "conditional_mean",
+    planes: int = 1,
+    made: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """``sum_p alpha_pc T_pc`` of ``weight`` ``[out, in]``, same dtype.
 
-    The gradient passes straight through to ``weight``, clamped to [-1, 1] by element; none to threshold or scale.
+    The gradient passes straight through to ``weight``, clamped to [-1, 1] by element; none flows through
+    the threshold or the scale. ``made``: what :func:`ternary_planes` gives for this very weight, if it is known.
     """
-    return _TernarySTE.apply(weight, scale, planes)  # type: ignore[no-any-return, no-untyped-call]
+    return _TernarySTE.apply(weight, scale, planes, made)  # type: ignore[no-any-return, no-untyped-call]

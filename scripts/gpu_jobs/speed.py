@@ -273,10 +273,11 @@ def tune(context: Context) -> None:
         width, outputs = context.sizes.shapes[name]
         layer = context.layer(width, outputs, rank=QuantConfig().rank)
         inputs = [context.ours.rotate_quantize(each, layer) for each in context.copies(context.tokens(rows, width))]
-        default = product.default_config(rows, outputs, width, architecture)
-        configs = product.candidate_configs(rows, width, SHARED_LIMIT.get(architecture, min(SHARED_LIMIT.values())))
+        default = product.default_config(rows, outputs, width, layer.rank, architecture)
+        shared = SHARED_LIMIT.get(architecture, min(SHARED_LIMIT.values()))
+        configs = product.candidate_configs(rows, width, layer.rank, architecture, shared)
         # Those like the default in most sizes first.
-        configs.sort(key=lambda config: sum(config.blocks[key] != size for key, size in default.blocks.items()))
+        configs.sort(key=lambda config: sum(config.blocks.get(key) != size for key, size in default.blocks.items()))
         configs = configs[: 2 if context.rehearse else 12]
         deadline = time.monotonic() + (limit - (time.monotonic() - began)) / (len(targets) - i)
         run = functools.partial(context.ours.ternary_linear, layer=layer)

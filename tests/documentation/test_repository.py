@@ -1,8 +1,13 @@
-"""Links, versions and counts that several files of the repository repeat."""
+"""Links, versions, workflows and the release script: what the files of the repository say of each other."""
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -50,3 +55,48 @@ def test_the_version_is_the_same_everywhere() -> None:
     released = re.findall(r"^## \[(\d+\.\d+\.\d+)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.M)
     assert released[0] == version
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("check_jsonschema") is None, reason="needs check-jsonschema")
+@pytest.mark.parametrize(
+    ("schema", "files"),
+    [
+        ("github-workflows", ".github/workflows/*.yml"),
+        ("github-issue-forms", ".github/ISSUE_TEMPLATE/[!c]*.yml"),
+        ("github-issue-config", ".github/ISSUE_TEMPLATE/config.yml"),
+        ("citation-file-format", "CITATION.cff"),
+    ],
+)
+def test_files_of_the_forge_fit_their_schemas(schema: str, files: str) -> None:
+    paths = sorted(ROOT.glob(files))
+    assert paths
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}", *paths]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_workflows_run_what_exists() -> None:
+    """Their commands are targets of the Makefile and scripts of ours; the oldest Python is the package's."""
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+    jobs |= yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())["jobs"]
+    commands = "\n".join(step.get("run", "") for job in jobs.values() for step in job["steps"])
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert {"test", "test-all"} <= set(re.findall(r"make ([\w-]+)", commands)) <= targets
+    for script in re.findall(r"scripts/[\w.-]+", commands):
+        assert os.access(ROOT / script, os.X_OK), script
+    oldest = re.search(r'requires-python = ">=(.*)"', (ROOT / "pyproject.toml").read_text())
+    assert oldest is not None
+    assert jobs["test"]["strategy"]["matrix"]["python"][0] == oldest[1]
+
+
+@pytest.mark.parametrize(("tag", "code"), [(f"v{robuq_core.__version__}", 0), ("v9.9.9", 2)])
+def test_a_release_has_the_version_of_the_package(tag: str, code: int, tmp_path: Path) -> None:
+    for name in ("scripts/release.sh", "robuq_core/__init__.py", "CHANGELOG.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy2(ROOT / name, tmp_path / name)
+    environment = {**os.environ, "CHECK_ONLY": "1", "GIT_DIR": str(tmp_path / ".git")}
+    for command in (["git", "init", "--quiet"], ["git", "config", "status.showUntrackedFiles", "no"]):
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+    done = subprocess.run([tmp_path / "scripts/release.sh", tag], env=environment, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr

@@ -1,14 +1,14 @@
-"""The documentation site builds with strict links, asks nobody else for anything, and fits a narrow screen."""
+"""The documentation site builds with strict links, loads nothing from other hosts, and fits a narrow screen."""
 
 from __future__ import annotations
 
+import html
 import re
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
-from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -21,104 +21,68 @@ from server.fake import FakeSampler
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+LOADED = re.compile(r"<(?:script|img|iframe|source|link)\b[^>]*\s(?:src|href)=\"?([^\"\s>]+)|url\([\"']?([^\"')]+)")
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built as `make docs` builds it: a link or an anchor that leads nowhere is an error."""
     out = tmp_path_factory.mktemp("site")
-    built = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
     return out
 
 
-class Page(HTMLParser):
-    """What a page loads, where it links to, and its text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.loads: list[str] = []
-        self.ids: list[str] = []
-        self.text: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = {name: value or "" for name, value in attrs}
-        if "id" in given:
-            self.ids.append(given["id"])
-        if tag in ("script", "img", "iframe", "source", "video") and "src" in given:
-            self.loads.append(given["src"])
-        if tag == "link" and given.get("rel") not in ("canonical", "next", "prev", "edit"):
-            self.loads.append(given["href"])
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
+def text_of(site: Path, name: str) -> str:
+    """Of a page, without its tags, one space between words."""
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", "", (site / f"{name}.html").read_text())).split())
 
 
-def page(site: Path, name: str) -> Page:
-    return Page((site / f"{name}.html").read_text())
+def ids_of(site: Path, name: str) -> list[str]:
+    return re.findall(r"\sid=\"?([^\"\s>]+)", (site / f"{name}.html").read_text())
 
 
-def test_every_page_is_there_and_in_the_navigation(site: Path) -> None:
-    config = (ROOT / "mkdocs.yml").read_text()
-    for path in PAGES:
-        assert re.search(rf": {re.escape(path.name)}$", config, re.M), f"{path.name} is not in the nav of mkdocs.yml"
-        assert (site / f"{path.stem}.html").is_file()
-
-
-@pytest.mark.parametrize("suffix", ["html", "css"])
-def test_nothing_comes_from_elsewhere(site: Path, suffix: str) -> None:
-    for path in site.rglob(f"*.{suffix}"):
-        text = path.read_text()
-        for target in (*Page(text).loads, *re.findall(r"(?:@import|url\()\s*[\"']?([^\"')]+)", text)):
+def test_nothing_comes_from_elsewhere(site: Path) -> None:
+    for path in [*site.rglob("*.html"), *site.rglob("*.css")]:
+        for target in map("".join, LOADED.findall(path.read_text())):
             assert not re.match(r"(https?:)?//", target), f"{path.relative_to(site)} loads {target}"
 
 
 def test_equations_are_set(site: Path) -> None:
-    method = page(site, "method")
     equations = re.findall(r"^```math\n(.*?)^```", (ROOT / "docs" / "method.md").read_text(), re.M | re.S)
-    assert len(equations) == 6
-    assert (site / "method.html").read_text().count("<math ") == len(equations)
-    assert len(method.ids) == len(set(method.ids)), "an identifier twice in a page"
-    assert "prefers-color-scheme" not in (site / "method.html").read_text().partition('<figure class="drawing">')[2]
+    assert (site / "method.html").read_text().count("<math ") == len(equations) > 0
+    ids = ids_of(site, "method")
+    assert len(ids) == len(set(ids)), "an identifier twice in a page"
 
 
 def test_every_route_is_in_the_http_reference(site: Path) -> None:
-    text = " ".join("".join(page(site, "http-api").text).split())
+    text = text_of(site, "http-api")
     with live_server(FakeSampler()) as (client, _):
         document = client.get("/openapi.json").json()
     for path, operations in document["paths"].items():
-        for method, operation in operations.items():
+        for method in operations:
             assert f"{method.upper()} {path}" in text
-            assert " ".join(str(operation.get("description", "")).split())[:40].replace("`", "") in text
     body = document["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert "guidance_scale" in body["properties"]
-    for field, schema in body["properties"].items():
-        assert f"{field} " in text
-        assert " ".join(schema["description"].split())[:40].replace("`", "") in text
+    assert {"guidance_scale", "stream"} <= set(body["properties"])
+    assert all(f"{field} " in text for field in body["properties"])
 
 
 def test_what_is_public_is_in_the_references(site: Path) -> None:
-    ids = page(site, "python-api").ids
-    for name in robuq_core.__all__:
-        if name != "__version__":
-            assert any(i.startswith("robuq_core.") and i.endswith(f".{name}") for i in ids), name
+    ids = ids_of(site, "python-api")
+    for name in set(robuq_core.__all__) - {"__version__"}:
+        assert any(i.startswith("robuq_core.") and i.endswith(f".{name}") for i in ids), name
     assert {"robuq_core.pipeline.Sampler.generate", "train.config.TrainConfig"} <= set(ids)
-    assert "--max-batch-rows" in "".join(page(site, "serving").text)
-    assert "average_bits: null" in "".join(page(site, "training").text)
+    assert "--max-batch-rows" in text_of(site, "serving")
+    assert "average_bits: null" in text_of(site, "training")
 
 
-def test_files_of_the_repository_that_pages_link_to_are_there(site: Path) -> None:
+def test_files_of_the_repository_are_in_the_site(site: Path) -> None:
     targets = {t for path in PAGES for t in re.findall(r"\]\(\.\./([^)#\s]+)", path.read_text())}
     for target in targets - {"CHANGELOG.md", "THIRD_PARTY.md"}:
         assert (site / "source" / target).read_bytes() == (ROOT / target).read_bytes()
-    assert f"[{robuq_core.__version__}]" in "".join(page(site, "changelog").text)
-    assert "ImageNet" in "".join(page(site, "licences").text)
+    assert f"[{robuq_core.__version__}]" in text_of(site, "changelog")
+    assert "ImageNet" in text_of(site, "licences")
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -138,7 +102,7 @@ def address(site: Path) -> Iterator[str]:
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [360, 1440])
 def test_pages_in_a_browser(site: Path, address: str, chromium: Browser, width: int) -> None:
-    """No request to anybody else, no error of a script, no page that scrolls sideways."""
+    """No request to another host, no script error, no page that scrolls sideways; the search finds a word."""
     requests: list[str] = []
     faults: list[str] = []
     tab = chromium.new_page(viewport={"width": width, "height": 900})

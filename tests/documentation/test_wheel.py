@@ -73,18 +73,10 @@ def test_the_wheel_holds_what_is_needed_to_serve(wheel: Path) -> None:
     assert "robuq_core/py.typed" in names
     assert any(re.fullmatch(r"robuq_core/kernels/_native\..*(so|pyd)", name) for name in names)
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    assert wheel.name.startswith(f"robuq-{robuq_core.__version__}-")
     packages = {name.split("/")[0] for name in names}
     assert {p for p in packages if not p.endswith(".dist-info")} == {"robuq_core", "server", "train"}
     assert not any(name.endswith((".zip", ".jpg", ".jpeg", ".pt")) for name in names)
-
-
-def test_the_version_is_the_package_s(wheel: Path, dist: Path) -> None:
-    assert all(path.name.startswith(f"robuq-{robuq_core.__version__}") for path in dist.iterdir())
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = (n for n in archive.namelist() if n.endswith("METADATA"))
-        metadata = archive.read(name).decode()
-    assert f"\nVersion: {robuq_core.__version__}\n" in metadata
-    assert "\nLicense-Expression: Apache-2.0\n" in metadata
 
 
 @pytest.fixture(scope="module")
@@ -119,14 +111,14 @@ def test_what_is_not_asked_for_is_not_there(environment: Path, tmp_path: Path, o
 
 
 def test_what_takes_an_extra_says_so(environment: Path, tmp_path: Path, own: dict[str, str]) -> None:
-    for words, told in (
-        (("robuq-train", "run", "-c", "run.yaml"), "training is not installed"),
-        (("robuq", "inspect", "someone/tiny"), "pip install '.[hub]'"),
+    for words, extra in (
+        (("robuq-train", "run", "-c", "run.yaml"), ".[train]"),
+        (("robuq", "inspect", "someone/tiny"), ".[hub]"),
     ):
         command = [environment / "bin" / words[0], *words[1:]]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=own)
         assert (done.returncode, len(done.stderr.splitlines()), done.stdout) == (2, 1, ""), done.stderr
-        assert told in done.stderr
+        assert extra in done.stderr
 
 
 def test_it_serves_from_a_clean_environment(environment: Path, tmp_path: Path, own: dict[str, str]) -> None:

@@ -447,7 +447,10 @@ class Blocks:
         """Addresses, blocks and threads of the threads that take part, and which those are."""
         base = np.broadcast_to(self.read(address.base, INTEGERS["u64"]), self.shape).reshape(-1).astype(np.int64)
         chosen = slice(None) if mask is None else np.broadcast_to(mask, self.shape).reshape(-1)
-        return base[chosen] + address.offset, self.block[chosen], self.thread[chosen], chosen
+        at = base[chosen] + address.offset
+        if isinstance(address.base, str) and self.program.width(address.base) is np.uint32:
+            at &= 0xFFFFFFFF  # a register that is a negative offset, in its 32 bits
+        return at, self.block[chosen], self.thread[chosen], chosen
 
     def _ld(self, instruction: Instruction, mask: Array | None) -> None:
         target, address = instruction.operands[:2]

@@ -7,7 +7,7 @@ depends on which one is faster. So each byte keeps its last writer and its reade
 - an access after another thread's, one of them a write of another value, without a barrier between them;
 - a read of bytes that were never written, or that an unfinished ``cp.async`` writes;
 - a write to bytes that an unfinished ``wgmma`` reads or ``cp.async`` writes;
-- a ``wgmma`` that reads ordinary stores which no ``fence.proxy.async`` has made visible to it.
+- a ``wgmma`` that reads stores or copies which no ``fence.proxy.async`` has made visible to it.
 
 Global memory reports values that depend on the order of threads or blocks. Addresses out of bounds end the launch.
 """
@@ -38,7 +38,7 @@ class Shared:
         self.data = np.full(total, 0xA5, np.uint8)
         # Tags of the last writer; of the reader with the highest number; with the lowest (TAGS - 1 less its number).
         self.writer, self.highest, self.lowest = (np.full(total, -1, np.int32) for _ in range(3))
-        self.unfenced = np.zeros(total, bool)  # ordinary stores since the last fence
+        self.unfenced = np.zeros(total, bool)  # stores and cp.async since the last fence
         self.copying = np.zeros(total, bool)  # by an unfinished cp.async
         self.in_use = np.zeros(total, bool)  # by an unfinished wgmma
         self.time = self.block_time = 0
@@ -109,7 +109,7 @@ class Shared:
         self.data[at] = values
         self.fault(self.data[at] != values, "threads write different values to one byte", text)
         self.writer[at] = self.time * TAGS + thread
-        self.unfenced[at] = not copied
+        self.unfenced[at] = True
 
 
 def _wavefronts(thread: Array, address: Array, size: int) -> int:

@@ -1,7 +1,7 @@
 """The emulator notices barriers, fences and waits that are missing: each one of the project's kernels, in turn.
 
 What is not noticed: a fence or a wait that another one follows before anything depends on it, a barrier before anything
-has been read, a copy's group that the next group's wait covers, and a ``fence.proxy.async`` after copies alone.
+has been read, and a copy's group that the next group's wait covers.
 """
 
 from __future__ import annotations
@@ -21,15 +21,20 @@ from ptx.driver import emulated
 from ptx.mutations import mutations
 from robuq_core.kernels.pack_layer import pack_layer
 from robuq_core.kernels.triton.backend import TritonBackend
+from robuq_core.kernels.triton.ternary_linear import async_config
 
-# Of a kernel's synchronising instructions.
-NOTICED = {"rotation": 0.9, "product": 0.7, "attention": 0.7}
+# Of a kernel's synchronising instructions. The asynchronous product waits after each of three low-rank products, where
+# one wait would do.
+NOTICED = {"rotation": 0.9, "product": 0.7, "asynchronous product": 0.45, "attention": 0.7}
 
 
 def launches(ops: TritonBackend) -> dict[str, Callable[[], Tensor]]:
     narrow, wide = pack_layer(make_linear(288, 70, bits=2, rank=3)), pack_layer(make_linear(768, 40, bits=2, rank=3))
     x, modulation = tokens(3, 288), prologues(1, 288)[3]
     quantized = ops.rotate_quantize(tokens(17, 768), wide)
+    whole_groups = pack_layer(make_linear(384, 40, bits=2, rank=3))
+    codes = ops.rotate_quantize(tokens(17, 384), whole_groups)
+    config = async_config(4096, 128, 384, 3, 90)
     qkv = tokens(67, 3 * 72).reshape(1, 67, -1)
 
     def rotation() -> Tensor:
@@ -39,12 +44,15 @@ def launches(ops: TritonBackend) -> dict[str, Callable[[], Tensor]]:
     return {
         "rotation": rotation,
         "product": lambda: ops.ternary_linear(quantized, wide),
+        "asynchronous product": lambda: ops.ternary_linear(codes, whole_groups, config=config),
         "attention": lambda: ops.attention(qkv, 1, True),
     }
 
 
-@pytest.mark.parametrize("architecture", [80, 90])
-@pytest.mark.parametrize("name", list(NOTICED))
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [(architecture, name) for name in NOTICED for architecture in ((90,) if "async" in name else (80, 90))],
+)
 def test_missing_barriers_and_fences_are_noticed(architecture: int, name: str) -> None:
     found: Counter[tuple[str, bool]] = Counter()
     with emulated(architecture) as driver:

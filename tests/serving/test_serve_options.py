@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 import signal
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from server.settings import Settings, load_settings
 def test_every_setting_has_an_option_and_no_option_is_without_a_setting() -> None:
     options = set(inspect.signature(cli.main).parameters) - {"context"}
     assert options == set(Settings.model_fields)
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", CliRunner().invoke(cli.app, ["--help"], env={"COLUMNS": "200"}).output)
+    for option, kind in (("checkpoint-dir", "path"), ("threads", "int"), ("cors-origins", "list[str]")):
+        assert re.search(rf"--{option} +<{re.escape(kind)}>", shown), option
 
 
 def test_an_option_wins_over_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,9 @@ from tiny_study import write_study
 from robuq_core.config import ModelConfig
 from robuq_core.models.dit import DiT
 from train.ablations import study as module
+from train.ablations.config import load_study
 from train.ablations.report import BEGIN, END, Findings, geometric, holm, write_report
-from train.ablations.study import Cell, Result, Study, add_outliers, load_study
+from train.ablations.study import Cell, Result, Study, add_outliers
 from train.config import ConfigError
 from train.state import StateError, locked
 from train.trainer import DivergedError

@@ -24,6 +24,7 @@ from synthetic_run import (
 from torch import Tensor
 
 from robuq_core.models.dit import DiT
+from robuq_core.quant import ternary
 from train import trainer
 from train.config import StageConfig, TrainConfig, load_config
 from train.data import BatchSource, read_images
@@ -300,6 +301,23 @@ def test_every_class_and_the_null_class_are_drawn(tmp_path: Path, monkeypatch: p
     train(config)
     assert set(seen) == set(range(config.model.num_classes + 1))
     assert seen.count(config.model.null_row) / len(seen) == pytest.approx(0.4, abs=0.15)
+
+
+def test_codes_of_a_weight_are_made_once_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once for each part of a batch, and with the very same numbers."""
+    train(make_config(tmp_path))
+    calls, ternarize = list[Tensor](), ternary.ternarize
+    monkeypatch.setattr(ternary, "ternarize", lambda weight, scale: (calls.append(weight), ternarize(weight, scale))[1])
+    states = []
+    for held in (True, False):
+        monkeypatch.setattr(trainer, "repeats_forwards", lambda stage, held=held: held)
+        calls.clear()
+        config = make_config(tmp_path, {"qat": {"accumulate": 2, "activation_checkpointing": True}})
+        layers, steps = 5, config.qat.steps
+        train(config, "qat", redo=True)
+        assert len(calls) == layers * steps * (1 if held else 4)
+        states.append(state_of(config, "qat").digest)
+    assert states[0] == states[1]
 
 
 @given(

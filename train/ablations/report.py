@@ -16,11 +16,13 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from robuq_core.files import replacing
-from train.ablations.study import Cell, Contrast, Result, Row, Study
+from train.ablations.config import Contrast, Row
+from train.ablations.study import Cell, Result, Study
 from train.allocate import LAYER_TYPES, PAPER_AVERAGES, averages_by_type
 
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 _LEVEL = 0.05
+_PATHS = ("run_dir", "data.path", "data.vae", "data.class_names")  # of one machine
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,7 @@ def as_json(findings: Findings) -> dict[str, Any]:
     study = findings.study
     config = study.config.model_dump(mode="json")
     config["run"] = study.config.run.name
+    config["set"] = {key: value for key, value in config["set"].items() if key not in _PATHS}
     return {
         "study": config,
         "results": [

@@ -18,23 +18,23 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, ValidationError, model_validator
 from torch import nn
 
 from robuq_core.checkpoint import layer_macs
-from robuq_core.config import QuantConfig, StrictModel
-from robuq_core.files import read_bounded, read_json, replacing
+from robuq_core.config import QuantConfig
+from robuq_core.files import read_json, replacing
 from robuq_core.models.dit import DiT, DiTBlock
 from robuq_core.models.quant_linear import quantize_model
+from train.ablations.config import Row, StudyConfig
 from train.allocate import Allocation, allocate
-from train.config import ConfigError, StageConfig, TrainConfig, load_config, parse_yaml
-from train.data import BatchSource, open_dataset, prepare
+from train.config import StageConfig, TrainConfig, load_config
+from train.data import BatchSource
 from train.evaluation.frechet import RunningMoments, frechet_distance_of_moments
 from train.evaluation.networks import EfficientNetLite0
-from train.evaluation.reference import compared_with, reference
+from train.evaluation.reference import reference
 from train.evaluation.samples import balanced_classes, draw, plain_sampler
 from train.loss import diffusion_loss
 from train.messages import one_line
@@ -49,68 +49,6 @@ Note = Callable[[str], None]
 _BATCH = 100
 # Keys that change no number: a study may change them and keep its results.
 _IDLE = ("save_every", "keep_every", "log_every", "eval_every", "eval_samples")
-
-
-class Row(StrictModel):
-    """One way to quantise: overrides ``set`` of the run, at each of ``bits``.
-
-    ``search``: each layer has its own width at that average, by sensitivities measured after the warm-up or on the
-    untrained student (``teacher``). ``outliers``: factors of :func:`add_outliers`, at the first of ``bits``.
-    ``full_precision``: not quantised, the teacher trained for as many more steps.
-    """
-
-    name: str = Field(min_length=1)
-    set: dict[str, Any] = Field(default_factory=dict)
-    bits: tuple[float, ...] = (2,)
-    outliers: tuple[float, ...] = (1,)
-    seeds: tuple[int, ...] | None = None
-    search: Literal["warmup", "teacher"] | None = None
-    full_precision: bool = False
-
-    @property
-    def trainings(self) -> list[tuple[float, float]]:
-        """Bits and outlier factor of each."""
-        found = [(bits, 1.0) for bits in self.bits] + [(self.bits[0], factor) for factor in self.outliers]
-        return list(dict.fromkeys(found))
-
-    @model_validator(mode="after")
-    def _whole_bits(self) -> Row:
-        if not self.search and any(bits != int(bits) for bits in self.bits):
-            raise ValueError("bits must be whole numbers in a row without search")
-        return self
-
-
-class Contrast(StrictModel):
-    """A comparison named before the study runs: row ``row`` against row ``against``, at the same ``bits``."""
-
-    name: str
-    row: str
-    against: str
-    bits: float = 2
-
-
-class StudyConfig(StrictModel):
-    """``run``: YAML file of the training run, relative to the study's file; ``set``: overrides of it for all rows."""
-
-    run: Path
-    set: dict[str, Any] = Field(default_factory=dict)
-    seeds: tuple[int, ...] = Field(default=(0, 1, 2, 3), min_length=1)
-    points: int = Field(default=2000, ge=1, description="held-out (image, noise, t) that every student is measured on")
-    fd_samples: int = Field(default=0, ge=0, description="samples of which FD-EffNet is measured; 0: none")
-    outlier_channels: int = Field(default=2, ge=1)
-    rows: tuple[Row, ...] = Field(min_length=1)
-    contrasts: tuple[Contrast, ...] = ()
-
-    @model_validator(mode="after")
-    def _consistent(self) -> StudyConfig:
-        rows = {row.name: row for row in self.rows}
-        if len(rows) < len(self.rows):
-            raise ValueError("rows: two have the same name")
-        for each in self.contrasts:
-            for name in (each.row, each.against):
-                if name not in rows or each.bits not in rows[name].bits:
-                    raise ValueError(f"contrasts: {each.name!r} needs a row {name!r} at {each.bits:g} bits")
-        return self
 
 
 @dataclass(frozen=True)
@@ -137,25 +75,6 @@ class Result:
     teacher_loss: float
     fd: float | None
     seconds: float
-
-
-def load_study(path: Path, overrides: list[str] | None = None) -> StudyConfig:
-    """Read the YAML file of a study; ``overrides``: ``section.key=value`` of its run, or ``points=500`` of the study.
-
-    Raises:
-        ConfigError: unreadable file, unknown key or value out of range.
-    """
-    pairs = {key: value for key, _, value in (override.partition("=") for override in overrides or [])}
-    try:
-        changes = {key: parse_yaml(value) for key, value in pairs.items()}
-        own = {key: changes.pop(key) for key in list(changes) if key in StudyConfig.model_fields}
-        study = StudyConfig.model_validate({**parse_yaml(read_bounded(path)), **own})
-    except ValidationError as error:
-        found = (f"{'.'.join(map(str, e['loc'])) or 'study'}: {e['msg']}" for e in error.errors())
-        raise ConfigError(f"{path}: " + "; ".join(found)) from error
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{path}: cannot read the configuration: {one_line(error)}") from error
-    return study.model_copy(update={"run": path.parent / study.run, "set": {**study.set, **changes}})
 
 
 @torch.no_grad()
@@ -188,25 +107,20 @@ def add_outliers(model: DiT, factor: float, channels: int, seed: int) -> DiT:
 class Teacher:
     """The teacher of a configuration, an ordinary run below the study's folder, and the points of its comparison."""
 
-    def __init__(self, config: TrainConfig, points: int) -> None:
+    def __init__(self, config: TrainConfig, points: int, note: Note) -> None:
         self.config, self._points = config, points
-        self.dataset = open_dataset(config, prepare(config, note=lambda _: None))
+        self.run = Run(config, note).alone("teacher")
 
     def model(self) -> DiT:
-        return Run(self.config).teacher().eval().requires_grad_(True)
+        return self.run.teacher().eval()
 
-    def source(self, config: TrainConfig, batch_size: int, still: bool = False) -> BatchSource:
-        """Batches of the training data; ``still``: not augmented."""
-        data = config.data.model_copy(update={"flip_probability": 0.0, "colour_jitter": 0.0}) if still else config.data
-        return BatchSource(self.dataset, data, config.model.input_size, batch_size, config.seed)
+    def source(self, config: TrainConfig, batch_size: int) -> BatchSource:
+        return BatchSource(self.run.dataset, config.data, config.model.input_size, batch_size, config.seed)
 
     @cached_property
     def held_out(self) -> list[FixedBatch]:
-        config = compared_with(self.config)
-        dataset = open_dataset(config, prepare(config, note=lambda _: None))
-        data = config.data.model_copy(update={"flip_probability": 0.0, "colour_jitter": 0.0})
-        size = min(_BATCH, len(dataset))
-        source = BatchSource(dataset, data, config.model.input_size, size, 0)
+        dataset, config = self.run.held_out.dataset, _still(self.config)
+        source = BatchSource(dataset, config.data, config.model.input_size, min(_BATCH, len(dataset)), 0)
         return fixed_set(source, self._points, 0, torch.device("cpu"), config.diffusion.prediction_type)
 
     @cached_property
@@ -284,8 +198,7 @@ class Study:
         """Trained first, or continued, if it is not there."""
         config = self.teacher_config(row)
         if config.run_dir not in self._teachers:
-            Run(config, note).alone("teacher")
-            self._teachers[config.run_dir] = Teacher(config, self.config.points)
+            self._teachers[config.run_dir] = Teacher(config, self.config.points, note)
         return self._teachers[config.run_dir]
 
     def sensitivity_path(self, cell: Cell) -> Path:
@@ -392,7 +305,7 @@ class Study:
                 student = copy.deepcopy(student)
             _remove_state(state)
         settings = config.sensitivity
-        source = teacher.source(config, settings.batch_size, still=True)
+        source = teacher.source(_still(config), settings.batch_size)
         device = next(student.parameters()).device
         batches = fixed_set(source, settings.samples, config.seed, device, config.diffusion.prediction_type)
         measured = measure_sensitivity(
@@ -461,6 +374,12 @@ def _with_bits(quant: QuantConfig, bits: dict[str, int]) -> QuantConfig:
     """``quant`` with ``bits``; those equal to its own width are left out, so that equal trainings have one result."""
     own = {name: width for name, width in bits.items() if width != quant.activation_bits}
     return quant.model_copy(update={"bits": own})
+
+
+def _still(config: TrainConfig) -> TrainConfig:
+    """Without augmentation."""
+    data = config.data.model_copy(update={"flip_probability": 0.0, "colour_jitter": 0.0})
+    return config.model_copy(update={"data": data})
 
 
 def _without_idle(stage: StageConfig) -> dict[str, Any]:

@@ -1,13 +1,12 @@
 /* The integer product in bit planes, for codes of up to five bits: a vector holds one bit of 512 output channels.
  *
- * A cell of b bits is a sum of 2^i s_i / 2 with signs s_i = +-1, one for each of its bits. A weight t of 0 or +-1 adds a
- * one to the count of a sign where t s_i = 1. So a product is 2^i times such counts, twice over, less what the layer's
- * weights alone give (see put_row).
+ * A code's cell of b bits is a sum of 2^i s_i / 2 with signs s_i = +-1, one per bit. A weight t adds one to the count of
+ * bit i where t s_i = 1. A product is the sum of 2^i count_i, twice, less a constant of the channel (see put_products).
  *
- * Three weights of a channel and three signs add 0 to 3. For each of the eight choices of signs a table holds both bits
- * of that sum for all channels, so that tokens pick entries: 1 KiB for three codes, and those of half a group, 22 tables,
- * stay in a level-1 cache. Full adders, two instructions of three inputs each, add the entries of a token to its counters.
- * These are planes as well, and lie where the products will be. After the last slice they are transposed to integers. */
+ * Three weights of a channel and three signs add 0 to 3. A table has both bits of that sum for all channels and each of
+ * the eight choices of signs: 1 KiB for three codes. The 22 tables of half a group stay in a level-1 cache. For each table
+ * and bit a token picks an entry; full adders, two instructions each, add the entries to the token's counters. These are
+ * planes too, and lie where the products will be. After the last slice they are transposed to integers. */
 
 enum {
     BIT_PANELS = 8,             /* of a vector of 512 channels */
@@ -34,7 +33,7 @@ INLINE int count_planes(const struct ternary_job *job) {
 INLINE __m512i xor3(__m512i a, __m512i b, __m512i c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
 INLINE __m512i majority(__m512i a, __m512i b, __m512i c) { return _mm512_ternarylogic_epi32(a, b, c, 0xE8); }
 
-/* A byte of each of 64 rows: 16 vectors, of the bytes 0 to 15; each eight rows in reverse, as transpose_bits() wants it. */
+/* A byte of each of 64 rows: 16 vectors, of the bytes 0 to 15. Each eight rows are in reverse, for transpose_bits(). */
 INLINE void transpose_panel(const uint8_t *rows, int64_t stride, __m512i out[16]) {
     __m512i other[16];
 #pragma GCC unroll 16
@@ -173,7 +172,8 @@ FN void bits_operands(const struct ternary_job *job, int64_t first, int64_t rows
                                      : _mm512_shuffle_i32x4(cells[0], cells[1], 0x88);
             __m512i a = _mm512_maskz_permutexvar_epi8(triples, lane, all);
             __m512i b = _mm512_maskz_permutexvar_epi8(triples, _mm512_add_epi8(lane, _mm512_set1_epi8(TRIPLES)), all);
-            __m512i c = _mm512_maskz_permutexvar_epi8(triples << 2 | 1, _mm512_add_epi8(lane, _mm512_set1_epi8(2 * TRIPLES)), all);
+            __m512i c = _mm512_maskz_permutexvar_epi8(triples << 2 | 1,
+                                                      _mm512_add_epi8(lane, _mm512_set1_epi8(2 * TRIPLES)), all);
             for (int bit = 0; bit < bits; bit++, out += PICKS) {
                 const __m512i entry =
                     _mm512_or_si512(_mm512_and_si512(a, one),
@@ -203,8 +203,8 @@ INLINE __m512i full_adder(__m512i *sum, __m512i b, __m512i c) {
     return carry;
 }
 
-/* Counters of a token while entries are added, and what waits at each plane for a second summand. `full` is known to the
- * compiler everywhere. */
+/* A token's counters while entries are added, and what waits at each plane for a second summand. The compiler knows `full`
+ * everywhere. */
 struct adder {
     __m512i sums[PASS_PLANES + 1], waiting[PASS_PLANES + 1];
     unsigned full;
@@ -319,8 +319,8 @@ PICK_FUNCTIONS(2)
 #undef PICK_FUNCTIONS
 
 /* All bits of half a group of codes. */
-FN void add_tokens(const uint8_t *tables, const uint16_t *picks, int64_t picks_stride, int32_t *products, int64_t stride,
-                   int planes, int bits, int side) {
+FN void add_tokens(const uint8_t *tables, const uint16_t *picks, int64_t picks_stride, int32_t *products,
+                   int64_t stride, int planes, int bits, int side) {
     if (bits > 1) {
         if (side == 1) add_two_bits1(tables, picks, picks_stride, products, stride, planes);
         else add_two_bits2(tables, picks, picks_stride, products, stride, planes);
@@ -364,8 +364,9 @@ INLINE __m512i widen_half(__m512i x, const int second) {
     return _mm512_cvtepu16_epi32(second ? _mm512_extracti64x4_epi64(x, 1) : _mm512_castsi512_si256(x));
 }
 
-/* Counters of `side` tokens, at the first one's, become products, in place. With n weights that are not 0, p of them 1, and m = 2^b - 1, counts c give
- * sum t (2 u + 1) = 2 c - m n on the mid-rise grid, and sum t u = c - p - n (m - 1) / 2 on the mid-tread one. */
+/* Counters of `side` tokens, at the first one's, become products, in place. With n weights that are not 0, p of them 1,
+ * and m = 2^b - 1, the sum c of all 2^i count_i gives sum t (2 u + 1) = 2 c - m n on the mid-rise grid, and
+ * sum t u = c - p - n (m - 1) / 2 on the mid-tread one. */
 FN void put_products(const struct ternary_job *job, int32_t *products, int64_t stride, int planes,
                      const int32_t *offsets, int panels, int side, int64_t rows) {
     const int twice = job->layer->midrise;
@@ -420,7 +421,8 @@ FN void bits_multiply(const struct ternary_job *job, int64_t channel, int64_t gr
     for (int half = 0; half < 2; half++, panel += HALF_BYTES) {
         const uint16_t *picks = (const uint16_t *)operands + half * bits * PICKS;
         for (int64_t row = 0; row < rows; row += side)
-            add_tokens(panel, picks + row * picks_stride, picks_stride, products + row * PANEL, stride, planes, bits, side);
+            add_tokens(panel, picks + row * picks_stride, picks_stride, products + row * PANEL, stride, planes, bits,
+                       side);
     }
     if ((group + 1) * GROUP < job->padded_width) return;
     int32_t offsets[BIT_PANELS * PANEL] = {0};

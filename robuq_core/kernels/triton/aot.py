@@ -16,6 +16,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from robuq_core.kernels.triton.config import LaunchConfig, compiling
 
@@ -53,13 +54,14 @@ def compile_ahead(
         constants: the compile-time arguments but for those of ``config``.
         multiples_of_16: integer arguments that are: a launch compiles for that, which is what widens stores.
     """
-    fixed = {**constants, **config.blocks}
+    gluon = kernel.is_gluon()
+    fixed = {**constants, **config.blocks, **({"num_warps": config.num_warps} if gluon else {})}
     names = kernel.arg_names
     types = {name: "constexpr" if name in fixed else signature[name] for name in names}
     divisible = [name for name in names if types[name].startswith("*") or name in multiples_of_16]
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     options = {k: v for k, v in config.options().items() if k not in config.blocks}
-    source = ASTSource(fn=kernel, signature=types, constexprs=fixed, attrs=aligned)
+    source = (GluonASTSource if gluon else ASTSource)(fn=kernel, signature=types, constexprs=fixed, attrs=aligned)
     with compiling:
         result = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     registers, stack = _resource_usage(result.asm["cubin"])

@@ -160,7 +160,7 @@ class TritonBackend:
             config = ternary_linear.group_config(self.architecture)
         elif config is None:
             key = tuning.ternary_linear_key(rows, outputs, weights.width, weights.rank)
-            default = ternary_linear.default_config(rows, outputs, weights.width, self.architecture)
+            default = ternary_linear.default_config(rows, outputs, weights.width, weights.rank, self.architecture)
             config = self._tuned.get(key) or default
         return ternary_linear.ternary_linear(x, sums, weights, config, self._arrived, **named)
 

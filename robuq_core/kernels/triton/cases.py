@@ -8,6 +8,7 @@ from typing import Any
 
 from robuq_core.kernels.triton import attention, dense_linear, rotate_quantize, ternary_linear
 from robuq_core.kernels.triton.aot import Compiled, compile_ahead
+from robuq_core.kernels.triton.async_linear import async_linear_kernel
 from robuq_core.kernels.triton.config import LaunchConfig
 
 RANK, HEAD_DIM = 16, 72
@@ -89,12 +90,13 @@ def _products(architecture: int) -> Iterator[Case]:
         (256, 1152, 1152, add, "into the residual", {}),
         (2048, 1152, 3456, plain, "to float32", {}),
     ):
+        config = ternary_linear.default_config(rows, outputs, width, RANK, architecture)
+        kernel, fixed = ternary_linear.ternary_linear_kernel, ternary_linear.constants(width, RANK, epilogue, True)
+        if ternary_linear.is_async(config):
+            kernel, fixed = async_linear_kernel, ternary_linear.async_constants(width, RANK, epilogue)
         yield Case(
             f"ternary_linear, {rows} rows, {width} x {outputs}, {name}",
-            ternary_linear.ternary_linear_kernel,
-            {**_LINEAR_TYPES, **types},
-            ternary_linear.constants(width, RANK, epilogue, epilogue == add),
-            ternary_linear.default_config(rows, outputs, width, architecture),
+            *(kernel, {**_LINEAR_TYPES, **types}, fixed, config),
             multiples_of_16=("N",),
         )
     yield Case(

@@ -5,6 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Inline assembly: from four bytes the digits of their four planes, four at a time.
+UNPACK = tl.constexpr(
+    "{\n.reg .b32 t;\nand.b32 $0, $4, 0x03030303;\n"
+    + "".join(f"shr.u32 t, $4, {2 * i};\nand.b32 ${i}, t, 0x03030303;\n" for i in (1, 2, 3))
+    + "}"
+)
+
 
 @triton.jit
 def gelu(x):  # type: ignore[no-untyped-def]

@@ -92,7 +92,8 @@ def project(  # type: ignore[no-untyped-def]
     product = tl.zeros([PARTS, TOKENS, RANK_TILE], tl.float32)
     for start in range(0, SPAN, STEP):
         k = (k0 + start)[:, None, :]
-        x = _loaded(x_row + k, k, K, MASKED)
+        kt = (k0 + start)[None, :, :]
+        x = tl.permute(_loaded(tl.permute(x_row, (1, 0, 2)) + kt, kt, K, MASKED), (1, 0, 2))
         if KIND == 1:
             scale = _loaded(scale_ptr + image + k, k, K, MASKED)
             x = (x - mean) * inverse * (1.0 + scale) + _loaded(shift_ptr + image + k, k, K, MASKED)
@@ -100,9 +101,9 @@ def project(  # type: ignore[no-untyped-def]
             x = gelu(x)
         elif KIND == 3:
             x = silu(x)
-        k = (k0 + start)[:, :, None]
-        inside = (j < RANK)[None, None, :] & (k < K)
-        b = tl.load(folded_ptr + j[None, None, :] * K + k, mask=inside, other=0.0)
+        inside = (j < RANK)[:, None, None] & (kt < K)
+        b = tl.load(folded_ptr + j[:, None, None] * K + kt, mask=inside, other=0.0)
+        b = tl.permute(b, (1, 2, 0))
         x_high, x_low = tf32_parts(x)
         b_high, b_low = tf32_parts(b)
         product = tl.dot(x_high, b_low, product, input_precision="tf32")

@@ -128,14 +128,22 @@ def _prologue(x, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _sum_by_token(total, column, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Sums of columns ``[columns]`` added up over each token, in every column of the token.
+def _sum_by_token(x, t, column, COLUMNS: tl.constexpr, TAIL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The sum of each token over the tile ``x`` and, if there is a tail, ``t``: ``[columns]``, in every column of the
+    token.
 
-    Columns of several tokens exchange partial sums: a reshape to tokens and back would spill the whole tile.
+    Columns of several tokens exchange partial sums: a reshape to tokens and back would spill the whole tile. A tile of
+    one token is added up along its rows first, which stay within a warp.
     """
-    if total.shape[0] == COLUMNS:
-        total = tl.broadcast_to(tl.sum(tl.reshape(total, [1, COLUMNS]), 1), [COLUMNS])
+    if x.shape[1] == COLUMNS:
+        one = tl.sum(tl.reshape(tl.sum(x, 1), [1, x.shape[0]]), 1)
+        if TAIL > 0:
+            one += tl.sum(tl.reshape(tl.sum(t, 1), [1, t.shape[0]]), 1)
+        total = tl.broadcast_to(one, [COLUMNS])
     else:
+        total = tl.sum(x, 0)
+        if TAIL > 0:
+            total += tl.sum(t, 0)
         for i in tl.static_range(10):
             if (1 << i) < COLUMNS:
                 total += tl.gather(total, column ^ (1 << i), axis=0)
@@ -149,10 +157,17 @@ def _magnitude(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _max_by_token(largest, column, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    if largest.shape[0] == COLUMNS:
-        largest = tl.broadcast_to(tl.max(tl.reshape(largest, [1, COLUMNS]), 1), [COLUMNS])
+def _max_by_token(x, t, column, COLUMNS: tl.constexpr, TAIL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The largest magnitude of each token, laid out as sums are."""
+    if x.shape[1] == COLUMNS:
+        one = tl.max(tl.reshape(tl.max(_magnitude(x), 1), [1, x.shape[0]]), 1)
+        if TAIL > 0:
+            one = tl.maximum(one, tl.max(tl.reshape(tl.max(_magnitude(t), 1), [1, t.shape[0]]), 1))
+        largest = tl.broadcast_to(one, [COLUMNS])
     else:
+        largest = tl.max(_magnitude(x), 0)
+        if TAIL > 0:
+            largest = tl.maximum(largest, tl.max(_magnitude(t), 0))
         for i in tl.static_range(10):
             if (1 << i) < COLUMNS:
                 largest = tl.maximum(largest, tl.gather(largest, column ^ (1 << i), axis=0))
@@ -173,10 +188,13 @@ def _mix_rows(left, x, total):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _mix_columns(x, right):  # type: ignore[no-untyped-def]
-    """``x right``."""
-    high, low = _fp16_parts(x)
-    return tl.dot(high, right, tl.dot(low, right))
+def _mix_columns(x, right, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``x right``. ``EXACT``: fp16 holds x."""
+    if EXACT:
+        return tl.dot(x.to(tl.float16), right)
+    else:
+        high, low = _fp16_parts(x)
+        return tl.dot(high, right, tl.dot(low, right))
 
 
 @triton.jit
@@ -235,6 +253,7 @@ def _rotate(  # type: ignore[no-untyped-def]
     real = (row < MAIN)[:, None] if MAIN < MAIN_TILE else (row >= 0)[:, None]
     here = real & live[None, :]
     x = _prologue(tl.load(x_ptr + base[None, :] + k, mask=here, other=0.0).to(tl.float32), KIND)
+    t = x  # stands for no tail
     if TAIL > 0:
         tail_row = tl.arange(0, TAIL_TILE)
         tail_k = (MAIN + tail_row)[:, None] * COLUMNS + (column % COLUMNS)[None, :]
@@ -243,16 +262,11 @@ def _rotate(  # type: ignore[no-untyped-def]
         t = _prologue(tl.load(x_ptr + base[None, :] + tail_k, mask=tail_here, other=0.0).to(tl.float32), KIND)
 
     if KIND == 1:
-        total = tl.sum(x, 0)
-        if TAIL > 0:
-            total += tl.sum(t, 0)
-        mean = (_sum_by_token(total, column, COLUMNS) * (1.0 / K))[None, :]
+        mean = (_sum_by_token(x, t, column, COLUMNS, TAIL) * (1.0 / K))[None, :]
         x = tl.where(here, x - mean, 0.0)
-        total = tl.sum(x * x, 0)
         if TAIL > 0:
             t = tl.where(tail_here, t - mean, 0.0)
-            total += tl.sum(t * t, 0)
-        variance = _sum_by_token(total, column, COLUMNS) * (1.0 / K)
+        variance = _sum_by_token(x * x, t * t, column, COLUMNS, TAIL) * (1.0 / K)
         inverse = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))[None, :]
         image = (token // tokens_per_image) * K
         scale = tl.load(scale_ptr + image[None, :] + k, mask=here, other=0.0)
@@ -262,22 +276,23 @@ def _rotate(  # type: ignore[no-untyped-def]
             shift = tl.load(shift_ptr + image[None, :] + tail_k, mask=tail_here, other=0.0)
             t = t * inverse * (1.0 + scale) + shift
 
-    # To fp16's range: after the first product |x| COLUMNS <= 2^14. A token that is not finite becomes zeros here, since
-    # zero times NaN would reach its neighbours in the product, and NaN again after it.
-    largest = tl.max(_magnitude(x), 0)
-    if TAIL > 0:
-        largest = tl.maximum(largest, tl.max(_magnitude(t), 0))
-    largest = tl.maximum(_max_by_token(largest, column, COLUMNS), 1e-30)
+    # To fp16's range, by a power of two: after the first product |x| COLUMNS <= 2^14. A bfloat16 stays exact, down to
+    # 2^-33 of the largest. A token that is not finite becomes zeros here, since zero times NaN would reach its
+    # neighbours in the product, and NaN again after it.
+    EXACT: tl.constexpr = KIND == 0 and x_ptr.dtype.element_ty == tl.bfloat16
+    largest = tl.maximum(_max_by_token(x, t, column, COLUMNS, TAIL), 1e-30)
     finite = largest < float("inf")
-    grow = tl.div_rn(16384.0 / COLUMNS, largest)[None, :]
-    shrink = tl.where(finite, largest * (COLUMNS / 16384.0 / (BLOCK**0.5)), float("nan"))[None, :]
+    power = tl.div_rn(16384.0 / COLUMNS, largest).to(tl.int32, bitcast=True) & 0x7F800000
+    grow = power.to(tl.float32, bitcast=True)[None, :]
+    shrink = tl.where(finite[None, :], tl.div_rn(BLOCK**-0.5, grow), float("nan"))
     x = tl.where(finite[None, :], x, 0.0)
     right = tl.load(right_ptr + column[:, None] * WIDTH + column[None, :])
-    x = _mix_columns(x * grow * tl.load(signs_ptr + k, mask=real, other=0.0), right)
+    x = _mix_columns(x * grow * tl.load(signs_ptr + k, mask=real, other=0.0), right, EXACT)
     z = tl.zeros([MAIN_TILE, WIDTH], tl.float32)
+    zt = z
     if TAIL > 0:
         t = tl.where(finite[None, :], t, 0.0)
-        t = _mix_columns(t * grow * tl.load(signs_ptr + tail_k, mask=tail_real, other=0.0), right)
+        t = _mix_columns(t * grow * tl.load(signs_ptr + tail_k, mask=tail_real, other=0.0), right, EXACT)
         at = MAIN_TILE + tail_row
         z = _mix_rows(tl.load(left_ptr + row[:, None] * SIZE + at[None, :]), t, z)
         zt = tl.zeros([TAIL_TILE, WIDTH], tl.float32)
@@ -285,22 +300,18 @@ def _rotate(  # type: ignore[no-untyped-def]
         zt = _mix_rows(tl.load(left_ptr + at[:, None] * SIZE + row[None, :]), x, zt) * shrink
     z = _mix_rows(tl.load(left_ptr + row[:, None] * SIZE + row[None, :]), x, z) * shrink
 
-    total = tl.sum(tl.abs(z), 0)
-    if TAIL > 0:
-        total += tl.sum(tl.abs(zt), 0)
-    step = _sum_by_token(total, column, COLUMNS) * (1.0 / K) * step_factor
+    step = _sum_by_token(tl.abs(z), tl.abs(zt), column, COLUMNS, TAIL) * (1.0 / K) * step_factor
     inverse_step = tl.div_rn(1.0, tl.maximum(step, 1e-30))[None, :]
     codes = _codes(z, inverse_step, top, real, MIDRISE)
-    total = tl.sum(codes, 0)
+    tail_codes = codes
     tl.store(codes_ptr + base[None, :] + k, codes.to(tl.int8), mask=here)
     if TAIL > 0:
-        codes = _codes(zt, inverse_step, top, tail_real, MIDRISE)
-        total += tl.sum(codes, 0)
-        tl.store(codes_ptr + base[None, :] + tail_k, codes.to(tl.int8), mask=tail_here)
+        tail_codes = _codes(zt, inverse_step, top, tail_real, MIDRISE)
+        tl.store(codes_ptr + base[None, :] + tail_k, tail_codes.to(tl.int8), mask=tail_here)
     first = live & (column % COLUMNS == 0)
     tl.store(scales_ptr + token, step * (0.5 if MIDRISE else 1.0), mask=first)
     # Integers below 2^24: exact in any order.
-    tl.store(sums_ptr + token, _sum_by_token(total, column, COLUMNS).to(tl.int32), mask=first)
+    tl.store(sums_ptr + token, _sum_by_token(codes, tail_codes, column, COLUMNS, TAIL).to(tl.int32), mask=first)
 
 
 @triton.jit(do_not_specialize=["tokens_total", "tokens_per_image", "eps", "step_factor", "top"])

@@ -22,8 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from robuq_core.kernels.ops import Quantized
+from robuq_core.kernels.triton.async_linear import MAX_RANK, STAGES, async_linear_kernel, unrolled
 from robuq_core.kernels.triton.config import LaunchConfig, launching, next_power_of_2
-from robuq_core.kernels.triton.elementwise import gelu, rounded_for, tf32_parts
+from robuq_core.kernels.triton.elementwise import UNPACK, gelu, rounded_for, tf32_parts
 from robuq_core.kernels.triton.weights import Weights
 from robuq_core.quant.packing import PLANAR_GROUP, PLANAR_GROUP_BYTES
 
@@ -31,6 +32,7 @@ MIN_RANK_TILE = 16
 ROW_BUCKETS = (16, 64, 256, 1024, 4096)
 # About as many programs as a large GPU has multiprocessors. A part of K takes a few groups, or its end costs more.
 FEW_PROGRAMS, MIN_GROUPS, MAX_SPLIT = 160, 3, 4
+MIN_ASYNC_ROWS = 1024
 
 # What follows the product: nothing, GELU, or ``y[i] += gate * result`` in place.
 PLAIN, GELU, ADD = range(3)
@@ -45,19 +47,11 @@ def pieces(rows: int) -> int:
     return 8 if rows >= 128 else 4 if rows >= 64 else 2
 
 
-# Four digits at once.
-_UNPACK = tl.constexpr(
-    "{\n.reg .b32 t;\nand.b32 $0, $4, 0x03030303;\n"
-    + "".join(f"shr.u32 t, $4, {2 * i};\nand.b32 ${i}, t, 0x03030303;\n" for i in (1, 2, 3))
-    + "}"
-)
-
-
 @triton.jit
 def _unpack(packed):  # type: ignore[no-untyped-def]
     """Bytes ``[n, 32]`` -> the digits of the four planes, int8 ``[n, 32]`` each."""
     return tl.inline_asm_elementwise(
-        _UNPACK, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4
+        UNPACK, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4
     )
 
 
@@ -253,20 +247,33 @@ def _stages(architecture: int) -> int:
     return 3 if architecture in (86, 89, 120) else 4
 
 
+def is_async(config: LaunchConfig) -> bool:
+    """Whether the launch shape is one of :mod:`robuq_core.kernels.triton.async_linear`."""
+    return "STAGES" in config.blocks
+
+
+def async_config(rows: int, outputs: int, width: int, rank: int, architecture: int) -> LaunchConfig | None:
+    """The asynchronous kernel's launch shape with tiles of 128 or 256 ``outputs``, where it is of use: many rows, whole
+    groups."""
+    if architecture != 90 or rows < MIN_ASYNC_ROWS or width % PLANAR_GROUP or rank > MAX_RANK:
+        return None
+    return LaunchConfig({"ROWS": 128, "OUTPUTS": outputs, "GROUP": 8, "STAGES": STAGES}, outputs // 16, 1, 128)
+
+
 @lru_cache(maxsize=256)
-def default_config(rows: int, outputs: int, width: int, architecture: int) -> LaunchConfig:
+def default_config(rows: int, outputs: int, width: int, rank: int, architecture: int) -> LaunchConfig:
     """A launch shape for ``rows`` rows where nothing was measured: small tiles while there are few rows.
 
     Each four warps have 64 outputs: what picks the tensor-core instruction, and so the order of the low-rank sum, is
-    the same for every number of rows. On 9.0 many rows take 128 outputs where that leaves enough programs or long
-    ones: it halves what is read of the codes, in 128 registers, so that two programs share a multiprocessor. (Elsewhere
-    that spills.) K is split while there are no more programs than :data:`FEW_PROGRAMS`.
+    the same for every number of rows. On 9.0 many rows take the asynchronous kernel, with tiles of 128 outputs: two
+    programs share a multiprocessor. K is split while there are no more programs than :data:`FEW_PROGRAMS`.
     """
+    chosen = async_config(rows, 128, width, rank, architecture)
+    if chosen is not None and outputs >= 128:
+        return chosen
     block = min(128, max(16, next_power_of_2(rows)))
     groups = -(-width // PLANAR_GROUP)
     stages = _stages(architecture)
-    if architecture == 90 and rows >= 1024 and (outputs >= 2048 or (outputs >= 128 and width >= 4096)):
-        return LaunchConfig({"ROWS": block, "OUTPUTS": 128, "GROUP": 8, "SPLIT": 1}, 8, stages, max_registers=128)
     tiles, split = -(-rows // block) * -(-outputs // 64), 1
     while split < MAX_SPLIT and split * tiles <= FEW_PROGRAMS and groups >= 2 * split * MIN_GROUPS:
         split *= 2
@@ -281,12 +288,14 @@ def group_config(architecture: int) -> LaunchConfig:
 def shared_bytes(config: LaunchConfig) -> int:
     """Shared memory of the pipeline's buffers, an estimate from above."""
     blocks = config.blocks
-    return config.num_stages * (blocks["ROWS"] * PLANAR_GROUP + blocks["OUTPUTS"] * PLANAR_GROUP_BYTES)
+    stages = blocks.get("STAGES", config.num_stages)
+    return stages * (blocks["ROWS"] * PLANAR_GROUP + blocks["OUTPUTS"] * PLANAR_GROUP_BYTES)
 
 
-def candidate_configs(rows: int, width: int, shared_limit: int) -> list[LaunchConfig]:
+def candidate_configs(rows: int, width: int, rank: int, architecture: int, shared_limit: int) -> list[LaunchConfig]:
     """What tuning tries for ``rows`` rows, likely ones first: tall tiles that are not taller than the rows."""
-    groups, found = -(-width // PLANAR_GROUP), []
+    tried = (async_config(rows, outputs, width, rank, architecture) for outputs in (128, 256))
+    groups, found = -(-width // PLANAR_GROUP), [config for config in tried if config is not None]
     for block in (128, 64, 32, 16):
         if block > 16 and block >= 2 * rows:
             continue
@@ -314,6 +323,13 @@ def constants(width: int, rank: int, epilogue: int, one_image: bool) -> dict[str
     }
 
 
+def async_constants(width: int, rank: int, epilogue: int) -> dict[str, int | bool]:
+    """The same for the asynchronous kernel."""
+    fixed = {"UNROLL": unrolled(width // PLANAR_GROUP), **constants(width, rank, epilogue, False)}
+    del fixed["ONE_IMAGE"]
+    return fixed
+
+
 def ternary_linear(
     x: Quantized,
     sums: Tensor,
@@ -338,7 +354,8 @@ def ternary_linear(
     y = torch.empty(*lead, rows, outputs, dtype=dtype, device=device) if residual is None else residual
     if rows and outputs:
         blocks = config.blocks
-        tiles, split = triton.cdiv(rows, blocks["ROWS"]) * triton.cdiv(outputs, blocks["OUTPUTS"]), blocks["SPLIT"]
+        tiles = triton.cdiv(rows, blocks["ROWS"]) * triton.cdiv(outputs, blocks["OUTPUTS"])
+        split = blocks.get("SPLIT", 1)
         if split > 1 and (lead or tiles > MAX_SPLIT_TILES):
             raise ValueError(f"{tiles} tiles of {lead or 1} layers cannot be split in {split}")
         partial = arrived if split == 1 else torch.empty(
@@ -346,11 +363,17 @@ def ternary_linear(
         )  # fmt: skip
         per_image = 1 if gate is None else max(1, rows // gate.shape[0])
         one_image = epilogue == ADD and per_image % (blocks["ROWS"] // pieces(blocks["ROWS"])) == 0
+        layer = (weights.planar, weights.alpha, weights.bias, weights.lowrank_a)
+        operands = (x.codes, sums, x.scales, x.lowrank, *layer, weights.alpha if gate is None else gate, y)
+        numbers = (rows, per_image, outputs)
         with launching(x.codes):
-            ternary_linear_kernel[(tiles, *(lead or (1,)), split)](
-                *(x.codes, sums, x.scales, x.lowrank, weights.planar, weights.alpha, weights.bias, weights.lowrank_a),
-                *(weights.alpha if gate is None else gate, y, partial, arrived, rows, per_image, outputs),
-                **constants(weights.width, weights.rank, epilogue, one_image),
-                **config.options(),
-            )
+            if is_async(config):
+                fixed = async_constants(weights.width, weights.rank, epilogue)
+                async_linear_kernel[(tiles,)](*operands, *numbers, **fixed, **config.options())
+            else:
+                ternary_linear_kernel[(tiles, *(lead or (1,)), split)](
+                    *(*operands, partial, arrived, *numbers),
+                    **constants(weights.width, weights.rank, epilogue, one_image),
+                    **config.options(),
+                )
     return y

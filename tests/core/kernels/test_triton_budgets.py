@@ -37,7 +37,7 @@ IMAGES = {80: (8,), 86: (8,), 89: (8,), 90: (1, 8), 100: (8,)}
 TOLERANCE = 1.1
 REGISTERS, SHARED = 65536, 228 * 1024  # of an SM of 9.0
 LAUNCHES, MEGABYTES = 9, 180  # of a block of 8 images
-WAVEFRONTS = {1152: 600, 4608: 4000}  # a token
+WAVEFRONTS = {1152: 600, 4608: 2000}  # a token
 
 
 def disassembled(cubin: Path) -> str:
@@ -103,9 +103,9 @@ def test_products_run_on_the_tensor_cores_and_blocks_share_an_sm(
 ) -> None:
     architecture, found = launches
     for name, each in found.items():
-        if "ternary_linear" in name:
+        if "linear" in name:
             assert each["integer products"], name
-        if architecture == 90 and name.endswith(("ternary_linear_kernel", "rotate_quantize_kernel")):
+        if architecture == 90 and name.endswith(("linear_kernel", "rotate_quantize_kernel")):
             assert 2 * each["registers"] * each["threads"] <= REGISTERS, name
             assert 2 * (each["shared"] + 1024) <= SHARED, name
 

@@ -42,7 +42,7 @@ def test_products_are_stored_16_bytes_at_a_time(compiled: list[tuple[Case, Compi
             stores = re.findall(r"st\.global\S*", result.ptx)
             assert stores
             narrow = [store for store in stores if ".v4." not in store]
-            assert len(narrow) == (case.config.blocks["SPLIT"] > 1), case.name  # the counter of arrivals
+            assert len(narrow) == (case.config.blocks.get("SPLIT", 1) > 1), case.name  # the counter of arrivals
 
 
 def test_one_thread_compiles_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,13 +17,14 @@ from ptx.driver import emulated
 from robuq_core.errors import UserError
 from robuq_core.kernels.ops import LayerGroup
 from robuq_core.kernels.pack_layer import pack_layer
-from robuq_core.kernels.triton import attention, dense_linear, rotate_quantize, ternary_linear
+from robuq_core.kernels.triton import async_linear, attention, dense_linear, rotate_quantize, ternary_linear
 from robuq_core.kernels.triton.backend import ACTIVATIONS_VARIABLE, TritonBackend
 from robuq_core.kernels.triton.config import LaunchConfig, checked
 from robuq_core.kernels.triton.lowrank import folded
 from robuq_core.quant.hadamard import Rotation
 
 KERNELS = (
+    async_linear.async_linear_kernel,
     attention.attention_kernel,
     attention.quantize_heads_kernel,
     attention.short_attention_kernel,

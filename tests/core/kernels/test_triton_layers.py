@@ -155,7 +155,7 @@ def test_adding_to_a_residual_is_the_layer_and_a_sum(ops: TritonBackend) -> None
 def measured_shapes(layer: TernaryLayer, rows: int, architecture: int) -> list[LaunchConfig]:
     """Some of what tuning tries, and what the shipped tables hold, whose tiles fit so few rows."""
     limit = SHARED_LIMIT[architecture]
-    tried = product.candidate_configs(rows, layer.in_features, limit)[::5]
+    tried = product.candidate_configs(rows, layer.in_features, layer.rank, architecture, limit)[::5]
     tables = [tuning._read(path) for path in tuning.SHIPPED.glob("*.json")]
     shipped = [config for table in tables for config in table.values()]
     return tried + list({str(config): config for config in shipped}.values())
@@ -168,6 +168,29 @@ def test_launch_shapes_do_not_change_a_byte(wide: TritonBackend) -> None:
     expected = wide.ternary_linear(x, layer)
     for config in measured_shapes(layer, 70, wide.architecture):
         assert torch.equal(wide.ternary_linear(x, layer, config=config), expected), config
+
+
+# One pass of the loop; two, of whole turns of the ring and of others; and the least.
+@pytest.mark.parametrize(
+    ("width", "outputs", "rows", "rank"), [(384, 260, 131, 32), (2048, 9, 17, 5), (2304, 9, 5, 5), (128, 9, 1, 0)]
+)
+def test_the_asynchronous_product_has_the_bits_of_the_other(width: int, outputs: int, rows: int, rank: int) -> None:
+    layer, x = pack_layer(make_linear(width, outputs, bits=3, rank=rank)), tokens(rows, width)
+    residual, gate = tokens(rows, outputs, seed=1), tokens(1, outputs, seed=2)
+    with emulated(90):
+        ops = TritonBackend()
+        quantized, weights = ops.rotate_quantize(x, layer), ops._weights_of(layer)
+        for tile in (128, 256):
+            config = product.async_config(4096, tile, width, rank, 90)
+            assert config is not None
+            for dtype, gelu in ((torch.float32, False), (torch.bfloat16, True)):
+                expected = ops.ternary_linear(quantized, layer, dtype, gelu)
+                assert torch.equal(ops.ternary_linear(quantized, layer, dtype, gelu, config=config), expected)
+            added = [
+                ops._product(quantized, weights, each, epilogue=product.ADD, gate=gate, residual=residual.clone())
+                for each in (None, config)
+            ]
+            assert torch.equal(*added)
 
 
 def test_a_measured_launch_shape_is_used(wide: TritonBackend, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,7 +92,7 @@ def test_the_fastest_that_agrees_wins() -> None:
 @pytest.mark.parametrize("rows", [1, 16, 100, 4096])
 @pytest.mark.parametrize("width", [36, 1152, 4608])
 def test_candidates_fit_the_gpu(limit: int, rows: int, width: int) -> None:
-    configs = candidate_configs(rows, width, limit)
+    configs = candidate_configs(rows, width, 16, 90, limit)
     assert configs
     for config in configs:
         assert shared_bytes(config) <= limit

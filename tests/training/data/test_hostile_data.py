@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from train.ablations.study import load_study
+from train.ablations.config import load_study
 from train.config import ConfigError, load_config
 from train.data import DataError, open_source
 from train.data.preparation import vae_downscale

@@ -12,7 +12,7 @@ from robuq_core.checkpoint import read_checkpoint
 from robuq_core.config import QuantConfig
 from robuq_core.models.dit import DiT
 from robuq_core.models.quant_linear import QuantLinear, quantizable_linears, quantize_model
-from train.diagnose.capture import layer_inputs, observed, observed_packed
+from train.diagnose.run import layer_inputs, observed, observed_packed
 
 
 def points() -> tuple[Tensor, Tensor, Tensor]:

@@ -17,9 +17,8 @@ from robuq_core.quant.hadamard import Rotation
 from train.cli import app
 from train.config import TrainConfig
 from train.diagnose import watch as module
-from train.diagnose.capture import LayerInput
 from train.diagnose.run import diagnosis_of
-from train.diagnose.watch import Diagnosis, LayerDiagnosis, LayerWatch
+from train.diagnose.watch import Diagnosis, LayerDiagnosis, LayerInput, LayerWatch
 from train.evaluation.samples import MODELS
 from train.run import Run
 from train.stages import export

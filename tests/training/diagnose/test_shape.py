@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from robuq_core.quant.activation import SIGMA_PER_MEAN_ABS, fake_quantize_activation
-from train.diagnose.shape import BITS, Shape, ShapeStatistics, normal_error
+from train.diagnose.watch import BITS, Shape, ShapeStatistics, normal_error
 
 
 def shape_of(x: Tensor) -> Shape:

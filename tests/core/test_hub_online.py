@@ -83,15 +83,15 @@ def test_a_token_opens_what_is_private(online: Online) -> None:
 @pytest.mark.parametrize(
     ("source", "token", "told"),
     [
-        ("someone/absent", "", "someone/absent: no such file or folder here and no such repository on the hub"),
+        ("someone/absent", "", "someone/absent: no such file or folder, and no such repository on the hub"),
         ("someone/tiny@v9", "", "someone/tiny@v9: the repository has no such revision"),
         (
             "someone/private",
             "",
-            "someone/private: no such file or folder here, and the hub refuses access; run hf auth",
+            "someone/private: no such file or folder, and the hub refuses access; run hf auth",
         ),
         ("someone/private", "hf_of_another", "the hub refuses access; run hf auth login, or check HF_TOKEN"),
-        ("someone/gated", "", "someone/gated: the hub lets only approved accounts in"),
+        ("someone/gated", "", "someone/gated: the hub only serves approved accounts"),
     ],
 )
 def test_what_it_refuses_is_one_line(online: Online, source: str, token: str, told: str) -> None:

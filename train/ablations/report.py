@@ -300,7 +300,7 @@ def plot(findings: Findings, path: Path) -> None:
         axes.grid(alpha=0.3, which="both")
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
-    # Without a date and with fixed ids, the same results give the same file.
+    # No date and fixed ids, so that the same results give the same drawing.
     with replacing(path) as temporary, mpl.rc_context({"svg.hashsalt": "robuq"}):
         figure.savefig(temporary, format="svg", metadata={"Date": None})
 

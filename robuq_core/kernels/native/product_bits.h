@@ -187,7 +187,8 @@ FN void bits_operands(const struct ternary_job *job, int64_t first, int64_t rows
         }
         offsets[row] = 0;
     }
-    memset(out, 0, (size_t)(2 * bits * PICKS) * sizeof *out); /* of a token beside the last */
+    /* Of a token beside the last; room for an even number is all that there is. */
+    if (rows % 2) memset(out, 0, (size_t)(2 * bits * PICKS) * sizeof *out);
 }
 
 /* sum += b + c, bit by bit; returns the carry. In assembly: GCC moves more from register to register. */

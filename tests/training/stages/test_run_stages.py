@@ -477,7 +477,7 @@ def test_bad_input_is_one_line_and_leaves_no_artefact(tmp_path: Path, override: 
     assert errors.startswith("error: ")
     assert expected in errors
     left = {each.name for each in (tmp_path / "run").rglob("*") if each.is_file()}
-    assert left <= {"data.lock"}
+    assert left <= {"data.lock", "progress.json"}
     assert notes_of(load_config(path, []))["export"].startswith("wrote")
 
 

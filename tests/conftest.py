@@ -130,9 +130,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(LeftOut(), "left-out")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """One browser a process: Playwright allows no second one beside it. Skips the test where there is none."""
+    """One browser per module, since Playwright's event loop runs until it is closed, and tests that follow start their
+    own. Skips the test where there is none."""
     from playwright.sync_api import sync_playwright
 
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -216,3 +216,17 @@ def test_warm_up_covers_one_row_and_the_most(sampler: Sampler, max_rows: int) ->
 def test_a_device_that_the_backend_lacks_is_refused(path: Path) -> None:
     with pytest.raises(ValueError, match="cpu backend does not run on cuda:1"):
         Sampler.from_checkpoint(path, backend="cpu", device="cuda:1")
+
+
+def test_a_failing_forward_moves_no_row(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = sampler.start(RowSpec(1, 0, 4, 1.0, "ddpm"))
+    before = row.x.clone()
+
+    def fail(*_: object) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(sampler.model, "forward", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sampler.step([row])
+    assert row.steps_done == 0
+    assert torch.equal(row.x, before)

@@ -7,6 +7,8 @@ Files below ``run_dir``: ``data/`` (prepared samples), ``states/teacher``, ``sta
 One comparison decides whether a stage is up to date: its inputs, recorded when it ran, with its inputs now. Inputs are
 settings, digests of the data, and digests of what earlier stages wrote. A short stage that is not up to date is
 rebuilt; one that trains continues if only its schedule changed, and is otherwise refused with the way out.
+
+One file, since the comparison of inputs needs all that a run opens.
 """
 
 from __future__ import annotations

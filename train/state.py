@@ -86,7 +86,7 @@ class State(StrictModel):
 
     @property
     def digest(self) -> str:
-        """Identifies the numbers of the state, whoever made it."""
+        """Identifies the numbers of the state, independent of the run that made it."""
         return hashlib.sha256(json.dumps([self.step, self.files], sort_keys=True).encode()).hexdigest()
 
     def check(self, settings: Mapping[str, Any]) -> None:

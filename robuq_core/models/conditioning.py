@@ -137,7 +137,7 @@ class ConditioningTable:
 
     def _embeddings(self, pairs: list[Pair], *others: Tensor) -> tuple[Tensor, ...]:
         """Timestep and class of each pair, embedded and added: ``[U, D]``. Then ``others`` on the device: all that
-        comes from the host comes in one copy."""
+        comes from the host takes one copy."""
         timesteps = dict.fromkeys(timestep for timestep, _ in pairs)
         fresh = [each for each in timesteps if each not in self._timestep_embeddings]
         if len(self._timestep_embeddings) + len(fresh) > NUM_TRAIN_TIMESTEPS:  # the times of a flow are any numbers

@@ -68,13 +68,6 @@ def test_a_full_disk_keeps_the_state_before(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["step-0000002"]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    config = make_config(tmp_path_factory.mktemp("trained"))
-    train(config)
-    return config
-
-
 @pytest.fixture
 def copied(trained: TrainConfig, tmp_path: Path) -> TrainConfig:
     shutil.copytree(trained.run_dir, tmp_path / "run")

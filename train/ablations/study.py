@@ -371,7 +371,7 @@ def _remove_state(states: Path) -> None:
 
 
 def _with_bits(quant: QuantConfig, bits: dict[str, int]) -> QuantConfig:
-    """``quant`` with ``bits``; those equal to its own width are left out, so that equal trainings have one result."""
+    """``quant`` with ``bits``; those equal to its own width are omitted, so that equal trainings have one result."""
     own = {name: width for name, width in bits.items() if width != quant.activation_bits}
     return quant.model_copy(update={"bits": own})
 

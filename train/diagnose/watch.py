@@ -61,7 +61,7 @@ class ShapeStatistics:
         self._sums = torch.zeros(2 + len(BITS), dtype=torch.float64)
 
     def add(self, x: Tensor) -> None:
-        """Tokens of zeros alone, which any quantiser gets right, are left out."""
+        """Tokens of zeros alone, which any quantiser gets right, are skipped."""
         x = x.detach().float()
         x = x[x.abs().sum(dim=1) > 0]
         if not len(x):
@@ -98,7 +98,7 @@ class ShapeStatistics:
 
 
 def normal_error(bits: int, grid: Grid = "midrise", rule: ActivationRule = "gaussian") -> float:
-    """The error of tokens that are normal, which none of ``x / sigma`` can be told from."""
+    """The error of normally distributed tokens; none of ``x / sigma`` is distinguishable from them."""
     probabilities = (torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16)
     token = torch.special.ndtri(probabilities)[None].float()
     lost = (token - fake_quantize_activation(token, bits, grid, rule)).square().sum()

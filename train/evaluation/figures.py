@@ -27,7 +27,7 @@ SCORE_SPLITS = 10
 NEIGHBOURS = 3
 _PAIRS_AT_ONCE = 4096  # rows and columns of a block of the distance matrix
 _PHOTOS_AT_ONCE = 64
-# Of values in [-1, 1]. Pixels are bytes, so that no smaller error than that of rounding to them can be told.
+# Of values in [-1, 1]. Pixels are bytes: an error below that of rounding to them cannot be measured.
 _PEAK_SQUARED, _ROUNDING = 4.0, (2 / 255) ** 2 / 12
 _BATCH = 64
 

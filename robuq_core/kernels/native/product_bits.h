@@ -146,7 +146,7 @@ FN void bits_operands(const struct ternary_job *job, int64_t first, int64_t rows
                       int8_t *operands, int32_t *offsets) {
     const struct layer *layer = job->layer;
     const int bits = code_bits(layer);
-    const uint64_t triples = 0x5555555555555555u >> (64 - 2 * TRIPLES); /* low bytes of so many lanes of 16 bits */
+    const uint64_t triples = 0x5555555555555555u >> (64 - 2 * TRIPLES); /* low bytes of TRIPLES lanes of 16 bits */
     const __m512i one = _mm512_set1_epi16(1);
     /* A code's cell from 0 on: (code + max_code) / 2, or code + 2^(bits - 1). */
     const __m512i lowest = _mm512_set1_epi8((char)(layer->midrise ? layer->max_code : (layer->max_code + 1) / 2));

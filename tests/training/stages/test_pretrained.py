@@ -19,13 +19,6 @@ from train.run import Run
 DIFFUSERS = {"model": {"flavour": "diffusers"}}
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    config = make_config(tmp_path_factory.mktemp("trained"))
-    train(config)
-    return config
-
-
 @pytest.fixture
 def folder(trained: TrainConfig, tmp_path: Path) -> Path:
     save_diffusers(Run(trained).teacher(), tmp_path / "DiT", diffusion=trained.diffusion)

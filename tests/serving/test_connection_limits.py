@@ -19,6 +19,10 @@ from server.fake import FakeSampler
 from server.middleware import MAX_HEAD_BYTES, MAX_HEADERS, MAX_TARGET_BYTES, SECURITY_HEADERS
 
 
+# Of a time limit that an answer must come within: the next where the machine is too busy for the one before.
+LIMITS_S = (0.5, 4.0, 30.0)
+
+
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
     with live_server(FakeSampler(), max_connections=20, max_body_bytes=200_000) as (client, _):
@@ -130,21 +134,27 @@ def test_a_slow_head_gets_408(client: httpx.Client, monkeypatch: pytest.MonkeyPa
 def test_a_slow_second_head_does_not_disturb_the_first_answer(
     client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 1.0)  # the first answer has left by then
-    with connected(client) as sock:
-        sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /info HTT")
-        first, _, second = read_all(sock).partition(b'{"status":"ready"}')
-        assert first.startswith(b"HTTP/1.1 200 ")
-        assert answered(second) == (408, "head_timeout")
+    for limit_s in LIMITS_S:
+        monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", limit_s)
+        with connected(client) as sock:
+            sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /info HTT")
+            first, _, second = read_all(sock).partition(b'{"status":"ready"}')
+        if first:  # or it was so late that the connection had been closed
+            break
+    assert first.startswith(b"HTTP/1.1 200 ")
+    assert answered(second) == (408, "head_timeout")
 
 
 def test_a_body_that_goes_on_after_its_answer_is_cut_off(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "BODY_TIMEOUT_S", 0.5)
-    monkeypatch.setattr(connection, "_BODY_GRACE_S", 0.5)
-    with connected(client) as sock:
-        sock.sendall(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900000\r\n\r\n{")
-        raw = read_all(sock)  # ends, so the connection was closed
-        assert raw.startswith(b"HTTP/1.1 413 ")
+    monkeypatch.setattr(connection, "_BODY_GRACE_S", 0.0)
+    for limit_s in LIMITS_S:
+        monkeypatch.setattr(connection, "BODY_TIMEOUT_S", limit_s)
+        with connected(client) as sock:
+            sock.sendall(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900000\r\n\r\n{")
+            raw = read_all(sock)  # ends, so the connection was closed
+        if raw:
+            break
+    assert raw.startswith(b"HTTP/1.1 413 ")
 
 
 def test_a_client_that_sends_nothing_is_let_go(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,6 @@ from server.errors import ApiError, invalid
 from server.request import MAX_PRIORITY, MIN_TIMEOUT_S, Event, ModelInfo, Preview, Request, Result, Timings
 from server.service import (
     COMPLETED,
-    DOCUMENTED_EVENTS,
     EVENT_STREAM,
     JSON,
     PARTIAL_IMAGE,
@@ -28,8 +27,7 @@ from server.service import (
     Parts,
     Service,
     classes_of,
-    documented,
-    documented_headers,
+    documented_images,
     headers_of,
     json_parts,
 )
@@ -231,15 +229,9 @@ def generate_router(service: Service) -> APIRouter:
     router = APIRouter()
     schema = lru_cache(maxsize=2)(partial(generate_schema, max_timeout_s=service.settings.request_timeout_s))
     service.body_schemas["/generate"] = schema
-    binary = {"schema": {"type": "string", "format": "binary"}}
-    responses = documented(406, 413, 422, 429, 500, 503, 504) | {
-        200: {
-            "description": "The images; a raw file if Accept asks for one, events if stream is true.",
-            "model": GenerateResponse,
-            "content": {f"image/{name}": binary for name in IMAGE_FORMATS} | DOCUMENTED_EVENTS,
-            "headers": documented_headers(),
-        }
-    }
+    raw = {f"image/{name}": {"schema": {"type": "string", "format": "binary"}} for name in IMAGE_FORMATS}
+    about = "The images; a raw file if Accept asks for one, events if stream is true."
+    responses = documented_images(about, GenerateResponse, raw, 406, 413, 422, 429, 500, 503, 504)
 
     @router.post("/generate", responses=responses)
     async def generate(http: HttpRequest) -> Response:

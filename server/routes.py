@@ -127,7 +127,7 @@ def describe(service: Service) -> InfoResponse:
         NotReady: no model has been loaded yet.
     """
     model, settings = service.model, service.settings
-    features = ["streaming", "previews", "priorities", "deadlines", "openai", "kserve_v2", "idempotency"]
+    features = ["streaming", "previews", "priorities", "deadlines", "openai", "idempotency"]
     for name, on in (
         ("cache", settings.cache_bytes),
         ("api_keys", settings.api_keys_file),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # A collector that does not answer may hold the end of the process for so long.
 SHUTDOWN_S = 3.0
 # Probes, scrapes and the page's polling would drown what matters.
-_EXCLUDED = "/health$,/ready$,/metrics$,/queue$,/v2/health/,/web/"
+_EXCLUDED = "/health$,/ready$,/metrics$,/queue$,/web/"
 
 # version, trace id, parent id, flags; versions after 00 may add fields.
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")

@@ -186,7 +186,7 @@ def test_an_open_server_is_closed_to_administrators() -> None:
 
 def test_images_of_a_minute_are_counted_when_they_are_queued(keys_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(RateLimits.__init__, "__defaults__", (clock,))
+    monkeypatch.setattr(RateLimits.__init__, "__defaults__", (clock, lambda: None))
     key = create_key(keys_file, "alice", images_per_minute=10)
     other = create_key(keys_file, "bob")
     sampler = WatchedSampler()

@@ -18,7 +18,6 @@ from server.access import PROBE_PATHS
 from server.fake import FakeSampler
 from server.middleware import MAX_HEAD_BYTES, MAX_HEADERS, MAX_TARGET_BYTES, SECURITY_HEADERS
 
-
 # Of a time limit that an answer must come within: the next where the machine is too busy for the one before.
 LIMITS_S = (0.5, 4.0, 30.0)
 

@@ -10,9 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
-
-from robuq_core.params import ImageParams
 from server.compat.openai import ImagesBody
+
 from server.generate import GenerateBody
 
 WORDS = ["png", "webp", "ddim", "tench", "crane", "INT64", "BYTES", "class_id", "seed", "fake", "b64_json", "auto"]
@@ -46,20 +45,6 @@ def value(rng: random.Random, depth: int = 0) -> Any:
 def fields(rng: random.Random, names: Sequence[str], depth: int = 0) -> dict[str, Any]:
     chosen = rng.choices([*names, "extra", ""], k=rng.randrange(7))
     return {name: value(rng, depth) for name in chosen}
-
-
-def tensor(rng: random.Random) -> dict[str, Any]:
-    """Nearly one of KServe's."""
-    data = [rng.choice([0, 1, 4, 5, True, "1", [1], value(rng)]) for _ in range(rng.randrange(4))]
-    whole: dict[str, Any] = {
-        "name": rng.choice(list(ImageParams.model_fields)),
-        "shape": [len(data)],
-        "datatype": rng.choice(["INT64", "FP32", "BYTES"]),
-        "data": data,
-    }
-    if rng.random() < 0.3:
-        whole[rng.choice(list(whole))] = value(rng)
-    return whole
 
 
 def body(rng: random.Random, names: Sequence[str]) -> bytes:

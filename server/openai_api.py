@@ -23,25 +23,21 @@ from server.generate import GeneratedWith, QueuedParams, answer_fields, make_req
 from server.request import Event, ModelInfo, Preview, Request, Result
 from server.service import (
     COMPLETED,
-    DOCUMENTED_EVENTS,
     JSON,
     PARTIAL_IMAGE,
     Parts,
     Service,
     classes_of,
     documented,
-    documented_headers,
+    documented_images,
     headers_of,
 )
 
 PATH = "/v1/images/generations"
 _EXAMPLE: dict[str, Any] = {"prompt": "golden retriever"}
 # Its clients expect the field; nothing is counted in tokens here.
-_NO_TOKENS = {
-    "input_tokens": 0,
-    "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
-    "output_tokens": 0,
-    "total_tokens": 0,
+_NO_TOKENS: dict[str, Any] = dict.fromkeys(("input_tokens", "output_tokens", "total_tokens"), 0) | {
+    "input_tokens_details": {"image_tokens": 0, "text_tokens": 0}
 }
 _MAX_NAMED = 8
 
@@ -85,38 +81,6 @@ class ImagesResponse(GeneratedWith):
     background: Literal["opaque"] = "opaque"
     output_format: ImageFormat
     size: str
-
-
-class ModelCard(BaseModel):
-    """One model; ``created`` is when the server loaded it."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: Literal["robuq"] = "robuq"
-
-
-class ModelList(BaseModel):
-    """The one model that is served."""
-
-    object: Literal["list"] = "list"
-    data: list[ModelCard]
-
-
-class OpenAIErrorBody(BaseModel):
-    """As everywhere; ``param`` repeats ``field``."""
-
-    code: str
-    message: str
-    type: Literal["invalid_request_error", "server_error"]
-    param: str | None
-    field: str | None = None
-
-
-class OpenAIErrorResponse(BaseModel):
-    """The shape of every answer under /v1 that is not a success."""
-
-    error: OpenAIErrorBody
 
 
 def images_schema(model: ModelInfo, max_timeout_s: float) -> dict[str, Any]:
@@ -204,14 +168,9 @@ def openai_router(service: Service) -> APIRouter:
     router = APIRouter()
     schema = lru_cache(maxsize=2)(partial(images_schema, max_timeout_s=service.settings.request_timeout_s))
     service.body_schemas[PATH] = schema
-    responses = documented(400, 404, 413, 429, 500, 503, 504, model=OpenAIErrorResponse) | {
-        200: {
-            "description": "The images, or events if stream is true.",
-            "model": ImagesResponse,
-            "content": DOCUMENTED_EVENTS,
-            "headers": documented_headers(),
-        }
-    }
+    responses = documented_images(
+        "The images, or events if stream is true.", ImagesResponse, {}, 400, 404, 413, 429, 500, 503, 504
+    )
 
     @router.post(PATH, responses=responses)
     async def generate_images(http: HttpRequest) -> Response:
@@ -249,19 +208,16 @@ def openai_router(service: Service) -> APIRouter:
         result = await service.result(http, request)
         return Parts(_answer(request, result), JSON, headers_of(request, result.timings) | warning)
 
-    def card(model: ModelInfo) -> ModelCard:
-        return ModelCard(id=model.name, created=model.created)
-
-    @router.get("/v1/models")
-    async def list_models() -> ModelList:
-        """The model that is served."""
-        return ModelList(data=[card(service.model)])
-
-    @router.get("/v1/models/{name}", responses=documented(404, model=OpenAIErrorResponse))
-    async def retrieve_model(name: str) -> ModelCard:
+    @router.get("/v1/models/{name}", responses=documented(404))
+    async def retrieve_model(name: str) -> dict[str, Any]:
         """The model that is served, by its id."""
         model = service.model
         check_model(name, model)
-        return card(model)
+        return {"id": model.name, "object": "model", "created": model.created, "owned_by": "robuq"}
+
+    @router.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        """The model that is served."""
+        return {"object": "list", "data": [await retrieve_model(service.model.name)]}
 
     return router

@@ -40,7 +40,6 @@ NEEDS = {
     "load/test_scenarios.py": "locust",
     "ptx/test_mutations.py": "triton",
     "serving/deploy": "promql_parser",
-    "serving/test_kserve_client.py": "tritonclient",
     "serving/test_latent_serving.py": "diffusers",
     "serving/test_openai_api.py": "openai",
     "serving/test_openapi_conformance.py": "schemathesis",

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 
 CRLF = b"\r\n"
 _BODY = b'{"class_id": 1, "steps": 2, "num_images": 2, "seed": 7, "guidance_scale": 1.5, "format": "png"}'
-_INFER = b'{"inputs": [{"name": "class_id", "shape": [1], "datatype": "INT64", "data": [1]}]}'
 
 
 def _post(path: bytes, body: bytes, *headers: bytes) -> bytes:
@@ -31,7 +30,7 @@ def _get(target: bytes, *headers: bytes) -> bytes:
 
 SEEDS = [
     *(_get(path) for path in (b"/", b"/info", b"/queue", b"/metrics", b"/ready", b"/openapi.json", b"/web/app.js")),
-    *map(_get, (b"/classes?query=shark&limit=3", b"/v1/models", b"/v2/models/fake", b"/admin/checkpoint")),
+    *map(_get, (b"/classes?query=shark&limit=3", b"/v1/models", b"/admin/checkpoint")),
     _get(b"/info", b"X-Request-Id: abc", b"traceparent: 00-" + b"a" * 32 + b"-" + b"b" * 16 + b"-01"),
     _get(b"/health", b"Connection: Upgrade", b"Upgrade: websocket", b"Sec-WebSocket-Key: eA=="),
     _get(b"/info") + _get(b"/health"),
@@ -41,7 +40,6 @@ SEEDS = [
     _post(b"/generate", b'{"class_name": "goldfish", "guidance_interval": [0, 800], "cache_interval": 2}'),
     _post(b"/generate", _BODY, b"Expect: 100-continue", b"Origin: http://localhost", b"Sec-Fetch-Site: same-origin"),
     _post(b"/v1/images/generations", b'{"prompt": "goldfish", "n": 2, "response_format": "b64_json"}'),
-    _post(b"/v2/models/fake/infer", _INFER),
     _chunked(b"/generate", _BODY, 10),
     _chunked(b"/generate", _BODY, 1000, b"X-T: 1\r\nX-API-Key: robuq_x\r\n"),
     _get(b"/info").replace(b"GET", b"OPTIONS"),

@@ -26,7 +26,7 @@ from server.metrics import Metrics
 from server.pool import Pool
 
 # Whoever adds to this list opens a route to the whole world.
-OPEN = {"/", "/docs", "/web/{name}", "/health", "/ready", "/v2/health/live", "/v2/health/ready"}
+OPEN = {"/", "/docs", "/web/{name}", "/health", "/ready"}
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 DRAW = {"class_id": 1, "steps": 1}
 

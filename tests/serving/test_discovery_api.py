@@ -36,7 +36,7 @@ def test_wrong_parameters_are_named(client: httpx.Client, parameters: dict[str, 
 def test_info_tells_what_the_server_can(client: httpx.Client) -> None:
     info = client.get("/info").json()
     assert info["priorities"] == {"min": 0, "max": 9, "default": 0, "ageing_s": 5.0}
-    assert {"streaming", "idempotency", "openai", "kserve_v2"} <= set(info["features"])
+    assert {"streaming", "idempotency", "openai"} <= set(info["features"])
     assert info["replicas"] == 1
 
 

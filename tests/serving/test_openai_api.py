@@ -10,12 +10,12 @@ import httpx
 import openai
 import pytest
 from PIL import Image
-from server.compat.openai import ImagesBody
 from serving_harness import WatchedSampler, live_server
 from test_generate_api import picture
 
 from robuq_core.params import ImageParams
 from server import service
+from server.openai_api import ImagesBody
 
 PATH = "/v1/images/generations"
 

@@ -17,7 +17,7 @@ from robuq_core.images import IMAGE_FORMATS, ImageFormat
 from robuq_core.params import ImageParams, choice_error, read_params
 from server.cache import idempotent_seed
 from server.errors import ApiError, invalid
-from server.request import MAX_PRIORITY, MIN_TIMEOUT_S, Event, ModelInfo, Preview, Request, Result, Timings
+from server.request import MAX_PRIORITY, MIN_TIMEOUT_S, Event, ModelInfo, Request, Result, Timings
 from server.service import (
     COMPLETED,
     EVENT_STREAM,
@@ -212,11 +212,11 @@ def _choose_answer(http: HttpRequest, body: GenerateBody) -> tuple[str, ImageFor
 def _progress(request: Request, event: Event) -> tuple[str, bytes]:
     """An event of ``POST /generate``; the fields are in its description."""
     fields: dict[str, Any] = {"image": event.image, "steps_done": event.steps_done, "steps": event.steps}
-    if not isinstance(event, Preview):
+    if not event.preview:
         return STEP, to_json({"type": STEP, **fields})
     fields["partial_image_index"] = event.steps_done // request.preview_every - 1
     fields["format"] = request.image_format
-    return PARTIAL_IMAGE, to_json({"type": PARTIAL_IMAGE, **fields, "b64_json": event.encoded.decode()})
+    return PARTIAL_IMAGE, to_json({"type": PARTIAL_IMAGE, **fields, "b64_json": event.preview.decode()})
 
 
 def _completed(request: Request, result: Result) -> Iterable[tuple[str, bytes]]:

@@ -20,7 +20,7 @@ from robuq_core.params import MAX_IMAGES, choice_error, read_params
 from server.classes import ClassIndex
 from server.errors import ApiError, invalid
 from server.generate import GeneratedWith, QueuedParams, answer_fields, make_request
-from server.request import Event, ModelInfo, Preview, Request, Result
+from server.request import Event, ModelInfo, Request, Result
 from server.service import (
     COMPLETED,
     JSON,
@@ -83,11 +83,15 @@ class ImagesResponse(GeneratedWith):
     size: str
 
 
+def size_of(model: ModelInfo) -> str:
+    return f"{model.image_size}x{model.image_size}"
+
+
 def images_schema(model: ModelInfo, max_timeout_s: float) -> dict[str, Any]:
     """JSON schema of :class:`ImagesBody` with the bounds of a model."""
     schema = ImagesBody.model_json_schema()
     properties = schema["properties"]
-    properties["size"]["anyOf"][0]["enum"] = ["auto", model.size]
+    properties["size"]["anyOf"][0]["enum"] = ["auto", size_of(model)]
     properties["model"]["anyOf"][0]["examples"] = [model.name]
     properties["timeout_s"]["anyOf"][0]["maximum"] = max_timeout_s
     return schema
@@ -132,7 +136,7 @@ def _answer(request: Request, result: Result) -> list[bytes]:
     for i, (image, spec) in enumerate(zip(result.images, request.specs, strict=True)):
         named = to_json({"revised_prompt": request.class_name or None, "seed": spec.seed})
         parts += [b',{"b64_json":"' if i else b'{"b64_json":"', image, b'",' + named[1:]]
-    return [*parts, b"]," + to_json(common | {"size": request.model.size} | ours)[1:]]
+    return [*parts, b"]," + to_json(common | {"size": size_of(request.model)} | ours)[1:]]
 
 
 def _event(request: Request, name: str, image: int, encoded: bytes, **more: Any) -> tuple[str, bytes]:
@@ -143,7 +147,7 @@ def _event(request: Request, name: str, image: int, encoded: bytes, **more: Any)
         "background": "opaque",
         "output_format": request.image_format,
         "quality": "auto",
-        "size": request.model.size,
+        "size": size_of(request.model),
         "image": image,
         "seed": request.specs[image].seed,
         **more,
@@ -152,10 +156,10 @@ def _event(request: Request, name: str, image: int, encoded: bytes, **more: Any)
 
 
 def _progress(request: Request, event: Event) -> tuple[str, bytes] | None:
-    if not isinstance(event, Preview):
+    if not event.preview:
         return None  # OpenAI's clients know no event of a step
     index = event.steps_done // request.preview_every - 1
-    return _event(request, PARTIAL_IMAGE, event.image, event.encoded, partial_image_index=index)
+    return _event(request, PARTIAL_IMAGE, event.image, event.preview, partial_image_index=index)
 
 
 def _completed(request: Request, result: Result) -> Iterable[tuple[str, bytes]]:
@@ -184,8 +188,8 @@ def openai_router(service: Service) -> APIRouter:
         model = service.model
         body = read_params(ImagesBody, await http.body(), lambda: schema(model), _EXAMPLE)
         check_model(body.model, model)
-        if body.size not in (None, "auto", model.size):
-            raise invalid("size", f"size must be auto or {model.size}; this model has one size")
+        if body.size not in (None, "auto", size_of(model)):
+            raise invalid("size", f"size must be auto or {size_of(model)}; this model has one size")
         request = make_request(
             service,
             http,

@@ -300,7 +300,7 @@ async def _events(
         await _event_or_gone(buffer, gone)
         if gone.done():
             return
-        if not buffer.waiting:
+        if not buffer.is_set():
             yield b": ping\n\n"
     try:
         result = outcome(request)

@@ -45,7 +45,6 @@ NEEDS = {
     "serving/test_openapi_conformance.py": "schemathesis",
     "serving/test_ray_app.py": "ray",
     "serving/test_ray_metrics.py": "ray",
-    "serving/test_ray_routing.py": "ray",
     "serving/test_ray_scaling.py": "ray",
     "serving/test_tracing.py": "opentelemetry.sdk",
     "serving/web": "playwright",

@@ -223,13 +223,6 @@ def test_what_the_queue_refuses_costs_nothing(keys_file: Path) -> None:
         assert refused.headers["ratelimit"].startswith('"images";r=4')
 
 
-def test_requests_of_a_minute(keys_file: Path) -> None:
-    key = create_key(keys_file, "alice", requests_per_minute=2)
-    with live_server(FakeSampler(), api_keys_file=keys_file) as (client, _):
-        statuses = [client.post("/generate", json=DRAW, headers=bearer(key)).status_code for _ in range(3)]
-        assert statuses == [200, 200, 429]
-
-
 def test_reading_counts_as_requests_too(keys_file: Path) -> None:
     key = create_key(keys_file, "alice", requests_per_minute=5)
     with live_server(FakeSampler(), api_keys_file=keys_file) as (client, _):
@@ -247,13 +240,3 @@ def test_blanks_around_a_key_are_not_part_of_it(keys_file: Path) -> None:
             with connected(client) as sock:
                 sock.sendall(f"GET /info HTTP/1.1\r\nHost: localhost\r\n{header}\r\nConnection: close\r\n\r\n".encode())
                 assert read_all(sock).startswith(b"HTTP/1.1 200 "), header
-
-
-def test_a_failed_request_frees_nobody_elses_budget(keys_file: Path) -> None:
-    key = create_key(keys_file, "alice", images_per_minute=3)
-    sampler = WatchedSampler()
-    with live_server(sampler, api_keys_file=keys_file) as (client, engine):
-        for body in ({"class_id": 99}, {"class_id": 1, "steps": 0}, {}):
-            assert client.post("/generate", json=body, headers=bearer(key)).status_code == 422
-        assert client.post("/generate", json=DRAW | {"num_images": 3}, headers=bearer(key)).status_code == 200
-        until(lambda: engine.idle)

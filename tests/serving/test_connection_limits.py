@@ -255,17 +255,6 @@ def test_addresses_of_one_peer(address: str, peer: str) -> None:
     assert connection._peer_of((address, 1)) == peer
 
 
-def test_an_upgrade_is_not_taken_up(client: httpx.Client) -> None:
-    for protocol in ("websocket", "h2c"):
-        headers = {
-            "Connection": "Upgrade",
-            "Upgrade": protocol,
-            "Sec-WebSocket-Key": "x",
-            "Sec-WebSocket-Version": "13",
-        }
-        assert client.get("/health", headers=headers).status_code == 200
-
-
 def test_what_follows_an_upgrade_is_the_next_request(client: httpx.Client) -> None:
     upgrade = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"
     with connected(client) as sock:

@@ -57,9 +57,3 @@ def test_a_request_behind_a_stuck_decoder_expires() -> None:
         gate.set()
         until(lambda: engine.images_decoding == 0)
         assert sample(engine, "robuq_requests_total", finished_reason="completed") == 0
-
-
-def test_a_deadline_that_has_passed_at_once_is_answered_at_once() -> None:
-    with running_engine(WatchedSampler(step_s=0.01)) as engine:
-        assert isinstance(outcome(engine.submit([spec(steps=1000)], "png", timeout_s=0.0)), DeadlineExceeded)
-        assert outcome(engine.submit([spec(steps=1)], "png", timeout_s=60)) is None

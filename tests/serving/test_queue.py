@@ -97,19 +97,6 @@ def test_who_was_away_comes_back_without_credit(busy: int, costs: tuple[int, int
         assert abs(service[1] - service[2]) <= sum(costs)
 
 
-def test_a_client_that_comes_and_goes_gains_nothing_over_one_that_stays() -> None:
-    queue = Queue(QUEUE, 5.0)
-    queue.push(Demand(0, 1000, 10, 0.0, client="stays"))
-    served: Counter[str] = Counter()
-    for number in range(1, 201):  # one request at a time, each as soon as the one before was admitted
-        queue.push(Demand(number, 1, 10, float(number), client="comes"))
-        while (request_id := take(queue)) == 0:
-            served["stays"] += 1
-        assert request_id == number
-        served["comes"] += 1
-    assert abs(served["stays"] - served["comes"]) <= 1
-
-
 @given(
     priority=st.integers(0, MAX_PRIORITY),
     ageing_s=st.floats(0.5, 5),
@@ -133,27 +120,6 @@ def test_nobody_starves_while_higher_priorities_keep_arriving(
         if take(queue) == patient:
             return
     raise AssertionError(f"not admitted after {bound} others")
-
-
-@given(
-    others=st.lists(st.integers(1, 20), min_size=1, max_size=6),
-    steps=st.integers(1, 20),
-)
-def test_a_newcomer_waits_for_a_computable_number_of_images_of_others(others: list[int], steps: int) -> None:
-    """``n`` clients flood without end; whoever joins gets its first image within a computable number of others'."""
-    queue = Queue(QUEUE, 5.0)
-    for number, cost in enumerate(others):
-        queue.push(Demand(number, 500, cost, 0.0, client=f"flood {number}"))
-    for _ in range(37):
-        take(queue)
-    newcomer = len(others)
-    queue.push(Demand(newcomer, 3, steps, 1.0, client="newcomer"))
-    # Its nth image starts (n - 1) steps above the virtual time, and so does every flood, within its own cost.
-    for image in range(3):
-        passed = 0
-        while take(queue) != newcomer:
-            passed += 1
-        assert passed <= sum(math.ceil(steps / cost) + 1 for cost in others), f"image {image}"
 
 
 def test_what_was_never_admitted_costs_nothing() -> None:
@@ -223,19 +189,6 @@ def test_only_those_who_have_their_share_are_refused_or_displaced(asked: list[tu
             del requests[other.request_id]
         requests[number] = client, images
         assert queue.images == sum(images for _, images in requests.values()) <= 64
-
-
-def test_clients_without_a_name_are_one_and_displace_nothing() -> None:
-    queue = Queue(100, 5.0)
-    queue.push(Demand(0, 100, 5, 0.0))
-    with pytest.raises(QueueFull) as full:
-        queue.push(Demand(1, 4, 9, 0.0))
-    assert full.value.excess == 4
-    for _ in range(10):
-        take(queue)
-    with pytest.raises(QueueFull) as full:
-        queue.push(Demand(1, 12, 9, 0.0))
-    assert full.value.excess == 2
 
 
 def test_an_image_that_is_put_back_is_next_and_is_not_charged_again() -> None:

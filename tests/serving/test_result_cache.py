@@ -13,13 +13,11 @@ import httpx
 import pytest
 from serving_harness import WAIT_S, WatchedSampler, live_server, sample, until
 
-from robuq_core.images import read_settings
 from robuq_core.params import RowSpec
 from server.cache import ENTRY_BYTES, Cache
 from server.fake import FakeSampler
 from server.metrics import Metrics
 from server.request import ModelInfo, Request, Result, Timings
-from server.settings import Settings
 
 ON = {"cache_bytes": 2**20}
 BODY = {"class_id": 1, "steps": 2, "seed": 7}
@@ -27,10 +25,6 @@ BODY = {"class_id": 1, "steps": 2, "seed": 7}
 
 def post(client: httpx.Client, body: dict[str, Any], **headers: str) -> httpx.Response:
     return client.post("/generate", json=body, headers=headers)
-
-
-def test_it_is_on_by_default_and_bounded() -> None:
-    assert 0 < Settings().cache_bytes < 2**30
 
 
 def test_a_repeated_seed_is_a_hit_with_the_same_bytes() -> None:
@@ -94,13 +88,6 @@ def test_zero_bytes_turn_it_off() -> None:
         answers = [post(client, BODY) for _ in range(2)]
         assert all("x-cache" not in answer.headers for answer in answers)
         assert len(sampler.batches) == 2 * BODY["steps"]
-
-
-def test_files_from_memory_carry_their_settings() -> None:
-    with live_server(FakeSampler(), embed_settings=True, **ON) as (client, _):
-        files = [post(client, BODY, Accept="image/webp").content for _ in range(2)]
-        assert files[0] == files[1]
-        assert read_settings(files[1])["seed"] == 7
 
 
 def test_64_equal_requests_are_one_computation_though_a_third_disconnect() -> None:

@@ -83,6 +83,17 @@ def test_packing_untrained_is_packing_the_fake_quantised_model(source: Path, tmp
     assert read_header(tmp_path / "streamed.safetensors") == result.header
 
 
+def test_more_planes_and_bits_come_closer(source: Path, tmp_path: Path) -> None:
+    def error(planes: int, bits: int) -> float:
+        return (
+            pack_untrained(source, tmp_path / "p.safetensors", untrained_quant(planes, bits, rank=4)).relative_error
+            or 0
+        )
+
+    assert error(1, 8) > error(2, 8) > error(3, 8)
+    assert error(3, 2) > error(3, 4) > error(3, 8)
+
+
 def test_the_error_is_that_of_the_packed_file(source: Path, tmp_path: Path) -> None:
     """Measured again from what was written, on other inputs."""
     path = tmp_path / "packed.safetensors"

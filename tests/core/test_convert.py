@@ -218,7 +218,7 @@ def test_pictures_that_are_neither_grey_nor_rgb_are_refused_before_the_work(
 def test_command_ignores_no_option_of_packing(source: Path, tmp_path: Path, options: str) -> None:
     result = run(app, ["convert", str(source), str(tmp_path / "copy.pt"), *options.split()])
     assert result.exit_code == 2
-    assert result.stderr == f"error: {options.split()[0]} is only for --ptq; leave it out\n"
+    assert result.stderr == f"error: {options.split()[0]} is only for --ptq; remove it\n"
     assert not (tmp_path / "copy.pt").exists()
 
 

@@ -108,7 +108,7 @@ def test_pages_in_a_browser(site: Path, address: str, chromium: Browser, width: 
         tab.goto(f"{address}/{path.name}")
         assert tab.evaluate("document.documentElement.scrollWidth") <= width, path.name
     tab.goto(f"{address}/api/index.html")
-    tab.wait_for_selector("summary:has-text(\"POST /generate\")")
+    tab.wait_for_selector('summary:has-text("POST /generate")')
     tab.goto(f"{address}/index.html?q=drain")
     tab.wait_for_selector(".md-search-result__item")
     tab.close()

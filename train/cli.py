@@ -12,20 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from robuq_core.cli_support import (
-    ActivationBitsOption,
-    ClassesOption,
-    DecoderKindOption,
-    FlavourOption,
-    HeadsOption,
-    PlanesOption,
-    PredictionOption,
-    RankOption,
-    SamplerOption,
-    ScaleOption,
-    given,
-    reported,
-)
+from robuq_core.cli_support import PackingOptions, reported, takes_params
 from robuq_core.config import MAX_SEED
 from robuq_core.errors import UserError
 
@@ -306,6 +293,7 @@ def keys() -> None:
 
 @app.command()
 @reported
+@takes_params(PackingOptions, "steps")
 def ptq(
     source: Annotated[
         Path, typer.Argument(help="Official .pt of DiT, SiT or REPA; diffusers folder; or RUN_DIR/states/teacher.")
@@ -318,17 +306,8 @@ def ptq(
         int | None, typer.Option(min=1, help="Inputs of the teacher's samples; default: 128 to 2,048, by size.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the samples and the steps.")] = 0,
-    weight_planes: PlanesOption = None,
-    activation_bits: ActivationBitsOption = None,
-    rank: RankOption = None,
-    heads: HeadsOption = None,
-    prediction: PredictionOption = None,
-    classes: ClassesOption = None,
-    flavour: FlavourOption = None,
-    decoder_kind: DecoderKindOption = None,
-    guidance_scale: ScaleOption = None,
-    sampler: SamplerOption = None,
-    class_names: Annotated[Path | None, typer.Option(help="Text file, one name a line.")] = None,
+    *,
+    params: PackingOptions,
 ) -> None:
     """Pack full-precision weights, calibrated on samples that they generate themselves: no data set is needed."""
     try:
@@ -337,24 +316,17 @@ def ptq(
         raise _not_installed(error) from error
     from rich.progress import Progress
 
-    from robuq_core.classes import read_names
-
-    quant = {"weight_planes": weight_planes, "activation_bits": activation_bits, "rank": rank}
-    defaults = {"guidance_scale": guidance_scale, "sampler": sampler}
     with Progress(transient=True) as progress:
         task = progress.add_task("sampling", total=None)
         header = pack_calibrated(
             source,
             target,
             Calibration(steps, inputs, seed),
-            given(quant),
-            given(defaults),
-            class_names=() if class_names is None else read_names(class_names),
-            num_heads=heads,
-            prediction=prediction,
-            num_classes=classes,
-            flavour=flavour,
-            decoder=decoder_kind,
+            params.quant,
+            params.defaults,
+            class_names=params.names,
+            decoder=params.decoder_kind,
+            **params.hints,
             on_layer=lambda name: progress.update(task, description=name, advance=1),
         )
     typer.echo(f"wrote {target} ({target.stat().st_size / 1e6:.2f} MB)")

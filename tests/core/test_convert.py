@@ -83,6 +83,17 @@ def test_packing_untrained_is_packing_the_fake_quantised_model(source: Path, tmp
     assert read_header(tmp_path / "streamed.safetensors") == result.header
 
 
+def test_more_planes_and_bits_come_closer(source: Path, tmp_path: Path) -> None:
+    def error(planes: int, bits: int) -> float:
+        return (
+            pack_untrained(source, tmp_path / "p.safetensors", untrained_quant(planes, bits, rank=4)).relative_error
+            or 0
+        )
+
+    assert error(1, 8) > error(2, 8) > error(3, 8)
+    assert error(3, 2) > error(3, 4) > error(3, 8)
+
+
 def test_the_error_is_that_of_the_packed_file(source: Path, tmp_path: Path) -> None:
     """Measured again from what was written, on other inputs."""
     path = tmp_path / "packed.safetensors"
@@ -207,7 +218,7 @@ def test_pictures_that_are_neither_grey_nor_rgb_are_refused_before_the_work(
 def test_command_ignores_no_option_of_packing(source: Path, tmp_path: Path, options: str) -> None:
     result = run(app, ["convert", str(source), str(tmp_path / "copy.pt"), *options.split()])
     assert result.exit_code == 2
-    assert result.stderr == f"error: {options.split()[0]} is only for --ptq; leave it out\n"
+    assert result.stderr == f"error: {options.split()[0]} is only for --ptq; remove it\n"
     assert not (tmp_path / "copy.pt").exists()
 
 

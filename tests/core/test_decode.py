@@ -94,6 +94,14 @@ def test_a_picture_does_not_depend_on_who_else_decodes(folder: Path, count: int,
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
+def test_tiles_of_convolutions_make_nearly_the_whole_image(tmp_path: Path) -> None:
+    folder = save_autoencoder_tiny(tmp_path / "tiny")
+    (latent,) = latents(1, side=100)
+    whole, tiled = (load_decoder(folder, tile_above=above).decode(latent) for above in (200, 150))
+    assert not torch.equal(tiled, whole)  # at a tile's edge a convolution sees zeros in place of its neighbours
+    assert float((tiled - whole).abs().mean()) < 0.05 * float(whole.std())
+
+
 def test_tiles_bound_what_an_autoencoder_kl_sees_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = load_decoder(save_autoencoder_kl(tmp_path / "kl"), tile_above=32)
     seen: list[int] = []

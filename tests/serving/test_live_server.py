@@ -83,20 +83,6 @@ def test_a_client_that_hangs_up_within_its_body_is_no_fault_of_ours(
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
-def test_a_client_that_hangs_up_while_it_waits_leaves_the_queue() -> None:
-    sampler = WatchedSampler()
-    with live_server(sampler, max_batch_rows=2) as (client, engine):
-        sampler.hold()
-        with raw_request(client, {"class_id": 1, "steps": 2}):
-            assert sampler.entered.acquire(timeout=WAIT_S)
-            with raw_request(client, {"class_id": 1, "num_images": 16}):
-                until(lambda: engine.requests_waiting == 1)
-            until(lambda: engine.requests_waiting == 0)
-            assert not engine.idle
-            sampler.release()
-            until(lambda: engine.idle and (finished(engine, "completed"), finished(engine, "cancelled")) == (1, 1))
-
-
 def test_a_client_that_hangs_up_while_its_image_is_decoded_leaves_nothing() -> None:
     sampler = WatchedSampler()
     decoding, gate = threading.Event(), threading.Event()

@@ -44,7 +44,7 @@ ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; def
 def sample(
     class_ids: Annotated[
         list[str] | None,
-        typer.Argument(help="Classes by id or name, such as 207 goldfish; leave out for a model without classes."),
+        typer.Argument(help="Classes by id or name, such as 207 goldfish; none for a model without classes."),
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNG files.")] = Path("samples"),
     checkpoint: CheckpointOption = None,

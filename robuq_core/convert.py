@@ -102,7 +102,7 @@ def convert_full_precision(source: Path, target: Path, *, vae: Path | None = Non
     model = weights.model(mapped=True)
     if target.suffix.lower() in OFFICIAL_SUFFIXES:
         if vae is not None:
-            raise WeightsError(f"{target}: an official .pt holds no decoder; leave out vae (--vae)")
+            raise WeightsError(f"{target}: an official .pt contains no decoder; remove vae (--vae)")
         save_official(model, target, weights.diffusion)
     else:
         save_diffusers(model, target, diffusion=weights.diffusion, class_names=weights.class_names, vae=vae)

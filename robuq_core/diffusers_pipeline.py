@@ -232,7 +232,7 @@ class RobuQPipeline:
         generators = generator if isinstance(generator, list) else [generator]
         if len(generators) not in (1, len(labels)):
             raise ValueError(f"{len(generators)} generators for {len(labels)} class labels; give one, or one per label")
-        # One generator draws the noise of the whole batch; of several, each draws that of its image.
+        # One generator makes the noise of the whole batch; a list has one per image.
         shape = (len(labels) // len(generators), model.in_channels, model.input_size, model.input_size)
         noise = torch.cat([torch.randn(shape, generator=each, device=self._place(each)) for each in generators])
         # Seeds of the noise between the steps, which only DDPM adds.

@@ -1,5 +1,5 @@
 """Shared by all tests: hypothesis without deadlines (CI machines stall), one torch thread, as tests share their cores,
-and which tests `make test` leaves to `make test-all`."""
+and which tests `make test` skips."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def is_installed(package: str) -> bool:
         return False
 
 
-class LeftOut:
-    """Counts what this run leaves out; a worker of pytest-xdist hands its counts to the process that reports."""
+class NotRun:
+    """Counts tests that this run skips; a worker of pytest-xdist sends its counts to the process that reports."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -102,11 +102,11 @@ class LeftOut:
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if hasattr(session.config, "workeroutput"):
-            session.config.workeroutput["left_out"] = (dict(self.counts), sorted(self.packages))
+            session.config.workeroutput["not_run"] = (dict(self.counts), sorted(self.packages))
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
-        counts, packages = getattr(node, "workeroutput", {}).get("left_out", ({}, []))
+        counts, packages = getattr(node, "workeroutput", {}).get("not_run", ({}, []))
         self.counts |= Counter(counts)  # each worker collects all tests
         self.packages |= set(packages)
 
@@ -123,11 +123,11 @@ class LeftOut:
         if self.packages:
             parts.append(f"files that need {', '.join(sorted(self.packages))} (make test-all)")
         if parts:
-            terminalreporter.write_line(f"Left out: {'; '.join(parts)}.")
+            terminalreporter.write_line(f"Not run: {'; '.join(parts)}.")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(LeftOut(), "left-out")
+    config.pluginmanager.register(NotRun(), "not-run")
 
 
 @pytest.fixture(scope="module")

@@ -393,7 +393,7 @@ def calibrate(
     held_out = own_points(teacher, diffusion, defaults, _HELD_OUT, settings.seed + _OTHER_SEED)
     x, timesteps, classes = (torch.cat(both) for both in zip(seen, held_out, strict=True))
     if not bool(x.isfinite().all()):
-        raise UserError(f"{weights.path}: samples of its network are not finite; use weights that it draws with")
+        raise UserError(f"{weights.path}: samples of its network are not finite; use trained weights")
     with torch.no_grad():
         embedded = teacher.x_embedder(patchify(x, config.patch_size)) + teacher.pos_embed
         conditions = _conditions(teacher, timesteps, classes)

@@ -225,7 +225,7 @@ def test_calls_of_scripts_that_have_no_use_here_do_nothing(path: Path, pipe: Rob
         (lambda pipe: pipe.progress_bar(), "an iterable or a total"),
         (
             lambda pipe: setattr(pipe, "scheduler", diffusers.EulerDiscreteScheduler()),
-            "scheduler EulerDiscreteScheduler has no counterpart here; set one of DDIMScheduler",
+            "scheduler EulerDiscreteScheduler is not supported; set one of DDIMScheduler",
         ),
         (
             lambda pipe: setattr(

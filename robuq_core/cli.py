@@ -103,7 +103,7 @@ def compare(
     from robuq_core.pipeline import Sampler
 
     loaded = Sampler.from_checkpoint(checkpoint, decoder=decoder, backend=backend, threads=threads, device=device)
-    classes = [i % loaded.drawn_classes for i in range(images)]
+    classes = [i % loaded.valid_classes for i in range(images)]
     result = compare_short_cuts(loaded, classes, **params.given)
     typer.echo(
         f"{result.images} images: {result.rows} of {result.rows_full} rows through the blocks, "

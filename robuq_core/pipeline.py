@@ -124,7 +124,7 @@ class Sampler:
         self.defaults = header.sampler
         self.class_names = header.class_names
         self.num_classes = shape.num_classes
-        self.drawn_classes = shape.drawn_classes
+        self.valid_classes = shape.valid_classes
         self.image_size = self.decoder.image_size(shape.input_size)
         self.average_activation_bits = header.average_activation_bits
         self.timings: Timings | None = None
@@ -235,7 +235,7 @@ class Sampler:
             ValueError: a field out of range, a sampler or guidance that the network does not support, or a cache
                 interval above 1 for a network that is not packed.
         """
-        classes = self.drawn_classes
+        classes = self.valid_classes
         if not 0 <= spec.class_id < classes:
             raise ValueError(f"class_id must be 0..{classes - 1}, not {spec.class_id}")
         check_spec(spec)

@@ -322,7 +322,7 @@ def own_points(teacher: DiT, diffusion: DiffusionConfig, defaults: SamplerConfig
     generator = torch.Generator().manual_seed(seed)
     images = -(-count // _INPUTS_PER_IMAGE)
     seeds = torch.randint(0, 2**32, (images,), generator=generator).tolist()
-    classes = torch.randint(0, config.drawn_classes, (images,), generator=generator).tolist()
+    classes = torch.randint(0, config.valid_classes, (images,), generator=generator).tolist()
     lengths = torch.randint(_FEWEST_STEPS, _MOST_STEPS + 1, (images,), generator=generator).tolist()
     found: list[tuple[Tensor, float, int]] = []
     moves: list[float] = []

@@ -231,7 +231,7 @@ def draw_to_disk(
         "num_classes": sampler.num_classes,
         "sampler": settings.model_dump(mode="json"),
     }
-    labels = np.array(balanced_classes(count, sampler.drawn_classes, seed), dtype=np.int64)
+    labels = np.array(balanced_classes(count, sampler.valid_classes, seed), dtype=np.int64)
     path, shape = folder / "images.npy", (count, side, side, 3)
     rank, world = parallel.rank(), parallel.world_size()
     parallel.on_first(lambda: _prepare_folder(folder, path, shape, described))

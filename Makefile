@@ -23,7 +23,7 @@ serve: $(VENV)/.serve $(VENV)/.native
 test: lint $(VENV)/.native
 	$(BIN)/pytest --numprocesses $(WORKERS) -m "not slow and not gpu and not browser"
 
-# What `make test` leaves out: slow tests, and tests that need more packages (Ray, docs, peers ...).
+# The tests that `make test` skips: slow ones, and those that need more packages (Ray, docs, peers ...).
 test-all: $(VENV)/.dev-all $(VENV)/.native
 	$(BIN)/pytest --numprocesses $(WORKERS) -m "slow or browser"
 

@@ -44,7 +44,7 @@ ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; def
 def sample(
     class_ids: Annotated[
         list[str] | None,
-        typer.Argument(help="Classes by id or name, such as 207 goldfish; leave out for a model without classes."),
+        typer.Argument(help="Classes by id or name, such as 207 goldfish; none for a model without classes."),
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNG files.")] = Path("samples"),
     checkpoint: CheckpointOption = None,
@@ -103,7 +103,7 @@ def compare(
     from robuq_core.pipeline import Sampler
 
     loaded = Sampler.from_checkpoint(checkpoint, decoder=decoder, backend=backend, threads=threads, device=device)
-    classes = [i % loaded.drawn_classes for i in range(images)]
+    classes = [i % loaded.valid_classes for i in range(images)]
     result = compare_short_cuts(loaded, classes, **params.given)
     typer.echo(
         f"{result.images} images: {result.rows} of {result.rows_full} rows through the blocks, "

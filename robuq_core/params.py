@@ -72,7 +72,7 @@ class RowSpec:
 
 
 class NullMeansAbsent(BaseModel):
-    """Base of request bodies: ``null`` for an optional field is the same as leaving it out."""
+    """Base of request bodies: ``null`` for an optional field means that it is absent."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 

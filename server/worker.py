@@ -52,7 +52,7 @@ _RECEIVE = 1 << 18
 _PR_SET_PDEATHSIG = 1
 
 _DESCRIBED = (
-    *("class_names", "num_classes", "drawn_classes", "prediction_type", "can_guide", "image_size"),
+    *("class_names", "num_classes", "valid_classes", "prediction_type", "can_guide", "image_size"),
     *("backend_name", "average_activation_bits", "weight_bytes", "digest"),
 )
 
@@ -165,7 +165,7 @@ class Worker:
         pairs = size // 2 if sampler.can_guide else 0
         guidance = [_GUIDED] * pairs + [_UNGUIDED] * (size - 2 * pairs)
         return [
-            sampler.start(RowSpec(i % sampler.drawn_classes, i, 2, scale, sampler.defaults.sampler))
+            sampler.start(RowSpec(i % sampler.valid_classes, i, 2, scale, sampler.defaults.sampler))
             for i, scale in enumerate(guidance)
         ]
 

@@ -46,7 +46,7 @@ app = _Program(
     pretty_exceptions_enable=False,
     help="Train W1.58Ax diffusion transformers: prepare -> teacher -> warmup -> sensitivity -> allocate -> qat -> "
     "export -> evaluate. 'run' runs them all. Every stage reads the same YAML file and writes below its run_dir. "
-    "Started again, it resumes, or is skipped if it is up to date.",
+    "A rerun resumes, or skips what is up to date.",
 )
 
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="YAML file of the run (see configs/).")]
@@ -181,19 +181,19 @@ def export(
 def evaluate(
     config: ConfigOption,
     model: Annotated[
-        str | None, typer.Option(help="teacher, student or packed; default: the last that the run has made.")
+        str | None, typer.Option(help="teacher, student or packed; default: the latest in the run.")
     ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="A packed file, or, with --model, a kept state RUN_DIR/states/STAGE/step-....")
     ] = None,
-    classes: Annotated[int, typer.Option(min=1, help="Agreement: how many classes to draw at random.")] = 200,
+    classes: Annotated[int, typer.Option(min=1, help="Agreement: number of random classes.")] = 200,
     seed: Annotated[int, typer.Option(help="Agreement: seed of the classes and of the samples.")] = 0,
     sheet: Annotated[Path | None, typer.Option(help="Also write a contact sheet of the first 64 samples.")] = None,
     inception: Annotated[
         Path | None, typer.Option(help="Local Inception-v3 weights: adds FID, sFID, IS, precision and recall.")
     ] = None,
     npz: Annotated[Path | None, typer.Option(help="Also write the samples as npz files into this folder.")] = None,
-    agreement_only: Annotated[bool, typer.Option("--agreement-only", help="Leave out the distances.")] = False,
+    agreement_only: Annotated[bool, typer.Option("--agreement-only", help="Skip the distances.")] = False,
     protocol: Annotated[
         str | None,
         typer.Option(
@@ -206,7 +206,7 @@ def evaluate(
     """Measure samples: agreement with their class, and distances to the photos with intervals over seeds.
 
     Prints JSON and keeps it in RUN_DIR/evaluation.json. Needs no download: FD-EffNet is on EfficientNet-Lite0 features.
-    Under torchrun every process draws its share of the samples.
+    Under torchrun every process generates its share of the samples.
     """
     with _run(config, [*_protocol(protocol), *(override or [])]) as whole:
         from train.evaluation.run import evaluate_run
@@ -235,7 +235,7 @@ def _protocol(name: str | None) -> tuple[str, ...]:
 def diagnose(
     config: ConfigOption,
     model: Annotated[
-        str | None, typer.Option(help="teacher, student or packed; default: the last that the run has made.")
+        str | None, typer.Option(help="teacher, student or packed; default: the latest in the run.")
     ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="A packed file from elsewhere, instead of --model.")] = None,
     override: SetOption = None,
@@ -266,9 +266,11 @@ def diagnose(
 def memory(
     config: ConfigOption,
     stage: Annotated[str, typer.Option(help="teacher, warmup or qat.")] = "qat",
-    processes: Annotated[int, typer.Option(min=1, help="Among how many the batch and, with fsdp, the model go.")] = 1,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes that share the batch and, with fsdp, the model.")
+    ] = 1,
     teraflops: Annotated[
-        float, typer.Option(min=1e-3, help="What one process sustains; 51 is an A100 at half of fast-DiT's speed.")
+        float, typer.Option(min=1e-3, help="Sustained by one process; 51 is an A100 at half of fast-DiT's speed.")
     ] = 51.0,
     override: SetOption = None,
 ) -> None:

@@ -18,7 +18,6 @@ from robuq_core.cli import app
 from robuq_core.config import DecoderKind, DiffusionConfig, ModelConfig, QuantConfig, SamplerConfig
 from robuq_core.convert import (
     METHOD,
-    PackedResult,
     convert_full_precision,
     pack_untrained,
     untrained_quant,
@@ -118,13 +117,6 @@ def test_a_network_that_predicts_zeros_has_no_relative_error(tmp_path: Path) -> 
     assert "%" not in result.warning
 
 
-def test_the_warning_follows_the_error(source: Path, tmp_path: Path) -> None:
-    header = pack_untrained(source, tmp_path / "packed.safetensors", untrained_quant(rank=4)).header
-    assert "30.0% (RMS) off" in PackedResult(header, 0.3).warning
-    assert "noise instead of images" in PackedResult(header, 0.3).warning
-    assert "images will differ" in PackedResult(header, 0.05).warning
-
-
 def test_what_does_not_fit_is_said_before_the_work(source: Path, tmp_path: Path) -> None:
     target, done = tmp_path / "packed.safetensors", []
     for error, message, options in (
@@ -154,14 +146,6 @@ def test_command_packs_and_warns(source: Path, tmp_path: Path) -> None:
     assert sampled.exit_code == 0, sampled.output
     assert len(list((tmp_path / "drawn").iterdir())) == 1
     assert "weight_planes 2" in run(app, ["inspect", str(target)]).output.replace("\n", " ")
-
-
-def test_command_leaves_blank_lines_at_the_end_of_names_out(source: Path, tmp_path: Path) -> None:
-    names, target = tmp_path / "names.txt", tmp_path / "packed.safetensors"
-    names.write_text("a\n\nc\nd\ne\nf\n\n  \n")  # the second class has no name
-    result = run(app, ["convert", str(source), str(target), "--ptq", "--class-names", str(names)])
-    assert result.exit_code == 0, result.output
-    assert read_header(target).class_names == ("a", "", "c", "d", "e", "f")
 
 
 @pytest.mark.parametrize("name", ["COPY.PT", "copy.Pth"])

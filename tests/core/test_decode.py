@@ -124,13 +124,6 @@ def test_tiles_of_any_size_make_a_picture_of_the_same_size(folder: Path, tile_ab
     assert float(tiled.std(dim=(0, 2)).min()) > 0.1 * float(tiled.std())
 
 
-def test_tiles_of_a_decoder_of_factor_eight(tmp_path: Path) -> None:
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    folder = save_autoencoder_kl(tmp_path / "eight", block_out_channels=(4, 4, 4, 4), **blocks)
-    (latent,) = latents(1, side=38)
-    assert load_decoder(folder, tile_above=200).decode(latent).shape == (3, 304, 304)
-
-
 def test_tiles_that_the_caller_asks_for_are_kept(tmp_path: Path) -> None:
     decoder = load_decoder(save_autoencoder_tiny(tmp_path / "tiny"), tile_above=64)
     (latent,) = latents(1, side=24)

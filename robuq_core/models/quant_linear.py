@@ -48,7 +48,7 @@ class QuantLinear(nn.Module):
         rotated = self.rotation(linear.weight.detach().float())
         a, b, residual = lowrank_split(rotated, rank, lowrank_init, generator)
         self.weight = nn.Parameter(residual)
-        self.lowrank_a, self.lowrank_b = nn.Parameter(a), nn.Parameter(b)
+        self.lowrank_a, self.lowrank_b = nn.Parameter(a.contiguous()), nn.Parameter(b.contiguous())
         self.bias = nn.Parameter(linear.bias.detach().clone())
         self._planes: tuple[Tensor, Tensor] | None = None  # see held_codes
 

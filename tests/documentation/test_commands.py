@@ -151,8 +151,9 @@ class Sandbox:
         shutil.copy(ROOT / "configs" / "imagenet-classes.txt", folder / "configs")
         write_latent(folder / "latent.safetensors")
         export_hub(folder / "mine.safetensors", folder / "export", licence="mit")
+        network = DiT(LATENT.model_copy(update={"num_classes": 1000, "hidden_size": 64, "num_heads": 1}))
         for name in ("DiT-XL-2-256x256.pt", "DiT-S-2.pt"):
-            save_official(DiT(LATENT.model_copy(update={"num_classes": 1000})), folder / name)
+            save_official(network, folder / name)
         if find_spec("diffusers"):
             save_autoencoder_tiny(folder / "vae")
         (folder / "configs" / "fashion-mnist.yaml").write_text(yaml.safe_dump(TINY_RUN))

@@ -4,7 +4,8 @@ A token of K = L R values is seen as an L x R matrix, value k = l R + r; a tile 
 tokens R]. Its rotation by ``H_L (x) H_R`` is ``H_L^T X (I (x) H_R)``: two small products on the tensor cores. For a
 rotation by blocks, the same matrices have zeros between the blocks: ``I (x) H`` on either side. The matrices' entries
 are +-1 and 0, exact in fp16; the activation is scaled to fp16's range by token and split into a high and a low fp16
-part, 22 bits together, so that codes differ from the reference's only on the edges of cells.
+part, 22 bits together, so that codes differ from the reference's only on the edges of cells. Blocks of 128 take no
+matrix where a program has one token: seven rounds of sums and differences, in float32.
 
 L is split into ``main`` and ``tail`` rows (72 = 64 + 8) since tiles are powers of two. Tokens of up to 16 columns take
 one warp, which needs no barrier. The tile size depends on K alone, never on the number of tokens: every sum over a
@@ -198,6 +199,33 @@ def _mix_columns(x, right, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _within_threads(x, STRIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sums and differences of values ``STRIDE`` apart in the last axis of ``[n, 16, 8]``."""
+    n: tl.constexpr = x.shape[0]
+    a, b = tl.split(tl.permute(tl.reshape(x, [n, 16, 4 // STRIDE, 2, STRIDE]), (0, 1, 2, 4, 3)))
+    return tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 2, 4, 3)), [n, 16, 8])
+
+
+@triton.jit
+def _across_threads(x, STRIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The same in the middle axis, which lies in one warp: a gather is a shuffle."""
+    at = tl.arange(0, 16)[None, :, None]
+    other = tl.gather(x, tl.broadcast_to(at ^ STRIDE, x.shape), axis=1)
+    return other + x * tl.where(at & STRIDE == 0, 1.0, -1.0)
+
+
+@triton.jit
+def _rotate_by_128(x):  # type: ignore[no-untyped-def]
+    """Each 128 neighbours of ``x``, row by row, times ``H_128 / sqrt(128)``."""
+    z = tl.reshape(x, [x.shape[0] * x.shape[1] // 128, 16, 8])
+    for i in tl.static_range(3):
+        z = _within_threads(z, 1 << i)
+    for i in tl.static_range(4):
+        z = _across_threads(z, 1 << i)
+    return tl.reshape(z * 128**-0.5, x.shape)
+
+
+@triton.jit
 def _codes(z, inverse_step, top, real, MIDRISE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Codes as floats, 0 where there is no value."""
     v = z * inverse_step
@@ -276,29 +304,36 @@ def _rotate(  # type: ignore[no-untyped-def]
             shift = tl.load(shift_ptr + image[None, :] + tail_k, mask=tail_here, other=0.0)
             t = t * inverse * (1.0 + scale) + shift
 
-    # To fp16's range, by a power of two: after the first product |x| COLUMNS <= 2^14. A bfloat16 stays exact, down to
-    # 2^-33 of the largest. A token that is not finite becomes zeros here, since zero times NaN would reach its
-    # neighbours in the product, and NaN again after it.
-    EXACT: tl.constexpr = KIND == 0 and x_ptr.dtype.element_ty == tl.bfloat16
-    largest = tl.maximum(_max_by_token(x, t, column, COLUMNS, TAIL), 1e-30)
-    finite = largest < float("inf")
-    power = tl.div_rn(16384.0 / COLUMNS, largest).to(tl.int32, bitcast=True) & 0x7F800000
-    grow = power.to(tl.float32, bitcast=True)[None, :]
-    shrink = tl.where(finite[None, :], tl.div_rn(BLOCK**-0.5, grow), float("nan"))
-    x = tl.where(finite[None, :], x, 0.0)
-    right = tl.load(right_ptr + column[:, None] * WIDTH + column[None, :])
-    x = _mix_columns(x * grow * tl.load(signs_ptr + k, mask=real, other=0.0), right, EXACT)
-    z = tl.zeros([MAIN_TILE, WIDTH], tl.float32)
-    zt = z
+    x *= tl.load(signs_ptr + k, mask=real, other=0.0)
     if TAIL > 0:
-        t = tl.where(finite[None, :], t, 0.0)
-        t = _mix_columns(t * grow * tl.load(signs_ptr + tail_k, mask=tail_real, other=0.0), right, EXACT)
-        at = MAIN_TILE + tail_row
-        z = _mix_rows(tl.load(left_ptr + row[:, None] * SIZE + at[None, :]), t, z)
-        zt = tl.zeros([TAIL_TILE, WIDTH], tl.float32)
-        zt = _mix_rows(tl.load(left_ptr + at[:, None] * SIZE + at[None, :]), t, zt)
-        zt = _mix_rows(tl.load(left_ptr + at[:, None] * SIZE + row[None, :]), x, zt) * shrink
-    z = _mix_rows(tl.load(left_ptr + row[:, None] * SIZE + row[None, :]), x, z) * shrink
+        t *= tl.load(signs_ptr + tail_k, mask=tail_real, other=0.0)
+    if BLOCK == 128 and TOKENS == 1:
+        z = _rotate_by_128(x)
+        zt = _rotate_by_128(t) if TAIL > 0 else z
+    else:
+        # To fp16's range, by a power of two: after the first product |x| COLUMNS <= 2^14. A bfloat16 stays exact, down
+        # to 2^-33 of the largest. A token that is not finite becomes zeros here, since zero times NaN would reach its
+        # neighbours in the product, and NaN again after it.
+        EXACT: tl.constexpr = KIND == 0 and x_ptr.dtype.element_ty == tl.bfloat16
+        largest = tl.maximum(_max_by_token(x, t, column, COLUMNS, TAIL), 1e-30)
+        finite = largest < float("inf")
+        power = tl.div_rn(16384.0 / COLUMNS, largest).to(tl.int32, bitcast=True) & 0x7F800000
+        grow = power.to(tl.float32, bitcast=True)[None, :]
+        shrink = tl.where(finite[None, :], tl.div_rn(BLOCK**-0.5, grow), float("nan"))
+        x = tl.where(finite[None, :], x, 0.0)
+        right = tl.load(right_ptr + column[:, None] * WIDTH + column[None, :])
+        x = _mix_columns(x * grow, right, EXACT)
+        z = tl.zeros([MAIN_TILE, WIDTH], tl.float32)
+        zt = z
+        if TAIL > 0:
+            t = tl.where(finite[None, :], t, 0.0)
+            t = _mix_columns(t * grow, right, EXACT)
+            at = MAIN_TILE + tail_row
+            z = _mix_rows(tl.load(left_ptr + row[:, None] * SIZE + at[None, :]), t, z)
+            zt = tl.zeros([TAIL_TILE, WIDTH], tl.float32)
+            zt = _mix_rows(tl.load(left_ptr + at[:, None] * SIZE + at[None, :]), t, zt)
+            zt = _mix_rows(tl.load(left_ptr + at[:, None] * SIZE + row[None, :]), x, zt) * shrink
+        z = _mix_rows(tl.load(left_ptr + row[:, None] * SIZE + row[None, :]), x, z) * shrink
 
     step = _sum_by_token(tl.abs(z), tl.abs(zt), column, COLUMNS, TAIL) * (1.0 / K) * step_factor
     inverse_step = tl.div_rn(1.0, tl.maximum(step, 1e-30))[None, :]

@@ -79,7 +79,7 @@ ENV PATH=/opt/app/bin:/opt/robuq/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     HOME=/tmp \
     TRITON_CACHE_DIR=/tmp/triton
-# A number, so that Kubernetes can tell that it is not root. No shell, no home but /tmp for caches, nothing to write.
+# A number, so that Kubernetes can verify that it is not root. No shell, no home but /tmp for caches, nothing to write.
 USER 10001:10001
 WORKDIR /tmp
 EXPOSE 8000

@@ -23,7 +23,7 @@ serve: $(VENV)/.serve $(VENV)/.native
 test: lint $(VENV)/.native
 	$(BIN)/pytest --numprocesses $(WORKERS) -m "not slow and not gpu and not browser"
 
-# What `make test` leaves out: slow tests, and tests that need more packages (Ray, docs, peers ...).
+# The tests that `make test` skips: slow ones, and those that need more packages (Ray, docs, peers ...).
 test-all: $(VENV)/.dev-all $(VENV)/.native
 	$(BIN)/pytest --numprocesses $(WORKERS) -m "slow or browser"
 
@@ -47,7 +47,10 @@ docs: $(VENV)/.dev-all
 # CycloneDX bill of materials of a serving installation, with the SHA-256 of every published file.
 sbom: $(VENV)/.dev-all
 	mkdir -p dist
-	$(BIN)/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible --output-file dist/sbom.cdx.json requirements-cuda.lock
+	version=$$($(BIN)/python -c 'import robuq_core; print(robuq_core.__version__)'); \
+	sed "s/^dynamic = .*/version = \"$$version\"/" pyproject.toml > dist/pyproject.toml
+	$(BIN)/cyclonedx-py requirements --pyproject dist/pyproject.toml --output-reproducible --output-file dist/sbom.cdx.json requirements-cuda.lock
+	rm dist/pyproject.toml
 
 # Needs uv (pip install uv). requirements.lock has all but torch, for any build of torch; requirements-cuda.lock adds
 # torch's default build with NVIDIA's libraries. Versions are those of constraints.txt.

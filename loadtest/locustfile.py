@@ -6,7 +6,7 @@
 
 Every answer is checked: images decode and have the model's size, values that were sent come back. A 429 is counted
 under its own name, not as a failure, and the user waits as long as Retry-After says. When the test ends, the server
-must be idle within a few seconds, whoever left it in the middle. ``--tags json``, ``raw`` and ``probe`` narrow the mix.
+must be idle within a few seconds, even if clients disconnected. ``--tags json``, ``raw`` and ``probe`` narrow the mix.
 Locust is closed-loop: a slow server slows its users down, so what it reports under overload are not the waits that
 independent clients would see; ``python -m loadtest.open_loop`` reports those.
 """
@@ -50,7 +50,7 @@ def add_options(parser: ArgumentParser) -> None:
     """Options of the mix, shown on locust's page too."""
     about = "; ".join(f"{name}: {scenario.about}" for name, scenario in SCENARIOS.items())
     parser.add_argument("--scenario", choices=list(SCENARIOS), default="mixed", help=about)
-    parser.add_argument("--steps", default="4,10,20,50", help="step counts to draw from, comma-separated")
+    parser.add_argument("--steps", default="4,10,20,50", help="step counts to choose from, comma-separated")
     parser.add_argument("--target", type=float, default=TARGET_S, help="seconds within which an answer is good")
     parser.add_argument("--max-images", type=int, default=4, help="most images in one request, at most 16")
 

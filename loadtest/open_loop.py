@@ -1,4 +1,4 @@
-"""Open-loop load: requests arrive at random times whether or not the server keeps up, as those of strangers do.
+"""Open-loop load: requests arrive at random times, whether or not the server keeps up, like those of independent users.
 
     python -m loadtest.open_loop --host http://127.0.0.1:8000 --rate 5,10,20 --duration 20
 
@@ -216,7 +216,7 @@ def main(
     rate: Annotated[str, typer.Option(help="Requests a second, comma-separated.")] = "5,10,20",
     duration: Annotated[float, typer.Option(help="Seconds of arrivals at each rate.", min=1)] = 20.0,
     target: Annotated[float, typer.Option(help="Seconds within which an answer counts for goodput.")] = TARGET_S,
-    steps: Annotated[str, typer.Option(help="Step counts to draw from, comma-separated.")] = "4,10,20,50",
+    steps: Annotated[str, typer.Option(help="Step counts to choose from, comma-separated.")] = "4,10,20,50",
     seed: Annotated[int, typer.Option(help="Of arrivals and bodies.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder of open-loop.json, .png and .svg.")] = Path("loadtest/reports"),
 ) -> None:

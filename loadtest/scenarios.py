@@ -14,7 +14,7 @@ class Scenario:
     """Args:
     about: one line for the help.
     users: names of the user classes that take part; their weights say how many of each.
-    share: of all users, at so many seconds into the test: 0..1.
+    share: of all users, as a function of the seconds since the start: 0..1.
     """
 
     about: str

@@ -122,7 +122,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Description:
-    """What the header says beside weights and shape; fields as in :class:`Header`.
+    """The header without weights and shape; fields as in :class:`Header`.
 
     ``decoder``: None takes the result of :func:`decoder_kind`.
     """
@@ -236,7 +236,7 @@ def write_packed(
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{name} does not fit {tensor.dtype}: train on, or lower the learning rate")
+            raise CheckpointError(f"{name} does not fit {tensor.dtype}: continue training, or lower the learning rate")
     header = Header(
         format_version=FORMAT_VERSION,
         model=model,
@@ -403,7 +403,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Read, verify and unpack a checkpoint for the runtime: weights stay at 2 bits.
 
     Every byte is read once, a few layers at a time: the verified bytes are the used ones even if the file changes
-    meanwhile, and memory never holds the file beside the result.
+    meanwhile, and the file and the result are never in memory together.
 
     Raises:
         CheckpointError: as :func:`read_header`, a tensor that differs from the header, or one that is not finite.

@@ -80,7 +80,7 @@ class ClassNames:
             return int(class_id)
         by_id = f"0..{self.num_classes - 1}"
         if not self.num_classes:
-            raise ValueError(f"{class_id!r}: this checkpoint has no classes; name none")
+            raise ValueError(f"{class_id!r}: this checkpoint has no classes; remove the class")
         if not self.whole:
             raise ValueError(f"{class_id!r}: this checkpoint has no class names; give the class id, {by_id}")
         found = self.ids(class_id)
@@ -88,5 +88,5 @@ class ClassNames:
             raise ValueError(f"{class_id!r} is not a class of this checkpoint; give one of its class names, or the "
                              f"class id, {by_id}")  # fmt: skip
         if len(found) > 1:
-            raise ValueError(f"{class_id!r} fits several classes; give one of the ids {', '.join(map(str, found))}")
+            raise ValueError(f"{class_id!r} matches several classes; give one of the ids {', '.join(map(str, found))}")
         return found[0]

@@ -10,23 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from robuq_core.bench.cli import app as bench_app
-from robuq_core.classes import read_names
-from robuq_core.cli_support import (
-    ActivationBitsOption,
-    ClassesOption,
-    DecoderKindOption,
-    FlavourOption,
-    HeadsOption,
-    PlanesOption,
-    PredictionOption,
-    RankOption,
-    SamplerOption,
-    ScaleOption,
-    StepsOption,
-    given,
-    reported,
-    takes_params,
-)
+from robuq_core.cli_support import PackingOptions, given, reported, takes_params
 from robuq_core.config import SamplerConfig
 from robuq_core.errors import UserError
 from robuq_core.files import replacing
@@ -56,11 +40,11 @@ ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; def
 
 @app.command()
 @reported
-@takes_params("class_id", "class_name")
+@takes_params(ImageParams, "class_id", "class_name")
 def sample(
     class_ids: Annotated[
         list[str] | None,
-        typer.Argument(help="Classes by id or name, such as 207 goldfish; leave out for a model without classes."),
+        typer.Argument(help="Classes by id or name, such as 207 goldfish; none for a model without classes."),
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNG files.")] = Path("samples"),
     checkpoint: CheckpointOption = None,
@@ -103,7 +87,7 @@ def sample(
 
 @app.command()
 @reported
-@takes_params("class_id", "class_name", "num_images")
+@takes_params(ImageParams, "class_id", "class_name", "num_images")
 def compare(
     images: Annotated[int, typer.Option(min=1, help="Number of images; image i has class i and seed i.")] = 16,
     checkpoint: CheckpointOption = None,
@@ -119,7 +103,7 @@ def compare(
     from robuq_core.pipeline import Sampler
 
     loaded = Sampler.from_checkpoint(checkpoint, decoder=decoder, backend=backend, threads=threads, device=device)
-    classes = [i % loaded.drawn_classes for i in range(images)]
+    classes = [i % loaded.valid_classes for i in range(images)]
     result = compare_short_cuts(loaded, classes, **params.given)
     typer.echo(
         f"{result.images} images: {result.rows} of {result.rows_full} rows through the blocks, "
@@ -184,6 +168,7 @@ def inspect_command(
 
 @app.command()
 @reported
+@takes_params(PackingOptions)
 def convert(
     source: Annotated[
         Path,
@@ -195,19 +180,9 @@ def convert(
         Path, typer.Argument(help="x.pt: official format; x.safetensors: packed; other: diffusers folder.")
     ],
     ptq: Annotated[bool, typer.Option("--ptq", help="Pack by rounding, without training: to try the runtime.")] = False,
-    weight_planes: PlanesOption = None,
-    activation_bits: ActivationBitsOption = None,
-    rank: RankOption = None,
-    heads: HeadsOption = None,
-    prediction: PredictionOption = None,
-    classes: ClassesOption = None,
-    flavour: FlavourOption = None,
-    decoder_kind: DecoderKindOption = None,
-    steps: StepsOption = None,
-    guidance_scale: ScaleOption = None,
-    sampler: SamplerOption = None,
-    class_names: Annotated[Path | None, typer.Option(help="Text file for --ptq, one class name per line.")] = None,
     vae: Annotated[Path | None, typer.Option(help="AutoencoderKL folder to copy into a diffusers folder.")] = None,
+    *,
+    params: PackingOptions,
 ) -> None:
     """Convert DiT weights between formats, bit for bit; with --ptq, pack them.
 
@@ -218,37 +193,33 @@ def convert(
     renews, packs = (path.suffix.lower() == conversion.PACKED_SUFFIX for path in (source, target))
     if ptq != packs and not (renews and packs):
         raise UserError(f"{target}: only --ptq writes a packed file, whose name ends in {conversion.PACKED_SUFFIX}")
-    quant = {"weight_planes": weight_planes, "activation_bits": activation_bits, "rank": rank}
-    defaults = {"steps": steps, "guidance_scale": guidance_scale, "sampler": sampler}
-    hints: dict[str, Any] = {"num_heads": heads, "prediction": prediction, "num_classes": classes, "flavour": flavour}
     if not ptq:
-        _refuse({**quant, **defaults, "decoder_kind": decoder_kind, "class_names": class_names}, "only for --ptq")
+        hints = ("heads", "prediction", "classes", "flavour")
+        _refuse(params.model_dump(exclude=set(hints)), "only for --ptq")
         if renews and packs:
             from robuq_core.checkpoint import renew_checkpoint
 
-            options = {"heads": heads, "prediction": prediction, "classes": classes, "flavour": flavour, "vae": vae}
-            _refuse(options, "not for a packed source")
+            _refuse({**params.model_dump(include=set(hints)), "vae": vae}, "not for a packed source")
             renewed = renew_checkpoint(source, target)
             typer.echo(f"wrote {target} (format_version {renewed.format_version})")
         else:
-            conversion.convert_full_precision(source, target, vae=vae, **hints)
+            conversion.convert_full_precision(source, target, vae=vae, **params.hints)
             typer.echo(f"wrote {target}")
         return
     _refuse({"vae": vae}, "only for a diffusers folder, without --ptq")
     from rich.progress import Progress
 
-    names = () if class_names is None else read_names(class_names)
     with Progress(transient=True) as progress:
         task = progress.add_task("quantising", total=None)
         result = conversion.pack_untrained(
             source,
             target,
-            conversion.untrained_quant(**given(quant)),
-            sampler=SamplerConfig.model_validate(given(defaults)),
-            class_names=names,
-            decoder=decoder_kind,
+            conversion.untrained_quant(**params.quant),
+            sampler=SamplerConfig(**params.defaults),
+            class_names=params.names,
+            decoder=params.decoder_kind,
             on_layer=lambda name: progress.update(task, description=name, advance=1),
-            **hints,
+            **params.hints,
         )
     typer.echo(f"wrote {target} ({target.stat().st_size / 1e6:.2f} MB)")
     typer.secho(f"warning: {result.warning}", err=True, fg=typer.colors.YELLOW)
@@ -256,7 +227,7 @@ def convert(
 
 def _refuse(options: Mapping[str, Any], reason: str) -> None:
     for name in given(options):
-        raise UserError(f"--{name.replace('_', '-')} is {reason}; leave it out")
+        raise UserError(f"--{name.replace('_', '-')} is {reason}; remove it")
 
 
 @app.command("export-hub")

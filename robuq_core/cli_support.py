@@ -5,65 +5,79 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Optional, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
+from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 
-from robuq_core import params
-from robuq_core.config import DecoderKind, Flavour, GuidanceScale, PredictionType, QuantConfig, SamplerName, Steps
+from robuq_core.classes import read_names
+from robuq_core.config import (
+    DecoderKind,
+    Flavour,
+    GuidanceScale,
+    PredictionType,
+    QuantConfig,
+    SamplerName,
+    Steps,
+    StrictModel,
+)
 from robuq_core.errors import UserError
+from robuq_core.params import read_params
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _bounds(limits: Iterable[Any]) -> dict[str, Any]:
-    """Bounds in pydantic's metadata by the names that typer uses."""
-    found: dict[str, Any] = {}
-    for limit in limits:
-        found |= {"min": limit.ge} if hasattr(limit, "ge") else {}
-        found |= {"max": limit.le} if hasattr(limit, "le") else {}
-    return found
+def _quant(field: str, description: str) -> Any:
+    """An optional field with the bounds of a field of :class:`QuantConfig`."""
+    return Field(None, description=description, **_limits(QuantConfig.model_fields[field].metadata))
 
 
-def _bounds_of(kind: Any) -> dict[str, Any]:
-    """Bounds of an annotated type."""
-    return _bounds(limit for info in get_args(kind)[1:] for limit in getattr(info, "metadata", ()))
+def _limits(metadata: Iterable[Any]) -> dict[str, Any]:
+    """Limits in pydantic's metadata by name, such as ``ge``."""
+    return {name: getattr(each, name) for each in metadata for name in ("ge", "le") if hasattr(each, name)}
 
 
-def _quant(field: str, help: str) -> Any:
-    """An option with the bounds of a field of :class:`QuantConfig`."""
-    return typer.Option(**_bounds(QuantConfig.model_fields[field].metadata), help=help)
+class PackingOptions(StrictModel):
+    """Options of the commands that pack full-precision weights; None takes the default."""
 
+    weight_planes: int | None = _quant("weight_planes", "Ternary matrices summed to one weight, 1.6 bits each [3].")
+    activation_bits: int | None = _quant("activation_bits", "Activation bits of the packed model [8].")
+    rank: int | None = _quant("rank", "Rank of the low-rank branch [16].")
+    heads: int | None = Field(None, ge=1, description="Attention heads, if the file does not say.")
+    prediction: PredictionType | None = Field(
+        None, description="What the network predicts, if the file does not say: epsilon (DiT), flow (SiT, REPA)."
+    )
+    classes: int | None = Field(None, ge=0, description="Classes without the null class, if the file does not say.")
+    flavour: Flavour | None = Field(None, description="Whose numerics to run with; default: the source's.")
+    decoder_kind: DecoderKind | None = Field(
+        None, description="What the network outputs; default: pixels with one or three channels, latent with more."
+    )
+    steps: Steps | None = Field(None, description="Default denoising steps to store.")
+    guidance_scale: GuidanceScale | None = Field(None, description="Default guidance scale to store; 1: none.")
+    sampler: SamplerName | None = Field(None, description="Default sampler to store.")
+    class_names: Path | None = Field(None, description="Text file with one class name per line.")
 
-StepsOption = Annotated[
-    int | None, typer.Option(**_bounds_of(Steps), help="Denoising steps; default: the checkpoint's.")
-]
-ScaleOption = Annotated[
-    float | None, typer.Option(**_bounds_of(GuidanceScale), help="Guidance scale; 1 is none, and costs half.")
-]
-SamplerOption = Annotated[SamplerName | None, typer.Option(help="Default: the checkpoint's.")]
-PlanesOption = Annotated[
-    int | None, _quant("weight_planes", "Ternary matrices summed to one weight, 1.6 bits each; default: 3.")
-]
-ActivationBitsOption = Annotated[
-    int | None, _quant("activation_bits", "Activation bits of the packed model; default: 8.")
-]
-RankOption = Annotated[int | None, _quant("rank", "Rank of the low-rank branch, by SVD; default: 16.")]
-HeadsOption = Annotated[int | None, typer.Option(min=1, help="Attention heads, if the file leaves them open.")]
-PredictionOption = Annotated[
-    PredictionType | None,
-    typer.Option(help="What the network predicts, if the file does not say: epsilon (DiT), flow (SiT, REPA)."),
-]
-ClassesOption = Annotated[
-    int | None, typer.Option(min=0, help="Classes of the network without the null class, if the file does not say.")
-]
-FlavourOption = Annotated[Flavour | None, typer.Option(help="Whose numerics to run with; default: the source's.")]
-DecoderKindOption = Annotated[
-    DecoderKind | None,
-    typer.Option(help="What the network outputs; default: pixels with one or three channels, latent with more."),
-]
+    @property
+    def quant(self) -> dict[str, Any]:
+        return given({name: getattr(self, name) for name in ("weight_planes", "activation_bits", "rank")})
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Fields of :class:`SamplerConfig`."""
+        return given({name: getattr(self, name) for name in ("steps", "guidance_scale", "sampler")})
+
+    @property
+    def hints(self) -> dict[str, Any]:
+        """See :class:`robuq_core.models.adapters_official.Hints`."""
+        return {"num_heads": self.heads, "prediction": self.prediction, "num_classes": self.classes,
+                "flavour": self.flavour}  # fmt: skip
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return () if self.class_names is None else read_names(self.class_names)
 
 
 def reported(command: Callable[P, R]) -> Callable[P, R]:
@@ -85,19 +99,19 @@ def given(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def takes_params(*leave_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command an option for each field of :class:`ImageParams` except those to leave out.
+def takes_params(model: type[BaseModel], *skip: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for each field of ``model`` except those to skip.
 
     The command's last parameter, ``params``, holds the fields; typer sees the options instead.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        known = {name: field for name, field in params.ImageParams.model_fields.items() if name not in leave_out}
+        known = {name: field for name, field in model.model_fields.items() if name not in skip}
 
         @functools.wraps(command)
         def wrapper(**options: Any) -> None:
             fields = {name: options.pop(name) for name in known}
-            command(**options, params=params.read_params(params.ImageParams, fields))
+            command(**options, params=read_params(model, given(fields)))
 
         hints = get_type_hints(command, include_extras=True)
         keyword = inspect.Parameter.KEYWORD_ONLY
@@ -118,13 +132,15 @@ def takes_params(*leave_out: str) -> Callable[[Callable[..., None]], Callable[..
 
 def _option(field: FieldInfo) -> Any:
     """The typer option of a field."""
-    kind, bounds = field.annotation, _bounds(field.metadata)
+    kind, limits = field.annotation, list(field.metadata)
     for part in get_args(kind):  # of X | None
         if part is not type(None) and type(None) in get_args(kind):
             kind = part
     if get_origin(kind) is Annotated:
-        bounds |= _bounds_of(kind)
-        kind = get_args(kind)[0]
+        kind, *infos = get_args(kind)
+        limits += [limit for info in infos for limit in getattr(info, "metadata", ())]
+    names = {"ge": "min", "le": "max"}
+    bounds: dict[str, Any] = {names[name]: value for name, value in _limits(limits).items()}
     if get_origin(kind) is tuple:
         kind, bounds = tuple[int, int], {"metavar": "LOW HIGH"}
     default = "" if field.default is None else f" [default: {field.default}]"

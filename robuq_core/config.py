@@ -110,7 +110,7 @@ class ModelConfig(StrictModel):
         return self.num_classes
 
     @property
-    def drawn_classes(self) -> int:
+    def valid_classes(self) -> int:
         """Number of valid class ids: ``num_classes``, or 1 (the id 0) for a network without classes."""
         return max(1, self.num_classes)
 

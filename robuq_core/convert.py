@@ -102,7 +102,7 @@ def convert_full_precision(source: Path, target: Path, *, vae: Path | None = Non
     model = weights.model(mapped=True)
     if target.suffix.lower() in OFFICIAL_SUFFIXES:
         if vae is not None:
-            raise WeightsError(f"{target}: an official .pt holds no decoder; leave out vae (--vae)")
+            raise WeightsError(f"{target}: an official .pt contains no decoder; remove vae (--vae)")
         save_official(model, target, weights.diffusion)
     else:
         save_diffusers(model, target, diffusion=weights.diffusion, class_names=weights.class_names, vae=vae)
@@ -201,7 +201,7 @@ def relative_error(
     packed = PackedDiT(config, stored, layers, backend, quant.attention_bits is not None)
     size, fractions = config.input_size, (torch.arange(_PROBE_IMAGES) + 0.5) / _PROBE_IMAGES
     x = torch.randn(_PROBE_IMAGES, config.in_channels, size, size, generator=torch.Generator().manual_seed(0))
-    timesteps, classes = (fractions * NUM_TRAIN_TIMESTEPS).long(), (fractions * config.drawn_classes).long()
+    timesteps, classes = (fractions * NUM_TRAIN_TIMESTEPS).long(), (fractions * config.valid_classes).long()
     original = weights.model(mapped=True)(x, timesteps, classes)[:, : config.in_channels]
     output = packed.forward(x.to(backend.device), timesteps, classes).cpu()[:, : config.in_channels]
     norm = float(original.norm())

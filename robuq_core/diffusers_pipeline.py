@@ -103,14 +103,27 @@ class RobuQPipeline:
         decoder = self.sampler.decoder
         return decoder.autoencoder if isinstance(decoder, LatentDecoder) else None
 
-    def to(self, *args: torch.device | torch.dtype | str, **kwargs: Any) -> RobuQPipeline:
+    def to(
+        self,
+        *args: torch.device | torch.dtype | str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> RobuQPipeline:
         """Move to a device, change the decoder's floating type, or both; returns itself.
 
         Raises:
-            ValueError: neither is given, or the backend does not run there. TypeError: unknown keyword.
+            ValueError: neither is given, or the backend does not run there.
         """
-        device, dtype = _destination(args, kwargs)
-        if device is not None and not is_at(self.device, device):
+        for value in args:
+            if isinstance(value, torch.dtype):
+                dtype = value
+            else:
+                device = value
+        if device is None and dtype is None:
+            raise ValueError("to() needs a device, a dtype or both")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"to() takes a floating dtype, not {dtype}")
+        if device is not None and not is_at(self.device, torch.device(device)):
             self.sampler = self.sampler.replica(device=device)
         if dtype is not None and isinstance(self.sampler.decoder, LatentDecoder):
             self.sampler.decoder = self.sampler.decoder.cast(dtype)
@@ -219,7 +232,7 @@ class RobuQPipeline:
         generators = generator if isinstance(generator, list) else [generator]
         if len(generators) not in (1, len(labels)):
             raise ValueError(f"{len(generators)} generators for {len(labels)} class labels; give one, or one per label")
-        # One generator draws the noise of the whole batch; of several, each draws that of its image.
+        # One generator makes the noise of the whole batch; a list has one per image.
         shape = (len(labels) // len(generators), model.in_channels, model.input_size, model.input_size)
         noise = torch.cat([torch.randn(shape, generator=each, device=self._place(each)) for each in generators])
         # Seeds of the noise between the steps, which only DDPM adds.
@@ -241,26 +254,6 @@ class RobuQPipeline:
         with torch.inference_mode(False):
             batch = torch.stack([(image.clone() / 2 + 0.5).clamp(0, 1) for image in images])
         return batch if output_type == "pt" else batch.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def _destination(
-    args: Sequence[torch.device | torch.dtype | str], kwargs: dict[str, Any]
-) -> tuple[torch.device | None, torch.dtype | None]:
-    unknown = set(kwargs) - {"device", "dtype", "torch_dtype", "torch_device", "silence_dtype_warnings"}
-    if unknown:
-        raise TypeError(f"to() does not take {sorted(unknown)[0]!r}; give device and dtype")
-    device = kwargs.get("device", kwargs.get("torch_device"))
-    dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-    for value in args:
-        if isinstance(value, torch.dtype):
-            dtype = value
-        else:
-            device = value
-    if device is None and dtype is None:
-        raise ValueError("to() needs a device, a dtype or both")
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"to() takes a floating dtype, not {dtype}")
-    return None if device is None else torch.device(device), dtype
 
 
 def _output(images: Any) -> Any:

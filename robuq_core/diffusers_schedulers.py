@@ -53,7 +53,7 @@ def scheduler_of(sampler: SamplerName, header: Header) -> Any:
         UserError: diffusers is not installed, or the checkpoint is a flow.
     """
     if sampler not in _SCHEDULERS:
-        raise UserError(f"scheduler: {sampler} samples a flow, for which DiTPipeline has none; use Sampler")
+        raise UserError(f"scheduler: {sampler} samples a flow, and DiTPipeline has no scheduler for it; use Sampler")
     if importlib.util.find_spec("diffusers") is None:
         raise UserError("a scheduler is an object of diffusers; from a checkout: pip install '.[vae]'")
     diffusion = header.diffusion
@@ -70,10 +70,10 @@ def sampler_of(scheduler: Any, header: Header) -> SamplerName:
         ValueError: its class is not supported, or it is configured for another process.
     """
     if header.diffusion.prediction_type == "flow":
-        raise ValueError("scheduler: a DiTPipeline's are not for a flow; leave it as it is")
+        raise ValueError("scheduler: DiTPipeline's schedulers do not support a flow; do not set one")
     name = type(scheduler).__name__
     if name not in _SAMPLERS:
-        raise ValueError(f"scheduler {name} has no counterpart here; set one of {', '.join(_SAMPLERS)}")
+        raise ValueError(f"scheduler {name} is not supported; set one of {', '.join(_SAMPLERS)}")
     config = dict(scheduler.config)
     for key, values in _allowed(name, header).items():
         if key in config and config[key] not in values:

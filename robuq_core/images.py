@@ -84,6 +84,6 @@ def read_settings(image: Path | bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         settings = None
     if not isinstance(settings, dict) or "checkpoint" not in settings:
-        raise UserError(f"{name} has no settings of RobuQ; give the original file, since editors and web sites often "
+        raise UserError(f"{name} has no RobuQ settings; give the original file, since editors and web sites often "
                         "remove them")  # fmt: skip
     return settings

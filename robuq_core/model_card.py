@@ -103,8 +103,8 @@ def _usage(header: Header, name: str) -> str:
     decoder = f', decoder="{DECODER_FOLDER}"' if latent else ""
     option = f" --decoder {DECODER_FOLDER}" if latent else ""
     note = (
-        f"This is a latent model: `{DECODER_FOLDER}` stands for a diffusers folder of the autoencoder that it was\n"
-        "trained with. Put beside the checkpoint under that name, it is found without the option.\n\n"
+        f"This is a latent model: `{DECODER_FOLDER}` is a diffusers folder of the autoencoder that it was trained\n"
+        "with. It is found without the option if it has that name and lies in the checkpoint's folder.\n\n"
         if latent
         else ""
     )
@@ -112,7 +112,7 @@ def _usage(header: Header, name: str) -> str:
     environment = f" -e ROBUQ_DECODER=/model/{DECODER_FOLDER}" if latent else ""
     return f"""## Use
 
-RobuQ is on no package index. In a checkout of it:
+RobuQ is not on PyPI. In a checkout:
 
 ```sh
 pip install {package}

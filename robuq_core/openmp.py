@@ -1,6 +1,6 @@
-"""torch's OpenMP threads beside those of the native kernels, which want the same cores.
+"""torch's OpenMP threads and those of the native kernels share the cores.
 
-After each parallel region torch's threads keep spinning for a while, on cores that the kernels' threads want next.
+After each parallel region torch's threads keep spinning for a while, on cores that the kernels' threads need next.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class RowSpec:
 
 
 class NullMeansAbsent(BaseModel):
-    """Base of request bodies: ``null`` for an optional field is the same as leaving it out."""
+    """Base of request bodies: ``null`` for an optional field means that it is absent."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -207,9 +207,7 @@ def read_params(
             return model.model_validate_json(data.removeprefix(b"\xef\xbb\xbf"))
         return model.model_validate(data, strict=False)
     except ValidationError as error:
-        fault: Mapping[str, Any] = error.errors(include_url=False)[0]
-        if fault["type"] == "json_invalid" and isinstance(data, bytes):
-            fault = _fault_of_number(model, data) or fault
+        fault = error.errors(include_url=False)[0]
     found = (schema or model.model_json_schema)()
     properties = found["properties"]
     if fault["type"] == _CHOICE:
@@ -225,19 +223,6 @@ def read_params(
     if fault["type"] == "missing":
         raise ParamError(field, f"{field} is missing; it must be {allowed}")
     raise ParamError(field, f"{field} must be {allowed}")
-
-
-def _fault_of_number(model: type[BaseModel], data: bytes) -> Mapping[str, Any] | None:
-    """The error of JSON with an integer of more digits than pydantic and Python read; None for other faults."""
-    try:
-        # 400 digits are already outside of every range; reading takes time quadratic in their number.
-        model.model_validate(json.loads(data.decode("utf-8-sig"), parse_int=lambda digits: int(digits[:400])))
-    except ValidationError as error:
-        fault: Mapping[str, Any] = error.errors(include_url=False)[0]
-        return fault
-    except (ValueError, RecursionError):
-        pass
-    return None
 
 
 def allowed_values(field: Mapping[str, Any], definitions: Mapping[str, Any] | None = None) -> str:

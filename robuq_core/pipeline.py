@@ -1,7 +1,7 @@
 """Sampling: requests in, images out. :meth:`Sampler.step` advances any mix of rows by one denoising step.
 
-A row's image depends only on the checkpoint and its own :class:`RowSpec`, not on the rows beside it: every operation
-of the forward and the update keeps one order of float operations per row.
+A row's image depends only on the checkpoint and its own :class:`RowSpec`, not on the other rows: every operation of
+the forward and the update keeps one order of float operations per row.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class Sampler:
         self.defaults = header.sampler
         self.class_names = header.class_names
         self.num_classes = shape.num_classes
-        self.drawn_classes = shape.drawn_classes
+        self.valid_classes = shape.valid_classes
         self.image_size = self.decoder.image_size(shape.input_size)
         self.average_activation_bits = header.average_activation_bits
         self.timings: Timings | None = None
@@ -235,7 +235,7 @@ class Sampler:
             ValueError: a field out of range, a sampler or guidance that the network does not support, or a cache
                 interval above 1 for a network that is not packed.
         """
-        classes = self.drawn_classes
+        classes = self.valid_classes
         if not 0 <= spec.class_id < classes:
             raise ValueError(f"class_id must be 0..{classes - 1}, not {spec.class_id}")
         check_spec(spec)
@@ -297,12 +297,12 @@ class Sampler:
             CheckpointError: values that are not finite, in ``x`` or in the image.
         """
         if not bool(x.isfinite().all()):
-            raise CheckpointError(f"{self.checkpoint_name}: its network gives values that are not finite; "
-                                  "export the file again, or train on")  # fmt: skip
+            raise CheckpointError(f"{self.checkpoint_name}: its network outputs values that are not finite; "
+                                  "export the file again, or continue its training")  # fmt: skip
         image = self.decoder.decode(x)
         if not bool(image.isfinite().all()):
-            raise CheckpointError(f"{self.checkpoint_name}: the decoder {self.decoder.name} gives values that are not "
-                                  "finite; let it compute in float32")  # fmt: skip
+            raise CheckpointError(f"{self.checkpoint_name}: the decoder {self.decoder.name} outputs values that are "
+                                  "not finite; run it in float32")  # fmt: skip
         return image
 
     def estimate(self, row: Row) -> Tensor:

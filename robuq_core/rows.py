@@ -1,4 +1,4 @@
-"""The images under way: what one is to be, how far it has come, and the tensor of those that go on together."""
+"""Images in progress: the settings of each, its state, and the tensors of rows that are stepped together."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from robuq_core.params import ALL_TIMESTEPS, RowSpec
 
 
 class Batch(NamedTuple):
-    """Rows that went through a step together: ``x_t`` and the latest estimates ``x_0``, float32 ``[B, C, H, W]``. Not
-    to be written to."""
+    """Rows that went through a step together: ``x_t`` and the latest estimates ``x_0``, float32 ``[B, C, H, W]``,
+    read-only."""
 
     x: Tensor
     previous_x0: Tensor
 
 
 class Row:
-    """An image on its way from noise: row ``index`` of ``batch``, the tensors of the rows that it was stepped with.
+    """An image in progress: row ``index`` of ``batch``, the tensors of the rows that it was last stepped with.
 
     Args:
-        noise: ``[C, H, W]``, to start from instead of what the seed draws.
+        noise: ``[C, H, W]``, to start from instead of the noise of the seed.
     """
 
     def __init__(
@@ -41,11 +41,11 @@ class Row:
         self.spec = spec
         self.table: StepTable = step_table(spec.sampler, spec.steps)
         self.coefficients = step_coefficients(spec.sampler, spec.steps, prediction_type)
-        # Always the CPU's generator: what a seed draws does not depend on the device.
+        # Always the CPU's generator: the noise of a seed does not depend on the device.
         self._generator = torch.Generator().manual_seed(spec.seed)
         self._noise: Tensor | None = None
-        drawn = torch.randn(shape, generator=self._generator)  # also where it is not used: later noise comes after it
-        x = drawn if noise is None else noise.reshape(shape)
+        own = torch.randn(shape, generator=self._generator)  # generated even if unused, since later noise follows it
+        x = own if noise is None else noise.reshape(shape)
         self.batch = Batch(x.to(device, torch.float32)[None], torch.zeros(1, *shape, device=device))
         self.index = 0
         self.block_delta: Tensor | None = None  # what the blocks added at the latest step that kept it, [1 or 2, L, D]
@@ -79,14 +79,14 @@ class Row:
 
     @property
     def reuses_blocks(self) -> bool:
-        """The next step takes :attr:`block_delta` instead of running the blocks."""
+        """The next step uses :attr:`block_delta` instead of running the blocks."""
         kept = self.block_delta
-        # Guidance that sets in between two steps that run the blocks needs what none of them kept.
+        # If guidance starts between two steps that run the blocks, the unconditional delta does not exist yet.
         return kept is not None and self._may_reuse(self.steps_done) and len(kept) > self.guided
 
     @property
     def keeps_blocks(self) -> bool:
-        """The step after the next one may take what the blocks add at the next."""
+        """The step after the next one may reuse the next one's block delta."""
         return self._may_reuse(self.steps_done + 1)
 
     def _may_reuse(self, step: int) -> bool:
@@ -95,7 +95,7 @@ class Row:
 
     @property
     def block_rows(self) -> int:
-        """Rows of the model that the next step takes through the blocks."""
+        """Rows of the model that go through the blocks in the next step."""
         return 0 if self.reuses_blocks else 1 + self.guided
 
     @property
@@ -118,13 +118,13 @@ class Row:
         )
 
     def twin(self) -> Row:
-        """A row in the same state whose next step draws the same noise."""
+        """A copy in the same state, whose next step adds the same noise."""
         if self.needs_noise:
             self.noise()
         return copy.copy(self)
 
     def advance(self, batch: Batch, index: int, block_delta: Tensor | None = None) -> None:
-        """Take over the result of a step, and what its blocks added if that is to be kept."""
+        """Store the result of a step, and its block delta if it is to be kept."""
         self.batch, self.index, self._noise = batch, index, None
         if block_delta is not None:
             self.block_delta = block_delta
@@ -134,7 +134,7 @@ class Row:
 
 
 def together(rows: Sequence[Row]) -> Batch:
-    """The tensors of ``rows``, one or more: those of the latest step where it had the same rows in the same order."""
+    """The tensors of ``rows``; reuses those of the latest step if it had the same rows in the same order."""
     batch = rows[0].batch
     if len(batch.x) == len(rows) and all(row.batch is batch and row.index == i for i, row in enumerate(rows)):
         return batch

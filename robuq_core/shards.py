@@ -16,8 +16,6 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a lone process is nothing to warn of
-
 
 def stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
     """Shape and type of every tensor in ``folder``, by name.
@@ -43,7 +41,8 @@ def read_into(folder: Path, tensors: dict[str, Tensor]) -> None:
         ValueError: a name is missing, a shape differs, or a file is damaged.
     """
     try:
-        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+        with warnings.catch_warnings(action="ignore"):  # "torch.distributed is disabled", as no_dist asks for
+            load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         raise ValueError(f"{folder}: {cause}") from error

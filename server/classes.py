@@ -63,7 +63,7 @@ class ClassIndex(ClassNames):
         if not self.num_classes:
             for field, value in (("class_id", class_id), ("class_name", class_name)):
                 if value is not None:
-                    raise invalid(field, f"{field}: this model has no classes; leave it out")
+                    raise invalid(field, f"{field}: this model has no classes; remove the field")
             return 0
         if class_id is not None:
             if class_id >= self.num_classes:

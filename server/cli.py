@@ -25,7 +25,9 @@ logger = logging.getLogger(__name__)
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 keys_app = typer.Typer(
-    help="Make, list and revoke API keys. A running server notices at once.", no_args_is_help=True, add_completion=False
+    help="Create, list and revoke API keys. A running server applies changes immediately.",
+    no_args_is_help=True,
+    add_completion=False,
 )
 app.add_typer(keys_app, name="keys")
 app.command("capacity")(capacity)

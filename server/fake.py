@@ -69,7 +69,7 @@ class FakeSampler:
         self.image_size = image_size
         self.class_names = class_names
         self.num_classes = len(class_names)
-        self.drawn_classes = max(1, self.num_classes)
+        self.valid_classes = max(1, self.num_classes)
         self.can_guide = self.num_classes > 0
         self.on_step = on_step
         self.defaults = SamplerConfig(sampler="ddim", steps=4, guidance_scale=1.5 if self.can_guide else 1.0)

@@ -98,7 +98,7 @@ def generate_schema(model: ModelInfo, max_timeout_s: float) -> dict[str, Any]:
     schema = GenerateBody.model_json_schema()
     properties = schema["properties"]
     properties["sampler"]["anyOf"][0]["enum"] = list(samplers_of(model.prediction_type))
-    properties["class_id"]["anyOf"][0]["maximum"] = model.drawn_classes - 1
+    properties["class_id"]["anyOf"][0]["maximum"] = model.valid_classes - 1
     properties["timeout_s"]["anyOf"][0]["maximum"] = max_timeout_s
     return schema
 

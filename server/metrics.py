@@ -29,7 +29,7 @@ LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30
 
 GAUGES = {
     "process_resident_memory_bytes": "Resident memory of the HTTP process.",
-    "requests_running": "Requests with at least one image under way.",
+    "requests_running": "Requests with at least one image in progress.",
     "requests_waiting": "Requests none of whose images has begun.",
     "cache_bytes": "Bytes of images kept for equal requests.",
     "ready": "1 while requests are accepted, else 0.",

@@ -70,7 +70,7 @@ class ModelInfo:
     path: Path
     class_names: tuple[str, ...]
     num_classes: int
-    drawn_classes: int  # valid ids, 1 for a model without classes
+    valid_classes: int  # valid ids, 1 for a model without classes
     prediction_type: PredictionType
     can_guide: bool
     image_size: int  # side in pixels

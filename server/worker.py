@@ -52,7 +52,7 @@ _RECEIVE = 1 << 18
 _PR_SET_PDEATHSIG = 1
 
 _DESCRIBED = (
-    *("class_names", "num_classes", "drawn_classes", "prediction_type", "can_guide", "image_size"),
+    *("class_names", "num_classes", "valid_classes", "prediction_type", "can_guide", "image_size"),
     *("backend_name", "average_activation_bits", "weight_bytes", "digest"),
 )
 
@@ -165,7 +165,7 @@ class Worker:
         pairs = size // 2 if sampler.can_guide else 0
         guidance = [_GUIDED] * pairs + [_UNGUIDED] * (size - 2 * pairs)
         return [
-            sampler.start(RowSpec(i % sampler.drawn_classes, i, 2, scale, sampler.defaults.sampler))
+            sampler.start(RowSpec(i % sampler.valid_classes, i, 2, scale, sampler.defaults.sampler))
             for i, scale in enumerate(guidance)
         ]
 
@@ -371,7 +371,6 @@ def load_sampler(options: Options, weights: int) -> Any:
 
     from robuq_core.kernels.backends import select_backend
     from robuq_core.pipeline import Sampler, load_model
-    from robuq_core.shared_weights import mapped, store
 
     backend, number, replicas = options["backend"], options["number"], options["replicas"]
     threads = options["threads"]
@@ -386,8 +385,13 @@ def load_sampler(options: Options, weights: int) -> Any:
             threads = max(1, available // replicas)
         placed = {}
     if options["store"]:
-        store(load_model(options["checkpoint"], options["decoder"]), weights)
-    return Sampler.from_loaded(mapped(weights), backend=backend, threads=threads, **placed)
+        os.ftruncate(weights, 0)
+        with os.fdopen(os.dup(weights), "wb") as file:
+            file.seek(0)
+            torch.save(load_model(options["checkpoint"], options["decoder"]), file)
+    # Mapped, so that all workers share its pages. Only this program writes the file, so it may be unpickled.
+    loaded = torch.load(f"/dev/fd/{weights}", mmap=True, weights_only=False)
+    return Sampler.from_loaded(loaded, backend=backend, threads=threads, **placed)
 
 
 def _check(replicas: int, available: int, what: str) -> None:

@@ -1,10 +1,9 @@
 """Shared by all tests: hypothesis without deadlines (CI machines stall), one torch thread, as tests share their cores,
-and which tests `make test` leaves to `make test-all`."""
+and which tests `make test` skips."""
 
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,78 +55,31 @@ NEEDS = {
     "training/data/test_parquet.py": "pyarrow",
     "training/stages/test_pretrained.py": "diffusers",
 }
-COMMANDS = {
-    "slow": "slow tests (make test-all)",
-    "browser": "tests of a browser (make test-all with Chromium)",
-    "gpu": "tests of a GPU (pytest -m gpu)",
-}
 
 
-def package_of(path: Path) -> str | None:
-    names = path.relative_to(TESTS).as_posix() if path.is_relative_to(TESTS) else ""
-    return next((package for key, package in NEEDS.items() if names == key or names.startswith(f"{key}/")), None)
-
-
-def is_installed(package: str) -> bool:
+def _is_installed(package: str) -> bool:
     try:
         return find_spec(package) is not None
     except ModuleNotFoundError:  # the package that it is in
         return False
 
 
-class LeftOut:
-    """Counts what this run leaves out; a worker of pytest-xdist hands its counts to the process that reports."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.packages: set[str] = set()
-
-    def pytest_ignore_collect(self, collection_path: Path) -> bool | None:
-        package = package_of(collection_path)
-        if package is None or is_installed(package):
-            return None
-        self.packages.add(package)
-        return True
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        for item in items:
-            if package_of(item.path) and not item.get_closest_marker("browser"):
-                item.add_marker("slow")
-
-    def pytest_deselected(self, items: list[pytest.Item]) -> None:
-        for item in items:
-            marks = [name for name in ("gpu", "browser", "slow") if item.get_closest_marker(name)]
-            self.counts[marks[0] if marks else "fast"] += 1
-
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if hasattr(session.config, "workeroutput"):
-            session.config.workeroutput["left_out"] = (dict(self.counts), sorted(self.packages))
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_testnodedown(self, node: Any) -> None:
-        counts, packages = getattr(node, "workeroutput", {}).get("left_out", ({}, []))
-        self.counts |= Counter(counts)  # each worker collects all tests
-        self.packages |= set(packages)
-
-    @staticmethod
-    def skipped(terminalreporter: Any) -> list[Any]:
-        return [report for report in terminalreporter.stats.get("skipped", []) if isinstance(report.longrepr, tuple)]
-
-    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        parts = [f"{self.counts[name]} {text}" for name, text in COMMANDS.items() if self.counts[name]]
-        if self.counts["fast"]:
-            parts.append(f"{self.counts['fast']} fast tests (make test)")
-        skipped = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in self.skipped(terminalreporter))
-        parts += [f"{count} skipped: {reason}" for reason, count in skipped.most_common()]
-        if self.packages:
-            parts.append(f"files that need {', '.join(sorted(self.packages))} (make test-all)")
-        if parts:
-            terminalreporter.write_line(f"Left out: {'; '.join(parts)}.")
+_MISSING = {name: package for name, package in NEEDS.items() if not _is_installed(package)}
+collect_ignore = list(_MISSING)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(LeftOut(), "left-out")
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        path = item.path.relative_to(TESTS).as_posix() if item.path.is_relative_to(TESTS) else ""
+        if f"{path}/".startswith(tuple(f"{name}/" for name in NEEDS)) and not item.get_closest_marker("browser"):
+            item.add_marker("slow")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if _MISSING:
+        packages = ", ".join(sorted(set(_MISSING.values())))
+        terminalreporter.write_line(f"Not collected: files that need {packages} (make test-all).")
 
 
 @pytest.fixture(scope="module")

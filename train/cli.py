@@ -12,20 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from robuq_core.cli_support import (
-    ActivationBitsOption,
-    ClassesOption,
-    DecoderKindOption,
-    FlavourOption,
-    HeadsOption,
-    PlanesOption,
-    PredictionOption,
-    RankOption,
-    SamplerOption,
-    ScaleOption,
-    given,
-    reported,
-)
+from robuq_core.cli_support import PackingOptions, reported, takes_params
 from robuq_core.config import MAX_SEED
 from robuq_core.errors import UserError
 
@@ -59,7 +46,7 @@ app = _Program(
     pretty_exceptions_enable=False,
     help="Train W1.58Ax diffusion transformers: prepare -> teacher -> warmup -> sensitivity -> allocate -> qat -> "
     "export -> evaluate. 'run' runs them all. Every stage reads the same YAML file and writes below its run_dir. "
-    "Started again, it resumes, or is skipped if it is up to date.",
+    "A rerun resumes, or skips what is up to date.",
 )
 
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="YAML file of the run (see configs/).")]
@@ -194,19 +181,19 @@ def export(
 def evaluate(
     config: ConfigOption,
     model: Annotated[
-        str | None, typer.Option(help="teacher, student or packed; default: the last that the run has made.")
+        str | None, typer.Option(help="teacher, student or packed; default: the latest in the run.")
     ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="A packed file, or, with --model, a kept state RUN_DIR/states/STAGE/step-....")
     ] = None,
-    classes: Annotated[int, typer.Option(min=1, help="Agreement: how many classes to draw at random.")] = 200,
+    classes: Annotated[int, typer.Option(min=1, help="Agreement: number of random classes.")] = 200,
     seed: Annotated[int, typer.Option(help="Agreement: seed of the classes and of the samples.")] = 0,
     sheet: Annotated[Path | None, typer.Option(help="Also write a contact sheet of the first 64 samples.")] = None,
     inception: Annotated[
         Path | None, typer.Option(help="Local Inception-v3 weights: adds FID, sFID, IS, precision and recall.")
     ] = None,
     npz: Annotated[Path | None, typer.Option(help="Also write the samples as npz files into this folder.")] = None,
-    agreement_only: Annotated[bool, typer.Option("--agreement-only", help="Leave out the distances.")] = False,
+    agreement_only: Annotated[bool, typer.Option("--agreement-only", help="Skip the distances.")] = False,
     protocol: Annotated[
         str | None,
         typer.Option(
@@ -219,7 +206,7 @@ def evaluate(
     """Measure samples: agreement with their class, and distances to the photos with intervals over seeds.
 
     Prints JSON and keeps it in RUN_DIR/evaluation.json. Needs no download: FD-EffNet is on EfficientNet-Lite0 features.
-    Under torchrun every process draws its share of the samples.
+    Under torchrun every process generates its share of the samples.
     """
     with _run(config, [*_protocol(protocol), *(override or [])]) as whole:
         from train.evaluation.run import evaluate_run
@@ -248,7 +235,7 @@ def _protocol(name: str | None) -> tuple[str, ...]:
 def diagnose(
     config: ConfigOption,
     model: Annotated[
-        str | None, typer.Option(help="teacher, student or packed; default: the last that the run has made.")
+        str | None, typer.Option(help="teacher, student or packed; default: the latest in the run.")
     ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="A packed file from elsewhere, instead of --model.")] = None,
     override: SetOption = None,
@@ -279,9 +266,11 @@ def diagnose(
 def memory(
     config: ConfigOption,
     stage: Annotated[str, typer.Option(help="teacher, warmup or qat.")] = "qat",
-    processes: Annotated[int, typer.Option(min=1, help="Among how many the batch and, with fsdp, the model go.")] = 1,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes that share the batch and, with fsdp, the model.")
+    ] = 1,
     teraflops: Annotated[
-        float, typer.Option(min=1e-3, help="What one process sustains; 51 is an A100 at half of fast-DiT's speed.")
+        float, typer.Option(min=1e-3, help="Sustained by one process; 51 is an A100 at half of fast-DiT's speed.")
     ] = 51.0,
     override: SetOption = None,
 ) -> None:
@@ -306,6 +295,7 @@ def keys() -> None:
 
 @app.command()
 @reported
+@takes_params(PackingOptions, "steps")
 def ptq(
     source: Annotated[
         Path, typer.Argument(help="Official .pt of DiT, SiT or REPA; diffusers folder; or RUN_DIR/states/teacher.")
@@ -318,17 +308,8 @@ def ptq(
         int | None, typer.Option(min=1, help="Inputs of the teacher's samples; default: 128 to 2,048, by size.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the samples and the steps.")] = 0,
-    weight_planes: PlanesOption = None,
-    activation_bits: ActivationBitsOption = None,
-    rank: RankOption = None,
-    heads: HeadsOption = None,
-    prediction: PredictionOption = None,
-    classes: ClassesOption = None,
-    flavour: FlavourOption = None,
-    decoder_kind: DecoderKindOption = None,
-    guidance_scale: ScaleOption = None,
-    sampler: SamplerOption = None,
-    class_names: Annotated[Path | None, typer.Option(help="Text file, one name a line.")] = None,
+    *,
+    params: PackingOptions,
 ) -> None:
     """Pack full-precision weights, calibrated on samples that they generate themselves: no data set is needed."""
     try:
@@ -337,24 +318,17 @@ def ptq(
         raise _not_installed(error) from error
     from rich.progress import Progress
 
-    from robuq_core.classes import read_names
-
-    quant = {"weight_planes": weight_planes, "activation_bits": activation_bits, "rank": rank}
-    defaults = {"guidance_scale": guidance_scale, "sampler": sampler}
     with Progress(transient=True) as progress:
         task = progress.add_task("sampling", total=None)
         header = pack_calibrated(
             source,
             target,
             Calibration(steps, inputs, seed),
-            given(quant),
-            given(defaults),
-            class_names=() if class_names is None else read_names(class_names),
-            num_heads=heads,
-            prediction=prediction,
-            num_classes=classes,
-            flavour=flavour,
-            decoder=decoder_kind,
+            params.quant,
+            params.defaults,
+            class_names=params.names,
+            decoder=params.decoder_kind,
+            **params.hints,
             on_layer=lambda name: progress.update(task, description=name, advance=1),
         )
     typer.echo(f"wrote {target} ({target.stat().st_size / 1e6:.2f} MB)")

@@ -116,7 +116,7 @@ class TeacherConfig(StageConfig):
 
 
 class QATConfig(StageConfig):
-    """The quantised model; it starts from the teacher unless told otherwise."""
+    """The quantised model; it starts from the teacher by default."""
 
     steps: int = Field(default=350_000, ge=1, description="optimiser steps")
     batch_size: int = Field(default=32, ge=1, description="images per step, over all processes")

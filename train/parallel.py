@@ -99,7 +99,7 @@ def processes() -> Iterator[None]:
         if _is_lost_connection(error):
             raise LostProcess(
                 f"process {rank()} of {world_size()} lost another one ({one_line(error, 120)}); see what ended that "
-                "one, and run again: training goes on from the last saved state"
+                "one, and run again: training continues from the last saved state"
             ) from error
         dist.destroy_process_group()
         raise

@@ -322,7 +322,7 @@ def own_points(teacher: DiT, diffusion: DiffusionConfig, defaults: SamplerConfig
     generator = torch.Generator().manual_seed(seed)
     images = -(-count // _INPUTS_PER_IMAGE)
     seeds = torch.randint(0, 2**32, (images,), generator=generator).tolist()
-    classes = torch.randint(0, config.drawn_classes, (images,), generator=generator).tolist()
+    classes = torch.randint(0, config.valid_classes, (images,), generator=generator).tolist()
     lengths = torch.randint(_FEWEST_STEPS, _MOST_STEPS + 1, (images,), generator=generator).tolist()
     found: list[tuple[Tensor, float, int]] = []
     moves: list[float] = []
@@ -393,7 +393,7 @@ def calibrate(
     held_out = own_points(teacher, diffusion, defaults, _HELD_OUT, settings.seed + _OTHER_SEED)
     x, timesteps, classes = (torch.cat(both) for both in zip(seen, held_out, strict=True))
     if not bool(x.isfinite().all()):
-        raise UserError(f"{weights.path}: samples of its network are not finite; use weights that it draws with")
+        raise UserError(f"{weights.path}: samples of its network are not finite; use trained weights")
     with torch.no_grad():
         embedded = teacher.x_embedder(patchify(x, config.patch_size)) + teacher.pos_embed
         conditions = _conditions(teacher, timesteps, classes)

@@ -56,7 +56,7 @@ class Watch:
         figures = {"held_out_loss": self._loss(model)}
         if self._sampler is None:
             self._sampler = plain_sampler(model, self.config, self.name)
-        classes = balanced_classes(_SHEET_IMAGES, self.config.model.drawn_classes, _SEED)
+        classes = balanced_classes(_SHEET_IMAGES, self.config.model.valid_classes, _SEED)
         samples = draw(self._sampler, classes, _SEED, self.config.sampler)
         if parallel.rank() == 0:
             write_sheet(samples, self.config.run_dir / "samples" / f"{self.name}-{step:07d}.png")
@@ -90,7 +90,7 @@ class Watch:
         from train.evaluation.frechet import RunningMoments, frechet_distance_of_moments
         from train.evaluation.samples import balanced_classes, draw
 
-        classes = balanced_classes(self.stage.eval_samples, self.config.model.drawn_classes, _SEED)
+        classes = balanced_classes(self.stage.eval_samples, self.config.model.valid_classes, _SEED)
         moments = RunningMoments()
         for first in range(0, len(classes), _SAMPLE_BATCH):
             samples = draw(sampler, classes[first : first + _SAMPLE_BATCH], _SEED + first, self.config.sampler)

@@ -31,7 +31,7 @@ from robuq_core.pipeline import Sampler
 def _default_specs(sampler: Sampler, images: int, steps: int | None = None) -> list[RowSpec]:
     defaults = sampler.defaults
     return [
-        RowSpec(i % sampler.drawn_classes, i, steps or defaults.steps, defaults.guidance_scale, defaults.sampler)
+        RowSpec(i % sampler.valid_classes, i, steps or defaults.steps, defaults.guidance_scale, defaults.sampler)
         for i in range(images)
     ]
 
@@ -198,7 +198,7 @@ def invariance(scale: Scale) -> Figure:
 
     def random_spec() -> RowSpec:
         return RowSpec(
-            rng.randrange(sampler.drawn_classes),
+            rng.randrange(sampler.valid_classes),
             rng.randrange(2**32),
             rng.randint(2, 12),
             rng.choice(scales),

@@ -48,7 +48,7 @@ def memory(
     sampler = header_sampler(header, model, side, ops.name, ops.device)
     rows = [
         sampler.start(
-            RowSpec(i % sampler.drawn_classes, i, steps, 1.5 if sampler.can_guide else 1.0, sampler.defaults.sampler)
+            RowSpec(i % sampler.valid_classes, i, steps, 1.5 if sampler.can_guide else 1.0, sampler.defaults.sampler)
         )
         for i in range(batch)
     ]

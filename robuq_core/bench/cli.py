@@ -22,7 +22,7 @@ def bench(
     preset: Annotated[str | None, typer.Option(help="Random weights of this shape, e.g. DiT-XL/2.")] = None,
     checkpoint: Annotated[
         Path | None,
-        typer.Option("--checkpoint", "-c", help="Packed file, or what else robuq sample takes."),
+        typer.Option("--checkpoint", "-c", help="Packed file, folder, bundled name or hub id."),
     ] = None,
     level: Annotated[
         list[str] | None, typer.Option(help=f"One of {', '.join(LEVELS)}; repeatable; default: all.")
@@ -55,7 +55,7 @@ def bench(
     console, progress = Console(), Console(stderr=True)
     if quick:
         if preset or checkpoint or level or batch or layer or peer:
-            raise ValueError("--quick chooses the cases itself: leave out --preset, --checkpoint, --level, --batch, "
+            raise ValueError("--quick chooses the cases itself: remove --preset, --checkpoint, --level, --batch, "
                              "--layer and --peer")  # fmt: skip
         plans = QUICK_PLANS
         settings = Settings(backend, threads, device, QUICK_SETTINGS.rounds, QUICK_SETTINGS.budget_s)

@@ -173,7 +173,7 @@ def forward_case(bench: Bench, batch: int) -> CaseTiming:
     generator = torch.Generator().manual_seed(batch)
     x = torch.randn(batch, config.in_channels, config.input_size, config.input_size, generator=generator)
     timesteps = torch.randint(0, NUM_TRAIN_TIMESTEPS, (batch,), generator=generator)
-    inputs = (x.to(bench.device), timesteps, torch.arange(batch) % config.drawn_classes)
+    inputs = (x.to(bench.device), timesteps, torch.arange(batch) % config.valid_classes)
     checked = tuple(sorted({0, batch - 1}))
     ours, law = source.packed(bench.backend), source.packed(bench.law())
 
@@ -206,7 +206,7 @@ def image_case(bench: Bench, batch: int) -> CaseTiming:
     def start(sampler: Sampler, images: Iterable[int]) -> list[Row]:
         return [
             sampler.start(
-                RowSpec(i % config.drawn_classes, i, defaults.steps, defaults.guidance_scale, defaults.sampler)
+                RowSpec(i % config.valid_classes, i, defaults.steps, defaults.guidance_scale, defaults.sampler)
             )
             for i in images
         ]

@@ -186,7 +186,9 @@ def _matching(weights: Weights, hints: Hints) -> Weights:
     }
     for name, value in found.items():
         if hints.get(name) not in (None, value):
-            raise WeightsError(f"{weights.path}: {name} is {value} there, not {hints.get(name)}; leave it out")
+            raise WeightsError(
+                f"{weights.path}: {name} is {value} in the file, not {hints.get(name)}; remove the option"
+            )
     flavour = hints.get("flavour") or weights.config.flavour
     return replace(weights, config=weights.config.model_copy(update={"flavour": flavour}))
 
@@ -285,7 +287,7 @@ def _checked(weights: Weights) -> Weights:
     for key, shape in needed.items():
         if table[key].shape != shape:
             raise WeightsError(f"{weights.path}: {key} is {table[key].shape}, but the other tensors and the "
-                               f"configuration ask for {shape}")  # fmt: skip
+                               f"configuration need {shape}")  # fmt: skip
     return weights
 
 
@@ -318,8 +320,8 @@ def _read_diffusers(folder: Path, num_heads: int | None) -> Weights:
     table = without_wrappers(folder_tensors(pipeline.transformer))
     shape = pipeline.shape
     if num_heads not in (None, shape["num_heads"]):
-        raise WeightsError(f"{folder}: config.json says {shape['num_heads']} heads, not {num_heads}; leave num_heads "
-                           "out")  # fmt: skip
+        raise WeightsError(f"{folder}: config.json says {shape['num_heads']} heads, not {num_heads}; remove "
+                           "num_heads")  # fmt: skip
     if shape["depth"] != (depth := _depth(table, "diffusers")):
         raise WeightsError(f"{folder}: config.json says {shape['depth']} layers, the weights have {depth}")
     hidden = table.get("transformer_blocks.0.ff.net.0.proj.weight")

@@ -1,8 +1,8 @@
-"""The official ``.pt`` of DiT, SiT and REPA: what its tensors leave open.
+"""The official ``.pt`` of DiT, SiT and REPA: what its tensors do not say.
 
 The three share one network. DiT predicts noise, SiT and REPA velocities (in opposite time directions), and a class
 table of K rows means K classes, or K - 1 and a null class. The caller decides first, then the arguments that the
-training script stored in the file, then the file's name. What remains open is an error that asks for it.
+training script stored in the file, then the file's name. If none of them says it, an error asks for it.
 """
 
 from __future__ import annotations
@@ -112,10 +112,10 @@ def _kind(
     if stored is not None:
         if prediction not in (None, stored.prediction):
             raise WeightsError(f"{path}: prediction is {stored.prediction} in the file, not {prediction}; "
-                               "leave it out (--prediction)")  # fmt: skip
+                               "remove it (--prediction)")  # fmt: skip
         if stored.prediction == "flow" and flavour not in (None, stored.flavour):
             raise WeightsError(f"{path}: flavour is {stored.flavour} in the file, not {flavour}; "
-                               "leave it out (--flavour)")  # fmt: skip
+                               "remove it (--flavour)")  # fmt: skip
         return Kind(stored.prediction, flavour or stored.flavour)
     if prediction is None:
         named = _kind_of_name(path.stem)
@@ -160,7 +160,7 @@ def _classes(path: Path, rows: int, arguments: object, num_classes: int | None) 
     if not isinstance(count, int):
         if rows not in (_IMAGENET_CLASSES, _IMAGENET_CLASSES + 1):
             raise WeightsError(f"{path}: the class table has {rows} rows, for {rows} classes, or for {rows - 1} and "
-                               "a null class; say how many classes with num_classes (--classes)")  # fmt: skip
+                               "a null class; give num_classes (--classes)")  # fmt: skip
         count = _IMAGENET_CLASSES
     if rows - count not in (0, 1):
         raise WeightsError(f"{path}: the class table has {rows} rows, which does not fit num_classes {count} "
@@ -176,8 +176,8 @@ def _heads(path: Path, width: int, arguments: object) -> int:
     published = {shape.hidden_size: shape.num_heads for shape in PRESETS.values()}
     fits = [width // head for head in _HEAD_WIDTHS if width % head == 0]
     if width not in published and len(fits) != 1:
-        raise WeightsError(f"{path}: the tensors leave open how many attention heads a width of {width} has; "
-                           "say it with num_heads (--heads)")  # fmt: skip
+        raise WeightsError(f"{path}: the tensors do not say how many attention heads a width of {width} has; "
+                           "give num_heads (--heads)")  # fmt: skip
     return published.get(width) or fits[0]
 
 

@@ -4,7 +4,7 @@ import { address, currentKey } from "./api.js";
 import { announce, byId, pairs, seconds } from "./dom.js";
 import { grain, sharpen } from "./strip.js";
 
-/** A shell line that draws one picture again, to the last bit; the API key stays out of it. */
+/** A shell command that generates one image again, bit for bit; without the API key. */
 export function curlLine(request, seed) {
   const { class_id, steps, guidance_scale, sampler, format } = request;
   const body = JSON.stringify({ class_id, seed, steps, guidance_scale, sampler, format });

@@ -5,7 +5,7 @@ import { byId, element } from "./dom.js";
 
 let components = {};
 
-/** A schema with its reference followed and its `null` alternative left out. */
+/** A schema with its reference followed and its `null` alternative removed. */
 function resolve(schema = {}) {
   if (schema.$ref) return resolve(components[schema.$ref.split("/").pop()]);
   const one = (schema.anyOf ?? schema.allOf ?? []).filter(({ type }) => type !== "null");

@@ -1,4 +1,4 @@
-// The form: what to draw, and what was wrong with it.
+// The form: settings of a request, and its errors.
 
 import { byId, element, randomBelow } from "./dom.js";
 

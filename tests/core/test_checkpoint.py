@@ -1,3 +1,4 @@
+import math
 import os
 import struct
 import tracemalloc
@@ -15,6 +16,8 @@ from robuq_core.checkpoint import (
     FORMAT_VERSION,
     CheckpointError,
     Description,
+    _dtype,
+    _expected_shapes,
     dense_shapes,
     layer_macs,
     layer_shapes,
@@ -128,6 +131,14 @@ def test_shapes_are_the_networks(model: ModelConfig) -> None:
         for name, shape in parameters.items()
         if name.startswith("blocks.") and name.endswith(".weight")
     }
+
+
+def test_dit_xl_packs_below_170_megabytes(packed: Path) -> None:
+    header = read_header(packed)
+    for quant, megabytes in ((QuantConfig(), 170), (QuantConfig(weight_planes=2), 300)):
+        shapes = _expected_shapes(header.model_copy(update={"model": preset("DiT-XL/2"), "quant": quant}))
+        size = sum(_dtype(name).itemsize * math.prod(shape) for name, shape in shapes.items())
+        assert 0.95 * megabytes < size / 1e6 < megabytes
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, 0.3, 0.999])

@@ -25,7 +25,7 @@ def test_names_and_synonyms_of_any_spelling() -> None:
     ("names", "asked", "message"),
     [
         (NAMES, "shark", r"'shark' is not a class of this checkpoint; .* 0\.\.7"),
-        (NAMES, "bag", "'bag' fits several classes; give one of the ids 6, 7"),
+        (NAMES, "bag", "'bag' matches several classes; give one of the ids 6, 7"),
         ((), "tench", r"this checkpoint has no class names; give the class id, 0\.\.7"),
         (("", ""), "tench", "no class names"),
     ],

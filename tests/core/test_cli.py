@@ -50,64 +50,6 @@ def test_the_scripts_list_their_commands() -> None:
         assert all(command in page for command in commands)
 
 
-@pytest.mark.parametrize(
-    ("app", "command", "options"),
-    [
-        (
-            robuq.app,
-            "sample",
-            (
-                "CLASS_IDS",
-                "--out",
-                "--seed",
-                "--steps",
-                "--guidance-scale",
-                "--sampler",
-                "--guidance-interval",
-                "--cache-interval",
-                "--checkpoint",
-                "--decoder",
-                "--backend",
-                "--device",
-            ),
-        ),
-        (robuq.app, "export-hub", ("CHECKPOINT", "FOLDER", "--license", "--force")),
-        (robuq.app, "compare", ("--guidance-interval", "--cache-interval", "--guidance-scale", "--images")),
-        (robuq.app, "inspect", ("CHECKPOINT", "--json")),
-        (
-            robuq.app,
-            "bench",
-            (
-                "--preset",
-                "--checkpoint",
-                "--level",
-                "--batch",
-                "--layer",
-                "--peer",
-                "--quick",
-                "--rounds",
-                "--budget-s",
-                "--out",
-                "--backend",
-                "--threads",
-                "--device",
-                "plot",
-                "random-checkpoint",
-            ),
-        ),
-        (robuq_train.app, "teacher", ("--config", "--set")),
-        (robuq_train.app, "qat", ("--config", "--set")),
-        (robuq_train.app, "export", ("--config", "--set", "--out")),
-        (robuq_train.app, "evaluate", ("--config", "--set", "--checkpoint", "--classes", "--seed", "--sheet")),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_the_help_of_a_command_mentions_its_options(app: Typer, command: str, options: tuple[str, ...]) -> None:
-    page = run(app, command, "--help")
-    missing = [option for option in options if option.lower() not in page.lower()]
-    assert missing == []
-
-
 def test_sample_writes_one_picture_a_class(checkpoint: Path, tmp_path: Path) -> None:
     arguments = ("-c", checkpoint, "--backend", "reference", "--seed", "7", "--steps", "2")
     printed = run(robuq.app, "sample", "3", "0", "3", "--out", tmp_path / "new" / "folder", *arguments)
@@ -136,12 +78,6 @@ def test_inspect_prints_what_the_file_holds(checkpoint: Path) -> None:
     for expected in ("hidden_size 48", "activation_bits 2", "prediction_type sample", "2.000", "adaLN", size, "header",
                      "ternary weights (base 3)", "low-rank branch", "times smaller than FP32"):  # fmt: skip
         assert expected in page
-
-
-def test_inspect_as_json_is_the_header(checkpoint: Path) -> None:
-    tree = json.loads(run(robuq.app, "inspect", checkpoint, "--json"))
-    assert tree["model"]["hidden_size"] == TINY.hidden_size
-    assert "blocks.0.attn.qkv.trits" in tree["tensors"]
 
 
 def test_bench_prints_a_table_and_writes_json(checkpoint: Path, tmp_path: Path) -> None:

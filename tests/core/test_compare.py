@@ -52,9 +52,6 @@ def test_caching_saves_rows_and_changes_pictures(sampler: Sampler) -> None:
 def test_what_compares_nothing_is_refused(sampler: Sampler, chosen: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         compare_short_cuts(sampler, [1], **chosen)
-
-
-def test_no_class_is_refused(sampler: Sampler) -> None:
     with pytest.raises(ValueError, match="class_ids must name"):
         compare_short_cuts(sampler, [], cache_interval=2)
 

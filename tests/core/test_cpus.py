@@ -11,53 +11,37 @@ import pytest
 
 from robuq_core import cpus
 
-
-def _group(folder: Path, **files: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        (folder / name.replace("__", ".")).write_text(content + "\n")
+V1 = "9:name=systemd:/\n2:cpu,cpuacct:/docker/abc\n1:memory:/docker/abc\n0::/\n"
 
 
-def _v1(quota: int) -> dict[str, str]:
-    return {"cpu__cfs_quota_us": str(quota), "cpu__cfs_period_us": "100000"}
-
-
-def _quota(tmp_path: Path, membership: str) -> float | None:
+@pytest.mark.parametrize(
+    ("groups", "membership", "expected"),
+    [
+        ({"": "max 100000"}, "0::/", None),
+        ({"": "250000 100000"}, "0::/", 2.5),
+        ({"pods": "150000 100000", "pods/one": "400000 100000"}, "0::/pods/one", 1.5),  # the lowest on the way up
+        (
+            {"": "50000 100000"},
+            "0::/docker/abc",
+            0.5,
+        ),  # the path on the host, in a container with its group at the root
+        *(({"": unreadable}, "0::/", None) for unreadable in ("", "nonsense", "100000 0", "a b")),
+        ({"cpu,cpuacct": -1}, V1, None),
+        ({"cpu,cpuacct/docker/abc": 320_000}, V1, 3.2),
+        ({"cpu": 200_000}, "3:cpuacct,cpu:/elsewhere", 2),  # mounted under the short name alone
+    ],
+)
+def test_quotas(tmp_path: Path, groups: dict[str, str | int], membership: str, expected: float | None) -> None:
     (tmp_path / "membership").write_text(membership)
-    return cpus.cpu_quota(tmp_path / "membership", tmp_path / "cgroup")
-
-
-def test_version_2(tmp_path: Path) -> None:
-    _group(tmp_path / "cgroup", cpu__max="max 100000")
-    assert _quota(tmp_path, "0::/\n") is None
-    _group(tmp_path / "cgroup", cpu__max="250000 100000")
-    assert _quota(tmp_path, "0::/\n") == 2.5
-
-
-def test_the_least_quota_on_the_way_up_counts(tmp_path: Path) -> None:
-    _group(tmp_path / "cgroup")
-    _group(tmp_path / "cgroup/pods", cpu__max="150000 100000")
-    _group(tmp_path / "cgroup/pods/one", cpu__max="400000 100000")
-    assert _quota(tmp_path, "0::/pods/one\n") == 1.5
-    # The path on the host, in a container that sees its own group at the root.
-    _group(tmp_path / "cgroup", cpu__max="50000 100000")
-    assert _quota(tmp_path, "0::/docker/abc\n") == 0.5
-
-
-def test_version_1(tmp_path: Path) -> None:
-    lines = "9:name=systemd:/\n2:cpu,cpuacct:/docker/abc\n1:memory:/docker/abc\n0::/\n"
-    _group(tmp_path / "cgroup/cpu,cpuacct", **_v1(-1))
-    assert _quota(tmp_path, lines) is None
-    _group(tmp_path / "cgroup/cpu,cpuacct/docker/abc", **_v1(320_000))
-    assert _quota(tmp_path, lines) == 3.2
-    _group(tmp_path / "cgroup/cpu", **_v1(200_000))  # mounted under the short name alone
-    assert _quota(tmp_path, "3:cpuacct,cpu:/elsewhere\n") == 2
-
-
-@pytest.mark.parametrize("content", ["", "nonsense", "100000 0", "a b"])
-def test_what_cannot_be_read_is_no_limit(tmp_path: Path, content: str) -> None:
-    _group(tmp_path / "cgroup", cpu__max=content)
-    assert _quota(tmp_path, "0::/\n") is None
+    for name, quota in groups.items():
+        folder = tmp_path / "cgroup" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(quota, str):
+            (folder / "cpu.max").write_text(f"{quota}\n")
+        else:  # version 1
+            (folder / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+            (folder / "cpu.cfs_period_us").write_text("100000\n")
+    assert cpus.cpu_quota(tmp_path / "membership", tmp_path / "cgroup") == expected
     assert cpus.cpu_quota(tmp_path / "absent", tmp_path) is None
 
 

@@ -173,13 +173,6 @@ def test_latents_are_decoded_in_the_type_that_was_asked_for(tmp_path: Path) -> N
     assert named.sampler.image_size == IMAGE_SIZE
 
 
-def test_to_takes_a_device_a_dtype_or_both(pipe: RobuQPipeline) -> None:
-    sampler = pipe.sampler
-    assert pipe.to("cpu", torch.float16) is pipe
-    assert pipe.to(device=torch.device("cpu"), dtype=torch.float32).sampler is sampler
-    assert (pipe.device, pipe.dtype, pipe.vae) == (torch.device("cpu"), torch.float32, None)
-
-
 def test_the_scheduler_stands_for_the_sampler(pipe: RobuQPipeline) -> None:
     scheduler = pipe.scheduler
     assert type(scheduler).__name__ == "DDIMScheduler"
@@ -219,23 +212,6 @@ def test_calls_of_scripts_that_have_no_use_here_do_nothing(path: Path, pipe: Rob
     assert np.array_equal(same(generator=seeded(), **draw).images, pipe(generator=seeded(), **draw).images)
 
 
-def test_tiles_of_the_decoder_are_asked_for_as_there(tmp_path: Path) -> None:
-    write_latent(tmp_path / "latent.safetensors", input_size=24)
-    save_autoencoder_tiny(tmp_path / "vae")
-    pipe = RobuQPipeline.from_pretrained(tmp_path, backend="reference")
-    pipe.set_progress_bar_config(disable=True)
-
-    def draw() -> np.ndarray:
-        return pipe([1], generator=seeded(), num_inference_steps=1, output_type="np").images  # type: ignore[no-any-return]
-
-    whole = draw()
-    pipe.vae.enable_tiling()
-    assert np.array_equal(draw(), whole)  # no wider than a tile
-    pipe.vae.tile_latent_min_size = 16
-    assert not np.array_equal(draw(), whole)
-    assert pipe.vae.use_tiling
-
-
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
@@ -249,7 +225,7 @@ def test_tiles_of_the_decoder_are_asked_for_as_there(tmp_path: Path) -> None:
         (lambda pipe: pipe.progress_bar(), "an iterable or a total"),
         (
             lambda pipe: setattr(pipe, "scheduler", diffusers.EulerDiscreteScheduler()),
-            "scheduler EulerDiscreteScheduler has no counterpart here; set one of DDIMScheduler",
+            "scheduler EulerDiscreteScheduler is not supported; set one of DDIMScheduler",
         ),
         (
             lambda pipe: setattr(
@@ -264,17 +240,6 @@ def test_what_is_not_supported_is_told(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         mistake(pipe)
-
-
-def test_unknown_keywords_are_named(path: Path, pipe: RobuQPipeline) -> None:
-    with pytest.raises(TypeError, match="custom_pipeline"):
-        RobuQPipeline.from_pretrained(path, custom_pipeline="x")  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match="safety_checker"):
-        RobuQPipeline.from_pretrained(path, safety_checker=None)  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match="memory_format"):
-        pipe.to(memory_format=torch.channels_last)
-    with pytest.raises(TypeError, match="prompt"):
-        pipe(prompt="a dog")  # type: ignore[call-arg]
 
 
 def test_the_progress_bar(pipe: RobuQPipeline, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from robuq_core.files import flush, publish_folder, replacing
+from robuq_core.files import flush, replacing
 
 
 @pytest.fixture
@@ -46,16 +46,6 @@ def test_the_content_is_flushed_before_the_rename_and_the_rename_after_it(
         temporary.write_text("whole")
     assert calls == [("fsync", temporary.name), ("rename", "state.pt"), ("fsync", tmp_path.name)]
     assert (tmp_path / "state.pt").read_text() == "whole"
-
-
-@needs_proc
-def test_a_folder_is_flushed_with_all_that_is_in_it(tmp_path: Path, calls: list[tuple[str, str]]) -> None:
-    (tmp_path / "part" / "inner").mkdir(parents=True)
-    (tmp_path / "part" / "inner" / "a").write_text("a")
-    publish_folder(tmp_path / "part", tmp_path / "whole")
-    assert sorted(calls[:3]) == [("fsync", "a"), ("fsync", "inner"), ("fsync", "part")]
-    assert calls[3:] == [("rename", "whole"), ("fsync", tmp_path.name)]
-    assert (tmp_path / "whole" / "inner" / "a").read_text() == "a"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
@@ -258,6 +259,15 @@ def test_what_cannot_be_exported_leaves_nothing_behind(
     with pytest.raises(error, match=message):
         export_hub(path, tmp_path / "export", licence=licence)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_failure_while_exporting_leaves_nothing_behind(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("robuq_core.export_hub.model_card", Mock(side_effect=OSError("no space left on device")))
+    with pytest.raises(OSError, match="no space"):
+        export_hub(checkpoint, tmp_path / "export", licence="mit")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command(checkpoint: Path, tmp_path: Path) -> None:

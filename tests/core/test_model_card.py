@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from autoencoders import write_latent
 from huggingface_hub import ModelCard
 from tiny import TINY, write_tiny
 
@@ -30,18 +29,14 @@ def packed_untrained(folder: Path, planes: int, std: float = 0.15) -> Path:
     return folder / "tiny.safetensors"
 
 
-@pytest.mark.parametrize(("planes", "levels"), [(2, 9), (3, 27)])
-def test_the_sum_of_planes_is_not_called_ternary(tmp_path: Path, planes: int, levels: int) -> None:
+@pytest.mark.parametrize(
+    ("planes", "weights"),
+    [(1, "ternary weights"), (2, "weights of 9 levels (2 ternary planes)"), (3, "weights of 27 levels")],
+)
+def test_only_one_plane_is_called_ternary(tmp_path: Path, planes: int, weights: str) -> None:
     card = card_of(packed_untrained(tmp_path, planes))
-    assert f"**weights of {levels} levels ({planes} ternary planes) and 8.00-bit activations**" in card.text
-    assert not {"ternary", "1.58-bit"} & set(card.data.tags)
-    assert "quantized" in card.data.tags
-
-
-def test_one_plane_is_ternary(tmp_path: Path) -> None:
-    card = card_of(packed_untrained(tmp_path, 1))
-    assert "**ternary weights and 8.00-bit activations**" in card.text
-    assert {"ternary", "1.58-bit"} <= set(card.data.tags)
+    assert f"**{weights}" in card.text
+    assert ({"ternary", "1.58-bit"} <= set(card.data.tags)) == (planes == 1)
 
 
 def test_weights_that_were_not_trained_are_introduced_as_such(tmp_path: Path) -> None:
@@ -58,11 +53,3 @@ def test_nothing_is_claimed_of_a_network_that_predicts_zeros(tmp_path: Path) -> 
     text = card_of(packed_untrained(tmp_path, 3, std=0)).text
     assert "the error of its predictions against the original could not be measured" in text
     assert "0.0%" not in text
-
-
-def test_how_to_install_the_runtime(tmp_path: Path) -> None:
-    write_tiny(tmp_path / "pixels.safetensors")
-    text = card_of(tmp_path / "pixels.safetensors").text
-    assert "on no package index. In a checkout of it:\n\n```sh\npip install .\ndocker build -t robuq-serve .  " in text
-    text = card_of(write_latent(tmp_path / "latent.safetensors")).text
-    assert "pip install '.[vae]'\ndocker build -t robuq-serve --build-arg EXTRAS=vae .   #" in text

@@ -41,12 +41,6 @@ def test_torch_keeps_to_the_thread_within_and_to_its_number_after() -> None:
         assert torch.get_num_threads() == 2
 
 
-def test_torch_has_its_threads_back_when_a_step_fails() -> None:
-    with pytest.raises(ZeroDivisionError), on_one_thread():
-        raise ZeroDivisionError
-    assert torch.get_num_threads() == 2
-
-
 def test_a_step_of_native_kernels_has_torch_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     for backend, expected in (("cpu", 1), ("reference", 2)):
         sampler = Sampler.from_checkpoint(backend=backend)

@@ -2,18 +2,15 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import Field, create_model
-from tiny import write_tiny
 
-from robuq_core import pipeline
 from robuq_core.classes import ClassNames
 from robuq_core.config import MAX_SEED, SamplerConfig
 from robuq_core.params import MAX_REQUEST_SEED, ImageParams, ParamError, RowSpec, check_spec, read_params
@@ -72,14 +69,6 @@ def test_a_bad_value_names_its_field(field: str, value: Any) -> None:
     assert caught.value.field == field
 
 
-@pytest.mark.parametrize("digits", ["9" * 5000, "-" + "9" * 5000, "9" * 4000])
-def test_a_number_of_thousands_of_digits_names_its_field(digits: str) -> None:
-    for body in (f'{{"class_id": {digits}}}', f'\ufeff{{"steps": 3, "class_id": {digits}}}'):
-        with pytest.raises(ParamError) as caught:
-            read_params(ImageParams, body.encode())
-        assert caught.value.field == "class_id"
-
-
 @pytest.mark.parametrize("body", [b"", b"[]", b"3", b"{", b'{"seed": }', b"\xff", b"[" * 100_000, b'{"seed": 1}x'])
 def test_what_is_no_object_names_the_body(body: bytes) -> None:
     with pytest.raises(ParamError, match="body") as caught:
@@ -119,32 +108,14 @@ def test_a_dotted_capital_i_is_an_i(name: str, asked: str) -> None:
     assert ClassNames([name], 1).ids(asked) == [0]
 
 
-_NEW_FIELD = """
+def test_a_new_field_appears_in_every_interface() -> None:
+    program = """
 from pydantic import Field, create_model
 from robuq_core import params
 params.ImageParams = create_model(
     "ImageParams", __base__=params.ImageParams, sharpness=(float, Field(0.5, ge=0, le=3, description="How sharp.")))
-"""
-
-
-def run_with_new_field(program: str) -> str:
-    """Standard output of a program that finds one field more."""
-    command, wide = [sys.executable, "-c", _NEW_FIELD + program], {**os.environ, "COLUMNS": "200"}
-    done = subprocess.run(command, env=wide, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_a_new_field_appears_on_the_command_line() -> None:
-    for command in ("sample", "compare"):
-        page = run_with_new_field(f"from robuq_core.cli import app; app(['{command}', '--help'])")
-        (line,) = (line for line in page.splitlines() if "--sharpness" in line)
-        assert "0<=x<=3" in line
-
-
-def test_a_new_field_appears_in_every_dialect_and_in_the_load_test() -> None:
-    run_with_new_field("""
 from loadtest.workload import Workload
+from robuq_core.cli import app
 from robuq_core.params import ParamError, read_params
 from server.compat.kserve import INPUTS
 from server.compat.openai import ImagesBody
@@ -162,21 +133,14 @@ for body in (GenerateBody, ImagesBody):
         raise AssertionError
 assert (INPUTS["sharpness"].datatype, INPUTS["sharpness"].shape) == ("FP32", [-1])
 workload = Workload({"num_classes": 5, "image_size": 32, "samplers": ["ddim"], "guidance": True})
-drawn = [body["sharpness"] for body in (workload.mixed() for _ in range(50)) if "sharpness" in body]
-assert drawn and all(0 <= value <= 3 for value in drawn)
-""")
-
-
-@pytest.mark.usefixtures("one_thread")
-def test_a_new_field_appears_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sharpness: Any = (float, Field(0.5, ge=0, le=3))
-    monkeypatch.setattr(pipeline, "ImageParams", create_model("More", __base__=ImageParams, sharpness=sharpness))
-    path = tmp_path / "tiny.safetensors"
-    write_tiny(path)
-    sampler = pipeline.Sampler.from_checkpoint(path, backend="reference")
-    with pytest.raises(ParamError, match="sharpness"):
-        sampler.generate([1], steps=1, sharpness=4)
-    assert len(sampler.generate([1], steps=1, sharpness=1.0)) == 1
+values = [body["sharpness"] for body in (workload.mixed() for _ in range(50)) if "sharpness" in body]
+assert values and all(0 <= value <= 3 for value in values)
+app(["sample", "--help"])
+"""
+    command, wide = [sys.executable, "-c", program], {**os.environ, "COLUMNS": "200"}
+    done = subprocess.run(command, env=wide, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert re.search("--sharpness.*0<=x<=3", done.stdout)
 
 
 def test_parameters_need_no_torch() -> None:

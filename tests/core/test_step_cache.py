@@ -108,6 +108,14 @@ def test_a_step_between_stands_on_the_kept_delta(sampler: Sampler, network: Pack
     assert not torch.equal(row.x, plain.x)
 
 
+def test_a_delta_that_no_later_step_uses_is_dropped(sampler: Sampler) -> None:
+    row, kept = sampler.start(RowSpec(3, 8, 6, 2.0, "ddim", cache_interval=2)), []
+    while not row.done:
+        sampler.step([row])
+        kept.append(row.block_delta is not None)
+    assert kept == [False, True, True, True, True, False]  # the second step runs the blocks again
+
+
 @given(pairs=st.lists(st.tuples(st.integers(0, 999), st.integers(0, 10)), min_size=1, max_size=5))
 def test_the_final_layer_alone_is_what_the_table_holds(network: PackedDiT, pairs: list[tuple[int, int]]) -> None:
     timesteps, classes = zip(*pairs, strict=True)

@@ -101,15 +101,6 @@ def own(tmp_path: Path) -> dict[str, str]:
     return {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
 
 
-def test_what_is_not_asked_for_is_not_there(environment: Path, tmp_path: Path, own: dict[str, str]) -> None:
-    python = environment / "bin" / "python"
-    where = run(python, "-c", "import robuq_core, server, train; print(robuq_core.__file__)", cwd=tmp_path, env=own)
-    assert Path(where.strip()).is_relative_to(environment)
-    for module in ("diffusers", "huggingface_hub", "yaml", "ray"):
-        done = subprocess.run([python, "-c", f"import {module}"], capture_output=True, text=True, cwd=tmp_path, env=own)
-        assert f"No module named '{module}'" in done.stderr
-
-
 def test_what_takes_an_extra_says_so(environment: Path, tmp_path: Path, own: dict[str, str]) -> None:
     for words, extra in (
         (("robuq-train", "run", "-c", "run.yaml"), ".[train]"),

@@ -82,7 +82,7 @@ def test_the_workers_series_have_no_label_of_rays(told: dict[str, Gauge]) -> Non
 def test_a_series_that_is_no_more_becomes_zero(told: dict[str, Gauge]) -> None:
     metrics = Metrics(max_batch_rows=4)
     bridge = RayMetrics(metrics.registry)
-    model = ModelInfo(name="", path=Path(), class_names=(), num_classes=0, drawn_classes=1, prediction_type="epsilon",
+    model = ModelInfo(name="", path=Path(), class_names=(), num_classes=0, valid_classes=1, prediction_type="epsilon",
                       can_guide=False, image_size=8, defaults=SamplerConfig(), backend_name="cpu",
                       average_activation_bits=2.0, weight_bytes=1, decoder_name="pixels", decoder_weight_bytes=0,
                       digest="")  # fmt: skip

@@ -356,7 +356,7 @@ class Study:
             self._network = EfficientNetLite0()
         photos, moments = reference(config, self._network).pool, RunningMoments()
         sampler = plain_sampler(student, config, "student")
-        classes = balanced_classes(self.config.fd_samples, config.model.drawn_classes, seed)
+        classes = balanced_classes(self.config.fd_samples, config.model.valid_classes, seed)
         for first in range(0, len(classes), _BATCH):
             batch = classes[first : first + _BATCH]
             moments.add(self._network(draw(sampler, batch, (seed << 16) + first, config.sampler)).pool)

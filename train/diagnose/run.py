@@ -231,7 +231,7 @@ def _run_on_photos(config: TrainConfig, model: Denoiser, device: torch.device) -
 
 def _run_on_samples(config: TrainConfig, sampler: Sampler) -> str:
     defaults = sampler.defaults
-    classes = random_classes(_DRAWN, sampler.drawn_classes, config.seed)
+    classes = random_classes(_DRAWN, sampler.valid_classes, config.seed)
     sampler.generate(classes, config.seed)
     return f"{len(classes)} images drawn by the model itself, at all {defaults.steps} steps of {defaults.sampler}"
 

@@ -145,7 +145,7 @@ def _agreement(
     seed: int,
     sheet: Path | None,
 ) -> dict[str, Any]:
-    classes = random_classes(count, config.model.drawn_classes, seed)
+    classes = random_classes(count, config.model.valid_classes, seed)
     samples = draw(sampler, classes, seed, settings, config.evaluation.batch_size)
     if sheet is not None:
         write_sheet(samples, sheet)

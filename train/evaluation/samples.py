@@ -125,7 +125,7 @@ def load_sampler(config: TrainConfig, which: Which, checkpoint: Path | None = No
     network, side = config.model, sample_side(config)
     if (sampler.image_size, sampler.num_classes) != (side, network.num_classes):
         raise EvaluationError(
-            f"{sampler.checkpoint_name} draws {sampler.image_size} px and {sampler.num_classes} classes, but the "
+            f"{sampler.checkpoint_name} generates {sampler.image_size} px and {sampler.num_classes} classes, but the "
             f"configuration has {side} px and {network.num_classes}: give the one it was trained with"
         )
     return sampler, digest
@@ -231,7 +231,7 @@ def draw_to_disk(
         "num_classes": sampler.num_classes,
         "sampler": settings.model_dump(mode="json"),
     }
-    labels = np.array(balanced_classes(count, sampler.drawn_classes, seed), dtype=np.int64)
+    labels = np.array(balanced_classes(count, sampler.valid_classes, seed), dtype=np.int64)
     path, shape = folder / "images.npy", (count, side, side, 3)
     rank, world = parallel.rank(), parallel.world_size()
     parallel.on_first(lambda: _prepare_folder(folder, path, shape, described))

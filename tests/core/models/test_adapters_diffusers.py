@@ -94,25 +94,6 @@ def test_a_ddim_step_is_diffusers(folder: Path, guidance: float, step: int) -> N
     assert_floats_agree(row.previous_x0, expected.pred_original_sample[0])
 
 
-@torch.no_grad()
-@pytest.mark.parametrize(("flavour", "guided"), [("official", 3), ("diffusers", 4)])
-def test_guidance_touches_the_channels_of_the_flavour(folder: Path, flavour: str, guided: int) -> None:
-    config, model = load_dit(folder)
-    model = DiT(config.model_copy(update={"flavour": flavour}))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.15)
-    sampler = _sampler(model, model.config)
-    row = sampler.start(RowSpec(class_id=3, seed=0, steps=4, guidance_scale=4.0, sampler="ddim"))
-    x = row.x[None]
-    cond, uncond = (model(x, torch.tensor([999]), torch.tensor([label]))[:, :4] for label in (3, 10))
-    epsilon = torch.cat([(uncond + 4 * (cond - uncond))[:, :guided], cond[:, guided:]], dim=1)
-    scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False)
-    scheduler.set_timesteps(3)
-    sampler.step([row])
-    assert_floats_agree(row.x, scheduler.step(epsilon, 999, x).prev_sample[0])
-    assert float((cond - uncond).abs().amin(dim=(0, 2, 3)).max()) > 0
-
-
 def _rewrite(path: Path, **changes: object) -> None:
     tree = json.loads(path.read_text())
     tree.update(changes)
@@ -159,21 +140,13 @@ def test_diffusers_runs_what_was_written(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "vae"]
 
 
-def test_unequal_embedders_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("change", "message"), [(1.0, "bias differs"), (torch.nan, "bias holds NaN")])
+def test_unequal_embedders_are_refused(tmp_path: Path, change: float, message: str) -> None:
     theirs = _theirs()
     with torch.no_grad():
-        theirs.transformer_blocks[2].norm1.emb.timestep_embedder.linear_1.bias[5] += 1
+        theirs.transformer_blocks[2].norm1.emb.timestep_embedder.linear_1.bias[5] += change
     theirs.save_pretrained(tmp_path)
-    with pytest.raises(WeightsError, match=r"blocks\.2\.norm1\.emb\.timestep_embedder\.linear_1\.bias differs"):
-        load_dit(tmp_path)
-
-
-def test_embedders_that_diverged_are_named(tmp_path: Path) -> None:
-    theirs = _theirs()
-    with torch.no_grad():
-        theirs.transformer_blocks[1].norm1.emb.class_embedder.embedding_table.weight[5, 5] = torch.nan
-    theirs.save_pretrained(tmp_path)
-    with pytest.raises(WeightsError, match=r"blocks\.1\.norm1\.emb\.class_embedder\.\S+ holds NaN"):
+    with pytest.raises(WeightsError, match=rf"blocks\.2\.norm1\.emb\.timestep_embedder\.linear_1\.{message}"):
         load_dit(tmp_path)
 
 

@@ -48,13 +48,6 @@ def test_error_on_normal_tokens_is_the_published_one(bits: int) -> None:
     assert float((codes * scales - x).square().mean()) == pytest.approx(PUBLISHED_MSE[bits], rel=0.02)
 
 
-def test_a_row_does_not_depend_on_the_others() -> None:
-    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
-    whole, _ = quantize_activation(x, 2)
-    alone = torch.cat([quantize_activation(row[None], 2)[0] for row in x])
-    assert torch.equal(whole, alone)
-
-
 @given(bits=BITS, grid=GRIDS, seed=st.integers(0, 2**16))
 def test_fake_quantised_values_are_the_codes_and_gradients_pass(bits: int, grid: Grid, seed: int) -> None:
     x = torch.randn(3, 24, generator=torch.Generator().manual_seed(seed), requires_grad=True)

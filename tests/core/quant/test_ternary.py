@@ -31,17 +31,6 @@ def test_gaussian_weights_match_the_published_statistics() -> None:
     assert float((weight - codes * absmean[:, None]).square().mean()) == pytest.approx(0.263, abs=0.004)
 
 
-def test_scales_are_storable_in_fp16() -> None:
-    _, alpha = ternarize(torch.randn(9, 33, generator=torch.Generator().manual_seed(1)))
-    assert torch.equal(alpha.half().float(), alpha)
-
-
-def test_zero_rows_are_zero() -> None:
-    codes, alpha = ternarize(torch.zeros(3, 8))
-    assert not codes.any()
-    assert not alpha.any()
-
-
 def test_unknown_scale_is_refused() -> None:
     with pytest.raises(ValueError, match="weight_scale"):
         ternarize(torch.ones(1, 2), "median")  # type: ignore[arg-type]
@@ -79,11 +68,9 @@ def test_error_of_planes_on_normal_weights(planes: int, mse: float) -> None:
         assert float((weight - quantized).square().mean()) == pytest.approx(mse, rel=0.02)
 
 
-@pytest.mark.parametrize("planes", [2, 3])
-def test_planes_of_zero_rows_are_zero(planes: int) -> None:
-    codes, alpha = ternary_planes(torch.zeros(3, 8), planes)
-    assert not codes.any()
-    assert not alpha.any()
+@pytest.mark.parametrize("planes", [1, 2, 3])
+def test_zero_rows_are_zero(planes: int) -> None:
+    assert not any(part.any() for part in ternary_planes(torch.zeros(3, 8), planes))
 
 
 def test_other_numbers_of_planes_are_refused() -> None:

@@ -41,7 +41,7 @@ def test_a_run_of_each_kind_is_exported_as_what_it_is(tmp_path: Path, kind: str)
     assert header.tensors["y_embedder.embedding_table.weight"].shape[0] == classes + null_class
     assert header.diffusion == config.diffusion
     packed = Sampler.from_checkpoint(path)
-    ids = balanced_classes(2, packed.drawn_classes, 0)
+    ids = balanced_classes(2, packed.valid_classes, 0)
     pictures = packed.generate(ids, seed=1)
     student, _ = load_sampler(config, "student")
     assert [picture.size for picture in pictures] == [picture.size for picture in student.generate(ids, seed=1)]

@@ -6,11 +6,12 @@ The pages stay plain Markdown that also reads well in a repository browser; all 
 from __future__ import annotations
 
 import html
+import json
 import posixpath
 import re
 from pathlib import Path
+from typing import Any
 
-from http_reference import http_reference, settings_table
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
@@ -27,6 +28,39 @@ DRAWING = re.compile(r"^!\[([^\]]*)\]\(([^)\s]+\.svg)\)$", re.M)
 ROLE = re.compile(r":(?:class|func|meth|mod|attr):<code>~?([^<]*)</code>")
 
 
+def openapi() -> dict[str, Any]:
+    """What a server gives at ``/openapi.json``; the model behind it is a stand-in with five classes."""
+    from server.app import create_app
+    from server.fake import FakeSampler
+    from server.metrics import Metrics
+    from server.pool import Pool
+    from server.request import ModelInfo
+    from server.settings import Settings
+    from server.worker import describe
+
+    sampler = FakeSampler()
+    fields = describe(sampler) | {"path": Path(), "class_names": sampler.class_names, "defaults": sampler.defaults}
+
+    class Documented(Pool):
+        """Knows its model without a worker."""
+
+        model = ModelInfo(**fields)  # type: ignore[assignment]
+
+    settings = Settings.model_construct()
+    return create_app(Documented(settings, Metrics(settings.max_batch_rows)), settings).openapi()
+
+
+def _settings() -> str:
+    """Every option of ``robuq-serve``."""
+    from server.settings import Settings
+
+    lines = ["| Option | Default | |", "|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        default = "" if field.default in (None, ()) else f"`{field.default}`"
+        lines.append(f"| `--{name.replace('_', '-')}` | {default} | {field.description} |")
+    return "\n".join(lines)
+
+
 def _configuration() -> str:
     from train.config import annotated_defaults
 
@@ -35,8 +69,8 @@ def _configuration() -> str:
 
 # What is written where a page has a mark.
 GENERATED = {
-    "<!-- openapi -->": http_reference,
-    "<!-- settings -->": settings_table,
+    "<!-- openapi -->": lambda: "[Every route and schema](api/index.html)",
+    "<!-- settings -->": _settings,
     "<!-- keys -->": _configuration,
 }
 
@@ -51,7 +85,7 @@ def _source(target: str) -> str:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Put the files of the repository that pages link to into the site."""
+    """Put the files of the repository that pages link to, and the HTTP reference, into the site."""
     root = _root(config)
     for name, page in ROOT_PAGES.items():
         # Seen from docs/, where they now lie, their links lead out of it.
@@ -63,6 +97,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         if not path.is_file():
             raise PluginError(f"docs: a page links to ../{target}, which is not a file of the repository")
         files.append(File.generated(config, _source(target), abs_src_path=str(path)))
+    # The page that a server has at /docs, and the document that it shows.
+    web = root / "server" / "web"
+    files.append(File.generated(config, "api/openapi.json", content=json.dumps(openapi())))
+    files.append(File.generated(config, "api/index.html", abs_src_path=str(web / "reference.html")))
+    for path in (*web.glob("*.js"), web / "style.css", web / "favicon.svg"):
+        files.append(File.generated(config, f"api/web/{path.name}", abs_src_path=str(path)))
     return files
 
 

@@ -22,7 +22,7 @@ from robuq_core.bench.source import plain_network, random_checkpoint
 from robuq_core.config import QuantConfig
 from robuq_core.kernels.ops import Backend
 from robuq_core.kernels.triton import ternary_linear, tuning
-from robuq_core.kernels.triton.aot import SHARED_LIMIT
+from robuq_core.kernels.triton.config import SHARED_LIMIT
 from robuq_core.models.packed_dit import PackedDiT
 
 TUNING_SECONDS, CANDIDATES = 100.0, 12

@@ -21,9 +21,8 @@ from robuq_core.kernels.ops import FusedBackend, Modulation, Prologue, Quantized
 from robuq_core.kernels.pack_layer import pack_layer
 from robuq_core.kernels.triton import ternary_linear as product
 from robuq_core.kernels.triton import tuning
-from robuq_core.kernels.triton.aot import SHARED_LIMIT
 from robuq_core.kernels.triton.backend import TritonBackend
-from robuq_core.kernels.triton.config import LaunchConfig
+from robuq_core.kernels.triton.config import SHARED_LIMIT, LaunchConfig
 from robuq_core.quant.choices import Grid
 from robuq_core.quant.packing import pack_planar
 

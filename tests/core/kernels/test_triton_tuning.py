@@ -13,8 +13,7 @@ pytest.importorskip("triton")
 
 from robuq_core.errors import UserError
 from robuq_core.kernels.triton import tuning
-from robuq_core.kernels.triton.aot import SHARED_LIMIT
-from robuq_core.kernels.triton.config import LaunchConfig
+from robuq_core.kernels.triton.config import SHARED_LIMIT, LaunchConfig
 from robuq_core.kernels.triton.ternary_linear import candidate_configs, shared_bytes
 
 GPU = "NVIDIA Test 9000"

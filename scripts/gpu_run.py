@@ -63,21 +63,15 @@ def shares(name: str, seconds: float, count: int) -> Stage:
 SMOKE, SERVER, FORWARDS = Job("smoke", 60, needed=True), Job("server", 60), Job("forwards", 60)
 # Jobs of one stage run at the same time, so what is to be timed well has one of its own.
 FIRST: tuple[Stage, ...] = (
-    (Job("machine", 25),),
-    (SMOKE,),
-    shares("compile", 60, COMPILERS),
+    *((Job("machine", 25),), (SMOKE,), shares("compile", 60, COMPILERS)),
     shares("layers", 60, 8) + shares("attention", 60, 3) + shares("rows", 60, 2),
     (Job("repeats", 25), Job("graphs", 40)),
-    (Job("ops", 60),),
-    (FORWARDS,),
-    (Job("forwards_fp32", 40),),
-    (Job("forwards_bf16", 70),),
+    *((job,) for job in (Job("ops", 60), FORWARDS, Job("forwards_fp32", 40), Job("forwards_bf16", 70))),
     (SERVER, Job("image", 60), Job("sanitizer", 60)),
-    (Job("counters", 50),),
-    (Job("training", 50),),
+    *((job,) for job in (Job("counters", 50), Job("training", 50))),
 )
 # The second forwards are for the spread.
-SECOND: tuple[Stage, ...] = (*((job,) for job in (SMOKE, Job("tune", 110), FORWARDS, FORWARDS, SERVER)),)
+SECOND: tuple[Stage, ...] = tuple((job,) for job in (SMOKE, Job("tune", 110), FORWARDS, FORWARDS, SERVER))
 PARTS = {"a": (400, FIRST), "b": (300, SECOND)}
 
 

@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from triton.testing import do_bench, do_bench_cudagraph
 
 from robuq_core.config import ModelConfig
 from robuq_core.kernels.ops import Backend, Modulation, TernaryLayer
@@ -144,25 +144,16 @@ class Context:
         host."""
         if self.rehearse:
             return self.wall_ms(calls[0])
-        from triton.testing import do_bench_cudagraph
-
         return do_bench_cudagraph(lambda: [call() for call in calls], rep=5, return_mode="median") / len(calls)
 
-    def event_ms(self, run: Callable[[], object], repeats: int = 5) -> float:
-        """Median of what the device takes, the host's gaps included."""
-        if self.rehearse:
-            return self.wall_ms(run)
-        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-        for begin, end in pairs:
-            begin.record()
-            run()
-            end.record()
-        self.wait()
-        return median(begin.elapsed_time(end) for begin, end in pairs)
-
-    def reset_peak(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+    def event_ms(self, run: Callable[[], object]) -> float:
+        """Median of what the device takes, the host's gaps included, and nothing in the L2 cache."""
+        return self.wall_ms(run) if self.rehearse else do_bench(run, return_mode="median")
 
     def peak_bytes(self) -> int | None:
-        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
+        """Of the GPU's memory, since the last call."""
+        if self.rehearse:
+            return None
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak

@@ -154,10 +154,8 @@ def repeats(context: Context) -> None:
 
 def launches(context: Context) -> None:
     """Each op once: what the profiler and the sanitizer watch."""
-    for (call,) in op_calls(
-        context, context.narrow, 256 if context.parts == 1 and not context.rehearse else 9
-    ).values():
-        call()
+    few = context.rehearse or context.parts > 1
+    results(op_calls(context, context.narrow, 9 if few else 256))
     context.wait()
 
 

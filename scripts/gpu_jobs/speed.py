@@ -6,10 +6,8 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
 from functools import partial
 from itertools import product
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,24 +61,15 @@ def ops(context: Context) -> None:
             found = {name: context.graphed_ms(each) for name, each in calls.items()}
             context.record(rows=rows, activations=ops.activations, rank=rank, ms=found)
         for name, width, outputs in context.sizes.shapes:
-            context.record(rows=rows, layer=name, ms=_peer_times(context, rows, width, outputs))
-
-
-def _peer_times(context: Context, rows: int, width: int, outputs: int) -> dict[str, Any]:
-    x, weight = context.normal(rows, width), context.normal(outputs, width)
-    codes, ternary = (each.sign().to(torch.int8) for each in (x, weight))
-    sides: dict[str, list[Callable[[], object]]] = {
-        "cuBLAS fp32": [partial(F.linear, each, weight) for each in context.copies(x)],
-        "cuBLAS bf16": [partial(F.linear, each, weight.bfloat16()) for each in context.copies(x.bfloat16())],
-        "cuBLAS int8": [partial(torch._int_mm, each, ternary.T) for each in context.copies(codes)],
-    }
-    found: dict[str, Any] = {}
-    for name, calls in sides.items():
-        try:
-            found[name] = context.graphed_ms(calls)
-        except Exception as error:  # more than 16 rows, multiples of 8: cuBLAS has terms of its own
-            found[name] = repr(error)[:200]
-    return found
+            x, weight = context.normal(rows, width), context.normal(outputs, width)
+            narrow, ternary = weight.bfloat16(), weight.sign().to(torch.int8)
+            peers = {
+                "fp32": [partial(F.linear, each, weight) for each in context.copies(x)],
+                "bf16": [partial(F.linear, each, narrow) for each in context.copies(x.bfloat16())],
+                "int8": [partial(torch._int_mm, each, ternary.T) for each in context.copies(x.sign().to(torch.int8))],
+            }
+            found = {dtype: context.graphed_ms(calls) for dtype, calls in peers.items()}
+            context.record(rows=rows, layer=name, cublas_ms=found)
 
 
 def network(context: Context, backend: Backend, depth: int | None = None) -> PackedDiT:
@@ -100,24 +89,17 @@ def forwards(context: Context) -> None:
     packed: PackedDiT | None = None
     for name, backend in context.network_backends.items():
         packed = network(context, backend) if packed is None else packed.replica(backend)
-        context.reset_peak()
+        context.peak_bytes()
         for count in context.sizes.batches:
-            inputs = rows_of(context, count)
-            run = partial(packed.forward, *inputs)
-
-            def forget_and_run(packed: PackedDiT = packed, inputs: Any = inputs) -> None:
-                packed.conditioning.clear()
-                packed.forward(*inputs)
-
-            found = {"wall_ms": context.wall_ms(run), "ms": context.event_ms(run, 11)}
-            context.record(side=f"ours, {name} activations", rows=count, **found, peak_bytes=context.peak_bytes(),
-                           weight_bytes=packed.weight_bytes, new_pairs_ms=context.wall_ms(forget_and_run))  # fmt: skip
+            run = partial(packed.forward, *rows_of(context, count))
+            found = {"wall_ms": context.wall_ms(run), "ms": context.event_ms(run), "peak_bytes": context.peak_bytes()}
+            found["new_pairs_ms"] = context.wall_ms(lambda run=run, table=packed.conditioning: (table.clear(), run()))
+            context.record(side=f"ours, {name}", rows=count, weight_bytes=packed.weight_bytes, **found)
 
 
 def forwards_fp32(context: Context) -> None:
     """Eager FP32, without TF32: what the paper compares with."""
     plain = plain_network(context.sizes.model, context.device)
-    context.reset_peak()
     for count in context.sizes.batches:
         run = partial(plain, *(each.to(context.device) for each in rows_of(context, count)))
         run()
@@ -131,7 +113,6 @@ def forwards_bf16(context: Context) -> None:
         for block in plain.blocks:
             block.compile(dynamic=False)
     forward = plain.t_embedder.forward
-    context.reset_peak()
     for count in context.sizes.batches:
         x, timesteps, classes = (each.to(context.device) for each in rows_of(context, count))
         run = partial(plain, x.bfloat16(), timesteps, classes)

@@ -237,118 +237,6 @@ def _codes(z, inverse_step, top, real, MIDRISE: tl.constexpr):  # type: ignore[n
     return tl.where(real, v, 0.0)
 
 
-@triton.jit
-def _rotate(  # type: ignore[no-untyped-def]
-    x_ptr,
-    shift_ptr,
-    scale_ptr,
-    signs_ptr,
-    left_ptr,
-    right_ptr,
-    codes_ptr,
-    sums_ptr,
-    scales_ptr,
-    tile,
-    tokens_total,
-    tokens_per_image,
-    eps,
-    step_factor,
-    top,
-    K: tl.constexpr,
-    BLOCK: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    MAIN: tl.constexpr,
-    TAIL: tl.constexpr,
-    MAIN_TILE: tl.constexpr,
-    TAIL_TILE: tl.constexpr,
-    KIND: tl.constexpr,
-    MIDRISE: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
-    SIZE: tl.constexpr = MAIN_TILE + TAIL_TILE
-    WIDTH: tl.constexpr = TOKENS * COLUMNS
-    column = tl.arange(0, WIDTH)
-    token = tile * TOKENS + column // COLUMNS
-    live = token < tokens_total
-    # One 64-bit base for the program, 32-bit offsets within it.
-    start = tile.to(tl.int64) * (TOKENS * K)
-    x_ptr += start
-    codes_ptr += start
-    base = (column // COLUMNS) * K
-
-    row = tl.arange(0, MAIN_TILE)
-    k = row[:, None] * COLUMNS + (column % COLUMNS)[None, :]
-    real = (row < MAIN)[:, None] if MAIN < MAIN_TILE else (row >= 0)[:, None]
-    here = real & live[None, :]
-    x = _prologue(tl.load(x_ptr + base[None, :] + k, mask=here, other=0.0).to(tl.float32), KIND)
-    t = x  # stands for no tail
-    if TAIL > 0:
-        tail_row = tl.arange(0, TAIL_TILE)
-        tail_k = (MAIN + tail_row)[:, None] * COLUMNS + (column % COLUMNS)[None, :]
-        tail_real = (tail_row < TAIL)[:, None]
-        tail_here = tail_real & live[None, :]
-        t = _prologue(tl.load(x_ptr + base[None, :] + tail_k, mask=tail_here, other=0.0).to(tl.float32), KIND)
-
-    if KIND == 1:
-        mean = (_sum_by_token(x, t, column, COLUMNS, TAIL) * (1.0 / K))[None, :]
-        x = tl.where(here, x - mean, 0.0)
-        if TAIL > 0:
-            t = tl.where(tail_here, t - mean, 0.0)
-        variance = _sum_by_token(x * x, t * t, column, COLUMNS, TAIL) * (1.0 / K)
-        inverse = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))[None, :]
-        image = (token // tokens_per_image) * K
-        scale = tl.load(scale_ptr + image[None, :] + k, mask=here, other=0.0)
-        x = x * inverse * (1.0 + scale) + tl.load(shift_ptr + image[None, :] + k, mask=here, other=0.0)
-        if TAIL > 0:
-            scale = tl.load(scale_ptr + image[None, :] + tail_k, mask=tail_here, other=0.0)
-            shift = tl.load(shift_ptr + image[None, :] + tail_k, mask=tail_here, other=0.0)
-            t = t * inverse * (1.0 + scale) + shift
-
-    x *= tl.load(signs_ptr + k, mask=real, other=0.0)
-    if TAIL > 0:
-        t *= tl.load(signs_ptr + tail_k, mask=tail_real, other=0.0)
-    if BLOCK == 128 and TOKENS == 1:
-        z = _rotate_by_128(x)
-        zt = _rotate_by_128(t) if TAIL > 0 else z
-    else:
-        # To fp16's range, by a power of two: after the first product |x| COLUMNS <= 2^14. A bfloat16 stays exact, down
-        # to 2^-33 of the largest. A token that is not finite becomes zeros here, since zero times NaN would reach its
-        # neighbours in the product, and NaN again after it.
-        EXACT: tl.constexpr = KIND == 0 and x_ptr.dtype.element_ty == tl.bfloat16
-        largest = tl.maximum(_max_by_token(x, t, column, COLUMNS, TAIL), 1e-30)
-        finite = largest < float("inf")
-        power = tl.div_rn(16384.0 / COLUMNS, largest).to(tl.int32, bitcast=True) & 0x7F800000
-        grow = power.to(tl.float32, bitcast=True)[None, :]
-        shrink = tl.where(finite[None, :], tl.div_rn(BLOCK**-0.5, grow), float("nan"))
-        x = tl.where(finite[None, :], x, 0.0)
-        right = tl.load(right_ptr + column[:, None] * WIDTH + column[None, :])
-        x = _mix_columns(x * grow, right, EXACT)
-        z = tl.zeros([MAIN_TILE, WIDTH], tl.float32)
-        zt = z
-        if TAIL > 0:
-            t = tl.where(finite[None, :], t, 0.0)
-            t = _mix_columns(t * grow, right, EXACT)
-            at = MAIN_TILE + tail_row
-            z = _mix_rows(tl.load(left_ptr + row[:, None] * SIZE + at[None, :]), t, z)
-            zt = tl.zeros([TAIL_TILE, WIDTH], tl.float32)
-            zt = _mix_rows(tl.load(left_ptr + at[:, None] * SIZE + at[None, :]), t, zt)
-            zt = _mix_rows(tl.load(left_ptr + at[:, None] * SIZE + row[None, :]), x, zt) * shrink
-        z = _mix_rows(tl.load(left_ptr + row[:, None] * SIZE + row[None, :]), x, z) * shrink
-
-    step = _sum_by_token(tl.abs(z), tl.abs(zt), column, COLUMNS, TAIL) * (1.0 / K) * step_factor
-    inverse_step = tl.div_rn(1.0, tl.maximum(step, 1e-30))[None, :]
-    codes = _codes(z, inverse_step, top, real, MIDRISE)
-    tail_codes = codes
-    tl.store(codes_ptr + base[None, :] + k, codes.to(tl.int8), mask=here)
-    if TAIL > 0:
-        tail_codes = _codes(zt, inverse_step, top, tail_real, MIDRISE)
-        tl.store(codes_ptr + base[None, :] + tail_k, tail_codes.to(tl.int8), mask=tail_here)
-    first = live & (column % COLUMNS == 0)
-    tl.store(scales_ptr + token, step * (0.5 if MIDRISE else 1.0), mask=first)
-    # Integers below 2^24: exact in any order.
-    tl.store(sums_ptr + token, _sum_by_token(codes, tail_codes, column, COLUMNS, TAIL).to(tl.int32), mask=first)
-
-
 @triton.jit(do_not_specialize=["tokens_total", "tokens_per_image", "eps", "step_factor", "top"])
 def rotate_quantize_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
@@ -409,32 +297,91 @@ def rotate_quantize_kernel(  # type: ignore[no-untyped-def]
                 STEP,
             )
     else:
-        _rotate(
-            x_ptr,
-            shift_ptr,
-            scale_ptr,
-            signs_ptr + layer * K,
-            left_ptr,
-            right_ptr,
-            codes_ptr + layer * tokens_total * K,
-            sums_ptr + layer * tokens_total,
-            scales_ptr + layer * tokens_total,
-            tile,
-            tokens_total,
-            tokens_per_image,
-            eps,
-            step_factor,
-            top,
-            K,
-            BLOCK,
-            COLUMNS,
-            MAIN,
-            TAIL,
-            MAIN_TILE,
-            TAIL_TILE,
-            KIND,
-            MIDRISE,
-            TOKENS,
+        SIZE: tl.constexpr = MAIN_TILE + TAIL_TILE
+        WIDTH: tl.constexpr = TOKENS * COLUMNS
+        column = tl.arange(0, WIDTH)
+        token = tile * TOKENS + column // COLUMNS
+        live = token < tokens_total
+        # One 64-bit base for the program, 32-bit offsets within it.
+        start = tile.to(tl.int64) * (TOKENS * K)
+        x_from, codes_to = x_ptr + start, codes_ptr + layer * tokens_total * K + start
+        signs_from = signs_ptr + layer * K
+        base = (column // COLUMNS) * K
+
+        row = tl.arange(0, MAIN_TILE)
+        k = row[:, None] * COLUMNS + (column % COLUMNS)[None, :]
+        real = (row < MAIN)[:, None] if MAIN < MAIN_TILE else (row >= 0)[:, None]
+        here = real & live[None, :]
+        x = _prologue(tl.load(x_from + base[None, :] + k, mask=here, other=0.0).to(tl.float32), KIND)
+        t = x  # stands for no tail
+        if TAIL > 0:
+            tail_row = tl.arange(0, TAIL_TILE)
+            tail_k = (MAIN + tail_row)[:, None] * COLUMNS + (column % COLUMNS)[None, :]
+            tail_real = (tail_row < TAIL)[:, None]
+            tail_here = tail_real & live[None, :]
+            t = _prologue(tl.load(x_from + base[None, :] + tail_k, mask=tail_here, other=0.0).to(tl.float32), KIND)
+
+        if KIND == 1:
+            mean = (_sum_by_token(x, t, column, COLUMNS, TAIL) * (1.0 / K))[None, :]
+            x = tl.where(here, x - mean, 0.0)
+            if TAIL > 0:
+                t = tl.where(tail_here, t - mean, 0.0)
+            variance = _sum_by_token(x * x, t * t, column, COLUMNS, TAIL) * (1.0 / K)
+            inverse = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))[None, :]
+            image = (token // tokens_per_image) * K
+            scale = tl.load(scale_ptr + image[None, :] + k, mask=here, other=0.0)
+            x = x * inverse * (1.0 + scale) + tl.load(shift_ptr + image[None, :] + k, mask=here, other=0.0)
+            if TAIL > 0:
+                scale = tl.load(scale_ptr + image[None, :] + tail_k, mask=tail_here, other=0.0)
+                shift = tl.load(shift_ptr + image[None, :] + tail_k, mask=tail_here, other=0.0)
+                t = t * inverse * (1.0 + scale) + shift
+
+        x *= tl.load(signs_from + k, mask=real, other=0.0)
+        if TAIL > 0:
+            t *= tl.load(signs_from + tail_k, mask=tail_real, other=0.0)
+        if BLOCK == 128 and TOKENS == 1:
+            z = _rotate_by_128(x)
+            zt = _rotate_by_128(t) if TAIL > 0 else z
+        else:
+            # To fp16's range, by a power of two: after the first product |x| COLUMNS <= 2^14. A bfloat16 stays exact,
+            # down to 2^-33 of the largest. A token that is not finite becomes zeros here, since zero times NaN would
+            # reach its neighbours in the product, and NaN again after it.
+            EXACT: tl.constexpr = KIND == 0 and x_ptr.dtype.element_ty == tl.bfloat16
+            largest = tl.maximum(_max_by_token(x, t, column, COLUMNS, TAIL), 1e-30)
+            finite = largest < float("inf")
+            power = tl.div_rn(16384.0 / COLUMNS, largest).to(tl.int32, bitcast=True) & 0x7F800000
+            grow = power.to(tl.float32, bitcast=True)[None, :]
+            shrink = tl.where(finite[None, :], tl.div_rn(BLOCK**-0.5, grow), float("nan"))
+            x = tl.where(finite[None, :], x, 0.0)
+            right = tl.load(right_ptr + column[:, None] * WIDTH + column[None, :])
+            x = _mix_columns(x * grow, right, EXACT)
+            z = tl.zeros([MAIN_TILE, WIDTH], tl.float32)
+            zt = z
+            if TAIL > 0:
+                t = tl.where(finite[None, :], t, 0.0)
+                t = _mix_columns(t * grow, right, EXACT)
+                at = MAIN_TILE + tail_row
+                z = _mix_rows(tl.load(left_ptr + row[:, None] * SIZE + at[None, :]), t, z)
+                zt = tl.zeros([TAIL_TILE, WIDTH], tl.float32)
+                zt = _mix_rows(tl.load(left_ptr + at[:, None] * SIZE + at[None, :]), t, zt)
+                zt = _mix_rows(tl.load(left_ptr + at[:, None] * SIZE + row[None, :]), x, zt) * shrink
+            z = _mix_rows(tl.load(left_ptr + row[:, None] * SIZE + row[None, :]), x, z) * shrink
+
+        step = _sum_by_token(tl.abs(z), tl.abs(zt), column, COLUMNS, TAIL) * (1.0 / K) * step_factor
+        inverse_step = tl.div_rn(1.0, tl.maximum(step, 1e-30))[None, :]
+        codes = _codes(z, inverse_step, top, real, MIDRISE)
+        tail_codes = codes
+        tl.store(codes_to + base[None, :] + k, codes.to(tl.int8), mask=here)
+        if TAIL > 0:
+            tail_codes = _codes(zt, inverse_step, top, tail_real, MIDRISE)
+            tl.store(codes_to + base[None, :] + tail_k, tail_codes.to(tl.int8), mask=tail_here)
+        first = live & (column % COLUMNS == 0)
+        tl.store(scales_ptr + layer * tokens_total + token, step * (0.5 if MIDRISE else 1.0), mask=first)
+        # Integers below 2^24: exact in any order.
+        tl.store(
+            sums_ptr + layer * tokens_total + token,
+            _sum_by_token(codes, tail_codes, column, COLUMNS, TAIL).to(tl.int32),
+            mask=first,
         )
 
 

@@ -88,9 +88,19 @@ def _round(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _scaled(largest):  # type: ignore[no-untyped-def]
+    return tl.maximum(tl.div_rn(largest, 127.0), 1e-30)
+
+
+@triton.jit
+def _quantized(x, scale):  # type: ignore[no-untyped-def]
+    return _round(tl.div_rn(x, scale)).to(tl.int8)
+
+
+@triton.jit
 def _codes_by_token(x):  # type: ignore[no-untyped-def]
-    scale = tl.maximum(tl.div_rn(tl.max(tl.abs(x), 1), 127.0), 1e-30)
-    return _round(tl.div_rn(x, scale[:, None])).to(tl.int8), scale
+    scale = _scaled(tl.max(tl.abs(x), 1))
+    return _quantized(x, scale[:, None]), scale
 
 
 @triton.jit(do_not_specialize=["padded", "heads"])
@@ -133,13 +143,10 @@ def quantize_heads_kernel(  # type: ignore[no-untyped-def]
     for start in range(0, LENGTH, BLOCK):
         t = start + tl.arange(0, BLOCK)
         inside = (t < LENGTH)[:, None] & (column < HEAD)[None, :]
-        v = tl.load(v_in_ptr + t[:, None].to(tl.int64) * stride + column[None, :], mask=inside, other=0.0).to(
-            tl.float32
-        )
-        largest = tl.maximum(largest, tl.abs(v))
-    v_scale = tl.maximum(tl.div_rn(tl.max(tl.max(largest, 1), 0), 127.0), 1e-30)
-    v = tl.load(v_in_ptr + here, mask=real, other=0.0).to(tl.float32)
-    codes = _round(tl.div_rn(v, v_scale)).to(tl.int8)
+        v = tl.load(v_in_ptr + t[:, None].to(tl.int64) * stride + column[None, :], mask=inside, other=0.0)
+        largest = tl.maximum(largest, tl.abs(v.to(tl.float32)))
+    v_scale = _scaled(tl.max(tl.max(largest, 1), 0))
+    codes = _quantized(tl.load(v_in_ptr + here, mask=real, other=0.0).to(tl.float32), v_scale)
     tl.store(v_ptr + out, codes)
     sums = (head * (padded // BLOCK) + tl.program_id(1)) * HEAD_TILE
     tl.store(v_sums_ptr + sums + column, tl.sum(codes.to(tl.int32), 0))
@@ -220,22 +227,12 @@ def attention_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _scaled(largest):  # type: ignore[no-untyped-def]
-    return tl.maximum(tl.div_rn(largest, 127.0), 1e-30)
-
-
-@triton.jit
 def _values(pointer, token, stride, first, WIDTH: tl.constexpr, TILE: tl.constexpr, LENGTH: tl.constexpr):  # type: ignore[no-untyped-def]
     """Values ``first .. first + WIDTH`` of the tokens' heads, zeros around them."""
     column = tl.arange(0, TILE)
     real = (token < LENGTH)[:, None] & (column < WIDTH)[None, :]
     here = token[:, None] * stride + (first + column)[None, :]
     return tl.load(pointer + here, mask=real, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _quantized(x, scale):  # type: ignore[no-untyped-def]
-    return _round(tl.div_rn(x, scale)).to(tl.int8)
 
 
 @triton.jit

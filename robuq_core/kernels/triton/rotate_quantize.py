@@ -129,25 +129,35 @@ def _prologue(x, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _sum_by_token(x, t, column, COLUMNS: tl.constexpr, TAIL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The sum of each token over the tile ``x`` and, if there is a tail, ``t``: ``[columns]``, in every column of the
-    token.
+def _along(x, AXIS: tl.constexpr, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.max(x, AXIS) if LARGEST else tl.sum(x, AXIS)
+
+
+@triton.jit
+def _both(a, b, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.maximum(a, b) if LARGEST else a + b
+
+
+@triton.jit
+def _by_token(x, t, column, COLUMNS: tl.constexpr, TAIL: tl.constexpr, LARGEST: tl.constexpr = False):  # type: ignore[no-untyped-def]
+    """The sum of each token, or its ``LARGEST`` value, over the tile ``x`` and, if there is a tail, ``t``: ``[columns]``,
+    in every column of the token.
 
     Columns of several tokens exchange partial sums: a reshape to tokens and back would spill the whole tile. A tile of
     one token is added up along its rows first, which stay within a warp.
     """
     if x.shape[1] == COLUMNS:
-        one = tl.sum(tl.reshape(tl.sum(x, 1), [1, x.shape[0]]), 1)
+        one = _along(tl.reshape(_along(x, 1, LARGEST), [1, x.shape[0]]), 1, LARGEST)
         if TAIL > 0:
-            one += tl.sum(tl.reshape(tl.sum(t, 1), [1, t.shape[0]]), 1)
+            one = _both(one, _along(tl.reshape(_along(t, 1, LARGEST), [1, t.shape[0]]), 1, LARGEST), LARGEST)
         total = tl.broadcast_to(one, [COLUMNS])
     else:
-        total = tl.sum(x, 0)
+        total = _along(x, 0, LARGEST)
         if TAIL > 0:
-            total += tl.sum(t, 0)
+            total = _both(total, _along(t, 0, LARGEST), LARGEST)
         for i in tl.static_range(10):
             if (1 << i) < COLUMNS:
-                total += tl.gather(total, column ^ (1 << i), axis=0)
+                total = _both(total, tl.gather(total, column ^ (1 << i), axis=0), LARGEST)
     return total
 
 
@@ -155,24 +165,6 @@ def _sum_by_token(x, t, column, COLUMNS: tl.constexpr, TAIL: tl.constexpr):  # t
 def _magnitude(x):  # type: ignore[no-untyped-def]
     """``|x|``, infinite where x is NaN: a maximum may pass over NaN."""
     return tl.where(tl.abs(x) < float("inf"), tl.abs(x), float("inf"))
-
-
-@triton.jit
-def _max_by_token(x, t, column, COLUMNS: tl.constexpr, TAIL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The largest magnitude of each token, laid out as sums are."""
-    if x.shape[1] == COLUMNS:
-        one = tl.max(tl.reshape(tl.max(_magnitude(x), 1), [1, x.shape[0]]), 1)
-        if TAIL > 0:
-            one = tl.maximum(one, tl.max(tl.reshape(tl.max(_magnitude(t), 1), [1, t.shape[0]]), 1))
-        largest = tl.broadcast_to(one, [COLUMNS])
-    else:
-        largest = tl.max(_magnitude(x), 0)
-        if TAIL > 0:
-            largest = tl.maximum(largest, tl.max(_magnitude(t), 0))
-        for i in tl.static_range(10):
-            if (1 << i) < COLUMNS:
-                largest = tl.maximum(largest, tl.gather(largest, column ^ (1 << i), axis=0))
-    return largest
 
 
 @triton.jit
@@ -322,11 +314,11 @@ def rotate_quantize_kernel(  # type: ignore[no-untyped-def]
             t = _prologue(tl.load(x_from + base[None, :] + tail_k, mask=tail_here, other=0.0).to(tl.float32), KIND)
 
         if KIND == 1:
-            mean = (_sum_by_token(x, t, column, COLUMNS, TAIL) * (1.0 / K))[None, :]
+            mean = (_by_token(x, t, column, COLUMNS, TAIL) * (1.0 / K))[None, :]
             x = tl.where(here, x - mean, 0.0)
             if TAIL > 0:
                 t = tl.where(tail_here, t - mean, 0.0)
-            variance = _sum_by_token(x * x, t * t, column, COLUMNS, TAIL) * (1.0 / K)
+            variance = _by_token(x * x, t * t, column, COLUMNS, TAIL) * (1.0 / K)
             inverse = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))[None, :]
             image = (token // tokens_per_image) * K
             scale = tl.load(scale_ptr + image[None, :] + k, mask=here, other=0.0)
@@ -347,7 +339,7 @@ def rotate_quantize_kernel(  # type: ignore[no-untyped-def]
             # down to 2^-33 of the largest. A token that is not finite becomes zeros here, since zero times NaN would
             # reach its neighbours in the product, and NaN again after it.
             EXACT: tl.constexpr = KIND == 0 and x_ptr.dtype.element_ty == tl.bfloat16
-            largest = tl.maximum(_max_by_token(x, t, column, COLUMNS, TAIL), 1e-30)
+            largest = tl.maximum(_by_token(_magnitude(x), _magnitude(t), column, COLUMNS, TAIL, True), 1e-30)
             finite = largest < float("inf")
             power = tl.div_rn(16384.0 / COLUMNS, largest).to(tl.int32, bitcast=True) & 0x7F800000
             grow = power.to(tl.float32, bitcast=True)[None, :]
@@ -367,7 +359,7 @@ def rotate_quantize_kernel(  # type: ignore[no-untyped-def]
                 zt = _mix_rows(tl.load(left_ptr + at[:, None] * SIZE + row[None, :]), x, zt) * shrink
             z = _mix_rows(tl.load(left_ptr + row[:, None] * SIZE + row[None, :]), x, z) * shrink
 
-        step = _sum_by_token(tl.abs(z), tl.abs(zt), column, COLUMNS, TAIL) * (1.0 / K) * step_factor
+        step = _by_token(tl.abs(z), tl.abs(zt), column, COLUMNS, TAIL) * (1.0 / K) * step_factor
         inverse_step = tl.div_rn(1.0, tl.maximum(step, 1e-30))[None, :]
         codes = _codes(z, inverse_step, top, real, MIDRISE)
         tail_codes = codes
@@ -380,7 +372,7 @@ def rotate_quantize_kernel(  # type: ignore[no-untyped-def]
         # Integers below 2^24: exact in any order.
         tl.store(
             sums_ptr + layer * tokens_total + token,
-            _sum_by_token(codes, tail_codes, column, COLUMNS, TAIL).to(tl.int32),
+            _by_token(codes, tail_codes, column, COLUMNS, TAIL).to(tl.int32),
             mask=first,
         )
 

@@ -14,7 +14,7 @@ import yaml
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("photos", type=Path)
 parser.add_argument("--run", type=Path, default=Path("runs/photos"), help="folder for everything the run writes")
-parser.add_argument("--steps", type=int, default=2000, help="steps of the teacher, and of quantisation-aware training")
+parser.add_argument("--steps", type=int, default=1200, help="steps of the teacher, and of quantisation-aware training")
 arguments = parser.parse_args()
 
 classes = sorted(path.name for path in arguments.photos.iterdir() if path.is_dir())

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from robuq_core.diffusion.update import RowStep
 from robuq_core.errors import UserError
-from robuq_core.kernels.ops import Block, Modulation, Prologue, Quantized, TernaryLayer
+from robuq_core.kernels.ops import Block, Ends, Modulation, Prologue, Quantized, TernaryLayer
 from robuq_core.quant.activation import GAUSSIAN_STEP, SIGMA_PER_MEAN_ABS, is_midrise
 from robuq_core.quant.hadamard import decompose_order, hadamard_matrix, rotation_factors
 from robuq_core.quant.packing import planar_width
@@ -34,7 +34,7 @@ Isa = Literal["amx", "avx512vbmi", "avx512vnni", "avx2", "i8mm", "dotprod", "neo
 ISA_VARIABLE = "ROBUQ_CPU_ISA"
 
 # The native side's enumerations (native/robuq.h) and the number of its interface (native/module.c).
-_INTERFACE = 12
+_INTERFACE = 13
 _ISA_CODE: Mapping[Isa, int] = {
     **{"plain": 0, "avx2": 1, "avx512vnni": 2, "avx512vbmi": 3, "amx": 4},
     **{"neon": 5, "dotprod": 6, "i8mm": 7},
@@ -55,6 +55,12 @@ _SIGNATURES = {
     "robuq_block": [_POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _SIZE],
     # backend; x, weight, bias, rows, K, N; y
     "robuq_linear": [_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER],
+    # backend, ends; images, their number; tokens
+    "robuq_embed": [_POINTER, _POINTER, _POINTER, _SIZE, _POINTER],
+    # backend, ends; tokens, images; modulation, strides of its entries and images; images
+    "robuq_output": [_POINTER, _POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _POINTER],
+    # backend, ends, layers, their number; c, rows; slots, table, stride of its entries
+    "robuq_modulate": [_POINTER, _POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _SIZE],
     # steps, rows, values of a row, guided ones; clip; following, estimates
     "robuq_update": [_POINTER, _SIZE, _SIZE, _SIZE, _INT, _POINTER, _POINTER],
     # packed, N, K; planar
@@ -91,6 +97,23 @@ class _BlockStruct(ctypes.Structure):
     _fields_ = (
         *((name, _POINTER) for name in ("qkv", "proj", "fc1", "fc2")),
         *(("heads", _SIZE), ("quantized", _SIZE), ("eps1", _FLOAT), ("eps2", _FLOAT)),
+    )
+
+
+class _DenseStruct(ctypes.Structure):
+    """``struct dense`` of native/module.c."""
+
+    _fields_ = (("weight", _POINTER), ("bias", _POINTER), ("channels", _SIZE), ("width", _SIZE))
+
+
+class _EndsStruct(ctypes.Structure):
+    """``struct ends`` of native/module.c."""
+
+    _fields_ = (
+        *((name, _DenseStruct) for name in ("embedder", "last", "modulation")),
+        ("position", _POINTER),
+        *((name, _SIZE) for name in ("side", "patch", "in_channels", "out_channels", "negated")),
+        ("eps", _FLOAT),
     )
 
 
@@ -179,6 +202,13 @@ def _check_rows(tensor: Tensor, name: str, shape: tuple[int, int]) -> Tensor:
     return _check(tensor, name, shape)
 
 
+def _check_modulation(modulation: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """``modulation``, each row contiguous; rows and entries may lie apart."""
+    if modulation.shape == shape and modulation.stride(2) == 1 and modulation.dtype is torch.float32:
+        return modulation
+    return _check(modulation, "modulation", shape)
+
+
 def _weight_counts(planar: Tensor) -> Tensor:
     """int32 ``[2, N]``: how many weights of a channel are not 0, and how many are 1."""
     planar, counts = planar.contiguous(), torch.empty(2, planar.shape[0], dtype=torch.int32)
@@ -243,6 +273,31 @@ def _native_block(block: Block) -> _BlockStruct:
     struct = _BlockStruct(*addresses, block.num_heads, block.quantized_attention, block.eps[0], block.eps[1])
     struct.layers = layers
     _NATIVE_BLOCKS[block] = struct
+    return struct
+
+
+_NATIVE_ENDS: weakref.WeakKeyDictionary[Ends, _EndsStruct] = weakref.WeakKeyDictionary()
+
+
+def _native_ends(ends: Ends) -> _EndsStruct:
+    """The struct; ``shapes``: of an image, of its tokens and of an image out."""
+    if (known := _NATIVE_ENDS.get(ends)) is not None:
+        return known
+    length, width = ends.position.shape
+    side, area = math.isqrt(length), ends.patch**2
+    sizes = ((width, ends.in_channels * area), (ends.out_channels * area, width), (2 * width, width))
+    dense = []
+    for name, (channels, inputs) in zip(("embedder", "last", "modulation"), sizes, strict=True):
+        weight, bias = getattr(ends, name)
+        weight, bias = _check(weight, f"{name}.weight", (channels, inputs)), _check(bias, f"{name}.bias", (channels,))
+        dense.append((weight, bias, _DenseStruct(weight.data_ptr(), bias.data_ptr(), channels, inputs)))
+    position = _check(ends.position, "position", (side * side, width))
+    sizes_in_patches = (side, ends.patch, ends.in_channels, ends.out_channels, ends.negated)
+    struct = _EndsStruct(*(each for _, _, each in dense), position.data_ptr(), *sizes_in_patches, 1e-6)
+    struct.tensors = dense, position
+    pixels = (side * ends.patch,) * 2
+    struct.shapes = (ends.in_channels, *pixels), (length, width), (ends.out_channels, *pixels)
+    _NATIVE_ENDS[ends] = struct
     return struct
 
 
@@ -366,15 +421,51 @@ class CpuBackend:
         images, length, width = x.shape
         if _check(x, "x", (images, length, struct.layers[0].inputs)) is not x:
             raise ValueError("x must be contiguous: it is changed in place")
-        if modulation.stride(2) != 1:
-            modulation = modulation.contiguous()
-        if modulation.shape != (6, images, width) or modulation.dtype is not torch.float32 or not modulation.is_cpu:
-            raise ValueError(f"modulation must be float32 {(6, images, width)}, not {tuple(modulation.shape)}")
+        modulation = _check_modulation(modulation, (6, images, width))
         if self._library.robuq_block(
             *(self._handle, ctypes.addressof(struct), x.data_ptr(), images, length),
             *(modulation.data_ptr(), modulation.stride(0), modulation.stride(1)),
         ):
             self._raise("add_block")
+
+    def embed(self, images: Tensor, ends: Ends) -> Tensor:
+        struct = _native_ends(ends)
+        pixels, tokens, _ = struct.shapes
+        count = len(images)
+        x, images = torch.empty(count, *tokens), _check(images, "images", (count, *pixels))
+        if self._library.robuq_embed(self._handle, ctypes.addressof(struct), images.data_ptr(), count, x.data_ptr()):
+            self._raise("embed")
+        return x
+
+    def output(self, x: Tensor, modulation: Tensor, ends: Ends) -> Tensor:
+        struct = _native_ends(ends)
+        _, tokens, pixels = struct.shapes
+        count = len(x)
+        x, images = _check(x, "x", (count, *tokens)), torch.empty(count, *pixels)
+        modulation = _check_modulation(modulation, (2, count, tokens[1]))
+        if self._library.robuq_output(
+            *(self._handle, ctypes.addressof(struct), x.data_ptr(), count),
+            *(modulation.data_ptr(), modulation.stride(0), modulation.stride(1), images.data_ptr()),
+        ):
+            self._raise("output")
+        return images
+
+    def modulate(self, c: Tensor, layers: Sequence[TernaryLayer], ends: Ends, table: Tensor, slots: Tensor) -> None:
+        struct, native = _native_ends(ends), [_native_layer(layer) for layer in layers]
+        rows, width, height = len(c), struct.shapes[1][1], 6 * len(layers) + 2
+        if any((each.inputs, each.outputs) != (width, 6 * width) for each in native):
+            raise ValueError(f"a modulation's layer must have {width} inputs and {6 * width} outputs")
+        if _check(table, "table", (height, table.shape[1], width)) is not table:
+            raise ValueError("table must be contiguous: it is changed in place")
+        c, slots = _check(c, "c", (rows, width)), _check(slots, "slots", (rows,), torch.int64)
+        if rows and not 0 <= int(slots.min()) <= int(slots.max()) < table.shape[1]:
+            raise ValueError(f"slots must be from 0 to {table.shape[1] - 1}")
+        addresses = (_POINTER * len(native))(*(each.address for each in native))
+        if self._library.robuq_modulate(
+            *(self._handle, ctypes.addressof(struct), ctypes.addressof(addresses), len(native)),
+            *(c.data_ptr(), rows, slots.data_ptr(), table.data_ptr(), table.stride(0)),
+        ):
+            self._raise("modulate")
 
     def attention(self, qkv: Tensor, num_heads: int, quantized: bool) -> Tensor:
         images, length, triple = qkv.shape

@@ -214,13 +214,44 @@ class Block:
     eps: tuple[float, float]
 
 
+@dataclass(frozen=True, eq=False)
+class Ends:
+    """The full-precision layers of a network before and behind its blocks, as pairs of weight and bias.
+
+    ``embedder`` reads patches, ``last`` makes them, ``modulation`` gives the last one's shift and scale. ``position``:
+    ``[L, D]``, added to the tokens. ``negated``: of the output.
+    """
+
+    embedder: tuple[Tensor, Tensor]
+    last: tuple[Tensor, Tensor]
+    modulation: tuple[Tensor, Tensor]
+    position: Tensor
+    patch: int
+    in_channels: int
+    out_channels: int
+    negated: bool
+
+
 @runtime_checkable
-class BlockBackend(Backend, Protocol):
-    """A backend that runs a whole block in one call, with the same bits as op by op."""
+class NetworkBackend(Backend, Protocol):
+    """A backend that runs each part of a network in one call."""
+
+    def embed(self, images: Tensor, ends: Ends) -> Tensor:
+        """Images ``[B, C, H, W]`` -> tokens ``[B, L, D]``."""
+        ...
 
     def add_block(self, x: Tensor, modulation: Tensor, block: Block) -> None:
-        """Adds both branches to ``x [B, L, D]`` in place. ``modulation [6, B, D]``: shift, scale and gate of the
-        attention, then of the MLP."""
+        """Adds both branches to ``x [B, L, D]`` in place, with the same bits as op by op. ``modulation [6, B, D]``:
+        shift, scale and gate of the attention, then of the MLP."""
+        ...
+
+    def output(self, x: Tensor, modulation: Tensor, ends: Ends) -> Tensor:
+        """LayerNorm, modulation ``[2, B, D]`` and the last layer: tokens -> images."""
+        ...
+
+    def modulate(self, c: Tensor, layers: Sequence[TernaryLayer], ends: Ends, table: Tensor, slots: Tensor) -> None:
+        """Modulations of the conditions ``c [U, D]`` to ``table [6 len(layers) + 2, S, D]``, where the int64
+        ``slots [U]`` say."""
         ...
 
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robuq_core.config import NUM_TRAIN_TIMESTEPS, ModelConfig
-from robuq_core.kernels.ops import Backend, GroupingBackend, LayerGroup, TernaryLayer, whole_layer
-from robuq_core.models.dit import timestep_features
+from robuq_core.kernels.ops import Backend, Ends, GroupingBackend, LayerGroup, NetworkBackend, TernaryLayer, whole_layer
+from robuq_core.models.dit import negates_output, timestep_features
 from robuq_core.staging import staged
 
 TABLE_BYTES = 32 * 2**20
@@ -30,6 +30,22 @@ _PAIR_BUCKETS = (1, 17, 33, 65)
 Pair = tuple[float, int]
 
 
+def network_ends(config: ModelConfig, dense: dict[str, Tensor], position: Tensor) -> Ends:
+    def weights(name: str) -> tuple[Tensor, Tensor]:
+        return dense[f"{name}.weight"], dense[f"{name}.bias"]
+
+    return Ends(
+        embedder=weights("x_embedder"),
+        last=weights("final_layer.linear"),
+        modulation=weights("final_layer.adaLN_modulation.1"),
+        position=position,
+        patch=config.patch_size,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        negated=negates_output(config),
+    )
+
+
 class ConditioningTable:
     """Modulations by (timestep, class): ``table [6 depth + 2, slots, D]``, float32 on the backend's device.
 
@@ -37,7 +53,7 @@ class ConditioningTable:
     last two are the final layer's shift and scale. Memory pages are used as slots fill up.
 
     Args:
-        dense: the embedders and the final layer, by DiT name. adaln: the packed linear of every block.
+        dense: the embedders, by DiT name. adaln: the packed linear of every block. ends: the final layer is of them.
         max_bytes: of the table; it grows for a forward with more pairs. None: 32 MiB, or on a GPU room for the null
             class at every timestep, up to 1/32 of its memory.
         group: ``adaln`` stacked, for a backend that runs them in one launch.
@@ -51,11 +67,13 @@ class ConditioningTable:
         dense: dict[str, Tensor],
         adaln: Sequence[TernaryLayer],
         backend: Backend,
+        ends: Ends,
         max_bytes: int | None = None,
         group: LayerGroup | None = None,
     ) -> None:
         self._config, self._dense, self._adaln, self._backend = config, dense, tuple(adaln), backend
         self._group, self._grouping = group, backend if isinstance(backend, GroupingBackend) else None
+        self._ends, self._network = ends, backend if isinstance(backend, NetworkBackend) else None
         self._ternary = whole_layer(backend)
         self._timestep_embeddings: dict[float, Tensor] = {}
         entry_bytes = 4 * self._height * config.hidden_size
@@ -124,9 +142,16 @@ class ConditioningTable:
     def final(self, timesteps: Sequence[float], classes: Sequence[int]) -> Tensor:
         """The final layer's shift and scale alone, ``[2, B, D]``: the same values, computed and not kept."""
         (c_BD,) = self._embeddings(list(zip(timesteps, classes, strict=True)))
+        if self._network is not None:
+            table = c_BD.new_empty(2, *c_BD.shape)
+            self._network.modulate(c_BD, (), self._ends, table, torch.arange(len(c_BD)))
+            return table
         return self._final(c_BD).reshape(len(timesteps), 2, -1).transpose(0, 1)
 
     def _fill(self, c_UD: Tensor, slots: Tensor) -> None:
+        if self._network is not None and not any(layer.finer for layer in self._adaln):
+            self._network.modulate(c_UD, self._adaln, self._ends, self.table, slots)
+            return
         if self._grouping is not None and self._group is not None:
             every = self._grouping.ternary_each(c_UD, self._group, "silu")
             self._put(0, slots, every.transpose(0, 1).flatten(1))
@@ -160,7 +185,7 @@ class ConditioningTable:
         # SiLU row by row: torch's vector and scalar code differ in the last bit, and which of them an element meets
         # depends on the size of the whole tensor.
         activated = torch.stack([F.silu(row) for row in c_UD])
-        return self._linear(activated, "final_layer.adaLN_modulation.1")
+        return self._backend.linear(activated, *self._ends.modulation)
 
     def _put(self, first: int, slots: Tensor, modulation: Tensor) -> None:
         """Write ``modulation [U, n D]`` to entries ``first`` .. ``first + n - 1``."""

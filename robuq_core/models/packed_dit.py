@@ -16,19 +16,19 @@ from robuq_core.config import ModelConfig
 from robuq_core.kernels.ops import (
     Backend,
     Block,
-    BlockBackend,
     FusedBackend,
     GroupingBackend,
     LayerGroup,
     Modulation,
     NarrowBackend,
+    NetworkBackend,
     Prologue,
     TernaryLayer,
     whole_layer,
 )
 from robuq_core.kernels.reference import ReferenceBackend
-from robuq_core.models.conditioning import BLOCK_ENTRIES, ConditioningTable
-from robuq_core.models.dit import negates_output, norm2_eps, patchify, position_table, unpatchify
+from robuq_core.models.conditioning import BLOCK_ENTRIES, ConditioningTable, network_ends
+from robuq_core.models.dit import norm2_eps, patchify, position_table, unpatchify
 from robuq_core.models.graphs import CudaRecorder, Denoise, DenoiseKeeping, GraphedDenoise, buckets
 from robuq_core.openmp import on_one_thread
 from robuq_core.staging import taken
@@ -94,8 +94,9 @@ class PackedDiT:
         if group is not None:  # one copy of the weights: those of the group
             self.blocks = [replace(block, adaln=each) for block, each in zip(self.blocks, group.layers, strict=True)]
         adaln = [block.adaln for block in self.blocks]
-        self.conditioning = ConditioningTable(config, self.dense, adaln, backend, group=group)
-        self._whole_block = backend if isinstance(backend, BlockBackend) else None
+        self._network = backend if isinstance(backend, NetworkBackend) else None
+        self._ends = network_ends(config, self.dense, self.pos_embed)
+        self.conditioning = ConditioningTable(config, self.dense, adaln, backend, self._ends, group=group)
         self._in_one_call = self._blocks_in_one_call()
         # Between native kernels torch has little to do, and its threads would compete with theirs.
         self.has_own_threads = self._fused is not None and self.device.type == "cpu"
@@ -110,7 +111,7 @@ class PackedDiT:
 
     def _blocks_in_one_call(self) -> dict[int, Block]:
         """By id of a block, its form for a backend that runs whole blocks; blocks with several planes have none."""
-        if self._whole_block is None:
+        if self._network is None:
             return {}
         heads, eps = self.config.num_heads, (1e-6, norm2_eps(self.config))
         return {
@@ -181,20 +182,21 @@ class PackedDiT:
 
     def _embedded(self, x_BCHW: Tensor) -> Tensor:
         """Tokens ``[B, L, D]`` before the first block."""
+        if self._network is not None:
+            return self._network.embed(x_BCHW, self._ends)
         tokens = patchify(x_BCHW, self.config.patch_size).flatten(0, 1).contiguous()
-        x_MD = self._dense_linear(tokens, "x_embedder")
+        x_MD = self.backend.linear(tokens, *self._ends.embedder)
         return x_MD.reshape(len(x_BCHW), self.config.num_tokens, self.config.hidden_size).add_(self.pos_embed)
 
     def _output(self, x_BLD: Tensor, modulation_2BD: Tensor) -> Tensor:
+        if self._network is not None:
+            return self._network.output(x_BLD, modulation_2BD, self._ends)
         shift, scale = modulation_2BD.unbind()
         normed = F.layer_norm(x_BLD, x_BLD.shape[-1:], eps=1e-6)
         modulated = normed.mul_(1 + scale[:, None]).add_(shift[:, None])
-        out = self._dense_linear(modulated.flatten(0, 1), "final_layer.linear").reshape(*x_BLD.shape[:2], -1)
+        out = self.backend.linear(modulated.flatten(0, 1), *self._ends.last).reshape(*x_BLD.shape[:2], -1)
         image = unpatchify(out, self.config.patch_size, self.config.out_channels)
-        return image.neg_() if negates_output(self.config) else image
-
-    def _dense_linear(self, x: Tensor, name: str) -> Tensor:
-        return self.backend.linear(x, self.dense[f"{name}.weight"], self.dense[f"{name}.bias"])
+        return image.neg_() if self._ends.negated else image
 
     def _add_ternary(
         self, x_BLD: Tensor, gate_BD: Tensor, inputs: Tensor, layer: TernaryLayer, prologue: Prologue = None
@@ -212,8 +214,8 @@ class PackedDiT:
         whole = self._in_one_call.get(id(block)) if x_BLD.is_contiguous() else None
         for i in range(0, images, some):
             part_BLD, modulation = x_BLD[i : i + some], modulation_6BD[:, i : i + some]
-            if self._whole_block is not None and whole is not None:
-                self._whole_block.add_block(part_BLD, modulation, whole)
+            if self._network is not None and whole is not None:
+                self._network.add_block(part_BLD, modulation, whole)
             else:
                 self._run_images(part_BLD, modulation, block)
         return x_BLD

@@ -216,7 +216,7 @@ def test_command_ignores_no_option_of_packing(source: Path, tmp_path: Path, opti
         (["model.pt", "out.bin"], "whose name cannot end in .bin"),
         (["model.pt", "out.pt", "--ptq"], "a packed file, whose name ends in .safetensors"),
         (["absent.pt", "out.safetensors", "--ptq"], "no such file"),
-        (["model.pt", "copy.pt", "--vae", "vae"], "holds no decoder"),
+        (["model.pt", "copy.pt", "--vae", "vae"], "contains no decoder"),
         (["model.pt", "folder", "--vae", "vae"], "cannot be read as JSON"),
     ],
 )

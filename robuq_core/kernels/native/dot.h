@@ -105,10 +105,14 @@ FN void linear_task(const void *argument, int64_t task, char *scratch) {
     const int64_t row_blocks = ceil_div(job->rows, LINEAR_ROWS);
     const int64_t row = task % row_blocks * LINEAR_ROWS, channel = task / row_blocks * LINEAR_CHANNELS;
     const struct dot_job block = {
-        .x = job->x + row * job->width, .x_stride = job->width, .rows = min64(LINEAR_ROWS, job->rows - row),
+        .x = job->x + row * job->x_stride, .x_stride = job->x_stride, .rows = min64(LINEAR_ROWS, job->rows - row),
         .w = job->weight + channel * job->width, .w_stride = job->width,
         .columns = min64(LINEAR_CHANNELS, job->channels - channel), .width = job->width,
         .bias = job->bias + channel, .out = job->y + row * job->channels + channel, .out_stride = job->channels,
     };
-    dot_block(&block);
+    dot_block(&block);    if (!job->position) return;
+    for (int64_t i = 0; i < block.rows; i++) {
+        const float *position = job->position + (row + i) % job->length * job->channels + channel;
+        for (int64_t j = 0; j < block.columns; j++) block.out[i * block.out_stride + j] += position[j];
+    }
 }

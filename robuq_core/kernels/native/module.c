@@ -14,7 +14,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 /* One more whenever an argument list changes: cpu.py refuses a library built from other source than its own. */
-EXPORT int robuq_interface(void) { return 12; }
+EXPORT int robuq_interface(void) { return 13; }
 
 EXPORT int robuq_supports(int isa) { return isa_supported(isa); }
 
@@ -72,19 +72,24 @@ struct prologue {
     float eps;
 };
 
-static int rotate_quantize(const struct backend *backend, const struct layer *layer, const float *x, int64_t rows,
-                           const struct prologue *prologue, int8_t *codes, float *scales, float *lowrank) {
-    const float half_range = (float)(layer->highest + 1) / 2; /* mid-rise: cells -half_range .. half_range - 1 */
-    const struct rotate_job job = {
+static struct rotate_job rotate_job(const struct backend *backend, const struct layer *layer, const float *x,
+                                    int64_t rows, const struct prologue *prologue) {
+    return (struct rotate_job){
         .layer = layer, .x = x, .rows = rows, .prologue = (int)prologue->kind, .shift = prologue->shift,
         .shift_stride = prologue->shift_stride, .scale = prologue->scale, .scale_stride = prologue->scale_stride,
         .rows_per_image = prologue->rows_per_image, .eps = prologue->eps,
-        .normalisation = (float)(1.0 / sqrt((double)layer->block)),
-        .lowest = layer->midrise ? -half_range : (float)layer->lowest,
-        .highest = layer->midrise ? nextafterf(half_range, 0) : (float)layer->highest,
         .block_rows = min64(ROTATE_ROWS, ceil_div(rows, backend->threads)),
-        .codes = codes, .scales = scales, .lowrank = lowrank,
     };
+}
+
+static int rotate_quantize(const struct backend *backend, const struct layer *layer, const float *x, int64_t rows,
+                           const struct prologue *prologue, int8_t *codes, float *scales, float *lowrank) {
+    const float half_range = (float)(layer->highest + 1) / 2; /* mid-rise: cells -half_range .. half_range - 1 */
+    struct rotate_job job = rotate_job(backend, layer, x, rows, prologue);
+    job.normalisation = (float)(1.0 / sqrt((double)layer->block));
+    job.lowest = layer->midrise ? -half_range : (float)layer->lowest;
+    job.highest = layer->midrise ? nextafterf(half_range, 0) : (float)layer->highest;
+    job.codes = codes, job.scales = scales, job.lowrank = lowrank;
     struct rotate_buffers unused;
     const size_t scratch = rotate_carve(NULL, &job, &unused);
     return pool_run(backend->pool, ceil_div(rows, job.block_rows), scratch, backend->tasks->rotate_quantize, &job);
@@ -253,13 +258,150 @@ EXPORT int robuq_block(const struct backend *backend, const struct block *block,
     return failed;
 }
 
+static int linear(const struct backend *backend, const struct linear_job *job) {
+    const int64_t count = ceil_div(job->rows, LINEAR_ROWS) * ceil_div(job->channels, LINEAR_CHANNELS);
+    return pool_run(backend->pool, count, 0, backend->tasks->linear, job);
+}
+
 EXPORT int robuq_linear(
     const struct backend *backend, const float *x, const float *weight, const float *bias, int64_t rows, int64_t width,
     int64_t channels, float *y) {
-    const struct linear_job job = {x, weight, bias, rows, width, channels, y};
-    const int64_t count = ceil_div(rows, LINEAR_ROWS) * ceil_div(channels, LINEAR_CHANNELS);
+    const struct linear_job job = {
+        .x = x, .weight = weight, .bias = bias, .x_stride = width, .rows = rows, .width = width, .channels = channels, .y = y,
+    };
     pool_begin(backend->pool);
-    const int failed = pool_run(backend->pool, count, 0, backend->tasks->linear, &job);
+    const int failed = linear(backend, &job);
+    pool_end(backend->pool);
+    return failed;
+}
+
+/* A full-precision linear layer; mirrored in cpu.py. */
+struct dense {
+    const float *weight, *bias;
+    int64_t channels, width;
+};
+
+/* The layers of a network before and behind its blocks; mirrored in cpu.py. */
+struct ends {
+    struct dense embedder, last, modulation; /* modulation: the last layer's shift and scale */
+    const float *position;                   /* [side * side, width] */
+    int64_t side, patch, in_channels, out_channels, negated;
+    float eps;
+};
+
+/* An image's row of patches each; a token has its channels first, or last. */
+static void to_tokens_task(const void *argument, int64_t task, char *scratch) {
+    const struct patch_job *job = argument;
+    const int64_t patch = job->patch, line = job->side * patch, values = job->channels * patch * patch;
+    const float *image = job->images + task / job->side * job->channels * line * line + task % job->side * patch * line;
+    float *token = job->tokens + task * job->side * values;
+    (void)scratch;
+    for (int64_t column = 0; column < job->side; column++)
+        for (int64_t c = 0; c < job->channels; c++)
+            for (int64_t y = 0; y < patch; y++, token += patch)
+                memcpy(token, image + (c * line + y) * line + column * patch, (size_t)patch * sizeof *token);
+}
+
+static void to_images_task(const void *argument, int64_t task, char *scratch) {
+    const struct patch_job *job = argument;
+    const int64_t patch = job->patch, line = job->side * patch, values = job->channels * patch * patch;
+    float *image = job->images + task / job->side * job->channels * line * line + task % job->side * patch * line;
+    const float *token = job->tokens + task * job->side * values;
+    (void)scratch;
+    for (int64_t column = 0; column < job->side; column++, token += values)
+        for (int64_t c = 0; c < job->channels; c++)
+            for (int64_t y = 0; y < patch; y++) {
+                const float *from = token + y * patch * job->channels + c;
+                float *to = image + (c * line + y) * line + column * patch;
+                for (int64_t x = 0; x < patch; x++, from += job->channels) to[x] = job->negated ? -*from : *from;
+            }
+}
+
+/* Tokens [images, side * side, width] of images, with their positions. */
+EXPORT int robuq_embed(const struct backend *backend, const struct ends *ends, const float *images, int64_t count,
+                       float *tokens) {
+    const int64_t length = ends->side * ends->side, rows = count * length;
+    const struct dense *of = &ends->embedder;
+    pool_begin(backend->pool);
+    float *patches = pool_shared(backend->pool, (size_t)(rows * of->width) * sizeof *patches);
+    const struct patch_job cut = {
+        .images = (float *)images, .tokens = patches, .channels = ends->in_channels, .side = ends->side, .patch = ends->patch,
+    };
+    const struct linear_job job = {
+        .x = patches, .weight = of->weight, .bias = of->bias, .x_stride = of->width, .rows = rows, .width = of->width,
+        .channels = of->channels, .position = ends->position, .length = length, .y = tokens,
+    };
+    const int failed = !patches || pool_run(backend->pool, count * ends->side, 0, to_tokens_task, &cut) ||
+                       linear(backend, &job);
+    pool_end(backend->pool);
+    return failed;
+}
+
+/* What comes in front of a full-precision layer, then the layer; `work`: after_bytes(). */
+static int64_t after_bytes(const struct dense *of, int64_t rows) {
+    return rows * round_up(of->width, FLOAT_LANES) * (int64_t)sizeof(float);
+}
+
+static int linear_after(const struct backend *backend, const struct prologue *prologue, const struct dense *of,
+                        const float *x, int64_t rows, float *work, float *y) {
+    const struct layer bare = {.width = of->width};
+    struct rotate_job before = rotate_job(backend, &bare, x, rows, prologue);
+    before.values = work;
+    const struct linear_job job = {
+        .x = work, .weight = of->weight, .bias = of->bias, .x_stride = round_up(of->width, FLOAT_LANES), .rows = rows,
+        .width = of->width, .channels = of->channels, .y = y,
+    };
+    return pool_run(backend->pool, ceil_div(rows, before.block_rows), 0, backend->tasks->prologue, &before) ||
+           linear(backend, &job);
+}
+
+/* The last layer's images of tokens; `modulation`: shift and scale, as of robuq_block(). */
+EXPORT int robuq_output(const struct backend *backend, const struct ends *ends, const float *tokens, int64_t count,
+                        const float *modulation, int64_t entry, int64_t stride, float *images) {
+    const int64_t length = ends->side * ends->side, rows = count * length;
+    const struct prologue norm = {PROLOGUE_MODULATE, length, modulation, modulation + entry, stride, stride, ends->eps};
+    const int64_t before = round_up(after_bytes(&ends->last, rows), ALIGNMENT);
+    pool_begin(backend->pool);
+    char *work = pool_shared(backend->pool, (size_t)(before + rows * ends->last.channels * (int64_t)sizeof *tokens));
+    const struct patch_job cut = {
+        .images = images, .tokens = (float *)(work + before), .channels = ends->out_channels, .side = ends->side,
+        .patch = ends->patch, .negated = (int)ends->negated,
+    };
+    const int failed = !work || linear_after(backend, &norm, &ends->last, tokens, rows, (float *)work, cut.tokens) ||
+                       pool_run(backend->pool, count * ends->side, 0, to_images_task, &cut);
+    pool_end(backend->pool);
+    return failed;
+}
+
+/* A layer's outputs [rows, entries * width] to the entries of a table [entries, slots, width]. */
+static void put_modulations(const float *from, const int64_t *slots, int64_t rows, int64_t entries, int64_t width,
+                            float *table, int64_t entry) {
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t e = 0; e < entries; e++, from += width)
+            memcpy(table + e * entry + slots[row] * width, from, (size_t)width * sizeof *from);
+}
+
+/* Modulations of the conditions c [rows, width] to their slots of a table: six entries of each of `depth` layers, then the
+ * last layer's two; `entry`: from one to the next. */
+EXPORT int robuq_modulate(const struct backend *backend, const struct ends *ends, const struct layer *const *layers,
+                          int64_t depth, const float *c, int64_t rows, const int64_t *slots, float *table,
+                          int64_t entry) {
+    enum { ENTRIES = 6 };
+    const struct prologue silu = {.kind = PROLOGUE_SILU};
+    const int64_t width = ends->modulation.width, outputs = rows * ENTRIES * width * (int64_t)sizeof *c;
+    int64_t work_bytes = after_bytes(&ends->modulation, rows);
+    for (int64_t i = 0; i < depth; i++) work_bytes = max64(work_bytes, quantized_bytes(layers[i], rows));
+    pool_begin(backend->pool);
+    char *work = pool_shared(backend->pool, (size_t)(round_up(outputs, ALIGNMENT) + work_bytes));
+    float *y = (float *)work;
+    int failed = !work;
+    work += round_up(outputs, ALIGNMENT);
+    for (int64_t i = 0; i < depth && !failed; i++, table += ENTRIES * entry) {
+        failed = ternary(backend, layers[i], c, rows, &silu, NULL, 0, 1, y, work);
+        if (!failed) put_modulations(y, slots, rows, ENTRIES, width, table, entry);
+    }
+    failed = failed || linear_after(backend, &silu, &ends->modulation, c, rows, (float *)work, y);
+    if (!failed) put_modulations(y, slots, rows, 2, width, table, entry);
     pool_end(backend->pool);
     return failed;
 }

@@ -24,6 +24,7 @@ enum {
     QUERY_ROWS = 8,         /* queries that attention takes at a time */
     LINEAR_ROWS = 24,       /* rows and channels of a linear task */
     LINEAR_CHANNELS = 64,
+    FLOAT_LANES = 8,        /* rows of floats between jobs are whole vectors */
     ALIGNMENT = 64,
     MAX_THREADS = 256,
 };
@@ -72,6 +73,7 @@ struct rotate_job {
     int8_t *codes;              /* out [rows, width] */
     float *scales;              /* out [rows] */
     float *lowrank;             /* out [rows, rank] */
+    float *values;              /* out [rows, width rounded up to FLOAT_LANES], of the prologue alone */
 };
 
 struct ternary_job {
@@ -103,9 +105,18 @@ struct attention_job {
 };
 
 struct linear_job {
-    const float *x, *weight, *bias; /* [rows, width], [channels, width], [channels] */
-    int64_t rows, width, channels;
+    const float *x, *weight, *bias; /* [rows, width], rows of it x_stride apart; [channels, width]; [channels] */
+    int64_t x_stride, rows, width, channels;
+    const float *position;          /* [length, channels], added to the rows of each image; or NULL */
+    int64_t length;
     float *y;                       /* out [rows, channels] */
+};
+
+/* Images [images, channels, side * patch, side * patch] from or to tokens [images, side * side, channels * patch^2]. */
+struct patch_job {
+    float *images, *tokens;
+    int64_t channels, side, patch;
+    int negated;                    /* what goes to the images */
 };
 
 typedef void task_function(const void *job, int64_t task, char *scratch);
@@ -130,6 +141,7 @@ struct isa_tasks {
     task_function *attention;       /* one head of one image each */
     task_function *attention_int8;
     task_function *linear;          /* LINEAR_ROWS x LINEAR_CHANNELS each, rows fastest */
+    task_function *prologue;        /* of rotate_quantize alone, block_rows rows each */
     struct ternary_way ways[3];     /* the first that serves is taken; the last serves all */
 };
 

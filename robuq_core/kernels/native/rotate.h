@@ -43,10 +43,11 @@ INLINE v8 prologue_vector(const struct rotate_job *job, const float *x, const st
     } else if (prologue != PROLOGUE_NONE) {
         y = activate(y, prologue);
     }
+    if (!job->layer->signs) return y;
     return mul(y, mul(load_part(job->layer->signs + k, left), splat(job->normalisation)));
 }
 
-/* Prologue, sign flip and 1 / sqrt(block) of row `row`, into the padded `out`. */
+/* Prologue, sign flip and 1 / sqrt(block) of row `row`, into the padded `out`; without signs the prologue alone. */
 INLINE void prologue_row_of(const struct rotate_job *job, int64_t row, float *out, const int prologue) {
     const int64_t width = job->layer->width;
     const float *x = job->x + row * width;
@@ -139,4 +140,13 @@ FN void rotate_quantize_task(const void *argument, int64_t task, char *scratch) 
         .out_stride = layer->rank, .kept = layer->width > DOT_SLICE ? (v8 *)b.kept : NULL,
     };
     dot_block(&lowrank);
+}
+
+/* The prologue alone, into rows of whole vectors. */
+FN void prologue_task(const void *argument, int64_t task, char *scratch) {
+    const struct rotate_job *job = argument;
+    const int64_t first = task * job->block_rows, end = min64(first + job->block_rows, job->rows);
+    (void)scratch;
+    for (int64_t row = first; row < end; row++)
+        prologue_row(job, row, job->values + row * round_up(job->layer->width, LANES));
 }

@@ -19,7 +19,7 @@
 
 #define SHARED_TASKS                                                                    \
     .rotate_quantize = rotate_quantize_task, .attention = attention_task,               \
-    .attention_int8 = attention_int8_task, .linear = linear_task
+    .attention_int8 = attention_int8_task, .linear = linear_task, .prologue = prologue_task
 
 #if !HAVE_DOTPROD
 FN void ternary_direct_task(const void *job, int64_t task, char *scratch) {

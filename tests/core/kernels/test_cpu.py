@@ -17,15 +17,23 @@ import emulated
 import pytest
 import remote
 import torch
-from agreement import REFERENCE, assert_attention_agrees, assert_products_agree, assert_quantized_agree
+import torch.nn.functional as F
+from agreement import (
+    REFERENCE,
+    assert_attention_agrees,
+    assert_floats_agree,
+    assert_products_agree,
+    assert_quantized_agree,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layer_cases import WIDTHS, make_linear, prologues, tokens
 
 from robuq_core.kernels import cpu
 from robuq_core.kernels.cpu import CpuBackend, Isa, NativeUnavailableError, choose_isa, load_library
-from robuq_core.kernels.ops import Block, Modulation, Quantized, TernaryLayer
+from robuq_core.kernels.ops import Block, Ends, Modulation, Quantized, TernaryLayer
 from robuq_core.kernels.pack_layer import pack_layer
+from robuq_core.models.dit import patchify, unpatchify
 from robuq_core.quant.activation import is_midrise
 from robuq_core.quant.choices import Grid
 from robuq_core.quant.packing import pack_planar
@@ -266,6 +274,64 @@ def test_a_block_in_one_call_gives_the_same_bytes(
         backend.add_ternary(expected.view(flat), gate2, hidden_out, block.fc2, "gelu")
         backend.add_block(x, modulation, block)
         assert torch.equal(x, expected)
+
+
+def make_ends(side: int, patch: int, width: int) -> Ends:
+    """Of 3 channels in and 2 out."""
+
+    def dense(outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return tokens(outputs, inputs, seed=1) / inputs**0.5, tokens(1, outputs, seed=2)[0]
+
+    shapes = (width, 3 * patch**2), (2 * patch**2, width), (2 * width, width)
+    return Ends(*(dense(*shape) for shape in shapes), tokens(side * side, width, seed=3), patch, 3, 2, side == 3)
+
+
+@pytest.mark.parametrize(("side", "patch", "width"), [(1, 2, 12), (3, 1, 36), (2, 16, 96), (5, 2, 20)])
+def test_the_ends_of_a_network(backend: CpuBackend, side: int, patch: int, width: int) -> None:
+    """Against torch; alone, among others and on other thread counts with the same bytes."""
+    if backend.isa in ARM:
+        pytest.skip("the driver of emulated AArch64 has blocks and layers only")
+    ends, single = make_ends(side, patch, width), CpuBackend(threads=1, isa=backend.isa)
+    adaln = [pack_layer(make_linear(width, 6 * width, bits=4)) for _ in range(2)]
+    images = torch.randn(4, 3, side * patch, side * patch)
+    x = backend.embed(images, ends)
+    expected = REFERENCE.linear(patchify(images, patch).flatten(0, 1), *ends.embedder).reshape(x.shape) + ends.position
+    assert_floats_agree(x, expected)
+    modulation, c = tokens(2 * 4, width + 1, seed=4).reshape(2, 4, -1)[..., :width], tokens(4, width, seed=5)
+    output = backend.output(x, modulation, ends)
+    shift, scale = modulation[:, :, None]
+    normed = F.layer_norm(x, (width,), eps=1e-6) * (1 + scale) + shift
+    expected = unpatchify(REFERENCE.linear(normed.flatten(0, 1), *ends.last).reshape(4, side**2, -1), patch, 2)
+    assert_floats_agree(output, -expected if ends.negated else expected)
+    table, slots = torch.zeros(14, 7, width), torch.tensor([5, 0, 6, 3])
+    backend.modulate(c, adaln, ends, table, slots)
+    parts = [backend.ternary(c, layer, "silu") for layer in adaln]
+    expected = torch.cat([*parts, REFERENCE.linear(F.silu(c), *ends.modulation)], dim=1).reshape(4, 14, width)
+    assert_floats_agree(table[:, slots].transpose(0, 1), expected)
+    assert not table[:, [1, 2, 4]].any()
+    for i in (0, 3):
+        assert torch.equal(single.embed(images[i : i + 1], ends)[0], x[i])
+        assert torch.equal(single.output(x[i : i + 1], modulation[:, i : i + 1], ends)[0], output[i])
+        alone = torch.zeros(14, 1, width)
+        single.modulate(c[i : i + 1], adaln, ends, alone, torch.tensor([0]))
+        assert torch.equal(alone[:, 0], table[:, slots[i]])
+
+
+def test_what_is_no_end_is_refused(backend: CpuBackend) -> None:
+    ends, table = make_ends(2, 2, 12), torch.zeros(2, 3, 12)
+    with pytest.raises(ValueError, match=r"images must be torch.float32 \(1, 3, 4, 4\)"):
+        backend.embed(torch.zeros(1, 3, 4, 5), ends)
+    with pytest.raises(ValueError, match=r"modulation must be torch.float32 \(2, 1, 12\)"):
+        backend.output(torch.zeros(1, 4, 12), torch.zeros(2, 2, 12), ends)
+    with pytest.raises(ValueError, match="slots must be from 0 to 2"):
+        backend.modulate(torch.zeros(1, 12), (), ends, table, torch.tensor([3]))
+    with pytest.raises(ValueError, match="table must be contiguous"):
+        backend.modulate(torch.zeros(1, 12), (), ends, table.expand(2, 3, 12)[:, ::2], torch.tensor([0]))
+    layer = pack_layer(make_linear(12, 7, bits=4))
+    with pytest.raises(ValueError, match="12 inputs and 72 outputs"):
+        backend.modulate(torch.zeros(1, 12), (layer,), ends, torch.zeros(8, 3, 12), torch.tensor([0]))
+    with pytest.raises(ValueError, match=r"last.weight must be torch.float32 \(8, 12\)"):
+        backend.embed(torch.zeros(1, 3, 4, 4), replace(ends, last=ends.embedder))
 
 
 def test_what_is_no_block_is_refused(backend: CpuBackend) -> None:

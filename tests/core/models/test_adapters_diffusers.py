@@ -163,7 +163,7 @@ def test_positions_in_a_folder_are_compared(folder: Path, key: str) -> None:
     for positions, message in (
         (table + 0.1, "not DiT's sin-cos table"),
         (position_table(CONFIG.model_copy(update={"position_scale": 2.0}))[None], "positions 2 apart"),
-        (table[:, :9], r"pos_embed is \(1, 9, 48\), but .* ask for \(1, 16, 48\)"),
+        (table[:, :9], r"pos_embed is \(1, 9, 48\), but .* need \(1, 16, 48\)"),
     ):
         _with_tensors(folder, {key: positions.clone()})
         with pytest.raises(WeightsError, match=message):

@@ -11,8 +11,8 @@ from tiny import TINY, tiny_model
 from robuq_core.kernels.ops import Quantized, TernaryLayer
 from robuq_core.kernels.pack_layer import pack_layer
 from robuq_core.kernels.reference import ReferenceBackend
-from robuq_core.models.conditioning import ConditioningTable
-from robuq_core.models.dit import DiT
+from robuq_core.models.conditioning import ConditioningTable, network_ends
+from robuq_core.models.dit import DiT, position_table
 from robuq_core.models.quant_linear import QuantLinear
 from robuq_core.quant.activation import GAUSSIAN_STEP
 
@@ -48,7 +48,8 @@ def make_table(model: DiT, slots: int = 8) -> tuple[ConditioningTable, Counting]
         linear = model.get_submodule(f"blocks.{i}.adaLN_modulation.1")
         assert isinstance(linear, QuantLinear)
         adaln.append(pack_layer(linear))
-    return ConditioningTable(TINY, dense, adaln, backend, max_bytes=slots * ENTRY_BYTES), backend
+    ends = network_ends(TINY, dense, position_table(TINY))
+    return ConditioningTable(TINY, dense, adaln, backend, ends, max_bytes=slots * ENTRY_BYTES), backend
 
 
 @torch.no_grad()

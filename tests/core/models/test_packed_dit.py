@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from agreement import Run, assert_networks_agree, relative_errors, run_packed, run_training
+from agreement import Run, assert_floats_agree, assert_networks_agree, relative_errors, run_packed, run_training
 from tiny import TINY, write_tiny
 from torch import Tensor
 
 from robuq_core.checkpoint import read_checkpoint
 from robuq_core.config import ModelConfig, QuantConfig
 from robuq_core.kernels.backends import select_backend
-from robuq_core.kernels.ops import Block, BlockBackend
+from robuq_core.kernels.ops import Block, NetworkBackend
 from robuq_core.models.packed_dit import PackedDiT
 
 BACKENDS = ["reference", "cpu"]
@@ -74,7 +74,7 @@ def _both(folder: Path, backend: str, config: ModelConfig, timesteps: Tensor) ->
 @pytest.mark.parametrize("planes", [1, 2])
 def test_blocks_in_one_call_are_their_ops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planes: int) -> None:
     path, backend = tmp_path / "model.safetensors", select_backend("cpu")
-    if not isinstance(backend, BlockBackend):
+    if not isinstance(backend, NetworkBackend):
         pytest.skip("no native library")
     write_tiny(path, quant=QuantConfig(rank=4, weight_planes=planes))
     checkpoint = read_checkpoint(path)
@@ -90,7 +90,7 @@ def test_blocks_in_one_call_are_their_ops(tmp_path: Path, monkeypatch: pytest.Mo
     with torch.inference_mode():
         output = network.forward(x, timesteps, classes)
     apart = run_packed(TINY, checkpoint, backend, x, timesteps, classes).output
-    assert torch.equal(output, apart)
+    assert_floats_agree(output, apart)  # the last norm is torch's in one of them
     assert len(blocks) == (TINY.depth if planes == 1 else 0)  # further planes go op by op
 
 

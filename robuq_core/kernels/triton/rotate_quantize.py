@@ -140,7 +140,7 @@ def _both(a, b, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _by_token(x, t, column, COLUMNS: tl.constexpr, TAIL: tl.constexpr, LARGEST: tl.constexpr = False):  # type: ignore[no-untyped-def]
-    """The sum of each token, or its ``LARGEST`` value, over the tile ``x`` and, if there is a tail, ``t``: ``[columns]``,
+    """The sum of each token, or its ``LARGEST`` value, over tile ``x`` and, if there is a tail, ``t``: ``[columns]``,
     in every column of the token.
 
     Columns of several tokens exchange partial sums: a reshape to tokens and back would spill the whole tile. A tile of

@@ -20,7 +20,7 @@ from gpu_jobs.context import BFLOAT16, Context
 from gpu_jobs.correctness import op_calls
 from robuq_core.bench.source import plain_network, random_checkpoint
 from robuq_core.config import QuantConfig
-from robuq_core.kernels.ops import Backend, FusedBackend, Modulation, whole_layer
+from robuq_core.kernels.ops import Backend, FusedBackend, Modulation, fused_linear
 from robuq_core.models.packed_dit import PackedDiT
 
 RowInputs = tuple[Tensor, Tensor, Tensor]
@@ -111,7 +111,7 @@ def _layer_times(context: Context, ops: Any, rows: int, name: str) -> dict[str, 
     inputs = context.copies(x)
     quantized = [ops.rotate_quantize(each, layer, prologue) for each in inputs]
     written = ops.activations if name in ("qkv", "fc1") else torch.float32
-    run = whole_layer(ops, name in ("qkv", "fc1"))
+    run = fused_linear(ops, name in ("qkv", "fc1"))
     calls: dict[str, list[Callable[[], object]]] = {
         "rotate_quantize": [functools.partial(ops.rotate_quantize, each, layer, prologue) for each in inputs],
         "rotate_quantize, rank 0": [functools.partial(ops.rotate_quantize, each, bare, prologue) for each in inputs],

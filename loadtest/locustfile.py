@@ -30,8 +30,7 @@ from requests.exceptions import ConnectionError, Timeout
 from urllib3.exceptions import ReadTimeoutError
 
 from loadtest.open_loop import TARGET_S
-from loadtest.scenarios import SCENARIOS, users_at
-from loadtest.workload import FORMATS, Workload, check_image, gauges
+from loadtest.workload import FORMATS, SCENARIOS, Workload, check_image, gauges, users_at
 
 logger = logging.getLogger("loadtest")
 

@@ -1,7 +1,7 @@
 """The fields of an image request: type, default, range and description of each, defined once. Imports no torch.
 
-HTTP bodies, ``robuq sample``, :meth:`Sampler.generate`, the OpenAI and KServe APIs and the load test take their fields
-from :class:`ImageParams`: a field added here appears in all of them. :class:`RowSpec` is one image of a request.
+HTTP bodies, ``robuq sample``, :meth:`Sampler.generate`, the OpenAI API and the load test take their fields from
+:class:`ImageParams`: a field added here appears in all of them. :class:`RowSpec` is one image of a request.
 """
 
 from __future__ import annotations

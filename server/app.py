@@ -18,11 +18,10 @@ from starlette.routing import Route
 
 import robuq_core
 from server import middleware
-from server.compat.kserve import kserve_router
-from server.compat.openai import openai_router
 from server.errors import install_error_handlers
 from server.generate import generate_router
 from server.keys import KeyStore
+from server.openai_api import openai_router
 from server.pool import Pool
 from server.routes import admin_router, discovery_router, operations_router
 from server.service import Service
@@ -90,7 +89,6 @@ def create_app(pool: Pool, settings: Settings) -> FastAPI:
     images, openai = generate_router(service), openai_router(service)
     app.include_router(images, tags=["images"])
     app.include_router(openai, tags=["OpenAI"])
-    app.include_router(kserve_router(service), tags=["KServe"])
     app.include_router(discovery_router(service), tags=["discovery"])
     app.include_router(operations_router(service), tags=["operations"])
     app.include_router(admin_router(service), tags=["administration"])

@@ -35,11 +35,6 @@ def replicas_for(rate: float, per_replica: float, utilisation: float = TARGET_UT
     return max(1, math.ceil(needed - 1e-9 * needed))  # a rate that fits exactly needs no more for a rounding error
 
 
-def rows_per_image(guidance_scale: float) -> int:
-    """Rows of the model that an image takes in every step."""
-    return 1 if guidance_scale == 1 else 2
-
-
 def measure_rows_per_s(
     sampler: Any, max_batch_rows: int, *, steps: int, guidance_scale: float, seconds: float = 5.0
 ) -> float:
@@ -51,7 +46,8 @@ def measure_rows_per_s(
     from robuq_core.images import encode_image
     from robuq_core.params import RowSpec
 
-    images, seeds = max(1, max_batch_rows // rows_per_image(guidance_scale)), itertools.count()
+    rows = 1 if guidance_scale == 1 else 2
+    images, seeds = max(1, max_batch_rows // rows), itertools.count()
     batch: list[Any] = []
 
     def step() -> None:
@@ -64,39 +60,34 @@ def measure_rows_per_s(
         sampler.step(batch)
 
     step()  # pays for what is set up once
-    began = now = time.perf_counter()
+    began = time.perf_counter()
     taken = 0
-    while now - began < seconds or taken < _MIN_STEPS:
+    while time.perf_counter() - began < seconds or taken < _MIN_STEPS:
         step()
-        now, taken = time.perf_counter(), taken + 1
-    return taken * images * rows_per_image(guidance_scale) / (now - began)
+        taken += 1
+    return taken * images * rows / (time.perf_counter() - began)
 
 
 @reported
 def capacity(
     rate: Annotated[float, typer.Option(help="Images per second at the busiest time.")],
     images_per_second: Annotated[
-        float | None, typer.Option(help="What one replica generates with full batches.")
+        float | None, typer.Option(help="What one replica generates with full batches; default: measured here.")
     ] = None,
-    measure: Annotated[bool, typer.Option("--measure", help="Measure that here, with the memory.")] = False,
     checkpoint: Annotated[Path | None, typer.Option(help="Packed checkpoint; default: the bundled one.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Of an image; default: the checkpoint's.")] = None,
     guidance_scale: Annotated[
         float | None, typer.Option(min=0, max=20, help="1 takes half the work; default: the checkpoint's.")
     ] = None,
     max_batch_rows: Annotated[int | None, typer.Option(help="As of robuq-serve.")] = None,
-    backend: Annotated[str | None, typer.Option(help="With --measure; as of robuq-serve.")] = None,
-    threads: Annotated[int | None, typer.Option(help="With --measure; as of robuq-serve.")] = None,
+    backend: Annotated[str | None, typer.Option(help="As of robuq-serve.")] = None,
+    threads: Annotated[int | None, typer.Option(help="As of robuq-serve.")] = None,
     utilisation: Annotated[float, typer.Option(help="Share of a replica's capacity to plan with.")] = 0.7,
     spare: Annotated[int, typer.Option(min=0, help="Replicas that may be lost before that share is exceeded.")] = 1,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long to measure.")] = 5.0,
 ) -> None:
-    """Plan replicas for a rate of images."""
-    if measure == (images_per_second is not None):
-        raise UserError("give either --images-per-second X, or --measure to measure it here")
-    if not measure and (backend is not None or threads is not None):
-        raise UserError("--backend and --threads need --measure; leave them out with --images-per-second")
-    replicas_for(rate, images_per_second or 1.0, utilisation)  # before anything slow
+    """Plan replicas for a rate of images; measures this machine unless --images-per-second is given."""
+    replicas_for(rate, 1.0 if images_per_second is None else images_per_second, utilisation)  # before anything slow
     settings = load_settings(
         {"checkpoint": checkpoint, "max_batch_rows": max_batch_rows, "backend": backend, "threads": threads}
     )
@@ -111,7 +102,8 @@ def capacity(
     defaults = read_header(path).sampler
     steps = steps or defaults.steps
     guidance = defaults.guidance_scale if guidance_scale is None else guidance_scale
-    how, memory = "given", ""
+    rows = 1 if guidance == 1 else 2
+    how, memory = "given", {}
     if images_per_second is None:
         sampler = Sampler.from_checkpoint(
             path, decoder=settings.decoder, backend=settings.backend, threads=settings.threads
@@ -119,23 +111,21 @@ def capacity(
         rows_per_s = measure_rows_per_s(
             sampler, settings.max_batch_rows, steps=steps, guidance_scale=guidance, seconds=seconds
         )
-        images_per_second = rows_per_s / (steps * rows_per_image(guidance))
+        images_per_second = rows_per_s / (steps * rows)
         how = f"measured here on {sampler.backend_name}: {rows_per_s:.4g} rows/s"
-        memory = f"{psutil.Process().memory_info().rss / 1e6:.0f} MB a replica, weights and a full batch included"
+        resident = psutil.Process().memory_info().rss / 1e6
+        memory = {"memory": f"{resident:.0f} MB a replica, weights and a full batch included"}
     needed = replicas_for(rate, images_per_second, utilisation)
     busy = rate / ((needed + spare) * images_per_second)
     lost = f" ({rate / (needed * images_per_second):.0%} with {spare} lost)" if spare else ""
-    for name, text in (
-        (
-            "wanted",
-            f"{rate:g} images/s of {steps} steps, guidance {guidance:g}, {rows_per_image(guidance)} row(s) a step",
-        ),
-        ("a replica", f"{images_per_second:.4g} images/s with full batches ({how})"),
-        ("replicas", f"{needed + spare}" + (f", {spare} of them spare" if spare else "")),
-        ("busy", f"{busy:.0%}{lost}, planned for at most {utilisation:.0%}"),
+    lines = {
+        "wanted": f"{rate:g} images/s of {steps} steps, guidance {guidance:g}, {rows} row(s) a step",
+        "a replica": f"{images_per_second:.4g} images/s with full batches ({how})",
+        "replicas": f"{needed + spare}" + (f", {spare} of them spare" if spare else ""),
+        "busy": f"{busy:.0%}{lost}, planned for at most {utilisation:.0%}",
         # 1 / (1 - rho): processor sharing under Poisson arrivals, whatever the sizes of the requests.
-        ("an image", f"takes {1 / (1 - busy):.2g} times as long as on an idle server, on average"),
-        ("memory", memory),
-    ):
-        if text:
-            typer.echo(f"{name:<13}{text}")
+        "an image": f"takes {1 / (1 - busy):.2g} times as long as on an idle server, on average",
+        **memory,
+    }
+    for name, text in lines.items():
+        typer.echo(f"{name:<13}{text}")

@@ -38,29 +38,20 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def body(self, path: str = "") -> bytes:
-        """The answer's JSON, in the dialect of ``path``: the shapes of /v1 (OpenAI) and /v2 (KServe) are not ours."""
+        """The answer's JSON; under /v1 with the fields that OpenAI's clients read."""
         error: dict[str, str | None] = {"code": self.code, "message": self.message}
         if self.field is not None:
             error["field"] = self.field
-        whole: dict[str, object] = {"error": error}
-        if _dialect(path) == "v2":  # wants a string under "error"
-            whole = {"error": error.pop("message"), **error}
-        elif _dialect(path) == "v1":
+        if path.startswith("/v1/"):
             error["type"] = "server_error" if self.status >= 500 else "invalid_request_error"
             error["param"] = self.field
-        return json.dumps(whole).encode()  # ASCII: no text of a client can make the answer unencodable
+        return json.dumps({"error": error}).encode()  # ASCII: no text of a client can make the answer unencodable
 
     def response(self, path: str = "") -> Response:
         """The answer to a request for ``path``."""
-        # The clients of both dialects know 400 for what is wrong with a body.
-        status = 400 if self.status == 422 and _dialect(path) else self.status
+        # OpenAI's clients know 400 for what is wrong with a body.
+        status = 400 if self.status == 422 and path.startswith("/v1/") else self.status
         return Response(self.body(path), status, headers=self.headers, media_type="application/json")
-
-
-def _dialect(path: str) -> str:
-    """``v1``, ``v2`` or nothing: the first part of ``path``."""
-    first = path.removeprefix("/").split("/", 1)[0]
-    return first if first in ("v1", "v2") else ""
 
 
 def invalid(field: str, message: str) -> ApiError:

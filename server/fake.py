@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,13 +35,6 @@ class FakeRow:
         return 1 + self.guided
 
 
-class NoDecoder:
-    """What the server reads of a decoder."""
-
-    name = "pixels"
-    weight_bytes = 0
-
-
 class FakeSampler:
     """Pixels depend on the row's spec alone.
 
@@ -54,7 +48,7 @@ class FakeSampler:
     average_activation_bits = 2.0
     weight_bytes = 0
     prediction_type: PredictionType = "epsilon"
-    decoder = NoDecoder()
+    decoder = SimpleNamespace(name="pixels", weight_bytes=0)
     path = None
 
     def __init__(
@@ -73,10 +67,6 @@ class FakeSampler:
         self.can_guide = self.num_classes > 0
         self.on_step = on_step
         self.defaults = SamplerConfig(sampler="ddim", steps=4, guidance_scale=1.5 if self.can_guide else 1.0)
-
-    def replica(self, **_: object) -> FakeSampler:
-        """Another one like it."""
-        return FakeSampler(self.step_s, image_size=self.image_size, class_names=self.class_names, on_step=self.on_step)
 
     def warm_up_rows(self, max_rows: int) -> tuple[int, ...]:
         return tuple(sorted({1, max_rows}))

@@ -17,10 +17,9 @@ from robuq_core.images import IMAGE_FORMATS, ImageFormat
 from robuq_core.params import ImageParams, choice_error, read_params
 from server.cache import idempotent_seed
 from server.errors import ApiError, invalid
-from server.request import MAX_PRIORITY, MIN_TIMEOUT_S, Event, ModelInfo, Preview, Request, Result, Timings
+from server.request import MAX_PRIORITY, MIN_TIMEOUT_S, Event, ModelInfo, Request, Result, Timings
 from server.service import (
     COMPLETED,
-    DOCUMENTED_EVENTS,
     EVENT_STREAM,
     JSON,
     PARTIAL_IMAGE,
@@ -28,8 +27,7 @@ from server.service import (
     Parts,
     Service,
     classes_of,
-    documented,
-    documented_headers,
+    documented_images,
     headers_of,
     json_parts,
 )
@@ -214,11 +212,11 @@ def _choose_answer(http: HttpRequest, body: GenerateBody) -> tuple[str, ImageFor
 def _progress(request: Request, event: Event) -> tuple[str, bytes]:
     """An event of ``POST /generate``; the fields are in its description."""
     fields: dict[str, Any] = {"image": event.image, "steps_done": event.steps_done, "steps": event.steps}
-    if not isinstance(event, Preview):
+    if not event.preview:
         return STEP, to_json({"type": STEP, **fields})
     fields["partial_image_index"] = event.steps_done // request.preview_every - 1
     fields["format"] = request.image_format
-    return PARTIAL_IMAGE, to_json({"type": PARTIAL_IMAGE, **fields, "b64_json": event.encoded.decode()})
+    return PARTIAL_IMAGE, to_json({"type": PARTIAL_IMAGE, **fields, "b64_json": event.preview.decode()})
 
 
 def _completed(request: Request, result: Result) -> Iterable[tuple[str, bytes]]:
@@ -231,15 +229,9 @@ def generate_router(service: Service) -> APIRouter:
     router = APIRouter()
     schema = lru_cache(maxsize=2)(partial(generate_schema, max_timeout_s=service.settings.request_timeout_s))
     service.body_schemas["/generate"] = schema
-    binary = {"schema": {"type": "string", "format": "binary"}}
-    responses = documented(406, 413, 422, 429, 500, 503, 504) | {
-        200: {
-            "description": "The images; a raw file if Accept asks for one, events if stream is true.",
-            "model": GenerateResponse,
-            "content": {f"image/{name}": binary for name in IMAGE_FORMATS} | DOCUMENTED_EVENTS,
-            "headers": documented_headers(),
-        }
-    }
+    raw = {f"image/{name}": {"schema": {"type": "string", "format": "binary"}} for name in IMAGE_FORMATS}
+    about = "The images; a raw file if Accept asks for one, events if stream is true."
+    responses = documented_images(about, GenerateResponse, raw, 406, 413, 422, 429, 500, 503, 504)
 
     @router.post("/generate", responses=responses)
     async def generate(http: HttpRequest) -> Response:

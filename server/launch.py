@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from robuq_core.errors import UserError
@@ -37,7 +36,7 @@ def bind(host: str, port: int) -> list[socket.socket]:
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             # All on the port that the first one got.
-            sock.bind((address[0], port or _port_of(sockets[0]), *address[2:]))
+            sock.bind((address[0], port or sockets[0].getsockname()[1], *address[2:]))
     except OSError as error:
         for sock in sockets:
             sock.close()
@@ -45,11 +44,6 @@ def bind(host: str, port: int) -> list[socket.socket]:
             f"cannot listen on {host} port {port}: {error.strerror}; choose another --host or --port"
         ) from error
     return sockets
-
-
-def _port_of(sock: socket.socket) -> int:
-    port: int = sock.getsockname()[1]
-    return port
 
 
 def _has_ipv6() -> bool:
@@ -111,18 +105,14 @@ class ProcessHandle:
 Launch = Callable[[Settings, int], Handle]
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Workers that were started before the event loop, and the file for their weights."""
-
-    weights: int
-    handles: list[Handle]
+# The file for the weights, and the workers that were started before the event loop.
+Prepared = tuple[int, Sequence[Handle]]
 
 
 def prepare(settings: Settings) -> Prepared:
     """Start the first workers now, so that they load while the rest of the server does."""
     weights = memory_file("robuq-weights")
-    return Prepared(weights, [ProcessHandle(settings, weights) for _ in range(settings.replicas)])
+    return weights, [ProcessHandle(settings, weights) for _ in range(settings.replicas)]
 
 
 # Frames between the server and a worker: a JSON object and, after it, bytes.

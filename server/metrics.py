@@ -38,7 +38,7 @@ GAUGES = {
 
 
 class WorkerMemory(NamedTuple):
-    """``gpu_bytes``: what tensors take, what the allocator holds, the most that tensors took; None without a GPU."""
+    """``gpu_bytes``: in the order of :data:`_GPU_SERIES`; None without a GPU."""
 
     number: int
     pid: int
@@ -65,9 +65,8 @@ class _WorkerCollector(Collector):
             labels=["worker"],
         )
         for worker in found:
-            if worker.pid:
-                with suppress(psutil.Error, OSError):
-                    resident.add_metric([str(worker.number)], _resident(psutil.Process(worker.pid)))
+            with suppress(psutil.Error, OSError):
+                resident.add_metric([str(worker.number)], _resident(psutil.Process(worker.pid)))
         yield resident
         on_gpu = [worker for worker in found if worker.gpu_bytes is not None]
         for i, (name, text) in enumerate(_GPU_SERIES.items() if on_gpu else ()):
@@ -83,12 +82,6 @@ _GPU_SERIES = {
     "reserved": "Memory of the GPU that the allocator holds.",
     "peak": "Most memory of the GPU that tensors have taken.",
 }
-
-
-def _batch_buckets(max_batch_rows: int) -> list[int]:
-    """1, 2, 4 .. and the largest batch itself."""
-    powers = [2**i for i in range(max_batch_rows.bit_length())]
-    return sorted({*powers, max_batch_rows})
 
 
 class Metrics:
@@ -127,7 +120,7 @@ class Metrics:
         self.batch_rows = Histogram(
             "robuq_batch_rows",
             "Rows of the model that one forward takes through its blocks; an image with guidance takes two.",
-            buckets=_batch_buckets(max_batch_rows),
+            buckets=sorted({*(2**i for i in range(max_batch_rows.bit_length())), max_batch_rows}),
             registry=registry,
         )
         gauge = partial(Gauge, registry=registry)

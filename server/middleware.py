@@ -30,10 +30,9 @@ from server.access import (
     is_public,
     needed_scope,
     presented_key,
-    with_rates,
 )
 from server.errors import ApiError
-from server.keys import KeyStore
+from server.keys import ApiKey, KeyStore
 from server.logs import current_request_id, current_trace_id
 from server.metrics import Metrics
 from server.settings import Settings, split_host
@@ -170,7 +169,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, settings: Settings, store: KeyStore | None, metrics: Metrics) -> None:
         self.app, self.settings, self.store, self.metrics = app, settings, store, metrics
-        self.rates = RateLimits()
+        self.rates = RateLimits(on_limited=metrics.rejected.labels("rate_limited").inc)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -185,9 +184,9 @@ class Gate:
             access = self._admit(scope, headers)
             if access is not None:
                 scope[ACCESS] = access
-                send = with_rates(access, send)
-                access.check("requests")
-                access.rates.charge(access.key, "requests")
+                send = self._with_rates(access.key, send)
+                self.rates.check(access.key, "requests")
+                self.rates.charge(access.key, "requests")
         except ApiError as error:
             await error.response(scope["path"])(scope, receive, send)
         else:
@@ -211,7 +210,17 @@ class Gate:
         if needed != "read" and needed not in key.scopes:
             self.metrics.rejected.labels("forbidden").inc()
             raise ApiError(403, "forbidden", f"this API key lacks the scope {needed}")
-        return Access(key, self.rates, self.metrics)
+        return Access(key, self.rates)
+
+    def _with_rates(self, key: ApiKey, send: Send) -> Send:
+        """``send`` that adds the key's rate headers to the answer, as they are once the request has been counted."""
+
+        async def send_with_rates(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *self.rates.headers(key)]
+            await send(message)
+
+        return send_with_rates
 
 
 class _Body:

@@ -239,9 +239,9 @@ class Pool:
 
     async def start(self) -> None:
         """Start the workers; ``status`` becomes ``ready`` when all are warm, or ``failed``."""
-        prepared = self._prepared
-        self._fleet = self.fleet_type(self, self.settings.checkpoint, None if prepared is None else prepared.weights)
-        self._fleet.start(() if prepared is None else prepared.handles)
+        weights, handles = self._prepared or (None, ())
+        self._fleet = self.fleet_type(self, self.settings.checkpoint, weights)
+        self._fleet.start(handles)
         self.spawn(self._watch())
 
     async def swap(self, checkpoint: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from robuq_core.config import SamplerConfig
 from robuq_core.errors import UserError
 from server.launch import Handle, Unpacker, pack
-from server.request import GenerationFailed, ModelInfo, Preview, Request, StepDone
+from server.request import Event, GenerationFailed, ModelInfo, Request
 
 if TYPE_CHECKING:
     from server.fleet import Fleet
@@ -193,7 +193,7 @@ class RemoteWorker(asyncio.Protocol):
             if number in sent:
                 image = sent[number]
                 steps = image.request.specs[image.image].steps
-                image.request.publish(StepDone(image.image, steps_done, steps))
+                image.request.publish(Event(image.image, steps_done, steps))
         for number in head["leaving"]:
             if number in sent and not sent[number].leaving_at:
                 sent[number].leaving_at = self.heard_at
@@ -212,7 +212,7 @@ class RemoteWorker(asyncio.Protocol):
         sent = self.sent.get(head["id"])
         if sent is not None:
             steps = sent.request.specs[sent.image].steps
-            sent.request.publish(Preview(sent.image, head["steps_done"], steps, body))
+            sent.request.publish(Event(sent.image, head["steps_done"], steps, body))
 
     def _on_fault(self, head: dict[str, Any], _: bytes) -> None:
         sent = self.sent.get(head["id"])

@@ -83,11 +83,6 @@ class ModelInfo:
     digest: str  # of weights and configuration
     created: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
 
-    @property
-    def size(self) -> str:
-        """``"WxH"``."""
-        return f"{self.image_size}x{self.image_size}"
-
 
 @dataclass(frozen=True)
 class Timings:
@@ -108,56 +103,33 @@ class Result:
 
 
 @dataclass(frozen=True)
-class StepDone:
-    """Image ``image`` has made ``steps_done`` of ``steps``."""
+class Event:
+    """Image ``image`` has made ``steps_done`` of ``steps``; with ``preview``, the model's estimate of it by then,
+    encoded as the images of the result are."""
 
     image: int
     steps_done: int
     steps: int
+    preview: bytes = b""
 
 
-@dataclass(frozen=True)
-class Preview:
-    """The model's present estimate of image ``image``, encoded as the images of the result are."""
-
-    image: int
-    steps_done: int
-    steps: int
-    encoded: bytes
-
-
-Event = StepDone | Preview
-
-
-class EventBuffer:
-    """The latest progress and the latest preview of each image until they are taken: a slow client skips some."""
+class EventBuffer(asyncio.Event):
+    """The latest progress and preview of each image until they are taken: a slow client skips some. It is set while
+    there is something to take, or the request has ended."""
 
     def __init__(self) -> None:
-        self._wake = asyncio.Event()
+        super().__init__()
         self._latest: dict[tuple[int, bool], Event] = {}
 
     def put(self, event: Event) -> None:
-        key = (event.image, isinstance(event, Preview))
+        key = (event.image, bool(event.preview))
         self._latest.pop(key, None)  # so that it moves to the end
         self._latest[key] = event
-        self._wake.set()
-
-    def wake(self) -> None:
-        """Let :meth:`wait` return although there is no event."""
-        self._wake.set()
-
-    async def wait(self) -> None:
-        """Return when there is something to take, or the request has ended."""
-        await self._wake.wait()
-
-    @property
-    def waiting(self) -> bool:
-        """There is something to take, or the request has ended."""
-        return self._wake.is_set()
+        self.set()
 
     def take(self) -> list[Event]:
         """Every event since the last call, in order."""
-        self._wake.clear()
+        self.clear()
         events = list(self._latest.values())
         self._latest.clear()
         return events
@@ -172,7 +144,7 @@ class Request:
         seed: of the first image, as the answer reports it.
         as_base64: the images of the result are base64 text.
         timeout_s: seconds from submission until it fails with :class:`DeadlineExceeded`.
-        preview_every: steps between :class:`Preview` events of each image, none after the last; 0 for none. Under load
+        preview_every: steps between previews of each image, none after the last; 0 for none. Under load
             some are skipped.
         watched: :meth:`subscribe` will be called.
         client: name of the API key, whose requests share the server fairly with those of others.
@@ -207,7 +179,8 @@ class Request:
     fleet: Any = None  # the workers that it is for
 
     def __post_init__(self) -> None:
-        self.rows_per_image = max((rows_of(spec) for spec in self.specs), default=1)
+        # Most rows of the model that an image takes in a step: with guidance one more, without a class.
+        self.rows_per_image = 1 if all(spec.guidance_scale == 1 for spec in self.specs) else 2
         self.image_cost = self.rows_per_image * max((spec.steps for spec in self.specs), default=1)
         self._waiting = 0
         self._buffers: tuple[EventBuffer, ...] = ()
@@ -245,15 +218,10 @@ class Request:
         """The events from now on; the buffer wakes at the end, too."""
         buffer = EventBuffer()
         self._buffers = (*self._buffers, buffer)
-        self.future.add_done_callback(lambda _: buffer.wake())
+        self.future.add_done_callback(lambda _: buffer.set())
         return buffer
 
     def publish(self, event: Event) -> None:
         """Tell every subscriber."""
         for buffer in self._buffers:
             buffer.put(event)
-
-
-def rows_of(spec: RowSpec) -> int:
-    """Most rows of the model that an image takes in a step: with guidance one more, without a class."""
-    return 1 if spec.guidance_scale == 1 else 2

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 MAX_QUERY = 200
 SUFFIX = ".safetensors"
+_FEATURES = ("streaming", "previews", "priorities", "deadlines", "openai", "idempotency")
+_LIMITS = ("max_batch_rows", "max_queue_images", "request_timeout_s", "max_body_bytes")
 
 
 class StatusResponse(BaseModel):
@@ -49,32 +51,6 @@ class ClassesResponse(BaseModel):
     classes: list[ClassItem]
 
 
-class DecoderSchema(BaseModel):
-    """What turns the network's output into pixels; ``pixels`` where it generates them itself."""
-
-    name: str
-    weight_bytes: int
-
-
-class LimitsSchema(BaseModel):
-    """Bounds that requests meet. Times in seconds."""
-
-    max_images_per_request: int = MAX_IMAGES
-    max_batch_rows: int
-    max_queue_images: int
-    request_timeout_s: float
-    max_body_bytes: int
-
-
-class PrioritiesSchema(BaseModel):
-    """Range of ``priority``; one level weighs as much as ``ageing_s`` seconds of waiting."""
-
-    min: int = 0
-    max: int = MAX_PRIORITY
-    default: int = 0
-    ageing_s: float
-
-
 class InfoResponse(BaseModel):
     """The server, its model, its defaults and its limits."""
 
@@ -83,7 +59,7 @@ class InfoResponse(BaseModel):
     backend: str
     average_activation_bits: float
     weight_bytes: int = Field(description="Of the network, without the decoder.")
-    decoder: DecoderSchema
+    decoder: dict[str, str | int] = Field(description="Its name, or pixels where there is none, and its weight_bytes.")
     image_size: int
     num_classes: int
     prediction_type: PredictionType
@@ -93,8 +69,10 @@ class InfoResponse(BaseModel):
     samplers: list[SamplerName]
     formats: list[ImageFormat] = list(IMAGE_FORMATS)
     defaults: SamplerConfig
-    priorities: PrioritiesSchema
-    limits: LimitsSchema
+    priorities: dict[str, int | float] = Field(
+        description="min, max and default of priority; a level weighs as much as ageing_s seconds of waiting."
+    )
+    limits: dict[str, int | float] = Field(description="Bounds that requests meet; times in seconds.")
 
 
 class SwapBody(NullMeansAbsent):
@@ -127,30 +105,27 @@ def describe(service: Service) -> InfoResponse:
         NotReady: no model has been loaded yet.
     """
     model, settings = service.model, service.settings
-    features = ["streaming", "previews", "priorities", "deadlines", "openai", "kserve_v2", "idempotency"]
-    for name, on in (
-        ("cache", settings.cache_bytes),
-        ("api_keys", settings.api_keys_file),
-        ("opentelemetry", settings.otel_endpoint),
-    ):
-        features += [name] if on else []
+    optional = {
+        "cache": settings.cache_bytes,
+        "api_keys": settings.api_keys_file,
+        "opentelemetry": settings.otel_endpoint,
+    }
     known: dict[str, Any] = vars(model)
     return InfoResponse(
         **{name: known[name] for name in InfoResponse.model_fields if name in known},
         checkpoint=model.name,
         backend=model.backend_name,
-        decoder=DecoderSchema(name=model.decoder_name, weight_bytes=model.decoder_weight_bytes),
+        decoder={"name": model.decoder_name, "weight_bytes": model.decoder_weight_bytes},
         guidance=model.can_guide,
         replicas=settings.replicas,
-        features=features,
+        features=[*_FEATURES, *(name for name, on in optional.items() if on)],
         samplers=list(samplers_of(model.prediction_type)),
-        priorities=PrioritiesSchema(ageing_s=settings.priority_ageing_s),
-        limits=LimitsSchema.model_validate(settings, from_attributes=True),
+        priorities={"min": 0, "max": MAX_PRIORITY, "default": 0, "ageing_s": settings.priority_ageing_s},
+        limits={"max_images_per_request": MAX_IMAGES} | {name: getattr(settings, name) for name in _LIMITS},
     )
 
 
 def discovery_router(service: Service) -> APIRouter:
-    """What is served, which classes there are, how long the queue is."""
     router = APIRouter(responses=documented())
 
     @router.get("/info", responses=documented(503))
@@ -181,24 +156,21 @@ def discovery_router(service: Service) -> APIRouter:
 
 
 def operations_router(service: Service) -> APIRouter:
-    """What probes and monitoring ask."""
     router = APIRouter()
-
-    def answer(response: Response, status: str, unwell: bool) -> StatusResponse:
-        response.status_code = 503 if unwell else 200
-        return StatusResponse(status=status)
 
     @router.get("/health", responses={503: {"model": StatusResponse, "description": "restart the process"}})
     async def health(response: Response) -> StatusResponse:
         """Liveness: 200 as long as the process can still serve, whatever a worker does; 503 asks for a restart."""
-        status = service.pool.status
-        return answer(response, status, status in ("failed", "stopped"))
+        response.status_code = 503 if service.pool.ended else 200
+        return StatusResponse(status=service.pool.status)
 
     @router.get("/ready", responses={503: {"model": StatusResponse, "description": "send no requests here"}})
     async def ready(response: Response) -> StatusResponse:
         """Readiness: 200 while a worker takes images; 503 while starting, restarting or draining, or without readable
         API keys."""
-        return answer(response, service.status, service.status != "ready")
+        status = service.status
+        response.status_code = 200 if status == "ready" else 503
+        return StatusResponse(status=status)
 
     @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
@@ -208,19 +180,12 @@ def operations_router(service: Service) -> APIRouter:
     return router
 
 
-def _is_inside(folder: Path, path: Path) -> bool:
-    """Whether ``path`` is a file in ``folder``; one that a link leads out of it is not."""
-    try:
-        return path.resolve(strict=True).is_relative_to(folder) and path.is_file()
-    except (OSError, RuntimeError):  # missing, not readable, or a circle of links
-        return False
-
-
 def _checkpoints(folder: Path) -> list[CheckpointFile]:
+    """Files of ``folder`` that could be loaded; none that a link leads out of it."""
     found = []
     for path in sorted(folder.glob("*" + SUFFIX)):
-        if _is_inside(folder, path):
-            with suppress(FileNotFoundError):  # gone since the folder was read
+        with suppress(OSError, RuntimeError):  # gone since the folder was read, not readable, or a circle of links
+            if path.resolve(strict=True).is_relative_to(folder) and path.is_file():
                 status = path.stat()
                 modified = datetime.fromtimestamp(int(status.st_mtime), UTC)
                 found.append(CheckpointFile(path=path.name, bytes=status.st_size, modified=modified))
@@ -261,12 +226,9 @@ def admin_router(service: Service) -> APIRouter:
             raise ApiError(409, "swap_in_progress", "another checkpoint is being loaded; try again when it is done")
         busy = True
         try:
-            path = folder() / name
-            # Only a bare name stays itself: neither a/b nor .. nor an absolute path does. NUL is no part of any name.
-            bare = Path(name).name == name and "\0" not in name and name.endswith(SUFFIX)
-            if not bare or not _is_inside(folder(), path):
+            if name not in {file.path for file in await asyncio.to_thread(_checkpoints, folder())}:
                 raise invalid("path", "path must be one of the files that GET /admin/checkpoint lists")
-            await service.pool.swap(path)
+            await service.pool.swap(folder() / name)
         except LoadFailed as error:
             raise unusable(str(error)) from error
         except RunFailed as error:

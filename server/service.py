@@ -40,19 +40,6 @@ STEP = "image_generation.step"
 PARTIAL_IMAGE = "image_generation.partial_image"
 COMPLETED = "image_generation.completed"
 ERROR = "error"
-# What OpenAPI 3.2 calls the schema of one event.
-DOCUMENTED_EVENTS = {
-    EVENT_STREAM: {
-        "itemSchema": {
-            "type": "object",
-            "properties": {
-                "event": {"type": "string", "enum": [STEP, PARTIAL_IMAGE, COMPLETED, ERROR]},
-                "data": {"type": "string", "contentMediaType": "application/json"},
-            },
-            "required": ["event", "data"],
-        }
-    }
-}
 # A comment line, before proxies take the silence of a queue for a dead connection.
 HEARTBEAT_S = 10.0
 # An answer above this is written in parts, so that no other request waits for it to be copied.
@@ -97,14 +84,22 @@ class ErrorResponse(BaseModel):
     error: ErrorBody
 
 
-def documented(*statuses: int, model: type[BaseModel] = ErrorResponse) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's description of errors by status, each with its stable codes, in the shape of ``model``."""
-    return {status: {"description": _ERRORS[status], "model": model} for status in (401, 403, *statuses)}
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's description of errors by status, each with its stable codes."""
+    return {status: {"description": _ERRORS[status], "model": ErrorResponse} for status in (401, 403, *statuses)}
 
 
-def documented_headers() -> dict[str, Any]:
-    """OpenAPI's description of the headers of an answer with images."""
-    return {name: {"description": text, "schema": {"type": "string"}} for name, text in _HEADERS.items()}
+def documented_images(
+    about: str, model: type[BaseModel], content: dict[str, Any], *statuses: int
+) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's description of images as JSON, as events, or as further ``content``; and of errors."""
+    names = {"type": "string", "enum": [STEP, PARTIAL_IMAGE, COMPLETED, ERROR]}
+    data = {"type": "string", "contentMediaType": "application/json"}
+    event = {"type": "object", "properties": {"event": names, "data": data}, "required": ["event", "data"]}
+    headers = {name: {"description": text, "schema": {"type": "string"}} for name, text in _HEADERS.items()}
+    # OpenAPI 3.2 calls the schema of one event itemSchema.
+    content = content | {EVENT_STREAM: {"itemSchema": event}}
+    return documented(*statuses) | {200: {"description": about, "model": model, "content": content, "headers": headers}}
 
 
 # What a route sends as events: names and JSON objects, of a step or a preview (None for nothing), and of a success.
@@ -305,7 +300,7 @@ async def _events(
         await _event_or_gone(buffer, gone)
         if gone.done():
             return
-        if not buffer.waiting:
+        if not buffer.is_set():
             yield b": ping\n\n"
     try:
         result = outcome(request)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # A collector that does not answer may hold the end of the process for so long.
 SHUTDOWN_S = 3.0
 # Probes, scrapes and the page's polling would drown what matters.
-_EXCLUDED = "/health$,/ready$,/metrics$,/queue$,/v2/health/,/web/"
+_EXCLUDED = "/health$,/ready$,/metrics$,/queue$,/web/"
 
 # version, trace id, parent id, flags; versions after 00 may add fields.
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
@@ -55,7 +55,6 @@ def from_traceparent(header: str) -> TraceContext | None:
 
 
 def otlp_exporter(endpoint: str) -> SpanExporter:
-    """Sends spans to the OTLP/HTTP collector at ``endpoint``, its address without a path."""
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
     return OTLPSpanExporter(endpoint=endpoint.rstrip("/") + "/v1/traces")
@@ -92,10 +91,7 @@ class Telemetry:
     def instrument(self, app: FastAPI) -> None:
         """A span of every request, but for those that machines repeat; continues the caller's ``traceparent``."""
         self._instrumentor.instrument_app(
-            app,
-            tracer_provider=self._provider,
-            excluded_urls=_EXCLUDED,
-            exclude_spans=["receive", "send"],
+            app, tracer_provider=self._provider, excluded_urls=_EXCLUDED, exclude_spans=["receive", "send"]
         )
 
     def current(self) -> TraceContext | None:
@@ -108,26 +104,19 @@ class Telemetry:
     def follow(self, request: Request) -> None:
         """Record ``request`` as a child of the HTTP request that brought it."""
         began = time.time_ns()
-        fields = {f"robuq.{name}": value for name, value in vars(request.specs[0]).items() if name != "class_id"}
-        span = self._tracer.start_span(
-            "generation",
-            start_time=began,
-            attributes={
-                **fields,
-                "robuq.model": request.model.name,
-                "robuq.class_id": -1 if request.class_id is None else request.class_id,
-                "robuq.num_images": request.num_images,
-                "robuq.seed": request.seed,
-                "robuq.format": request.image_format,
-                "robuq.priority": request.priority,
-                "robuq.request_id": request.request_id,
-            },
-        )
+        fields = vars(request.specs[0]) | {
+            "model": request.model.name,
+            "class_id": -1 if request.class_id is None else request.class_id,
+            "seed": request.seed,
+            "format": request.image_format,
+            **{name: getattr(request, name) for name in ("num_images", "priority", "request_id")},
+        }
+        attributes = {f"robuq.{name}": value for name, value in fields.items()}
+        span = self._tracer.start_span("generation", start_time=began, attributes=attributes)
         request.future.add_done_callback(lambda outcome: self._ended(span, began, outcome))
 
     def _ended(self, span: Any, began: int, outcome: asyncio.Future[Any]) -> None:
-        error: BaseException | None = asyncio.CancelledError() if outcome.cancelled() else outcome.exception()
-        if error is not None:
+        if (error := outcome.exception()) is not None:
             span.set_attribute("error.type", type(error).__name__)
             span.set_status(self._trace.Status(self._trace.StatusCode.ERROR, str(error)))
             span.end()
@@ -135,17 +124,10 @@ class Telemetry:
         timings = outcome.result().timings
         parent = self._trace.set_span_in_context(span)
         start = began
-        for name, seconds in (
-            ("queue", timings.queue_s),
-            ("inference", timings.inference_s),
-            ("decode", timings.decode_s),
-        ):
-            end = start + round(seconds * 1e9)
-            part = self._tracer.start_span(
-                name, context=parent, start_time=start, attributes={"robuq.seconds": seconds}
-            )
-            part.end(end)
-            start = end
+        for name in ("queue", "inference", "decode"):
+            part = self._tracer.start_span(name, context=parent, start_time=start)
+            start += round(getattr(timings, f"{name}_s") * 1e9)
+            part.end(start)
         span.end(start)
 
     def shutdown(self) -> None:

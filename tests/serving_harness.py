@@ -214,18 +214,19 @@ class Engine:
 
     def make_stale(self, number: int = 0, stage: str = "step") -> None:
         """What a worker of each checkpoint is doing (``step``: loading and warm-up, too; or ``decode``) seems to have
-        begun longer ago than any limit, whatever the real time is."""
+        begun longer ago than any limit, whatever the real time is; back when one of them counts as dead."""
+        workers = self.call(lambda: [worker for fleet in self.pool._fleets if (worker := fleet.workers[number])])
 
-        def changed() -> None:
-            for fleet in self.pool._fleets:
-                worker = fleet.workers[number]
-                assert worker is not None
+        def changed() -> bool:
+            for worker in workers:
                 if stage == "step":
                     worker.heard_at -= 10_000
-                for image in worker.decoding if stage == "decode" else ():
-                    worker.sent[image].leaving_at -= 10_000
+                for image in worker.sent.values() if stage == "decode" else ():
+                    image.leaving_at -= 10_000 if image.leaving_at else 0
+            return any(worker.phase == "dead" for worker in workers)
 
-        self.call(changed)
+        # Again and again: what the worker has sent before may still arrive.
+        until(lambda: self.call(changed), every_s=0.02)
 
     def kill(self, number: int = 0) -> None:
         """The worker's socket closes, as when its process is killed."""

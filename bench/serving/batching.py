@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import io
 import json
 import random
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from statistics import median
 from typing import Any
 
@@ -19,13 +20,15 @@ from PIL import Image
 
 from bench.serving.client import Load, closed_loop, run
 from bench.serving.figures import Figure, Scale, require
-from bench.serving.local import local_pool
-from bench.serving.servers import MAX_ROWS, Server, checkpoint, running
+from bench.serving.servers import MAX_ROWS, Server, bench_settings, checkpoint, running
 from loadtest.workload import Workload, gauges
 from robuq_core.config import samplers_of
 from robuq_core.images import encode_image
 from robuq_core.params import RowSpec
 from robuq_core.pipeline import Sampler
+from server.metrics import Metrics
+from server.pool import Pool
+from server.request import Request
 
 
 def _default_specs(sampler: Sampler, images: int, steps: int | None = None) -> list[RowSpec]:
@@ -95,29 +98,46 @@ def _check_images(load: Load, expected: list[bytes]) -> None:
         require(image == expected[content["seed"]], f"seed {content['seed']}: not the bare model's image")
 
 
+@asynccontextmanager
+async def _local_pool() -> AsyncIterator[Pool]:
+    """One real worker, warm, without HTTP."""
+    pool = Pool(bench_settings(), Metrics(MAX_ROWS))
+    await pool.start()
+    while pool.status == "starting":
+        await asyncio.sleep(0.01)
+    try:
+        yield pool
+    finally:
+        await pool.stop()
+
+
+def _submit(pool: Pool, specs: Sequence[RowSpec]) -> Request:
+    return pool.submit(Request(pool.model, tuple(specs)))
+
+
 def step_tax(scale: Scale) -> Figure:
     """Seconds of a step of a full batch in a worker against the bare forward of the network alone."""
     sampler = Sampler.from_checkpoint(checkpoint())
-    images, steps, rounds = (
-        _full_batch(sampler),
-        12,
-        scale.count(60, 4),
-    )  # many short turns: both sides meet the same machine
-    specs = _default_specs(sampler, images, steps)
+    steps, rounds = 12, scale.count(60, 4)  # many short turns: both sides meet the same machine
+    specs = _default_specs(sampler, _full_batch(sampler), steps)
     served, raw, forward = [], [], []
-    with local_pool() as pool:
-        for _ in range(rounds):
-            result = pool.generate(specs)
-            served.append(result.timings.inference_s / steps)
-            rows = [sampler.start(spec) for spec in specs]
-            with _timed_forwards(sampler) as forwards:
-                began = time.perf_counter()
-                while not rows[0].done:
-                    sampler.step(rows)
-                raw.append((time.perf_counter() - began) / steps)
-            forward.append(sum(forwards) / steps)
-            images_alone = [encode_image(sampler.decode(row), "png") for row in rows]
-            require(list(result.images) == images_alone, "the worker's images are not the bare model's")
+
+    async def measured() -> None:
+        async with _local_pool() as pool:
+            for _ in range(rounds):
+                result = await _submit(pool, specs).future
+                served.append(result.timings.inference_s / steps)
+                rows = [sampler.start(spec) for spec in specs]
+                with _timed_forwards(sampler) as forwards:
+                    began = time.perf_counter()
+                    while not rows[0].done:
+                        sampler.step(rows)
+                    raw.append((time.perf_counter() - began) / steps)
+                forward.append(sum(forwards) / steps)
+                images_alone = [encode_image(sampler.decode(row), "png") for row in rows]
+                require(list(result.images) == images_alone, "the worker's images are not the bare model's")
+
+    run(measured())
     tax, worker_tax = median(served) / median(forward) - 1, median(served) / median(raw) - 1
     return Figure(
         "step tax",
@@ -157,8 +177,6 @@ def occupancy(scale: Scale) -> Figure:
     """Rows used of those there were, by the server's own counters, with three batches' worth of users."""
 
     async def measured(server: Server) -> tuple[dict[str, float], dict[str, float], Load]:
-        import asyncio
-
         seconds, fields = scale.of(30, 6), ("sampler", "guidance_scale")
         workload = Workload(server.info(), (4, 10, 20, 50), rng=random.Random(3), fields=fields)
         loop = asyncio.create_task(closed_loop(server.url, workload.mixed, users=3 * MAX_ROWS, seconds=seconds))
@@ -205,25 +223,30 @@ def invariance(scale: Scale) -> Figure:
             rng.choice(samplers),
         )
 
-    equal, sizes, batch_rows = 0, [], []
-    with local_pool() as pool:
-        for _ in range(batches):
-            target = random_spec()
-            alone = _pixels_hash(pool.generate([target]).images[0])
-            before = gauges(pool.metrics())
-            others = [random_spec() for _ in range(rng.randint(1, MAX_ROWS))]
-            ahead = rng.randint(0, len(others))
-            jobs = [pool.submit([spec]) for spec in others[:ahead]]
-            time.sleep(rng.random() * 0.05)  # so that it joins rows that are at any step
-            job = pool.submit([target])
-            jobs += [pool.submit([spec]) for spec in others[ahead:]]
-            equal += _pixels_hash(job.result().images[0]) == alone
-            after = gauges(pool.metrics())
-            for other in jobs:
-                other.cancel()
-            sizes.append(len(others))
-            steps = after["robuq_engine_steps_total"] - before["robuq_engine_steps_total"]
-            batch_rows.append((after["robuq_batch_rows_sum"] - before["robuq_batch_rows_sum"]) / steps)
+    hashes: list[tuple[str, str]] = []
+    batch_rows: list[float] = []
+
+    async def measured() -> None:
+        async with _local_pool() as pool:
+            for _ in range(batches):
+                target = random_spec()
+                alone = (await _submit(pool, [target]).future).images[0]
+                before = gauges(pool.metrics.render().decode())
+                others = [random_spec() for _ in range(rng.randint(1, MAX_ROWS))]
+                ahead = rng.randint(0, len(others))
+                requests = [_submit(pool, [spec]) for spec in others[:ahead]]
+                await asyncio.sleep(rng.random() * 0.05)  # so that it joins rows that are at any step
+                joined = _submit(pool, [target])
+                requests += [_submit(pool, [spec]) for spec in others[ahead:]]
+                hashes.append((_pixels_hash(alone), _pixels_hash((await joined.future).images[0])))
+                after = gauges(pool.metrics.render().decode())
+                for other in requests:
+                    pool.cancel(other)
+                steps = after["robuq_engine_steps_total"] - before["robuq_engine_steps_total"]
+                batch_rows.append((after["robuq_batch_rows_sum"] - before["robuq_batch_rows_sum"]) / steps)
+
+    run(measured())
+    equal = sum(one == other for one, other in hashes)
     company = sum(batch_rows) / len(batch_rows)
     require(company > 4, f"batches of {company:.1f} rows are no company")
     return Figure(
@@ -232,5 +255,5 @@ def invariance(scale: Scale) -> Figure:
         "100%",
         equal == batches,
         f"SHA-256 of pixels; {company:.1f} rows a batch on average, up to {MAX_ROWS}",
-        {"equal": equal, "batches": batches, "others": sizes, "mean_rows": batch_rows},
+        {"equal": equal, "batches": batches, "mean_rows": batch_rows},
     )

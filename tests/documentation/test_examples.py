@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -100,7 +101,8 @@ def test_serve_diffusers(tmp_path: Path) -> None:
     folder = tmp_path / "pipeline"
     save_diffusers(plain_dit(LATENT.model_copy(update={"num_classes": 1000})), folder)
     save_autoencoder_tiny(folder / "vae")
-    port = str(np.random.default_rng().integers(20_000, 30_000))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
     run_apart(tmp_path, "serve_diffusers.py", "pipeline", "--port", port, "--steps", "2", "--once")
     assert Image.open(tmp_path / "first.png").size == (16, 16)
 

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from loadtest.scenarios import BURST_PERIOD_S, SCENARIOS, users_at
-from loadtest.workload import Workload, gauges
+from loadtest.workload import BURST_PERIOD_S, SCENARIOS, Workload, gauges, users_at
 from robuq_core.params import ImageParams, read_params
 from server.generate import GenerateBody
 

@@ -26,7 +26,7 @@ from server.metrics import Metrics
 from server.pool import Pool
 
 # Whoever adds to this list opens a route to the whole world.
-OPEN = {"/", "/docs", "/web/{name}", "/health", "/ready", "/v2/health/live", "/v2/health/ready"}
+OPEN = {"/", "/docs", "/web/{name}", "/health", "/ready"}
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 DRAW = {"class_id": 1, "steps": 1}
 
@@ -131,6 +131,8 @@ def test_both_headers_let_in_and_the_name_of_the_key_is_the_client(keys_file: Pa
         for headers in (bearer(key), {"authorization": f"bearer  {key}"}, {"X-API-Key": key}):
             assert client.post("/generate", json=DRAW, headers=headers).status_code == 200
         assert clients == ["alice"] * 3
+        revoke_key(keys_file, "alice")
+        assert client.post("/generate", json=DRAW, headers=bearer(key)).status_code == 401
 
 
 def test_scopes(guarded: tuple[httpx.Client, Engine], keys_file: Path) -> None:
@@ -166,14 +168,6 @@ def test_the_log_tells_who_asked_and_never_a_key(
     )
 
 
-def test_a_revoked_key_is_out_at_once(guarded: tuple[httpx.Client, Engine], keys_file: Path) -> None:
-    client, _ = guarded
-    headers = bearer(create_key(keys_file, "alice"))
-    assert client.post("/generate", json=DRAW, headers=headers).status_code == 200
-    revoke_key(keys_file, "alice")
-    assert client.post("/generate", json=DRAW, headers=headers).status_code == 401
-
-
 def test_an_open_server_is_closed_to_administrators() -> None:
     with live_server(FakeSampler()) as (client, _):
         assert client.get("/info").status_code == 200
@@ -186,7 +180,7 @@ def test_an_open_server_is_closed_to_administrators() -> None:
 
 def test_images_of_a_minute_are_counted_when_they_are_queued(keys_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(RateLimits.__init__, "__defaults__", (clock,))
+    monkeypatch.setattr(RateLimits.__init__, "__defaults__", (clock, lambda: None))
     key = create_key(keys_file, "alice", images_per_minute=10)
     other = create_key(keys_file, "bob")
     sampler = WatchedSampler()
@@ -212,29 +206,18 @@ def test_images_of_a_minute_are_counted_when_they_are_queued(keys_file: Path, mo
         assert free.status_code == 200
         assert "ratelimit" not in free.headers
         assert engine.metrics.registry.get_sample_value("robuq_rejected_total", {"reason": "rate_limited"}) == 2
-
-
-def test_what_the_queue_refuses_costs_nothing(keys_file: Path) -> None:
-    key = create_key(keys_file, "alice", images_per_minute=4)
-    with live_server(FakeSampler(), api_keys_file=keys_file) as (client, engine):
+        clock.now += 60
         engine.begin_drain()
-        refused = client.post("/generate", json=DRAW | {"num_images": 4}, headers=bearer(key))
+        refused = draw(4)
         assert (refused.status_code, code_of(refused)) == (503, "draining")
-        assert refused.headers["ratelimit"].startswith('"images";r=4')
+        assert refused.headers["ratelimit"].startswith('"images";r=10')  # what the queue refuses costs nothing
 
 
-def test_requests_of_a_minute(keys_file: Path) -> None:
-    key = create_key(keys_file, "alice", requests_per_minute=2)
-    with live_server(FakeSampler(), api_keys_file=keys_file) as (client, _):
-        statuses = [client.post("/generate", json=DRAW, headers=bearer(key)).status_code for _ in range(3)]
-        assert statuses == [200, 200, 429]
-
-
-def test_reading_counts_as_requests_too(keys_file: Path) -> None:
+def test_requests_of_a_minute_whatever_they_ask(keys_file: Path) -> None:
     key = create_key(keys_file, "alice", requests_per_minute=5)
     with live_server(FakeSampler(), api_keys_file=keys_file) as (client, _):
-        answers = [client.get("/info", headers=bearer(key)) for _ in range(25)]
-        assert [answer.status_code for answer in answers] == [200] * 5 + [429] * 20
+        answers = [client.get("/info", headers=bearer(key)) for _ in range(10)]
+        assert [answer.status_code for answer in answers] == [200] * 5 + [429] * 5
         assert answers[0].headers["ratelimit"].startswith('"requests";r=4')
         assert client.post("/generate", json=DRAW, headers=bearer(key)).status_code == 429
         assert client.get("/health", headers=bearer(key)).status_code == 200
@@ -247,13 +230,3 @@ def test_blanks_around_a_key_are_not_part_of_it(keys_file: Path) -> None:
             with connected(client) as sock:
                 sock.sendall(f"GET /info HTTP/1.1\r\nHost: localhost\r\n{header}\r\nConnection: close\r\n\r\n".encode())
                 assert read_all(sock).startswith(b"HTTP/1.1 200 "), header
-
-
-def test_a_failed_request_frees_nobody_elses_budget(keys_file: Path) -> None:
-    key = create_key(keys_file, "alice", images_per_minute=3)
-    sampler = WatchedSampler()
-    with live_server(sampler, api_keys_file=keys_file) as (client, engine):
-        for body in ({"class_id": 99}, {"class_id": 1, "steps": 0}, {}):
-            assert client.post("/generate", json=body, headers=bearer(key)).status_code == 422
-        assert client.post("/generate", json=DRAW | {"num_images": 3}, headers=bearer(key)).status_code == 200
-        until(lambda: engine.idle)

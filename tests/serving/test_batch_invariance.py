@@ -11,7 +11,7 @@ from serving_harness import Engine, outcome, running_engine
 from robuq_core.config import DIFFUSION_SAMPLERS
 from robuq_core.params import RowSpec
 from robuq_core.pipeline import Sampler
-from server.request import Cancelled, Event, Preview
+from server.request import Cancelled, Event
 
 CROWD = 24
 
@@ -55,7 +55,7 @@ def test_alone_and_in_a_watched_and_mixed_crowd(engine: Engine) -> None:
             engine.cancel(job)
         assert [job.future.result(120).images[0] for job in jobs[CROWD:]] == alone
         assert {type(outcome(job)) for job in jobs[:CROWD]} <= {type(None), Cancelled}
-    assert any(isinstance(event, Preview) for event in heard)
+    assert any(event.preview for event in heard)
 
 
 def test_images_of_one_request_are_those_of_single_requests(engine: Engine) -> None:

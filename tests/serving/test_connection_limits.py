@@ -18,6 +18,9 @@ from server.access import PROBE_PATHS
 from server.fake import FakeSampler
 from server.middleware import MAX_HEAD_BYTES, MAX_HEADERS, MAX_TARGET_BYTES, SECURITY_HEADERS
 
+# Of a time limit that an answer must come within: the next where the machine is too busy for the one before.
+LIMITS_S = (0.5, 4.0, 30.0)
+
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
@@ -31,10 +34,10 @@ def connected(client: httpx.Client) -> Iterator[socket.socket]:
         yield sock
 
 
-def consume(pieces: Iterator[object]) -> None:
-    """Run ``pieces`` to its end, or until it raises."""
-    for _ in pieces:
-        pass
+def send_for_ever(sock: socket.socket, piece: bytes) -> None:
+    """Until it raises."""
+    while True:
+        sock.sendall(piece)
 
 
 def read_all(sock: socket.socket) -> bytes:
@@ -130,21 +133,27 @@ def test_a_slow_head_gets_408(client: httpx.Client, monkeypatch: pytest.MonkeyPa
 def test_a_slow_second_head_does_not_disturb_the_first_answer(
     client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 1.0)  # the first answer has left by then
-    with connected(client) as sock:
-        sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /info HTT")
-        first, _, second = read_all(sock).partition(b'{"status":"ready"}')
-        assert first.startswith(b"HTTP/1.1 200 ")
-        assert answered(second) == (408, "head_timeout")
+    for limit_s in LIMITS_S:
+        monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", limit_s)
+        with connected(client) as sock:
+            sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /info HTT")
+            first, _, second = read_all(sock).partition(b'{"status":"ready"}')
+        if first:  # or it was so late that the connection had been closed
+            break
+    assert first.startswith(b"HTTP/1.1 200 ")
+    assert answered(second) == (408, "head_timeout")
 
 
 def test_a_body_that_goes_on_after_its_answer_is_cut_off(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "BODY_TIMEOUT_S", 0.5)
-    monkeypatch.setattr(connection, "_BODY_GRACE_S", 0.5)
-    with connected(client) as sock:
-        sock.sendall(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900000\r\n\r\n{")
-        raw = read_all(sock)  # ends, so the connection was closed
-        assert raw.startswith(b"HTTP/1.1 413 ")
+    monkeypatch.setattr(connection, "_BODY_GRACE_S", 0.0)
+    for limit_s in LIMITS_S:
+        monkeypatch.setattr(connection, "BODY_TIMEOUT_S", limit_s)
+        with connected(client) as sock:
+            sock.sendall(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900000\r\n\r\n{")
+            raw = read_all(sock)  # ends, so the connection was closed
+        if raw:
+            break
+    assert raw.startswith(b"HTTP/1.1 413 ")
 
 
 def test_a_client_that_sends_nothing_is_let_go(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +182,7 @@ def test_a_client_that_reads_nothing_is_let_go(client: httpx.Client, monkeypatch
     with connected(client) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         with pytest.raises(ConnectionError):  # reset: nothing more is taken from it
-            consume(iter(lambda: sock.sendall(one), 0))
+            send_for_ever(sock, one)
 
 
 def test_more_requests_at_once_than_a_client_may_send_ahead_end_the_connection(client: httpx.Client) -> None:
@@ -244,17 +253,6 @@ def test_a_trusted_proxy_may_have_all_connections() -> None:
 )
 def test_addresses_of_one_peer(address: str, peer: str) -> None:
     assert connection._peer_of((address, 1)) == peer
-
-
-def test_an_upgrade_is_not_taken_up(client: httpx.Client) -> None:
-    for protocol in ("websocket", "h2c"):
-        headers = {
-            "Connection": "Upgrade",
-            "Upgrade": protocol,
-            "Sec-WebSocket-Key": "x",
-            "Sec-WebSocket-Version": "13",
-        }
-        assert client.get("/health", headers=headers).status_code == 200
 
 
 def test_what_follows_an_upgrade_is_the_next_request(client: httpx.Client) -> None:

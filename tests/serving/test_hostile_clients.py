@@ -15,7 +15,7 @@ import psutil
 import pytest
 from process_harness import Process, serving
 from serving_harness import WAIT_S, WatchedSampler, live_server, until
-from test_connection_limits import connected, consume, probe, read_all
+from test_connection_limits import connected, probe, read_all, send_for_ever
 
 from server.fake import FakeSampler
 from server.keys import create_key
@@ -80,7 +80,7 @@ def test_many_small_chunks_are_bounded(server: tuple[Process, httpx.Client]) -> 
     with connected(client) as sock:
         sock.sendall(CHUNKED + b"\r\n")
         with pytest.raises(ConnectionError):
-            consume(iter(lambda: sock.sendall(b"1\r\n \r\n" * 1000), 0))
+            send_for_ever(sock, b"1\r\n \r\n" * 1000)
     assert probe(client) == 200
 
 
@@ -90,7 +90,7 @@ def test_a_thousand_silent_sockets_do_not_stop_probes_nor_other_peers(server: tu
     with ExitStack() as crowd:
         for _ in range(1005):
             crowd.enter_context(connected(client))
-        for path in ("/health", "/ready", "/v2/health/live", "/v2/health/ready"):
+        for path in ("/health", "/ready"):
             assert probe(client, path) == 200
         with socket.create_connection(address, WAIT_S, ("127.0.0.2", 0)) as other:
             other.sendall(b"GET /info HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")

@@ -84,33 +84,6 @@ def test_swaps_under_load_lose_nothing_and_mix_nothing_up() -> None:
         assert sample(engine, "robuq_requests_total", finished_reason="completed") == sum(done)
 
 
-def test_a_model_that_fails_in_its_warm_up_changes_nothing() -> None:
-    old, broken = Checkpoint(1), Checkpoint(2)
-    broken.faulty_seeds = {0}
-    with running_engine(old) as engine:
-        with pytest.raises(RunFailed, match="secret"):
-            engine.swap("broken", [broken])
-        assert engine.model.name == "version-1"
-        assert engine.status == "ready"
-        assert set(engine.submit([spec()], "png").future.result(WAIT_S).images) == {old.picture()}
-        engine.swap("good", [Checkpoint(3)])
-        assert engine.model.name == "version-3"
-
-
-def test_a_model_whose_warm_up_kills_its_worker_changes_nothing() -> None:
-    old, deadly = Checkpoint(1), Checkpoint(2)
-
-    def die(rows: object) -> None:
-        raise SystemExit
-
-    deadly.on_step = die
-    with running_engine(old) as engine:
-        with pytest.raises(RunFailed):
-            engine.swap("deadly", [deadly])
-        assert engine.model.name == "version-1"
-        assert outcome(engine.submit([spec()], "png")) is None
-
-
 def test_a_model_that_hangs_in_its_warm_up_is_given_up_while_the_old_one_serves() -> None:
     old, hanging = Checkpoint(1), Checkpoint(2)
     with ThreadPoolExecutor(1) as pool, running_engine(old) as engine:

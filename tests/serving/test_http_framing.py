@@ -44,7 +44,7 @@ def post(client: httpx.Client, body: bytes, *headers: str) -> tuple[int, bytes]:
 
 @pytest.mark.parametrize(
     "path", ["/", "/health", "/ready", "/metrics", "/info", "/classes", "/queue", "/openapi.json", "/docs",
-             "/web/app.js", "/v1/models", "/v1/models/fake", "/v2", "/v2/health/live", "/v2/models/fake", "/nowhere"]
+             "/web/app.js", "/v1/models", "/v1/models/fake", "/nowhere"]
 )  # fmt: skip
 def test_head_is_get_without_a_body(client: httpx.Client, path: str) -> None:
     varying = ("date", "x-request-id", "content-length") if path == "/metrics" else ("date", "x-request-id")
@@ -57,10 +57,6 @@ def test_head_is_get_without_a_body(client: httpx.Client, path: str) -> None:
     assert seen[0] == seen[1]
 
 
-def test_head_of_a_route_that_is_posted_to(client: httpx.Client) -> None:
-    assert exchange(client, b"HEAD /generate HTTP/1.1\r\n" + HOST + b"\r\n")[0] == 405
-
-
 @pytest.mark.parametrize(
     ("head", "status"),
     [
@@ -68,6 +64,7 @@ def test_head_of_a_route_that_is_posted_to(client: httpx.Client) -> None:
         (b"GET /info HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n", 400),
         (b"GET /info HTTP/1.0\r\nHost: a\r\nHost: b\r\n", 400),
         (b"GET /info HTTP/1.0\r\n", 200),
+        (b"HEAD /generate HTTP/1.1\r\n" + HOST, 405),
         (b"POST /generate HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: gzip, chunked\r\n", 501),
         (b"POST /generate HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n", 501),
     ],
@@ -76,7 +73,7 @@ def test_framing_and_host_leave_nothing_open(client: httpx.Client, head: bytes, 
     found, headers, body = exchange(client, head + b"\r\n")
     assert found == status
     assert [value for name, value in headers if name == "connection"] == ["close"]
-    if status != 200:
+    if status not in (200, 405):
         code = {400: "invalid_http", 501: "unsupported_transfer_encoding"}[status]
         assert json.loads(body)["error"]["code"] == code
 
@@ -96,12 +93,6 @@ def test_a_stream_to_http_1_0_ends_with_its_connection(client: httpx.Client, pat
     assert not rest
     assert all(event.startswith((b"event: ", b": ")) for event in events)
     assert events[-1].startswith(b"event: image_generation.completed\ndata: {")
-
-
-def test_a_plain_answer_to_http_1_0_has_its_length(client: httpx.Client) -> None:
-    head = b"POST /generate HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % len(BODY)
-    status, headers, answer = exchange(client, head + BODY)
-    assert (status, int(dict(headers)["content-length"])) == (200, len(answer))
 
 
 @pytest.mark.parametrize("name", ["gzip", "x-gzip", "GZIP"])
@@ -130,6 +121,7 @@ def test_a_gzip_body_in_chunks_is_decoded(client: httpx.Client) -> None:
         (BODY, "br", 415),
         (BODY, "gzip, gzip", 415),
         (BODY, "identity", 200),
+        (b"\xef\xbb\xbf" + BODY, "identity", 200),
     ],
 )
 def test_decoded_bodies_are_bounded_and_whole(client: httpx.Client, body: bytes, encoding: str, status: int) -> None:
@@ -137,15 +129,6 @@ def test_decoded_bodies_are_bounded_and_whole(client: httpx.Client, body: bytes,
     assert found == status
     if status == 415:
         assert b"gzip" in answer
-
-
-def test_415_names_what_is_accepted(client: httpx.Client) -> None:
-    head = b"POST /generate HTTP/1.1\r\n" + HOST + b"Content-Encoding: br\r\nContent-Length: 2\r\n\r\n{}"
-    assert dict(exchange(client, head)[1])["accept-encoding"] == "gzip"
-
-
-def test_json_with_a_byte_order_mark(client: httpx.Client) -> None:
-    assert post(client, b"\xef\xbb\xbf" + BODY)[0] == 200
 
 
 def test_a_class_id_of_thousands_of_digits_is_named(client: httpx.Client) -> None:

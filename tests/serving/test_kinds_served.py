@@ -72,10 +72,6 @@ def test_a_sampler_of_the_other_process_is_named(sit: httpx.Client, sampler: str
     assert refused(sit.post("/v1/images/generations", json={"prompt": "3", "sampler": sampler})) == "sampler"
 
 
-def test_a_class_is_still_asked_for_where_there_are_some(sit: httpx.Client) -> None:
-    assert refused(sit.post("/generate", json={})) == "class_id"
-
-
 def test_a_model_without_classes_draws_an_empty_request(unconditional: httpx.Client) -> None:
     info = unconditional.get("/info").json()
     assert (info["num_classes"], info["guidance"], info["prediction_type"]) == (0, False, "epsilon")
@@ -92,17 +88,11 @@ def test_a_model_without_classes_draws_an_empty_request(unconditional: httpx.Cli
     assert "image_generation.completed" in streamed.text
 
 
-def test_other_protocols_draw_without_classes_too(unconditional: httpx.Client) -> None:
+def test_openai_clients_need_no_class_either(unconditional: httpx.Client) -> None:
     openai = unconditional.post("/v1/images/generations", json={"prompt": "anything", "seed": 6})
     assert openai.status_code == 200, openai.text
     assert openai.json()["class_id"] is None
-    ones = {"name": "num_images", "shape": [1], "datatype": "INT64", "data": [2]}
-    name = unconditional.get("/info").json()["checkpoint"]
-    kserve = unconditional.post(f"/v2/models/{name}/infer", json={"inputs": [ones]})
-    assert kserve.status_code == 200, kserve.text
-    assert kserve.json()["outputs"][0]["shape"] == [2]
-    scale = {"name": "guidance_scale", "shape": [1], "datatype": "FP32", "data": [2.0]}
-    wrong = unconditional.post(f"/v2/models/{name}/infer", json={"inputs": [ones, scale]})
+    wrong = unconditional.post("/v1/images/generations", json={"prompt": "anything", "guidance_scale": 2})
     assert refused(wrong) == "guidance_scale"
 
 

@@ -15,7 +15,7 @@ from test_generate_api import picture
 
 from robuq_core.params import ImageParams
 from server import service
-from server.compat.openai import ImagesBody
+from server.openai_api import ImagesBody
 
 PATH = "/v1/images/generations"
 

@@ -10,7 +10,7 @@ import pytest
 from serving_harness import WAIT_S, Engine, WatchedSampler, outcome, running_engine, spec, until
 
 from robuq_core.images import encode_image
-from server.request import Event, EventBuffer, Preview, StepDone
+from server.request import Event, EventBuffer
 
 
 def previews_are_sent(engine: Engine) -> bool:
@@ -31,13 +31,13 @@ def test_every_step_is_told_and_every_second_one_but_the_last_is_shown() -> None
             sampler.permit()
         assert outcome(job) is None
     for image, of in enumerate(specs):
-        steps = [e for e in events if isinstance(e, StepDone) and e.image == image]
-        assert steps == [StepDone(image, i, of.steps) for i in range(1, of.steps + 1)]
-        previews = [e for e in events if isinstance(e, Preview) and e.image == image]
+        steps = [e for e in events if not e.preview and e.image == image]
+        assert steps == [Event(image, i, of.steps) for i in range(1, of.steps + 1)]
+        previews = [e for e in events if e.preview and e.image == image]
         assert [e.steps_done for e in previews] == list(range(2, of.steps, 2))
         for e in previews:
             assert e.steps == of.steps
-            assert e.encoded == encode_image(sampler.decode_estimate((of, e.steps_done)), "webp")
+            assert e.preview == encode_image(sampler.decode_estimate((of, e.steps_done)), "webp")
 
 
 def test_without_a_subscriber_nothing_is_estimated() -> None:
@@ -52,12 +52,12 @@ def test_a_slow_reader_gets_the_latest_of_each_image() -> None:
         buffer = EventBuffer()
         for steps_done in range(1, 6):
             for image in range(2):
-                buffer.put(StepDone(image, steps_done, 5))
-        buffer.put(Preview(0, 4, 5, b""))
+                buffer.put(Event(image, steps_done, 5))
+        buffer.put(Event(0, 4, 5, b"x"))
         await buffer.wait()
         return buffer.take()
 
-    assert asyncio.run(read()) == [StepDone(0, 5, 5), StepDone(1, 5, 5), Preview(0, 4, 5, b"")]
+    assert asyncio.run(read()) == [Event(0, 5, 5), Event(1, 5, 5), Event(0, 4, 5, b"x")]
 
 
 @pytest.mark.parametrize("stage", ["estimate", "decode_estimate"])
@@ -72,7 +72,7 @@ def test_a_preview_that_fails_costs_nothing_but_itself(stage: str, monkeypatch: 
         monkeypatch.setattr(sampler, stage, broken)
         assert outcome(engine.submit([spec(steps=4)], "png", preview_every=1, on_event=events.append)) is None
         until(lambda: previews_are_sent(engine))
-    assert events == [StepDone(0, i, 4) for i in range(1, 5)]
+    assert events == [Event(0, i, 4) for i in range(1, 5)]
 
 
 def test_slow_previews_are_left_out_and_hold_no_step_up() -> None:
@@ -90,8 +90,8 @@ def test_slow_previews_are_left_out_and_hold_no_step_up() -> None:
         gate.clear()
         job = engine.submit([spec(steps=50)], "png", preview_every=1, on_event=events.append)
         assert outcome(job) is None  # one decoder is stuck in its first preview
-        assert [e for e in events if isinstance(e, Preview)] == []
-        assert len([e for e in events if isinstance(e, StepDone)]) == 50
+        assert [e for e in events if e.preview] == []
+        assert len([e for e in events if not e.preview]) == 50
         gate.set()
         until(lambda: previews_are_sent(engine))
 
@@ -101,7 +101,7 @@ def test_previews_of_an_image_come_in_order() -> None:
     events: list[Event] = []
 
     def shown() -> list[int]:
-        return [e.steps_done for e in list(events) if isinstance(e, Preview)]
+        return [e.steps_done for e in list(events) if e.preview]
 
     with running_engine(sampler, decode_threads=4) as engine:
         sampler.hold()

@@ -6,12 +6,10 @@ import time
 from collections.abc import Sequence
 
 import pytest
-from serving_harness import WAIT_S, WatchedSampler, outcome, running_engine, sample, spec, started_engine, until
+from serving_harness import WAIT_S, WatchedSampler, outcome, running_engine, sample, spec, until
 
 from robuq_core.images import encode_image
 from server.fake import FakeRow
-from server.remote_worker import RunFailed
-from server.request import GenerationFailed
 
 
 def model_rows(rows: Sequence[FakeRow]) -> int:
@@ -75,9 +73,12 @@ def test_when_memory_runs_out_every_request_completes_and_the_budget_comes_back(
         card.room = 64
         card.step_s = 0.001  # for the pool to hear of the room in time
         card.sizes.clear()
-        # One request: among several, the first would be done before the last has come, on a busy machine.
-        assert outcome(engine.submit([spec(seed=s, steps=1000) for s in range(16)], "png")) is None
-        assert max(card.sizes) == 16
+
+        def runs_at_once() -> int:
+            assert outcome(engine.submit([spec(seed=s, steps=200) for s in range(16)], "png")) is None
+            return max(card.sizes)
+
+        until(lambda: runs_at_once() == 16)
 
 
 def test_a_warm_up_beyond_the_memory_serves_what_fits() -> None:
@@ -87,23 +88,6 @@ def test_a_warm_up_beyond_the_memory_serves_what_fits() -> None:
         card.sizes.clear()
         assert outcome(engine.submit([spec(seed=s) for s in range(16)], "png")) is None
         assert max(card.sizes) == 4
-
-
-def test_an_image_that_never_fits_fails_alone() -> None:
-    card = SmallCard(room=64)
-    with running_engine(card) as engine:
-        card.room = 1
-        guided = engine.submit([spec(seed=1, guidance_scale=2.0)], "png")
-        plain = engine.submit([spec(seed=2)], "png")
-        assert isinstance(outcome(guided), GenerationFailed)
-        assert outcome(plain) is None
-
-
-def test_no_memory_for_one_row_fails_the_start() -> None:
-    with started_engine([SmallCard(room=0)]) as engine:
-        until(lambda: engine.status == "failed")
-        assert isinstance(engine.failure, RunFailed)
-        assert "MemoryError" in str(engine.failure)
 
 
 @pytest.mark.parametrize(("target_s", "most"), [(None, 16), (0.021, 5), (0.0001, 2)])

@@ -65,18 +65,17 @@ def test_clients_with_unequal_floods_are_served_equally(
     floods: tuple[list[tuple[int, int]], list[tuple[int, int]]], images: tuple[int, int]
 ) -> None:
     queue = Queue(QUEUE, 5.0)
-    demands: dict[int, Demand] = {}
+    demands: list[Demand] = []
     for client, flood in enumerate(floods):
         for steps, rows in flood:
-            demand = Demand(len(demands), images[client], steps, float(len(demands)), rows, client=str(client))
-            demands[demand.request_id] = demand
-            queue.push(demand)
+            demands.append(Demand(len(demands), images[client], steps, float(len(demands)), rows, client=str(client)))
+            queue.push(demands[-1])
     left = Counter({str(client): len(flood) * images[client] for client, flood in enumerate(floods)})
-    dearest = max(demand.steps * demand.rows_per_image for demand in demands.values())
+    dearest = max(demand.image_cost for demand in demands)
     service: Counter[str] = Counter()
     while left["0"] and left["1"]:
         demand = demands[take(queue)]
-        service[demand.client] += demand.steps * demand.rows_per_image
+        service[demand.client] += demand.image_cost
         left[demand.client] -= 1
         assert abs(service["0"] - service["1"]) <= dearest
 
@@ -97,19 +96,6 @@ def test_who_was_away_comes_back_without_credit(busy: int, costs: tuple[int, int
         assert abs(service[1] - service[2]) <= sum(costs)
 
 
-def test_a_client_that_comes_and_goes_gains_nothing_over_one_that_stays() -> None:
-    queue = Queue(QUEUE, 5.0)
-    queue.push(Demand(0, 1000, 10, 0.0, client="stays"))
-    served: Counter[str] = Counter()
-    for number in range(1, 201):  # one request at a time, each as soon as the one before was admitted
-        queue.push(Demand(number, 1, 10, float(number), client="comes"))
-        while (request_id := take(queue)) == 0:
-            served["stays"] += 1
-        assert request_id == number
-        served["comes"] += 1
-    assert abs(served["stays"] - served["comes"]) <= 1
-
-
 @given(
     priority=st.integers(0, MAX_PRIORITY),
     ageing_s=st.floats(0.5, 5),
@@ -124,36 +110,13 @@ def test_nobody_starves_while_higher_priorities_keep_arriving(
     queue = Queue(QUEUE, ageing_s)
     for number in range(ahead):
         queue.push(Demand(number, 1, 5, 0.0, priority=MAX_PRIORITY))
-    patient = ahead
-    queue.push(Demand(patient, 1, 5, 0.0, priority=priority))
+    queue.push(Demand(ahead, 1, 5, 0.0, priority=priority))
     bound = ahead + math.ceil((MAX_PRIORITY - priority) * ageing_s / between) + 1
     for served in range(bound + 1):
-        now = (served + 1) * between
-        queue.push(Demand(patient + 1 + served, 1, 5, now, priority=MAX_PRIORITY))
-        if take(queue) == patient:
+        queue.push(Demand(ahead + 1 + served, 1, 5, (served + 1) * between, priority=MAX_PRIORITY))
+        if take(queue) == ahead:
             return
     raise AssertionError(f"not admitted after {bound} others")
-
-
-@given(
-    others=st.lists(st.integers(1, 20), min_size=1, max_size=6),
-    steps=st.integers(1, 20),
-)
-def test_a_newcomer_waits_for_a_computable_number_of_images_of_others(others: list[int], steps: int) -> None:
-    """``n`` clients flood without end; whoever joins gets its first image within a computable number of others'."""
-    queue = Queue(QUEUE, 5.0)
-    for number, cost in enumerate(others):
-        queue.push(Demand(number, 500, cost, 0.0, client=f"flood {number}"))
-    for _ in range(37):
-        take(queue)
-    newcomer = len(others)
-    queue.push(Demand(newcomer, 3, steps, 1.0, client="newcomer"))
-    # Its nth image starts (n - 1) steps above the virtual time, and so does every flood, within its own cost.
-    for image in range(3):
-        passed = 0
-        while take(queue) != newcomer:
-            passed += 1
-        assert passed <= sum(math.ceil(steps / cost) + 1 for cost in others), f"image {image}"
 
 
 def test_what_was_never_admitted_costs_nothing() -> None:
@@ -164,9 +127,6 @@ def test_what_was_never_admitted_costs_nothing() -> None:
     queue.push(Demand(1, 1, 10, 0.0, client="b"))
     queue.push(Demand(2, 1, 10, 0.0, client="a"))
     assert [take(queue) for _ in range(2)] == [1, 2]
-    queue.push(Demand(3, 1, 10, 0.0, client="a"))
-    queue.push(Demand(4, 1, 10, 0.0, client="b"))
-    assert {take(queue) for _ in range(2)} == {3, 4}
 
 
 @pytest.mark.parametrize("one_waits", [False, True])
@@ -176,10 +136,8 @@ def test_clients_who_have_gone_are_forgotten(one_waits: bool) -> None:
         queue.push(Demand(-1, 5000, 10, 0.0, client="stays"))
     for number in range(2000):
         queue.push(Demand(number, 1, 10, float(number), client=f"key {number}"))
-        while one_waits and take(queue) == -1:
+        while take(queue) == -1:
             pass
-        if not one_waits:
-            take(queue)
     assert len(queue._waiting) + len(queue._away) <= 3
 
 
@@ -189,17 +147,15 @@ def test_a_client_with_less_displaces_the_last_turns_of_the_one_with_most() -> N
         assert queue.push(Demand(number, 16, 1000, float(number), rows_per_image=2, client="greedy")) == []
     with pytest.raises(QueueFull) as full:
         queue.push(Demand(16, 16, 1000, 16.0, rows_per_image=2, client="greedy"))
-    assert full.value.excess == 16
-    assert queue.cost == 256 * 2000
+    assert (full.value.excess, queue.cost) == (16, 256 * 2000)
     displaced = []
     for number in range(15):  # as many clients as there is room for whole requests, with the one that has it all
         displaced += queue.push(Demand(100 + number, 16, 20, 20.0, client=f"other{number}"))
     assert [request.request_id for request in displaced] == list(range(15, 0, -1))
     assert queue.images == 256
-    with pytest.raises(QueueFull):
-        queue.push(Demand(200, 16, 20, 30.0, client="late"))
-    with pytest.raises(QueueFull):
-        queue.push(Demand(201, 1, 1, 30.0, client="other1"))
+    for late in (Demand(200, 16, 20, 30.0, client="late"), Demand(201, 1, 1, 30.0, client="other1")):
+        with pytest.raises(QueueFull):
+            queue.push(late)
 
 
 @given(asked=st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 16)), max_size=60))
@@ -225,30 +181,15 @@ def test_only_those_who_have_their_share_are_refused_or_displaced(asked: list[tu
         assert queue.images == sum(images for _, images in requests.values()) <= 64
 
 
-def test_clients_without_a_name_are_one_and_displace_nothing() -> None:
-    queue = Queue(100, 5.0)
-    queue.push(Demand(0, 100, 5, 0.0))
-    with pytest.raises(QueueFull) as full:
-        queue.push(Demand(1, 4, 9, 0.0))
-    assert full.value.excess == 4
-    for _ in range(10):
-        take(queue)
-    with pytest.raises(QueueFull) as full:
-        queue.push(Demand(1, 12, 9, 0.0))
-    assert full.value.excess == 2
-
-
 def test_an_image_that_is_put_back_is_next_and_is_not_charged_again() -> None:
     queue = Queue(10, 5.0)
     first, second = Demand(0, 2, 5, 0.0, client="a"), Demand(1, 2, 5, 1.0, client="b")
     queue.push(first)
     queue.push(second)
     taken = queue.pop()
-    assert taken == (first, 0)
-    assert queue.pop() == (second, 0)
+    assert [taken, queue.pop()] == [(first, 0), (second, 0)]
     queue.put_back(*taken)
-    assert (queue.images, queue.cost, queue.untouched) == (3, 15, 0)
-    assert queue.head() is first
+    assert (queue.images, queue.cost, queue.untouched, queue.head()) == (3, 15, 0, first)
     assert [queue.pop() for _ in range(3)] == [(first, 0), (first, 1), (second, 1)]
     assert (queue.images, queue.cost, queue.head()) == (0, 0, None)
     queue.put_back(first, 1)

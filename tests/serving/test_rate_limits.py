@@ -77,14 +77,6 @@ def test_the_units_and_the_keys_are_apart(clock: Clock) -> None:
         rates.check(one, "images")
 
 
-def test_a_key_without_limits_has_none_and_no_headers(clock: Clock) -> None:
-    rates, key = RateLimits(clock), key_of(None)
-    for _ in range(100):
-        rates.check(key, "images", 16)
-        rates.charge(key, "images", 16)
-    assert rates.headers(key) == []
-
-
 def test_the_headers_tell_what_is_left(clock: Clock) -> None:
     rates, key = RateLimits(clock), key_of(10, 3)
     rates.charge(key, "images", 4)

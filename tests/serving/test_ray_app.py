@@ -69,8 +69,7 @@ def client(cluster: LocalCluster) -> Iterator[httpx.Client]:
 @pytest.mark.parametrize(
     "path",
     [
-        *("/", "/health", "/ready", "/info", "/classes?query=3", "/queue", "/metrics", "/openapi.json"),
-        *("/v1/models", "/v2", "/v2/health/ready"),
+        *("/", "/health", "/ready", "/info", "/classes?query=3", "/queue", "/metrics", "/openapi.json", "/v1/models"),
     ],
 )
 def test_the_routes_are_those_of_the_server(client: httpx.Client, alone: TestClient, path: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 
 import pytest
@@ -10,7 +9,7 @@ from serving_harness import WAIT_S, WatchedSampler, outcome, running_engine, sam
 
 from robuq_core.images import encode_image
 from server.fake import FakeRow
-from server.request import GenerationFailed, Overloaded
+from server.request import Overloaded
 
 
 def hold(samplers: Sequence[WatchedSampler]) -> None:
@@ -60,20 +59,6 @@ def test_no_image_waits_while_there_is_room_for_it(guidance: tuple[float, ...]) 
         assert all(outcome(job) is None for job in (*plugs, *jobs))
 
 
-def test_images_of_one_request_may_run_on_several_replicas() -> None:
-    samplers = [WatchedSampler() for _ in range(3)]
-    with running_engine(*samplers, max_batch_rows=4) as engine:
-        hold(samplers)
-        specs = [spec(seed=s, steps=5) for s in range(12)]
-        job = engine.submit(specs, "png")
-        wait_for_a_step(samplers)
-        for sampler in samplers:
-            sampler.release()
-        result = job.future.result(WAIT_S)
-    assert list(result.images) == [encode_image(samplers[0].decode(FakeRow(s)), "png") for s in specs]
-    assert result.timings.total_s == pytest.approx(sum(vars(result.timings).values()) - result.timings.total_s)
-
-
 def test_a_request_begins_with_its_earliest_step_whichever_ends_first() -> None:
     samplers = [WatchedSampler() for _ in range(2)]
     with running_engine(*samplers, max_batch_rows=2) as engine:
@@ -100,9 +85,9 @@ def test_a_worker_that_hangs_leaves_the_rest_ready_and_its_images_go_there() -> 
         assert stuck.entered.acquire(timeout=WAIT_S)
         assert engine.status == "ready"
         engine.make_stale(0)
-        assert [outcome(engine.submit([spec(seed=s)], "png")) for s in (7, 8, 9)].count(None) >= 1
+        assert [outcome(engine.submit([spec(seed=s)], "png")) for s in (7, 8, 9)] == [None] * 3
         assert [outcome(job) for job in jobs] == [None, None]
-        assert sample(engine, "robuq_worker_deaths_total", reason="hung") >= 1
+        until(lambda: sample(engine, "robuq_worker_deaths_total", reason="hung") == 1)
         stuck.release()
         until(lambda: [replica.alive for replica in engine.load().replicas] == [True, True])
 
@@ -151,38 +136,3 @@ def test_the_wait_that_is_reported_shrinks_with_the_number_of_replicas() -> None
     # What runs and the 16 that wait, in rounds of two images for each replica, 100 steps of 30 ms each.
     assert reported(1) == pytest.approx(9 * 100 * 0.03)
     assert reported(4) == pytest.approx(3 * 100 * 0.03)
-
-
-def test_no_two_replicas_ever_step_the_same_row() -> None:
-    owners: dict[int, str] = {}
-    clashes: list[int] = []
-
-    def watch(rows: Sequence[FakeRow]) -> None:
-        me = threading.current_thread().name
-        for row in rows:
-            if owners.setdefault(row.spec.seed, me) != me:
-                clashes.append(row.spec.seed)
-
-    samplers = [WatchedSampler(step_s=0.0005, on_step=watch) for _ in range(4)]
-    with running_engine(*samplers, max_queue_images=1000) as engine:
-        owners.clear()
-        clashes.clear()  # of the warm-up
-        jobs = []
-        for s in range(300):
-            jobs.append(engine.submit([spec(seed=s + 100, steps=1 + s % 7)], "png"))
-            if s % 5 == 0:
-                engine.cancel(jobs[s // 2])
-        for job in jobs:
-            outcome(job)
-        until(lambda: engine.idle and engine.images_decoding == 0)
-        assert [worker.rows for worker in engine.pool._fleet.present] == [0] * 4
-    assert clashes == []
-
-
-def test_a_faulty_row_on_one_replica_fails_its_own_request_only() -> None:
-    samplers = [WatchedSampler() for _ in range(2)]
-    for sampler in samplers:
-        sampler.faulty_seeds = {7}
-    with running_engine(*samplers, max_queue_images=64) as engine:
-        jobs = [engine.submit([spec(seed=s), spec(seed=s + 100)], "png") for s in range(12)]
-        assert [type(outcome(job)) for job in jobs] == [GenerationFailed if s == 7 else type(None) for s in range(12)]

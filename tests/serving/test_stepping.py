@@ -129,13 +129,6 @@ def test_small_forwards_say_nothing_about_a_larger_budget() -> None:
     assert budget.rows == 5
 
 
-@pytest.mark.parametrize(
-    ("error", "expected"), [(MemoryError(), True), (OutOfMemoryError(), True), (RuntimeError(), False)]
-)
-def test_out_of_memory_is_known_by_name(error: Exception, expected: bool) -> None:
-    assert is_out_of_memory(error) is expected
-
-
 def test_forwards_are_measured_and_further_ones_of_a_step_are_announced() -> None:
     now = [10.0]
     retries: list[float] = []

@@ -156,9 +156,6 @@ def test_accept_must_allow_events(client: httpx.Client) -> None:
         assert stream(client, {}, headers={"Accept": accept})
     refused = client.post("/generate", json={"class_id": 1, "stream": True}, headers={"Accept": "image/png"})
     assert (refused.status_code, refused.json()["error"]["code"]) == (406, "not_acceptable")
-
-
-def test_previews_without_a_stream_are_refused(client: httpx.Client) -> None:
     refused = client.post("/generate", json={"class_id": 1, "preview_every": 2})
     assert (refused.status_code, refused.json()["error"]["field"]) == (422, "preview_every")
 

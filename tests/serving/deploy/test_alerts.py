@@ -53,14 +53,6 @@ def test_every_series_that_is_played_exists(exposition: Exposition) -> None:
         assert series in exposition.labels
 
 
-def test_prometheus_loads_the_rules() -> None:
-    config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
-    assert config["rule_files"] == ["alerts.yml"]
-    (job,) = config["scrape_configs"]
-    assert job["job_name"] == "robuq"
-    assert job.get("metrics_path", "/metrics") == "/metrics"
-
-
 @needs_promtool
 @pytest.mark.parametrize(
     "command",

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
-import yaml
 from deploy_harness import DEPLOY, Exposition
 from kubernetes_harness import KUBERNETES, OVERLAYS, Document, build, load, pod_of
 from kubernetes_validate.utils import all_versions
@@ -31,7 +27,6 @@ FOREIGN = {"ServiceMonitor"}
 
 BASE = build("base")
 GUIDE = (DEPLOY.parent / "docs" / "deployment.md").read_text()
-needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
 each_build = pytest.mark.parametrize("overlays", BUILDS.values(), ids=BUILDS)
 
 
@@ -62,29 +57,6 @@ def test_kubernetes_takes_every_manifest(version: str) -> None:
                 kubernetes_validate.validate(document, version, strict=True)
                 seen.append(document)
     assert len(seen) == len(BASE) + len(BUILDS) - 1, "each overlay changes the deployment alone"
-
-
-def unordered(tree: Any) -> Any:
-    """``tree`` with lists of named things in the order of their names, which means nothing."""
-    if isinstance(tree, dict):
-        return {key: unordered(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        named = all(isinstance(item, dict) and "name" in item for item in tree)
-        return [unordered(item) for item in (sorted(tree, key=lambda item: item["name"]) if named else tree)]
-    return tree
-
-
-def kustomized(folder: Path) -> dict[str, Document]:
-    """What kubectl makes of a folder, by kind."""
-    result = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return {document["kind"]: document for document in yaml.safe_load_all(result.stdout)}
-
-
-@needs_kubectl
-@pytest.mark.parametrize("overlay", ["base", "gpu", "monitoring"])
-def test_kustomize_builds_what_these_tests_read(overlay: str) -> None:
-    assert unordered(kustomized(KUBERNETES / overlay)) == unordered(build(overlay))
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -158,14 +130,6 @@ def test_variables_are_settings_with_values_that_they_take(overlays: tuple[str, 
 
 
 @each_build
-def test_threads_are_the_cpus_asked_for(overlays: tuple[str, ...]) -> None:
-    resources = build(*overlays)
-    assert environment(resources)["ROBUQ_THREADS"] == {"resourceFieldRef": {"resource": "requests.cpu"}}
-    assert int(server_of(resources)["resources"]["requests"]["cpu"]) >= 1
-    assert "cpu" not in server_of(resources)["resources"]["limits"]
-
-
-@each_build
 def test_draining_ends_before_the_kill(overlays: tuple[str, ...]) -> None:
     resources = build(*overlays)
     asleep = server_of(resources)["lifecycle"]["preStop"]["sleep"]["seconds"]
@@ -205,14 +169,6 @@ def test_the_keys_lie_where_the_server_looks() -> None:
     assert "subPath" not in mount
     (volume,) = (volume for volume in pod_of(resources)["volumes"] if volume["name"] == "keys")
     assert volume["secret"]["defaultMode"] & 0o047 == 0o040, "the server's group may read, others nothing"
-
-
-def test_a_gpu_pod_has_a_gpu_and_a_backend_that_needs_one() -> None:
-    resources = build("gpu")
-    assert server_of(resources)["resources"]["limits"]["nvidia.com/gpu"] == "1"
-    assert setting_of(resources, "ROBUQ_BACKEND") == "triton"
-    assert server_of(resources)["image"] == "robuq-serve:cuda"
-    assert server_of(BASE)["image"] == "robuq-serve:latest"
 
 
 def test_the_autoscaler_asks_for_what_the_adapter_tells(exposition: Exposition) -> None:

@@ -168,16 +168,6 @@ def test_an_error_is_shown_at_its_field(open_page: OpenPage, control: str, value
         expect(field).not_to_have_attribute("aria-invalid", "true")
 
 
-def test_a_word_where_a_number_belongs(open_page: OpenPage) -> None:
-    with live_server(FakeSampler()) as (client, _):
-        page = open_page(client.base_url)
-        page.described()
-        page.find("#steps").press_sequentially("--e")
-        page.find("#generate").click()
-        expect(page.find("#steps-error")).to_have_text("steps must be a number")
-        expect(page.find("#steps")).to_be_focused()
-
-
 def test_a_full_queue_and_a_fault_of_the_model_are_told(open_page: OpenPage) -> None:
     sampler = WatchedSampler()
     sampler.faulty_seeds = {13}

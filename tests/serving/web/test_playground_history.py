@@ -17,7 +17,6 @@ from PIL import Image
 from playwright.sync_api import expect
 from serving_harness import live_server
 
-from robuq_core.pipeline import Sampler
 from server.fake import FakeSampler
 from server.keys import create_key
 
@@ -69,18 +68,6 @@ def test_the_copied_line_draws_the_same_picture(open_page: OpenPage, tmp_path: P
         assert made.name == f"robuq-1-0.{'jpg' if image_format == 'jpeg' else image_format}"
         assert made.read_bytes() == kept
         np.testing.assert_array_equal(pixels(made.read_bytes()), pixels(kept))
-
-
-@pytest.mark.slow
-def test_the_copied_line_draws_the_same_picture_with_the_real_model(open_page: OpenPage, tmp_path: Path) -> None:
-    with live_server(Sampler.from_checkpoint(threads=1), max_batch_rows=8) as (client, _):  # type: ignore[arg-type]
-        page = open_page(client.base_url)
-        page.described()
-        page.draw(**{"class": "zebra"}, num_images=3, steps=12, guidance_scale=2, seed=5)
-        page.find(".frame").nth(1).click()
-        np.testing.assert_array_equal(
-            pixels(run_in_shell(copied_line(page), tmp_path).read_bytes()), pixels(download(page))
-        )
 
 
 def test_results_are_kept_over_visits(open_page: OpenPage) -> None:
@@ -147,17 +134,6 @@ def test_what_is_kept_is_bounded_in_size(open_page: OpenPage) -> None:
         expect(page.find("#reuse")).to_be_visible()
 
 
-@pytest.mark.slow
-def test_what_is_kept_is_bounded_in_number(open_page: OpenPage) -> None:
-    with live_server(FakeSampler()) as (client, _):
-        page = open_page(client.base_url)
-        page.described()
-        page.fill(num_images=1, steps=1, seed=0)
-        for _ in range(42):
-            page.draw()
-        assert len(json.loads(page.page.evaluate(STORED))) == 40
-
-
 def test_storage_of_another_version_or_none_at_all(open_page: OpenPage) -> None:
     with live_server(FakeSampler()) as (client, _):
         page = open_page(client.base_url)
@@ -172,17 +148,6 @@ def test_storage_of_another_version_or_none_at_all(open_page: OpenPage) -> None:
         page.page.reload()
         page.described()
         page.draw()
-
-
-def test_small_pictures_are_shown_as_pixels(open_page: OpenPage) -> None:
-    with live_server(FakeSampler()) as (client, _):
-        page = open_page(client.base_url)
-        page.described()
-        page.draw(num_images=1)
-        for selector in ("#loupe-image", ".frame img"):
-            style = page.find(selector).evaluate("image => getComputedStyle(image).imageRendering")
-            assert style == "pixelated"
-            assert page.find(selector).evaluate("image => image.clientWidth") >= 96
 
 
 def test_a_server_with_keys(open_page: OpenPage, tmp_path: Path) -> None:

@@ -1,21 +1,24 @@
-"""The series that Ray is told, against those of /metrics."""
+"""What the server gives to Ray, without a cluster: its series, against those of /metrics, and how many replicas."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
-import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 pytest.importorskip("ray.serve")
 
 from robuq_core.config import SamplerConfig
 from server import ray_support
-from server.metrics import Metrics, WorkerMemory
-from server.ray_support import RayMetrics
+from server.metrics import Metrics
+from server.ray_support import IMAGES, REQUESTS, RayMetrics, scale_on_images
 from server.request import ModelInfo
 
 
@@ -71,14 +74,6 @@ def test_every_sample_is_told_as_it_is(told: dict[str, Gauge]) -> None:
     assert seen["robuq_batch_rows_bucket", (("le", "4.0"),)] == 1
 
 
-def test_the_workers_series_have_no_label_of_rays(told: dict[str, Gauge]) -> None:
-    metrics = Metrics(max_batch_rows=4)
-    metrics.watch_workers(lambda: [WorkerMemory(0, os.getpid(), [1, 2, 3])])
-    RayMetrics(metrics.registry).publish()
-    assert told["robuq_worker_resident_memory_bytes"].tag_keys == ("worker",)
-    assert told["robuq_gpu_memory_peak_bytes"].tag_keys == ("gpu",)
-
-
 def test_a_series_that_is_no_more_becomes_zero(told: dict[str, Gauge]) -> None:
     metrics = Metrics(max_batch_rows=4)
     bridge = RayMetrics(metrics.registry)
@@ -91,3 +86,47 @@ def test_a_series_that_is_no_more_becomes_zero(told: dict[str, Gauge]) -> None:
         bridge.publish()
     by_checkpoint = {dict(labels)["checkpoint"]: value for labels, value in told["robuq_info"].values.items()}
     assert by_checkpoint == {"old": 0, "new": 1}
+
+
+def wanted(images: list[float], requests: list[float], queued: float, target: float = 8.0) -> float:
+    told = {
+        IMAGES: {f"replica {i}": value for i, value in enumerate(images)},
+        REQUESTS: {f"replica {i}": value for i, value in enumerate(requests)},
+    }
+    context = SimpleNamespace(
+        aggregated_metrics=told, total_queued_requests=queued, config=SimpleNamespace(target_ongoing_requests=target)
+    )
+    replicas, state = scale_on_images(context)
+    assert state == {}
+    return replicas
+
+
+def test_images_count_and_not_requests() -> None:
+    assert wanted([16, 0], [1, 0], 0) == 2
+    assert wanted([4, 4], [8, 8], 0) == 1
+    assert wanted([], [], 0) == 0
+
+
+def test_those_at_the_proxies_are_as_large_as_those_in_the_engines() -> None:
+    assert wanted([16], [4], 4) == pytest.approx(4)
+    assert wanted([], [], 16) == pytest.approx(2)
+
+
+@given(st.lists(st.floats(0, 1e4), max_size=8), st.floats(0, 1e4), st.floats(0, 1e4), st.floats(0.1, 1e3))
+def test_more_work_never_asks_for_fewer(images: list[float], queued: float, more: float, target: float) -> None:
+    requests = [value / 2 for value in images]
+    assert wanted(images, requests, queued + more, target) >= wanted(images, requests, queued, target)
+    assert wanted([*images, more], [*requests, more / 2], 0, target) >= wanted(images, requests, 0, target)
+
+
+def test_ray_can_run_a_copy_without_this_package() -> None:
+    tree = ast.parse(Path(ray_support.__file__).read_text())
+    modules = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    modules += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    assert {module.split(".")[0] for module in modules} <= {
+        "__future__",
+        "typing",
+        "random",
+        "prometheus_client",
+        "ray",
+    }

@@ -20,28 +20,24 @@ from robuq_core.params import MAX_IMAGES, choice_error, read_params
 from server.classes import ClassIndex
 from server.errors import ApiError, invalid
 from server.generate import GeneratedWith, QueuedParams, answer_fields, make_request
-from server.request import Event, ModelInfo, Preview, Request, Result
+from server.request import Event, ModelInfo, Request, Result
 from server.service import (
     COMPLETED,
-    DOCUMENTED_EVENTS,
     JSON,
     PARTIAL_IMAGE,
     Parts,
     Service,
     classes_of,
     documented,
-    documented_headers,
+    documented_images,
     headers_of,
 )
 
 PATH = "/v1/images/generations"
 _EXAMPLE: dict[str, Any] = {"prompt": "golden retriever"}
 # Its clients expect the field; nothing is counted in tokens here.
-_NO_TOKENS = {
-    "input_tokens": 0,
-    "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
-    "output_tokens": 0,
-    "total_tokens": 0,
+_NO_TOKENS: dict[str, Any] = dict.fromkeys(("input_tokens", "output_tokens", "total_tokens"), 0) | {
+    "input_tokens_details": {"image_tokens": 0, "text_tokens": 0}
 }
 _MAX_NAMED = 8
 
@@ -87,43 +83,15 @@ class ImagesResponse(GeneratedWith):
     size: str
 
 
-class ModelCard(BaseModel):
-    """One model; ``created`` is when the server loaded it."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: Literal["robuq"] = "robuq"
-
-
-class ModelList(BaseModel):
-    """The one model that is served."""
-
-    object: Literal["list"] = "list"
-    data: list[ModelCard]
-
-
-class OpenAIErrorBody(BaseModel):
-    """As everywhere; ``param`` repeats ``field``."""
-
-    code: str
-    message: str
-    type: Literal["invalid_request_error", "server_error"]
-    param: str | None
-    field: str | None = None
-
-
-class OpenAIErrorResponse(BaseModel):
-    """The shape of every answer under /v1 that is not a success."""
-
-    error: OpenAIErrorBody
+def size_of(model: ModelInfo) -> str:
+    return f"{model.image_size}x{model.image_size}"
 
 
 def images_schema(model: ModelInfo, max_timeout_s: float) -> dict[str, Any]:
     """JSON schema of :class:`ImagesBody` with the bounds of a model."""
     schema = ImagesBody.model_json_schema()
     properties = schema["properties"]
-    properties["size"]["anyOf"][0]["enum"] = ["auto", model.size]
+    properties["size"]["anyOf"][0]["enum"] = ["auto", size_of(model)]
     properties["model"]["anyOf"][0]["examples"] = [model.name]
     properties["timeout_s"]["anyOf"][0]["maximum"] = max_timeout_s
     return schema
@@ -168,7 +136,7 @@ def _answer(request: Request, result: Result) -> list[bytes]:
     for i, (image, spec) in enumerate(zip(result.images, request.specs, strict=True)):
         named = to_json({"revised_prompt": request.class_name or None, "seed": spec.seed})
         parts += [b',{"b64_json":"' if i else b'{"b64_json":"', image, b'",' + named[1:]]
-    return [*parts, b"]," + to_json(common | {"size": request.model.size} | ours)[1:]]
+    return [*parts, b"]," + to_json(common | {"size": size_of(request.model)} | ours)[1:]]
 
 
 def _event(request: Request, name: str, image: int, encoded: bytes, **more: Any) -> tuple[str, bytes]:
@@ -179,7 +147,7 @@ def _event(request: Request, name: str, image: int, encoded: bytes, **more: Any)
         "background": "opaque",
         "output_format": request.image_format,
         "quality": "auto",
-        "size": request.model.size,
+        "size": size_of(request.model),
         "image": image,
         "seed": request.specs[image].seed,
         **more,
@@ -188,10 +156,10 @@ def _event(request: Request, name: str, image: int, encoded: bytes, **more: Any)
 
 
 def _progress(request: Request, event: Event) -> tuple[str, bytes] | None:
-    if not isinstance(event, Preview):
+    if not event.preview:
         return None  # OpenAI's clients know no event of a step
     index = event.steps_done // request.preview_every - 1
-    return _event(request, PARTIAL_IMAGE, event.image, event.encoded, partial_image_index=index)
+    return _event(request, PARTIAL_IMAGE, event.image, event.preview, partial_image_index=index)
 
 
 def _completed(request: Request, result: Result) -> Iterable[tuple[str, bytes]]:
@@ -204,14 +172,9 @@ def openai_router(service: Service) -> APIRouter:
     router = APIRouter()
     schema = lru_cache(maxsize=2)(partial(images_schema, max_timeout_s=service.settings.request_timeout_s))
     service.body_schemas[PATH] = schema
-    responses = documented(400, 404, 413, 429, 500, 503, 504, model=OpenAIErrorResponse) | {
-        200: {
-            "description": "The images, or events if stream is true.",
-            "model": ImagesResponse,
-            "content": DOCUMENTED_EVENTS,
-            "headers": documented_headers(),
-        }
-    }
+    responses = documented_images(
+        "The images, or events if stream is true.", ImagesResponse, {}, 400, 404, 413, 429, 500, 503, 504
+    )
 
     @router.post(PATH, responses=responses)
     async def generate_images(http: HttpRequest) -> Response:
@@ -225,8 +188,8 @@ def openai_router(service: Service) -> APIRouter:
         model = service.model
         body = read_params(ImagesBody, await http.body(), lambda: schema(model), _EXAMPLE)
         check_model(body.model, model)
-        if body.size not in (None, "auto", model.size):
-            raise invalid("size", f"size must be auto or {model.size}; this model has one size")
+        if body.size not in (None, "auto", size_of(model)):
+            raise invalid("size", f"size must be auto or {size_of(model)}; this model has one size")
         request = make_request(
             service,
             http,
@@ -249,19 +212,16 @@ def openai_router(service: Service) -> APIRouter:
         result = await service.result(http, request)
         return Parts(_answer(request, result), JSON, headers_of(request, result.timings) | warning)
 
-    def card(model: ModelInfo) -> ModelCard:
-        return ModelCard(id=model.name, created=model.created)
-
-    @router.get("/v1/models")
-    async def list_models() -> ModelList:
-        """The model that is served."""
-        return ModelList(data=[card(service.model)])
-
-    @router.get("/v1/models/{name}", responses=documented(404, model=OpenAIErrorResponse))
-    async def retrieve_model(name: str) -> ModelCard:
+    @router.get("/v1/models/{name}", responses=documented(404))
+    async def retrieve_model(name: str) -> dict[str, Any]:
         """The model that is served, by its id."""
         model = service.model
         check_model(name, model)
-        return card(model)
+        return {"id": model.name, "object": "model", "created": model.created, "owned_by": "robuq"}
+
+    @router.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        """The model that is served."""
+        return {"object": "list", "data": [await retrieve_model(service.model.name)]}
 
     return router

@@ -160,5 +160,4 @@ class Metrics:
         self.registry.register(_WorkerCollector(workers))
 
     def render(self) -> bytes:
-        """The text exposition of every series."""
         return generate_latest(self.registry)

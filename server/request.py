@@ -222,6 +222,5 @@ class Request:
         return buffer
 
     def publish(self, event: Event) -> None:
-        """Tell every subscriber."""
         for buffer in self._buffers:
             buffer.put(event)

@@ -160,7 +160,6 @@ class Worker:
         encode_image(self._sampler.decode(row), "png")
 
     def _warm_up_rows(self, size: int) -> list[Any]:
-        """Images that take ``size`` rows of the model."""
         sampler = self._sampler
         pairs = size // 2 if sampler.can_guide else 0
         guidance = [_GUIDED] * pairs + [_UNGUIDED] * (size - 2 * pairs)
@@ -213,7 +212,6 @@ class Worker:
         return list(self._images.values())
 
     def _step(self, batch: list[_Image]) -> Options:
-        """One step of every image; what there is to report of it."""
         began = self._clock()
         faulty = self._stepper.step(self._sampler, [image.row for image in batch])
         ended = self._clock()

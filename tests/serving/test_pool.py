@@ -13,7 +13,7 @@ from robuq_core.images import encode_image
 from server.fake import FakeRow
 from server.fleet import MAX_DEATHS
 from server.remote_worker import RunFailed
-from server.request import Cancelled, GenerationFailed, NotReady, Overloaded, WorkerDied
+from server.request import Cancelled, GenerationFailed, NotReady, WorkerDied
 
 
 def test_rows_of_different_requests_and_timesteps_share_forwards() -> None:
@@ -96,23 +96,6 @@ def test_cancelled_rows_are_gone_at_the_next_step() -> None:
         assert sample(engine, "robuq_requests_total", finished_reason="cancelled") == 1
         assert sample(engine, "robuq_requests_running") == sample(engine, "robuq_requests_waiting") == 0
         assert outcome(engine.submit([spec(seed=4)], "png")) is None
-
-
-def test_the_queue_is_bounded_in_images_and_says_when_to_try_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    sampler = WatchedSampler(step_s=0.01)
-    with running_engine(sampler, max_batch_rows=2, max_queue_images=16) as engine:
-        worker = engine.pool._fleet.present[0]
-        assert 0 < worker.rows_per_s <= 200  # as measured by the warm-up: two rows in at least 10 ms
-        sampler.hold()
-        engine.submit([spec(seed=s, steps=100) for s in range(2)], "png")
-        until(lambda: len(sampler.batches) == 1)
-        worker.rows_per_s = 200.0
-        engine.submit([spec(steps=100)] * 13, "png")
-        with pytest.raises(Overloaded) as refused:
-            engine.submit([spec(steps=100)] * 4, "png")
-        # The two that run and 13 that wait, 100 steps each.
-        assert refused.value.retry_after_s == pytest.approx(7.5)
-        assert sample(engine, "robuq_rejected_total", reason="queue_full") == 1
 
 
 def test_a_slow_decoder_holds_admission_back() -> None:

@@ -79,7 +79,7 @@ class Settings(BaseSettings):
         description="Copies of the model behind one queue, each in a process: one per GPU or group of CPU cores.",
     )
     max_batch_rows: int = Field(
-        32, ge=2, le=1024, description="Most rows in one forward of a replica; an image with guidance takes two."
+        32, ge=2, le=1024, description="Maximum rows in one forward of a replica; an image with guidance takes two."
     )
     target_step_s: float | None = Field(
         None,
@@ -87,7 +87,7 @@ class Settings(BaseSettings):
         description="Seconds that a step should take at most; batches are kept small enough. Default: no limit.",
     )
     max_queue_images: int = Field(
-        256, ge=MAX_IMAGES, description="Most images that may wait for their first step; beyond it clients get 429."
+        256, ge=MAX_IMAGES, description="Maximum images waiting for their first step; beyond it clients get 429."
     )
     request_timeout_s: float = Field(
         300.0, gt=0, description="Seconds until a request fails with 504; its timeout_s may ask for less."
@@ -118,7 +118,7 @@ class Settings(BaseSettings):
     )
     max_body_bytes: int = Field(65536, ge=1024, description="Longest request body; beyond it clients get 413.")
     max_connections: int = Field(
-        1000, ge=1, description="Most open connections; beyond it clients get 503, but probes are answered."
+        1000, ge=1, description="Maximum open connections; beyond it clients get 503, but probes are answered."
     )
     max_connections_per_peer: int = Field(
         500, ge=1, description="As --max-connections, per client address (IPv6: per /64)."
@@ -146,7 +146,7 @@ class Settings(BaseSettings):
     cache_bytes: int = Field(
         2**28,
         ge=0,
-        description="Most bytes of images to keep for repeated requests with a seed; 0 turns this off, and the sharing "
+        description="Maximum bytes of images to keep for repeated requests with a seed; 0 turns this off, and the sharing "
         "of equal requests in flight.",
     )
     otel_endpoint: str | None = Field(

@@ -120,7 +120,8 @@ def test_no_answer_tells_of_the_inside(monkeypatch: pytest.MonkeyPatch) -> None:
     bodies: list[Any] = [b"", b"{", b"\xff", b"[]", b'{"class_id": 1e999}', b'{"class_id": 1, "seed": 13}', b'{"a": 1}',
                          b'{"path": "../../etc/passwd"}', b"x" * 70_000]  # fmt: skip
     with live_server(sampler) as (client, engine):
-        paths = [context.path for context in iter_route_contexts(make_app().routes)] + [
+        paths = [
+            *(context.path for context in iter_route_contexts(make_app().routes)),
             "/nowhere",
             "/%00",
             "/web/..%2f",

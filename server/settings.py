@@ -146,8 +146,8 @@ class Settings(BaseSettings):
     cache_bytes: int = Field(
         2**28,
         ge=0,
-        description="Maximum bytes of images to keep for repeated requests with a seed; 0 turns this off, and the sharing "
-        "of equal requests in flight.",
+        description="Maximum bytes of images to keep for repeated requests with a seed; 0 turns this off, and the "
+        "sharing of equal requests in flight.",
     )
     otel_endpoint: str | None = Field(
         None, description="OTLP/HTTP collector for traces, such as http://localhost:4318; needs the extra robuq[otel]."

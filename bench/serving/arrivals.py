@@ -113,7 +113,7 @@ def _check(
     answers: dict[int, bytes],
     workload: Workload,
 ) -> None:
-    """We serve every request; every system that serves one generates the same image. What others drop is a figure, not a fault."""
+    """We serve every request, and all systems generate the same images. What others drop is a figure, not a fault."""
     require(kind != "continuous" or len(answers) == len(bodies), f"served {len(answers)} of {len(bodies)} requests")
     for number, answer in answers.items():
         content = json.loads(answer)

@@ -53,6 +53,7 @@ ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="YAML file of
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", "-s", help="Override one key: --set qat.lr=3e-4. Repeatable.")
 ]
+EmaOption = Annotated[float | None, typer.Option(help="Use the weights averaged with this one of more_ema_decays.")]
 RedoOption = Annotated[bool, typer.Option("--redo", help="Discard this stage's output and rerun it.")]
 
 
@@ -70,15 +71,14 @@ def _not_installed(error: ImportError) -> UserError:
 
 
 @contextmanager
-def _run(config: Path, overrides: list[str] | None) -> Iterator[Run]:
+def _run(config: Path, overrides: list[str] | None, ema: float | None = None) -> Iterator[Run]:
     """The configured run, in all processes that ``torchrun`` started."""
     loaded = _load(config, overrides)
-    from train.data import looked_at_once
     from train.parallel import processes
     from train.run import Run
 
-    with processes(), looked_at_once():
-        yield Run(loaded, typer.echo)
+    with processes():
+        yield Run(loaded, typer.echo, ema=ema)
 
 
 @app.command()
@@ -112,44 +112,19 @@ def prepare(
         whole.prepare(verify)
 
 
-@app.command()
-@reported
-def teacher(config: ConfigOption, override: SetOption = None, redo: RedoOption = False) -> None:
-    """Train the full-precision DiT that quantisation starts from, or import its weights."""
-    with _run(config, override) as whole:
-        whole.alone("teacher", redo)
+def _add_stage(name: str, about: str) -> None:
+    @app.command(name, help=about)
+    @reported
+    def stage(config: ConfigOption, override: SetOption = None, redo: RedoOption = False) -> None:
+        with _run(config, override) as whole:
+            whole.alone(name, redo)
 
 
-@app.command()
-@reported
-def warmup(config: ConfigOption, override: SetOption = None, redo: RedoOption = False) -> None:
-    """Train the quantised teacher briefly at one uniform width; sensitivities are measured on the result."""
-    with _run(config, override) as whole:
-        whole.alone("warmup", redo)
-
-
-@app.command()
-@reported
-def sensitivity(config: ConfigOption, override: SetOption = None, redo: RedoOption = False) -> None:
-    """Measure the loss of each layer at each activation width."""
-    with _run(config, override) as whole:
-        whole.alone("sensitivity", redo)
-
-
-@app.command()
-@reported
-def allocate(config: ConfigOption, override: SetOption = None, redo: RedoOption = False) -> None:
-    """Choose the width of each layer within allocate.average_bits, and print the table."""
-    with _run(config, override) as whole:
-        whole.alone("allocate", redo)
-
-
-@app.command()
-@reported
-def qat(config: ConfigOption, override: SetOption = None, redo: RedoOption = False) -> None:
-    """Quantise the teacher (ternary weights, low-bit activations) and continue training."""
-    with _run(config, override) as whole:
-        whole.alone("qat", redo)
+_add_stage("teacher", "Train the full-precision DiT that quantisation starts from, or import its weights.")
+_add_stage("warmup", "Train the quantised teacher briefly at one uniform width; sensitivities are measured on it.")
+_add_stage("sensitivity", "Measure the loss of each layer at each activation width.")
+_add_stage("allocate", "Choose the width of each layer within allocate.average_bits, and print the table.")
+_add_stage("qat", "Quantise the teacher (ternary weights, low-bit activations) and continue training.")
 
 
 @app.command()
@@ -160,12 +135,15 @@ def export(
         Path | None,
         typer.Option("--out", "-o", help="Write the packed file here; default: RUN_DIR/model.safetensors."),
     ] = None,
+    ema: EmaOption = None,
     override: SetOption = None,
     redo: RedoOption = False,
 ) -> None:
     """Pack the trained student into one file that robuq and robuq-serve load."""
-    with _run(config, override) as whole:
+    with _run(config, override, ema) as whole:
         if out is None:
+            if ema is not None:
+                raise UserError("--ema needs --out: RUN_DIR/model.safetensors has the weights of ema_decay")
             whole.alone("export", redo)
             return
         from train.stages import BY_NAME
@@ -201,6 +179,7 @@ def evaluate(
             "quick (50 steps, 10,000)."
         ),
     ] = None,
+    ema: EmaOption = None,
     override: SetOption = None,
 ) -> None:
     """Measure samples: agreement with their class, and distances to the photos with intervals over seeds.
@@ -208,14 +187,14 @@ def evaluate(
     Prints JSON and keeps it in RUN_DIR/evaluation.json. Needs no download: FD-EffNet is on EfficientNet-Lite0 features.
     Under torchrun every process generates its share of the samples.
     """
-    with _run(config, [*_protocol(protocol), *(override or [])]) as whole:
+    with _run(config, [*_protocol(protocol), *(override or [])], ema) as whole:
         from train.evaluation.run import evaluate_run
         from train.evaluation.samples import known_model
         from train.parallel import rank
 
         which = None if model is None else known_model(model)
         options: dict[str, Any] = {"sheet": sheet, "inception": inception, "npz": npz, "agreement_only": agreement_only}
-        entry = evaluate_run(whole.config, which, checkpoint=checkpoint, classes=classes, seed=seed, **options)
+        entry = evaluate_run(whole, which, checkpoint=checkpoint, classes=classes, seed=seed, **options)
         if rank() == 0:
             typer.echo(json.dumps(entry, indent=2))
 
@@ -243,22 +222,16 @@ def diagnose(
     """Report how near to normal each layer's input is, before and after rotation, and what quantising costs.
 
     Prints the output error of every layer with and without rotation, and the spread of every head's logits.
-    Writes RUN_DIR/diagnosis/MODEL.html and MODEL.json.
+    Writes RUN_DIR/diagnosis/MODEL.pdf, with a page of plots per layer, and MODEL.json.
     """
-    loaded = _load(config, override)
-    from train.diagnose.run import diagnose_run
-    from train.evaluation.samples import known_model
+    with _run(config, override) as whole:
+        from train.diagnose.report import report
+        from train.diagnose.run import diagnose_run
+        from train.evaluation.samples import known_model
+        from train.parallel import on_first
 
-    which = None if model is None else known_model(model)
-    found, report = diagnose_run(loaded, which, checkpoint)
-    from rich.console import Console
-
-    from train.diagnose.report import head_table, layer_table, rotation_verdict
-
-    console = Console()
-    console.print(layer_table(found), head_table(found))
-    typer.echo(rotation_verdict(found))
-    typer.echo(f"wrote {report}")
+        which = None if model is None else known_model(model)
+        on_first(lambda: report(diagnose_run(whole, which, checkpoint), whole.folder / "diagnosis"))
 
 
 @app.command()

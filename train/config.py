@@ -24,7 +24,7 @@ from robuq_core.config import (
 from robuq_core.errors import UserError
 from robuq_core.files import read_bounded
 from robuq_core.quant.hadamard import decompose_order
-from train.messages import one_line
+from train.logs import one_line
 
 
 class ConfigError(UserError):
@@ -68,7 +68,10 @@ class StageConfig(StrictModel):
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="of AdamW")
     weight_decay: float = Field(default=0.0, ge=0, description="of AdamW")
     grad_clip: float | None = Field(default=1.0, gt=0, description="largest gradient norm; null: no clipping")
-    ema_decay: float = Field(default=0.9999, ge=0, lt=1, description="of the averaged weights, which are what is used")
+    ema_decay: Beta = Field(default=0.9999, description="of the averaged weights, which are what is used")
+    more_ema_decays: tuple[Beta, ...] = Field(
+        default=(), description="further averages to keep; evaluate and export them with --ema DECAY"
+    )
     distill_weight: float = Field(
         default=0.0, ge=0, description="weight of the MSE to the teacher's output (warmup, qat)"
     )
@@ -192,6 +195,9 @@ class TrainConfig(StrictModel):
         default="auto", description="auto: bf16 where the hardware supports it"
     )
     compile: bool = Field(default=True, description="use torch.compile")
+    wandb: str | None = Field(
+        default=None, description="project of Weights & Biases that curves also go to; needs the package wandb"
+    )
     class_dropout: float = Field(
         default=0.1, ge=0, lt=1, description="share of labels dropped, for guidance; 0: no null class, no guidance"
     )

@@ -95,7 +95,7 @@ class StepMemory:
         yield "rotations, positions", self.constants
         yield "gradients (FP32)", self.gradients
         yield "AdamW's two moments (FP32)", self.moments
-        yield "moving average (FP32)", self.average
+        yield "moving averages (FP32)", self.average
         yield "teacher (FP32)", self.teacher
         yield "weights gathered by FSDP", self.gathered
         yield "kept for the backward pass", self.kept
@@ -137,7 +137,7 @@ def step_memory(
         constants=sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
         gradients=parameters // sharded,
         moments=2 * parameters // sharded,
-        average=parameters // sharded,
+        average=(1 + len(stage.more_ema_decays)) * parameters // sharded,
         teacher=_bytes(teacher) // sharded if teacher is not None else 0,
         # The blocks, the gradient of one before it is shared out, and the root, which stays whole.
         gathered=(_GATHERED_BLOCKS + 1) * block + root if sharded > 1 else 0,

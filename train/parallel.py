@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from robuq_core.errors import UserError
 from robuq_core.models.dit import DiT
-from train.messages import one_line
+from train.logs import one_line
 
 Parallel = Literal["ddp", "fsdp"]
 T = TypeVar("T")

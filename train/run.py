@@ -17,10 +17,11 @@ import json
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from pydantic import ValidationError
 from safetensors import SafetensorError
@@ -32,9 +33,21 @@ from robuq_core.files import read_json, replacing
 from robuq_core.models.dit import DiT
 from robuq_core.models.quant_linear import quantize_model
 from train.config import ConfigError, TrainConfig
-from train.data import Dataset, Index, data_digest, open_dataset, prepare
-from train.messages import one_line
+from train.data import (
+    BatchSource,
+    Dataset,
+    ImageDataset,
+    Index,
+    data_digest,
+    fingerprint,
+    image_size,
+    load_dataset,
+    open_dataset,
+    prepare,
+)
+from train.logs import one_line
 from train.parallel import from_first, on_first
+from train.sensitivity import FixedBatch, fixed_set
 from train.stages import BY_NAME, STAGES, Stage, at_search_width, quant_settings
 from train.state import State, StateError, file_digest, find_state, latest_state, locked, read_state
 from train.trainer import meaning_of_weights
@@ -60,13 +73,17 @@ class Run:
 
     Args:
         note: receives one line for everything that is done or left as it is.
+        ema: decay of the average whose weights the models have, one of ``more_ema_decays``; default: ``ema_decay``.
         base: another run, of the same data and model, whose prepared data and teacher this one uses.
     """
 
-    def __init__(self, config: TrainConfig, note: Note = print, base: Run | None = None) -> None:
+    def __init__(
+        self, config: TrainConfig, note: Note = print, base: Run | None = None, ema: float | None = None
+    ) -> None:
         self.config: TrainConfig = config
         self.folder: Path = config.run_dir
-        self.base, self._note = base, note
+        self.base, self.ema, self._note = base, ema, note
+        self._fingerprint: Callable[[Path], str] = cache(fingerprint) if base is None else base._fingerprint
 
     def note(self, text: str) -> None:
         """Pass one line on, from the first process."""
@@ -77,7 +94,9 @@ class Run:
     @cached_property
     def index(self) -> Index:
         """The prepared data, brought up to date when first asked for."""
-        return self.base.index if self.base is not None else prepare(self.config, self._note)
+        if self.base is not None:
+            return self.base.index
+        return prepare(self.config, self._note, fingerprint=self._fingerprint)
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -91,7 +110,36 @@ class Run:
         if split == self.config.data.split:
             return self
         data = self.config.data.model_copy(update={"split": split})
-        return Run(self.config.model_copy(update={"data": data}), lambda _: None)
+        other = Run(self.config.model_copy(update={"data": data}), lambda _: None)
+        other._fingerprint = self._fingerprint
+        return other
+
+    def photos(self, count: int | None = None) -> ImageDataset:
+        """The data in pixels, at the size that the model generates: all, or ``count`` of them at random.
+
+        Of a run on pixels they are the prepared ones, mapped; of a run on latents they are read again: give ``count``.
+
+        Raises:
+            DataError: the data cannot be used, or are latents of another program.
+        """
+        data = self.config.data
+        if data.vae is None:
+            assert isinstance(self.dataset, ImageDataset)
+            return self.dataset.some(count)
+        size, classes = image_size(self.config), self.config.model.num_classes
+        return load_dataset(data.path, size, classes, data.split, data.fit, count)
+
+    def batches(self, config: TrainConfig, batch_size: int) -> BatchSource:
+        """Batches of the data by step, augmented and seeded as ``config`` says, which may be a variant of the run's."""
+        return BatchSource(self.dataset, config.data, config.model.input_size, batch_size, config.seed)
+
+    def fixed_points(
+        self, samples: int, batch_size: int, seed: int, device: torch.device | str = "cpu"
+    ) -> list[FixedBatch]:
+        """Noised images, not augmented, at timesteps spread over the process: the same ones in every call."""
+        data = self.config.data.model_copy(update={"flip_probability": 0.0, "colour_jitter": 0.0})
+        source = BatchSource(self.dataset, data, self.config.model.input_size, batch_size, seed)
+        return fixed_set(source, samples, seed, device, self.config.diffusion.prediction_type)
 
     # What the stages write, and the models in it.
 
@@ -117,23 +165,27 @@ class Run:
     def teacher(self, state: Path | None = None) -> DiT:
         """The full-precision model with the averaged weights of the latest state, or of the one at ``state``."""
         model = DiT(self.config.model)
-        self._state("teacher", state).load_average(model, meaning_of_weights(self.config))
+        self._state("teacher", state).load_average(model, meaning_of_weights(self.config), self.ema)
         return model
 
     def student(self, state: Path | None = None) -> DiT:
         """The fake-quantised model with the averaged weights of the latest state, or of the one at ``state``."""
-        return self._quantized(self._state("qat", state), self.quant)
+        return self._student(self._state("qat", state), self.quant)
 
     def warmed_up(self) -> DiT:
         """The student of the warm-up, every layer at the width that others are searched around."""
-        return self._quantized(latest_state(self.path("warmup")), at_search_width(self.config).quant)
+        return self._student(latest_state(self.path("warmup")), at_search_width(self.config).quant)
 
     def _state(self, stage: str, folder: Path | None) -> State:
         return latest_state(self.path(stage)) if folder is None else read_state(folder)
 
-    def _quantized(self, state: State, quant: QuantConfig) -> DiT:
-        model = quantize_model(DiT(self.config.model), quant)
-        state.load_average(model, {**meaning_of_weights(self.config), **quant_settings(quant)})
+    def quantized(self, model: DiT, quant: QuantConfig) -> DiT:
+        """The student that ``model``, in full precision, becomes, in place."""
+        return quantize_model(model, quant)
+
+    def _student(self, state: State, quant: QuantConfig) -> DiT:
+        model = self.quantized(DiT(self.config.model), quant)
+        state.load_average(model, {**meaning_of_weights(self.config), **quant_settings(quant)}, self.ema)
         return model
 
     @property
@@ -219,7 +271,7 @@ class Run:
             self._note(text)
 
         if self.base is None:
-            self.index = prepare(self.config, listen, verify)
+            self.index = prepare(self.config, listen, verify, self._fingerprint)
         on_first(lambda: self._keep_config(self.config))
         if from_first(lambda: not notes):
             index = self.index
@@ -317,7 +369,10 @@ class Run:
         """Remove what ``stage`` wrote, unless another process is at it."""
         path = self.path(stage.name)
         with locked(path) if stage.trains else nullcontext():
-            for file in (self._record_path(stage), self.folder / f"{stage.name}.log.jsonl"):
+            for file in (
+                self._record_path(stage),
+                *(self.folder / f"{stage.name}.{suffix}" for suffix in ("log.jsonl", "wandb")),
+            ):
                 file.unlink(missing_ok=True)
             if path.is_file():
                 path.unlink()

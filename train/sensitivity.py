@@ -27,8 +27,8 @@ from robuq_core.files import replacing
 from robuq_core.models.dit import DiT
 from robuq_core.models.quant_linear import QuantLinear, is_adaln, quantizable_linears
 from train.data import BatchSource, step_generator
+from train.logs import tracked
 from train.loss import add_noise, diffusion_loss
-from train.progress import tracked
 
 Metric = Literal["teacher_mse", "diffusion_loss"]
 METRICS: tuple[Metric, ...] = ("teacher_mse", "diffusion_loss")
@@ -97,7 +97,7 @@ def fixed_batch(x0: Tensor, classes: Tensor, seed: int, index: int, prediction_t
 
 
 def fixed_set(
-    source: BatchSource, samples: int, seed: int, device: torch.device, prediction_type: PredictionType
+    source: BatchSource, samples: int, seed: int, device: torch.device | str, prediction_type: PredictionType
 ) -> list[FixedBatch]:
     """The first ``samples`` images of ``source`` (its batches 0, 1, ...) as fixed points, the same in every call."""
     batches: list[FixedBatch] = []

@@ -17,9 +17,8 @@ from robuq_core.checkpoint import Description, Header, layer_macs, write_checkpo
 from robuq_core.config import DecoderKind, QuantConfig, StrictModel
 from robuq_core.files import replacing
 from robuq_core.models.dit import DiT
-from robuq_core.models.quant_linear import quantize_model
 from train.config import ConfigError, StageConfig, TrainConfig
-from train.data import BatchSource, Dataset, LatentDataset, centre_images
+from train.data import Dataset, LatentDataset, centre_images
 from train.parallel import on_first, training_device
 from train.provenance import run_provenance
 from train.state import EMA, Saver, State, exclusive, latest_state, read_state
@@ -182,11 +181,11 @@ def _principal_codes(means: Tensor, width: int) -> Tensor:
 
 
 def train_warmup(run: Run, config: TrainConfig, inputs: Inputs) -> None:
-    _train(run, config, "warmup", quantize_model(run.teacher(), config.quant), inputs)
+    _train(run, config, "warmup", run.quantized(run.teacher(), config.quant), inputs)
 
 
 def train_qat(run: Run, config: TrainConfig, inputs: Inputs) -> None:
-    student = quantize_model(run.teacher(), config.quant)
+    student = run.quantized(run.teacher(), config.quant)
     start = warm_start(run)
     if start is not None and not any(run.path("qat").glob("step-*")):
         state = read_state(start) if (start / "state.json").exists() else latest_state(start)
@@ -211,8 +210,8 @@ def _train(run: Run, config: TrainConfig, name: str, model: DiT, inputs: Inputs)
         from train.watch import Watch
 
         watch = Watch(run, config, name)
-    source = BatchSource(run.dataset, config.data, config.model.input_size, stage.batch_size, config.seed)
     with exclusive(run.path(name)):
+        source = run.batches(config, stage.batch_size)
         Trainer(config, stage, model, source, run.path(name), teacher=teacher, inputs=inputs, watch=watch).run()
 
 
@@ -220,15 +219,12 @@ def _train(run: Run, config: TrainConfig, name: str, model: DiT, inputs: Inputs)
 
 
 def measure(run: Run, config: TrainConfig, inputs: Inputs) -> None:
-    from train.sensitivity import fixed_set, measure_sensitivity
+    from train.sensitivity import measure_sensitivity
 
     settings = config.sensitivity
-    student = run.warmed_up() if settings.after == "warmup" else quantize_model(run.teacher(), config.quant)
+    student = run.warmed_up() if settings.after == "warmup" else run.quantized(run.teacher(), config.quant)
     device = training_device()
-    # The points are to be those of the data, not of their augmentation.
-    still = config.data.model_copy(update={"flip_probability": 0.0, "colour_jitter": 0.0})
-    source = BatchSource(run.dataset, still, config.model.input_size, settings.batch_size, config.seed)
-    batches = fixed_set(source, settings.samples, config.seed, device, config.diffusion.prediction_type)
+    batches = run.fixed_points(settings.samples, settings.batch_size, config.seed, device)
     found = measure_sensitivity(student.to(device), run.teacher().to(device), batches, config.diffusion,
                                 bits=settings.bits, reference_bits=config.quant.activation_bits,
                                 guidance_scale=settings.guidance_scale)  # fmt: skip
@@ -293,7 +289,7 @@ def evaluate(run: Run, config: TrainConfig, inputs: Inputs) -> None:
     from train.evaluation.run import evaluate_run
 
     for which in ("teacher", "packed" if is_packable(config) else "student"):
-        entry = evaluate_run(config, which)
+        entry = evaluate_run(run, which)
         figures = ", ".join(f"{name} {each['mean']:.4g}" for name, each in entry["figures"].items())
         run.note(f"evaluate: {which}: {figures}")
 

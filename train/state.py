@@ -32,7 +32,7 @@ from robuq_core.errors import UserError
 from robuq_core.files import MAX_TEXT_BYTES, parse_json, publish_folder, read_json
 from robuq_core.shards import read_all, read_into, stored_tensors
 from train import parallel
-from train.messages import one_line
+from train.logs import one_line
 
 _ABOUT = "state.json"
 
@@ -42,10 +42,13 @@ class StateError(UserError):
 
 
 class EMA:
-    """Exponential moving average of parameters; early on the decay is ``(1 + step) / (10 + step)``."""
+    """Exponential moving average of parameters; early on the decay is ``(1 + step) / (10 + step)``.
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
+    ``prefix``: of its tensors in a state.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, prefix: str = "ema.") -> None:
+        self.decay, self.prefix = decay, prefix
         self.shadow = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     @torch.no_grad()
@@ -66,6 +69,11 @@ class EMA:
         finally:
             with torch.no_grad():
                 torch._foreach_copy_(own, kept)
+
+
+def further_average(decay: float) -> str:
+    """Prefix of the tensors of one of ``more_ema_decays``."""
+    return f"ema-{decay:g}/"
 
 
 class State(StrictModel):
@@ -119,18 +127,22 @@ class State(StrictModel):
                 StateError(f"{found}, or delete {self.folder} to continue from an earlier state, if there is one")
             )
 
-    def load_average(self, model: nn.Module, settings: Mapping[str, Any]) -> None:
-        """Load the averaged weights into ``model``.
+    def load_average(self, model: nn.Module, settings: Mapping[str, Any], decay: float | None = None) -> None:
+        """Load the averaged weights into ``model``; of ``decay``, where the stage kept more averages than one.
 
         Raises:
-            StateError: as :meth:`check` and :meth:`check_files`, or the weights do not fit the model.
+            StateError: as :meth:`check` and :meth:`check_files`, no such average, or the weights do not fit the model.
         """
         self.check(settings)
+        prefix = "ema." if decay is None else further_average(decay)
+        if not any(name.startswith(prefix) for name in stored_tensors(self.folder)):
+            raise StateError(f"{self.folder}: holds no average of decay {decay:g}; choose one of the stage's "
+                             "more_ema_decays, or leave out --ema")  # fmt: skip
         self.check_files()
         try:
-            table = read_all(self.folder, "model.", "ema.")
+            table = read_all(self.folder, "model.", prefix)
             buffers = {name.removeprefix("model."): value for name, value in table.items() if name[0] == "m"}
-            average = {name.removeprefix("ema."): value for name, value in table.items() if name[0] == "e"}
+            average = {name.removeprefix(prefix): value for name, value in table.items() if name[0] == "e"}
             # Nothing is stored of parameters without elements, such as a low-rank branch of rank 0.
             empty = {name: p for name, p in model.state_dict().items() if not p.numel()}
             model.load_state_dict({**empty, **buffers, **average})

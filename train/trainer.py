@@ -22,13 +22,11 @@ from robuq_core.models.dit import DiT
 from robuq_core.models.quant_linear import held_codes
 from train import parallel
 from train.config import ConfigError, StageConfig, TrainConfig
-from train.data import BatchSource, sample_noise, step_generator
-from train.logs import TrainingLog, progress_bar
+from train.data import BatchSource, Prefetcher, sample_noise, step_generator
+from train.logs import TrainingLog, one_line, progress_bar
 from train.loss import add_noise, diffusion_loss, draw_timesteps, own_sample
-from train.messages import one_line
-from train.prefetch import Prefetcher
 from train.provenance import run_provenance
-from train.state import EMA, Saver, State, StateError, find_state
+from train.state import EMA, Saver, State, StateError, find_state, further_average
 
 # Steps between looks at the loss, and at the signals of other processes: each look waits for the device.
 _CHECK_EVERY = 10
@@ -203,6 +201,7 @@ class Trainer:
             self.model.parameters(), lr=stage.lr, betas=stage.betas, weight_decay=stage.weight_decay, fused=True
         )
         self.ema = EMA(self.model, stage.ema_decay)
+        self.averages = [self.ema, *(EMA(self.model, each, further_average(each)) for each in stage.more_ema_decays)]
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self._saver = Saver()
@@ -235,7 +234,7 @@ class Trainer:
         """Every tensor that training continues from, by name: the very tensors, so that reading fills them."""
         return {
             **{f"model.{name}": value for name, value in self.model.state_dict().items()},
-            **{f"ema.{name}": value for name, value in self.ema.shadow.items()},
+            **{f"{each.prefix}{name}": value for each in self.averages for name, value in each.shadow.items()},
             **{f"optimiser.{name}.{key}": value for name, p in self.model.named_parameters() if p.numel()
                for key, value in self.optimiser.state[p].items()},
         }  # fmt: skip
@@ -261,7 +260,8 @@ class Trainer:
         """
         log = None
         if parallel.rank() == 0:
-            log = TrainingLog(self.states.parent.parent, self.name, self.step, self.stage.steps)
+            run_dir = self.states.parent.parent
+            log = TrainingLog(run_dir, self.name, self.step, self.stage.steps, self.config.wandb)
         previous = {number: signal.signal(number, self._request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         ended = False
         try:
@@ -364,7 +364,8 @@ class Trainer:
         self._unchecked.append((loss, norm))
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        self.ema.update(self.model, self.step)
+        for each in self.averages:
+            each.update(self.model, self.step)
 
     def _batch(self, step: int) -> NoisyBatch:
         """This process's share of the batch of ``step``, in page-locked memory where a GPU is to read it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,16 +10,16 @@ from robuq_core.models.dit import DiT
 from robuq_core.pipeline import Sampler
 from train import parallel
 from train.config import StageConfig, TrainConfig
-from train.data import BatchSource
 from train.loss import diffusion_loss
 
 if TYPE_CHECKING:
+    from train.evaluation.figures import Moments
+    from train.evaluation.networks import FeatureNetwork
     from train.run import Run
 
 _LOSS_IMAGES = 256
 _LOSS_BATCH = 32
 _SHEET_IMAGES = 16
-_SAMPLE_BATCH = 64
 _SEED = 0
 
 
@@ -32,24 +31,21 @@ class Watch:
     """
 
     def __init__(self, run: Run, config: TrainConfig, name: str) -> None:
-        from train.sensitivity import fixed_set
-
-        self.config, self.name = config, name
+        self.config, self.name, self._held_out = config, name, run.held_out
         self.stage: StageConfig = getattr(config, name)
-        still = config.data.model_copy(update={"flip_probability": 0.0, "colour_jitter": 0.0})
-        dataset = run.held_out.dataset
-        size = min(_LOSS_BATCH, len(dataset))
-        source = BatchSource(dataset, still, config.model.input_size, size, _SEED)
-        count = min(_LOSS_IMAGES, len(dataset) // size * size)
-        device = parallel.training_device()
-        self._batches = fixed_set(source, count, _SEED, device, config.diffusion.prediction_type)
+        images = len(self._held_out.dataset)
+        size = min(_LOSS_BATCH, images)
+        count = min(_LOSS_IMAGES, images // size * size)
+        self._batches = self._held_out.fixed_points(count, size, _SEED, parallel.training_device())
         self._sampler: Sampler | None = None  # with the autoencoder and, on a GPU, the compiled network
+        self._network: FeatureNetwork | None = None  # of the first process, which measures
+        self._photos: Moments | None = None
         if self.stage.eval_samples:
             parallel.on_first(self._prepare_distance)
 
     def __call__(self, model: DiT, step: int) -> dict[str, float]:
         """Figures of ``model``, the same one in every call, by name."""
-        from train.evaluation.samples import balanced_classes, draw, plain_sampler, write_sheet
+        from train.evaluation.samples import balanced_classes, draw, plain_sampler, small_distance, write_sheet
 
         training = model.training
         model.eval()
@@ -61,7 +57,8 @@ class Watch:
         if parallel.rank() == 0:
             write_sheet(samples, self.config.run_dir / "samples" / f"{self.name}-{step:07d}.png")
         if self.stage.eval_samples:
-            figures["fd_effnet"] = self._distance(self._sampler)
+            figures["fd_effnet"] = small_distance(self._sampler, self.config.sampler, self.stage.eval_samples, _SEED,
+                                                  self._network, self._photos)  # fmt: skip
         model.train(training)
         return figures
 
@@ -83,19 +80,4 @@ class Watch:
         from train.evaluation.reference import reference
 
         self._network = EfficientNetLite0()
-        self._photos = reference(self.config, self._network).pool
-
-    def _distance(self, sampler: Sampler) -> float:
-        """Of the first process; nan in the others."""
-        from train.evaluation.frechet import RunningMoments, frechet_distance_of_moments
-        from train.evaluation.samples import balanced_classes, draw
-
-        classes = balanced_classes(self.stage.eval_samples, self.config.model.valid_classes, _SEED)
-        moments = RunningMoments()
-        for first in range(0, len(classes), _SAMPLE_BATCH):
-            samples = draw(sampler, classes[first : first + _SAMPLE_BATCH], _SEED + first, self.config.sampler)
-            if parallel.rank() == 0:
-                moments.add(self._network(samples).pool)
-        if parallel.rank():
-            return math.nan
-        return frechet_distance_of_moments(moments.result(), self._photos)
+        self._photos = reference(self._held_out, self._network).pool

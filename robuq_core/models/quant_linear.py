@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from robuq_core.config import QuantConfig
 from robuq_core.models.dit import Attention, DiT
 from robuq_core.quant.activation import fake_quantize_activation
 from robuq_core.quant.choices import ActivationRule, Grid, LowRankInit, WeightScale
-from robuq_core.quant.hadamard import Rotation, random_signs
+from robuq_core.quant.hadamard import Rotation, random_signs, undo_rotation
 from robuq_core.quant.lowrank import lowrank_split, round_to_storage
 from robuq_core.quant.ternary import ternary_fake_quantize, ternary_planes
 
@@ -66,13 +67,49 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in] -> [..., out]``, same dtype."""
-        rotated = self.rotation(x)
-        y = F.linear(
-            fake_quantize_activation(rotated, self.bits, self.grid, self.activation), self.quantized(), self.bias
-        )
-        if self.rank:
-            y = y + F.linear(F.linear(rotated, round_to_storage(self.lowrank_b)), round_to_storage(self.lowrank_a))
-        return y
+        rotation = self.rotation
+        with torch.no_grad():
+            rotated = rotation(x)
+            codes = fake_quantize_activation(rotated, self.bits, self.grid, self.activation)
+        factors: tuple[Tensor, ...] = (self.lowrank_a, self.lowrank_b)
+        factors = tuple(round_to_storage(each) if self.rank else each.detach() for each in factors)
+        operands = (rotated, codes, self.quantized(), *factors, self.bias)
+        if torch.is_autocast_enabled(x.device.type):
+            operands = tuple(each.to(torch.get_autocast_dtype(x.device.type)) for each in operands)
+        return _Branches.apply(x, *operands, rotation.signs, rotation.left, rotation.right)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Branches(torch.autograd.Function):
+    """``y = q W^T + (t B^T) A^T + bias`` for ``t``, the rotated ``x``, and ``q = Q_a(t)``.
+
+    The gradient passes straight through Q_a. Where there are more tokens than channels, the rotation is undone on the
+    weight and not on every token's gradient: ``dx = dy ((W + A B) H^T D)``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, t: Tensor, q: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor,
+                *rotation: Tensor) -> Tensor:  # fmt: skip
+        low = F.linear(t, b)
+        ctx.save_for_backward(t, q, low, weight, a, b, *rotation)
+        ctx.dtype = x.dtype
+        y = F.linear(q, weight, bias)
+        return y + F.linear(low, a) if a.shape[1] else y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        t, q, low, weight, a, b, *rotation = ctx.saved_tensors
+        tokens, has_branch = grad.shape[:-1].numel(), a.shape[1] > 0
+        g, t, q, low = (each.reshape(tokens, each.shape[-1]) for each in (grad, t, q, low))
+        g_low = g @ a
+        dx = None
+        if ctx.needs_input_grad[0]:
+            if tokens > len(weight):
+                whole = weight + a @ b if has_branch else weight
+                dx = g @ undo_rotation(whole, *rotation).to(g.dtype)
+            else:
+                dx = undo_rotation(g @ weight + g_low @ b if has_branch else g @ weight, *rotation)
+            dx = dx.to(ctx.dtype).reshape(*grad.shape[:-1], dx.shape[-1])
+        return (dx, None, None, g.T @ q, g.T @ low, g_low.T @ t, g.sum(0), *[None] * len(rotation))
 
 
 @contextmanager

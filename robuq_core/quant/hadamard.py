@@ -119,14 +119,29 @@ class Rotation(nn.Module):
         """
         with torch.autocast(x.device.type, enabled=False):
             x = x if x.dtype == torch.float64 else x.float()
-            signed = x * self.signs.to(x.dtype)
-            order = self.left_order * self.right_order
-            if order == 1:
-                return signed
-            x_MLR = signed.reshape(-1, self.left_order, self.right_order)
-            # (D x) (H_L (x) H_R), with x seen as an L x R matrix, is H_L^T X H_R; a token has one such matrix a block.
-            rotated = self.left.to(x.dtype).T @ (x_MLR @ self.right.to(x.dtype))
-            return (rotated * (1 / math.sqrt(order))).reshape(x.shape)
+            return _times_kronecker(x * self.signs.to(x.dtype), self.left, self.right)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """Undo :meth:`forward`."""
+        return undo_rotation(x, self.signs, self.left, self.right)
+
+
+def undo_rotation(x: Tensor, signs: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """:meth:`Rotation.inverse` of the rotation with these buffers."""
+    with torch.autocast(x.device.type, enabled=False):
+        x = x if x.dtype == torch.float64 else x.float()
+        return _times_kronecker(x, left.T, right.T) * signs.to(x.dtype)
+
+
+def _times_kronecker(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``x (left (x) right) / sqrt(order)``, each block of ``order`` values of the last dimension by itself."""
+    rows, columns = len(left), len(right)
+    if rows * columns == 1:
+        return x
+    # x (H_L (x) H_R), with x seen as an L x R matrix, is H_L^T X H_R.
+    x_MLR = x.reshape(-1, rows, columns)
+    rotated = left.to(x.dtype).T @ (x_MLR @ right.to(x.dtype))
+    return (rotated * (1 / math.sqrt(rows * columns))).reshape(x.shape)
 
 
 def random_signs(width: int, generator: torch.Generator) -> Tensor:

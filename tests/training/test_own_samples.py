@@ -15,10 +15,11 @@ from robuq_core.config import NUM_TRAIN_TIMESTEPS, SamplerConfig
 from robuq_core.models.dit import DiT
 from robuq_core.pipeline import RowSpec, Sampler
 from train.config import ConfigError, TrainConfig
-from train.data import BatchSource, read_images
+from train.data import BatchSource
 from train.evaluation.figures import pixel_agreement
 from train.evaluation.samples import Which, draw, load_sampler
 from train.loss import own_sample
+from train.run import Run
 from train.trainer import Trainer, autocast, batch_loss
 
 CLASSES, SIDE = 96, 16
@@ -53,7 +54,7 @@ def test_an_own_sample_is_the_first_step_of_the_sampler(tmp_path: Path, clip: bo
 def test_own_rows_see_the_models_sample_and_the_others_the_noised_image(tmp_path: Path) -> None:
     config = make_config(tmp_path, {"teacher": {"own_samples": 0.5, "batch_size": 32}})
     model = DiT(config.model)
-    source = BatchSource(read_images(config), config.data, config.model.input_size, 32, config.seed)
+    source = BatchSource(Run(config).photos(), config.data, config.model.input_size, 32, config.seed)
     trainer = Trainer(config, config.teacher, model, source, tmp_path / "teacher")
     batch = trainer._batch(0)
     again = trainer._batch(0)
@@ -83,7 +84,7 @@ def test_own_rows_see_the_models_sample_and_the_others_the_noised_image(tmp_path
 def test_the_estimate_is_not_trained_through(tmp_path: Path) -> None:
     """The gradient is that of the second forward alone."""
     config = make_config(tmp_path, {"teacher": {"own_samples": 1.0}})
-    source = BatchSource(read_images(config), config.data, config.model.input_size, 4, config.seed)
+    source = BatchSource(Run(config).photos(), config.data, config.model.input_size, 4, config.seed)
     model = DiT(config.model)
     torch.nn.init.normal_(model.final_layer.linear.weight)
     batch = Trainer(config, config.teacher, model, source, tmp_path / "teacher")._batch(0)
@@ -138,10 +139,10 @@ def remembering(root: Path, own_samples: float) -> TrainConfig:
 
 
 def psnr(config: TrainConfig, which: Which, steps: int) -> float:
-    sampler, _ = load_sampler(config, which)
+    sampler, _ = load_sampler(Run(config), which)
     classes = list(range(CLASSES))
     samples = draw(sampler, classes, 0, SamplerConfig(steps=steps, guidance_scale=1.0))
-    found = pixel_agreement(samples, classes, read_images(config)).psnr
+    found = pixel_agreement(samples, classes, Run(config).photos())["psnr"]
     assert found is not None
     return found
 

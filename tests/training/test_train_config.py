@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from synthetic_run import REPOSITORY, make_config, write_config
 
 from train.config import ConfigError, StageConfig, load_config
-from train.messages import one_line
+from train.logs import one_line
 
 
 @pytest.mark.parametrize(

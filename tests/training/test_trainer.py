@@ -27,8 +27,9 @@ from robuq_core.models.dit import DiT
 from robuq_core.quant import ternary
 from train import trainer
 from train.config import StageConfig, TrainConfig, load_config
-from train.data import BatchSource, read_images
+from train.data import BatchSource
 from train.evaluation.samples import draw, load_sampler
+from train.run import Run
 from train.state import EMA, State, StateError, find_state, read_state
 from train.trainer import Trainer, TrainingError, learning_rate
 
@@ -238,16 +239,9 @@ def test_states_are_kept_by_step(tmp_path: Path) -> None:
     assert sorted(path.name for path in states.iterdir()) == ["step-0000004", "step-0000006"]
     assert_equal_states(read_state(states / "step-0000004"), state_of(short))
     assert state_of(kept).step == 6
-    sampler, _ = load_sampler(kept, "teacher", states / "step-0000004")
-    expected, _ = load_sampler(short, "teacher")
+    sampler, _ = load_sampler(Run(kept), "teacher", states / "step-0000004")
+    expected, _ = load_sampler(Run(short), "teacher")
     assert torch.equal(draw(sampler, [0, 1], 0), draw(expected, [0, 1], 0))
-
-
-def test_progress_is_plain_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train(make_config(tmp_path, {"teacher": {"log_every": 3}}))
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("teacher ")]
-    assert [line.split()[1] for line in lines] == ["3/6", "6/6"]
-    assert all({"loss", "steps_per_second", "left"} <= set(line.split()) for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -338,6 +332,29 @@ def test_the_rate_warms_up_and_ends_where_asked(steps: int, warmup: int, ratio: 
         assert falling == sorted(falling, reverse=True)
 
 
+def test_further_averages_are_those_of_their_decays(tmp_path: Path) -> None:
+    """Also after a stop; the first one and the training stay what they are without."""
+    stage = {"ema_decay": 0.9, "lr_schedule": "constant"}
+    plain = make_config(tmp_path, {"teacher": stage, "run_dir": str(tmp_path / "plain")})
+    low = make_config(tmp_path, {"teacher": {**stage, "ema_decay": 0.1}, "run_dir": str(tmp_path / "low")})
+    several = {**stage, "more_ema_decays": [0.1, 0.5]}
+    train(plain)
+    train(low)
+    train(make_config(tmp_path, {"teacher": {**several, "steps": 4}}))
+    config = make_config(tmp_path, {"teacher": several})
+    train(config)
+
+    def weights(run: Run) -> dict[str, Tensor]:
+        return run.teacher().state_dict()
+
+    found = [weights(Run(config)), weights(Run(config, ema=0.1)), weights(Run(config, ema=0.5))]
+    for ours, theirs in ((found[0], weights(Run(plain))), (found[1], weights(Run(low)))):
+        assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert any(not torch.equal(value, found[1][name]) for name, value in found[2].items())
+    with pytest.raises(StateError, match=r"no average of decay 0\.3; choose one of the stage's more_ema_decays"):
+        Run(config, ema=0.3).teacher()
+
+
 @given(decay=st.floats(0, 0.9999), step=st.integers(0, 10**6), before=st.floats(-5, 5), now=st.floats(-5, 5))
 def test_the_average_moves_by_its_decay(decay: float, step: int, before: float, now: float) -> None:
     model = torch.nn.Linear(1, 1, bias=False)
@@ -353,7 +370,7 @@ def test_a_teacher_pulls_the_student_only_with_a_weight(tmp_path: Path) -> None:
     config: TrainConfig = make_config(tmp_path)
     model, other = DiT(config.model), DiT(config.model)
     torch.nn.init.normal_(other.final_layer.linear.weight)
-    source = BatchSource(read_images(config), config.data, 8, 4, config.seed)
+    source = BatchSource(Run(config).photos(), config.data, 8, 4, config.seed)
     alone = Trainer(config, config.qat, model, source, tmp_path / "a", teacher=other)
     pulled = Trainer(
         config, config.qat.model_copy(update={"distill_weight": 0.5}), model, source, tmp_path / "b", teacher=other

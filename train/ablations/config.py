@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from robuq_core.config import StrictModel
 from robuq_core.files import read_bounded
 from train.config import ConfigError, parse_yaml
-from train.messages import one_line
+from train.logs import one_line
 
 
 class Row(StrictModel):

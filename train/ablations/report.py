@@ -133,9 +133,8 @@ class Findings:
         for cell in self.columns():
             if not cell.row.search or cell.factor != 1:
                 continue
-            seeds = self.results[cell.row.name, cell.bits, 1]
-            found = [self.study.allocation(Cell(cell.row, cell.bits, 1, seed)) for seed in seeds]
-            means = [averages_by_type(each.bits) for each in found if each is not None]
+            found = self.results[cell.row.name, cell.bits, 1].values()
+            means = [averages_by_type(each.bits) for each in found if each.bits is not None]
             yield cell, {kind: sum(each[kind] for each in means) / len(means) for kind in LAYER_TYPES}
 
 

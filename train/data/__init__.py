@@ -1,6 +1,14 @@
 """Data of a run: where images come from, how they are kept, and how a step draws its batch."""
 
-from train.data.batches import BatchSource, ImageDataset, LatentDataset, centre_images, sample_noise, step_generator
+from train.data.batches import (
+    BatchSource,
+    ImageDataset,
+    LatentDataset,
+    Prefetcher,
+    centre_images,
+    sample_noise,
+    step_generator,
+)
 from train.data.pictures import IMAGE_SUFFIXES, DataError
 from train.data.preparation import (
     Dataset,
@@ -8,13 +16,11 @@ from train.data.preparation import (
     holds_features,
     image_size,
     load_dataset,
-    marks,
     open_dataset,
     prepare,
-    read_images,
     vae_downscale,
 )
-from train.data.shards import Index, ShardedTensor, data_digest, looked_at_once, read_index
+from train.data.shards import Index, ShardedTensor, data_digest, fingerprint, read_index
 from train.data.sources import Source, open_source
 
 __all__ = [
@@ -25,20 +31,19 @@ __all__ = [
     "ImageDataset",
     "Index",
     "LatentDataset",
+    "Prefetcher",
     "ShardedTensor",
     "Source",
     "centre_images",
     "data_digest",
     "data_folder",
+    "fingerprint",
     "holds_features",
     "image_size",
     "load_dataset",
-    "looked_at_once",
-    "marks",
     "open_dataset",
     "open_source",
     "prepare",
-    "read_images",
     "read_index",
     "sample_noise",
     "step_generator",

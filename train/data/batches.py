@@ -6,8 +6,10 @@ sees what the unbroken one would have seen.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor
 
 from train.config import DataConfig
 from train.data.shards import ShardedTensor
+
+Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,18 @@ class ImageDataset:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def some(self, count: int | None) -> ImageDataset:
+        """``count`` images at random, always the same ones, in memory; all of them, as they are, with none given."""
+        if count is None:
+            return self
+        rows = some_rows(len(self), count)
+        return ImageDataset(self.images[rows], self.labels[rows], self.supersample)
+
+
+def some_rows(total: int, count: int | None) -> list[int]:
+    """``count`` of ``total`` row numbers at random, always the same ones, in rising order; all if there is no count."""
+    return sorted(torch.randperm(total, generator=torch.Generator().manual_seed(0))[:count].tolist())
 
 
 def centre_images(dataset: ImageDataset, size: int, rows: slice = slice(None)) -> Tensor:
@@ -170,3 +186,26 @@ class BatchSource:
         images = (images - mean) * contrast + mean
         jittered: Tensor = (images + 1) * brightness - 1
         return jittered.clamp(-1, 1)
+
+
+_AHEAD = 2
+
+
+class Prefetcher(Generic[Batch]):
+    """``make(first), make(first + 1), ...`` below ``end``, made in order by one thread, at most two ahead."""
+
+    def __init__(self, make: Callable[[int], Batch], first: int, end: int) -> None:
+        self._make, self._next, self._end = make, first, end
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._ahead: list[Future[Batch]] = []
+
+    def next(self) -> Batch:
+        """The next batch; raises what making it raised."""
+        while self._next < self._end and len(self._ahead) <= _AHEAD:
+            self._ahead.append(self._pool.submit(self._make, self._next))
+            self._next += 1
+        return self._ahead.pop(0).result()
+
+    def close(self) -> None:
+        """Stop the thread and drop what was not asked for."""
+        self._pool.shutdown(cancel_futures=True)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from robuq_core.files import parse_json
 from train.data.pictures import DataError, open_image
-from train.messages import one_line
+from train.logs import one_line
 
 # Readers run a little apart from each other: at a boundary two groups are in use.
 _GROUPS_KEPT = 2

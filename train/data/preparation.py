@@ -5,7 +5,7 @@ The data set is read once, by threads, and never held in memory whole. Several p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 
 from robuq_core.files import read_json
 from train.config import TrainConfig
-from train.data.batches import ImageDataset, LatentDataset, to_unit
+from train.data.batches import ImageDataset, LatentDataset, some_rows, to_unit
 from train.data.pictures import DataError, Fit
 from train.data.shards import (
     Index,
@@ -38,13 +38,13 @@ from train.data.sources import (
     read_square,
     wrong_classes,
 )
-from train.messages import one_line
+from train.logs import one_line
 from train.parallel import from_first, on_first, training_device
-from train.progress import tracked
 from train.state import exclusive
 
 Dataset = ImageDataset | LatentDataset
 Note = Callable[[str], None]
+Fingerprint = Callable[[Path], str]
 
 _BATCH = 16
 _MOST_BLOCKS = 8  # of an autoencoder; each but the first halves the image, and SD-VAE has four
@@ -67,18 +67,26 @@ def picture_channels(config: TrainConfig) -> int:
     return config.model.in_channels if config.data.vae is None else 3
 
 
-def prepare(config: TrainConfig, note: Note = print, verify: bool = False) -> Index:
+def prepare(
+    config: TrainConfig, note: Note = print, verify: bool = False, fingerprint: Fingerprint = fingerprint
+) -> Index:
     """Bring ``run_dir/data`` up to date with ``data`` and the files it names; ``note`` gets what was made.
 
     Several processes make it together, each its share of the shards. ``verify``: also read every shard and compare its
-    checksum.
+    checksum. ``fingerprint``: one that remembers the paths that it has walked saves minutes on a network disk.
 
     Raises:
         DataError: data that cannot be used, a damaged folder, a full disk. StateError: another run is preparing it.
     """
-    if from_first(lambda: _is_outdated(config, note, verify)):
+
+    def marks() -> str:
+        """Alike as long as neither the data nor the VAE were touched."""
+        vae = config.data.vae
+        return fingerprint(config.data.path) + ("" if vae is None else ":" + fingerprint(vae_folder(vae)))
+
+    if from_first(lambda: _is_outdated(config, note, verify, marks)):
         with exclusive(config.run_dir / "data.pt"):
-            _make(config, _open(config), note)
+            _make(config, _open(config), note, marks)
     index = read_index(data_folder(config))
     assert index is not None
     return index
@@ -89,11 +97,11 @@ def _open(config: TrainConfig) -> Source | Features:
     return found or open_source(config.data.path, config.model.num_classes, config.data.split)
 
 
-def _is_outdated(config: TrainConfig, note: Note, verify: bool) -> bool:
+def _is_outdated(config: TrainConfig, note: Note, verify: bool, marks: Callable[[], str]) -> bool:
     if not config.data.path.exists():
         raise DataError(f"data.path {config.data.path} does not exist")
     folder = data_folder(config)
-    index = _current(config, read_index(folder), note)
+    index = _current(config, read_index(folder), note, marks)
     if index is None:
         # Before anything is written: a data set that cannot be read at all leaves no folder behind.
         source = _open(config)
@@ -117,36 +125,6 @@ def open_dataset(config: TrainConfig, index: Index) -> Dataset:
     if index.kind == "latents":
         return LatentDataset(samples, labels, index.scaling_factor, index.shift_factor)
     return ImageDataset(samples, labels, config.data.supersample)
-
-
-def read_images(config: TrainConfig, count: int | None = None, seed: int = 0) -> ImageDataset:
-    """Images of the data set in pixels, at the size that the model draws: all, or ``count`` picked by ``seed``.
-
-    Of a run on pixels they are the prepared ones, mapped; of a run on latents they are read afresh, so give ``count``.
-
-    Raises:
-        DataError: as :func:`prepare`.
-    """
-    if config.data.vae is None:
-        dataset = open_dataset(config, prepare(config, note=lambda _: None))
-        assert isinstance(dataset, ImageDataset)
-        return dataset if count is None else _picked(dataset, _pick(len(dataset), count, seed))
-    source = _open(config)
-    if isinstance(source, Features):
-        raise DataError(f"data.path {config.data.path} holds latents and no photos; set evaluation.reference to ADM's "
-                        "npz, or data.path to the photos")  # fmt: skip
-    index = _pick(len(source), len(source) if count is None else count, seed)
-    squares = _reader(source, image_size(config), config)
-    return ImageDataset(torch.from_numpy(squares(index)), torch.from_numpy(source.labels)[index])
-
-
-def _pick(total: int, count: int, seed: int) -> list[int]:
-    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count]
-    return sorted(chosen.tolist())
-
-
-def _picked(dataset: ImageDataset, index: list[int]) -> ImageDataset:
-    return ImageDataset(dataset.images[index], dataset.labels[index], dataset.supersample)
 
 
 def _latent_shape(config: TrainConfig) -> tuple[int, ...]:
@@ -180,26 +158,20 @@ def _encodes_in_bf16(config: TrainConfig) -> bool:
     )
 
 
-def marks(config: TrainConfig) -> str:
-    """Alike as long as neither the data nor the VAE were touched."""
-    vae = config.data.vae
-    return fingerprint(config.data.path) + ("" if vae is None else ":" + fingerprint(vae_folder(vae)))
-
-
 def _digests(config: TrainConfig) -> dict[str, str]:
     """SHA-256 of the data; with a VAE also its own, as latents are the work of both."""
     vae = config.data.vae
     return {"data": data_digest(config.data.path), **({} if vae is None else {"vae": data_digest(vae_folder(vae))})}
 
 
-def _current(config: TrainConfig, index: Index | None, note: Note) -> Index | None:
+def _current(config: TrainConfig, index: Index | None, note: Note, marks: Callable[[], str]) -> Index | None:
     """``index`` if it is of the configured data, else none; says why not."""
     if index is None:
         return None
     wanted = _settings(config)
     changed = [f"{key} {index.made_with.get(key)} is now {wanted[key]}" for key in wanted
                if index.made_with.get(key) != wanted[key]]  # fmt: skip
-    if not changed and (found := marks(config)) != index.fingerprint:
+    if not changed and (found := marks()) != index.fingerprint:
         digests = _digests(config)
         if digests != index.digests:
             changed = [f"data.{'path' if digests['data'] != index.digests['data'] else 'vae'} has other content"]
@@ -215,11 +187,11 @@ def _current(config: TrainConfig, index: Index | None, note: Note) -> Index | No
     return index
 
 
-def _make(config: TrainConfig, source: Source | Features, note: Note) -> None:
+def _make(config: TrainConfig, source: Source | Features, note: Note, marks: Callable[[], str]) -> None:
     """Every process of a run makes its share."""
     settings, size, channels = _settings(config), image_size(config), config.model.in_channels
     transparent: list[int] = []
-    digests, fingerprints = from_first(lambda: (_digests(config), marks(config)))
+    digests, fingerprints = from_first(lambda: (_digests(config), marks()))
     index = Index(
         kind="images",
         made_with=settings,
@@ -252,13 +224,13 @@ def _make(config: TrainConfig, source: Source | Features, note: Note) -> None:
                             f"is {channels}; change the latter")  # fmt: skip
         factors = {"scaling_factor": encoder.scaling_factor, "shift_factor": encoder.shift_factor}
         index = index.model_copy(update={**latents, **factors})
-        squares = _reader(source, size, config, transparent)
+        squares = _reader(source, size, config.data.fit, picture_channels(config), transparent)
 
         def make(rows: range) -> np.ndarray:
             return encoder.moments(squares(rows), mirrors)
 
     else:
-        make = _reader(source, size, config, transparent)
+        make = _reader(source, size, config.data.fit, picture_channels(config), transparent)
     finished = write_shards(data_folder(config), index, source.labels, make, note, transparent)
     counts = [shard.transparent for shard in finished.shards if shard.transparent]
     if counts and isinstance(source, Source):
@@ -272,27 +244,30 @@ def _make(config: TrainConfig, source: Source | Features, note: Note) -> None:
 
 
 def _reader(
-    source: Source, size: int, config: TrainConfig, transparent: list[int] | None = None
-) -> Callable[[range | list[int]], np.ndarray]:
-    fit, channels = config.data.fit, picture_channels(config)
-
-    def read(rows: range | list[int]) -> np.ndarray:
+    source: Source, size: int, fit: Fit, channels: int, transparent: list[int] | None = None
+) -> Callable[[Sequence[int]], np.ndarray]:
+    def read(rows: Sequence[int]) -> np.ndarray:
         with ThreadPoolExecutor() as pool:
             return np.stack(list(pool.map(lambda i: read_square(source, i, size, fit, channels, transparent), rows)))
 
     return read
 
 
-def load_dataset(path: Path, size: int, num_classes: int, split: Split = "train", fit: Fit = "resize") -> ImageDataset:
-    """Read every image of ``path`` (see :func:`train.data.sources.open_source`) at ``size`` pixels into memory.
+def load_dataset(
+    path: Path, size: int, num_classes: int, split: Split = "train", fit: Fit = "resize", count: int | None = None
+) -> ImageDataset:
+    """Images of ``path`` in RGB at ``size`` pixels, in memory: all, or ``count`` at random, always the same ones.
 
     Raises:
         DataError: no images, an unreadable one, or classes that do not match ``num_classes``.
     """
+    if features_folders(path) is not None:
+        raise DataError(f"data.path {path} holds latents and no photos; set evaluation.reference to ADM's npz, or "
+                        "data.path to the photos")  # fmt: skip
     source = open_source(path, num_classes, split)
-    with tracked(range(len(source)), "reading images") as indices:
-        images = [read_square(source, i, size, fit) for i in indices]
-    return ImageDataset(torch.from_numpy(np.stack(images)), torch.from_numpy(source.labels))
+    rows = some_rows(len(source), count)
+    images = _reader(source, size, fit, 3)(rows)
+    return ImageDataset(torch.from_numpy(images), torch.from_numpy(source.labels)[rows])
 
 
 class LatentEncoder:

@@ -10,8 +10,7 @@ import hashlib
 import json
 import shutil
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from robuq_core.config import StrictModel
 from robuq_core.files import replacing
 from train import parallel
 from train.data.pictures import DataError
-from train.messages import one_line
+from train.logs import one_line
 
 SHARD_BYTES = 64 << 20
 _REMEDY = "delete that folder and run again"
@@ -283,24 +282,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-# Of what was looked at within :func:`looked_at_once`; none outside.
-_known: dict[Path, str] | None = None
-
-
-@contextmanager
-def looked_at_once() -> Iterator[None]:
-    """Inside, :func:`fingerprint` walks each path once: on a network disk ImageNet's files take minutes."""
-    global _known
-    if _known is not None:
-        yield
-        return
-    _known = {}
-    try:
-        yield
-    finally:
-        _known = None
-
-
 def data_digest(path: Path) -> str:
     """SHA-256 of a file; of a folder, that of its sorted names with the SHA-256 of each file."""
     if not path.is_dir():
@@ -314,16 +295,11 @@ def data_digest(path: Path) -> str:
 
 def fingerprint(path: Path) -> str:
     """SHA-256 of the names, sizes and modification times below ``path``: alike means that nothing was touched."""
-    if _known is not None and path in _known:
-        return _known[path]
     digest = hashlib.sha256()
     for file in _files(path) if path.is_dir() else [path]:
         status = file.stat()
         digest.update(f"{file.relative_to(path)}:{status.st_size}:{status.st_mtime_ns}\n".encode())
-    found = digest.hexdigest()
-    if _known is not None:
-        _known[path] = found
-    return found
+    return digest.hexdigest()
 
 
 def _files(folder: Path) -> list[Path]:

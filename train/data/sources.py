@@ -25,7 +25,7 @@ from PIL import Image
 
 from train.data.parquet import ParquetImages, parquet_files
 from train.data.pictures import DEFLATE_RATIO, IMAGE_SUFFIXES, DataError, Fit, eight_bit, open_image, square
-from train.messages import one_line
+from train.logs import one_line
 
 Split = Literal["train", "val", "test"]
 _SPLIT_NAMES: dict[str, Split] = {

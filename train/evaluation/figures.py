@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,10 @@ from scipy import stats
 from torch import Tensor
 
 from train.data import ImageDataset, centre_images
-from train.evaluation.frechet import Moments, RunningMoments, frechet_distance_of_moments
 from train.evaluation.networks import EvaluationError, FeatureNetwork, Features, library
-from train.evaluation.reference import Gallery, Reference, best_five
-from train.evaluation.samples import SampleSet
+
+if TYPE_CHECKING:
+    from train.evaluation.samples import SampleSet
 
 IMAGENET_CLASSES = 1000
 SCORE_SPLITS = 10
@@ -62,23 +62,105 @@ def ratio(values: Sequence[float], base: Sequence[float]) -> Estimate | None:
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """Shares of 0..1 over ``samples`` images.
+class Moments:
+    """Mean ``[F]`` and unbiased covariance ``[F, F]``, float64, of ``count`` samples."""
 
-    ``nearest``: the photo nearest to the sample, by cosine distance of features, is of the asked class. ``top1``,
-    ``top5``: the classifier's own verdict; ``photos_*``: its verdict on the same classes' photos. The verdicts are none
-    where the classes are not the classifier's, ImageNet's in their order.
+    count: int
+    mean: Tensor
+    covariance: Tensor
+
+
+class RunningMoments:
+    """Moments of features that come in batches; holds ``[F, F]`` and no feature (Chan's pairwise update)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._mean: Tensor | None = None
+        self._scatter: Tensor | None = None
+
+    def add(self, features: Tensor) -> None:
+        """``features [B, F]``, any float type."""
+        x = features.double()
+        mean, count = x.mean(dim=0), len(x)
+        scatter = (x - mean).T @ (x - mean)
+        if self._mean is None or self._scatter is None:
+            self.count, self._mean, self._scatter = count, mean, scatter
+            return
+        total, shift = self.count + count, mean - self._mean
+        self._scatter += scatter + torch.outer(shift, shift) * (self.count * count / total)
+        self._mean = self._mean + shift * (count / total)
+        self.count = total
+
+    def result(self) -> Moments:
+        """Raises:
+        EvaluationError: fewer than two samples.
+        """
+        if self.count < 2:
+            raise EvaluationError(f"a Fréchet distance needs at least 2 samples a set, not {self.count}")
+        assert self._mean is not None
+        assert self._scatter is not None
+        return Moments(self.count, self._mean, self._scatter / (self.count - 1))
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """The distance of two sets of features, each taken as a normal (arXiv 1706.08500, eq. 6); never below 0.
+
+    ``|mu_a - mu_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^(1/2)``. The last trace is never taken from a matrix square
+    root: with ``S = L^T L`` the eigenvalues of ``S_a S_b`` are the squared singular values of ``L_a L_b^T``, so the
+    trace is their sum. That holds for singular covariances too, which fewer samples than features always give.
+
+    Biased upwards, the more so the fewer samples: compare figures of equal numbers alone.
+
+    Raises:
+        EvaluationError: numbers of features that differ, or values that are not finite.
     """
+    if a.mean.shape != b.mean.shape:
+        raise EvaluationError(f"moments of {len(a.mean)} and {len(b.mean)} features: not of one network")
+    for moments in (a, b):
+        if not bool(torch.isfinite(moments.mean).all() and torch.isfinite(moments.covariance).all()):
+            raise EvaluationError("features are not finite: the images or the network's weights are damaged")
+    root_a, root_b = _root(a.covariance), _root(b.covariance)
+    cross = torch.linalg.svdvals(root_a @ root_b.T).sum()
+    spread = root_a.square().sum() + root_b.square().sum() - 2 * cross
+    return max(0.0, float((a.mean - b.mean).square().sum() + spread))
 
-    samples: int
-    nearest: float
-    top1: float | None
-    top5: float | None
-    photos_top1: float | None
-    photos_top5: float | None
 
-    def as_dict(self) -> dict[str, float | None]:
-        return asdict(self)
+def _root(covariance: Tensor) -> Tensor:
+    """``L [R, F]`` with ``L^T L`` the covariance."""
+    values, vectors = torch.linalg.eigh(covariance)
+    # Below this an eigenvalue is rounding; its root would not be small.
+    floor = values[-1].clamp(min=0) * len(values) * torch.finfo(torch.float64).eps
+    kept = values > floor
+    root: Tensor = values[kept].sqrt()[:, None] * vectors[:, kept].T
+    return root
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Real photos as a feature network sees them: ``features [P, F]``, ``labels [P]``, ``top5 [P, 5]`` its verdicts."""
+
+    features: Tensor
+    labels: Tensor
+    top5: Tensor
+
+
+def gallery_of(features: Features, labels: Tensor) -> Gallery:
+    return Gallery(features.pool, labels, best_five(features.logits))
+
+
+def best_five(logits: Tensor) -> Tensor:
+    return logits.topk(min(5, logits.shape[1]), dim=1).indices
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Of the training photos: moments of ``pool`` and, where the network has them, ``spatial`` features; a random part
+    of the photos themselves as ``gallery``. ``digest`` names data and network."""
+
+    digest: str
+    pool: Moments
+    spatial: Moments | None
+    gallery: Gallery
 
 
 def nearest_labels(pool: Tensor, gallery: Gallery) -> Tensor:
@@ -87,16 +169,24 @@ def nearest_labels(pool: Tensor, gallery: Gallery) -> Tensor:
     return gallery.labels[similarity.argmax(dim=1)]
 
 
-def agreement(samples: Features, classes: Sequence[int], gallery: Gallery, *, classifier: bool = True) -> Agreement:
-    """Compare ``samples`` of ``classes`` with the photos of ``gallery``; ``classifier``: its classes are the data's."""
+def agreement(
+    samples: Features, classes: Sequence[int], gallery: Gallery, *, classifier: bool = True
+) -> dict[str, Any]:
+    """Shares of 0..1 of ``samples`` that agree with their ``classes``.
+
+    ``nearest``: the photo nearest to the sample, by cosine distance of features, is of the asked class. ``top1``,
+    ``top5``: the network's own verdict; ``photos_*``: its verdict on the same classes' photos. The verdicts are none
+    unless ``classifier``: the classes are the network's, ImageNet's in their order.
+    """
     wanted = torch.tensor(classes)
     nearest = float((nearest_labels(samples.pool, gallery) == wanted).float().mean())
-    if not classifier:
-        return Agreement(len(samples), nearest, None, None, None, None)
-    chosen = torch.isin(gallery.labels, wanted)
-    top1, top5 = shares_right(best_five(samples.logits), wanted)
-    photos_top1, photos_top5 = shares_right(gallery.top5[chosen], gallery.labels[chosen])
-    return Agreement(len(samples), nearest, top1, top5, photos_top1, photos_top5)
+    verdicts: tuple[float | None, ...] = (None,) * 4
+    if classifier:
+        chosen = torch.isin(gallery.labels, wanted)
+        verdicts = (*shares_right(best_five(samples.logits), wanted),
+                    *shares_right(gallery.top5[chosen], gallery.labels[chosen]))  # fmt: skip
+    names = ("top1", "top5", "photos_top1", "photos_top5")
+    return {"samples": len(samples), "nearest": nearest, **dict(zip(names, verdicts, strict=True))}
 
 
 def shares_right(verdicts: Tensor, labels: Tensor) -> tuple[float, float]:
@@ -105,23 +195,12 @@ def shares_right(verdicts: Tensor, labels: Tensor) -> tuple[float, float]:
     return float(hits[:, 0].float().mean()), float(hits.any(dim=1).float().mean())
 
 
-@dataclass(frozen=True)
-class PixelAgreement:
-    """``psnr``: of a sample to the nearest photo of the asked class, in dB, averaged over samples; none if no class has
-    a photo. ``pixel_nearest``: share of 0..1 of samples whose nearest photo is of the asked class."""
-
-    psnr: float | None
-    pixel_nearest: float
-
-    def as_dict(self) -> dict[str, float | None]:
-        return asdict(self)
-
-
-def pixel_agreement(samples: Tensor, classes: Sequence[int], photos: ImageDataset) -> PixelAgreement:
+def pixel_agreement(samples: Tensor, classes: Sequence[int], photos: ImageDataset) -> dict[str, float | None]:
     """Compare ``samples [N, 3, S, S]`` in [-1, 1], of ``classes``, with the centre crops of ``photos``.
 
-    Nearest is by mean squared error, and ``PSNR = 10 log10(4 / MSE)``; at most 58.9 dB, where the MSE is that of
-    rounding to bytes.
+    ``psnr``: of a sample to the nearest photo of the asked class, in dB, averaged over samples; none if no class has a
+    photo. ``pixel_nearest``: share of 0..1 of samples whose nearest photo is of the asked class. Nearest is by mean
+    squared error, and ``PSNR = 10 log10(4 / MSE)``; at most 58.9 dB, where the MSE is that of rounding to bytes.
     """
     flat, wanted = samples.flatten(1).double(), torch.tensor(classes)
     nearest = torch.full((len(flat),), torch.inf, dtype=torch.float64)
@@ -137,7 +216,7 @@ def pixel_agreement(samples: Tensor, classes: Sequence[int], photos: ImageDatase
         nearest_of_class = torch.minimum(nearest_of_class, errors.masked_fill(others, torch.inf).amin(dim=1))
     known = nearest_of_class[nearest_of_class.isfinite()].clamp(min=_ROUNDING)
     psnr = float((10 * (_PEAK_SQUARED / known).log10()).mean()) if len(known) else None
-    return PixelAgreement(psnr, float((label == wanted).float().mean()))
+    return {"psnr": psnr, "pixel_nearest": float((label == wanted).float().mean())}
 
 
 def _mean_squared_errors(a: Tensor, b: Tensor) -> Tensor:
@@ -148,13 +227,9 @@ def _mean_squared_errors(a: Tensor, b: Tensor) -> Tensor:
 
 def fid(samples: Moments, photos: Moments) -> float:
     """FID of the moments of pool features."""
-    compare = library("metric_fid").fid_statistics_to_metric
-    return float(compare(_statistics(samples), _statistics(photos), verbose=False)["frechet_inception_distance"])
-
-
-def sfid(samples: Moments, photos: Moments) -> float:
-    """sFID: the Fréchet distance of spatial features."""
-    return frechet_distance_of_moments(samples, photos)
+    both = [{"mu": each.mean.numpy(), "sigma": each.covariance.numpy()} for each in (samples, photos)]
+    found = library("metric_fid").fid_statistics_to_metric(*both, verbose=False)
+    return float(found["frechet_inception_distance"])
 
 
 def inception_score(logits: Tensor) -> float:
@@ -174,10 +249,6 @@ def precision_and_recall(samples: Tensor, photos: Tensor) -> tuple[float, float]
     return float(precision), float(recall)
 
 
-def _statistics(moments: Moments) -> dict[str, Any]:
-    return {"mu": moments.mean.numpy(), "sigma": moments.covariance.numpy()}
-
-
 def effnet_figures(samples: SampleSet, network: FeatureNetwork, reference: Reference) -> dict[str, float]:
     """``fd_effnet``: Fréchet distance of EfficientNet-Lite0 features (no FID: other features, other scale).
     ``nearest``: share of samples whose nearest photo is of the asked class."""
@@ -187,7 +258,7 @@ def effnet_figures(samples: SampleSet, network: FeatureNetwork, reference: Refer
         moments.add(features.pool)
         wanted = torch.from_numpy(samples.labels[first : first + _BATCH])
         right += int((nearest_labels(features.pool, reference.gallery) == wanted).sum())
-    distance = frechet_distance_of_moments(moments.result(), reference.pool)
+    distance = frechet_distance(moments.result(), reference.pool)
     return {"fd_effnet": distance, "nearest": right / len(samples)}
 
 
@@ -207,7 +278,7 @@ def inception_figures(samples: SampleSet, network: FeatureNetwork, reference: Re
     precision, recall = precision_and_recall(torch.cat(pools), reference.gallery.features)
     return {
         "fid": fid(pool.result(), reference.pool),
-        "sfid": sfid(spatial.result(), reference.spatial),
+        "sfid": frechet_distance(spatial.result(), reference.spatial),
         "inception_score": inception_score(torch.cat(logits)),
         "precision": precision,
         "recall": recall,
@@ -219,4 +290,4 @@ def dinov2_figures(samples: SampleSet, network: FeatureNetwork, reference: Refer
     moments = RunningMoments()
     for first in range(0, len(samples), _BATCH):
         moments.add(network(samples.batch(first, _BATCH)).pool)
-    return {"fd_dinov2": frechet_distance_of_moments(moments.result(), reference.pool)}
+    return {"fd_dinov2": frechet_distance(moments.result(), reference.pool)}

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robuq_core.errors import UserError
-from train.messages import one_line
+from train.logs import one_line
 from train.parallel import training_device
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,43 +14,15 @@ from torch import Tensor
 
 from robuq_core.files import replacing
 from train.config import TrainConfig
-from train.data import ImageDataset, centre_images, image_size, prepare, read_images
-from train.evaluation.frechet import Moments, RunningMoments
+from train.data import ImageDataset, centre_images, image_size
+from train.evaluation.figures import Gallery, Moments, Reference, RunningMoments, gallery_of
 from train.evaluation.networks import EvaluationError, FeatureNetwork, Features
-from train.messages import one_line
-from train.progress import tracked
+from train.logs import one_line, tracked
+from train.run import Run
 
 MOST_LATENT_PHOTOS = 10_000  # a run on latents keeps no pixels: its photos are decoded afresh, into memory
 GALLERY_PHOTOS = 10_000
 _BATCH = 64
-
-
-@dataclass(frozen=True)
-class Gallery:
-    """Real photos as a feature network sees them: ``features [P, F]``, ``labels [P]``, ``top5 [P, 5]`` its verdicts."""
-
-    features: Tensor
-    labels: Tensor
-    top5: Tensor
-
-
-def gallery_of(features: Features, labels: Tensor) -> Gallery:
-    return Gallery(features.pool, labels, best_five(features.logits))
-
-
-def best_five(logits: Tensor) -> Tensor:
-    return logits.topk(min(5, logits.shape[1]), dim=1).indices
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Of the training photos: moments of ``pool`` and, where the network has them, ``spatial`` features; a random part
-    of the photos themselves as ``gallery``. ``digest`` names data and network."""
-
-    digest: str
-    pool: Moments
-    spatial: Moments | None
-    gallery: Gallery
 
 
 def sample_side(config: TrainConfig) -> int:
@@ -59,29 +30,24 @@ def sample_side(config: TrainConfig) -> int:
     return config.model.input_size if config.data.vae is None else image_size(config)
 
 
-def compared_with(config: TrainConfig) -> TrainConfig:
-    """``config`` with the data that samples are compared with: ``evaluation.split``."""
-    data = config.data.model_copy(update={"split": config.evaluation.split})
-    return config.model_copy(update={"data": data})
+def reference(run: Run, network: FeatureNetwork, most: int | None = None) -> Reference:
+    """The reference of the data of ``run``: read from its folder, or made and kept there.
 
-
-def reference(config: TrainConfig, network: FeatureNetwork) -> Reference:
-    """The reference of the data that :func:`compared_with` gives: read from the run folder, or made and kept there.
-
-    Of at most ``evaluation.photos`` (10,000 where the model works on latents), picked by a fixed seed.
+    Of at most ``most`` photos, or ``evaluation.photos`` (10,000 where the model works on latents), picked by a fixed
+    seed.
 
     Raises:
         DataError: the data cannot be used. EvaluationError: the run folder cannot be written to.
     """
-    config = compared_with(config)
-    index = prepare(config, note=lambda _: None)
+    config, index = run.config, run.index
+    latents = config.data.vae is not None
     made_of: dict[str, Any] = {
         "data": index.digests,
         "made_with": index.made_with,
         "side": sample_side(config),
         "supersample": config.data.supersample,
         "network": network.identity,
-        "photos": min(index.count, config.evaluation.photos, MOST_LATENT_PHOTOS if config.data.vae else index.count),
+        "photos": min(index.count, most or config.evaluation.photos, MOST_LATENT_PHOTOS if latents else index.count),
         "gallery": GALLERY_PHOTOS,
     }
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
@@ -90,7 +56,7 @@ def reference(config: TrainConfig, network: FeatureNetwork) -> Reference:
     found = read_reference(path, digest)
     if found is None:
         # Prepared pixels are mapped: taken batch by batch, they are never in memory together.
-        photos = read_images(config, made_of["photos"] if config.data.vae else None, seed=0)
+        photos = run.photos(made_of["photos"] if latents else None)
         found = measure_photos(photos, made_of["photos"], made_of["side"], network, digest)
         write_reference(path, found)
     return found

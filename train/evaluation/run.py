@@ -12,20 +12,21 @@ from robuq_core.files import read_json, replacing
 from robuq_core.pipeline import Sampler
 from train import parallel
 from train.config import TrainConfig
-from train.data import holds_features, read_images
+from train.data import holds_features
 from train.evaluation.figures import (
     IMAGENET_CLASSES,
     Estimate,
+    Reference,
     agreement,
     dinov2_figures,
     effnet_figures,
+    frechet_distance,
     inception_figures,
     pixel_agreement,
     ratio,
 )
-from train.evaluation.frechet import frechet_distance_of_moments
 from train.evaluation.networks import DinoV2, EfficientNetLite0, EvaluationError, FeatureNetwork, Inception
-from train.evaluation.reference import GALLERY_PHOTOS, Reference, compared_with, published_reference, reference
+from train.evaluation.reference import GALLERY_PHOTOS, published_reference, reference
 from train.evaluation.samples import (
     SampleSet,
     Which,
@@ -36,7 +37,8 @@ from train.evaluation.samples import (
     random_classes,
     write_sheet,
 )
-from train.messages import one_line
+from train.logs import one_line
+from train.run import Run
 
 Measure = Callable[[SampleSet, FeatureNetwork, Reference], dict[str, float]]
 _TEACHER = "teacher"
@@ -46,12 +48,8 @@ _MEASURES: dict[str, Measure] = {
 EFFNET_FEATURES = 1280
 
 
-def evaluation_path(config: TrainConfig) -> Path:
-    return config.run_dir / "evaluation.json"
-
-
 def evaluate_run(
-    config: TrainConfig,
+    run: Run,
     which: Which | None = None,
     *,
     checkpoint: Path | None = None,
@@ -80,7 +78,10 @@ def evaluate_run(
         EvaluationError: a weight file or library is missing, or the model does not fit the configuration. StateError,
             CheckpointError, DataError: the model or the data cannot be read.
     """
-    chosen = which or default_model(config)
+    config = run.config
+    chosen = which or ("student" if run.ema is not None else default_model(run))
+    if run.ema is not None and chosen == "packed":
+        raise EvaluationError("--ema is for the teacher and the student: a packed file holds one average")
     weights = inception or config.evaluation.inception
     has_photos = not holds_features(config)
     spectators: list[FeatureNetwork] = []  # of the first process, which measures
@@ -98,46 +99,51 @@ def evaluate_run(
             spectators.append(DinoV2(config.evaluation.dinov2))
 
     parallel.on_first(load_networks)
-    sampler, digest = load_sampler(config, chosen, checkpoint)
+    sampler, digest = load_sampler(run, chosen, checkpoint)
     settings = config.sampler if checkpoint is None else sampler.defaults
     name = chosen if checkpoint is None else checkpoint.stem
+    if run.ema is not None:
+        name, digest = f"{name}-ema-{run.ema:g}", f"{digest}-ema-{run.ema:g}"
     seeds = () if agreement_only else config.evaluation.seeds
     sets = [_samples(config, sampler, settings, name, digest, each) for each in seeds]
 
     def measure() -> dict[str, Any]:
         entry: dict[str, Any] = {"model": name, "sha256": digest, "sampler": settings.model_dump(mode="json")}
         if has_photos:
-            found = _agreement(config, sampler, settings, spectators[0], classes, seed, sheet)
+            found = _agreement(run, sampler, settings, spectators[0], classes, seed, sheet)
             entry["agreement"] = {"seed": seed, **found}
         if sets:
-            entry |= _distances(config, sets, spectators)
+            entry |= _distances(run, sets, spectators)
         if npz is not None:
             for each, samples in zip(seeds, sets, strict=True):
                 samples.write_npz(npz / f"{name}-seed{each}.npz")
-        _keep(evaluation_path(config), name, entry)
+        _keep(run.path("evaluate"), name, entry)
         return entry
 
     return parallel.from_first(measure)
 
 
-def _distances(config: TrainConfig, sets: list[SampleSet], networks: list[FeatureNetwork]) -> dict[str, Any]:
-    settings = config.evaluation
+def _distances(run: Run, sets: list[SampleSet], networks: list[FeatureNetwork]) -> dict[str, Any]:
+    settings = run.config.evaluation
     entry: dict[str, Any] = {"samples": settings.samples, "seeds": list(settings.seeds), "figures": {}}
     for network in networks:
         published = settings.reference if network.name == "inception" else None
-        photos = reference(config, network) if published is None else published_reference(published, network)
+        photos = reference(run.held_out, network) if published is None else published_reference(published, network)
         entry["figures"] |= _over_seeds(_MEASURES[network.name], sets, network, photos)
         if network.name == "inception":
             entry["reference"] = "data.path" if published is None else published.name
         entry.setdefault("photos", photos.pool.count)
-        if network.name == "effnet" and settings.split != "train":
-            entry["training_images"] = _training_images(config, network, photos)
-    entry["cautions"] = _cautions(config, entry["photos"], {network.name for network in networks})
+        if network.name == "effnet" and run.held_out is not run:
+            # Real, and of the same families, unlike the held-out ones: a model can hardly come nearer.
+            trained = reference(run, network, settings.samples).pool
+            distance = frechet_distance(trained, photos.pool)
+            entry["training_images"] = {"fd_effnet": distance, "photos": trained.count}
+    entry["cautions"] = _cautions(run.config, entry["photos"], {network.name for network in networks})
     return entry
 
 
 def _agreement(
-    config: TrainConfig,
+    run: Run,
     sampler: Sampler,
     settings: SamplerConfig,
     network: FeatureNetwork,
@@ -145,16 +151,17 @@ def _agreement(
     seed: int,
     sheet: Path | None,
 ) -> dict[str, Any]:
+    config = run.config
     classes = random_classes(count, config.model.valid_classes, seed)
     samples = draw(sampler, classes, seed, settings, config.evaluation.batch_size)
     if sheet is not None:
         write_sheet(samples, sheet)
     fits = config.model.num_classes == IMAGENET_CLASSES
-    photos = reference(config, network)
-    found = agreement(network(samples), classes, photos.gallery, classifier=fits).as_dict()
+    photos = reference(run.held_out, network)
+    found = agreement(network(samples), classes, photos.gallery, classifier=fits)
     # A run on latents keeps no pixels, and its model does not repeat them.
     if config.data.vae is None:
-        found |= pixel_agreement(samples, classes, read_images(compared_with(config), GALLERY_PHOTOS)).as_dict()
+        found |= pixel_agreement(samples, classes, run.held_out.photos(GALLERY_PHOTOS))
     return found
 
 
@@ -170,14 +177,6 @@ def _samples(
         identity=digest,
         settings=settings,
     )
-
-
-def _training_images(config: TrainConfig, network: FeatureNetwork, held_out: Reference) -> dict[str, float]:
-    """What as many training images as there are samples would get: real, and of the same families, unlike the held-out
-    ones. A model that learnt all that there is to learn can hardly get less."""
-    settings = config.evaluation.model_copy(update={"split": "train", "photos": config.evaluation.samples})
-    trained = reference(config.model_copy(update={"evaluation": settings}), network)
-    return {"fd_effnet": frechet_distance_of_moments(trained.pool, held_out.pool), "photos": trained.pool.count}
 
 
 def _over_seeds(measure: Measure, sets: list[SampleSet], network: FeatureNetwork, photos: Reference) -> dict[str, Any]:

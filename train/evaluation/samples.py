@@ -6,6 +6,7 @@ On disk they are drawn batch by batch by all processes, and continued after a ki
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,14 +28,15 @@ from robuq_core.models.dit import DiT
 from robuq_core.pipeline import Sampler
 from train import parallel
 from train.config import TrainConfig
-from train.evaluation.networks import EvaluationError
+from train.evaluation.figures import Moments, RunningMoments, frechet_distance
+from train.evaluation.networks import EvaluationError, FeatureNetwork
 from train.evaluation.reference import sample_side
-from train.messages import one_line
+from train.logs import one_line
 from train.run import Run
 from train.state import file_digest, read_state
 from train.trainer import autocast
 
-_BATCH = 32
+_BATCH = 64
 Which = Literal["teacher", "student", "packed"]
 MODELS: tuple[Which, ...] = get_args(Which)
 SHEET_IMAGES, SHEET_COLUMNS, SHEET_SIDE = 64, 8, 96
@@ -96,16 +98,16 @@ def known_model(name: str) -> Which:
 _STAGES: dict[Which, str] = {"teacher": "teacher", "student": "qat", "packed": "export"}
 
 
-def default_model(config: TrainConfig) -> Which:
-    """The last that the run has made."""
-    return next((which for which in reversed(MODELS) if model_path(config, which).exists()), "teacher")
+def model_path(run: Run, which: Which) -> Path:
+    return run.path(_STAGES[which])
 
 
-def model_path(config: TrainConfig, which: Which) -> Path:
-    return Run(config).path(_STAGES[which])
+def default_model(run: Run) -> Which:
+    """The last that ``run`` has made."""
+    return next((which for which in reversed(MODELS) if model_path(run, which).exists()), "teacher")
 
 
-def load_sampler(config: TrainConfig, which: Which, checkpoint: Path | None = None) -> tuple[Sampler, str]:
+def load_sampler(run: Run, which: Which, checkpoint: Path | None = None) -> tuple[Sampler, str]:
     """The sampler of ``which``, and what identifies its weights: the SHA-256 of a packed file, or a state's digest.
 
     ``checkpoint``: a packed file elsewhere, or the folder of a kept state of ``which``.
@@ -113,10 +115,10 @@ def load_sampler(config: TrainConfig, which: Which, checkpoint: Path | None = No
     Raises:
         StateError, CheckpointError: the file is missing or damaged. EvaluationError: it is of another shape.
     """
-    run = Run(config)
+    config = run.config
     kept = checkpoint if checkpoint is not None and checkpoint.is_dir() else None
     if which == "packed" or (checkpoint is not None and kept is None):
-        path = checkpoint or run.path("export")
+        path = checkpoint or model_path(run, "packed")
         sampler, digest = Sampler.from_checkpoint(path, decoder=config.data.vae), file_digest(path)
     else:
         model, settings = (run.student(kept), run.resolved) if which == "student" else (run.teacher(kept), config)
@@ -163,6 +165,27 @@ def draw(
     for first in range(0, len(classes), batch_size):
         parts.append(_draw_batch(sampler, classes[first : first + batch_size], image_seed(seed, first), chosen))
     return as_unit(np.concatenate(parts))
+
+
+def small_distance(
+    sampler: Sampler,
+    settings: SamplerConfig,
+    count: int,
+    seed: int,
+    network: FeatureNetwork | None,
+    photos: Moments | None,
+) -> float:
+    """Fréchet distance to ``photos`` of ``count`` samples, without keeping them.
+
+    Every process generates all of them (the forwards of a sharded model are everyone's); where there is no ``network``
+    nothing is measured and the result is nan.
+    """
+    classes, moments = balanced_classes(count, sampler.valid_classes, seed), RunningMoments()
+    for first in range(0, count, _BATCH):
+        samples = draw(sampler, classes[first : first + _BATCH], (seed << 16) + first, settings)
+        if network is not None:
+            moments.add(network(samples).pool)
+    return math.nan if photos is None else frechet_distance(moments.result(), photos)
 
 
 def _draw_batch(sampler: Sampler, classes: Sequence[int], seed: int, settings: SamplerConfig) -> np.ndarray:

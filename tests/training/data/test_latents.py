@@ -17,7 +17,7 @@ from torch import Tensor
 from robuq_core.checkpoint import read_header
 from robuq_core.pipeline import Sampler
 from train.config import ConfigError, DataConfig, TrainConfig
-from train.data import BatchSource, DataError, LatentDataset, load_dataset, open_dataset, prepare, read_images
+from train.data import BatchSource, DataError, LatentDataset, load_dataset, open_dataset, prepare
 from train.data.preparation import LatentEncoder
 from train.run import Run
 
@@ -113,7 +113,7 @@ def test_latents_are_packed_as_latents_however_many_channels_they_have(tmp_path:
 
 def test_photos_of_a_latent_run_are_read_afresh(tmp_path: Path, vae: Path) -> None:
     config = latent_config(tmp_path, vae)
-    photos = read_images(config, 3, seed=1)
+    photos = Run(config).photos(3)
     assert photos.images.shape == (3, 3, PIXELS, PIXELS)
     whole = load_dataset(config.data.path, PIXELS, CLASSES)
     assert all(any(torch.equal(image, other) for other in whole.images) for image in photos.images[:])

@@ -26,16 +26,15 @@ from train.data import (
     data_digest,
     data_folder,
     load_dataset,
-    looked_at_once,
     open_dataset,
     preparation,
     prepare,
-    read_images,
     read_index,
     shards,
 )
 from train.evaluation.networks import EvaluationError
 from train.evaluation.run import evaluate_run
+from train.run import Run
 from train.state import StateError, locked
 
 COUNT = CLASSES * PER_CLASS
@@ -155,7 +154,7 @@ def test_times_alone_make_nothing_new(config: TrainConfig, reads: list[int]) -> 
     assert reads == []
     index = read_index(data_folder(config))
     assert index is not None
-    assert index.fingerprint == preparation.marks(config)
+    assert index.fingerprint == shards.fingerprint(config.data.path)
 
 
 def test_a_changed_image_makes_them_anew(config: TrainConfig) -> None:
@@ -344,11 +343,9 @@ def test_a_batch_that_does_not_divide_is_refused(config: TrainConfig) -> None:
         source.batch(0, 0, 3)
 
 
-def test_some_images_are_picked_by_seed(config: TrainConfig) -> None:
-    whole = read_images(config)
-    some, again, other = (read_images(config, 5, seed) for seed in (1, 1, 2))
+def test_some_images_are_always_the_same_ones(config: TrainConfig) -> None:
+    whole, some, again = (Run(config).photos(count) for count in (None, 5, 5))
     assert torch.equal(some.images[:], again.images[:])
-    assert not torch.equal(some.images[:], other.images[:])
     assert len(some) == 5
     rows = [i for i in range(COUNT) if any(torch.equal(whole.images[i], image) for image in some.images[:])]
     assert some.labels.tolist() == whole.labels[rows].tolist()
@@ -365,17 +362,24 @@ def test_the_digest_of_a_folder_is_of_its_content(tmp_path: Path) -> None:
     assert data_digest(folder) != before
 
 
-def test_a_command_walks_the_data_once(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_walks_the_data_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(tmp_path, {"evaluation": {"split": "val"}})
+    folder = config.data.path
+    shutil.copytree(folder, folder / "train")
+    shutil.copytree(folder / "train", folder / "val")
     walks: list[Path] = []
     walk = shards._files
-    prepare(config)
+    Run(config).held_out.prepare()
+    Run(config).prepare()
     monkeypatch.setattr(shards, "_files", lambda folder: walks.append(folder) or walk(folder))
-    with looked_at_once():
-        for _ in range(3):
-            prepare(config)
-    assert walks == [config.data.path]
-    (config.data.path / "class_0" / "new.png").write_bytes((config.data.path / "class_0" / "0.png").read_bytes())
-    assert prepare(config).count == CLASSES * PER_CLASS + 1
+    run = Run(config)
+    for _ in range(2):
+        run.prepare()
+        run.held_out.prepare()
+    assert len(run.held_out.photos()) == COUNT
+    assert walks == [folder]
+    (folder / "val" / "class_0" / "new.png").write_bytes((folder / "class_0" / "0.png").read_bytes())
+    assert Run(config).held_out.index.count == COUNT + 1
 
 
 SMALL_SHARDS = "from train.data import shards; shards.SHARD_BYTES = 900; from train.cli import app; app()"
@@ -424,9 +428,9 @@ def test_features_of_fast_dit_are_drawn_as_they_are(tmp_path: Path) -> None:
     np.testing.assert_allclose(x0.numpy(), latents[order], rtol=2**-10, atol=1e-6)
     assert labels.tolist() == [i % CLASSES for i in order]
     with pytest.raises(DataError, match=r"holds latents and no photos; set evaluation\.reference"):
-        read_images(config, 2)
+        Run(config).photos(2)
     with pytest.raises(EvaluationError, match=r"no photos to compare with; set evaluation\.inception and"):
-        evaluate_run(config, "teacher")
+        evaluate_run(Run(config), "teacher")
 
 
 @pytest.mark.parametrize(

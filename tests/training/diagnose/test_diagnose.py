@@ -2,7 +2,6 @@
 
 import json
 import re
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from robuq_core.quant.hadamard import Rotation
 from train.cli import app
 from train.config import TrainConfig
 from train.diagnose import watch as module
-from train.diagnose.run import diagnosis_of
+from train.diagnose.run import diagnose_run
 from train.diagnose.watch import Diagnosis, LayerDiagnosis, LayerInput, LayerWatch
 from train.evaluation.samples import MODELS
 from train.run import Run
@@ -36,40 +35,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     return config
 
 
-class Page(HTMLParser):
-    """Checks that elements nest, and keeps what a reader meets."""
-
-    VOID = frozenset({"meta", "path", "use", "br", "link", "rect", "circle", "line"})
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.identifiers: list[str] = []
-        self.links: list[str] = []
-        self.pictures = 0
-        self.words = ""
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        named = dict(attrs)
-        self.pictures += tag == "svg"
-        self.links += [named["href"] or ""] if tag == "a" else []
-        self.identifiers += [named["id"] or ""] if "id" in named else []
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        pass
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in self.VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.words += data
-
-
 def check_layers(found: Diagnosis) -> None:
     assert sorted(layer.name for layer in found.layers) == [f"blocks.0.{name}" for name in LAYERS]
     for layer in found.layers:
@@ -80,13 +45,13 @@ def check_layers(found: Diagnosis) -> None:
 
 
 def test_every_kind_of_model_is_seen(trained: TrainConfig) -> None:
-    found = {which: diagnosis_of(trained, which) for which in MODELS}
+    found = {which: diagnose_run(Run(trained), which) for which in MODELS}
     for each in found.values():
         check_layers(each)
         assert {(head.block, head.head) for head in each.heads} == {(0, i) for i in range(trained.model.num_heads)}
         assert all(0 < head.error < 0.1 and head.logit_sd > 0 for head in each.heads)
         assert each.source.startswith("6 noised training images")
-    assert diagnosis_of(trained, "student") == found["student"]  # the inputs and the tokens picked are fixed
+    assert diagnose_run(Run(trained), "student") == found["student"]  # the inputs and the tokens picked are fixed
     assert found["teacher"].layers[0].before != found["student"].layers[0].before
     # The packed file is the student but for rounding: its layers look alike.
     for ours, packed in zip(found["student"].layers, sorted_as(found["student"], found["packed"]), strict=True):
@@ -99,38 +64,31 @@ def sorted_as(first: Diagnosis, other: Diagnosis) -> list[LayerDiagnosis]:
     return [by_name[layer.name] for layer in first.layers]
 
 
-def test_the_report_is_a_page_of_its_own(trained: TrainConfig) -> None:
+def test_the_report_has_every_figure_and_a_page_for_each_layer(trained: TrainConfig) -> None:
     config = Path(trained.run_dir).parent / "run.yaml"
-    result = CliRunner().invoke(app, ["diagnose", "-c", str(config)])
+    result = CliRunner().invoke(app, ["diagnose", "-c", str(config)], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
-    report = trained.run_dir / "diagnosis" / "packed.html"
-    assert str(report) in result.stdout.replace("\n", "")
-    assert "output error" in result.stdout
-    assert "rotation raises" in result.stdout
-    found = json.loads(report.with_suffix(".json").read_text())
+    path = trained.run_dir / "diagnosis" / "packed.pdf"
+    assert str(path) in result.stdout.replace("\n", "")
+    found = json.loads(path.with_suffix(".json").read_text())
     assert sorted(layer["name"] for layer in found["layers"]) == [f"blocks.0.{name}" for name in LAYERS]
-    text = report.read_text()
-    page = Page(text)
-    assert page.pictures == len(LAYERS)
-    assert {link.removeprefix("#") for link in page.links} <= set(page.identifiers)
-    sections = [name for name in page.identifiers if name.startswith("layer-")]
-    assert len(sections) == len(set(sections)) == len(LAYERS)
     for layer in found["layers"]:
-        assert f"{layer['after']['error']['2']:.5f}" in page.words
-    assert "<script" not in text
-    outside = re.findall(r'(?:href|src)="(?!#)([^"]*)"|url\((?!#)([^)]*)\)|@import', text)
-    assert outside == []
-    assert "prefers-color-scheme: dark" in text
-    assert not re.search(r"#0[1-4]0[1-4]0[1-4]", text)  # every stand-in colour is the page's own by now
+        bits = str(layer["bits"])
+        assert f"{layer['before']['error'][bits]:.4f} -> {layer['after']['error'][bits]:.4f}" in result.stdout
+    assert len(re.findall(rb"/Type /Page\b", path.read_bytes())) == len(LAYERS)
+    assert (
+        f"raises the output error of {sum(b > a for a, b in (x['output_error'] for x in found['layers']))}"
+        in result.stdout
+    )
 
 
 def test_without_photos_the_model_draws_its_own_inputs(trained: TrainConfig, tmp_path: Path) -> None:
     config = trained.model_copy(update={"data": trained.data.model_copy(update={"path": tmp_path / "absent"})})
     for found in (
-        diagnosis_of(config, checkpoint=config.run_dir / "model.safetensors"),
-        diagnosis_of(config, "student"),
+        diagnose_run(Run(config), checkpoint=config.run_dir / "model.safetensors"),
+        diagnose_run(Run(config), "student"),
     ):
-        assert found.source == "4 images drawn by the model itself, at all 3 steps of ddim"
+        assert found.source == "4 images generated by the model itself, at all 3 steps of ddim"
         assert {layer.before.tokens for layer in found.layers if "adaLN" not in layer.name} == {2 * 4 * 4 * 3}
 
 

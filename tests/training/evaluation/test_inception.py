@@ -10,8 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from train.evaluation import networks as inception
-from train.evaluation.figures import fid, inception_score, precision_and_recall, sfid
-from train.evaluation.frechet import Moments, RunningMoments, frechet_distance_of_moments
+from train.evaluation.figures import (
+    Moments,
+    RunningMoments,
+    fid,
+    frechet_distance,
+    inception_score,
+    precision_and_recall,
+)
 from train.evaluation.networks import DinoV2, EvaluationError, Inception, SpatialProbe
 
 
@@ -48,14 +54,6 @@ def test_spatial_features_are_the_first_channels_of_their_layer() -> None:
     torch.testing.assert_close(found, expected)
     with pytest.raises(RuntimeError, match="has not passed"):
         probe.take()
-
-
-def test_sfid_is_the_frechet_distance_of_spatial_features() -> None:
-    a, b = normal(0, 40, 6), normal(1, 50, 6) + 1
-    assert sfid(moments(a), moments(a)) == pytest.approx(0, abs=1e-9)
-    shift = torch.full((6,), 2.0)
-    assert sfid(moments(a), moments(a + shift)) == pytest.approx(24, rel=1e-5)
-    assert sfid(moments(a), moments(b)) > 4
 
 
 class StandInExtractor(nn.Module):
@@ -154,7 +152,7 @@ def test_too_few_samples_for_a_manifold_are_said() -> None:
 @with_library
 def test_the_librarys_fid_is_the_frechet_distance() -> None:
     a, b = normal(0, 400, 12), normal(1, 300, 12) * 1.5 + 0.5
-    assert fid(moments(a), moments(b)) == pytest.approx(frechet_distance_of_moments(moments(a), moments(b)), rel=1e-9)
+    assert fid(moments(a), moments(b)) == pytest.approx(frechet_distance(moments(a), moments(b)), rel=1e-9)
 
 
 @with_library

@@ -14,15 +14,18 @@ from tiny import write_tiny
 from typer.testing import CliRunner
 
 from robuq_core.checkpoint import read_header
+from robuq_core.pipeline import Sampler
 from train.cli import app
 from train.config import TrainConfig, load_config
-from train.data import read_images
 from train.evaluation import run as module
 from train.evaluation.samples import draw, load_sampler
 from train.run import Run
 from train.stages import export
 
-SETS = {"evaluation": {"samples": 6, "seeds": [0, 1, 2], "batch_size": 4}}
+SETS = {
+    "evaluation": {"samples": 6, "seeds": [0, 1, 2], "batch_size": 4},
+    "qat": {"ema_decay": 0.1, "more_ema_decays": [0.5]},
+}
 
 
 def measure(path: Path, *arguments: str) -> Result:
@@ -46,6 +49,29 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainConfig
 
 
 @pytest.mark.usefixtures("pixels")
+def test_a_further_average_is_measured_and_packed_under_its_name(
+    trained: tuple[Path, TrainConfig], tmp_path: Path
+) -> None:
+    path, config = trained
+    result = measure(path, "--model", "student", "--ema", "0.5")
+    assert result.exit_code == 0, result.output
+    entry = json.loads(result.stdout[result.stdout.index("{") :])
+    assert entry["model"] == "student-ema-0.5"
+    assert (config.run_dir / "evaluation" / "samples" / "student-ema-0.5").is_dir()
+    packed = {}
+    for arguments in ((), ("--ema", "0.5")):
+        out = tmp_path / f"{len(arguments)}.safetensors"
+        done = CliRunner().invoke(app, ["export", "-c", str(path), "--out", str(out), *arguments])
+        assert done.exit_code == 0, done.output
+        packed[arguments] = Sampler.from_checkpoint(out).generate([0], 1)[0].tobytes()
+    assert len(set(packed.values())) == 2
+    for command, said in ((["export"], "--ema needs --out"), (["evaluate", "--model", "packed"], "holds one average")):
+        refused = CliRunner().invoke(app, [*command, "-c", str(path), "--ema", "0.5"])
+        assert refused.exit_code == 2
+        assert said in " ".join(refused.stderr.split())
+
+
+@pytest.mark.usefixtures("pixels")
 def test_teacher_student_and_packed_file_go_through_one_interface(trained: tuple[Path, TrainConfig]) -> None:
     path, config = trained
     entries: dict[str, Any] = {}
@@ -54,7 +80,7 @@ def test_teacher_student_and_packed_file_go_through_one_interface(trained: tuple
         assert result.exit_code == 0, result.output
         entries[model] = json.loads(result.stdout[result.stdout.index("{") :])
     kept = json.loads((config.run_dir / "evaluation.json").read_text())
-    assert kept["models"] == entries
+    assert {name: kept["models"][name] for name in entries} == entries
     assert len({entry["sha256"] for entry in entries.values()}) == 3
     for entry in entries.values():
         figures = entry["figures"]
@@ -69,7 +95,7 @@ def test_teacher_student_and_packed_file_go_through_one_interface(trained: tuple
         assert any("not FID" in caution for caution in entry["cautions"])
         assert any("singular" in caution for caution in entry["cautions"])
     ratios = kept["ratio_to_teacher"]
-    assert set(ratios) == {"student", "packed"}
+    assert {"student", "packed"} <= set(ratios) <= {"student", "packed", "student-ema-0.5"}
     by_seed = np.array(entries["packed"]["figures"]["fd_effnet"]["by_seed"])
     base = np.array(entries["teacher"]["figures"]["fd_effnet"]["by_seed"])
     assert ratios["packed"]["fd_effnet"]["by_seed"] == pytest.approx((by_seed / base).tolist())
@@ -161,11 +187,11 @@ def test_a_grey_model_is_compared_with_images_that_it_was_not_trained_on(tmp_pat
     assert real > drawn > 0
     # Both stay prepared, and training does not take one for the other.
     assert {folder.name for folder in config.run_dir.glob("data*")} >= {"data", "data-test"}
-    assert float(read_images(config).images[:].float().mean()) < 60
+    assert float(Run(config).photos().images[:].float().mean()) < 60
 
 
 def test_samples_of_the_teacher_depend_on_their_seed_alone(trained: tuple[Path, TrainConfig]) -> None:
-    sampler, _ = load_sampler(trained[1], "teacher")
+    sampler, _ = load_sampler(Run(trained[1]), "teacher")
     samples = draw(sampler, [0, 1, 2, 3], seed=4)
     assert samples.shape == (4, 3, 8, 8)
     assert samples.min() >= -1

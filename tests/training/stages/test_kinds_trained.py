@@ -43,7 +43,7 @@ def test_a_run_of_each_kind_is_exported_as_what_it_is(tmp_path: Path, kind: str)
     packed = Sampler.from_checkpoint(path)
     ids = balanced_classes(2, packed.valid_classes, 0)
     pictures = packed.generate(ids, seed=1)
-    student, _ = load_sampler(config, "student")
+    student, _ = load_sampler(Run(config), "student")
     assert [picture.size for picture in pictures] == [picture.size for picture in student.generate(ids, seed=1)]
 
 

@@ -32,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,8 @@ SLOWER = 10  # how much longer a job may take in a rehearsal
 
 @dataclass(frozen=True)
 class Job:
-    """``name`` of a function of :mod:`gpu_jobs`, seconds it may take. ``needed``: the run ends if it fails."""
+    """``name`` of a function of :mod:`gpu_jobs`, seconds it may take. ``needed``: the run ends if it fails. ``share``:
+    I/N, the I-th of N shares of a job that can be split."""
 
     name: str
     seconds: float
@@ -51,37 +53,26 @@ class Job:
     share: str = "0/1"
 
 
+Stage = tuple[Job, ...]
+
+
+def shares(name: str, seconds: float, count: int) -> Stage:
+    return tuple(Job(name, seconds, share=f"{i}/{count}") for i in range(count))
+
+
+SMOKE, SERVER, FORWARDS = Job("smoke", 60, needed=True), Job("server", 60), Job("forwards", 60)
 # Jobs of one stage run at the same time, so what is to be timed well has one of its own.
-PARTS: dict[str, tuple[tuple[Job, ...], ...]] = {
-    "a": (
-        (Job("machine", 25),),
-        (Job("smoke", 60, needed=True),),
-        tuple(Job("compile", 60, share=f"{i}/{COMPILERS}") for i in range(COMPILERS)),
-        tuple(
-            Job(name, 60, share=f"{i}/{shares}")
-            for name, shares in (("rotation", 3), ("product", 4), ("attention", 2), ("rows", 4))
-            for i in range(shares)
-        ),
-        (Job("repeats", 25), Job("graphs", 40)),
-        (Job("ops", 60),),
-        (Job("forwards", 50),),
-        (Job("forwards_fp32", 40),),
-        (Job("forwards_bf16", 70),),
-        (Job("server", 60), Job("image", 60), Job("sanitizer", 60)),
-        (Job("counters", 50),),
-        (Job("training", 50),),
-    ),
-    "b": (
-        (Job("smoke", 60, needed=True),),
-        (Job("tune", 110),),
-        (Job("forwards", 60),),
-        (Job("forwards_again", 60),),
-        (Job("tests", 60),),
-        (Job("bench", 60),),
-        (Job("server", 60),),
-    ),
-}
-SECONDS = {"a": 400.0, "b": 300.0}
+FIRST: tuple[Stage, ...] = (
+    *((Job("machine", 25),), (SMOKE,), shares("compile", 60, COMPILERS)),
+    shares("layers", 60, 8) + shares("attention", 60, 3) + shares("rows", 60, 2),
+    (Job("repeats", 25), Job("graphs", 40)),
+    *((job,) for job in (Job("ops", 60), FORWARDS, Job("forwards_fp32", 40), Job("forwards_bf16", 70))),
+    (SERVER, Job("image", 60), Job("sanitizer", 60)),
+    *((job,) for job in (Job("counters", 50), Job("training", 50))),
+)
+# The second forwards are for the spread.
+SECOND: tuple[Stage, ...] = tuple((job,) for job in (SMOKE, Job("tune", 110), FORWARDS, FORWARDS, SERVER))
+PARTS = {"a": (400, FIRST), "b": (300, SECOND)}
 
 
 class Run:
@@ -90,20 +81,18 @@ class Run:
     def __init__(self, out: Path, rehearse: bool) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self.out, self.rehearse, self.slower = out, rehearse, SLOWER if rehearse else 1
-        self.results, self.log = out / "results.jsonl", out / "log.txt"
+        paths = [*filter(None, [os.environ.get("PYTHONPATH")]), ROOT, ROOT / "scripts", ROOT / "tests"]
         self.environment = {
+            "TRITON_CACHE_DIR": str(Path(tempfile.gettempdir(), "robuq-gpu-run")),
             **os.environ,
             "OUT": str(out),
             "ROBUQ_CACHE_DIR": str(out),
-            "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir(), "robuq-gpu-run"))),
             "PYTHONUNBUFFERED": "1",
-            "PYTHONPATH": os.pathsep.join(
-                [*filter(None, [os.environ.get("PYTHONPATH")]), *map(str, (ROOT, ROOT / "scripts", ROOT / "tests"))]
-            ),
+            "PYTHONPATH": os.pathsep.join(map(str, paths)),
         }
 
     def record(self, **found: object) -> None:
-        with self.results.open("a") as file:
+        with (self.out / "results.jsonl").open("a") as file:
             file.write(json.dumps(found) + "\n")
 
     def command(self, job: Job) -> list[str]:
@@ -113,7 +102,7 @@ class Run:
     def run(self, job: Job, seconds: float) -> bool:
         """Whether it ended well within ``seconds``."""
         began = time.monotonic()
-        with self.log.open("a") as log:
+        with (self.out / "log.txt").open("a") as log:
             process = subprocess.Popen(
                 self.command(job), cwd=ROOT, env=self.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
                 start_new_session=True,
@@ -132,25 +121,43 @@ class Run:
         print(f"{job.name}: {'ok' if code == 0 else f'FAILED ({code})'} in {taken} s", flush=True)
         return code == 0
 
-    def part(self, stages: tuple[tuple[Job, ...], ...], seconds: float) -> bool:
+    def part(self, stages: Iterable[Stage], seconds: float) -> bool:
         """Whether every job ended well."""
         deadline, good = time.monotonic() + seconds, True
-        for stage in stages:
+        for stage in filter(None, stages):
             left = deadline - time.monotonic()
             if left < 5:
                 for job in stage:
                     self.record(job=job.name, event="skipped", reason="no time left")
                 good = False
                 continue
+            limits = [min(self.slower * job.seconds, left) for job in stage]
             with ThreadPoolExecutor(len(stage)) as pool:
-                ended = list(
-                    pool.map(lambda job, left=left: self.run(job, min(self.slower * job.seconds, left)), stage)
-                )
+                ended = list(pool.map(self.run, stage, limits))
             good &= all(ended)
-            if not all(ok for ok, job in zip(ended, stage, strict=True) if job.needed):
+            if any(job.needed and not ok for job, ok in zip(stage, ended, strict=True)):
                 self.record(event="stopped", reason="a needed job failed")
                 return False
         return good
+
+
+def run_job(name: str, out: Path, rehearse: bool, share: str) -> None:
+    """In this process; in a rehearsal, kernels run in the emulator of the tests."""
+    import torch
+    from gpu_jobs import correctness, programs, speed
+    from gpu_jobs.context import Context
+    from ptx.driver import emulated
+
+    jobs = {job.__name__: job for job in (*correctness.JOBS, *speed.JOBS, *programs.JOBS)}
+    if name not in jobs:
+        raise SystemExit(f"no job {name!r}: choose one of {', '.join(jobs)}")
+    with emulated(90) if rehearse else contextlib.nullcontext(), torch.inference_mode():
+        context = Context(name, out, rehearse, *map(int, share.split("/")))
+        try:
+            jobs[name](context)
+        except Exception as error:
+            context.record(event="error", error=repr(error)[:1500])
+            raise
 
 
 def main() -> int:
@@ -160,20 +167,15 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-run")))
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on the CPU")
     parser.add_argument("--jobs", nargs="+", help="only these")
-    parser.add_argument("--seconds", type=float, help="for the whole part")
     parser.add_argument("--share", default="0/1", help="I/N: the I-th of N shares of a job that can be split")
     arguments = parser.parse_args()
     if arguments.part == "job":
-        from gpu_jobs import run_job
-
         run_job(arguments.name, arguments.out, arguments.rehearse, arguments.share)
         return 0
-    run = Run(arguments.out.resolve(), arguments.rehearse)
-    stages = [[job for job in stage if not arguments.jobs or job.name in arguments.jobs]
-              for stage in PARTS[arguments.part]]  # fmt: skip
+    run, (seconds, stages) = Run(arguments.out.resolve(), arguments.rehearse), PARTS[arguments.part]
     run.record(event="start", part=arguments.part, rehearse=arguments.rehearse)
-    good = run.part(tuple(map(tuple, filter(None, stages))), arguments.seconds or SECONDS[arguments.part] * run.slower)
-    return 0 if good else 1
+    chosen = (tuple(job for job in stage if not arguments.jobs or job.name in arguments.jobs) for stage in stages)
+    return 0 if run.part(chosen, seconds * run.slower) else 1
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class Settings(BaseSettings):
     )
     decoder: Path | None = Field(
         None,
-        description="Diffusers folder of the autoencoder that turns latents into pixels; default: the folder vae "
+        description="Diffusers folder of the autoencoder that decodes latents; default: the folder vae "
         "beside the checkpoint. Pixel models need none.",
     )
     backend: str = Field(
@@ -79,18 +79,18 @@ class Settings(BaseSettings):
         description="Copies of the model behind one queue, each in a process: one per GPU or group of CPU cores.",
     )
     max_batch_rows: int = Field(
-        32, ge=2, le=1024, description="Maximum rows in one forward of a replica; an image with guidance takes two."
+        32, ge=2, le=1024, description="Maximum rows per forward of a replica; an image with guidance takes two."
     )
     target_step_s: float | None = Field(
         None,
         gt=0,
-        description="Seconds that a step should take at most; batches are kept small enough. Default: no limit.",
+        description="Maximum seconds per step; batches are kept small enough. Default: no limit.",
     )
     max_queue_images: int = Field(
-        256, ge=MAX_IMAGES, description="Maximum images waiting for their first step; beyond it clients get 429."
+        256, ge=MAX_IMAGES, description="Maximum images waiting for their first step; above it clients get 429."
     )
     request_timeout_s: float = Field(
-        300.0, gt=0, description="Seconds until a request fails with 504; its timeout_s may ask for less."
+        300.0, gt=0, description="Seconds until a request fails with 504; its timeout_s may be shorter."
     )
     priority_ageing_s: float = Field(
         5.0, gt=0, description="Seconds of waiting that count as much as one level of priority."
@@ -116,12 +116,12 @@ class Settings(BaseSettings):
         le=64,
         description="Threads per worker that decode and encode images; raise it only if they cannot keep up.",
     )
-    max_body_bytes: int = Field(65536, ge=1024, description="Longest request body; beyond it clients get 413.")
+    max_body_bytes: int = Field(65536, ge=1024, description="Maximum size of a request body; above it clients get 413.")
     max_connections: int = Field(
-        1000, ge=1, description="Maximum open connections; beyond it clients get 503, but probes are answered."
+        1000, ge=1, description="Maximum open connections; above it clients get 503, except health probes."
     )
     max_connections_per_peer: int = Field(
-        500, ge=1, description="As --max-connections, per client address (IPv6: per /64)."
+        500, ge=1, description="Maximum open connections per client address (IPv6: per /64)."
     )
     trusted_proxies: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
@@ -146,14 +146,14 @@ class Settings(BaseSettings):
     cache_bytes: int = Field(
         2**28,
         ge=0,
-        description="Maximum bytes of images to keep for repeated requests with a seed; 0 turns this off, and the "
+        description="Maximum bytes of images to keep for repeated requests with a seed. 0 turns this off, and also the "
         "sharing of equal requests in flight.",
     )
     otel_endpoint: str | None = Field(
         None, description="OTLP/HTTP collector for traces, such as http://localhost:4318; needs the extra robuq[otel]."
     )
-    log_level: LogLevel = Field("info", description="Least severe log line: debug, info, warning or error.")
-    log_format: LogFormat = Field("json", description="json (one object a line) or text.")
+    log_level: LogLevel = Field("info", description="Minimum severity of log lines: debug, info, warning or error.")
+    log_format: LogFormat = Field("json", description="json (one object per line) or text.")
 
     @field_validator("cors_origins", "trusted_proxies", "allowed_hosts", mode="before")
     @classmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import torch
@@ -55,9 +54,3 @@ def write_latent(path: Path, input_size: int = LATENT.input_size) -> Path:
     """A packed model of latents."""
     write_tiny(path, LATENT.model_copy(update={"input_size": input_size}))
     return path
-
-
-def examples(page: str, language: str) -> list[str]:
-    """The blocks of code of a page of docs/, in order."""
-    text = (Path(__file__).parents[1] / "docs" / page).read_text()
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)

@@ -23,7 +23,6 @@ NEEDS = {
     "core/benchmarks/test_bench_peers.py": "torchao",
     "core/kernels/test_triton_attention.py": "triton",
     "core/kernels/test_triton_budgets.py": "triton",
-    "core/kernels/test_triton_compile.py": "triton",
     "core/kernels/test_triton_layers.py": "triton",
     "core/kernels/test_triton_tuning.py": "triton",
     "core/models/test_adapters_diffusers.py": "diffusers",

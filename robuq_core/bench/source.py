@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -119,13 +119,12 @@ def _random_layer(
         lowrank_b=torch.randn(rank, into, generator=generator) * 0.02,
         bits=bits,
         grid=quant.grid,
+        rotation_block=quant.rotation_block,
     )
 
 
 def _copy(layer: TernaryLayer, bits: int) -> TernaryLayer:
-    tensors = (layer.planar, layer.alpha, layer.bias, layer.signs, layer.lowrank_a, layer.lowrank_b)
-    planar, alpha, bias, signs, lowrank_a, lowrank_b = (tensor.clone() for tensor in tensors)
-    return TernaryLayer(planar, alpha, bias, signs, lowrank_a, lowrank_b, bits, layer.grid)
+    return replace(layer.with_tensors([tensor.clone() for tensor in layer.tensors()]), bits=bits)
 
 
 @torch.no_grad()

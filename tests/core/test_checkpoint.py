@@ -19,7 +19,6 @@ from robuq_core.checkpoint import (
     _dtype,
     _expected_shapes,
     dense_shapes,
-    layer_macs,
     layer_shapes,
     read_checkpoint,
     read_header,
@@ -111,14 +110,6 @@ def test_ablations_that_the_runtime_lacks_are_not_written(tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match=r"quant\.activation minmax cannot be packed"):
         write_tiny(tmp_path / "model.safetensors", quant=QuantConfig(rank=4, activation="minmax"))
     assert not list(tmp_path.iterdir())
-
-
-def test_dit_xl_shapes_are_the_published_ones() -> None:
-    shapes, macs = layer_shapes(preset("DiT-XL/2")), layer_macs(preset("DiT-XL/2"))
-    main = {name: out * into for name, (out, into) in shapes.items() if "adaLN" not in name}
-    assert sum(main.values()) == 445_906_944
-    assert sum(out * into for name, (out, into) in shapes.items() if "adaLN" in name) == 222_953_472
-    assert sum(macs[name] for name in main) == pytest.approx(114.15e9, rel=1e-3)
 
 
 @pytest.mark.parametrize("model", [TINY, preset("DiT-S/8")])

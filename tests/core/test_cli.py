@@ -133,17 +133,6 @@ def test_values_out_of_range_name_the_option(checkpoint: Path, option: tuple[str
     assert option[0] in run(robuq.app, "sample", "1", "-c", checkpoint, *option, code=2)
 
 
-def test_damaged_files_are_one_line(checkpoint: Path, tmp_path: Path) -> None:
-    whole = checkpoint.read_bytes()
-    path = tmp_path / "damaged.safetensors"
-    for content in (b"", b"text", whole[:1000], whole[:-1], whole + b"x"):
-        path.write_bytes(content)
-        assert "damaged.safetensors" in error_of(robuq.app, "inspect", path)
-        assert "damaged.safetensors" in error_of(robuq.app, "sample", "1", "-c", path, "--backend", "reference")
-    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert "damaged" in error_of(robuq.app, "sample", "1", "-c", path, "--backend", "reference")
-
-
 def test_mistakes_of_bench(checkpoint: Path) -> None:
     assert "unknown preset 'DiT-Q/3'; choose one of DiT-XL/2" in error_of(robuq.app, "bench", "--preset", "DiT-Q/3")
     assert "unknown backend" in error_of(robuq.app, "bench", "-c", checkpoint, "--backend", "gpu")

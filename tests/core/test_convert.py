@@ -1,13 +1,10 @@
 """Conversion keeps full precision bit for bit; packing without training is packing, and says what it cost."""
 
 import json
-import re
-import shlex
 from pathlib import Path
 
 import pytest
 import torch
-from autoencoders import examples, save_autoencoder_tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import TINY, write_tiny
@@ -253,21 +250,3 @@ def test_position_tables_are_this_projects_own_in_a_packed_file(tmp_path: Path) 
     assert result.header.model.position_scale == 20
     with pytest.raises(WeightsError, match="position_scale of 1"):
         convert_full_precision(tmp_path / "model.pt", tmp_path / "folder")
-
-
-@pytest.mark.slow
-def test_the_examples_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    save_random(Path("DiT-XL-2-256x256.pt"), in_channels=4, num_classes=1000)
-    save_autoencoder_tiny(Path("vae"))
-    Path("configs").symlink_to(Path(__file__).parents[2] / "configs")
-    told = ""
-    for line in examples("weights.md", "sh")[0].splitlines():
-        result = run(app, shlex.split(line, comments=True)[1:])
-        assert result.exit_code == 0, result.output
-        told += result.stderr
-    assert re.search(r"is [1-9]\d?\.\d% \(RMS\) off the original", told), told
-    assert read_header(Path("packed.safetensors")).class_names[207] == "golden retriever"
-    first, again = (torch.load(name)["ema"] for name in ("DiT-XL-2-256x256.pt", "again.pt"))
-    assert all(torch.equal(first[key], again[key]) for key in first)
-    assert [path.name for path in Path("samples").iterdir()] == ["0000_class207.png"]

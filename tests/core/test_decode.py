@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +16,6 @@ from autoencoders import (
     IMAGE_SIZE,
     LATENT,
     LATENT_CHANNELS,
-    examples,
     save_autoencoder_kl,
     save_autoencoder_tiny,
 )
@@ -26,14 +23,10 @@ from autoencoders import write_latent as write_latent_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import write_tiny
-from typer.testing import CliRunner
 
-from robuq_core import cli as robuq
 from robuq_core.checkpoint import CheckpointError
 from robuq_core.decode import DecoderError, LatentDecoder, PixelDecoder, load_decoder, to_pixels
 from robuq_core.pipeline import RowSpec, Sampler
-from server import cli as server
-from server.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -288,32 +281,3 @@ def test_a_folder_that_cannot_be_used_is_one_error(
 def test_tiles_of_no_size_are_refused(folder: Path, tile_above: int) -> None:
     with pytest.raises(DecoderError, match=rf"{folder.name}: tile_above is {tile_above}; give a side in pixels"):
         load_decoder(folder, tile_above=tile_above)
-
-
-def test_the_examples_of_the_guide(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_latent_checkpoint(Path("latent.safetensors"))
-    save_autoencoder_tiny(Path("vae"))
-    sample, serve = (shlex.split(line) for line in examples("weights.md", "sh")[2].splitlines())
-    result = CliRunner().invoke(robuq.app, sample[1:])
-    assert result.exit_code == 0, result.output
-    assert sorted(path.name for path in Path("pictures").iterdir()) == ["0000_class1.png", "0001_class2.png"]
-    assert "2 images: " in result.stderr
-    assert "decoding" in result.stderr
-    # Everything of the server but the serving.
-    served: list[Settings] = []
-    monkeypatch.setattr("server.launch.prepare", lambda _: None)
-    monkeypatch.setattr("server.lifecycle.serve", lambda settings, *_: served.append(settings) or 0)
-    monkeypatch.setattr("server.logs.configure_logging", lambda *_: None)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    result = CliRunner().invoke(server.app, [*serve[1:], "--port", "0"])
-    assert result.exit_code == 0, result.output
-    (settings,) = served
-    assert Sampler.from_checkpoint(settings.checkpoint, decoder=settings.decoder).decoder.name == "vae"
-    for block in examples("weights.md", "python")[:1]:
-        names: dict[str, object] = {}
-        exec(block, names)
-        assert names["sampler" if "sampler" in names else "image"]
-    assert "decode_s=" in capsys.readouterr().out

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
-from autoencoders import examples, save_autoencoder_tiny, write_latent
+from autoencoders import save_autoencoder_tiny, write_latent
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from tiny import TINY, write_tiny
@@ -288,16 +287,3 @@ def test_the_command(checkpoint: Path, tmp_path: Path) -> None:
         code, _, errors = run("export-hub", *words)
         assert (code, len(errors.splitlines()), told in errors) == (2, 1, True), errors
     assert not (tmp_path / "other").exists()
-
-
-def test_the_examples_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_tiny(Path("mine.safetensors"))
-    shell, python = examples("weights.md", "sh")[-1], examples("weights.md", "python")[-1]
-    program, *words = shlex.split(shell)
-    assert program == "robuq"
-    assert CliRunner().invoke(robuq.app, words).exit_code == 0
-    names: dict[str, object] = {}
-    exec(python, names)
-    assert isinstance(names["sampler"], Sampler)
-    assert names["sampler"].checkpoint_name == "mine"

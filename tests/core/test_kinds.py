@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 from robuq_core.checkpoint import CheckpointError, Description, read_header, write_checkpoint
 from robuq_core.cli import app
 from robuq_core.config import FLOW_SAMPLERS, DiffusionConfig, ModelConfig, QuantConfig, SamplerConfig
-from robuq_core.convert import pack_untrained, untrained_quant
 from robuq_core.diffusers_pipeline import RobuQPipeline
 from robuq_core.errors import UserError
 from robuq_core.models.adapters import save_official
@@ -143,19 +142,6 @@ def test_every_kind_packs_and_draws(
     draws = CliRunner().invoke(app, ["sample", "0", "-c", str(packed), "-o", str(tmp_path / "out"), "--seed", "1"])
     assert draws.exit_code == 0, draws.output
     assert len(list((tmp_path / "out").iterdir())) == 1
-
-
-def test_defaults_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    save_official(DiT(TINY), tmp_path / "x.pt", FLOW)
-    for given, field in ((SamplerConfig(sampler="ddim"), "sampler"), (SamplerConfig(sampler="sde"), "")):
-        target = tmp_path / f"{field}.safetensors"
-        if field:
-            with pytest.raises(CheckpointError, match=field):
-                pack_untrained(tmp_path / "x.pt", target, untrained_quant(rank=4), sampler=given, num_heads=4)
-            assert not target.exists()
-        else:
-            pack_untrained(tmp_path / "x.pt", target, untrained_quant(rank=4), sampler=given, num_heads=4)
-            assert read_header(target).sampler.sampler == "sde"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -135,25 +135,6 @@ def test_requests_out_of_range_are_refused(sampler: Sampler, spec: RowSpec, mess
         sampler.start(spec)
 
 
-def test_a_step_repeated_after_a_failure_draws_the_same_noise(
-    sampler: Sampler, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = RowSpec(1, 3, 4, 1.0, "ddpm")
-    expected = _draw_alone(sampler, spec)
-    row = sampler.start(spec)
-    with monkeypatch.context() as patch:
-        patch.setattr(Row, "advance", _run_out_of_memory)
-        with pytest.raises(MemoryError):
-            sampler.step([row])
-    while not row.done:
-        sampler.step([row])
-    assert torch.equal(row.x, expected.x)
-
-
-def _run_out_of_memory(*_: object) -> None:
-    raise MemoryError
-
-
 def test_classes_by_name_are_those_by_id(sampler: Sampler) -> None:
     by_name = sampler.generate(["class 3", "CLASS_7"], seed=1, steps=2)
     assert by_name == sampler.generate([3, 7], seed=1, steps=2)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 import typer
 import yaml
+from autoencoders import LATENT, save_autoencoder_tiny, write_latent
 from loaded_server import fake_server
 from PIL import Image
 from process_harness import SERVE, client_of, launch, stop
@@ -30,6 +32,9 @@ from typer.testing import CliRunner
 import robuq_core.cli
 import server.cli
 import train.cli
+from robuq_core.export_hub import export_hub
+from robuq_core.models.adapters import save_official
+from robuq_core.models.dit import DiT
 from robuq_core.pipeline import Sampler
 
 ROOT = Path(__file__).parents[2]
@@ -43,9 +48,10 @@ RUN = {
     "docs/index.md": ("curl", "robuq sample", "robuq inspect", "robuq-serve --checkpoint"),
     "docs/training.md": ("robuq-train", "robuq sample"),
     "docs/performance.md": ("robuq compare",),
+    "docs/weights.md": ("robuq convert", "robuq sample", "robuq-serve", "robuq export-hub"),
 }
 # Pages whose Python runs in tests of their own, with what it needs.
-PYTHON_ELSEWHERE = {"docs/http-api.md", "docs/weights.md"}
+PYTHON_ELSEWHERE = {"docs/http-api.md"}
 
 STAGE = {"steps": 4, "batch_size": 4, "lr": 1e-2, "save_every": 2}
 TINY_RUN = {
@@ -142,6 +148,14 @@ class Sandbox:
             Image.fromarray(pixels).save(photos / f"class_{c}" / "0.png")
         shutil.make_archive(str(photos), "zip", photos)
         (folder / "configs").mkdir()
+        shutil.copy(ROOT / "configs" / "imagenet-classes.txt", folder / "configs")
+        write_latent(folder / "latent.safetensors")
+        export_hub(folder / "mine.safetensors", folder / "export", licence="mit")
+        network = DiT(LATENT.model_copy(update={"num_classes": 1000, "hidden_size": 64, "num_heads": 1}))
+        for name in ("DiT-XL-2-256x256.pt", "DiT-S-2.pt"):
+            save_official(network, folder / name)
+        if find_spec("diffusers"):
+            save_autoencoder_tiny(folder / "vae")
         (folder / "configs" / "fashion-mnist.yaml").write_text(yaml.safe_dump(TINY_RUN))
 
     @property
@@ -188,6 +202,8 @@ def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 @pytest.mark.parametrize("page", RUN)
 def test_the_commands_of_a_page(page: str, sandbox: Sandbox) -> None:
+    if page == "docs/weights.md":
+        pytest.importorskip("diffusers")
     chosen = [words for words in commands(ROOT / page) if shlex.join(words).startswith(RUN[page])]
     for beginning in RUN[page]:
         assert any(shlex.join(words).startswith(beginning) for words in chosen), beginning

@@ -53,8 +53,7 @@ COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     **{"lo": operator.lt, "ls": operator.le, "hi": operator.gt, "hs": operator.ge},
 }
 UNARY: dict[str, Callable[[Any], Any]] = {
-    **{"abs": np.abs, "neg": np.negative, "not": np.invert, "sqrt": np.sqrt, "ex2": np.exp2, "lg2": np.log2},
-    **{"rcp": np.reciprocal, "rsqrt": lambda x: 1 / np.sqrt(x), "tanh": np.tanh, "sin": np.sin, "cos": np.cos},
+    **{"abs": np.abs, "neg": np.negative, "not": np.invert, "sqrt": np.sqrt, "ex2": np.exp2},
 }
 BINARY: dict[str, Callable[[Any, Any], Any]] = {
     **{"add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor},
@@ -268,15 +267,6 @@ class Blocks:
             quotient = a // b
             quotient = quotient + ((quotient * b != a) & ((a < 0) != (b < 0))).astype(dtype)
             return np.asarray(quotient if name == "div" else a - quotient * b)
-        if name == "lop3":
-            a, b, c = values[:3]
-            table = int(operands[3])  # type: ignore[call-overload]
-            result = np.zeros_like(a | b | c)
-            for i in (i for i in range(8) if table >> i & 1):
-                result |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
-            return result
-        if name == "popc":
-            return np.bitwise_count(values[0]).astype(np.uint32)
         if name == "prmt":
             return _permuted(*(np.asarray(value, np.uint64) for value in values))
         return None
@@ -287,10 +277,6 @@ class Blocks:
         if part == "wide":
             dtype = np.dtype(f"{dtype.kind}{2 * dtype.itemsize}")
             result = a.astype(dtype) * b.astype(dtype)
-        elif part == "hi":
-            # Python's integers where no type holds the product.
-            wide: Any = np.dtype(f"{dtype.kind}8") if dtype.itemsize < 8 else object
-            result = (a.astype(wide) * b.astype(wide) >> 8 * dtype.itemsize).astype(dtype)
         else:
             result = a * b
         if instruction.parts[0] == "mad":
@@ -312,15 +298,6 @@ class Blocks:
             rest = np.zeros_like(value) if dtype.kind == "u" else value >> dtype.type(bits - 1)
             return np.where(distance < bits, value >> near, rest)
         return np.where(distance < bits, value << near, np.zeros_like(value))
-
-    def _shf(self, instruction: Instruction, mask: Array | None) -> None:
-        low, high = (self.read(each, INTEGERS["u32"]).astype(np.uint64) for each in instruction.operands[1:3])
-        by = self.read(instruction.operands[3], INTEGERS["u32"]).astype(np.uint64)
-        by = by & np.uint64(31) if "wrap" in instruction.parts else np.minimum(by, np.uint64(32))
-        both = high << np.uint64(32) | low
-        left = instruction.parts[1] == "l"
-        result = (both << by) >> np.uint64(32) if left else both >> by
-        self.write(instruction.operands[0], result.astype(np.uint32), mask)
 
     def _mov(self, instruction: Instruction, mask: Array | None) -> None:
         target, source = instruction.operands
@@ -383,10 +360,6 @@ class Blocks:
                 small = np.clip(value, limits.min, limits.max).astype(INTEGERS[target])
                 value = np.where(value >= limits.max, limits.max, small)
             self.write(instruction.operands[0], value.astype(INTEGERS[target]), mask)
-        elif target == "tf32":
-            bits = np.broadcast_to(value.astype(np.float32), self.shape).view(np.uint32)
-            ties = 0x1000 if "rna" in instruction.parts else 0xFFF + (bits >> 13 & 1)
-            self.write(instruction.operands[0], (bits + np.uint32(1) * ties & np.uint32(0xFFFFE000)), mask)
         elif target in FLOATS or target in ("bf16", "bf16x2", "f16x2"):
             self.write_floats(instruction.operands[0], rounding(value) if rounding else value, target, mask)
         else:
@@ -405,25 +378,6 @@ class Blocks:
         inside = from_lane >= greatest if mode == "up" else from_lane <= greatest
         from_lane = np.where(inside, from_lane, lane) + np.arange(self.shape[1]) // 32 * 32
         self.write(instruction.operands[0], np.take_along_axis(value, np.broadcast_to(from_lane, self.shape), 1), mask)
-
-    def _by_warp(self, operand: Operand, dtype: np.dtype[Any]) -> Array:
-        return np.broadcast_to(self.read(operand, dtype), self.shape).reshape(len(self.blocks), self.warps, 32)
-
-    def _vote(self, instruction: Instruction, mask: Array | None) -> None:
-        votes = self._by_warp(instruction.operands[1], np.dtype(bool))
-        mode = instruction.parts[2]
-        if mode == "ballot":
-            result = (votes * (np.uint32(1) << np.arange(32, dtype=np.uint32))).sum(-1, dtype=np.uint32)
-        else:
-            result = {"any": votes.any, "all": votes.all}[mode](-1)
-        self.write(instruction.operands[0], np.repeat(result, 32, axis=1), mask)
-
-    def _redux(self, instruction: Instruction, mask: Array | None) -> None:
-        if instruction.parts[-1] not in INTEGERS:
-            raise PtxError(f"unsupported PTX instruction {instruction.name}: {instruction.text}")
-        values = self._by_warp(instruction.operands[1], INTEGERS[instruction.parts[-1]])
-        reduce: Any = {"max": np.maximum, "min": np.minimum}.get(instruction.parts[2]) or BINARY[instruction.parts[2]]
-        self.write(instruction.operands[0], np.repeat(reduce.reduce(values, axis=2), 32, axis=1), mask)
 
     def _bar(self, instruction: Instruction, mask: Array | None) -> None:
         whole = instruction.parts[1] != "warp"

@@ -56,10 +56,10 @@ class Program:
             raise PtxError(f"register {register} is not declared")
         return found
 
-    def without(self, index: int) -> Program:
-        """The program less one instruction."""
-        labels = {name: at - (at > index) for name, at in self.labels.items()}
-        left = self.instructions[:index] + self.instructions[index + 1 :]
+    def without(self, indices: list[int]) -> Program:
+        """The program less some instructions."""
+        labels = {name: at - sum(index < at for index in indices) for name, at in self.labels.items()}
+        left = [each for index, each in enumerate(self.instructions) if index not in indices]
         return dataclasses.replace(self, instructions=left, labels=labels)
 
 

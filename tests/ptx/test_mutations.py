@@ -1,8 +1,4 @@
-"""The emulator notices barriers, fences and waits that are missing: each one of the project's kernels, in turn.
-
-What is not noticed: a fence or a wait that another one follows before anything depends on it, a barrier before anything
-has been read, and a copy's group that the next group's wait covers.
-"""
+"""The emulator notices barriers, fences and waits that are missing: each one of the project's kernels, in turn."""
 
 from __future__ import annotations
 
@@ -23,18 +19,17 @@ from robuq_core.kernels.pack_layer import pack_layer
 from robuq_core.kernels.triton.backend import TritonBackend
 from robuq_core.kernels.triton.ternary_linear import async_config
 
-# Of a kernel's synchronising instructions. The asynchronous product waits after each of three low-rank products, where
-# one wait would do.
-NOTICED = {"rotation": 0.9, "product": 0.7, "asynchronous product": 0.45, "attention": 0.7}
+# Of a kernel's synchronising instructions; docs/triton.md says why not all.
+NOTICED = {"rotation": 1.0, "product": 0.85, "asynchronous product": 0.75, "attention": 0.8}
 
 
 def launches(ops: TritonBackend) -> dict[str, Callable[[], Tensor]]:
     narrow, wide = pack_layer(make_linear(288, 70, bits=2, rank=3)), pack_layer(make_linear(768, 40, bits=2, rank=3))
     x, modulation = tokens(3, 288), prologues(1, 288)[3]
     quantized = ops.rotate_quantize(tokens(17, 768), wide)
-    whole_groups = pack_layer(make_linear(384, 40, bits=2, rank=3))
-    codes = ops.rotate_quantize(tokens(17, 384), whole_groups)
-    config = async_config(4096, 128, 384, 3, 90)
+    whole_groups = pack_layer(make_linear(896, 40, bits=2, rank=3))  # more groups than the ring has places
+    codes = ops.rotate_quantize(tokens(17, 896), whole_groups)
+    config = async_config(4096, 128, 896, 3, 90)
     qkv = tokens(67, 3 * 72).reshape(1, 67, -1)
 
     def rotation() -> Tensor:
@@ -56,9 +51,9 @@ def launches(ops: TritonBackend) -> dict[str, Callable[[], Tensor]]:
 def test_missing_barriers_and_fences_are_noticed(architecture: int, name: str) -> None:
     found: Counter[tuple[str, bool]] = Counter()
     with emulated(architecture) as driver:
-        for _, _, instruction, noticed in mutations(driver, launches(TritonBackend())[name]):
-            found[instruction.name, noticed] += 1
-    total, seen = found.total(), sum(count for (_, noticed), count in found.items() if noticed)
-    print(architecture, name, f"{seen} of {total}", dict(found))
-    assert total
-    assert seen >= NOTICED[name] * total, found
+        for opcode, _, noticed in mutations(driver, launches(TritonBackend())[name]):
+            found[opcode, noticed] += 1
+    seen = sum(count for (_, noticed), count in found.items() if noticed)
+    print(architecture, name, f"{seen} of {found.total()}", dict(found))
+    assert found
+    assert seen >= NOTICED[name] * found.total(), found

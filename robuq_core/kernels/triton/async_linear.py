@@ -17,8 +17,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from robuq_core.kernels.triton.elementwise import UNPACK
+from robuq_core.kernels.triton.elementwise import UNPACK, gelu, tf32_parts
 
+# Their source serves both languages.
+_gelu, _tf32_parts = gluon.jit(gelu.fn), gluon.jit(tf32_parts.fn)
 # Triton 3.6 and 3.7 name it differently.
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 # Rows that are finished at once: what the rest of the tile does not leave registers for has to wait.
@@ -92,17 +94,6 @@ def _pieces(total, PIECE: gl.constexpr, layout: gl.constexpr):  # type: ignore[n
     else:
         low, high = _halves(total)
         return _pieces(low, PIECE, layout) + _pieces(high, PIECE, layout)
-
-
-@gluon.jit
-def _gelu(x):  # type: ignore[no-untyped-def]
-    inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-    return x / (1.0 + gl.exp(-2.0 * inner))
-
-
-@gluon.jit
-def _high(x):  # type: ignore[no-untyped-def]
-    return (x.to(gl.int32, bitcast=True) & -8192).to(gl.float32, bitcast=True)
 
 
 @gluon.jit(do_not_specialize=["rows", "rows_per_image"])
@@ -194,15 +185,15 @@ def async_linear_kernel(  # type: ignore[no-untyped-def]
         row = gl.minimum(first_row + gl.arange(0, ROWS, gl.SliceLayout(1, x_load)), rows - 1).to(gl.int64)
         j = gl.arange(0, RANK_TILE, gl.SliceLayout(0, x_load))
         x = gl.load(lowrank_ptr + (row * RANK)[:, None] + j[None, :], mask=(j < RANK)[None, :], other=0.0)
-        x_high = gl.allocate_shared_memory(gl.float32, [ROWS, RANK_TILE], shared, _high(x))
-        x_low = gl.allocate_shared_memory(gl.float32, [ROWS, RANK_TILE], shared, x - _high(x))
+        high, low = _tf32_parts(x)
+        x_high = gl.allocate_shared_memory(gl.float32, [ROWS, RANK_TILE], shared, high)
+        x_low = gl.allocate_shared_memory(gl.float32, [ROWS, RANK_TILE], shared, low)
         fence_async_shared()
         _barrier()
         at = gl.minimum(first_output + gl.arange(0, OUTPUTS, gl.SliceLayout(1, factor_layout)), N - 1)
         j = gl.arange(0, RANK_TILE, gl.SliceLayout(0, factor_layout))
         a = gl.load(lowrank_a_ptr + (at * RANK)[:, None] + j[None, :], mask=(j < RANK)[None, :], other=0.0)
-        a_high = _high(a)
-        a_low = a - a_high
+        a_high, a_low = _tf32_parts(a)
 
     # 16 bytes of neighbouring outputs per thread and store.
     store: gl.constexpr = _store_layout(OUTPUTS, y_ptr.dtype.element_ty.primitive_bitwidth, num_warps)

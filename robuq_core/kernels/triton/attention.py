@@ -27,13 +27,6 @@ MIN_HEAD_TILE, MAX_HEAD_DIM, MAX_LENGTH = 32, 256, 2**16
 # What one kernel takes: its logits lie in registers.
 SHORT_LENGTH, SHORT_HEAD_DIM = 256, 128
 
-# Triton's types of the run-time arguments of both kernels, for compiling ahead.
-SIGNATURE = {
-    **{f"{name}_ptr": "*fp32" for name in ("qkv", "out", "q_scales", "k_scales", "v_scales")},
-    **{"q_ptr": "*i8", "k_ptr": "*i8", "v_ptr": "*i8", "v_sums_ptr": "*i32", "padded": "i32", "heads": "i32"},
-    "blocks": "i32",
-}
-
 
 def is_short(head_dim: int, length: int, architecture: int) -> bool:
     """Whether one kernel runs the attention: on 9.0, since its codes move between ``mma.sync``'s layouts by way of
@@ -74,13 +67,6 @@ def default_config(head_dim: int) -> LaunchConfig:
     return LaunchConfig({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2)
 
 
-def candidate_configs(head_dim: int) -> list[LaunchConfig]:
-    """What tuning tries for heads of ``head_dim`` values."""
-    sizes = ((32, 32), (64, 32), (64, 64), (128, 64))
-    found = [LaunchConfig({"BLOCK_M": m, "BLOCK_N": n}, w, s) for m, n in sizes for w in (4, 8) for s in (2, 3)]
-    return [config for config in found if config.blocks["BLOCK_M"] * head_dim <= 128 * 128]
-
-
 def quantize_config(head_dim: int) -> LaunchConfig:
     """Of :func:`quantize_heads_kernel`: tokens per program, each of which reads all of its head's V."""
     return LaunchConfig({"BLOCK": 64 if head_tile(head_dim) <= 128 else 32}, 8, 1)
@@ -90,8 +76,8 @@ def head_tile(head_dim: int) -> int:
     return max(MIN_HEAD_TILE, next_power_of_2(head_dim))
 
 
-def constants(head_dim: int, length: int = 256) -> dict[str, int]:
-    """Compile-time arguments of both kernels, but for the launch shape. A model has one ``length``; 256 is DiT's."""
+def constants(head_dim: int, length: int) -> dict[str, int]:
+    """Compile-time arguments of both kernels, but for the launch shape. A model has one ``length``."""
     return {"LENGTH": length, "HEAD": head_dim, "HEAD_TILE": head_tile(head_dim)}
 
 
@@ -102,9 +88,19 @@ def _round(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _scaled(largest):  # type: ignore[no-untyped-def]
+    return tl.maximum(tl.div_rn(largest, 127.0), 1e-30)
+
+
+@triton.jit
+def _quantized(x, scale):  # type: ignore[no-untyped-def]
+    return _round(tl.div_rn(x, scale)).to(tl.int8)
+
+
+@triton.jit
 def _codes_by_token(x):  # type: ignore[no-untyped-def]
-    scale = tl.maximum(tl.div_rn(tl.max(tl.abs(x), 1), 127.0), 1e-30)
-    return _round(tl.div_rn(x, scale[:, None])).to(tl.int8), scale
+    scale = _scaled(tl.max(tl.abs(x), 1))
+    return _quantized(x, scale[:, None]), scale
 
 
 @triton.jit(do_not_specialize=["padded", "heads"])
@@ -147,13 +143,10 @@ def quantize_heads_kernel(  # type: ignore[no-untyped-def]
     for start in range(0, LENGTH, BLOCK):
         t = start + tl.arange(0, BLOCK)
         inside = (t < LENGTH)[:, None] & (column < HEAD)[None, :]
-        v = tl.load(v_in_ptr + t[:, None].to(tl.int64) * stride + column[None, :], mask=inside, other=0.0).to(
-            tl.float32
-        )
-        largest = tl.maximum(largest, tl.abs(v))
-    v_scale = tl.maximum(tl.div_rn(tl.max(tl.max(largest, 1), 0), 127.0), 1e-30)
-    v = tl.load(v_in_ptr + here, mask=real, other=0.0).to(tl.float32)
-    codes = _round(tl.div_rn(v, v_scale)).to(tl.int8)
+        v = tl.load(v_in_ptr + t[:, None].to(tl.int64) * stride + column[None, :], mask=inside, other=0.0)
+        largest = tl.maximum(largest, tl.abs(v.to(tl.float32)))
+    v_scale = _scaled(tl.max(tl.max(largest, 1), 0))
+    codes = _quantized(tl.load(v_in_ptr + here, mask=real, other=0.0).to(tl.float32), v_scale)
     tl.store(v_ptr + out, codes)
     sums = (head * (padded // BLOCK) + tl.program_id(1)) * HEAD_TILE
     tl.store(v_sums_ptr + sums + column, tl.sum(codes.to(tl.int32), 0))
@@ -234,22 +227,12 @@ def attention_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _scaled(largest):  # type: ignore[no-untyped-def]
-    return tl.maximum(tl.div_rn(largest, 127.0), 1e-30)
-
-
-@triton.jit
 def _values(pointer, token, stride, first, WIDTH: tl.constexpr, TILE: tl.constexpr, LENGTH: tl.constexpr):  # type: ignore[no-untyped-def]
     """Values ``first .. first + WIDTH`` of the tokens' heads, zeros around them."""
     column = tl.arange(0, TILE)
     real = (token < LENGTH)[:, None] & (column < WIDTH)[None, :]
     here = token[:, None] * stride + (first + column)[None, :]
     return tl.load(pointer + here, mask=real, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _quantized(x, scale):  # type: ignore[no-untyped-def]
-    return _round(tl.div_rn(x, scale)).to(tl.int8)
 
 
 @triton.jit
@@ -373,9 +356,6 @@ def attention(qkv: Tensor, num_heads: int, architecture: int, config: LaunchConf
     block, block_m = first.blocks["BLOCK"], config.blocks["BLOCK_M"]
     padded = round_up(length, max(block, block_m, config.blocks["BLOCK_N"]))
     device, heads, tile = qkv.device, images * num_heads, head_tile(head_dim)
-    out = torch.empty(images, length, triple // 3, dtype=qkv.dtype, device=device)
-    if not out.numel():
-        return out
     q, k, v = (torch.empty(heads, padded, tile, dtype=torch.int8, device=device) for _ in range(3))
     q_scales, k_scales = (torch.empty(heads, padded, device=device) for _ in range(2))
     v_scales = torch.empty(heads, device=device)

@@ -11,6 +11,9 @@ import torch
 import triton
 from torch import Tensor
 
+# Shared memory a block may use, bytes, by compute capability (CUDA C programming guide, technical specifications).
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+
 
 @dataclass(frozen=True)
 class LaunchConfig:

@@ -14,8 +14,6 @@ from torch import Tensor
 from robuq_core.kernels.triton.config import LaunchConfig, launching
 
 CONFIG = LaunchConfig({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32}, 4, 2)
-# Triton's types of the run-time arguments, for compiling ahead.
-SIGNATURE = {**{f"{name}_ptr": "*fp32" for name in ("x", "weight", "bias", "y")}, "rows": "i32"}
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -4,7 +4,8 @@ A token of K = L R values is seen as an L x R matrix, value k = l R + r; a tile 
 tokens R]. Its rotation by ``H_L (x) H_R`` is ``H_L^T X (I (x) H_R)``: two small products on the tensor cores. For a
 rotation by blocks, the same matrices have zeros between the blocks: ``I (x) H`` on either side. The matrices' entries
 are +-1 and 0, exact in fp16; the activation is scaled to fp16's range by token and split into a high and a low fp16
-part, 22 bits together, so that codes differ from the reference's only on the edges of cells.
+part, 22 bits together, so that codes differ from the reference's only on the edges of cells. Blocks of 128 take no
+matrix where a program has one token: seven rounds of sums and differences, in float32.
 
 L is split into ``main`` and ``tail`` rows (72 = 64 + 8) since tiles are powers of two. Tokens of up to 16 columns take
 one warp, which needs no barrier. The tile size depends on K alone, never on the number of tokens: every sum over a
@@ -128,25 +129,35 @@ def _prologue(x, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _sum_by_token(x, t, column, COLUMNS: tl.constexpr, TAIL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The sum of each token over the tile ``x`` and, if there is a tail, ``t``: ``[columns]``, in every column of the
-    token.
+def _along(x, AXIS: tl.constexpr, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.max(x, AXIS) if LARGEST else tl.sum(x, AXIS)
+
+
+@triton.jit
+def _both(a, b, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.maximum(a, b) if LARGEST else a + b
+
+
+@triton.jit
+def _by_token(x, t, column, COLUMNS: tl.constexpr, TAIL: tl.constexpr, LARGEST: tl.constexpr = False):  # type: ignore[no-untyped-def]
+    """The sum of each token, or its ``LARGEST`` value, over tile ``x`` and, if there is a tail, ``t``: ``[columns]``,
+    in every column of the token.
 
     Columns of several tokens exchange partial sums: a reshape to tokens and back would spill the whole tile. A tile of
     one token is added up along its rows first, which stay within a warp.
     """
     if x.shape[1] == COLUMNS:
-        one = tl.sum(tl.reshape(tl.sum(x, 1), [1, x.shape[0]]), 1)
+        one = _along(tl.reshape(_along(x, 1, LARGEST), [1, x.shape[0]]), 1, LARGEST)
         if TAIL > 0:
-            one += tl.sum(tl.reshape(tl.sum(t, 1), [1, t.shape[0]]), 1)
+            one = _both(one, _along(tl.reshape(_along(t, 1, LARGEST), [1, t.shape[0]]), 1, LARGEST), LARGEST)
         total = tl.broadcast_to(one, [COLUMNS])
     else:
-        total = tl.sum(x, 0)
+        total = _along(x, 0, LARGEST)
         if TAIL > 0:
-            total += tl.sum(t, 0)
+            total = _both(total, _along(t, 0, LARGEST), LARGEST)
         for i in tl.static_range(10):
             if (1 << i) < COLUMNS:
-                total += tl.gather(total, column ^ (1 << i), axis=0)
+                total = _both(total, tl.gather(total, column ^ (1 << i), axis=0), LARGEST)
     return total
 
 
@@ -154,24 +165,6 @@ def _sum_by_token(x, t, column, COLUMNS: tl.constexpr, TAIL: tl.constexpr):  # t
 def _magnitude(x):  # type: ignore[no-untyped-def]
     """``|x|``, infinite where x is NaN: a maximum may pass over NaN."""
     return tl.where(tl.abs(x) < float("inf"), tl.abs(x), float("inf"))
-
-
-@triton.jit
-def _max_by_token(x, t, column, COLUMNS: tl.constexpr, TAIL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The largest magnitude of each token, laid out as sums are."""
-    if x.shape[1] == COLUMNS:
-        one = tl.max(tl.reshape(tl.max(_magnitude(x), 1), [1, x.shape[0]]), 1)
-        if TAIL > 0:
-            one = tl.maximum(one, tl.max(tl.reshape(tl.max(_magnitude(t), 1), [1, t.shape[0]]), 1))
-        largest = tl.broadcast_to(one, [COLUMNS])
-    else:
-        largest = tl.max(_magnitude(x), 0)
-        if TAIL > 0:
-            largest = tl.maximum(largest, tl.max(_magnitude(t), 0))
-        for i in tl.static_range(10):
-            if (1 << i) < COLUMNS:
-                largest = tl.maximum(largest, tl.gather(largest, column ^ (1 << i), axis=0))
-    return largest
 
 
 @triton.jit
@@ -198,6 +191,33 @@ def _mix_columns(x, right, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _within_threads(x, STRIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sums and differences of values ``STRIDE`` apart in the last axis of ``[n, 16, 8]``."""
+    n: tl.constexpr = x.shape[0]
+    a, b = tl.split(tl.permute(tl.reshape(x, [n, 16, 4 // STRIDE, 2, STRIDE]), (0, 1, 2, 4, 3)))
+    return tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 2, 4, 3)), [n, 16, 8])
+
+
+@triton.jit
+def _across_threads(x, STRIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The same in the middle axis, which lies in one warp: a gather is a shuffle."""
+    at = tl.arange(0, 16)[None, :, None]
+    other = tl.gather(x, tl.broadcast_to(at ^ STRIDE, x.shape), axis=1)
+    return other + x * tl.where(at & STRIDE == 0, 1.0, -1.0)
+
+
+@triton.jit
+def _rotate_by_128(x):  # type: ignore[no-untyped-def]
+    """Each 128 neighbours of ``x``, row by row, times ``H_128 / sqrt(128)``."""
+    z = tl.reshape(x, [x.shape[0] * x.shape[1] // 128, 16, 8])
+    for i in tl.static_range(3):
+        z = _within_threads(z, 1 << i)
+    for i in tl.static_range(4):
+        z = _across_threads(z, 1 << i)
+    return tl.reshape(z * 128**-0.5, x.shape)
+
+
+@triton.jit
 def _codes(z, inverse_step, top, real, MIDRISE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Codes as floats, 0 where there is no value."""
     v = z * inverse_step
@@ -207,111 +227,6 @@ def _codes(z, inverse_step, top, real, MIDRISE: tl.constexpr):  # type: ignore[n
         # Adding 1.5 * 2^23 rounds to the nearest integer, ties to even.
         v = (tl.minimum(tl.maximum(v, -top - 1.0), top) + 12582912.0) - 12582912.0
     return tl.where(real, v, 0.0)
-
-
-@triton.jit
-def _rotate(  # type: ignore[no-untyped-def]
-    x_ptr,
-    shift_ptr,
-    scale_ptr,
-    signs_ptr,
-    left_ptr,
-    right_ptr,
-    codes_ptr,
-    sums_ptr,
-    scales_ptr,
-    tile,
-    tokens_total,
-    tokens_per_image,
-    eps,
-    step_factor,
-    top,
-    K: tl.constexpr,
-    BLOCK: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    MAIN: tl.constexpr,
-    TAIL: tl.constexpr,
-    MAIN_TILE: tl.constexpr,
-    TAIL_TILE: tl.constexpr,
-    KIND: tl.constexpr,
-    MIDRISE: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
-    SIZE: tl.constexpr = MAIN_TILE + TAIL_TILE
-    WIDTH: tl.constexpr = TOKENS * COLUMNS
-    column = tl.arange(0, WIDTH)
-    token = tile * TOKENS + column // COLUMNS
-    live = token < tokens_total
-    # One 64-bit base for the program, 32-bit offsets within it.
-    start = tile.to(tl.int64) * (TOKENS * K)
-    x_ptr += start
-    codes_ptr += start
-    base = (column // COLUMNS) * K
-
-    row = tl.arange(0, MAIN_TILE)
-    k = row[:, None] * COLUMNS + (column % COLUMNS)[None, :]
-    real = (row < MAIN)[:, None] if MAIN < MAIN_TILE else (row >= 0)[:, None]
-    here = real & live[None, :]
-    x = _prologue(tl.load(x_ptr + base[None, :] + k, mask=here, other=0.0).to(tl.float32), KIND)
-    t = x  # stands for no tail
-    if TAIL > 0:
-        tail_row = tl.arange(0, TAIL_TILE)
-        tail_k = (MAIN + tail_row)[:, None] * COLUMNS + (column % COLUMNS)[None, :]
-        tail_real = (tail_row < TAIL)[:, None]
-        tail_here = tail_real & live[None, :]
-        t = _prologue(tl.load(x_ptr + base[None, :] + tail_k, mask=tail_here, other=0.0).to(tl.float32), KIND)
-
-    if KIND == 1:
-        mean = (_sum_by_token(x, t, column, COLUMNS, TAIL) * (1.0 / K))[None, :]
-        x = tl.where(here, x - mean, 0.0)
-        if TAIL > 0:
-            t = tl.where(tail_here, t - mean, 0.0)
-        variance = _sum_by_token(x * x, t * t, column, COLUMNS, TAIL) * (1.0 / K)
-        inverse = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))[None, :]
-        image = (token // tokens_per_image) * K
-        scale = tl.load(scale_ptr + image[None, :] + k, mask=here, other=0.0)
-        x = x * inverse * (1.0 + scale) + tl.load(shift_ptr + image[None, :] + k, mask=here, other=0.0)
-        if TAIL > 0:
-            scale = tl.load(scale_ptr + image[None, :] + tail_k, mask=tail_here, other=0.0)
-            shift = tl.load(shift_ptr + image[None, :] + tail_k, mask=tail_here, other=0.0)
-            t = t * inverse * (1.0 + scale) + shift
-
-    # To fp16's range, by a power of two: after the first product |x| COLUMNS <= 2^14. A bfloat16 stays exact, down to
-    # 2^-33 of the largest. A token that is not finite becomes zeros here, since zero times NaN would reach its
-    # neighbours in the product, and NaN again after it.
-    EXACT: tl.constexpr = KIND == 0 and x_ptr.dtype.element_ty == tl.bfloat16
-    largest = tl.maximum(_max_by_token(x, t, column, COLUMNS, TAIL), 1e-30)
-    finite = largest < float("inf")
-    power = tl.div_rn(16384.0 / COLUMNS, largest).to(tl.int32, bitcast=True) & 0x7F800000
-    grow = power.to(tl.float32, bitcast=True)[None, :]
-    shrink = tl.where(finite[None, :], tl.div_rn(BLOCK**-0.5, grow), float("nan"))
-    x = tl.where(finite[None, :], x, 0.0)
-    right = tl.load(right_ptr + column[:, None] * WIDTH + column[None, :])
-    x = _mix_columns(x * grow * tl.load(signs_ptr + k, mask=real, other=0.0), right, EXACT)
-    z = tl.zeros([MAIN_TILE, WIDTH], tl.float32)
-    zt = z
-    if TAIL > 0:
-        t = tl.where(finite[None, :], t, 0.0)
-        t = _mix_columns(t * grow * tl.load(signs_ptr + tail_k, mask=tail_real, other=0.0), right, EXACT)
-        at = MAIN_TILE + tail_row
-        z = _mix_rows(tl.load(left_ptr + row[:, None] * SIZE + at[None, :]), t, z)
-        zt = tl.zeros([TAIL_TILE, WIDTH], tl.float32)
-        zt = _mix_rows(tl.load(left_ptr + at[:, None] * SIZE + at[None, :]), t, zt)
-        zt = _mix_rows(tl.load(left_ptr + at[:, None] * SIZE + row[None, :]), x, zt) * shrink
-    z = _mix_rows(tl.load(left_ptr + row[:, None] * SIZE + row[None, :]), x, z) * shrink
-
-    step = _sum_by_token(tl.abs(z), tl.abs(zt), column, COLUMNS, TAIL) * (1.0 / K) * step_factor
-    inverse_step = tl.div_rn(1.0, tl.maximum(step, 1e-30))[None, :]
-    codes = _codes(z, inverse_step, top, real, MIDRISE)
-    tail_codes = codes
-    tl.store(codes_ptr + base[None, :] + k, codes.to(tl.int8), mask=here)
-    if TAIL > 0:
-        tail_codes = _codes(zt, inverse_step, top, tail_real, MIDRISE)
-        tl.store(codes_ptr + base[None, :] + tail_k, tail_codes.to(tl.int8), mask=tail_here)
-    first = live & (column % COLUMNS == 0)
-    tl.store(scales_ptr + token, step * (0.5 if MIDRISE else 1.0), mask=first)
-    # Integers below 2^24: exact in any order.
-    tl.store(sums_ptr + token, _sum_by_token(codes, tail_codes, column, COLUMNS, TAIL).to(tl.int32), mask=first)
 
 
 @triton.jit(do_not_specialize=["tokens_total", "tokens_per_image", "eps", "step_factor", "top"])
@@ -374,32 +289,91 @@ def rotate_quantize_kernel(  # type: ignore[no-untyped-def]
                 STEP,
             )
     else:
-        _rotate(
-            x_ptr,
-            shift_ptr,
-            scale_ptr,
-            signs_ptr + layer * K,
-            left_ptr,
-            right_ptr,
-            codes_ptr + layer * tokens_total * K,
-            sums_ptr + layer * tokens_total,
-            scales_ptr + layer * tokens_total,
-            tile,
-            tokens_total,
-            tokens_per_image,
-            eps,
-            step_factor,
-            top,
-            K,
-            BLOCK,
-            COLUMNS,
-            MAIN,
-            TAIL,
-            MAIN_TILE,
-            TAIL_TILE,
-            KIND,
-            MIDRISE,
-            TOKENS,
+        SIZE: tl.constexpr = MAIN_TILE + TAIL_TILE
+        WIDTH: tl.constexpr = TOKENS * COLUMNS
+        column = tl.arange(0, WIDTH)
+        token = tile * TOKENS + column // COLUMNS
+        live = token < tokens_total
+        # One 64-bit base for the program, 32-bit offsets within it.
+        start = tile.to(tl.int64) * (TOKENS * K)
+        x_from, codes_to = x_ptr + start, codes_ptr + layer * tokens_total * K + start
+        signs_from = signs_ptr + layer * K
+        base = (column // COLUMNS) * K
+
+        row = tl.arange(0, MAIN_TILE)
+        k = row[:, None] * COLUMNS + (column % COLUMNS)[None, :]
+        real = (row < MAIN)[:, None] if MAIN < MAIN_TILE else (row >= 0)[:, None]
+        here = real & live[None, :]
+        x = _prologue(tl.load(x_from + base[None, :] + k, mask=here, other=0.0).to(tl.float32), KIND)
+        t = x  # stands for no tail
+        if TAIL > 0:
+            tail_row = tl.arange(0, TAIL_TILE)
+            tail_k = (MAIN + tail_row)[:, None] * COLUMNS + (column % COLUMNS)[None, :]
+            tail_real = (tail_row < TAIL)[:, None]
+            tail_here = tail_real & live[None, :]
+            t = _prologue(tl.load(x_from + base[None, :] + tail_k, mask=tail_here, other=0.0).to(tl.float32), KIND)
+
+        if KIND == 1:
+            mean = (_by_token(x, t, column, COLUMNS, TAIL) * (1.0 / K))[None, :]
+            x = tl.where(here, x - mean, 0.0)
+            if TAIL > 0:
+                t = tl.where(tail_here, t - mean, 0.0)
+            variance = _by_token(x * x, t * t, column, COLUMNS, TAIL) * (1.0 / K)
+            inverse = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))[None, :]
+            image = (token // tokens_per_image) * K
+            scale = tl.load(scale_ptr + image[None, :] + k, mask=here, other=0.0)
+            x = x * inverse * (1.0 + scale) + tl.load(shift_ptr + image[None, :] + k, mask=here, other=0.0)
+            if TAIL > 0:
+                scale = tl.load(scale_ptr + image[None, :] + tail_k, mask=tail_here, other=0.0)
+                shift = tl.load(shift_ptr + image[None, :] + tail_k, mask=tail_here, other=0.0)
+                t = t * inverse * (1.0 + scale) + shift
+
+        x *= tl.load(signs_from + k, mask=real, other=0.0)
+        if TAIL > 0:
+            t *= tl.load(signs_from + tail_k, mask=tail_real, other=0.0)
+        if BLOCK == 128 and TOKENS == 1:
+            z = _rotate_by_128(x)
+            zt = _rotate_by_128(t) if TAIL > 0 else z
+        else:
+            # To fp16's range, by a power of two: after the first product |x| COLUMNS <= 2^14. A bfloat16 stays exact,
+            # down to 2^-33 of the largest. A token that is not finite becomes zeros here, since zero times NaN would
+            # reach its neighbours in the product, and NaN again after it.
+            EXACT: tl.constexpr = KIND == 0 and x_ptr.dtype.element_ty == tl.bfloat16
+            largest = tl.maximum(_by_token(_magnitude(x), _magnitude(t), column, COLUMNS, TAIL, True), 1e-30)
+            finite = largest < float("inf")
+            power = tl.div_rn(16384.0 / COLUMNS, largest).to(tl.int32, bitcast=True) & 0x7F800000
+            grow = power.to(tl.float32, bitcast=True)[None, :]
+            shrink = tl.where(finite[None, :], tl.div_rn(BLOCK**-0.5, grow), float("nan"))
+            x = tl.where(finite[None, :], x, 0.0)
+            right = tl.load(right_ptr + column[:, None] * WIDTH + column[None, :])
+            x = _mix_columns(x * grow, right, EXACT)
+            z = tl.zeros([MAIN_TILE, WIDTH], tl.float32)
+            zt = z
+            if TAIL > 0:
+                t = tl.where(finite[None, :], t, 0.0)
+                t = _mix_columns(t * grow, right, EXACT)
+                at = MAIN_TILE + tail_row
+                z = _mix_rows(tl.load(left_ptr + row[:, None] * SIZE + at[None, :]), t, z)
+                zt = tl.zeros([TAIL_TILE, WIDTH], tl.float32)
+                zt = _mix_rows(tl.load(left_ptr + at[:, None] * SIZE + at[None, :]), t, zt)
+                zt = _mix_rows(tl.load(left_ptr + at[:, None] * SIZE + row[None, :]), x, zt) * shrink
+            z = _mix_rows(tl.load(left_ptr + row[:, None] * SIZE + row[None, :]), x, z) * shrink
+
+        step = _by_token(tl.abs(z), tl.abs(zt), column, COLUMNS, TAIL) * (1.0 / K) * step_factor
+        inverse_step = tl.div_rn(1.0, tl.maximum(step, 1e-30))[None, :]
+        codes = _codes(z, inverse_step, top, real, MIDRISE)
+        tail_codes = codes
+        tl.store(codes_to + base[None, :] + k, codes.to(tl.int8), mask=here)
+        if TAIL > 0:
+            tail_codes = _codes(zt, inverse_step, top, tail_real, MIDRISE)
+            tl.store(codes_to + base[None, :] + tail_k, tail_codes.to(tl.int8), mask=tail_here)
+        first = live & (column % COLUMNS == 0)
+        tl.store(scales_ptr + layer * tokens_total + token, step * (0.5 if MIDRISE else 1.0), mask=first)
+        # Integers below 2^24: exact in any order.
+        tl.store(
+            sums_ptr + layer * tokens_total + token,
+            _by_token(codes, tail_codes, column, COLUMNS, TAIL).to(tl.int32),
+            mask=first,
         )
 
 

@@ -65,65 +65,6 @@ def _pieces(total, PIECES: tl.constexpr, PIECE: tl.constexpr, OUTPUTS: tl.conste
         return _pieces(low, PIECES // 2, PIECE, OUTPUTS) + _pieces(high, PIECES // 2, PIECE, OUTPUTS)
 
 
-@triton.jit
-def _finish(  # type: ignore[no-untyped-def]
-    total,
-    sums_ptr,
-    scales_ptr,
-    lowrank_ptr,
-    alpha_ptr,
-    bias_ptr,
-    lowrank_a_ptr,
-    gate_ptr,
-    y_ptr,
-    first_row,
-    first_output,
-    rows,
-    rows_per_image,
-    N,
-    RANK: tl.constexpr,
-    RANK_TILE: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    ONE_IMAGE: tl.constexpr,
-    ROWS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-):
-    """From the sums of digits times codes, int32 ``[OUTPUTS, ROWS]``, to what is stored. ``ROWS``: of a piece."""
-    row = first_row + tl.arange(0, ROWS)
-    output = first_output + tl.arange(0, OUTPUTS)
-    row_in = tl.minimum(row, rows - 1)
-    output_in = tl.minimum(output, N - 1)
-    total -= tl.load(sums_ptr + row_in)[None, :]
-    scale = tl.load(scales_ptr + row_in)
-    alpha = tl.load(alpha_ptr + output_in)
-    y = total.to(tl.float32) * (scale[None, :] * alpha[:, None])
-    if RANK > 0:
-        j = tl.arange(0, RANK_TILE)
-        x_ptrs = lowrank_ptr + (row_in.to(tl.int64) * RANK)[None, :] + j[:, None]
-        x = tl.load(x_ptrs, mask=(j < RANK)[:, None], other=0.0)
-        a = tl.load(lowrank_a_ptr + (output_in * RANK)[:, None] + j[None, :], mask=(j < RANK)[None, :], other=0.0)
-        x_high, x_low = tf32_parts(x)
-        a_high, a_low = tf32_parts(a)
-        y = tl.dot(a_high, x_low, y, input_precision="tf32")
-        y = tl.dot(a_low, x_high, y, input_precision="tf32")
-        y = tl.dot(a_high, x_high, y, input_precision="tf32")
-    y += tl.load(bias_ptr + output_in)[:, None]
-    # One 64-bit base for the tile, 32-bit offsets within it.
-    y_ptrs = y_ptr + (first_row.to(tl.int64) * N + first_output)
-    y_ptrs += (tl.arange(0, ROWS) * N)[None, :] + tl.arange(0, OUTPUTS)[:, None]
-    inside = (output < N)[:, None] & (row < rows)[None, :]
-    if EPILOGUE == 1:
-        y = gelu(y)
-    elif EPILOGUE == 2:
-        if ONE_IMAGE:
-            gate = tl.load(gate_ptr + tl.minimum(first_row, rows - 1) // rows_per_image * N + output_in)[:, None]
-        else:
-            image = row_in // rows_per_image
-            gate = tl.load(gate_ptr + (image * N)[None, :] + output[:, None], mask=inside, other=0.0)
-        y = tl.fma(gate, y, tl.load(y_ptrs, mask=inside, other=0.0))
-    tl.store(y_ptrs, rounded_for(y_ptr, y), mask=inside)
-
-
 @triton.jit(do_not_specialize=["rows", "rows_per_image"])
 def ternary_linear_kernel(  # type: ignore[no-untyped-def]
     codes_ptr,
@@ -213,28 +154,42 @@ def ternary_linear_kernel(  # type: ignore[no-untyped-def]
                 piece = tl.load(partial_ptrs + i * size, cache_modifier=".cg")
                 for other in tl.static_range(1, SPLIT):
                     piece += tl.load(partial_ptrs + (other * PIECES + i) * size, cache_modifier=".cg")
-            _finish(
-                piece,
-                sums_ptr,
-                scales_ptr,
-                lowrank_ptr,
-                alpha_ptr,
-                bias_ptr,
-                lowrank_a_ptr,
-                gate_ptr,
-                y_ptr,
-                first_row + i * PIECE,
-                first_output,
-                rows,
-                rows_per_image,
-                N,
-                RANK,
-                RANK_TILE,
-                EPILOGUE,
-                ONE_IMAGE,
-                PIECE,
-                OUTPUTS,
-            )
+            from_row = first_row + i * PIECE
+            row = from_row + tl.arange(0, PIECE)
+            output = first_output + tl.arange(0, OUTPUTS)
+            near_row = tl.minimum(row, rows - 1)
+            near_output = tl.minimum(output, N - 1)
+            piece -= tl.load(sums_ptr + near_row)[None, :]
+            scale = tl.load(scales_ptr + near_row)
+            alpha = tl.load(alpha_ptr + near_output)
+            y = piece.to(tl.float32) * (scale[None, :] * alpha[:, None])
+            if RANK > 0:
+                j = tl.arange(0, RANK_TILE)
+                x_ptrs = lowrank_ptr + (near_row.to(tl.int64) * RANK)[None, :] + j[:, None]
+                x = tl.load(x_ptrs, mask=(j < RANK)[:, None], other=0.0)
+                a_ptrs = lowrank_a_ptr + (near_output * RANK)[:, None] + j[None, :]
+                a = tl.load(a_ptrs, mask=(j < RANK)[None, :], other=0.0)
+                x_high, x_low = tf32_parts(x)
+                a_high, a_low = tf32_parts(a)
+                y = tl.dot(a_high, x_low, y, input_precision="tf32")
+                y = tl.dot(a_low, x_high, y, input_precision="tf32")
+                y = tl.dot(a_high, x_high, y, input_precision="tf32")
+            y += tl.load(bias_ptr + near_output)[:, None]
+            # One 64-bit base for the tile, 32-bit offsets within it.
+            y_ptrs = y_ptr + (from_row.to(tl.int64) * N + first_output)
+            y_ptrs += (tl.arange(0, PIECE) * N)[None, :] + tl.arange(0, OUTPUTS)[:, None]
+            inside = (output < N)[:, None] & (row < rows)[None, :]
+            if EPILOGUE == 1:
+                y = gelu(y)
+            elif EPILOGUE == 2:
+                if ONE_IMAGE:
+                    image = tl.minimum(from_row, rows - 1) // rows_per_image
+                    gate = tl.load(gate_ptr + image * N + near_output)[:, None]
+                else:
+                    images = near_row // rows_per_image
+                    gate = tl.load(gate_ptr + (images * N)[None, :] + output[:, None], mask=inside, other=0.0)
+                y = tl.fma(gate, y, tl.load(y_ptrs, mask=inside, other=0.0))
+            tl.store(y_ptrs, rounded_for(y_ptr, y), mask=inside)
 
 
 def row_bucket(rows: int) -> int:

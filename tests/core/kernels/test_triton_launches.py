@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from robuq_core.kernels.ops import LayerGroup
 from robuq_core.kernels.pack_layer import pack_layer
 from robuq_core.kernels.triton import async_linear, attention, dense_linear, rotate_quantize, ternary_linear
 from robuq_core.kernels.triton.backend import ACTIVATIONS_VARIABLE, TritonBackend
-from robuq_core.kernels.triton.config import LaunchConfig, checked
+from robuq_core.kernels.triton.config import LaunchConfig, checked, compiling, launching
 from robuq_core.kernels.triton.lowrank import folded
 from robuq_core.quant.hadamard import Rotation
 
@@ -93,6 +94,14 @@ def test_the_folded_factor_projects_what_is_not_rotated(width: int, block: int |
     expected = rotated @ layer.lowrank_b.double().T
     found = x @ folded(layer.lowrank_b, layer.signs, block).double().T
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_one_thread_launches_at_a_time() -> None:
+    """A launch may compile, and CPython's parser is not safe in threads that parse at once."""
+    with ThreadPoolExecutor(1) as other:
+        with launching(torch.zeros(1)):
+            assert not other.submit(compiling.acquire, blocking=False).result()
+        assert other.submit(lambda: compiling.acquire(blocking=False) and compiling.release() is None).result()
 
 
 def test_a_tensor_of_another_gpu_is_refused() -> None:

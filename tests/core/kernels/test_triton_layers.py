@@ -21,9 +21,8 @@ from robuq_core.kernels.ops import FusedBackend, Modulation, Prologue, Quantized
 from robuq_core.kernels.pack_layer import pack_layer
 from robuq_core.kernels.triton import ternary_linear as product
 from robuq_core.kernels.triton import tuning
-from robuq_core.kernels.triton.aot import SHARED_LIMIT
 from robuq_core.kernels.triton.backend import TritonBackend
-from robuq_core.kernels.triton.config import LaunchConfig
+from robuq_core.kernels.triton.config import SHARED_LIMIT, LaunchConfig
 from robuq_core.quant.choices import Grid
 from robuq_core.quant.packing import pack_planar
 
@@ -79,10 +78,19 @@ def test_widths_of_the_published_models(wide: TritonBackend, width: int) -> None
     assert_codes_agree(x, layer, prologue, wide.rotate_quantize(x, layer, prologue))
 
 
-@pytest.mark.parametrize(("width", "block"), [(36, 1), (384, 128), (1152, 128)])
-def test_rotation_by_blocks(wide: TritonBackend, width: int, block: int) -> None:
-    layer, x = pack_layer(make_linear(width, 5, bits=3, rank=2, rotation_block=block)), tokens(3, width)
-    assert_codes_agree(x, layer, None, wide.rotate_quantize(x, layer))
+@pytest.mark.parametrize(
+    ("width", "block", "dtype"),
+    [(36, 1, BF16), (384, 128, BF16), *((width, 128, dtype) for width in (1152, 1792, 4608) for dtype in (BF16, None))],
+)
+def test_rotation_by_blocks(wide: TritonBackend, width: int, block: int, dtype: torch.dtype | None) -> None:
+    """With a tail of rows, without, and with padded rows; a token that is not finite stays by itself."""
+    layer, x = pack_layer(make_linear(width, 5, bits=3, rank=2, rotation_block=block)), tokens(3, width).to(dtype)
+    whole = wide.rotate_quantize(x, layer)
+    assert_codes_agree(x, layer, None, whole)
+    x[1, 4] = float("nan")
+    broken = wide.rotate_quantize(x, layer)
+    assert broken.scales.isfinite().tolist() == [True, False, True]
+    assert torch.equal(broken.codes[::2], whole.codes[::2])
 
 
 def test_a_rotation_block_that_the_kernel_cannot_split_is_named(wide: TritonBackend) -> None:

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robuq_core.quant.packing import (
-    base3_size,
     pack_base3,
     pack_planar,
     planar_from_base3,
@@ -81,8 +80,3 @@ def test_codes_that_are_not_ternary_are_refused(pack) -> None:  # type: ignore[n
         pack(torch.tensor([[0, 2]], dtype=torch.int8))
     with pytest.raises(ValueError, match="int8 matrix"):
         pack(torch.zeros(4, dtype=torch.int8))
-
-
-def test_sizes() -> None:
-    assert [base3_size(n) for n in (0, 1, 5, 6)] == [0, 1, 1, 2]
-    assert [planar_width(n) for n in (1, 128, 129)] == [32, 32, 64]

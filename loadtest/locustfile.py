@@ -124,8 +124,6 @@ class ScenarioShape(LoadTestShape):
 
 
 class Guest(HttpUser):
-    """What all users do alike."""
-
     abstract = True
     wait_time = between(0.05, 0.5)
 
@@ -138,7 +136,6 @@ class Guest(HttpUser):
         self.workload = Workload(answer.json(), [int(count) for count in options.steps.split(",")], options.max_images)
 
     def ask(self, body: dict[str, Any], name: str) -> None:
-        """Ask for JSON and check what comes."""
         with self.client.post("/generate", json=body, name=name, catch_response=True) as answer:
             if self.was_served(answer):
                 self.check(body, answer)

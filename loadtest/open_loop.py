@@ -38,8 +38,6 @@ Send = Callable[[int], Awaitable[int]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """One request; seconds since the start of the test."""
-
     scheduled_s: float
     sent_s: float
     ended_s: float
@@ -106,7 +104,6 @@ async def offer(send: Send, arrivals: Iterable[float]) -> list[Outcome]:
 
 
 def summarise(outcomes: Sequence[Outcome], duration_s: float, target_s: float = TARGET_S) -> Summary:
-    """Figures of one rate whose arrivals took ``duration_s``."""
     served = np.array([outcome.latency_s for outcome in outcomes if outcome.status == 200])
     quantiles = np.quantile(served, [0.5, 0.9, 0.99, 1.0]) if len(served) else np.full(4, np.nan)
     ended_s = max([duration_s, *(outcome.ended_s for outcome in outcomes)])
@@ -243,7 +240,6 @@ def as_json(summary: Summary) -> dict[str, Any]:
 
 
 def describe(summary: Summary) -> str:
-    """One line."""
     statuses = ", ".join(f"{count} x {status}" for status, count in summary.statuses.items())
     return (
         f"offered {summary.offered:.1f}/s, served {summary.served:.1f}/s: p50 {summary.p50_s:.3f} s, "

@@ -272,7 +272,7 @@ def renew_checkpoint(source: Path, target: Path) -> Header:
 
 
 def _stored_parts(layer: TernaryLayer) -> dict[str, Tensor]:
-    planes = (layer, *layer.finer)
+    planes = (layer, *layer.extra_planes)
     parts = {
         "trits": pack_base3(torch.cat([unpack_planar(plane.planar, plane.in_features) for plane in planes])),
         "alpha": torch.cat([plane.alpha for plane in planes]).half(),

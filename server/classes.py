@@ -30,11 +30,9 @@ class ClassIndex(ClassNames):
                 self._by_trigram[trigram].append(synonym)
 
     def name(self, class_id: int) -> str:
-        """Its name; empty where the checkpoint knows none."""
         return self.names[class_id] if class_id < len(self.names) else ""
 
     def has_name(self, name: str) -> bool:
-        """Whether that is a whole name or a synonym."""
         return normalise(name) in self.synonyms
 
     def search(self, query: str, limit: int) -> list[int]:

@@ -16,7 +16,6 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import typer
 
 from robuq_core.cli_support import reported
-from robuq_core.errors import UserError
 from server.capacity import capacity
 from server.keys import create_key, read_keys, revoke_key
 from server.settings import Settings, is_loopback, load_settings
@@ -113,23 +112,17 @@ def main(settings: Settings) -> None:
 
 
 _File = Annotated[
-    Path | None,
+    Path,
     typer.Option("--api-keys-file", envvar="ROBUQ_API_KEYS_FILE", help="The file that the server is started with."),
 ]
 _Name = Annotated[str, typer.Argument(help="Who holds the key: appears in logs; fair shares and limits go by it.")]
-
-
-def _path(given: Path | None) -> Path:
-    if given is None:
-        raise UserError("give the file of keys with --api-keys-file FILE or ROBUQ_API_KEYS_FILE")
-    return given
 
 
 @keys_app.command()
 @reported
 def create(
     name: _Name,
-    api_keys_file: _File = None,
+    api_keys_file: _File,
     scope: Annotated[
         list[str] | None,
         typer.Option(
@@ -140,22 +133,21 @@ def create(
     requests_per_minute: Annotated[int | None, typer.Option(min=1, help="No limit if not given.")] = None,
 ) -> None:
     """Make a key and print it, this once: the file keeps only its hash."""
-    path = _path(api_keys_file)
     limits = {"images_per_minute": images_per_minute, "requests_per_minute": requests_per_minute}
-    typer.echo(create_key(path, name, scopes=scope or ("generate",), **limits))
-    typer.secho(f"keep it now: {path} holds only its hash", err=True, fg=typer.colors.YELLOW)
+    typer.echo(create_key(api_keys_file, name, scopes=scope or ("generate",), **limits))
+    typer.secho(f"keep it now: {api_keys_file} holds only its hash", err=True, fg=typer.colors.YELLOW)
 
 
 @keys_app.command("list")
 @reported
-def list_keys(api_keys_file: _File = None) -> None:
+def list_keys(api_keys_file: _File) -> None:
     """Show names, scopes and limits."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     table = Table("name", "scopes", "images/min", "requests/min", "created", box=box.SIMPLE)
-    for key in read_keys(_path(api_keys_file)):
+    for key in read_keys(api_keys_file):
         limits = (str(limit or "-") for limit in (key.images_per_minute, key.requests_per_minute))
         table.add_row(key.name, ", ".join(key.scopes), *limits, f"{key.created:%Y-%m-%d}")
     Console().print(table)
@@ -163,7 +155,7 @@ def list_keys(api_keys_file: _File = None) -> None:
 
 @keys_app.command()
 @reported
-def revoke(name: _Name, api_keys_file: _File = None) -> None:
+def revoke(name: _Name, api_keys_file: _File) -> None:
     """Revoke a key: requests with it get 401 from now on."""
-    revoke_key(_path(api_keys_file), name)
+    revoke_key(api_keys_file, name)
     typer.echo(f"revoked {name}")

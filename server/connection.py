@@ -230,6 +230,5 @@ def _too_many() -> ApiError:
 
 
 def guarded(settings: Settings) -> type[GuardedProtocol]:
-    """The protocol of one server with these settings."""
     shared = {"settings": settings, "peers": Counter(), "reserve": OrderedDict()}
     return type("GuardedProtocol", (GuardedProtocol,), shared)

@@ -48,14 +48,12 @@ class ApiError(Exception):
         return json.dumps({"error": error}).encode()  # ASCII: no text of a client can make the answer unencodable
 
     def response(self, path: str = "") -> Response:
-        """The answer to a request for ``path``."""
         # OpenAI's clients know 400 for what is wrong with a body.
         status = 400 if self.status == 422 and path.startswith("/v1/") else self.status
         return Response(self.body(path), status, headers=self.headers, media_type="application/json")
 
 
 def invalid(field: str, message: str) -> ApiError:
-    """422 for one field of the request."""
     return ApiError(422, "invalid_request", message, field=field)
 
 

@@ -101,7 +101,6 @@ class FairQueue(Generic[Entry]):
         return displaced
 
     def head(self) -> Entry | None:
-        """The request whose image is next."""
         if self._again:
             return self._again[0][0]
         if not self._waiting:

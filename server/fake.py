@@ -17,8 +17,6 @@ from robuq_core.params import RowSpec
 
 @dataclass(eq=False)
 class FakeRow:
-    """A row that only counts its steps."""
-
     spec: RowSpec
     steps_done: int = 0
 

@@ -53,12 +53,10 @@ class Fleet:
 
     @property
     def present(self) -> list[RemoteWorker]:
-        """The workers that are not dead."""
         return [worker for worker in self.workers if worker is not None]
 
     @property
     def serving(self) -> list[RemoteWorker]:
-        """The workers that take images."""
         return [worker for worker in self.workers if worker is not None and worker.phase == "ready"]
 
     def seconds_left(self) -> float:
@@ -74,7 +72,6 @@ class Fleet:
             self._start_worker(number, handles[number] if handles else self.pool.launch(self.weights))
 
     def close(self) -> None:
-        """End the workers and free the weights."""
         if self.closed:
             return
         self.closed = True
@@ -103,7 +100,6 @@ class Fleet:
             worker.flush()
 
     def leave(self, request: Request) -> None:
-        """A request has ended: drop what of it waits or runs."""
         del self.requests[request]
         self.queue.discard(request)
         if self._tried:
@@ -123,7 +119,6 @@ class Fleet:
                     other.load(store=False)
 
     def warmed_up(self, worker: RemoteWorker) -> None:
-        """A worker takes images now."""
         if self.ready.done():
             logger.info("worker %d recovered", worker.number)
         elif len(self.serving) == len(self.workers):

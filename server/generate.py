@@ -92,7 +92,6 @@ class GenerateResponse(GeneratedWith):
 
 
 def generate_schema(model: ModelInfo, max_timeout_s: float) -> dict[str, Any]:
-    """JSON schema of :class:`GenerateBody` with the bounds of a model."""
     schema = GenerateBody.model_json_schema()
     properties = schema["properties"]
     properties["sampler"]["anyOf"][0]["enum"] = list(samplers_of(model.prediction_type))
@@ -225,7 +224,6 @@ def _completed(request: Request, result: Result) -> Iterable[tuple[str, bytes]]:
 
 
 def generate_router(service: Service) -> APIRouter:
-    """The route, bound to a pool."""
     router = APIRouter()
     schema = lru_cache(maxsize=2)(partial(generate_schema, max_timeout_s=service.settings.request_timeout_s))
     service.body_schemas["/generate"] = schema

@@ -56,8 +56,6 @@ class ApiKey(BaseModel):
 
 
 class KeyFile(BaseModel):
-    """The file's content."""
-
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: Literal[1] = 1
@@ -65,7 +63,6 @@ class KeyFile(BaseModel):
 
 
 def hash_key(key: str) -> str:
-    """SHA-256 of a key, in hex."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 

@@ -123,7 +123,6 @@ Frame = tuple[dict[str, Any], bytes]
 
 
 def pack(head: dict[str, Any], body: bytes = b"") -> bytes:
-    """One frame as bytes."""
     text = _encode(head).encode()
     return b"".join((_SIZES.pack(len(text), len(body)), text, body))
 

@@ -80,7 +80,7 @@ class _WorkerCollector(Collector):
 _GPU_SERIES = {
     "used": "Memory of the GPU that tensors take.",
     "reserved": "Memory of the GPU that the allocator holds.",
-    "peak": "Most memory of the GPU that tensors have taken.",
+    "peak": "Peak memory of the GPU that tensors have taken.",
 }
 
 
@@ -160,5 +160,4 @@ class Metrics:
         self.registry.register(_WorkerCollector(workers))
 
     def render(self) -> bytes:
-        """The text exposition of every series."""
         return generate_latest(self.registry)

@@ -77,7 +77,6 @@ _SECURITY_HEADERS = [(name.lower().encode(), value.encode()) for name, value in 
 def install(
     app: FastAPI, settings: Settings, metrics: Metrics, store: KeyStore | None, telemetry: Telemetry | None
 ) -> None:
-    """Put all of this module around ``app``."""
     # The last one added is the outermost.
     app.add_middleware(Gate, settings=settings, store=store, metrics=metrics)
     if settings.cors_origins:

@@ -88,7 +88,6 @@ def size_of(model: ModelInfo) -> str:
 
 
 def images_schema(model: ModelInfo, max_timeout_s: float) -> dict[str, Any]:
-    """JSON schema of :class:`ImagesBody` with the bounds of a model."""
     schema = ImagesBody.model_json_schema()
     properties = schema["properties"]
     properties["size"]["anyOf"][0]["enum"] = ["auto", size_of(model)]
@@ -168,7 +167,6 @@ def _completed(request: Request, result: Result) -> Iterable[tuple[str, bytes]]:
 
 
 def openai_router(service: Service) -> APIRouter:
-    """The routes, bound to a pool."""
     router = APIRouter()
     schema = lru_cache(maxsize=2)(partial(images_schema, max_timeout_s=service.settings.request_timeout_s))
     service.body_schemas[PATH] = schema

@@ -125,7 +125,6 @@ class Pool:
 
     @property
     def idle(self) -> bool:
-        """No request is in flight."""
         return not any(fleet.requests for fleet in self._fleets)
 
     @property
@@ -133,7 +132,6 @@ class Pool:
         return [*([] if self._fleet is None else [self._fleet]), *self._retired]
 
     def load(self) -> Load:
-        """What is running and waiting, and on which replica."""
         fleets = self._fleets
         waiting = sum(fleet.queue.untouched for fleet in fleets)
         return Load(
@@ -189,14 +187,12 @@ class Pool:
         self.fail(request, reason, error)
 
     def first_step(self, request: Request, began: float, ended: float) -> None:
-        """An image of a request has made its first step."""
         if request.first_step_at is None:
             request.first_step_at = began
             self.metrics.queue_time.observe(began - request.submitted_at)
             self.metrics.time_to_first_step.observe(ended - request.submitted_at)
 
     def finished(self, request: Request, image: int, encoded: bytes, first: float, last: float) -> None:
-        """An image is there."""
         if request.future.done():
             return
         request.images[image] = encoded
@@ -226,7 +222,6 @@ class Pool:
         fleet.dispatch()
 
     def _leave(self, request: Request, reason: str) -> Fleet:
-        """Take a request out of its fleet."""
         request.cancel = None
         fleet: Fleet = request.fleet
         fleet.leave(request)
@@ -296,17 +291,14 @@ class Pool:
     # What fleets need of it.
 
     def launch(self, weights: int) -> Handle:
-        """Start a worker for the weights in a memory file."""
         return self._launch(self.settings, weights)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run ``work`` until it or the pool ends."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     def serves(self, fleet: Fleet) -> bool:
-        """Whether new requests are for ``fleet``."""
         return fleet is self._fleet
 
     def warmed_up(self, fleet: Fleet) -> None:
@@ -331,7 +323,6 @@ class Pool:
     # Inside.
 
     def _serve(self, fleet: Fleet) -> None:
-        """New requests are for this fleet from now on."""
         self._fleet = fleet
         assert fleet.model is not None
         self.metrics.describe_model(fleet.model)
@@ -350,7 +341,6 @@ class Pool:
             logger.info("released a swapped checkpoint")
 
     async def _watch(self) -> None:
-        """Kill workers that hang."""
         expected = self.clock() + WATCH_S
         while not self.ended:
             await asyncio.sleep(WATCH_S)

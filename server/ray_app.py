@@ -38,8 +38,8 @@ class ClusterSettings(Settings):
 
     model_config = SettingsConfigDict(extra="forbid")
 
-    min_replicas: int = Field(1, ge=1, description="Fewest replicas.")
-    max_replicas: int = Field(4, ge=1, description="Most replicas.")
+    min_replicas: int = Field(1, ge=1, description="Minimum number of replicas.")
+    max_replicas: int = Field(4, ge=1, description="Maximum number of replicas.")
     cpus: float = Field(1.0, gt=0, description="CPUs that a replica reserves, and its threads unless those are given.")
     gpus: float = Field(0.0, ge=0, description="GPUs that a replica reserves.")
     images_per_replica: float | None = Field(

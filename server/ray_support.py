@@ -29,7 +29,6 @@ class RayMetrics:
         self._published: set[tuple[str, tuple[tuple[str, str], ...]]] = set()
 
     def publish(self) -> None:
-        """Send the present values; a series that is gone becomes 0."""
         published = set()
         for family in self._registry.collect():
             for sample in family.samples:

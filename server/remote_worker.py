@@ -42,7 +42,7 @@ class RemoteWorker(asyncio.Protocol):
         self.budget = self.pool.settings.max_batch_rows
         self.rows_per_s = 0.0
         self.gpu_memory: list[int] | None = None
-        self.rows = 0  # of the model, of the images that have a step to make after the one under way
+        self.rows = 0  # of the model, of the images that have a step to make after the current one
         self.sent: dict[int, SentImage] = {}
         self.decoding: dict[int, None] = {}  # of these, those without a step to make, the oldest first
         self.heard_at = self.pool.clock()  # or when it began to have something to do

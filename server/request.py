@@ -207,7 +207,7 @@ class Request:
         self._waiting += 1
 
     def leave(self) -> None:
-        """One waits no more; the last to leave cancels what is still under way."""
+        """One waits no more; the last to leave cancels what is still in progress."""
         if self.leader is not None:
             self.leader.leave()
         self._waiting -= 1
@@ -222,6 +222,5 @@ class Request:
         return buffer
 
     def publish(self, event: Event) -> None:
-        """Tell every subscriber."""
         for buffer in self._buffers:
             buffer.put(event)

@@ -136,7 +136,7 @@ def discovery_router(service: Service) -> APIRouter:
     @router.get("/classes", responses=documented(422, 503))
     async def get_classes(
         query: Annotated[str, Query(max_length=MAX_QUERY, description="A part of a name, or an id.")] = "",
-        limit: Annotated[int, Query(ge=1, le=1000, description="Most classes to return.")] = 20,
+        limit: Annotated[int, Query(ge=1, le=1000, description="Maximum number of classes.")] = 20,
     ) -> ClassesResponse:
         """Classes that `query` may mean, the best first; without it, all of them in order of their ids.
 

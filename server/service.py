@@ -145,7 +145,7 @@ class Service:
         return most if asked_s is None else asked_s
 
     def submit(self, http: HttpRequest, request: Request) -> Request:
-        """Queue ``request`` within the budget of the client's key, unless its images are there or under way."""
+        """Queue ``request`` within the budget of the client's key, unless its images are there or in progress."""
         request.client, request.request_id = client_of(http.scope), current_request_id.get()
         if not self.cache.find(request):
             with image_budget(http, request.num_images):

@@ -89,13 +89,11 @@ class Telemetry:
         self._trace = trace
 
     def instrument(self, app: FastAPI) -> None:
-        """A span of every request, but for those that machines repeat; continues the caller's ``traceparent``."""
         self._instrumentor.instrument_app(
             app, tracer_provider=self._provider, excluded_urls=_EXCLUDED, exclude_spans=["receive", "send"]
         )
 
     def current(self) -> TraceContext | None:
-        """The span that is being recorded around the caller."""
         context = self._trace.get_current_span().get_span_context()
         if not context.is_valid:
             return None

@@ -10,7 +10,7 @@ Frames it gets: ``load`` (options), ``images``, ``cancel``. Frames it sends: ``l
 ``ready``, ``failed``, ``step``, ``alive``, ``image``, ``preview``, ``fault``. Times are seconds of the monotonic clock,
 which all processes of a machine share.
 
-One file, since it is one process: its loop, its threads and its socket share the images under way.
+One file, since it is one process: its loop, its threads and its socket share the images in progress.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Worker:
         self._images: dict[int, _Image] = {}  # that have a step to make, longest in the batch first
         self._decoding: dict[int, _Image] = {}  # that have none, until they are sent
         self._finished: list[_Image] = []  # whose decoding has not begun
-        self._previews = 0  # under way; guarded by _sending
+        self._previews = 0  # in progress; guarded by _sending
         self._sent_at = self._reported_at = 0.0
         self._reported_budget = 0
         self._load: Options | None = None
@@ -160,7 +160,6 @@ class Worker:
         encode_image(self._sampler.decode(row), "png")
 
     def _warm_up_rows(self, size: int) -> list[Any]:
-        """Images that take ``size`` rows of the model."""
         sampler = self._sampler
         pairs = size // 2 if sampler.can_guide else 0
         guidance = [_GUIDED] * pairs + [_UNGUIDED] * (size - 2 * pairs)
@@ -213,7 +212,6 @@ class Worker:
         return list(self._images.values())
 
     def _step(self, batch: list[_Image]) -> Options:
-        """One step of every image; what there is to report of it."""
         began = self._clock()
         faulty = self._stepper.step(self._sampler, [image.row for image in batch])
         ended = self._clock()
@@ -276,7 +274,7 @@ class Worker:
             self._decoding.pop(image.id, None)
 
     def _preview(self, image: _Image) -> None:
-        """A preview, unless none is due, the one before is under way, or decoders are behind."""
+        """A preview, unless none is due, the one before is in progress, or decoders are behind."""
         row = image.row
         if not image.preview_every or row.done or row.steps_done % image.preview_every or image.previewing:
             return

@@ -68,7 +68,7 @@ def measure_capacity(seconds: float) -> tuple[float, float, dict[str, Any]]:
 
 def compare(kinds: Sequence[Kind], scale: Scale) -> Comparison:
     """Each system at each load, with the same arrivals and bodies; in short rounds, so that all meet one machine."""
-    seconds, rounds = scale.of(15, 4), scale.count(3, 1)
+    seconds, rounds = scale.of(15, 4), scale.of(3, 1)
     capacity, longest_s, info = measure_capacity(scale.of(30, 6))
     comparison = Comparison(capacity, GOOD * longest_s, {kind: [] for kind in kinds})
     for share in LOADS:
@@ -113,7 +113,7 @@ def _check(
     answers: dict[int, bytes],
     workload: Workload,
 ) -> None:
-    """We serve every request; whoever serves one draws the same image. What others drop is a figure, not a fault."""
+    """We serve every request, and all systems generate the same images. What others drop is a figure, not a fault."""
     require(kind != "continuous" or len(answers) == len(bodies), f"served {len(answers)} of {len(bodies)} requests")
     for number, answer in answers.items():
         content = json.loads(answer)

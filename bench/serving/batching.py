@@ -40,7 +40,6 @@ def _default_specs(sampler: Sampler, images: int, steps: int | None = None) -> l
 
 
 def _full_batch(sampler: Sampler) -> int:
-    """Images of the default guidance whose rows fill a batch."""
     return MAX_ROWS // (1 if sampler.defaults.guidance_scale == 1 else 2)
 
 
@@ -59,7 +58,7 @@ def efficiency(scale: Scale) -> Figure:
     """Images a second over HTTP with as many users as a batch holds images, against the bare model at that batch."""
     sampler = Sampler.from_checkpoint(checkpoint())
     images = _full_batch(sampler)
-    rounds, seconds = scale.count(5, 1), scale.of(12, 3)
+    rounds, seconds = scale.of(5, 1), scale.of(12, 3)
     raw, served = [], []
     numbers = iter(range(10**9))
 
@@ -72,7 +71,7 @@ def efficiency(scale: Scale) -> Figure:
     with running("continuous") as server:
         run(closed_loop(server.url, body, users=images, seconds=2))
         for _ in range(rounds):  # in turn, so that both meet the same machine; the idle one takes nothing
-            rates = [_raw_images(sampler, images) for _ in range(scale.count(3, 1))]
+            rates = [_raw_images(sampler, images) for _ in range(scale.of(3, 1))]
             raw.append(median(rate for rate, _ in rates))
             expected = rates[0][1]
             load = run(closed_loop(server.url, body, users=images, seconds=seconds))
@@ -118,7 +117,7 @@ def _submit(pool: Pool, specs: Sequence[RowSpec]) -> Request:
 def step_tax(scale: Scale) -> Figure:
     """Seconds of a step of a full batch in a worker against the bare forward of the network alone."""
     sampler = Sampler.from_checkpoint(checkpoint())
-    steps, rounds = 12, scale.count(60, 4)  # many short turns: both sides meet the same machine
+    steps, rounds = 12, scale.of(60, 4)  # many short turns: both sides meet the same machine
     specs = _default_specs(sampler, _full_batch(sampler), steps)
     served, raw, forward = [], [], []
 
@@ -152,7 +151,6 @@ def step_tax(scale: Scale) -> Figure:
 
 @contextmanager
 def _timed_forwards(sampler: Sampler) -> Iterator[list[float]]:
-    """Seconds of every forward of the network within the block."""
     seconds: list[float] = []
     model = sampler.model
 
@@ -209,7 +207,7 @@ def _pixels_hash(image: bytes) -> str:
 
 def invariance(scale: Scale) -> Figure:
     """Pixels of a request alone against those among random others that come, go and are cut off."""
-    batches, rng = scale.count(200, 10), random.Random(11)
+    batches, rng = scale.of(200, 10), random.Random(11)
     sampler = Sampler.from_checkpoint(checkpoint())
     samplers = samplers_of(sampler.prediction_type)
     scales = (1.0, 1.5, 4.0) if sampler.can_guide else (1.0,)

@@ -29,8 +29,6 @@ class Answer:
 
 @dataclass
 class Connection:
-    """Sends one request at a time."""
-
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -14,17 +14,16 @@ from rich.table import Table
 from robuq_core.bench.machine import machine
 from robuq_core.files import replacing
 
+N = TypeVar("N", int, float)
+
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is run. Seconds, and counts."""
+    """How much is run: seconds and counts."""
 
     quick: bool
 
-    def of(self, full: float, quick: float) -> float:
-        return quick if self.quick else full
-
-    def count(self, full: int, quick: int) -> int:
+    def of(self, full: N, quick: N) -> N:
         return quick if self.quick else full
 
 
@@ -54,7 +53,6 @@ class CheckFailed(Exception):
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise :class:`CheckFailed` with ``message`` unless ``condition``."""
     if not condition:
         raise CheckFailed(message)
 

@@ -31,7 +31,7 @@ def _image_of(answer: Answer) -> bytes:
 
 def overhead(scale: Scale) -> Figure:
     """Latency of a request less what the pool says it spent on the same request (``x-total-time``), alone."""
-    rounds, count = scale.count(20, 4), scale.count(100, 50)
+    rounds, count = scale.of(20, 4), scale.of(100, 50)
     answers: list[Answer] = []
 
     async def ask(url: str) -> list[Answer]:
@@ -101,7 +101,7 @@ def _completed(server: Server) -> float:
 
 def leak(scale: Scale) -> Figure:
     """A hundred thousand requests to the real model, 30% cut off by their clients; what is left of them afterwards."""
-    total, users = scale.count(100_000, 400), 32
+    total, users = scale.of(100_000, 400), 32
     rng = random.Random(5)
 
     async def part(server: Server, count: int) -> tuple[int, int, list[Answer]]:

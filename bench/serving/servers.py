@@ -83,8 +83,6 @@ class WindowFleet(Fleet):
 
 
 class WindowPool(Pool):
-    """A pool with window batching."""
-
     fleet_type = WindowFleet
 
 
@@ -115,22 +113,17 @@ def serve_robuq(kind: Kind, port: int) -> int:
 
 @dataclass(frozen=True)
 class Server:
-    """A running server."""
-
     url: str
     process: psutil.Process
 
     def resident_bytes(self) -> int:
-        """Of the server and its workers."""
         return sum(each.memory_info().rss for each in (self.process, *self.process.children()))
 
     def cpu_seconds(self) -> float:
-        """Of the server and its workers."""
         times = [each.cpu_times() for each in (self.process, *self.process.children())]
         return sum(each.user + each.system for each in times)
 
     def info(self) -> dict[str, Any]:
-        """Of our own servers."""
         with urllib.request.urlopen(f"{self.url}/info", timeout=10) as answer:
             return dict(json.load(answer))
 

@@ -49,10 +49,10 @@ def bench(
     from robuq_core.bench.peers import PEERS
     from robuq_core.bench.report import write_report
     from robuq_core.bench.run import QUICK_PLANS, QUICK_SETTINGS, Plan, Settings, run_plans
-    from robuq_core.bench.tables import print_report, summary
+    from robuq_core.bench.tables import as_markdown, summary
     from robuq_core.models.packed_dit import LAYERS
 
-    console, progress = Console(), Console(stderr=True)
+    progress = Console(stderr=True)
     if quick:
         if preset or checkpoint or level or batch or layer or peer:
             raise ValueError("--quick chooses the cases itself: remove --preset, --checkpoint, --level, --batch, "
@@ -72,7 +72,7 @@ def bench(
         )
         settings = Settings(backend, threads, device, rounds, budget_s)
     report = run_plans(plans, settings, lambda result: progress.print(summary(result), style="dim", highlight=False))
-    print_report(report, console)
+    typer.echo(as_markdown(report), nl=False)
     if out is not None:
         write_report(out, report)
 

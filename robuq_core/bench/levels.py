@@ -15,7 +15,7 @@ from robuq_core.bench.timing import BASELINE, Side, Timer, Unavailable, time_sid
 from robuq_core.checkpoint import layer_macs
 from robuq_core.config import NUM_TRAIN_TIMESTEPS, ModelConfig
 from robuq_core.kernels.backends import select_backend
-from robuq_core.kernels.ops import Backend, Modulation, Prologue, TernaryLayer, whole_layer
+from robuq_core.kernels.ops import Backend, Modulation, Prologue, TernaryLayer, fused_linear
 from robuq_core.models.dit import DiT
 from robuq_core.models.packed_dit import PackedDiT
 from robuq_core.models.quant_linear import is_adaln
@@ -106,7 +106,7 @@ def _op_sides(bench: Bench, layer: TernaryLayer, x: Tensor, prologue: Prologue) 
     def product(backend: Backend) -> Tensor:
         return backend.ternary_linear(quantized, layer)
 
-    run, run_law = whole_layer(ops), whole_layer(law)
+    run, run_law = fused_linear(ops), fused_linear(law)
 
     def dequantized(backend: Backend) -> Tensor:
         q = backend.rotate_quantize(x, layer, prologue)
@@ -138,7 +138,7 @@ def block_case(bench: Bench, batch: int) -> CaseTiming:
 
     def run_on(network: PackedDiT, x: Tensor, c: Tensor) -> Tensor:
         block = network.blocks[0]
-        modulation = whole_layer(network.backend)(c, block.adaln, "silu")
+        modulation = fused_linear(network.backend)(c, block.adaln, "silu")
         parts = modulation.reshape(len(c), 6, -1).transpose(0, 1).contiguous()
         return network.run_block(_copy(x), parts, block)
 

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
 
-from robuq_core.bench.report import Ceilings
-from robuq_core.bench.timing import Timer
-
-_SIDE, _COPIED_BYTES = 1024, 64 * 2**20
 _PACKAGES = ("robuq", "torch", "triton", "torchao", "numpy", "safetensors")
 
 
@@ -39,22 +33,6 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": _versions(),
     }
-
-
-@torch.inference_mode()
-def ceilings(timer: Timer, device: torch.device) -> Ceilings:
-    """Best of a few runs each. The copy is of 64 MiB, longer than caches."""
-    x, y = torch.randn(2, _SIDE, _SIDE, device=device)
-    source, target = torch.zeros(2, _COPIED_BYTES, dtype=torch.uint8, device=device)
-
-    def best(run: Callable[[], Tensor]) -> float:
-        run()
-        return min(timer.seconds(run) for _ in range(5))
-
-    return Ceilings(
-        fp32_macs_per_s=_SIDE**3 / best(lambda: x @ y),
-        copied_bytes_per_s=_COPIED_BYTES / best(lambda: target.copy_(source)),
-    )
 
 
 def _versions() -> dict[str, str]:

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -45,19 +44,11 @@ def write_random(source: Source, path: Path) -> int:
     return path.stat().st_size
 
 
-@dataclass(frozen=True)
-class Where:
-    """What a measured process runs on, as :func:`robuq_core.kernels.backends.select_backend` takes it."""
-
-    backend: str = "auto"
-    threads: int | None = None
-    device: str | None = None
-
-
 def measure_memory(
-    name: str, path: Path, batch: int, where: Where, sides: tuple[str, ...] = MEMORY_SIDES
+    name: str, path: Path, batch: int, where: dict[str, Any], sides: tuple[str, ...] = MEMORY_SIDES
 ) -> list[MemoryUse]:
-    """Peak memory of each of ``sides`` while it samples ``batch`` guided images of the network in ``path``.
+    """Peak memory of each of ``sides`` while it samples ``batch`` guided images of the network in ``path``. ``where``:
+    the arguments of :func:`robuq_core.kernels.backends.select_backend`.
 
     Raises:
         BenchError: a process failed.
@@ -65,18 +56,18 @@ def measure_memory(
     results = []
     for side in sides:
         arguments = {"path": str(path), "side": side, "batch": batch, "steps": _MEMORY_STEPS}
-        figures = run_child("memory", arguments | asdict(where))
+        figures = run_child("memory", arguments | where)
         results.append(MemoryUse(model=name, side=side, batch=batch, **figures))
     return results
 
 
-def measure_loading(name: str, path: Path, where: Where, runs: int) -> Loading:
+def measure_loading(name: str, path: Path, where: dict[str, Any], runs: int) -> Loading:
     """Medians over ``runs`` fresh processes; the file is in the page cache, as the run before has read it.
 
     Raises:
         BenchError: a process failed.
     """
-    samples = [run_child("loading", {"path": str(path), "started": time.time()} | asdict(where)) for _ in range(runs)]
+    samples = [run_child("loading", {"path": str(path), "started": time.time()} | where) for _ in range(runs)]
     figures = {key: None if samples[0][key] is None else median(s[key] for s in samples) for key in samples[0]}
     return Loading(model=name, file_bytes=path.stat().st_size, **figures)
 

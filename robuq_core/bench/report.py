@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from robuq_core.config import StrictModel
 from robuq_core.errors import UserError
@@ -78,22 +78,16 @@ class Loading(StrictModel):
     first_image_s: float | None = None
 
 
-class Ceilings(StrictModel):
-    """What torch itself reaches on the machine: an FP32 matrix product, and a long copy (bytes read)."""
+class Report(StrictModel, extra="ignore"):
+    """Fields of older reports that are gone are ignored."""
 
-    fp32_macs_per_s: float
-    copied_bytes_per_s: float
-
-
-class Report(StrictModel):
     report_version: int = REPORT_VERSION
     created: str
     machine: dict[str, Any]
-    ceilings: Ceilings
     settings: dict[str, Any]
     cases: tuple[CaseTiming, ...] = ()
     memory: tuple[MemoryUse, ...] = ()
-    loading: tuple[Loading, ...] = Field(default=())
+    loading: tuple[Loading, ...] = ()
 
 
 def write_report(path: Path, report: Report) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from robuq_core.bench.levels import OURS, Bench, block_case, forward_case, image_case, op_case
-from robuq_core.bench.machine import ceilings, machine
+from robuq_core.bench.machine import machine
 from robuq_core.bench.peers import PEERS
-from robuq_core.bench.processes import MEMORY_SIDES, Where, as_file, measure_loading, measure_memory
+from robuq_core.bench.processes import MEMORY_SIDES, as_file, measure_loading, measure_memory
 from robuq_core.bench.report import LEVELS, CaseTiming, Loading, MemoryUse, Report
 from robuq_core.bench.source import Source, open_source
 from robuq_core.bench.timing import device_timer
@@ -72,7 +72,6 @@ def run_plans(
         torch.set_num_threads(settings.threads)
     described = machine()
     backend = select_backend(settings.backend, settings.threads, settings.device)
-    measured = ceilings(device_timer(backend.device, settings.rounds, settings.budget_s), backend.device)
     results: list[Result] = []
     for plan in plans:
         for result in _run(plan, settings):
@@ -81,7 +80,6 @@ def run_plans(
     return Report(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=described,
-        ceilings=measured,
         settings=asdict(settings) | {"kernels": backend.name},
         cases=tuple(r for r in results if isinstance(r, CaseTiming)),
         memory=tuple(r for r in results if isinstance(r, MemoryUse)),
@@ -115,7 +113,7 @@ def _run(plan: Plan, settings: Settings) -> Iterator[Result]:
 def _in_processes(plan: Plan, settings: Settings, source: Source) -> Iterator[Result]:
     if not {"memory", "loading"} & set(plan.levels):
         return
-    where = Where(settings.backend, settings.threads, settings.device)
+    where = {"backend": settings.backend, "threads": settings.threads, "device": settings.device}
     with as_file(source) as path:
         if "memory" in plan.levels:
             sides = (OURS, *(name for name in plan.peers if name in MEMORY_SIDES))

@@ -24,8 +24,9 @@ class TernaryLayer:
     ``planar``: ternary codes, 2 bits each (see :mod:`robuq_core.quant.packing`), uint8 ``[N, ceil(K / 128) * 32]``.
     ``alpha [N]``, ``bias [N]``, ``signs [K]``, ``lowrank_a [N, r]``, ``lowrank_b [r, K]``: float32, contiguous.
     ``bits``, ``grid``: of its input's activation quantiser. ``rotation_block``: see
-    :func:`robuq_core.quant.hadamard.rotation_factors`. ``finer``: layers of rank 0 without bias whose outputs for the
-    same codes are added: further planes of the weight (:func:`robuq_core.quant.ternary.ternary_planes`).
+    :func:`robuq_core.quant.hadamard.rotation_factors`. ``extra_planes``: further planes of the weight
+    (:func:`robuq_core.quant.ternary.ternary_planes`), layers of rank 0 without bias whose outputs for the same codes
+    are added.
     """
 
     planar: Tensor
@@ -37,7 +38,7 @@ class TernaryLayer:
     bits: int
     grid: Grid
     rotation_block: int | None = None
-    finer: tuple[TernaryLayer, ...] = ()
+    extra_planes: tuple[TernaryLayer, ...] = ()
 
     @property
     def in_features(self) -> int:
@@ -54,12 +55,12 @@ class TernaryLayer:
     @property
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors()) + sum(plane.nbytes for plane in self.finer)
+        return sum(tensor.nbytes for tensor in self.tensors()) + sum(plane.nbytes for plane in self.extra_planes)
 
     def to(self, device: torch.device) -> TernaryLayer:
         """The layer on ``device``; its tensors are shared where they lie there already."""
         moved = self.with_tensors([tensor.to(device) for tensor in self.tensors()])
-        return replace(moved, finer=tuple(plane.to(device) for plane in self.finer))
+        return replace(moved, extra_planes=tuple(plane.to(device) for plane in self.extra_planes))
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Its own, without those of further planes."""
@@ -87,7 +88,7 @@ class LayerGroup:
         kinds = {
             (layer.bits, layer.grid, layer.rotation_block, *(t.shape for t in layer.tensors())) for layer in layers
         }
-        if len(kinds) != 1 or any(layer.finer for layer in layers):
+        if len(kinds) != 1 or any(layer.extra_planes for layer in layers):
             return None
         stacks = [torch.stack(tensors) for tensors in zip(*(layer.tensors() for layer in layers), strict=True)]
         views = tuple(layers[0].with_tensors(each) for each in zip(*stacks, strict=True))
@@ -255,32 +256,32 @@ class NetworkBackend(Backend, Protocol):
         ...
 
 
-class WholeLayer(Protocol):
+class FusedLinear(Protocol):
     """A packed layer from its input: ``x [M, K]`` -> ``[M, N]``."""
 
     def __call__(self, x: Tensor, layer: TernaryLayer, prologue: Prologue = None) -> Tensor: ...
 
 
-def whole_layer(backend: Backend, handed_on: bool = False, gelu: bool = False) -> WholeLayer:
+def fused_linear(backend: Backend, intermediate: bool = False, gelu: bool = False) -> FusedLinear:
     """How ``backend`` runs a whole layer: in one call where it can, else in two; further planes take one more each.
 
-    ``handed_on``: the result goes into the next kernel, in the ``activations`` of a :class:`NarrowBackend`. Otherwise,
-    and on other backends, it is float32. ``gelu``: of the result, before it is rounded.
+    ``intermediate``: the result goes into the next kernel, in the ``activations`` of a :class:`NarrowBackend`.
+    Otherwise, and on other backends, it is float32. ``gelu``: of the result, before it is rounded.
     """
     narrow = backend if isinstance(backend, NarrowBackend) else None
-    in_one_call = not gelu and (narrow is None or not handed_on)
+    in_one_call = not gelu and (narrow is None or not intermediate)
     fused = backend.ternary if isinstance(backend, FusedBackend) and in_one_call else None
-    dtype = narrow.activations if narrow is not None and handed_on else torch.float32
+    dtype = narrow.activations if narrow is not None and intermediate else torch.float32
 
     def run(x: Tensor, layer: TernaryLayer, prologue: Prologue = None) -> Tensor:
-        if fused is not None and not layer.finer:
+        if fused is not None and not layer.extra_planes:
             return fused(x, layer, prologue)
         quantized = backend.rotate_quantize(x, layer, prologue)
-        if narrow is not None and not layer.finer:
+        if narrow is not None and not layer.extra_planes:
             return narrow.ternary_linear(quantized, layer, dtype, gelu)
         y = backend.ternary_linear(quantized, layer)
         bare = replace(quantized, lowrank=quantized.lowrank.new_empty(x.shape[0], 0))
-        for plane in layer.finer:
+        for plane in layer.extra_planes:
             y = y.add_(backend.ternary_linear(bare, plane))
         return (F.gelu(y, approximate="tanh") if gelu else y).to(dtype)
 

@@ -49,7 +49,7 @@ def layer_of_planes(
     The first plane carries bias and low-rank branch; the others share its signs, though nothing rotates for them again.
     """
 
-    def plane(i: int, finer: tuple[TernaryLayer, ...] = ()) -> TernaryLayer:
+    def plane(i: int, extra_planes: tuple[TernaryLayer, ...] = ()) -> TernaryLayer:
         first = i == 0
         return TernaryLayer(
             planar=planars[i],
@@ -61,7 +61,7 @@ def layer_of_planes(
             bits=bits,
             grid=grid,
             rotation_block=rotation_block,
-            finer=finer,
+            extra_planes=extra_planes,
         )
 
     return plane(0, tuple(plane(i) for i in range(1, len(planars))))

@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robuq_core.config import NUM_TRAIN_TIMESTEPS, ModelConfig
-from robuq_core.kernels.ops import Backend, Ends, GroupingBackend, LayerGroup, NetworkBackend, TernaryLayer, whole_layer
+from robuq_core.kernels.ops import (
+    Backend,
+    Ends,
+    GroupingBackend,
+    LayerGroup,
+    NetworkBackend,
+    TernaryLayer,
+    fused_linear,
+)
 from robuq_core.models.dit import negates_output, timestep_features
 from robuq_core.staging import staged
 
@@ -74,7 +82,7 @@ class ConditioningTable:
         self._config, self._dense, self._adaln, self._backend = config, dense, tuple(adaln), backend
         self._group, self._grouping = group, backend if isinstance(backend, GroupingBackend) else None
         self._ends, self._network = ends, backend if isinstance(backend, NetworkBackend) else None
-        self._ternary = whole_layer(backend)
+        self._ternary = fused_linear(backend)
         self._timestep_embeddings: dict[float, Tensor] = {}
         entry_bytes = 4 * self._height * config.hidden_size
         max_bytes = self._default_bytes(entry_bytes) if max_bytes is None else max_bytes
@@ -149,7 +157,7 @@ class ConditioningTable:
         return self._final(c_BD).reshape(len(timesteps), 2, -1).transpose(0, 1)
 
     def _fill(self, c_UD: Tensor, slots: Tensor) -> None:
-        if self._network is not None and not any(layer.finer for layer in self._adaln):
+        if self._network is not None and not any(layer.extra_planes for layer in self._adaln):
             self._network.modulate(c_UD, self._adaln, self._ends, self.table, slots)
             return
         if self._grouping is not None and self._group is not None:

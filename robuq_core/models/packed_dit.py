@@ -24,7 +24,7 @@ from robuq_core.kernels.ops import (
     NetworkBackend,
     Prologue,
     TernaryLayer,
-    whole_layer,
+    fused_linear,
 )
 from robuq_core.kernels.reference import ReferenceBackend
 from robuq_core.models.conditioning import BLOCK_ENTRIES, ConditioningTable, network_ends
@@ -78,10 +78,10 @@ class PackedDiT:
     ) -> None:
         blocks = [PackedBlock(*(layers[f"blocks.{i}.{name}"] for name in LAYERS)) for i in range(config.depth)]
         self.config, self.backend, self.quantized_attention = config, backend, quantized_attention
-        self._ternary, self._intermediate = whole_layer(backend), whole_layer(backend, handed_on=True)
+        self._ternary, self._intermediate = fused_linear(backend), fused_linear(backend, intermediate=True)
         # GELU follows fc1 where that is one kernel, so that fc2 reads rounded values; otherwise fc2 begins with it.
         self._gelu_follows = isinstance(backend, NarrowBackend)
-        self._hidden = whole_layer(backend, handed_on=True, gelu=self._gelu_follows)
+        self._hidden = fused_linear(backend, intermediate=True, gelu=self._gelu_follows)
         self._fused = backend if isinstance(backend, FusedBackend) else None
         self.dense = {name: tensor.to(backend.device) for name, tensor in dense.items()}
         self.blocks = [block.to(backend.device) for block in blocks]
@@ -117,7 +117,7 @@ class PackedDiT:
         return {
             id(block): Block(block.qkv, block.proj, block.fc1, block.fc2, heads, self.quantized_attention, eps)
             for block in self.blocks
-            if not any(layer.finer for layer in block.layers)
+            if not any(layer.extra_planes for layer in block.layers)
         }
 
     def replica(self, backend: Backend) -> PackedDiT:
@@ -202,7 +202,7 @@ class PackedDiT:
         self, x_BLD: Tensor, gate_BD: Tensor, inputs: Tensor, layer: TernaryLayer, prologue: Prologue = None
     ) -> None:
         """``x_BLD += gate * layer(inputs)`` in place."""
-        if self._fused is not None and x_BLD.is_contiguous() and not layer.finer:
+        if self._fused is not None and x_BLD.is_contiguous() and not layer.extra_planes:
             self._fused.add_ternary(x_BLD.flatten(0, 1), gate_BD, inputs, layer, prologue)
         else:
             x_BLD.add_(self._ternary(inputs, layer, prologue).reshape(x_BLD.shape).mul_(gate_BD[:, None]))

@@ -58,8 +58,8 @@ def test_layers_come_back_exactly(tmp_path: Path, quant: QuantConfig) -> None:
         expected, layer = pack_layer(linear), checkpoint.layers[name]
         for part in ("planar", "alpha", "bias", "signs", "lowrank_a", "lowrank_b"):
             assert torch.equal(getattr(layer, part), getattr(expected, part)), f"{name}.{part}"
-        assert len(layer.finer) == len(expected.finer) == quant.weight_planes - 1
-        for plane, wanted in zip(layer.finer, expected.finer, strict=True):
+        assert len(layer.extra_planes) == len(expected.extra_planes) == quant.weight_planes - 1
+        for plane, wanted in zip(layer.extra_planes, expected.extra_planes, strict=True):
             assert torch.equal(plane.planar, wanted.planar)
             assert torch.equal(plane.alpha, wanted.alpha)
         assert (layer.bits, layer.grid) == (expected.bits, expected.grid)

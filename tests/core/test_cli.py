@@ -85,7 +85,7 @@ def test_bench_prints_a_table_and_writes_json(checkpoint: Path, tmp_path: Path) 
     options = ("--batch", "1", "--batch", "3", "--rounds", "3", "--budget-s", "0", "--backend", "reference")
     chosen = ("--level", "forward", "--level", "op", "--layer", "mlp.fc2", "--peer", "fp32", "--peer", "int8-gemlite")
     page = run(robuq.app, "bench", "-c", checkpoint, *options, *chosen, "--threads", "1", "--out", out)
-    for expected in ("mlp.fc2 192x48", "forward", "x fp32", "absent: int8-gemlite (op, forward): needs a CUDA GPU"):
+    for expected in ("mlp.fc2 192x48", "forward", "x fp32", "- int8-gemlite (op, forward): needs a CUDA GPU"):
         assert expected in page
     figures = json.loads(out.read_text())
     assert [(case["level"], case["batch"]) for case in figures["cases"]] == [
@@ -96,7 +96,6 @@ def test_bench_prints_a_table_and_writes_json(checkpoint: Path, tmp_path: Path) 
     ]
     assert {"cpu", "cores", "threads", "packages", "load_average"} <= set(figures["machine"])
     assert figures["settings"]["backend"] == "reference"
-    assert figures["ceilings"]["fp32_macs_per_s"] > 0
     assert "| op | mlp.fc2 192x48 | 1 |" in run(robuq.app, "bench", "show", out)
     plots = run(robuq.app, "bench", "plot", out, "--out", tmp_path / "plots")
     assert [Path(line).name for line in plots.splitlines()] == ["speed-op.svg", "speed-forward.svg"]

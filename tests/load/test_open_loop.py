@@ -19,7 +19,7 @@ from test_scenarios import INFO
 from typer.testing import CliRunner
 from waiting import WAIT_S
 
-from loadtest.open_loop import Outcome, as_json, describe, main, offer, plot, poisson_arrivals, run_rate, summarise
+from loadtest.open_loop import Outcome, as_json, describe, main, offer, poisson_arrivals, run_rate, summarise
 from loadtest.workload import Workload
 from robuq_core.errors import UserError
 from server.fake import FakeSampler
@@ -105,15 +105,6 @@ def test_nothing_served_is_null() -> None:
     assert as_json(summary)["p99_s"] is None
     json.dumps(as_json(summary), allow_nan=False)
     assert "1 x 503" in describe(summary)
-
-
-def test_a_plot_is_written_whole(tmp_path: Path) -> None:
-    summaries = [summarise([Outcome(0, 0, latency, 200)], 1.0) for latency in (0.1, 0.2)]
-    plot({"a": summaries, "b": summaries}, tmp_path / "p.svg", title="t")
-    plot({"a": summaries}, tmp_path / "p.png", title="t")
-    assert "offered load" in (tmp_path / "p.svg").read_text() or "<path" in (tmp_path / "p.svg").read_text()
-    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_the_command_measures_a_server(tmp_path: Path) -> None:

@@ -44,11 +44,11 @@ _SYSTEM = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "h
 
 def why_not() -> str | None:
     """Why no cluster can be had here; None if it can."""
-    for host in (HEAD, WORKER):
-        try:
+    try:
+        for host in (HEAD, WORKER):
             socket.create_server((host, 0)).close()
-        except OSError as error:
-            return f"no node can listen on {host}: {error}"
+    except OSError as error:
+        return f"no node can listen on {host}: {error}"
     return None
 
 

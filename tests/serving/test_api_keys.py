@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -73,16 +72,6 @@ def test_the_store_follows_its_file(path: Path) -> None:
     revoke_key(path, "first")
     assert store.find(first) is None
     assert store.find("") is store.find("nonsense") is store.find("ключ") is None
-
-
-def test_a_change_within_one_tick_of_the_clock_is_seen(path: Path) -> None:
-    key = create_key(path, "a")
-    store = KeyStore(path)
-    before = path.stat()
-    revoke_key(path, "a")
-    path.write_text(path.read_text() + " " * (before.st_size - path.stat().st_size))
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert store.find(key) is None
 
 
 def test_a_typing_mistake_locks_nobody_out_and_a_missing_file_everybody(

@@ -193,17 +193,18 @@ def test_more_requests_at_once_than_a_client_may_send_ahead_end_the_connection(c
             assert (read_all(sock).count(b"HTTP/1.1 200 ") == number + 1) == whole
 
 
+def ask_info(crowd: ExitStack, client: httpx.Client, source: str = "127.0.0.1") -> bytes:
+    """The answer to a connection from ``source`` that stays open."""
+    address = (client.base_url.host, client.base_url.port or 80)
+    sock = crowd.enter_context(socket.create_connection(address, WAIT_S, (source, 0)))
+    sock.sendall(b"GET /info HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    return sock.recv(65536)
+
+
 def test_more_connections_than_allowed_are_turned_away_but_probes_are_answered() -> None:
     with live_server(FakeSampler(), max_connections=20) as (client, _), ExitStack() as crowd:
-        accepted = 0
-        for _ in range(21):
-            sock = crowd.enter_context(connected(client))
-            sock.sendall(b"GET /info HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            raw = sock.recv(65536)
-            if not raw.startswith(b"HTTP/1.1 200 "):
-                break
-            accepted += 1
-        assert accepted == 20
+        assert all(ask_info(crowd, client).startswith(b"HTTP/1.1 200 ") for _ in range(20))
+        raw = ask_info(crowd, client)
         assert answered(raw) == (503, "too_many_connections")
         assert b"retry-after: 1\r\n" in raw
         for path in sorted(PROBE_PATHS):
@@ -216,40 +217,20 @@ def test_more_connections_than_allowed_are_turned_away_but_probes_are_answered()
         until(lambda: client.get("/info").status_code == 200)
 
 
-def test_one_peer_does_not_take_the_connections_of_the_others() -> None:
-    with (
-        live_server(FakeSampler(), max_connections=20, max_connections_per_peer=5) as (client, _),
-        ExitStack() as crowd,
-    ):
-        address = (client.base_url.host, client.base_url.port or 80)
-
-        def info(source: str) -> int:
-            sock = crowd.enter_context(socket.create_connection(address, WAIT_S, (source, 0)))
-            sock.sendall(b"GET /info HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            return int(sock.recv(65536).split(b" ")[1])
-
-        assert [info("127.0.0.1") for _ in range(8)] == [200] * 5 + [503] * 3
-        assert [info("127.0.0.2") for _ in range(6)] == [200] * 5 + [503]
-
-
-def test_a_trusted_proxy_may_have_all_connections() -> None:
-    options = {"max_connections_per_peer": 2, "trusted_proxies": ("127.0.0.0/8",)}
+@pytest.mark.parametrize(("proxies", "allowed"), [((), 5), (("127.0.0.0/8",), 8)])
+def test_one_peer_does_not_take_the_connections_of_the_others_unless_it_is_a_proxy(
+    proxies: tuple[str, ...], allowed: int
+) -> None:
+    options = {"max_connections": 20, "max_connections_per_peer": 5, "trusted_proxies": proxies}
     with live_server(FakeSampler(), **options) as (client, _), ExitStack() as crowd:
-        for _ in range(8):
-            sock = crowd.enter_context(connected(client))
-            sock.sendall(b"GET /info HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
+        for source in ("127.0.0.1", "127.0.0.2"):
+            statuses = [int(ask_info(crowd, client, source).split(b" ")[1]) for _ in range(8)]
+            assert statuses == [200] * allowed + [503] * (8 - allowed)
 
 
 @pytest.mark.parametrize(
     ("address", "peer"),
-    [
-        ("10.1.2.3", "10.1.2.3"),
-        ("::ffff:10.1.2.3", "10.1.2.3"),
-        ("2001:db8:1:2:3::4", "2001:db8:1:2::/64"),
-        ("2001:db8:1:2::9", "2001:db8:1:2::/64"),
-        ("", ""),
-    ],
+    [("10.1.2.3", "10.1.2.3"), ("::ffff:10.1.2.3", "10.1.2.3"), ("2001:db8:1:2:3::4", "2001:db8:1:2::/64"), ("", "")],
 )
 def test_addresses_of_one_peer(address: str, peer: str) -> None:
     assert connection._peer_of((address, 1)) == peer

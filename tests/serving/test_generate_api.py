@@ -56,24 +56,15 @@ def test_a_class_id_alone_works(client: httpx.Client) -> None:
     timings = body["timings"]
     assert timings["queue_s"] + timings["inference_s"] + timings["decode_s"] == pytest.approx(timings["total_s"])
     assert answer.headers["x-seed"] == str(body["seed"])
-    for header, timing in (
-        ("x-queue-time", "queue_s"),
-        ("x-inference-time", "inference_s"),
-        ("x-total-time", "total_s"),
-    ):
-        assert float(answer.headers[header]) == pytest.approx(timings[timing], abs=1e-6)
+    for name in ("queue", "inference", "total"):
+        assert float(answer.headers[f"x-{name}-time"]) == pytest.approx(timings[f"{name}_s"], abs=1e-6)
 
 
 @pytest.mark.parametrize("seed", [0, 41, SEED_LIMIT - 2])
 def test_image_i_is_the_image_of_seed_plus_i(client: httpx.Client, seed: int) -> None:
     options = {"class_id": 1, "steps": 3, "guidance_scale": 4, "sampler": "ddpm"}
     together = client.post("/generate", json=options | {"seed": seed, "num_images": 16}).json()
-    assert (together["seed"], together["steps"], together["guidance_scale"], together["sampler"]) == (
-        seed,
-        3,
-        4,
-        "ddpm",
-    )
+    assert (options | {"seed": seed}).items() <= together.items()
     for i in (0, 1, 2, 15):
         alone = client.post("/generate", json=options | {"seed": (seed + i) % SEED_LIMIT}).json()
         assert alone["images"] == [together["images"][i]]
@@ -148,31 +139,15 @@ def test_class_names_that_do_not_decide(client: httpx.Client) -> None:
     ("change", "field", "allowed"),
     [
         ({"class_id": -1}, "class_id", "from 0 to 4"),
-        ({"class_id": 5}, "class_id", "from 0 to 4"),
         ({"class_id": 10**30}, "class_id", "from 0 to 4"),
-        ({"class_id": "1"}, "class_id", "from 0 to 4"),
-        ({"class_id": True}, "class_id", "from 0 to 4"),
-        ({"class_id": 1.5}, "class_id", "from 0 to 4"),
         ({"class_id": None}, "class_id", "class_id or class_name"),
         ({"class_name": "tench"}, "class_id", "not both"),
         ({"class_id": None, "class_name": ""}, "class_name", "1 to 200"),
-        ({"class_id": None, "class_name": "x" * 201}, "class_name", "1 to 200"),
-        ({"class_id": None, "class_name": 7}, "class_name", "1 to 200"),
-        ({"num_images": 0}, "num_images", "from 1 to 16"),
         ({"num_images": 17}, "num_images", "from 1 to 16"),
-        ({"steps": 0}, "steps", "from 1 to 1000"),
-        ({"steps": 1001}, "steps", "from 1 to 1000"),
         ({"steps": "20"}, "steps", "from 1 to 1000"),
-        ({"guidance_scale": -0.1}, "guidance_scale", "from 0 to 20"),
         ({"guidance_scale": 20.5}, "guidance_scale", "from 0 to 20"),
-        ({"guidance_scale": "high"}, "guidance_scale", "from 0 to 20"),
         ({"guidance_interval": [500, 400]}, "guidance_interval", "the lower one first"),
-        ({"guidance_interval": [0, 1000]}, "guidance_interval", "a list of 2, each an integer from 0 to 999"),
-        ({"guidance_interval": [0]}, "guidance_interval", "a list of 2"),
-        ({"guidance_interval": 7}, "guidance_interval", "a list of 2"),
         ({"cache_interval": 0}, "cache_interval", "from 1 to 1000"),
-        ({"cache_interval": 1.5}, "cache_interval", "from 1 to 1000"),
-        ({"seed": -2}, "seed", "from -1 to 9007199254740991"),
         ({"seed": 2**53}, "seed", "from -1 to 9007199254740991"),
         ({"sampler": "euler"}, "sampler", "ddpm, ddim, dpmsolver++"),
         ({"format": "gif"}, "format", "png, jpeg, webp"),

@@ -13,7 +13,7 @@ from robuq_core.images import encode_image
 from server.fake import FakeRow
 from server.fleet import MAX_DEATHS
 from server.remote_worker import RunFailed
-from server.request import Cancelled, GenerationFailed, NotReady, Overloaded, WorkerDied
+from server.request import GenerationFailed, NotReady, WorkerDied
 
 
 def test_rows_of_different_requests_and_timesteps_share_forwards() -> None:
@@ -43,26 +43,6 @@ def test_images_are_in_order_and_timings_add_up() -> None:
     assert timings.queue_s + timings.inference_s + timings.decode_s == pytest.approx(timings.total_s)
 
 
-def test_a_faulty_row_fails_its_own_request_only() -> None:
-    sampler = WatchedSampler()
-    sampler.faulty_seeds = {7}
-    with running_engine(sampler) as engine:
-        sampler.hold()
-        plug = engine.submit([spec(seed=1, steps=2)], "png")
-        assert sampler.entered.acquire(timeout=WAIT_S)
-        bad = engine.submit([spec(seed=6), spec(seed=7)], "png")
-        good = engine.submit([spec(seed=8)], "png")
-        sampler.release()
-        assert isinstance(outcome(bad), GenerationFailed)
-        assert "secret" not in str(outcome(bad))
-        assert outcome(plug) is None
-        assert outcome(good) is None
-        assert good.future.result().images[0] == encode_image(sampler.decode(FakeRow(spec(seed=8))), "png")
-        assert sample(engine, "robuq_requests_total", finished_reason="error") == 1
-        assert sample(engine, "robuq_requests_total", finished_reason="completed") == 2
-        until(lambda: engine.idle)
-
-
 def test_rows_that_moved_before_the_fault_are_not_stepped_twice() -> None:
     sampler = WatchedSampler()
     faults = iter([True])
@@ -76,43 +56,6 @@ def test_rows_that_moved_before_the_fault_are_not_stepped_twice() -> None:
         sampler.on_step = fail_once_midway
         assert outcome(engine.submit([spec(seed=1), spec(seed=2)], "png")) is None
     assert sampler.batches == [[(1, 0), (2, 0)], [(2, 0)], [(1, 1), (2, 1)], [(1, 2), (2, 2)]]
-
-
-def test_cancelled_rows_are_gone_at_the_next_step() -> None:
-    sampler = WatchedSampler()
-    with running_engine(sampler) as engine:
-        sampler.hold()
-        keep = engine.submit([spec(seed=1, steps=3)], "png")
-        drop = engine.submit([spec(seed=2, steps=1000), spec(seed=3, steps=1000)], "png")
-        until(lambda: len(sampler.batches) == 1)
-        sampler.permit()
-        until(lambda: len(sampler.batches) == 2 and len(sampler.batches[1]) == 3)
-        engine.cancel(drop)
-        engine.cancel(drop)  # twice is as good as once
-        sampler.release()
-        assert outcome(keep) is None
-        assert isinstance(outcome(drop), Cancelled)
-        assert all(seed == 1 for batch in sampler.batches[2:] for seed, _ in batch)
-        assert sample(engine, "robuq_requests_total", finished_reason="cancelled") == 1
-        assert sample(engine, "robuq_requests_running") == sample(engine, "robuq_requests_waiting") == 0
-        assert outcome(engine.submit([spec(seed=4)], "png")) is None
-
-
-def test_the_queue_is_bounded_in_images_and_says_when_to_try_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    sampler = WatchedSampler(step_s=0.01)
-    with running_engine(sampler, max_batch_rows=2, max_queue_images=16) as engine:
-        worker = engine.pool._fleet.present[0]
-        assert 0 < worker.rows_per_s <= 200  # as measured by the warm-up: two rows in at least 10 ms
-        sampler.hold()
-        engine.submit([spec(seed=s, steps=100) for s in range(2)], "png")
-        until(lambda: len(sampler.batches) == 1)
-        worker.rows_per_s = 200.0
-        engine.submit([spec(steps=100)] * 13, "png")
-        with pytest.raises(Overloaded) as refused:
-            engine.submit([spec(steps=100)] * 4, "png")
-        # The two that run and 13 that wait, 100 steps each.
-        assert refused.value.retry_after_s == pytest.approx(7.5)
-        assert sample(engine, "robuq_rejected_total", reason="queue_full") == 1
 
 
 def test_a_slow_decoder_holds_admission_back() -> None:

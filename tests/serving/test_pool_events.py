@@ -40,13 +40,6 @@ def test_every_step_is_told_and_every_second_one_but_the_last_is_shown() -> None
             assert e.preview == encode_image(sampler.decode_estimate((of, e.steps_done)), "webp")
 
 
-def test_without_a_subscriber_nothing_is_estimated() -> None:
-    sampler = WatchedSampler()
-    sampler.estimate = lambda row: pytest.fail("estimated")  # type: ignore[method-assign]
-    with running_engine(sampler) as engine:
-        assert outcome(engine.submit([spec()], "png", preview_every=1)) is None
-
-
 def test_a_slow_reader_gets_the_latest_of_each_image() -> None:
     async def read() -> list[Event]:
         buffer = EventBuffer()

@@ -59,24 +59,6 @@ def test_no_image_waits_while_there_is_room_for_it(guidance: tuple[float, ...]) 
         assert all(outcome(job) is None for job in (*plugs, *jobs))
 
 
-def test_a_request_begins_with_its_earliest_step_whichever_ends_first() -> None:
-    samplers = [WatchedSampler() for _ in range(2)]
-    with running_engine(*samplers, max_batch_rows=2) as engine:
-        hold(samplers)
-        job = engine.submit([spec(seed=s, steps=1, guidance_scale=2) for s in range(2)], "png")
-        wait_for_a_step(samplers)
-        late, early = samplers
-        late.release()
-        until(lambda: job.request.first_step_at is not None)
-        first_seen = job.request.first_step_at
-        early.release()
-        timings = job.future.result(WAIT_S).timings
-    assert first_seen is not None
-    assert job.request.first_step_at is not None
-    assert job.request.first_step_at <= first_seen <= job.request.last_step_at
-    assert timings.inference_s == job.request.last_step_at - job.request.first_step_at
-
-
 def test_a_worker_that_hangs_leaves_the_rest_ready_and_its_images_go_there() -> None:
     stuck, free = WatchedSampler(), WatchedSampler(step_s=0.002)
     with running_engine(stuck, free) as engine:

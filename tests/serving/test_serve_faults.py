@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from process_harness import serving, start, told_address, wait_until_ready
+from process_harness import serving, start, wait_until_ready
 from serving_harness import WAIT_S, until
 
 pytestmark = pytest.mark.slow
@@ -72,32 +72,6 @@ def test_sigterm_under_load_answers_all_that_was_taken() -> None:
     assert not [line for line in log if line["level"] in ("error", "critical")]
     taken = [line for line in log if line.get("path") == "/generate" and line.get("status") == 200]
     assert len(taken) == load.answers[200]
-
-
-def test_after_a_kill_the_next_one_serves_on_the_same_port() -> None:
-    processes = [start()]
-    try:
-        url = told_address(processes[0])
-        with httpx.Client(base_url=url, timeout=WAIT_S) as client:
-            wait_until_ready(client)
-            load = Load(client.base_url)
-            try:
-                until(lambda: load.answers[200] >= 10)
-                processes[0].kill()
-                processes[0].wait(WAIT_S)
-                before = load.answers[200]
-                # At once, with connections still in their last state.
-                processes.append(start("--port", str(client.base_url.port)))
-                assert told_address(processes[1]) == url
-                until(lambda: load.answers[200] >= before + 30)
-            finally:
-                load.stop()
-            assert set(load.answers) <= {200, 503, 0}
-            assert client.get("/ready").status_code == 200
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")

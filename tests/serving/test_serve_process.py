@@ -13,9 +13,6 @@ import httpx
 import pytest
 from process_harness import SERVE, answers, launch, second_steps_wait, serving, start, told_address
 from serving_harness import WAIT_S, until
-from typer.testing import CliRunner
-
-from server.cli import app
 
 
 def test_sigterm_ends_what_is_in_flight_and_refuses_the_rest(tmp_path: Path) -> None:
@@ -100,7 +97,11 @@ def test_a_taken_port_is_told_in_one_line() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--checkpoint", "missing.safetensors"], "missing.safetensors"), (["--backend", "abacus"], "'abacus'")],
+    [
+        (["--checkpoint", "missing.safetensors"], "missing.safetensors"),
+        (["--backend", "abacus"], "'abacus'"),
+        (["--max-batch-rows", "0"], "--max-batch-rows (or ROBUQ_MAX_BATCH_ROWS)"),
+    ],
 )
 def test_what_cannot_be_loaded_ends_the_process_with_one_line(options: list[str], message: str) -> None:
     process = launch(sys.executable, "-c", SERVE, *options)
@@ -108,24 +109,3 @@ def test_what_cannot_be_loaded_ends_the_process_with_one_line(options: list[str]
     assert process.error_output.startswith("error: ")
     assert message in process.error_output
     assert len(process.error_output.splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("options", "variables", "message"),
-    [
-        (["--max-batch-rows", "0"], {}, "--max-batch-rows (or ROBUQ_MAX_BATCH_ROWS)"),
-        ([], {"ROBUQ_MAX_QUEUE_IMAGES": "3"}, "greater than or equal to 16"),
-        (["--host", "256.0.0.1"], {}, "cannot listen"),
-    ],
-)
-def test_start_up_failures_name_the_fix(
-    options: list[str], variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # In this process the command would take over logging and SIGTERM for good.
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr("server.logs.configure_logging", lambda *_: None)
-    result = CliRunner().invoke(app, ["--port", "0", *options], env=variables)
-    assert result.exit_code == 2
-    assert message in result.stderr
-    assert result.stderr.startswith("error: ")
-    assert len(result.stderr.splitlines()) == 1

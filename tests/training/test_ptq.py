@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from robuq_core.checkpoint import read_checkpoint, read_header
 from robuq_core.config import DiffusionConfig, ModelConfig, QuantConfig, SamplerConfig
 from robuq_core.convert import pack_untrained, untrained_quant
-from robuq_core.kernels.ops import whole_layer
+from robuq_core.kernels.ops import fused_linear
 from robuq_core.kernels.pack_layer import pack_layer
 from robuq_core.kernels.reference import ReferenceBackend
 from robuq_core.models.adapters import load_dit, save_official
@@ -166,7 +166,7 @@ def test_what_is_packed_is_what_was_fitted(planes: int) -> None:
     layer.step.mul_(1.1)
     x, backend = inputs()[:9], ReferenceBackend()
     packed = pack_layer(layer)
-    torch.testing.assert_close(layer(x), whole_layer(backend)(x, packed), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer(x), fused_linear(backend)(x, packed), rtol=1e-4, atol=1e-4)
 
 
 def test_no_sweep_comes_further_from_the_target() -> None:

@@ -69,7 +69,7 @@ def _student_weights(linear: QuantLinear) -> tuple[Tensor, Tensor]:
 
 def _packed_weights(layer: TernaryLayer) -> tuple[Tensor, Tensor]:
     ternary = torch.zeros(layer.out_features, layer.in_features)
-    for plane in (layer, *layer.finer):
+    for plane in (layer, *layer.extra_planes):
         ternary += unpack_planar(plane.planar, layer.in_features).float() * plane.alpha[:, None]
     return ternary, ternary + layer.lowrank_a @ layer.lowrank_b
 

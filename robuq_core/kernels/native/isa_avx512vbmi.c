@@ -17,12 +17,14 @@ FN void ternary_bits_task(const void *job, int64_t task, char *scratch) {
     ternary_task(job, task, scratch, &bits_product);
 }
 
-#define BITS_WAY                                                                        \
+/* More than two bits take twice as long, so that dot products win with few rows. */
+#define BITS_WAY(bits, rows)                                                            \
     {.task = ternary_bits_task, .operand_bytes = 4 * MOST_BITS * PICKS, .panel_bytes = 2 * HALF_BYTES, \
      .panels = BIT_PANELS, .most_groups = 1, .kept_panels = 32, .block_rows = 512, .decode_rows = 24, \
-     .operand_panels = 1, .least_rows = 8, .most_code = (1 << MOST_BITS) - 1}
+     .operand_panels = 1, .least_rows = rows, .most_code = (1 << bits) - 1}
 
-const struct isa_tasks avx512vbmi_tasks = {SHARED_TASKS, .ways = {BITS_WAY, VNNI_WAY, DIRECT_WAY}};
+const struct isa_tasks avx512vbmi_tasks = {
+    SHARED_TASKS, .ways = {BITS_WAY(2, 8), BITS_WAY(MOST_BITS, 40), VNNI_WAY, DIRECT_WAY}};
 #else
 typedef int no_avx512vbmi_here;
 #endif

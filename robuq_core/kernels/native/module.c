@@ -78,7 +78,7 @@ static struct rotate_job rotate_job(const struct backend *backend, const struct 
         .layer = layer, .x = x, .rows = rows, .prologue = (int)prologue->kind, .shift = prologue->shift,
         .shift_stride = prologue->shift_stride, .scale = prologue->scale, .scale_stride = prologue->scale_stride,
         .rows_per_image = prologue->rows_per_image, .eps = prologue->eps,
-        .block_rows = min64(ROTATE_ROWS, ceil_div(rows, backend->threads)),
+        .block_rows = ceil_div(rows, round_up(ceil_div(rows, ROTATE_ROWS), backend->threads)),
     };
 }
 

@@ -22,7 +22,7 @@ enum {
     PANEL = 64,             /* output channels that are decoded and multiplied at a time */
     WHOLE_ROWS = 32,        /* of whole tiles, of every way to multiply: buffers are so long */
     QUERY_ROWS = 8,         /* queries that attention takes at a time */
-    LINEAR_ROWS = 24,       /* rows and channels of a linear task */
+    LINEAR_ROWS = 12,       /* rows and channels of a linear task: such rows stay in a level-1 cache */
     LINEAR_CHANNELS = 64,
     FLOAT_LANES = 8,        /* rows of floats between jobs are whole vectors */
     ALIGNMENT = 64,
@@ -142,7 +142,7 @@ struct isa_tasks {
     task_function *attention_int8;
     task_function *linear;          /* LINEAR_ROWS x LINEAR_CHANNELS each, rows fastest */
     task_function *prologue;        /* of rotate_quantize alone, block_rows rows each */
-    struct ternary_way ways[3];     /* the first that serves is taken; the last serves all */
+    struct ternary_way ways[4];     /* the first that serves is taken; the last serves all */
 };
 
 extern const struct isa_tasks plain_tasks, avx2_tasks, avx512vnni_tasks, avx512vbmi_tasks, amx_tasks;

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 from tiny import TINY, write_tiny
 
-from robuq_core.bench.processes import Where, as_file, measure_loading, measure_memory, write_random
+from robuq_core.bench.processes import as_file, measure_loading, measure_memory, write_random
 from robuq_core.bench.source import Source, random_checkpoint
 from robuq_core.bench.timing import BenchError
 from robuq_core.checkpoint import read_checkpoint
 from robuq_core.config import QuantConfig
+
+WHERE = {"backend": "auto", "threads": 1, "device": None}
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +25,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_memory_is_that_of_the_process(path: Path) -> None:
-    uses = measure_memory("tiny", path, 1, Where(threads=1), ("robuq", "bf16"))
+    uses = measure_memory("tiny", path, 1, WHERE, ("robuq", "bf16"))
     assert [(use.model, use.side, use.batch) for use in uses] == [("tiny", "robuq", 1), ("tiny", "bf16", 1)]
     for use in uses:
         assert use.idle_bytes > 50 * 2**20  # torch alone
@@ -32,7 +34,7 @@ def test_memory_is_that_of_the_process(path: Path) -> None:
 
 @pytest.mark.slow
 def test_loading_is_told_in_milestones(path: Path) -> None:
-    loading = measure_loading("tiny", path, Where(threads=1), runs=1)
+    loading = measure_loading("tiny", path, WHERE, runs=1)
     assert loading.file_bytes == path.stat().st_size
     assert loading.first_image_s is not None
     assert 0 < loading.import_s < loading.ready_s < loading.first_step_s < loading.first_image_s
@@ -42,7 +44,7 @@ def test_loading_is_told_in_milestones(path: Path) -> None:
 @pytest.mark.slow
 def test_a_process_that_fails_tells_why(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match=r"measuring loading failed: .*no such file"):
-        measure_loading("absent", tmp_path / "absent.safetensors", Where(), runs=1)
+        measure_loading("absent", tmp_path / "absent.safetensors", WHERE, runs=1)
 
 
 def test_random_weights_become_a_file_and_the_file_goes_away(path: Path, tmp_path: Path) -> None:

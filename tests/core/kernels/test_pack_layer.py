@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from layer_cases import make_linear, tokens
 
 from robuq_core.kernels.cpu import CpuBackend
-from robuq_core.kernels.ops import Backend, Modulation, whole_layer
+from robuq_core.kernels.ops import Backend, Modulation, fused_linear
 from robuq_core.kernels.pack_layer import pack_layer
 from robuq_core.kernels.reference import ReferenceBackend, apply_prologue
 from robuq_core.quant.ternary import ternary_fake_quantize
@@ -34,7 +34,7 @@ def test_planes_sum_to_the_training_forward(
     linear = make_linear(width, outputs, bits=bits, grid=grid, rank=rank, planes=planes)
     layer, x = pack_layer(linear), tokens(rows, width, seed=bits)
     before = Modulation(torch.randn(1, width), torch.randn(1, width), 1e-6) if prologue == "modulation" else prologue
-    assert len(layer.finer) == planes - 1
+    assert len(layer.extra_planes) == planes - 1
     backend = BACKENDS[name]
     # From the backend's own codes: a value on the edge of its cell may fall to either side of it.
     quantized = backend.rotate_quantize(x, layer, before)
@@ -47,13 +47,13 @@ def test_planes_sum_to_the_training_forward(
         expected += F.linear(F.linear(linear.rotation(apply_prologue(x, before)), layer.lowrank_b), layer.lowrank_a)
         if name == "reference":
             torch.testing.assert_close(linear(apply_prologue(x, before)), expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(whole_layer(backend)(x, layer, before), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fused_linear(backend)(x, layer, before), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_rows_of_several_planes_do_not_depend_on_their_neighbours(name: str) -> None:
     layer, x = pack_layer(make_linear(96, 33, bits=4, rank=3, planes=3)), tokens(11, 96)
-    run = whole_layer(BACKENDS[name])
+    run = fused_linear(BACKENDS[name])
     together = run(x, layer)
     if name == "reference":
         torch.testing.assert_close(together[4:5], run(x[4:5], layer))
@@ -66,4 +66,4 @@ def test_memory_is_that_of_the_planes() -> None:
     # Codes, scales, and a bias of zeros and the signs, which the planes share but count for themselves.
     assert three.nbytes - one.nbytes == 2 * (one.planar.nbytes + 40 * 4 + 40 * 4 + 256 * 4)
     moved = three.to(torch.device("meta"))
-    assert [plane.planar.device.type for plane in (moved, *moved.finer)] == ["meta"] * 3
+    assert [plane.planar.device.type for plane in (moved, *moved.extra_planes)] == ["meta"] * 3

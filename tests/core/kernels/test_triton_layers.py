@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 from ptx.driver import EmulatedDriver, emulated
 
-from robuq_core.kernels.ops import FusedBackend, Modulation, Prologue, Quantized, TernaryLayer, whole_layer
+from robuq_core.kernels.ops import FusedBackend, Modulation, Prologue, Quantized, TernaryLayer, fused_linear
 from robuq_core.kernels.pack_layer import pack_layer
 from robuq_core.kernels.triton import ternary_linear as product
 from robuq_core.kernels.triton import tuning
@@ -152,7 +152,7 @@ def test_adding_to_a_residual_is_the_layer_and_a_sum(ops: TritonBackend) -> None
         pytest.skip("the backend has no fused layers")
     layer, x = pack_layer(make_linear(288, 70, bits=2, rank=3)), tokens(6, 288).to(ops.activations)
     residual, gate = tokens(6, 70, seed=1), tokens(2, 70, seed=2)
-    expected = residual + gate.repeat_interleave(3, dim=0) * whole_layer(REFERENCE)(x.float(), layer)
+    expected = residual + gate.repeat_interleave(3, dim=0) * fused_linear(REFERENCE)(x.float(), layer)
     alone = residual[4:5].clone()
     ops.add_ternary(residual, gate, x, layer)
     torch.testing.assert_close(residual, expected, rtol=1e-5, atol=1e-5)
@@ -243,10 +243,10 @@ def test_planes_are_added_before_they_are_rounded(wide: TritonBackend) -> None:
     narrow = TritonBackend(activations=BF16)
     for planes in (1, 2):
         layer, x = pack_layer(make_linear(36, 8, bits=3, planes=planes)), tokens(5, 36)
-        exact = whole_layer(wide)(x, layer)
+        exact = fused_linear(wide)(x, layer)
         assert exact.dtype is torch.float32
-        torch.testing.assert_close(exact, whole_layer(REFERENCE)(x, layer), rtol=1e-5, atol=1e-5)
-        assert torch.equal(whole_layer(narrow, handed_on=True)(x, layer), exact.to(BF16))
+        torch.testing.assert_close(exact, fused_linear(REFERENCE)(x, layer), rtol=1e-5, atol=1e-5)
+        assert torch.equal(fused_linear(narrow, intermediate=True)(x, layer), exact.to(BF16))
 
 
 def test_other_dtypes_are_refused(wide: TritonBackend) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 from deploy_harness import DEPLOY, Exposition
-from kubernetes_harness import KUBERNETES, OVERLAYS, Document, build, load, pod_of
+from kubernetes_harness import KUBERNETES, Document, build, load, pod_of
 from kubernetes_validate.utils import all_versions
 from packaging.version import Version
 from pydantic import TypeAdapter
@@ -59,17 +59,6 @@ def test_kubernetes_takes_every_manifest(version: str) -> None:
     assert len(seen) == len(BASE) + len(BUILDS) - 1, "each overlay changes the deployment alone"
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS)
-def test_every_file_is_used(overlay: str) -> None:
-    kustomization = load(f"{overlay}/kustomization.yaml")
-    named = {*kustomization.get("resources", []), *(patch["path"] for patch in kustomization.get("patches", []))}
-    # The adapter is installed by its own chart, which reads this file.
-    assert {path.name for path in (KUBERNETES / overlay).iterdir()} - {"prometheus-adapter.yaml"} == {
-        "kustomization.yaml",
-        *(name for name in named if not name.startswith("../")),
-    }
-
-
 def test_selectors_find_the_pods() -> None:
     template = BASE["Deployment"]["spec"]["template"]
     labels = template["metadata"]["labels"]
@@ -87,18 +76,6 @@ def test_selectors_find_the_pods() -> None:
         "name": deployment["metadata"]["name"],
     }
     assert "replicas" not in deployment["spec"], "an apply would undo what the autoscaler has done"
-
-
-def test_ports_have_one_name_everywhere() -> None:
-    (port,) = server_of(BASE)["ports"]
-    # The image starts `robuq-serve --host 0.0.0.0`, without a port.
-    assert port == {"name": "http", "containerPort": Settings.model_fields["port"].default}
-    assert "ROBUQ_PORT" not in environment(BASE)
-    (service,) = BASE["Service"]["spec"]["ports"]
-    (endpoint,) = build("monitoring")["ServiceMonitor"]["spec"]["endpoints"]
-    assert service["name"] == endpoint["port"] == "http"
-    assert service["targetPort"] == "http"
-    assert BASE["NetworkPolicy"]["spec"]["ingress"] == [{"ports": [{"port": "http"}]}]
 
 
 @each_build

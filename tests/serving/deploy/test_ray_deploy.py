@@ -12,7 +12,6 @@ from deploy_harness import DEPLOY, Exposition
 
 pytest.importorskip("ray.serve")
 
-from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from server.ray_app import ClusterSettings, app
@@ -69,25 +68,6 @@ def test_variables_are_read_where_the_command_runs(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("ROBUQ_CHECKPOINT", "/elsewhere")
     assert Settings(**given).stall_timeout_s == 7.0, "a replica does not look at its own node's variables"
     assert Settings(**given).checkpoint is None
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        ({"max_replica": "3"}, "max_replica"),
-        ({"cpus": "0"}, "cpus"),
-        ({"min_replicas": "5"}, "max_replicas 4 must be at least min_replicas 5"),
-    ],
-)
-def test_what_it_does_not_take_is_named(arguments: dict[str, str], named: str) -> None:
-    with pytest.raises(ValidationError, match=named):
-        ClusterSettings.model_validate(arguments)
-
-
-def test_a_replica_takes_the_threads_that_it_reserves() -> None:
-    assert ClusterSettings(cpus=4).of_a_replica()["threads"] == 4
-    assert ClusterSettings(cpus=0.5).of_a_replica()["threads"] == 1
-    assert ClusterSettings(cpus=4, threads=2).of_a_replica()["threads"] == 2
 
 
 def test_the_deployment_is_as_the_settings_ask_for() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from email.message import Message
 
 import httpx
@@ -72,10 +71,3 @@ def test_every_file_that_is_named_exists() -> None:
     for name in FILES:
         named |= set(re.findall(r'from "\./([^"]+)"', (WEB_DIR / name).read_text()))
     assert named | pages == set(FILES)
-
-
-def test_the_files_are_part_of_the_package() -> None:
-    project = tomllib.loads((WEB_DIR.parents[1] / "pyproject.toml").read_text())
-    patterns = project["tool"]["setuptools"]["package-data"]["server"]
-    packed = {path.name for pattern in patterns for path in WEB_DIR.parent.glob(pattern)}
-    assert packed == set(FILES)

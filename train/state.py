@@ -134,11 +134,11 @@ class State(StrictModel):
             StateError: as :meth:`check` and :meth:`check_files`, no such average, or the weights do not fit the model.
         """
         self.check(settings)
-        prefix = "ema." if decay is None else further_average(decay)
-        if not any(name.startswith(prefix) for name in stored_tensors(self.folder)):
-            raise StateError(f"{self.folder}: holds no average of decay {decay:g}; choose one of the stage's "
-                             "more_ema_decays, or leave out --ema")  # fmt: skip
         self.check_files()
+        prefix = "ema." if decay is None else further_average(decay)
+        if decay is not None and not any(name.startswith(prefix) for name in stored_tensors(self.folder)):
+            raise StateError(f"{self.folder}: holds no average of decay {decay:g}; choose one of the stage's "
+                             "more_ema_decays, or omit --ema")  # fmt: skip
         try:
             table = read_all(self.folder, "model.", prefix)
             buffers = {name.removeprefix("model."): value for name, value in table.items() if name[0] == "m"}

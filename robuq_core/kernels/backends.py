@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 
 import torch
 
@@ -10,6 +11,8 @@ from robuq_core.errors import UserError
 from robuq_core.kernels.cpu import CpuBackend, NativeUnavailableError
 from robuq_core.kernels.ops import Backend
 from robuq_core.kernels.reference import ReferenceBackend
+
+logger = logging.getLogger(__name__)
 
 CHOICES = ("auto", "cpu", "triton", "reference")
 
@@ -49,7 +52,8 @@ def select_backend(name: str = "auto", threads: int | None = None, device: torch
         return ReferenceBackend(device)
     try:
         return CpuBackend(threads)
-    except NativeUnavailableError:
+    except NativeUnavailableError as error:
+        logger.warning("%s; using the reference backend, which is many times slower", error)
         return ReferenceBackend()
 
 

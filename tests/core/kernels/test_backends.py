@@ -19,11 +19,14 @@ def test_an_unknown_name_lists_the_choices() -> None:
         select_backend("cuda")
 
 
-def test_without_the_library_auto_is_the_reference_and_cpu_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_auto_is_the_reference_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     cpu.load_library.cache_clear()
     monkeypatch.setattr(cpu.importlib.util, "find_spec", lambda name: None)
     try:
         assert select_backend().name == "reference"
+        assert "not built" in caplog.text
         with pytest.raises(cpu.NativeUnavailableError, match="install a C compiler"):
             select_backend("cpu")
     finally:

@@ -168,7 +168,7 @@ def _shapes(config: TrainConfig, quant: QuantConfig | None) -> DiT:
 def _count_step(
     config: TrainConfig, stage: StageConfig, model: DiT, teacher: DiT | None, rows: int, bf16: bool, device: str
 ) -> tuple[int, int]:
-    """Bytes kept for the backward pass, and the most at any time; weights and gradients' places left out."""
+    """Bytes kept for the backward pass, and the most at any time; without weights and gradients."""
     alphas_cumprod()  # its cache must hold numbers, not shapes
     size = (rows, config.model.in_channels, config.model.input_size, config.model.input_size)
     with FakeTensorMode(allow_non_fake_inputs=True):

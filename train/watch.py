@@ -45,7 +45,7 @@ class Watch:
 
     def __call__(self, model: DiT, step: int) -> dict[str, float]:
         """Figures of ``model``, the same one in every call, by name."""
-        from train.evaluation.samples import balanced_classes, draw, plain_sampler, small_distance, write_sheet
+        from train.evaluation.samples import balanced_classes, generate, plain_sampler, small_distance, write_sheet
 
         training = model.training
         model.eval()
@@ -53,7 +53,7 @@ class Watch:
         if self._sampler is None:
             self._sampler = plain_sampler(model, self.config, self.name)
         classes = balanced_classes(_SHEET_IMAGES, self.config.model.valid_classes, _SEED)
-        samples = draw(self._sampler, classes, _SEED, self.config.sampler)
+        samples = generate(self._sampler, classes, _SEED, self.config.sampler)
         if parallel.rank() == 0:
             write_sheet(samples, self.config.run_dir / "samples" / f"{self.name}-{step:07d}.png")
         if self.stage.eval_samples:

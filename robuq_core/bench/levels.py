@@ -252,6 +252,6 @@ def image_case(bench: Bench, batch: int) -> CaseTiming:
 
 
 def _macs(config: ModelConfig, depth: int) -> int:
-    """Of one image: linears of ``depth`` blocks and their attention products; embedders and final layer left out."""
+    """Of one image: linears of ``depth`` blocks and their attention products; without embedders and final layer."""
     linears = sum(macs for name, macs in layer_macs(config.model_copy(update={"depth": depth})).items())
     return linears + depth * 2 * config.num_tokens**2 * config.hidden_size

@@ -26,7 +26,7 @@ from robuq_core.bench.timing import BASELINE, Timer, Unavailable
 Inputs = tuple[Tensor, ...]
 Call = Callable[[], Tensor]
 
-# Beyond this many times FP32 on a small layer a peer is left out; beyond the second, of all but single layers.
+# Beyond this many times FP32 on a small layer a peer is skipped; beyond the second, of all but single layers.
 HOPELESS_RATIO, SLOW_RATIO = 20.0, 3.0
 _PROBE_ROWS, _PROBE_WIDTH = 256, 512
 

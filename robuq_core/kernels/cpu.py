@@ -334,7 +334,7 @@ class CpuBackend:
     """
 
     device = torch.device("cpu")
-    rows_at_once = 512  # of DiT-XL/2, the widest activation of so many takes 9 MiB
+    rows_at_once = 512  # of DiT-XL/2, the widest activation of 512 rows takes 9 MiB
 
     def __init__(self, threads: int | None = None, isa: Isa | None = None) -> None:
         self._library = load_library()

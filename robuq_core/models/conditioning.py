@@ -30,7 +30,7 @@ TABLE_BYTES = 32 * 2**20
 BLOCK_ENTRIES = 6
 # Of a GPU's memory, at most.
 _TABLE_SHARE = 32
-# Beside the null class at every timestep: what rows under way need.
+# Beside the null class at every timestep: what rows in progress need.
 _SPARE_SLOTS = 128
 # Numbers of pairs beyond which a product of that many rows has another launch shape.
 _PAIR_BUCKETS = (1, 17, 33, 65)

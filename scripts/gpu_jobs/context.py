@@ -119,7 +119,7 @@ class Context:
         return Modulation(self.normal(images, width), self.normal(images, width), 1e-6)
 
     def copies(self, tensor: Tensor) -> list[Tensor]:
-        """So many copies that together they do not fit the L2 cache."""
+        """As many copies as exceed the L2 cache together."""
         count = 1 if self.rehearse else min(64, max(2, -(-ROTATED_BYTES // max(1, tensor.nbytes))))
         return [tensor.clone() for _ in range(count)]
 

@@ -27,7 +27,7 @@ from robuq_core.models.quant_linear import quantize_model  # noqa: E402
 from train import parallel, trainer  # noqa: E402
 from train.config import TrainConfig, load_config  # noqa: E402
 from train.data import BatchSource, ImageDataset  # noqa: E402
-from train.evaluation.samples import draw_to_disk, load_sampler  # noqa: E402
+from train.evaluation.samples import generate_to_disk, load_sampler  # noqa: E402
 from train.run import Run  # noqa: E402
 from train.state import exclusive, latest_state  # noqa: E402
 from train.trainer import Trainer, meaning_of_weights  # noqa: E402
@@ -90,7 +90,7 @@ def draw_samples(config: TrainConfig) -> Path:
     """The samples of the run's teacher that an evaluation measures; returns the file that holds them."""
     folder = config.run_dir / "samples"
     sampler, digest = load_sampler(Run(config), "teacher")
-    draw_to_disk(sampler, folder, count=14, seed=0, batch_size=4, identity=digest, settings=config.sampler)
+    generate_to_disk(sampler, folder, count=14, seed=0, batch_size=4, identity=digest, settings=config.sampler)
     return folder / "images.npy"
 
 

@@ -17,7 +17,7 @@ from robuq_core.pipeline import RowSpec, Sampler
 from train.config import ConfigError, TrainConfig
 from train.data import BatchSource
 from train.evaluation.figures import pixel_agreement
-from train.evaluation.samples import Which, draw, load_sampler
+from train.evaluation.samples import Which, generate, load_sampler
 from train.loss import own_sample
 from train.run import Run
 from train.trainer import Trainer, autocast, batch_loss
@@ -141,7 +141,7 @@ def remembering(root: Path, own_samples: float) -> TrainConfig:
 def psnr(config: TrainConfig, which: Which, steps: int) -> float:
     sampler, _ = load_sampler(Run(config), which)
     classes = list(range(CLASSES))
-    samples = draw(sampler, classes, 0, SamplerConfig(steps=steps, guidance_scale=1.0))
+    samples = generate(sampler, classes, 0, SamplerConfig(steps=steps, guidance_scale=1.0))
     found = pixel_agreement(samples, classes, Run(config).photos())["psnr"]
     assert found is not None
     return found

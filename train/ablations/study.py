@@ -63,7 +63,7 @@ class Cell:
 @dataclass(frozen=True)
 class Result:
     """``teacher_mse``: of the prediction on the held-out points; ``loss``: the diffusion loss there, ``teacher_loss``
-    the teacher's. All null if the training diverged. ``fd``: FD-EffNet of samples, null where none were drawn.
+    the teacher's. All null if the training diverged. ``fd``: FD-EffNet of samples, null where there are none.
     ``bits``: the widths that a search found."""
 
     teacher_mse: float | None

@@ -236,7 +236,7 @@ def _split_of(folder: Path, anywhere: bool) -> Split | None:
 
 
 def _is_image(path: Path) -> bool:
-    """``CLASS/NAME`` by its suffix; hidden ones are left out (macOS zips have a ``._photo.jpg`` beside every photo)."""
+    """``CLASS/NAME`` by its suffix; hidden ones are skipped (macOS zips have a ``._photo.jpg`` beside every photo)."""
     return path.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(".") for part in path.parts[-2:])
 
 

@@ -26,7 +26,7 @@ _BATCH = 64
 
 
 def sample_side(config: TrainConfig) -> int:
-    """Side in pixels of what the configured model draws."""
+    """Side in pixels of the images of the configured model."""
     return config.model.input_size if config.data.vae is None else image_size(config)
 
 

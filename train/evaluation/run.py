@@ -31,8 +31,8 @@ from train.evaluation.samples import (
     SampleSet,
     Which,
     default_model,
-    draw,
-    draw_to_disk,
+    generate,
+    generate_to_disk,
     load_sampler,
     random_classes,
     write_sheet,
@@ -62,12 +62,12 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Measure one model, add it to ``run_dir/evaluation.json`` and return its entry.
 
-    Every process of a run calls this: each draws its share of the samples, and the first one measures them.
+    Every process of a run calls this: each generates its share of the samples, and the first one measures them.
 
     Args:
         which: the model of the run; none is the last that it has made. ``checkpoint``: a packed file instead, or a
             kept state of the teacher or student.
-        classes, seed: agreement is that of one sample each of so many random classes.
+        classes, seed: agreement is over this many random classes, one sample each.
         sheet: also write a contact sheet of the first 64 of them there.
         inception: weights of Inception-v3, for FID, sFID, Inception score, precision and recall; by default
             ``evaluation.inception``.
@@ -87,7 +87,7 @@ def evaluate_run(
     spectators: list[FeatureNetwork] = []  # of the first process, which measures
 
     def load_networks() -> None:
-        # Before anything is drawn: what is missing for the figures at the end is reported at the beginning.
+        # Before anything is generated: what is missing for the figures at the end is reported at the beginning.
         if has_photos:
             spectators.append(EfficientNetLite0())
         elif agreement_only or weights is None or config.evaluation.reference is None:
@@ -153,7 +153,7 @@ def _agreement(
 ) -> dict[str, Any]:
     config = run.config
     classes = random_classes(count, config.model.valid_classes, seed)
-    samples = draw(sampler, classes, seed, settings, config.evaluation.batch_size)
+    samples = generate(sampler, classes, seed, settings, config.evaluation.batch_size)
     if sheet is not None:
         write_sheet(samples, sheet)
     fits = config.model.num_classes == IMAGENET_CLASSES
@@ -168,7 +168,7 @@ def _agreement(
 def _samples(
     config: TrainConfig, sampler: Sampler, settings: SamplerConfig, name: str, digest: str, seed: int
 ) -> SampleSet:
-    return draw_to_disk(
+    return generate_to_disk(
         sampler,
         config.run_dir / "evaluation" / "samples" / name / f"seed-{seed}",
         count=config.evaluation.samples,

@@ -1,6 +1,6 @@
 """Samples of whatever a run has made (teacher, fake-quantised student or packed file): in memory, on disk, as a sheet.
 
-On disk they are drawn batch by batch by all processes, and continued after a kill.
+On disk they are generated batch by batch by all processes, and continued after a kill.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def first_seed(seed: int) -> int:
     return int(np.random.SeedSequence(seed).generate_state(1)[0])
 
 
-def draw(
+def generate(
     sampler: Sampler,
     classes: Sequence[int],
     seed: int,
@@ -182,7 +182,7 @@ def small_distance(
     """
     classes, moments = balanced_classes(count, sampler.valid_classes, seed), RunningMoments()
     for first in range(0, count, _BATCH):
-        samples = draw(sampler, classes[first : first + _BATCH], (seed << 16) + first, settings)
+        samples = generate(sampler, classes[first : first + _BATCH], (seed << 16) + first, settings)
         if network is not None:
             moments.add(network(samples).pool)
     return math.nan if photos is None else frechet_distance(moments.result(), photos)
@@ -224,7 +224,7 @@ class SampleSet:
             np.savez(stream, self.images, self.labels)
 
 
-def draw_to_disk(
+def generate_to_disk(
     sampler: Sampler,
     folder: Path,
     *,
@@ -234,12 +234,12 @@ def draw_to_disk(
     identity: str,
     settings: SamplerConfig,
 ) -> SampleSet:
-    """``count`` samples of balanced classes in ``folder``: drawn, continued, or found there complete.
+    """``count`` samples of balanced classes in ``folder``: generated, continued, or found there complete.
 
-    Every process of a run draws its share of the batches, each sample by its own seed: how many they are changes
+    Every process of a run generates its share of the batches, each sample by its own seed: how many they are changes
     nothing, and an interrupted call may be continued by another number.
 
-    ``identity`` names the weights: samples of others, or drawn with other ``settings``, are replaced.
+    ``identity`` names the weights: samples of others, or generated with other ``settings``, are replaced.
 
     Raises:
         EvaluationError: the folder cannot be written to.
@@ -277,13 +277,13 @@ def draw_to_disk(
                 progress.update(task, advance=1)
     except OSError as error:
         raise _unwritable(folder, error) from error
-    parallel.on_first(lambda: None)  # all have drawn their share
+    parallel.on_first(lambda: None)  # all have generated their share
     return SampleSet(np.lib.format.open_memmap(path, "r"), labels)
 
 
 def _unwritable(folder: Path, error: OSError) -> EvaluationError:
     return EvaluationError(f"{folder}: samples cannot be written ({one_line(error)}); free some space and run again: "
-                           "what is drawn is kept")  # fmt: skip
+                           "what is generated is kept")  # fmt: skip
 
 
 def _prepare_folder(folder: Path, path: Path, shape: tuple[int, ...], described: dict[str, Any]) -> None:

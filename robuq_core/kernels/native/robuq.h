@@ -18,7 +18,7 @@ enum {
     MAX_BASE = 36,          /* largest base order of a Hadamard matrix, see quant/hadamard.py */
     ROTATE_ROWS = 12,       /* most rows of a rotate_quantize task */
     GROUP = 128,            /* weights of a planar group, 2 bits each ... */
-    GROUP_BYTES = 32,       /* ... in so many bytes; also the stride of the integer product */
+    GROUP_BYTES = 32,       /* ... in this many bytes; also the stride of the integer product */
     PANEL = 64,             /* output channels that are decoded and multiplied at a time */
     WHOLE_ROWS = 32,        /* of whole tiles, of every way to multiply: buffers are so long */
     QUERY_ROWS = 8,         /* queries that attention takes at a time */
@@ -51,7 +51,7 @@ struct layer {
     const int32_t *weight_counts; /* [2, channels]: how many weights are not 0, and how many are 1 */
     const float *base_matrix;   /* +-1, [base, base]; block = base * 2^k */
     int64_t width, channels, rank, base;
-    int64_t block;              /* each run of so many inputs is rotated by itself; 1: none is */
+    int64_t block;              /* each run of this many inputs is rotated by itself; 1: none is */
     int64_t max_code;           /* largest magnitude of a code of its input */
     float step_factor;          /* quantiser step = step_factor * mean|x| */
     int32_t midrise;            /* the grid: codes 2 floor + 1, or rounded ones */
@@ -130,9 +130,9 @@ struct ternary_way {
     int most_groups;            /* of a slice of the width */
     int kept_panels;            /* most of a task, where their sums wait for the last slice */
     int block_rows;             /* most rows of a task */
-    int decode_rows;            /* decoding a panel costs about as much as multiplying so many rows, */
-    int operand_panels;         /* and laying out a row's operands as multiplying it with so many panels */
-    int least_rows, most_code;  /* it serves from so many rows on, and for codes up to this magnitude */
+    int decode_rows;            /* decoding a panel costs about as much as multiplying this many rows, */
+    int operand_panels;         /* and laying out a row's operands as multiplying it with this many panels */
+    int least_rows, most_code;  /* it serves from this many rows on, and for codes up to this magnitude */
     int sums_bits;              /* 16: 65535 / (2 codes) table entries are all that a slice may sum; 0: no limit */
 };
 

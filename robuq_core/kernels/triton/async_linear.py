@@ -1,7 +1,7 @@
 """The ternary product for many rows on compute capability 9.0, in Gluon: the tensor cores never wait for digits.
 
 The same numbers as :mod:`robuq_core.kernels.triton.ternary_linear`, to the bit. Triton waits for each int8 product
-before it continues; here the product of a group of 128 is under way while the next group's digits are unpacked into
+before it continues; here the product of a group of 128 runs while the next group's digits are unpacked into
 registers and later groups arrive in a ring in shared memory. Tiles have up to 256 outputs, since a row of codes is read
 from the L2 cache once per tile and takes four times the bytes of a row of digits.
 """

@@ -18,7 +18,7 @@ from robuq_core.pipeline import Sampler
 from train.cli import app
 from train.config import TrainConfig, load_config
 from train.evaluation import run as module
-from train.evaluation.samples import draw, load_sampler
+from train.evaluation.samples import generate, load_sampler
 from train.run import Run
 from train.stages import export
 
@@ -192,13 +192,13 @@ def test_a_grey_model_is_compared_with_images_that_it_was_not_trained_on(tmp_pat
 
 def test_samples_of_the_teacher_depend_on_their_seed_alone(trained: tuple[Path, TrainConfig]) -> None:
     sampler, _ = load_sampler(Run(trained[1]), "teacher")
-    samples = draw(sampler, [0, 1, 2, 3], seed=4)
+    samples = generate(sampler, [0, 1, 2, 3], seed=4)
     assert samples.shape == (4, 3, 8, 8)
     assert samples.min() >= -1
     assert samples.max() <= 1
     # Not bit for bit: the plain network's matrix products round by the size of the batch.
-    assert float((draw(sampler, [2], seed=6)[0] - samples[2]).abs().max()) <= 2 / 127.5
-    assert float((draw(sampler, [2], seed=7)[0] - samples[2]).abs().max()) > 2 / 127.5
+    assert float((generate(sampler, [2], seed=6)[0] - samples[2]).abs().max()) <= 2 / 127.5
+    assert float((generate(sampler, [2], seed=7)[0] - samples[2]).abs().max()) > 2 / 127.5
 
 
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:

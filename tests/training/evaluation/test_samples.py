@@ -22,9 +22,9 @@ from train.evaluation.samples import (
     as_unit,
     balanced_classes,
     contact_sheet,
-    draw,
-    draw_to_disk,
     first_seed,
+    generate,
+    generate_to_disk,
     random_classes,
     write_sheet,
 )
@@ -68,14 +68,14 @@ def sampler(tmp_path_factory: pytest.TempPathFactory) -> Sampler:
 
 def fill(sampler: Any, folder: Path, **changes: Any) -> SampleSet:
     settings = {"count": 10, "seed": 1, "batch_size": 4, "identity": "a", "settings": STEPS}
-    return draw_to_disk(sampler, folder, **{**settings, **changes})
+    return generate_to_disk(sampler, folder, **{**settings, **changes})
 
 
 def test_samples_on_disk_are_those_of_their_seeds(sampler: Sampler, tmp_path: Path) -> None:
     samples = fill(sampler, tmp_path / "new" / "set")
     assert samples.images.shape == (10, 16, 16, 3)
     assert samples.images.dtype == np.uint8
-    alone = draw(sampler, [int(samples.labels[7])], first_seed(1) + 7, STEPS)
+    alone = generate(sampler, [int(samples.labels[7])], first_seed(1) + 7, STEPS)
     assert torch.equal(samples.batch(7, 1), alone)
     torch.testing.assert_close(as_unit(samples.images), samples.batch(0, 10))
 

@@ -28,7 +28,7 @@ from robuq_core.quant import ternary
 from train import trainer
 from train.config import StageConfig, TrainConfig, load_config
 from train.data import BatchSource
-from train.evaluation.samples import draw, load_sampler
+from train.evaluation.samples import generate, load_sampler
 from train.run import Run
 from train.state import EMA, State, StateError, find_state, read_state
 from train.trainer import Trainer, TrainingError, learning_rate
@@ -241,7 +241,7 @@ def test_states_are_kept_by_step(tmp_path: Path) -> None:
     assert state_of(kept).step == 6
     sampler, _ = load_sampler(Run(kept), "teacher", states / "step-0000004")
     expected, _ = load_sampler(Run(short), "teacher")
-    assert torch.equal(draw(sampler, [0, 1], 0), draw(expected, [0, 1], 0))
+    assert torch.equal(generate(sampler, [0, 1], 0), generate(expected, [0, 1], 0))
 
 
 @pytest.mark.parametrize(

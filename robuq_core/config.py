@@ -37,6 +37,11 @@ def image_seed(seed: int, index: int) -> int:
     return (seed + index) % (MAX_SEED + 1)
 
 
+def rows_of(guidance_scale: float) -> int:
+    """Most rows of the model that an image takes in a step: with guidance one more, without a class."""
+    return 1 if guidance_scale == 1 else 2
+
+
 def samplers_of(prediction_type: PredictionType) -> tuple[SamplerName, ...]:
     """The samplers for a network of this prediction type."""
     return FLOW_SAMPLERS if prediction_type == "flow" else DIFFUSION_SAMPLERS

@@ -41,7 +41,8 @@ def read_into(folder: Path, tensors: dict[str, Tensor]) -> None:
         ValueError: a name is missing, a shape differs, or a file is damaged.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):  # "torch.distributed is disabled", as no_dist asks for
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as no_dist asks for
             load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from robuq_core.cli_support import reported
+from robuq_core.config import rows_of
 from robuq_core.errors import UserError
 from server.settings import TARGET_UTILISATION, load_settings
 
@@ -46,7 +47,7 @@ def measure_rows_per_s(
     from robuq_core.images import encode_image
     from robuq_core.params import RowSpec
 
-    rows = 1 if guidance_scale == 1 else 2
+    rows = rows_of(guidance_scale)
     images, seeds = max(1, max_batch_rows // rows), itertools.count()
     batch: list[Any] = []
 
@@ -102,7 +103,7 @@ def capacity(
     defaults = read_header(path).sampler
     steps = steps or defaults.steps
     guidance = defaults.guidance_scale if guidance_scale is None else guidance_scale
-    rows = 1 if guidance == 1 else 2
+    rows = rows_of(guidance)
     how, memory = "given", {}
     if images_per_second is None:
         sampler = Sampler.from_checkpoint(

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from robuq_core.config import PredictionType, SamplerConfig
+from robuq_core.config import PredictionType, SamplerConfig, rows_of
 from robuq_core.images import ImageFormat
 from robuq_core.params import RowSpec
 
@@ -179,8 +179,7 @@ class Request:
     fleet: Any = None  # the workers that it is for
 
     def __post_init__(self) -> None:
-        # Most rows of the model that an image takes in a step: with guidance one more, without a class.
-        self.rows_per_image = 1 if all(spec.guidance_scale == 1 for spec in self.specs) else 2
+        self.rows_per_image = max((rows_of(spec.guidance_scale) for spec in self.specs), default=1)
         self.image_cost = self.rows_per_image * max((spec.steps for spec in self.specs), default=1)
         self._waiting = 0
         self._buffers: tuple[EventBuffer, ...] = ()

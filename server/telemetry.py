@@ -114,7 +114,8 @@ class Telemetry:
         request.future.add_done_callback(lambda outcome: self._ended(span, began, outcome))
 
     def _ended(self, span: Any, began: int, outcome: asyncio.Future[Any]) -> None:
-        if (error := outcome.exception()) is not None:
+        error: BaseException | None = asyncio.CancelledError() if outcome.cancelled() else outcome.exception()
+        if error is not None:
             span.set_attribute("error.type", type(error).__name__)
             span.set_status(self._trace.Status(self._trace.StatusCode.ERROR, str(error)))
             span.end()

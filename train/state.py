@@ -136,11 +136,11 @@ class State(StrictModel):
         self.check(settings)
         self.check_files()
         prefix = "ema." if decay is None else further_average(decay)
-        if decay is not None and not any(name.startswith(prefix) for name in stored_tensors(self.folder)):
-            raise StateError(f"{self.folder}: holds no average of decay {decay:g}; choose one of the stage's "
-                             "more_ema_decays, or omit --ema")  # fmt: skip
         try:
             table = read_all(self.folder, "model.", prefix)
+            if decay is not None and not any(name.startswith(prefix) for name in table):
+                raise StateError(f"{self.folder}: holds no average of decay {decay:g}; choose one of the stage's "
+                                 "more_ema_decays, or omit --ema")  # fmt: skip
             buffers = {name.removeprefix("model."): value for name, value in table.items() if name[0] == "m"}
             average = {name.removeprefix(prefix): value for name, value in table.items() if name[0] == "e"}
             # Nothing is stored of parameters without elements, such as a low-rank branch of rank 0.

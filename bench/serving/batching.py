@@ -22,7 +22,7 @@ from bench.serving.client import Load, closed_loop, run
 from bench.serving.figures import Figure, Scale, require
 from bench.serving.servers import MAX_ROWS, Server, bench_settings, checkpoint, running
 from loadtest.workload import Workload, gauges
-from robuq_core.config import samplers_of
+from robuq_core.config import rows_of, samplers_of
 from robuq_core.images import encode_image
 from robuq_core.params import RowSpec
 from robuq_core.pipeline import Sampler
@@ -40,7 +40,7 @@ def _default_specs(sampler: Sampler, images: int, steps: int | None = None) -> l
 
 
 def _full_batch(sampler: Sampler) -> int:
-    return MAX_ROWS // (1 if sampler.defaults.guidance_scale == 1 else 2)
+    return MAX_ROWS // rows_of(sampler.defaults.guidance_scale)
 
 
 def _raw_images(sampler: Sampler, images: int) -> tuple[float, list[bytes]]:

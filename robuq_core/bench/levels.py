@@ -13,7 +13,7 @@ from robuq_core.bench.report import Absent, CaseTiming
 from robuq_core.bench.source import Source, plain_network
 from robuq_core.bench.timing import BASELINE, Side, Timer, Unavailable, time_sides
 from robuq_core.checkpoint import layer_macs
-from robuq_core.config import NUM_TRAIN_TIMESTEPS, ModelConfig
+from robuq_core.config import NUM_TRAIN_TIMESTEPS, ModelConfig, rows_of
 from robuq_core.kernels.backends import select_backend
 from robuq_core.kernels.ops import Backend, Modulation, Prologue, TernaryLayer, fused_linear
 from robuq_core.models.dit import DiT
@@ -239,7 +239,7 @@ def image_case(bench: Bench, batch: int) -> CaseTiming:
         ),
         Side(BASELINE, lambda: draw(plain, every), lambda: draw(plain, checked), 1e-3, images=checked),
     ]
-    forwards = defaults.steps * (1 if defaults.guidance_scale == 1 else 2)
+    forwards = defaults.steps * rows_of(defaults.guidance_scale)
     timings, absent = time_sides(sides, bench.timer)
     return CaseTiming(
         level="image",

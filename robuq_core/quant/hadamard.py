@@ -121,13 +121,9 @@ class Rotation(nn.Module):
             x = x if x.dtype == torch.float64 else x.float()
             return _times_kronecker(x * self.signs.to(x.dtype), self.left, self.right)
 
-    def inverse(self, x: Tensor) -> Tensor:
-        """Undo :meth:`forward`."""
-        return undo_rotation(x, self.signs, self.left, self.right)
-
 
 def undo_rotation(x: Tensor, signs: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """:meth:`Rotation.inverse` of the rotation with these buffers."""
+    """The inverse of the :class:`Rotation` with these buffers."""
     with torch.autocast(x.device.type, enabled=False):
         x = x if x.dtype == torch.float64 else x.float()
         return _times_kronecker(x, left.T, right.T) * signs.to(x.dtype)

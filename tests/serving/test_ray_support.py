@@ -41,13 +41,13 @@ class Gauge:
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, Gauge]:
+def found(monkeypatch: pytest.MonkeyPatch) -> dict[str, Gauge]:
     monkeypatch.setattr(Gauge, "made", {})
     monkeypatch.setattr(ray_support, "Gauge", Gauge)
     return Gauge.made
 
 
-def test_every_sample_is_told_as_it_is(told: dict[str, Gauge]) -> None:
+def test_every_sample_is_told_as_it_is(found: dict[str, Gauge]) -> None:
     metrics = Metrics(max_batch_rows=4)
     metrics.watch("requests_running", lambda: 2)
     metrics.watch("requests_waiting", lambda: 3)
@@ -65,7 +65,7 @@ def test_every_sample_is_told_as_it_is(told: dict[str, Gauge]) -> None:
     }
     seen = {
         (name, labels): value
-        for name, gauge in told.items()
+        for name, gauge in found.items()
         for labels, value in gauge.values.items()
         if "resident" not in name
     }
@@ -74,7 +74,7 @@ def test_every_sample_is_told_as_it_is(told: dict[str, Gauge]) -> None:
     assert seen["robuq_batch_rows_bucket", (("le", "4.0"),)] == 1
 
 
-def test_a_series_that_is_no_more_becomes_zero(told: dict[str, Gauge]) -> None:
+def test_a_series_that_is_no_more_becomes_zero(found: dict[str, Gauge]) -> None:
     metrics = Metrics(max_batch_rows=4)
     bridge = RayMetrics(metrics.registry)
     model = ModelInfo(name="", path=Path(), class_names=(), num_classes=0, valid_classes=1, prediction_type="epsilon",
@@ -84,17 +84,17 @@ def test_a_series_that_is_no_more_becomes_zero(told: dict[str, Gauge]) -> None:
     for checkpoint in ("old", "new"):
         metrics.describe_model(dataclasses.replace(model, name=checkpoint))
         bridge.publish()
-    by_checkpoint = {dict(labels)["checkpoint"]: value for labels, value in told["robuq_info"].values.items()}
+    by_checkpoint = {dict(labels)["checkpoint"]: value for labels, value in found["robuq_info"].values.items()}
     assert by_checkpoint == {"old": 0, "new": 1}
 
 
 def wanted(images: list[float], requests: list[float], queued: float, target: float = 8.0) -> float:
-    told = {
+    found = {
         IMAGES: {f"replica {i}": value for i, value in enumerate(images)},
         REQUESTS: {f"replica {i}": value for i, value in enumerate(requests)},
     }
     context = SimpleNamespace(
-        aggregated_metrics=told, total_queued_requests=queued, config=SimpleNamespace(target_ongoing_requests=target)
+        aggregated_metrics=found, total_queued_requests=queued, config=SimpleNamespace(target_ongoing_requests=target)
     )
     replicas, state = scale_on_images(context)
     assert state == {}

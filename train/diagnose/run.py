@@ -141,7 +141,7 @@ def diagnose_run(run: Run, which: Which | None = None, checkpoint: Path | None =
     """Run one model and look at what its layers are given.
 
     The inputs are the fixed set of ``sensitivity``: noised photos at all timesteps. Where ``data.path`` does not exist,
-    they are the states that the model meets as it generates images of its own.
+    they are the states of images that the model generates.
 
     Args:
         which: the model of the run; none is the last that it has made. ``checkpoint``: a packed file instead.

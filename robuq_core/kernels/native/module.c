@@ -337,7 +337,7 @@ EXPORT int robuq_embed(const struct backend *backend, const struct ends *ends, c
     return failed;
 }
 
-/* What comes in front of a full-precision layer, then the layer; `work`: after_bytes(). */
+/* A prologue and a full-precision layer; `work`: after_bytes(). */
 static int64_t after_bytes(const struct dense *of, int64_t rows) {
     return rows * round_up(of->width, FLOAT_LANES) * (int64_t)sizeof(float);
 }

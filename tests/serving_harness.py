@@ -201,7 +201,7 @@ class Engine:
         return Job(self.call(submitted), future)
 
     def cancel(self, job: Job, reason: CancelReason = "cancelled") -> None:
-        self.call(self.pool.cancel, job.request, reason)
+        self.call(job.request.cancel, reason)
 
     def swap(self, name: str, samplers: Sequence[Any] = ()) -> None:
         """Serve ``samplers`` under the path ``name``."""

@@ -34,22 +34,6 @@ class SmallCard(WatchedSampler):
         super().step(rows)
 
 
-def test_an_image_with_guidance_takes_two_rows() -> None:
-    sampler = WatchedSampler()
-    seen: list[int] = []
-    with running_engine(sampler, max_batch_rows=8, max_queue_images=64) as engine:
-        sampler.on_step = lambda rows: seen.append(model_rows(rows))
-        sampler.hold()
-        plug = engine.submit([spec(steps=1)], "png")
-        assert sampler.entered.acquire(timeout=WAIT_S)
-        jobs = [engine.submit([spec(seed=s, guidance_scale=1.0 if s % 3 else 2.0)], "png") for s in range(30)]
-        sampler.release()
-        assert all(outcome(job) is None for job in (plug, *jobs))
-        assert max(seen) == 8
-        assert min(seen[1:10]) >= 7  # full but for the one row that an image with guidance does not fit into
-        assert sample(engine, "robuq_batch_rows_sum") == sum(seen)
-
-
 def test_when_memory_runs_out_every_request_completes_and_the_budget_comes_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -22,21 +22,14 @@ TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
 ON = {"otel_endpoint": "http://localhost:4318"}
 
 
-@pytest.mark.parametrize(
-    ("header", "trace"),
-    [
-        *((TRACEPARENT, TRACE), (f" {TRACEPARENT} ", TRACE), (f"cc-{TRACE}-{PARENT}-01-what-comes-later", TRACE)),
-        *(
-            ("", ""),
-            (f"00-{TRACE}-{PARENT}", ""),
-            (f"00-{TRACE}-{PARENT}-01-more", ""),
-            (f"ff-{TRACE}-{PARENT}-01", ""),
-        ),
-        *((f"00-{'0' * 32}-{PARENT}-01", ""), (f"00-{TRACE}-{'0' * 16}-01", ""), (TRACEPARENT.upper(), "")),
-    ],
-)
-def test_what_is_a_traceparent(header: str, trace: str) -> None:
-    assert trace_id_of(header) == trace
+def test_what_is_a_traceparent() -> None:
+    for header in (TRACEPARENT, f" {TRACEPARENT} ", f"cc-{TRACE}-{PARENT}-01-what-comes-later"):
+        assert trace_id_of(header) == TRACE
+    for header in (
+        *("", f"00-{TRACE}-{PARENT}", f"00-{TRACE}-{PARENT}-01-more", f"ff-{TRACE}-{PARENT}-01"),
+        *(f"00-{'0' * 32}-{PARENT}-01", f"00-{TRACE}-{'0' * 16}-01", TRACEPARENT.upper()),
+    ):
+        assert trace_id_of(header) == "", header
 
 
 def test_logs_carry_the_trace(client: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:

@@ -6,16 +6,14 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import httpx
-import pytest
 from serving_harness import WAIT_S, WatchedSampler, live_server, sample, spec, until
 from test_live_server import raw_request
 
 import robuq_core
-from server.fake import FakeRow, FakeSampler
+from server.fake import FakeSampler
 from server.logs import JsonFormatter, current_request_id
 
 # What dashboards are built on.
@@ -147,23 +145,6 @@ def test_ready_follows_the_pool() -> None:
         assert "\nrobuq_ready 0.0\n" in client.get("/metrics").text
         assert client.get("/health").status_code == 200
         assert client.post("/generate", json={"class_id": 1}).json()["error"]["code"] == "draining"
-
-
-def test_health_asks_for_a_restart_when_workers_keep_dying(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.fleet.FIRST_PAUSE_S", 0.0)
-    sampler = WatchedSampler()
-    with live_server(sampler) as (client, engine):
-
-        def die(rows: Sequence[FakeRow]) -> None:
-            if rows[0].spec.steps == 7:  # more than those of a warm-up
-                raise SystemExit
-
-        sampler.on_step = die
-        while engine.status != "failed":
-            # Each request takes two workers along; four deaths within a minute are too many.
-            assert client.post("/generate", json={"class_id": 1, "steps": 7}).status_code in (500, 503)
-        until(lambda: sample(engine, "robuq_worker_deaths_total", reason="exited") == 4)
-        assert client.get("/health").status_code == client.get("/ready").status_code == 503
 
 
 def line(message: str, *arguments: object, exc_info: Any = None, **extra: object) -> dict[str, Any]:

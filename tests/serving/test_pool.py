@@ -30,19 +30,6 @@ def test_rows_of_different_requests_and_timesteps_share_forwards() -> None:
     assert sampler.batches == [[(1, 0)], [(1, 1), (2, 0), (3, 0)], [(1, 2), (2, 1), (3, 1)], [(1, 3)]]
 
 
-def test_images_are_in_order_and_timings_add_up() -> None:
-    sampler = WatchedSampler(step_s=0.002)
-    specs = [spec(seed=seed, steps=1 + (5 - seed) % 5) for seed in range(10)]
-    with running_engine(sampler) as engine:
-        result = engine.submit(specs, "png").future.result(WAIT_S)
-        assert engine.idle
-    expected = [encode_image(sampler.decode(FakeRow(s)), "png") for s in specs]
-    assert list(result.images) == expected
-    timings = result.timings
-    assert min(timings.queue_s, timings.inference_s, timings.decode_s) >= 0
-    assert timings.queue_s + timings.inference_s + timings.decode_s == pytest.approx(timings.total_s)
-
-
 def test_rows_that_moved_before_the_fault_are_not_stepped_twice() -> None:
     sampler = WatchedSampler()
     faults = iter([True])
@@ -74,33 +61,6 @@ def test_a_slow_decoder_holds_admission_back() -> None:
         assert engine.load().images_waiting >= 14
         gate.set()
         assert all(outcome(job) is None for job in jobs)
-
-
-def test_drain_ends_what_is_in_flight_and_takes_no_more() -> None:
-    sampler = WatchedSampler()
-    with running_engine(sampler) as engine:
-        sampler.hold()
-        job = engine.submit([spec()], "png")
-        engine.begin_drain()
-        assert engine.status == "draining"
-        with pytest.raises(NotReady, match="draining"):
-            engine.submit([spec()], "png")
-        assert not engine.idle
-        sampler.release()
-        assert outcome(job) is None
-        until(lambda: engine.idle)
-    assert engine.status == "stopped"
-
-
-def test_stop_answers_what_still_waits_though_a_step_is_under_way() -> None:
-    sampler = WatchedSampler()
-    with running_engine(sampler) as engine:
-        sampler.hold()
-        jobs = [engine.submit([spec(steps=1000)] * 4, "png") for _ in range(3)]
-        assert sampler.entered.acquire(timeout=WAIT_S)
-        engine.run(engine.pool.stop())
-        assert all(isinstance(outcome(job), NotReady) for job in jobs)
-        assert engine.status == "stopped"
 
 
 def test_a_worker_that_dies_is_replaced_and_its_images_are_tried_once_more() -> None:

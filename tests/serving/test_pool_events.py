@@ -87,24 +87,3 @@ def test_slow_previews_are_left_out_and_hold_no_step_up() -> None:
         assert len([e for e in events if not e.preview]) == 50
         gate.set()
         until(lambda: previews_are_sent(engine))
-
-
-def test_previews_of_an_image_come_in_order() -> None:
-    sampler = WatchedSampler(step_s=0.001)
-    events: list[Event] = []
-
-    def shown() -> list[int]:
-        return [e.steps_done for e in list(events) if e.preview]
-
-    with running_engine(sampler, decode_threads=4) as engine:
-        sampler.hold()
-        jobs = [
-            engine.submit([spec(seed=s, steps=40)], "png", preview_every=1, on_event=events.append if s == 0 else None)
-            for s in range(4)
-        ]
-        sampler.permit()
-        until(lambda: shown() == [1])
-        sampler.release()
-        assert all(outcome(job) is None for job in jobs)
-        until(lambda: previews_are_sent(engine))
-    assert shown() == sorted(set(shown()))

@@ -74,32 +74,6 @@ def test_a_worker_that_hangs_leaves_the_rest_ready_and_its_images_go_there() -> 
         until(lambda: [replica.alive for replica in engine.load().replicas] == [True, True])
 
 
-def test_a_dead_worker_costs_no_request_and_comes_back() -> None:
-    deadly, healthy = WatchedSampler(), WatchedSampler()
-
-    def die(rows: Sequence[FakeRow]) -> None:
-        deadly.on_step = None
-        raise KeyboardInterrupt
-
-    with running_engine(deadly, healthy) as engine:
-        hold([deadly, healthy])
-        jobs = [engine.submit([spec(seed=s)], "png") for s in range(2)]
-        wait_for_a_step([deadly, healthy])
-        deadly.on_step = die
-        deadly.release()
-        healthy.release()
-        assert [outcome(job) for job in jobs] == [None, None]
-
-        def both_work() -> bool:
-            deadly.batches.clear()
-            assert outcome(engine.submit([spec(seed=s, steps=20) for s in range(8)], "png")) is None
-            return any(len(batch) > 1 for batch in deadly.batches)
-
-        until(both_work)
-        assert sample(engine, "robuq_requests_total", finished_reason="error") == 0
-        until(lambda: sample(engine, "robuq_worker_deaths_total", reason="exited") == 1)
-
-
 def test_the_wait_that_is_reported_shrinks_with_the_number_of_replicas() -> None:
     def reported(replicas: int) -> float:
         samplers = [WatchedSampler() for _ in range(replicas)]

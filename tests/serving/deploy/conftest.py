@@ -37,7 +37,7 @@ def exposition(tmp_path_factory: pytest.TempPathFactory) -> Exposition:
         assert sampler.entered.acquire(timeout=WAIT_S)
         fleet = engine.pool._fleet
         assert fleet is not None
-        engine.call(lambda: engine.pool.cancel(next(iter(fleet.requests)), "timeout"))
+        engine.call(lambda: next(iter(fleet.requests)).cancel("timeout"))
         assert late.result() == 504
         running = engine.submit([spec()], "png")
         engine.cancel(running)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from server.fleet import EXIT_S, Fleet
 from server.launch import Handle, Launch, Prepared, ProcessHandle
-from server.metrics import Metrics, WorkerMemory
+from server.metrics import Metrics
 from server.request import Cancelled, ModelInfo, NotReady, Request
 from server.settings import Settings
 
@@ -82,12 +82,7 @@ class Pool:
         self._tasks: set[asyncio.Task[None]] = set()
         metrics.watch("requests_running", lambda: self.load().requests_running)
         metrics.watch("requests_waiting", lambda: self.load().requests_waiting)
-        metrics.watch_workers(
-            lambda: [
-                WorkerMemory(worker.number, worker.handle.pid, worker.gpu_memory)
-                for worker in (self._fleet.serving if self._fleet else ())
-            ]
-        )
+        metrics.watch_workers(lambda: self._fleet.serving if self._fleet else [])
 
     @property
     def status(self) -> Status:

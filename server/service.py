@@ -240,11 +240,11 @@ class Parts(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        for part in self._parts:
+        *parts, last = self._parts
+        for part in parts:
             await send({"type": "http.response.body", "body": part, "more_body": True})
-            if len(self._parts) > 1:
-                await asyncio.sleep(0)
-        await send({"type": "http.response.body", "body": b""})
+            await asyncio.sleep(0)
+        await send({"type": "http.response.body", "body": last})
 
 
 def json_parts(name: str, texts: Sequence[bytes], fields: Mapping[str, Any]) -> list[bytes]:

@@ -65,9 +65,7 @@ def client(cluster: LocalCluster) -> Iterator[httpx.Client]:
         yield client
 
 
-@pytest.mark.parametrize(
-    "path", ["/", "/health", "/ready", "/info", "/queue", "/metrics", "/openapi.json"]
-)
+@pytest.mark.parametrize("path", ["/", "/health", "/ready", "/info", "/queue", "/metrics", "/openapi.json"])
 def test_the_routes_are_those_of_the_server(client: httpx.Client, alone: TestClient, path: str) -> None:
     answer, expected = client.get(path), alone.get(path)
     assert answer.status_code == expected.status_code == 200

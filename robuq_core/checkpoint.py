@@ -7,6 +7,8 @@ writing and reading one format belong together.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -33,10 +35,9 @@ from robuq_core.config import (
     StrictModel,
     check_fit,
 )
-from robuq_core.cpus import available_cpus
+from robuq_core.threads import available_cpus
 from robuq_core.errors import UserError
 from robuq_core.files import replacing
-from robuq_core.freed_memory import give_freed_memory_back
 from robuq_core.kernels.ops import TernaryLayer
 from robuq_core.kernels.pack_layer import layer_of_planes, pack_layer
 from robuq_core.kernels.unpack import planar_from_base3
@@ -292,6 +293,12 @@ def _unpack_signs(packed: Tensor, width: int) -> Tensor:
 def _entry(tensor: Tensor) -> TensorEntry:
     sha256 = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
     return TensorEntry(dtype=str(tensor.dtype), shape=tuple(tensor.shape), sha256=sha256)
+
+
+def give_freed_memory_back() -> None:
+    """``malloc_trim``: pages of freed tensors between live ones, gigabytes after the layers of a large network."""
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # a C library other than glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:

@@ -85,33 +85,6 @@ def sample(
         typer.echo(f"{len(images)} images: {seconds}", err=True)
 
 
-@app.command()
-@reported
-@takes_params(ImageParams, "class_id", "class_name", "num_images")
-def compare(
-    images: Annotated[int, typer.Option(min=1, help="Number of images; image i has class i and seed i.")] = 16,
-    checkpoint: CheckpointOption = None,
-    decoder: DecoderOption = None,
-    backend: BackendOption = "auto",
-    threads: ThreadsOption = None,
-    device: DeviceOption = None,
-    *,
-    params: ImageParams,
-) -> None:
-    """Print what --guidance-interval or --cache-interval saves, and the PSNR against the same images without it."""
-    from robuq_core.compare import compare_short_cuts
-    from robuq_core.pipeline import Sampler
-
-    loaded = Sampler.from_checkpoint(checkpoint, decoder=decoder, backend=backend, threads=threads, device=device)
-    classes = [i % loaded.valid_classes for i in range(images)]
-    result = compare_short_cuts(loaded, classes, **params.given)
-    typer.echo(
-        f"{result.images} images: {result.rows} of {result.rows_full} rows through the blocks, "
-        f"{result.seconds:.2f} of {result.seconds_full:.2f} s, PSNR {result.psnr_db:.1f} dB; "
-        f"the same work in {result.fewer_steps} plain steps: {result.fewer_steps_psnr_db:.1f} dB"
-    )
-
-
 @app.command("inspect")
 @reported
 def inspect_command(

@@ -21,6 +21,7 @@ from robuq_core.checkpoint import (
     Header,
     decoder_kind,
     dense_shapes,
+    give_freed_memory_back,
     layer_shapes,
     write_packed,
 )
@@ -32,7 +33,6 @@ from robuq_core.config import (
     SamplerConfig,
     fitting_defaults,
 )
-from robuq_core.freed_memory import give_freed_memory_back
 from robuq_core.kernels.backends import select_backend
 from robuq_core.kernels.ops import Backend, TernaryLayer
 from robuq_core.kernels.pack_layer import pack_layer

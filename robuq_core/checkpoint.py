@@ -35,7 +35,6 @@ from robuq_core.config import (
     StrictModel,
     check_fit,
 )
-from robuq_core.threads import available_cpus
 from robuq_core.errors import UserError
 from robuq_core.files import replacing
 from robuq_core.kernels.ops import TernaryLayer
@@ -46,6 +45,7 @@ from robuq_core.models.quant_linear import QuantLinear, is_adaln, layer_bits, la
 from robuq_core.quant.bits import average_bits
 from robuq_core.quant.packing import base3_size, pack_base3, unpack_planar
 from robuq_core.safetensors_file import MalformedFileError, SafetensorsFile, parse_header
+from robuq_core.threads import available_cpus
 
 # 2: several weight planes, and more quantiser options. 3: 8-bit attention codes are those of exp(l - max).
 FORMAT_VERSION = 3

@@ -30,11 +30,11 @@ from robuq_core.images import image_settings
 from robuq_core.kernels.backends import select_backend
 from robuq_core.kernels.ops import Backend
 from robuq_core.models.packed_dit import PackedDiT
-from robuq_core.threads import on_one_thread
 from robuq_core.params import ALL_TIMESTEPS, ImageParams, RowSpec, check_spec, read_params
 from robuq_core.rows import Batch, Row, together
 from robuq_core.staging import taken
 from robuq_core.step_cache import cached_forward
+from robuq_core.threads import on_one_thread
 
 _NO_DECODER = (
     "a latent model without a decoder: give decoder (--decoder, ROBUQ_DECODER), a diffusers folder of the autoencoder "

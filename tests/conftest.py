@@ -28,7 +28,6 @@ NEEDS = {
     "core/models/test_adapters_diffusers.py": "diffusers",
     "core/test_decode.py": "diffusers",
     "core/test_diffusers_pipeline.py": "diffusers",
-    "core/test_diffusers_schedulers.py": "diffusers",
     "core/test_hub.py": "huggingface_hub",
     "core/test_hub_online.py": "huggingface_hub",
     "core/test_model_card.py": "huggingface_hub",

@@ -1,4 +1,4 @@
-"""Threads by default follow the affinity mask and the CPU quota of a control group; torch makes way for native kernels."""
+"""Threads follow the affinity mask and the CPU quota of a control group; torch makes way for native kernels."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ def inspect_command(
         rows = [(part, f"{cost.full / unit:.4f}", f"{cost.quantised / unit:.4f}") for part, cost in parts.items()]
         show(title, Table(("Part", "FP32", "Quantised"), rows))
         console.print(f"{ratio(parts):.1f} times less, counted as in the paper (docs/method.md)")
-    short = json.dumps(short_provenance(header), default=str)
+    short = json.dumps(short_provenance(header.provenance), default=str)
     console.print(f"[bold]provenance[/bold] (--json prints all of it): {short}")
 
 

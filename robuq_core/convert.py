@@ -20,9 +20,7 @@ from robuq_core.checkpoint import (
     Description,
     Header,
     decoder_kind,
-    dense_shapes,
     give_freed_memory_back,
-    layer_shapes,
     write_packed,
 )
 from robuq_core.config import (
@@ -41,6 +39,7 @@ from robuq_core.models.adapters_files import WeightsError
 from robuq_core.models.adapters_official import Hints
 from robuq_core.models.packed_dit import PackedDiT
 from robuq_core.models.quant_linear import LinearQuantizer, check_bits
+from robuq_core.models.shapes import dense_shapes, layer_shapes
 
 METHOD = "post-training quantisation, not trained"
 OFFICIAL_SUFFIXES = (".pt", ".pth")

@@ -145,7 +145,7 @@ was installed with its extra `hub`.
 
 
 def _provenance(header: Header, licence: str) -> str:
-    tree = json.dumps(short_provenance(header), indent=2, default=str)
+    tree = json.dumps(short_provenance(header.provenance), indent=2, default=str)
     return f"""## Provenance
 
 How the checkpoint was made, as recorded in it; complete in `config.json` and `robuq inspect --json`.

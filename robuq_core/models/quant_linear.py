@@ -144,6 +144,11 @@ def layer_bits(name: str, config: QuantConfig) -> int:
     return config.bits.get(name, config.adaln_bits if is_adaln(name) else config.activation_bits)
 
 
+def layer_rank(name: str, config: QuantConfig) -> int:
+    """Rank of a layer's low-rank branch."""
+    return config.adaln_rank if is_adaln(name) else config.rank
+
+
 def layer_rotation_block(name: str, config: QuantConfig) -> int | None:
     """Width of the blocks in which a layer's input is rotated: ``None``: the whole, 1: no rotation."""
     rotated = config.rotation == "all" or (config.rotation == "proj_fc2" and name.endswith((".proj", ".fc2")))
@@ -173,7 +178,7 @@ class LinearQuantizer:
             bits=layer_bits(name, config),
             grid=config.grid,
             weight_scale=config.weight_scale,
-            rank=config.adaln_rank if is_adaln(name) else config.rank,
+            rank=layer_rank(name, config),
             signs=random_signs(linear.in_features, self._signs),
             rotation_block=layer_rotation_block(name, config),
             activation=config.activation,

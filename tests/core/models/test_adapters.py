@@ -19,7 +19,6 @@ from robuq_core.config import ModelConfig
 from robuq_core.models.adapters import (
     foreign_keys,
     load_dit,
-    parameter_shapes,
     read_weights,
     save_diffusers,
     save_official,
@@ -27,6 +26,7 @@ from robuq_core.models.adapters import (
 from robuq_core.models.adapters_files import WeightsError
 from robuq_core.models.dit import DiT
 from robuq_core.models.presets import preset
+from robuq_core.models.shapes import parameter_shapes
 
 SMALL = {"width": 64, "depth": 2, "patch": 2, "channels": 4, "classes": 7, "side": 3}
 # What the tensors alone do not say.

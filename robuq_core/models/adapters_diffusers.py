@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from safetensors.torch import save_file
 from torch import Tensor
 
-from robuq_core.config import BETA_END, BETA_START, NUM_TRAIN_TIMESTEPS, DiffusionConfig, ModelConfig
+from robuq_core.config import BETA_END, BETA_START, DiffusionConfig, ModelConfig
 from robuq_core.files import new_folder
 from robuq_core.models.adapters_files import WEIGHTS_NAME, WeightsError, read_json
 
@@ -175,7 +175,8 @@ def write_pipeline(
         raise WeightsError(f"{folder}: exists already; choose another folder, or remove it first")
     with new_folder(folder) as root:
         _write_json(root / "model_index.json", index)
-        _write_json(root / "scheduler" / "scheduler_config.json", _scheduler_config(diffusion))
+        scheduler = _Scheduler.model_validate({"_class_name": "DDIMScheduler", **diffusion.model_dump()})
+        _write_json(root / "scheduler" / "scheduler_config.json", scheduler.model_dump(by_alias=True))
         _write_json(root / "transformer" / "config.json", _transformer_config(model))
         save_file(tensors, root / "transformer" / f"{WEIGHTS_NAME}.safetensors", metadata={"format": "pt"})
         if vae is not None:
@@ -183,7 +184,7 @@ def write_pipeline(
 
 
 def _transformer_config(model: ModelConfig) -> dict[str, Any]:
-    return {
+    written = {
         "_class_name": "DiTTransformer2DModel",
         "num_attention_heads": model.num_heads,
         "attention_head_dim": model.hidden_size // model.num_heads,
@@ -193,26 +194,8 @@ def _transformer_config(model: ModelConfig) -> dict[str, Any]:
         "sample_size": model.input_size,
         "patch_size": model.patch_size,
         "num_embeds_ada_norm": model.num_classes,
-        "activation_fn": "gelu-approximate",
-        "norm_type": "ada_norm_zero",
-        "attention_bias": True,
-        "norm_elementwise_affine": False,
-        "norm_eps": 1e-5,
     }
-
-
-def _scheduler_config(diffusion: DiffusionConfig) -> dict[str, Any]:
-    return {
-        "_class_name": "DDIMScheduler",
-        "num_train_timesteps": NUM_TRAIN_TIMESTEPS,
-        "beta_start": BETA_START,
-        "beta_end": BETA_END,
-        "beta_schedule": "linear",
-        "clip_sample": diffusion.clip_sample,
-        "prediction_type": diffusion.prediction_type,
-        "set_alpha_to_one": True,
-        "steps_offset": 0,
-    }
+    return _Transformer.model_validate(written).model_dump(by_alias=True)
 
 
 def _write_json(path: Path, tree: dict[str, Any]) -> None:

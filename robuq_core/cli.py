@@ -212,13 +212,12 @@ def export_hub_command(
         str | None,
         typer.Option("--license", help="Licence of the weights, by the hub's identifier; default: the file's."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Write into a folder that contains other files.")] = False,
 ) -> None:
     """Write a folder to upload to the Hugging Face hub: model card, config.json and the verified file."""
     from robuq_core.export_hub import export_hub
     from robuq_core.hub import resolve_checkpoint
 
-    card = export_hub(resolve_checkpoint(checkpoint), folder, licence=licence, force=force)
+    card = export_hub(resolve_checkpoint(checkpoint), folder, licence=licence)
     typer.echo(card)
     typer.echo(f"upload it with: hf upload OWNER/NAME {folder}", err=True)
 

@@ -156,9 +156,8 @@ def layer_rotation_block(name: str, config: QuantConfig) -> int | None:
 
 
 def check_bits(config: QuantConfig, layers: Collection[str]) -> None:
-    """Raises: ValueError: ``config.bits`` names a layer that is not in ``layers``."""
-    unknown = sorted(set(config.bits) - set(layers))
-    if unknown:
+    """Raise ValueError where ``config.bits`` names a layer that is not in ``layers``."""
+    if unknown := sorted(config.bits.keys() - set(layers)):
         raise ValueError(f"quant.bits names layers that the model lacks: {', '.join(unknown)}")
 
 

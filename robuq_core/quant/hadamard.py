@@ -105,10 +105,8 @@ class Rotation(nn.Module):
     def __init__(self, width: int, signs: Tensor | None = None, block: int | None = None) -> None:
         super().__init__()
         _, left, right = rotation_factors(width, block)
-        self.width, self.block, self.left_order, self.right_order = width, block, left, right
-        if signs is None:
-            signs = torch.ones(width)
-        self.register_buffer("signs", signs.to(torch.float32))
+        self.width, self.block = width, block
+        self.register_buffer("signs", torch.ones(width) if signs is None else signs.to(torch.float32))
         self.register_buffer("left", hadamard_matrix(left).float(), persistent=False)
         self.register_buffer("right", hadamard_matrix(right).float(), persistent=False)
 

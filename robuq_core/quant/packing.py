@@ -8,9 +8,7 @@ one 32-byte load and four constant shifts and masks give 128 weights in order. P
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +16,6 @@ TRITS_PER_BYTE = 5
 BASE3_TOP = 3**TRITS_PER_BYTE - 1
 PLANAR_GROUP, PLANAR_GROUP_BYTES = 128, 32
 _CODES_PER_BYTE = PLANAR_GROUP // PLANAR_GROUP_BYTES
-_PIECE = 2**18
 
 
 def base3_size(count: int) -> int:
@@ -63,45 +60,19 @@ def planar_from_base3(packed: Tensor, shape: tuple[int, int]) -> Tensor:
         ValueError: as :func:`check_base3`.
     """
     check_base3(packed, shape)
-    rows, in_features = shape
-    planar = packed.new_empty(rows, planar_width(in_features))
-    # In pieces of whole rows and whole bytes that stay in cache.
-    step = max(1, _PIECE // in_features // TRITS_PER_BYTE) * TRITS_PER_BYTE
-    for first in range(0, rows, step):
-        piece = (min(step, rows - first), in_features)
-        start = first * in_features // TRITS_PER_BYTE
-        part = packed[start : start + base3_size(math.prod(piece))]
-        planar[first : first + step] = _pack_digits(_base3_digits(part, piece))
-    return planar
+    powers = 3 ** torch.arange(TRITS_PER_BYTE, device=packed.device)
+    digits = packed[:, None] // powers.to(torch.uint8) % 3
+    return _pack_digits(digits.flatten()[: math.prod(shape)].reshape(shape))
 
 
 def check_base3(packed: Tensor, shape: tuple[int, int]) -> None:
-    """Raises: ValueError: another dtype or length than ``shape`` asks for, or a byte above 242."""
+    """Raise ValueError for another dtype or length than ``shape`` asks for, or a byte above 242."""
     count = math.prod(shape)
     if packed.dtype != torch.uint8 or packed.shape != (base3_size(count),):
         raise ValueError(f"a ternary matrix of shape {tuple(shape)} needs {base3_size(count)} uint8 bytes, "
                          f"not {packed.dtype} of shape {tuple(packed.shape)}")  # fmt: skip
     if packed.numel() and int(packed.max()) > BASE3_TOP:
         raise ValueError(f"packed ternary bytes must be 0..{BASE3_TOP}, found {int(packed.max())}")
-
-
-def _base3_digits(packed: Tensor, shape: tuple[int, int]) -> Tensor:
-    """``t + 1`` as uint8 ``shape``; looks up two bytes at a time, twice as fast as one."""
-    count = math.prod(shape)
-    stored = packed.cpu().numpy()
-    if len(stored) % 2:
-        stored = np.append(stored, np.uint8(0))
-    # "clip" skips a pass that checks indices.
-    digits = _digit_table().take(stored.view("<u2"), axis=0, mode="clip").reshape(-1)[:count]
-    return torch.from_numpy(digits).reshape(shape).to(packed.device)
-
-
-@lru_cache(maxsize=1)
-def _digit_table() -> np.ndarray:
-    """The ten digits of every pair of bytes, lower byte first, uint8 ``[65536, 10]``."""
-    low, high = np.arange(2**16) % 256, np.arange(2**16) // 256
-    powers = 3 ** np.arange(TRITS_PER_BYTE)
-    return np.concatenate([pair[:, None] // powers % 3 for pair in (low, high)], axis=1).astype(np.uint8)
 
 
 def pack_planar(codes: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 Ternary weights in base 3 (5 per byte), scales fp16, low-rank factors bf16, biases fp32, embedders and final layer fp16.
 The header is validated and every tensor's checksum verified before a model is built.
+A file or a model that cannot be used raises :class:`CheckpointError`.
 """
 
 from __future__ import annotations
@@ -147,11 +148,7 @@ class Description:
 
 
 def decoder_kind(model: ModelConfig, chosen: DecoderKind | None = None) -> DecoderKind:
-    """``chosen``, or by the channels: pixels with one (grey) or three (RGB), latents with more.
-
-    Raises:
-        CheckpointError: pixels that are neither grey nor RGB.
-    """
+    """``chosen``, or by the channels: pixels with one (grey) or three (RGB), latents with more."""
     channels = model.in_channels
     if chosen == "pixels" and channels not in _IMAGE_CHANNELS:
         raise CheckpointError(f"decoder pixels: images have 1 or 3 channels, not {channels}; give latent for the "
@@ -163,11 +160,7 @@ def decoder_kind(model: ModelConfig, chosen: DecoderKind | None = None) -> Decod
 
 
 def write_checkpoint(path: Path, model: DiT, about: Description) -> Header:
-    """Pack a fake-quantised ``model`` into ``path``, atomically; returns the header.
-
-    Raises:
-        CheckpointError: as :func:`write_packed`, or the model is not quantised.
-    """
+    """Pack a fake-quantised ``model`` into ``path``, atomically; returns the header."""
     layers = {}
     for name, linear in quantizable_linears(model):
         if not isinstance(linear, QuantLinear):
@@ -184,12 +177,7 @@ def write_packed(
     layers: Mapping[str, TernaryLayer],
     about: Description,
 ) -> Header:
-    """Write ``dense`` tensors and packed ``layers``, both by DiT name; the inverse of :func:`read_checkpoint`.
-
-    Raises:
-        CheckpointError: an ``about`` that does not fit the model, values that do not fit the storage type, or as
-            :func:`decoder_kind`.
-    """
+    """Write ``dense`` tensors and packed ``layers``, both by DiT name; the inverse of :func:`read_checkpoint`."""
     fields = {**vars(about), "model": model, "decoder": decoder_kind(model, about.decoder), "tensors": {}}
     try:
         header = Header(format_version=FORMAT_VERSION, **fields)
@@ -219,11 +207,7 @@ def _save(path: Path, tensors: dict[str, Tensor], header: str) -> None:
 
 
 def renew_checkpoint(source: Path, target: Path) -> Header:
-    """Rewrite a packed ``source`` of format 1 or 2, whose tensors mean the same, in the current format.
-
-    Raises:
-        CheckpointError: as :func:`read_checkpoint`.
-    """
+    """Rewrite a packed ``source`` of format 1 or 2, whose tensors mean the same, in the current format."""
     with _opened(source) as file:
         version, text = _format_version(source, file)
         if version >= FORMAT_VERSION:
@@ -275,11 +259,7 @@ def _invalid(path: Path, what: str) -> CheckpointError:
 
 
 def read_header(path: Path) -> Header:
-    """The validated header of a packed checkpoint; no tensor is read.
-
-    Raises:
-        CheckpointError: missing, truncated or foreign file, another format, or an invalid field.
-    """
+    """The validated header of a packed checkpoint; no tensor is read."""
     with _opened(path) as file:
         return _header_of(path, file)
 
@@ -371,9 +351,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
     Every byte is read once, a few layers at a time: the verified bytes are the used ones even if the file changes
     meanwhile, and the file and the result are never in memory together.
-
-    Raises:
-        CheckpointError: as :func:`read_header`, a tensor that differs from the header, or one that is not finite.
     """
     with _opened(path) as file:
         header = _header_of(path, file)

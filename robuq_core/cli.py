@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -163,31 +163,36 @@ def convert(
     """
     from robuq_core import convert as conversion
 
-    renews, packs = (path.suffix.lower() == conversion.PACKED_SUFFIX for path in (source, target))
-    if ptq != packs and not (renews and packs):
+    old, packed = (path.suffix.lower() == conversion.PACKED_SUFFIX for path in (source, target))
+    if ptq != packed and not (old and packed):
         raise UserError(f"{target}: only --ptq writes a packed file, whose name ends in {conversion.PACKED_SUFFIX}")
-    if not ptq:
-        hints = ("heads", "prediction", "classes", "flavour")
-        _refuse(params.model_dump(exclude=set(hints)), "only for --ptq")
-        if renews and packs:
-            from robuq_core.checkpoint import renew_checkpoint
-
-            _refuse({**params.model_dump(include=set(hints)), "vae": vae}, "not for a packed source")
-            renewed = renew_checkpoint(source, target)
-            typer.echo(f"wrote {target} (format_version {renewed.format_version})")
-        else:
-            conversion.convert_full_precision(source, target, vae=vae, **params.hints)
-            typer.echo(f"wrote {target}")
+    options = given(params.model_dump())
+    if ptq:
+        _refuse(given({"vae": vae}), "only for a diffusers folder, without --ptq")
+        _pack(source, target, params)
         return
-    _refuse({"vae": vae}, "only for a diffusers folder, without --ptq")
+    if old and packed:
+        from robuq_core.checkpoint import renew_checkpoint
+
+        _refuse(options | given({"vae": vae}), "not for a packed source")
+        renew_checkpoint(source, target)
+    else:
+        _refuse(options.keys() - {"heads", "prediction", "classes", "flavour"}, "only for --ptq")
+        conversion.convert_full_precision(source, target, vae=vae, **params.hints)
+    typer.echo(f"wrote {target}")
+
+
+def _pack(source: Path, target: Path, params: PackingOptions) -> None:
     from rich.progress import Progress
+
+    from robuq_core.convert import pack_untrained, untrained_quant
 
     with Progress(transient=True) as progress:
         task = progress.add_task("quantising", total=None)
-        result = conversion.pack_untrained(
+        result = pack_untrained(
             source,
             target,
-            conversion.untrained_quant(**params.quant),
+            untrained_quant(**params.quant),
             sampler=SamplerConfig(**params.defaults),
             class_names=params.names,
             decoder=params.decoder_kind,
@@ -198,8 +203,8 @@ def convert(
     typer.secho(f"warning: {result.warning}", err=True, fg=typer.colors.YELLOW)
 
 
-def _refuse(options: Mapping[str, Any], reason: str) -> None:
-    for name in given(options):
+def _refuse(options: Iterable[str], reason: str) -> None:
+    for name in options:
         raise UserError(f"--{name.replace('_', '-')} is {reason}; remove it")
 
 

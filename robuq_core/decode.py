@@ -1,6 +1,7 @@
 """From a network's output to pixels: unchanged, or through the decoder of an autoencoder in a diffusers folder.
 
 One image at a time, so that an image depends only on its own latent, and memory does not grow with their number.
+A folder that cannot be used raises :class:`DecoderError`.
 """
 
 from __future__ import annotations
@@ -64,9 +65,6 @@ class LatentDecoder:
 
     Args:
         autoencoder: an ``AutoencoderKL`` or ``AutoencoderTiny`` of diffusers; its encoder is removed.
-
-    Raises:
-        DecoderError: its images are not RGB, or it normalises latents in an unsupported way.
     """
 
     def __init__(self, autoencoder: Any, name: str) -> None:
@@ -154,9 +152,6 @@ def load_decoder(
 
     Args:
         dtype: what it computes in; half precision is for GPUs.
-
-    Raises:
-        DecoderError: no such folder, another kind of model, missing or damaged weights, or no diffusers library.
     """
     folder = next((each for each in (Path(path), Path(path) / "vae") if (each / "config.json").is_file()), None)
     if folder is None:

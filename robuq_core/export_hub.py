@@ -28,13 +28,11 @@ class ExportError(UserError):
 def export_hub(checkpoint: Path, folder: Path, *, licence: str | None = None) -> Path:
     """Write ``folder`` with a verified copy of ``checkpoint``, ready for ``hf upload``; returns the card's path.
 
-    A former export is replaced, file by file; other files in it stay.
+    A former export is replaced, file by file; other files in it stay. A checkpoint that cannot be used raises
+    CheckpointError, a folder with other files ExportError.
 
     Args:
         licence: of the weights, by the hub's identifier; ``None``: ``license`` of the file's provenance.
-
-    Raises:
-        CheckpointError: the file cannot be used. ExportError: no licence, or a folder with other files.
     """
     header = read_checkpoint(checkpoint).header
     chosen = licence if licence is not None else header.provenance.get("license")

@@ -1,7 +1,7 @@
 """Where a checkpoint comes from: a file, a folder, an id of the Hugging Face hub, or a name in :data:`BUNDLED`.
 
 The ``config.json`` that ``robuq export-hub`` writes names the checkpoint in a hub repository, so that nothing else is
-downloaded, and nothing at all from other repositories.
+downloaded, and nothing at all from other repositories. What cannot be found or downloaded raises :class:`CheckpointError`.
 """
 
 from __future__ import annotations
@@ -31,11 +31,7 @@ _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./
 
 
 def bundled_checkpoint(name: str | None = None) -> Path:
-    """Path of the bundled checkpoint ``name``, a key of :data:`BUNDLED`; default: the first.
-
-    Raises:
-        KeyError: unknown name.
-    """
+    """Path of the bundled checkpoint ``name``, a key of :data:`BUNDLED`; default: the first."""
     chosen = next(iter(BUNDLED)) if name is None else name
     return Path(str(resources.files("robuq_core") / "assets" / BUNDLED[chosen]))
 
@@ -55,10 +51,6 @@ def resolve_checkpoint(
             ``owner/name@revision`` on the hub, downloaded once; ``None``: the default bundled checkpoint. Existing
             local paths come first.
         revision, cache_dir, token, local_files_only: of a hub id; see ``huggingface_hub.snapshot_download``.
-
-    Raises:
-        CheckpointError: nothing found, none or several packed files in it, or the hub cannot be reached. The file
-            itself is checked when it is read.
     """
     if source is None:
         return bundled_checkpoint()

@@ -81,11 +81,7 @@ class Report:
 
 
 def inspect_checkpoint(path: Path) -> Report:
-    """Summarise the header of ``path``; reads no weights.
-
-    Raises:
-        CheckpointError: as :func:`robuq_core.checkpoint.read_header`.
-    """
+    """Summarise the header of ``path``; reads no weights."""
     header = read_header(path)
     by_part: dict[str, int] = {}
     for name, entry in header.tensors.items():

@@ -2,7 +2,8 @@
 
 Read: the ``.pt`` of DiT, SiT and REPA (a flat state dict, or one in the file of a training script), the same as
 safetensors, a diffusers pipeline folder or its ``transformer`` folder, and ``RUN_DIR/states/teacher`` of a run.
-Written: the first and the third. Round trips are exact bit for bit; ``flavour`` records whose numerics weights have.
+Written: the first and the third. Round trips are exact bit for bit; ``flavour`` records whose numerics weights have. What
+cannot be read or written raises :class:`WeightsError`.
 
 Layouts differ: the patch embedder is a convolution elsewhere and a linear here; diffusers keeps q, k and v apart and
 stores the embedders of timestep and class once per block.
@@ -110,11 +111,7 @@ class Weights:
         return places(self.config, self.layout)
 
     def tensor(self, name: str) -> Tensor:
-        """Parameter ``name``, float32, memory-mapped where possible: read-only.
-
-        Raises:
-            WeightsError: copies of it in the file differ or hold NaN, or it is not floating point.
-        """
+        """Parameter ``name``, float32, memory-mapped where possible: read-only."""
         place = self.places[name]
         first = self.table[place.keys[0]].read()
         if not first.is_floating_point():
@@ -134,11 +131,7 @@ class Weights:
                             "blocks; use weights whose embedders are equal")  # fmt: skip
 
     def model(self, *, mapped: bool = False) -> DiT:
-        """The network with these weights; ``mapped``: for inference only, sharing memory with the file where possible.
-
-        Raises:
-            WeightsError: as :meth:`tensor`.
-        """
+        """The network with these weights; ``mapped``: for inference only, sharing memory with the file where possible."""
         with torch.device("meta"):
             model = DiT(self.config)
         tensors = {name: self.tensor(name) if mapped else self.tensor(name).clone() for name in self.places}
@@ -152,9 +145,6 @@ def read_weights(path: Path | str, **hints: Unpack[Hints]) -> Weights:
 
     Args:
         hints: see :class:`~robuq_core.models.adapters_official.Hints`.
-
-    Raises:
-        WeightsError: nothing usable, ambiguous, or not what ``hints`` say; the message names file, key and fix.
     """
     if unknown := hints.keys() - Hints.__annotations__:
         raise TypeError(f"weights have no hint {sorted(unknown)[0]!r}; give {', '.join(Hints.__annotations__)}")
@@ -199,9 +189,6 @@ def save_official(model: DiT, path: Path, diffusion: DiffusionConfig | None = No
     """Write a full-precision ``model`` as ``{ema, args}``, the form that DiT's training saves.
 
     ``args`` records what the tensors do not say; ``diffusion`` defaults to DiT's.
-
-    Raises:
-        WeightsError: the model is quantised.
     """
     tensors = {POSITIONS: model.pos_embed.detach(), **_foreign_tensors(model, "official")}
     config = model.config
@@ -228,9 +215,6 @@ def save_diffusers(
 
     Args:
         vae: folder of an ``AutoencoderKL`` to copy into it; without one, pass ``vae`` when loading the pipeline.
-
-    Raises:
-        WeightsError: the model is quantised, diffusers cannot express it, or ``folder`` exists.
     """
     tensors = _foreign_tensors(model, "diffusers")
     write_pipeline(folder, model.config, tensors, diffusion or DiffusionConfig(), class_names, vae)

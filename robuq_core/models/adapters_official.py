@@ -2,7 +2,7 @@
 
 The three share one network. DiT predicts noise, SiT and REPA velocities (in opposite time directions), and a class
 table of K rows means K classes, or K - 1 and a null class. The caller decides first, then the arguments that the
-training script stored in the file, then the file's name. If none of them says it, an error asks for it.
+training script stored in the file, then the file's name. If none of them says it, a :class:`WeightsError` asks for it.
 """
 
 from __future__ import annotations
@@ -52,9 +52,6 @@ def official_shape(path: Path, table: TensorTable, arguments: object, hints: Hin
 
     Args:
         arguments: ``args`` of the training script, a mapping, a namespace or None.
-
-    Raises:
-        WeightsError: other tensors than a DiT's, or the file and ``hints`` leave something open or disagree.
     """
     if "pos_embed.proj.weight" in table:
         raise WeightsError(f"{path}: tensors of diffusers; give the folder that holds this file and its config.json")
@@ -173,11 +170,7 @@ def _published_heads(path: Path, width: int) -> int:
 
 
 def check_positions(path: Path, key: str, positions: Tensor, config: ModelConfig) -> None:
-    """Refuse a position table ``[1, L, D]`` of any float type that is not the sin-cos table of ``config``.
-
-    Raises:
-        WeightsError: it is another table, to the precision of its type.
-    """
+    """Refuse a position table ``[1, L, D]`` of any float type that is not the sin-cos table of ``config``."""
     expected = position_table(config)[None]
     if positions.shape == expected.shape and positions.is_floating_point():
         tolerance = max(_TOLERANCE, _STORED_STEPS * torch.finfo(positions.dtype).eps)

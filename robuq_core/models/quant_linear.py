@@ -191,9 +191,6 @@ def quantize_model(model: DiT, config: QuantConfig) -> DiT:
     """Swap every block linear of ``model`` for a :class:`QuantLinear`, in place; returns it.
 
     Sign vectors are drawn from ``config.seed``. The embedders and the final layer stay in full precision.
-
-    Raises:
-        ValueError: ``config.bits`` names a layer that the model lacks, or a width has no Hadamard matrix.
     """
     linears = dict(quantizable_linears(model))
     check_bits(config, linears)

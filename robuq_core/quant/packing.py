@@ -38,11 +38,7 @@ def _digits(codes: Tensor) -> Tensor:
 
 
 def pack_base3(codes: Tensor) -> Tensor:
-    """``codes`` int8 ``[N, K]`` -> uint8 ``[ceil(N K / 5)]``.
-
-    Raises:
-        ValueError: not an int8 matrix of -1, 0 and 1.
-    """
+    """``codes`` int8 ``[N, K]`` -> uint8 ``[ceil(N K / 5)]``."""
     digits = _digits(codes).reshape(-1)
     padded = torch.ones(base3_size(digits.numel()) * TRITS_PER_BYTE, dtype=torch.uint8, device=codes.device)
     padded[: digits.numel()] = digits
@@ -54,11 +50,7 @@ def pack_base3(codes: Tensor) -> Tensor:
 
 
 def planar_from_base3(packed: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The codes ``shape`` of :func:`pack_base3` in the form of :func:`pack_planar`: from the file's to the runtime's.
-
-    Raises:
-        ValueError: as :func:`check_base3`.
-    """
+    """The codes ``shape`` of :func:`pack_base3` in the form of :func:`pack_planar`: from the file's to the runtime's."""
     check_base3(packed, shape)
     powers = 3 ** torch.arange(TRITS_PER_BYTE, device=packed.device)
     digits = packed[:, None] // powers.to(torch.uint8) % 3
@@ -76,11 +68,7 @@ def check_base3(packed: Tensor, shape: tuple[int, int]) -> None:
 
 
 def pack_planar(codes: Tensor) -> Tensor:
-    """``codes`` int8 ``[N, K]`` -> uint8 ``[N, ceil(K / 128) * 32]``.
-
-    Raises:
-        ValueError: not an int8 matrix of -1, 0 and 1.
-    """
+    """``codes`` int8 ``[N, K]`` -> uint8 ``[N, ceil(K / 128) * 32]``."""
     return _pack_digits(_digits(codes))
 
 
@@ -98,11 +86,7 @@ def _pack_digits(digits: Tensor) -> Tensor:
 
 
 def unpack_planar(planar: Tensor, in_features: int) -> Tensor:
-    """Inverse of :func:`pack_planar`: uint8 ``[N, ceil(K / 128) * 32]`` -> int8 ``[N, in_features]``.
-
-    Raises:
-        ValueError: another dtype or width than ``in_features`` asks for.
-    """
+    """Inverse of :func:`pack_planar`: uint8 ``[N, ceil(K / 128) * 32]`` -> int8 ``[N, in_features]``."""
     width = planar_width(in_features)
     if planar.dtype != torch.uint8 or planar.dim() != 2 or planar.shape[1] != width:
         raise ValueError(f"{in_features} packed 2-bit codes per row need uint8 [N, {width}], "

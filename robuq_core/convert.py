@@ -1,8 +1,8 @@
 """DiT weights from one format to another: the authors' ``.pt``, a diffusers folder, a packed file.
 
 Packing full-precision weights is post-training quantisation: rotation, low rank by SVD and ternary planes, layer by
-layer, without data or training (:mod:`train.ptq` calibrates them). The error is measured and stored in the file. Weights
-that cannot be read, written or packed raise WeightsError or CheckpointError.
+layer, without data or training (:mod:`train.ptq` calibrates them). The error is measured and stored in the file.
+Weights that cannot be read, written or packed raise WeightsError or CheckpointError.
 """
 
 from __future__ import annotations

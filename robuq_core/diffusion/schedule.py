@@ -1,4 +1,4 @@
-"""Schedule tables of the two processes, float64, and the timestep subsets that samplers visit: 1 to 1,000, else ValueError."""
+"""Schedule tables of the two processes, float64, and the timestep subsets that samplers visit (1 to 1,000)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Where a checkpoint comes from: a file, a folder, an id of the Hugging Face hub, or a name in :data:`BUNDLED`.
 
 The ``config.json`` that ``robuq export-hub`` writes names the checkpoint in a hub repository, so that nothing else is
-downloaded, and nothing at all from other repositories. What cannot be found or downloaded raises :class:`CheckpointError`.
+downloaded, and nothing at all from other repositories.
+What cannot be found or downloaded raises :class:`CheckpointError`.
 """
 
 from __future__ import annotations

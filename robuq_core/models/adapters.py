@@ -2,8 +2,8 @@
 
 Read: the ``.pt`` of DiT, SiT and REPA (a flat state dict, or one in the file of a training script), the same as
 safetensors, a diffusers pipeline folder or its ``transformer`` folder, and ``RUN_DIR/states/teacher`` of a run.
-Written: the first and the third. Round trips are exact bit for bit; ``flavour`` records whose numerics weights have. What
-cannot be read or written raises :class:`WeightsError`.
+Written: the first and the third. Round trips are exact bit for bit; ``flavour`` records whose numerics weights have.
+What cannot be read or written raises :class:`WeightsError`.
 
 Layouts differ: the patch embedder is a convolution elsewhere and a linear here; diffusers keeps q, k and v apart and
 stores the embedders of timestep and class once per block.
@@ -131,7 +131,7 @@ class Weights:
                             "blocks; use weights whose embedders are equal")  # fmt: skip
 
     def model(self, *, mapped: bool = False) -> DiT:
-        """The network with these weights; ``mapped``: for inference only, sharing memory with the file where possible."""
+        """The network with these weights; ``mapped``: for inference only, sharing the file's memory where possible."""
         with torch.device("meta"):
             model = DiT(self.config)
         tensors = {name: self.tensor(name) if mapped else self.tensor(name).clone() for name in self.places}

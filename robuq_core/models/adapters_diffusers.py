@@ -1,7 +1,8 @@
 """The JSON of a diffusers DiT pipeline folder, read and written without diffusers.
 
 Its numerics differ from the DiT authors' in three places, recorded as ``flavour="diffusers"``: time frequencies of
-k/127, an epsilon of 1e-5 in the second norm, and guidance on all channels. Other models and processes raise :class:`WeightsError`.
+k/127, an epsilon of 1e-5 in the second norm, and guidance on all channels. Other models and
+processes raise :class:`WeightsError`.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ def write_pipeline(
     class_names: tuple[str, ...],
     vae: Path | None,
 ) -> None:
-    """Write a pipeline folder whose transformer has ``tensors``; see :func:`robuq_core.models.adapters.save_diffusers`."""
+    """Write a pipeline folder whose transformer has ``tensors``; see ``save_diffusers``."""
     if model.position_scale != 1 or model.mlp_ratio != 4:
         raise WeightsError("diffusers' DiT has a position_scale of 1 and an mlp_ratio of 4, not "
                            f"{model.position_scale:g} and {model.mlp_ratio}; write the official format")  # fmt: skip

@@ -1,7 +1,7 @@
 """Tensors of foreign weight files by name, each read when asked for: torch pickles and safetensors, whole or sharded.
 
-Only tensors, plain containers and ``argparse.Namespace`` (which DiT's training script stores) are unpickled. What cannot be
-used raises :class:`WeightsError`.
+Only tensors, plain containers and ``argparse.Namespace`` (which DiT's training script stores) are unpickled.
+What cannot be used raises :class:`WeightsError`.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def pack_base3(codes: Tensor) -> Tensor:
 
 
 def planar_from_base3(packed: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The codes ``shape`` of :func:`pack_base3` in the form of :func:`pack_planar`: from the file's to the runtime's."""
+    """The codes ``shape`` of :func:`pack_base3` in the form of :func:`pack_planar`."""
     check_base3(packed, shape)
     powers = 3 ** torch.arange(TRITS_PER_BYTE, device=packed.device)
     digits = packed[:, None] // powers.to(torch.uint8) % 3

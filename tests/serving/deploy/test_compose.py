@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from typing import Any
 
 import pytest
@@ -57,16 +55,3 @@ def test_prometheus_scrapes_it_and_grafana_has_no_default_password() -> None:
     assert environment["GF_AUTH_DISABLE_LOGIN_FORM"] == "true"
     assert environment["GF_AUTH_BASIC_ENABLED"] == "false"
     assert environment["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Viewer"
-
-
-def has_compose() -> bool:
-    if shutil.which("docker") is None:
-        return False
-    return subprocess.run(["docker", "compose", "version"], capture_output=True).returncode == 0
-
-
-@pytest.mark.skipif(not has_compose(), reason="Docker's plugin compose is not installed")
-def test_compose_takes_the_file() -> None:
-    command = ["docker", "compose", "-f", str(DEPLOY / "compose.yaml"), "config", "--quiet"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr

@@ -27,7 +27,6 @@ from train.logs import one_line
         ({"data": {"flip_probability": 2}}, "data.flip_probability: "),
         ({"diffusion": {"prediction_type": "noise"}}, "diffusion.prediction_type: .*'epsilon'"),
         ({"quant": {"activation_bits": 9}}, "quant.activation_bits: "),
-        ({"data": {"resize": 7}}, "data.resize 7 is below the crop, model.input_size x data.supersample = 8"),
         ({"model": {"in_channels": 4}}, "model.in_channels must be 1 .* or 3 .*, not 4"),
         ({"model": {"hidden_size": 52}}, "model.hidden_size 52 cannot be quantised: no Hadamard matrix"),
         ({"model": {"mlp_ratio": 5}}, "model.hidden_size 24 cannot be quantised: .* order 120"),

@@ -118,13 +118,6 @@ def test_rows_of_shards_are_rows_of_their_whole(tmp_path_factory: pytest.TempPat
         rows[len(whole)]
 
 
-def test_what_is_read_from_a_shard_cannot_change_it(config: TrainConfig) -> None:
-    images = prepared(config).images
-    before = images[0].clone()
-    images[0].zero_()
-    assert torch.equal(images[0], before)
-
-
 def test_batches_from_shards_are_those_from_memory(config: TrainConfig) -> None:
     memory = load_dataset(config.data.path, SIDE, CLASSES)
     for step in range(5):
@@ -317,29 +310,12 @@ def test_shares_of_a_batch_make_up_the_batch(seed: int, step: int, world: int) -
     assert torch.equal(torch.cat([share[1] for share in shares]), labels)
 
 
-def test_a_batch_that_does_not_divide_is_refused(config: TrainConfig) -> None:
-    source = BatchSource(prepared(config), 0.5, 4, 0)
-    with pytest.raises(ValueError, match="batch_size 4 is no multiple of the 3 processes"):
-        source.batch(0, 0, 3)
-
-
 def test_some_images_are_always_the_same_ones(config: TrainConfig) -> None:
     whole, some, again = (Run(config).photos(count) for count in (None, 5, 5))
     assert torch.equal(some.images[:], again.images[:])
     assert len(some) == 5
     rows = [i for i in range(COUNT) if any(torch.equal(whole.images[i], image) for image in some.images[:])]
     assert some.labels.tolist() == whole.labels[rows].tolist()
-
-
-def test_the_digest_of_a_folder_is_of_its_content(tmp_path: Path) -> None:
-    folder = write_photos(tmp_path / "photos")
-    before = data_digest(folder)
-    assert data_digest(folder) == before
-    file = folder / "class_0" / "0.png"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    assert data_digest(folder) != before
 
 
 def test_a_run_walks_the_data_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,6 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from robuq_core.checkpoint import read_header
-from robuq_core.files import replacing
 from train import trainer
 from train.cli import app
 from train.config import ConfigError, TrainConfig, load_config
@@ -260,13 +259,6 @@ def test_a_file_that_was_tampered_with_is_made_again(copied: Path) -> None:
     assert digests(config) == before
 
 
-def test_touching_files_changes_nothing(copied: Path) -> None:
-    config = make_config(copied, SEARCH)
-    for path in config.run_dir.rglob("*"):
-        os.utime(path, (1, 1))
-    assert all(text.startswith("up to date") for text in notes_of(config).values())
-
-
 def test_bits_of_another_budget_are_not_used(copied: Path) -> None:
     config = make_config(copied, {"allocate": {"average_bits": 3}})
     with pytest.raises(StateError, match=r"found for allocate\.average_bits 2\.0, but the configuration says 3\.0"):
@@ -478,14 +470,6 @@ def test_bad_input_is_one_line_and_leaves_no_artefact(tmp_path: Path, override: 
     left = {each.name for each in (tmp_path / "run").rglob("*") if each.is_file()}
     assert left <= {"data.lock", "progress.json"}
     assert notes_of(load_config(path, []))["export"].startswith("wrote")
-
-
-def test_replacing_leaves_nothing_when_the_rename_fails(tmp_path: Path) -> None:
-    target = tmp_path / "folder"
-    target.mkdir()
-    with pytest.raises(OSError, match="folder"), replacing(target) as temporary:
-        temporary.write_text("text")
-    assert [each.name for each in tmp_path.iterdir()] == ["folder"]
 
 
 @pytest.mark.slow

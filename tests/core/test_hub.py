@@ -43,17 +43,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def cache(checkpoint: Path, tmp_path: Path) -> Path:
-    """The hub library's cache after a download of an export, as it lies on the disk."""
+def cache(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub library's cache after a download of an export, as it lies on the disk; without a network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     repository = tmp_path / "cache" / "models--someone--tiny"
     export_hub(checkpoint, repository / "snapshots" / COMMIT, licence="mit")
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMIT)
     return tmp_path / "cache"
-
-
-def offline(cache: Path, source: str = REPO, **options: str) -> Path:
-    return resolve_checkpoint(source, cache_dir=cache, local_files_only=True, **options)  # type: ignore[arg-type]
 
 
 # Of the package.
@@ -114,9 +112,9 @@ def test_folders_that_hold_no_single_packed_file(checkpoint: Path, tmp_path: Pat
 
 
 def test_an_id_is_read_from_the_librarys_cache(cache: Path) -> None:
-    path = offline(cache)
+    path = resolve_checkpoint(REPO)
     assert path == cache / "models--someone--tiny" / "snapshots" / COMMIT / "tiny.safetensors"
-    assert offline(cache, f"{REPO}@main") == offline(cache, revision=COMMIT) == path
+    assert resolve_checkpoint(f"{REPO}@main") == resolve_checkpoint(f"{REPO}@{COMMIT}") == path
     assert read_header(path).model == TINY
 
 
@@ -124,18 +122,19 @@ def test_an_id_is_read_from_the_librarys_cache(cache: Path) -> None:
 def test_other_repositories_are_refused_before_their_weights_are_fetched(cache: Path, config: object) -> None:
     (cache / "models--someone--tiny" / "snapshots" / COMMIT / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="someone/tiny: not a RobuQ checkpoint"):
-        offline(cache)
+        resolve_checkpoint(REPO)
 
 
 def test_a_repository_without_its_checkpoint(cache: Path) -> None:
     (cache / "models--someone--tiny" / "snapshots" / COMMIT / "tiny.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"names tiny\.safetensors, which is not in the repository"):
-        offline(cache)
+        resolve_checkpoint(REPO)
 
 
-def test_offline_and_not_in_the_cache_is_one_error(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("cache")
+def test_offline_and_not_in_the_cache_is_one_error() -> None:
     with pytest.raises(CheckpointError, match=r"someone/tiny@v2: .* the hub cannot be reached nor is it in the cache"):
-        offline(tmp_path, f"{REPO}@v2")
+        resolve_checkpoint(f"{REPO}@v2")
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,18 +73,15 @@ def test_a_bundled_checkpoint_goes_by_its_name(name: str, tmp_path: Path, monkey
 # Local.
 
 
-def test_what_exists_here_is_never_looked_for_elsewhere(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_local_paths_come_first(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "someone").mkdir()
     shutil.copy(checkpoint, tmp_path / "someone" / "tiny")
-    monkeypatch.chdir(tmp_path)
     assert resolve_checkpoint("someone/tiny") == Path("someone/tiny")
-    assert resolve_checkpoint(checkpoint) == checkpoint
     assert resolve_checkpoint(str(checkpoint)) == checkpoint
     assert resolve_checkpoint(None) == bundled_checkpoint()
-    # A file that is missing is told by whoever reads it, not looked for on the hub.
+    # A missing file is reported by its reader, not looked for on the hub.
     assert resolve_checkpoint("runs/absent.safetensors") == Path("runs/absent.safetensors")
 
 

@@ -21,10 +21,9 @@ from robuq_core import cli as robuq
 from robuq_core.checkpoint import CheckpointError, read_header
 from robuq_core.config import QuantConfig
 from robuq_core.convert import pack_untrained, untrained_quant
-from robuq_core.export_hub import ExportError, export_hub
+from robuq_core.export_hub import ExportError, export_hub, model_card
 from robuq_core.hub import BUNDLED, bundled_checkpoint, resolve_checkpoint
 from robuq_core.inspection import inspect_checkpoint
-from robuq_core.model_card import model_card
 from robuq_core.models.adapters import save_official
 from robuq_core.models.dit import DiT
 from robuq_core.pipeline import Sampler

@@ -21,7 +21,7 @@ from robuq_core.kernels.pack_layer import pack_layer
 from robuq_core.kernels.triton import async_linear, attention, dense_linear, rotate_quantize, ternary_linear
 from robuq_core.kernels.triton.backend import ACTIVATIONS_VARIABLE, TritonBackend
 from robuq_core.kernels.triton.config import LaunchConfig, checked, compiling, launching
-from robuq_core.kernels.triton.lowrank import folded
+from robuq_core.kernels.triton.weights import folded
 from robuq_core.quant.hadamard import Rotation
 
 KERNELS = (
@@ -92,7 +92,7 @@ def test_the_folded_factor_projects_what_is_not_rotated(width: int, block: int |
     layer, x = pack_layer(make_linear(width, 8, bits=2, rank=5, rotation_block=block)), tokens(9, width).double()
     rotated = Rotation(width, layer.signs, block).double()(x)
     expected = rotated @ layer.lowrank_b.double().T
-    found = x @ folded(layer.lowrank_b, layer.signs, block).double().T
+    found = x @ folded(layer).double().T
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
 
 

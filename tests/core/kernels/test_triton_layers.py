@@ -164,7 +164,7 @@ def measured_shapes(layer: TernaryLayer, rows: int, architecture: int) -> list[L
     """Some of what tuning tries, and what the shipped tables hold, whose tiles fit so few rows."""
     limit = SHARED_LIMIT[architecture]
     tried = product.candidate_configs(rows, layer.in_features, layer.rank, architecture, limit)[::5]
-    tables = [tuning._read(path) for path in tuning.SHIPPED.glob("*.json")]
+    tables = [tuning.read_table(path) for path in tuning.SHIPPED.glob("*.json")]
     shipped = [config for table in tables for config in table.values()]
     return tried + list({str(config): config for config in shipped}.values())
 

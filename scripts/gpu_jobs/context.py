@@ -28,6 +28,9 @@ BFLOAT16 = torch.bfloat16
 ROTATED_BYTES = 64 * 2**20
 
 
+DIT_XL_2 = ModelConfig()
+
+
 @dataclass(frozen=True)
 class Sizes:
     """``widths`` and ``rows`` of checks; ``heads`` as (images, tokens, heads, head_dim); ``shapes`` (K, N) of the
@@ -42,7 +45,7 @@ class Sizes:
         *(("qkv", 1152, 3456), ("proj", 1152, 1152), ("fc1", 1152, 4608), ("fc2", 4608, 1152)),
     )
     timed_rows: tuple[int, ...] = (2048, 256, 512, 8192)
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = DIT_XL_2
     batches: tuple[int, ...] = (8, 1, 32, 2)
     repeats: int = 300
 

@@ -138,7 +138,7 @@ def tune(context: Context) -> None:
         shared = SHARED_LIMIT.get(ours.architecture, min(SHARED_LIMIT.values()))
         configs = ternary_linear.candidate_configs(rows, width, rank, ours.architecture, shared)
         # Those like the default in most sizes first.
-        configs.sort(key=lambda config: sum(config.blocks.get(key) != size for key, size in default.blocks.items()))  # noqa: B023
+        configs.sort(key=lambda config: sum(config.blocks.get(key) != size for key, size in default.blocks.items()))
         expected = ours.ternary_linear(inputs[0], layer, config=default)
         times: list[tuple[float, LaunchConfig]] = []
         for config in (default, *configs[: 2 if context.rehearse else CANDIDATES]):

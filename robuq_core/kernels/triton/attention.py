@@ -191,8 +191,8 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     width = heads * HEAD
     out_ptr += (head // heads) * LENGTH * width + (head % heads) * HEAD
     real = (query < LENGTH)[:, None] & (column < HEAD)[None, :]
-    out = product.to(tl.float32) * factor[:, None]
-    tl.store(out_ptr + query[:, None] * width + column[None, :], out.to(out_ptr.dtype.element_ty), mask=real)
+    out = (product.to(tl.float32) * factor[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + query[:, None] * width + column[None, :], out, mask=real)
 
 
 @triton.jit

@@ -41,7 +41,7 @@ def project(  # type: ignore[no-untyped-def]
     """Tile ``tile`` of the tokens. ``KIND``: of the prologue, as of the rotation; ``modulation``: shift, scale, tokens
     per image and eps of its first kind."""
     shift_ptr, scale_ptr, tokens_per_image, eps = modulation
-    SPAN: tl.constexpr = tl.cdiv(K, PARTS * STEP) * STEP  # values of each part
+    SPAN: tl.constexpr = (K + PARTS * STEP - 1) // (PARTS * STEP) * STEP  # values of each part
     MASKED: tl.constexpr = PARTS * SPAN != K
     RANK_TILE: tl.constexpr = power_of_2(RANK, LEAST_RANK)
     row = tile * PROJECTED + tl.arange(0, PROJECTED)

@@ -279,7 +279,7 @@ def ternary_linear(
     blocks = config.blocks
     tiles = triton.cdiv(rows, blocks["ROWS"]) * triton.cdiv(outputs, blocks["OUTPUTS"])
     split = blocks.get("SPLIT", 1)
-    if split > 1 and (lead or tiles > MAX_SPLIT_TILES):
+    if split > 1 and (lead or tiles > MAX_SPLIT_TILES or split > MAX_SPLIT):
         raise ValueError(f"{tiles} tiles of {lead or 1} layers cannot be split in {split}")
     per_image = 1 if gate is None else max(1, rows // gate.shape[0])
     layer = weights.layer

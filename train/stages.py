@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from robuq_core.checkpoint import Description, Header, layer_macs, write_checkpoint
+from robuq_core.checkpoint import Description, Header, write_checkpoint
 from robuq_core.config import DecoderKind, QuantConfig, StrictModel
 from robuq_core.files import replacing
 from robuq_core.models.dit import DiT
+from robuq_core.models.shapes import layer_macs
 from train.config import ConfigError, StageConfig, TrainConfig
 from train.data import Dataset, LatentDataset, centre_images
 from train.parallel import on_first, training_device

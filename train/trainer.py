@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robuq_core.checkpoint import layer_macs
 from robuq_core.config import NUM_TRAIN_TIMESTEPS, DiffusionConfig
 from robuq_core.errors import UserError
 from robuq_core.models.dit import DiT
 from robuq_core.models.quant_linear import held_codes
+from robuq_core.models.shapes import layer_macs
 from train import parallel
 from train.config import ConfigError, StageConfig, TrainConfig
 from train.data import BatchSource, Prefetcher, sample_noise, step_generator

@@ -1,6 +1,7 @@
 """Tensors of foreign weight files by name, each read when asked for: torch pickles and safetensors, whole or sharded.
 
 Only tensors, plain containers and ``argparse.Namespace`` (which DiT's training script stores) are unpickled.
+What cannot be used raises :class:`WeightsError`.
 """
 
 from __future__ import annotations
@@ -44,11 +45,7 @@ TensorTable = dict[str, Stored]
 
 
 def load_pickle(path: Path) -> Any:
-    """What ``torch.save`` wrote to ``path``, tensors memory-mapped.
-
-    Raises:
-        WeightsError: missing or damaged, or it holds other objects than weights.
-    """
+    """What ``torch.save`` wrote to ``path``, tensors memory-mapped."""
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; give a DiT .pt or .safetensors file or a diffusers folder")
     try:
@@ -77,11 +74,7 @@ def state_dict_in(tree: Any) -> Any:
 
 
 def tensors_of(path: Path, tree: Any) -> TensorTable:
-    """A state dict as a table.
-
-    Raises:
-        WeightsError: it contains something other than tensors.
-    """
+    """A state dict as a table."""
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise WeightsError(f"{path}: not a state dict; save the model's state_dict() with torch.save")
     others = [key for key, value in tree.items() if not isinstance(value, Tensor)]
@@ -106,11 +99,7 @@ def without_wrappers(table: TensorTable) -> TensorTable:
 
 
 def safetensors_of(path: Path) -> tuple[TensorTable, dict[str, str]]:
-    """The tensors and the metadata of a safetensors file.
-
-    Raises:
-        WeightsError: missing or damaged file.
-    """
+    """The tensors and the metadata of a safetensors file."""
     try:
         file: Any = safe_open(path, "pt")
         table = {
@@ -123,11 +112,7 @@ def safetensors_of(path: Path) -> tuple[TensorTable, dict[str, str]]:
 
 
 def folder_tensors(folder: Path) -> TensorTable:
-    """The weights of a diffusers model folder; prefers safetensors to ``.bin``, and one file to shards.
-
-    Raises:
-        WeightsError: none found, a shard missing, or a damaged file.
-    """
+    """The weights of a diffusers model folder; prefers safetensors to ``.bin``, and one file to shards."""
     for suffix in (".safetensors", ".bin"):
         whole, index = folder / f"{WEIGHTS_NAME}{suffix}", folder / f"{WEIGHTS_NAME}{suffix}.index.json"
         if whole.is_file():
@@ -160,11 +145,7 @@ def _sharded(index: Path) -> TensorTable:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        WeightsError: unreadable, or not an object.
-    """
+    """A JSON object."""
     try:
         tree = files.read_json(path)
     except (OSError, ValueError) as error:

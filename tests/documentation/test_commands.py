@@ -47,7 +47,6 @@ RUN = {
     "README.md": ("curl localhost",),
     "docs/index.md": ("curl", "robuq sample", "robuq inspect", "robuq-serve --checkpoint"),
     "docs/training.md": ("robuq-train", "robuq sample"),
-    "docs/performance.md": ("robuq compare",),
     "docs/weights.md": ("robuq convert", "robuq sample", "robuq-serve", "robuq export-hub"),
 }
 # Pages whose Python runs in tests of their own, with what it needs.

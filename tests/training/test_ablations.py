@@ -8,9 +8,9 @@ import torch
 from scipy import stats
 from tiny_study import write_study
 
-from robuq_core.checkpoint import layer_macs
 from robuq_core.config import ModelConfig
 from robuq_core.models.dit import DiT
+from robuq_core.models.shapes import layer_macs
 from robuq_core.quant.bits import average_bits
 from train.ablations.config import load_study
 from train.ablations.report import BEGIN, END, Findings, geometric, holm, write_report

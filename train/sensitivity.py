@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from robuq_core.config import NUM_TRAIN_TIMESTEPS, DiffusionConfig, PredictionType, StrictModel
-from robuq_core.diffusion.guidance import guide, guided_channels
+from robuq_core.diffusion.update import guide, guided_channels
 from robuq_core.errors import UserError
 from robuq_core.files import replacing
 from robuq_core.models.dit import DiT

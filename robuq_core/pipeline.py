@@ -23,17 +23,15 @@ from robuq_core.checkpoint import Checkpoint, CheckpointError, Header, read_chec
 from robuq_core.classes import ClassNames
 from robuq_core.config import PredictionType, check_fit
 from robuq_core.decode import Decoder, PixelDecoder, load_decoder, to_pixels
-from robuq_core.diffusion.guidance import guided_channels
-from robuq_core.diffusion.update import Update, UpdatingBackend, add_learned_noise, update
+from robuq_core.diffusion.update import Update, UpdatingBackend, add_learned_noise, guided_channels, update
 from robuq_core.hub import DECODER_FOLDER, bundled_checkpoint, resolve_checkpoint
 from robuq_core.images import image_settings
 from robuq_core.kernels.backends import select_backend
 from robuq_core.kernels.ops import Backend
 from robuq_core.models.packed_dit import PackedDiT
 from robuq_core.params import ALL_TIMESTEPS, ImageParams, RowSpec, check_spec, read_params
-from robuq_core.rows import Batch, Row, together
+from robuq_core.rows import Batch, Row, cached_forward, together
 from robuq_core.staging import taken
-from robuq_core.step_cache import cached_forward
 from robuq_core.threads import on_one_thread
 
 _NO_DECODER = (

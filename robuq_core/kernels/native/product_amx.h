@@ -43,10 +43,10 @@ INLINE void amx_tile(const uint8_t *panel, const int8_t *codes, int64_t width, i
 }
 
 FN void amx_multiply(const struct ternary_job *job, int64_t channel, int64_t group, int64_t groups,
-                     const uint8_t *panel, const int8_t *codes, int64_t rows, int32_t *products, int64_t stride) {
+                     uint8_t *panel, const int8_t *codes, int64_t rows, int32_t *products) {
     struct tile_config config = {.palette = 1};
     const int64_t width = groups * GROUP;
-    (void)job, (void)channel, (void)group, (void)stride;
+    (void)job, (void)channel, (void)group;
     for (int i = 0; i < 8; i++) {
         config.rows[i] = TILE_ROWS;
         config.row_bytes[i] = TILE_BYTES;

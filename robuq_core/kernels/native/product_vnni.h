@@ -84,9 +84,9 @@ INLINE void vnni_tile(const uint8_t *panel, const int8_t *codes, int64_t width, 
 }
 
 FN void vnni_multiply(const struct ternary_job *job, int64_t channel, int64_t group, int64_t groups,
-                      const uint8_t *panel, const int8_t *codes, int64_t rows, int32_t *products, int64_t stride) {
+                      uint8_t *panel, const int8_t *codes, int64_t rows, int32_t *products) {
     const int64_t width = groups * GROUP;
-    (void)job, (void)channel, (void)group, (void)stride;
+    (void)job, (void)channel, (void)group;
     for (; rows > 0; rows -= 4, codes += 4 * width, products += 4 * PANEL) {
         switch (min64(rows, 4)) {
             case 1: vnni_tile(panel, codes, width, products, 1); break;

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.table import Table
 
-from robuq_core.bench.machine import machine
+from robuq_core.bench.report import machine
 from robuq_core.files import replacing
 
 N = TypeVar("N", int, float)

@@ -66,4 +66,5 @@ FN void amx_multiply(const struct ternary_job *job, int64_t channel, int64_t gro
     _tile_release();
 }
 
-static const struct product amx_product = {1, vnni_decode, copy_codes, amx_multiply};
+static const struct product amx_product = {
+    .adds = 1, .decode = vnni_decode, .operands = copy_codes, .multiply = amx_multiply};

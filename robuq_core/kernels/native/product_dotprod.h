@@ -85,4 +85,5 @@ FN void dotprod_multiply(const struct ternary_job *job, int64_t channel, int64_t
     }
 }
 
-static const struct product dotprod_product = {1, dotprod_decode, copy_codes, dotprod_multiply};
+static const struct product dotprod_product = {
+    .adds = 1, .decode = dotprod_decode, .operands = copy_codes, .multiply = dotprod_multiply};

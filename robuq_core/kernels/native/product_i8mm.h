@@ -99,4 +99,5 @@ FN void i8mm_multiply(const struct ternary_job *job, int64_t channel, int64_t gr
     }
 }
 
-static const struct product i8mm_product = {1, i8mm_decode, i8mm_operands, i8mm_multiply};
+static const struct product i8mm_product = {
+    .adds = 1, .decode = i8mm_decode, .operands = i8mm_operands, .multiply = i8mm_multiply};

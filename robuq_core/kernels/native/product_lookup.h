@@ -210,4 +210,5 @@ FN void lookup_multiply(const struct ternary_job *job, int64_t channel, int64_t 
     }
 }
 
-static const struct product lookup_product = {0, lookup_decode, lookup_operands, lookup_multiply};
+static const struct product lookup_product = {
+    .decode = lookup_decode, .operands = lookup_operands, .multiply = lookup_multiply};

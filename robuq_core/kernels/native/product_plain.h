@@ -27,4 +27,5 @@ FN void plain_multiply(const struct ternary_job *job, int64_t channel, int64_t g
     }
 }
 
-static const struct product direct_product = {1, plain_decode, copy_codes, plain_multiply};
+static const struct product direct_product = {
+    .adds = 1, .decode = plain_decode, .operands = copy_codes, .multiply = plain_multiply};

@@ -155,7 +155,8 @@ FN void tbl_multiply(const struct ternary_job *job, int64_t channel, int64_t gro
     }
 }
 
-static const struct product tbl_product = {0, tbl_decode, tbl_operands, tbl_multiply};
+static const struct product tbl_product = {
+    .decode = tbl_decode, .operands = tbl_operands, .multiply = tbl_multiply};
 
 enum { DIRECT_TOKENS = 4, DIRECT_CHANNELS = 2, SAFE_GROUPS = 7 /* 16 products a group and lane of at most 256 */ };
 

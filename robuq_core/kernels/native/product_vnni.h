@@ -97,7 +97,8 @@ FN void vnni_multiply(const struct ternary_job *job, int64_t channel, int64_t gr
     }
 }
 
-static const struct product vnni_product = {1, vnni_decode, copy_codes, vnni_multiply};
+static const struct product vnni_product = {
+    .adds = 1, .decode = vnni_decode, .operands = copy_codes, .multiply = vnni_multiply};
 
 FN void ternary_vnni_task(const void *job, int64_t task, char *scratch) {
     ternary_task(job, task, scratch, &vnni_product);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,25 +14,25 @@ from PIL import Image
 from robuq_core import params
 
 FORMATS = ("png", "jpeg", "webp")
-# Of fields whose whole range no user asks for; the others are drawn from the range that ImageParams gives them.
+# Fields whose whole range no user asks for; the others take any value of the range that ImageParams gives them.
 CHOICES: dict[str, Sequence[Any]] = {
     "guidance_scale": (0, 1, 1.5, 4),
     "guidance_interval": ([0, 999], [0, 800]),
     "cache_interval": (1, 1, 2),
 }
-# Each request has its class and steps; several() draws the number of images.
+# Each request has its class and steps; several() chooses the number of images.
 _OTHERS = ("class_id", "class_name", "num_images", "steps")
 
 
 @dataclass
 class Workload:
-    """Draws bodies of ``POST /generate``; equal seeds draw equal bodies.
+    """Random bodies of ``POST /generate``; equal seeds give equal bodies.
 
     Args:
         info: answer of ``GET /info``: classes, samplers, guidance and size of the images.
         step_counts: each equally likely.
         max_images: most images in one request.
-        fields: that :meth:`mixed` draws, each in half of the bodies; all of ``ImageParams`` if None.
+        fields: that :meth:`mixed` sets, each in half of the bodies; all of ``ImageParams`` if None.
     """
 
     info: dict[str, Any]
@@ -53,29 +53,24 @@ class Workload:
 
     def mixed(self) -> dict[str, Any]:
         """One image; steps, and at random some of the other fields."""
-        # All are drawn, so that a body does not depend on which of the fields before it were chosen.
-        drawn = [(name, self._value(name, schema), self.rng.random() < 0.5) for name, schema in self._schemas.items()]
-        chosen = {name: value for name, value, wanted in drawn if wanted}
+        chosen = {name: self._value(name) for name in self._schemas if self.rng.random() < 0.5}
         return self.plain() | {"steps": self.rng.choice(self.step_counts)} | chosen
 
-    def _value(self, name: str, schema: dict[str, Any]) -> Any:
+    def _value(self, name: str) -> Any:
+        schema = self._schemas[name]
         if name == "sampler":
             return self.rng.choice(self.info["samplers"])
         if name == "guidance_scale" and not self.info["guidance"]:
             return 1
-        if name in CHOICES:
-            return self.rng.choice(CHOICES[name])
-        if "enum" in schema:
-            return self.rng.choice(schema["enum"])
+        if choices := CHOICES.get(name) or schema.get("enum"):
+            return self.rng.choice(choices)
         least, most = max(0, schema["minimum"]), schema["maximum"]
         return self.rng.randint(least, most) if schema["type"] == "integer" else self.rng.uniform(least, most)
 
     def several(self) -> dict[str, Any]:
         """Up to ``max_images`` images in a random format."""
-        return self.mixed() | {
-            "num_images": self.rng.randint(1, self.max_images),
-            "format": self.rng.choice(FORMATS),
-        }
+        count, image_format = self.rng.randint(1, self.max_images), self.rng.choice(FORMATS)
+        return self.mixed() | {"num_images": count, "format": image_format}
 
     def check(self, body: dict[str, Any], answer: dict[str, Any]) -> None:
         """Raise KeyError, ValueError or OSError unless ``answer`` repeats what ``body`` asked and holds its images."""
@@ -105,39 +100,20 @@ def gauges(metrics: str) -> dict[str, float]:
     return {words[0]: float(words[1]) for words in lines if len(words) == 2 and "{" not in words[0]}
 
 
-BURST_PERIOD_S = 20.0
-BURST_CALM = 0.25  # share of the users between bursts
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """Args:
-    about: one line for the help.
-    users: names of the user classes that take part; their weights say how many of each.
-    share: of all users, as a function of the seconds since the start: 0..1.
-    """
-
-    about: str
-    users: tuple[str, ...]
-    share: Callable[[float], float] = lambda seconds: 1.0
-
-
-def _bursts(seconds: float) -> float:
-    """A quarter of the users, and all of them in the second half of every period."""
-    return 1.0 if seconds % BURST_PERIOD_S >= BURST_PERIOD_S / 2 else BURST_CALM
-
-
+# What a scenario is, and which users of locustfile.py take part; their weights say how many of each.
 SCENARIOS = {
-    "mixed": Scenario("any mix of fields, JSON and raw answers, probes", ("ImageUser",)),
-    "steady": Scenario("one image a request, defaults only, a constant number of users", ("PlainUser",)),
-    "burst": Scenario("steady, but the users leave and come back all at once", ("PlainUser",), _bursts),
-    "slow": Scenario("mixed, and clients that take their time to read the answer", ("ImageUser", "SlowReader")),
-    "disconnect": Scenario("mixed, and clients that go away before the answer", ("ImageUser", "Leaver")),
+    "mixed": ("any mix of fields, JSON and raw answers, probes", ("ImageUser",)),
+    "steady": ("one image per request, defaults only, a constant number of users", ("PlainUser",)),
+    "burst": ("steady, but most users leave and come back all at once", ("PlainUser",)),
+    "slow": ("mixed, and clients that read the answer slowly", ("ImageUser", "SlowReader")),
+    "disconnect": ("mixed, and clients that disconnect before the answer", ("ImageUser", "Leaver")),
 }
+BURST_PERIOD_S = 20.0
 
 
-def users_at(scenario: Scenario, seconds: float, users: int, run_time_s: float | None) -> int | None:
-    """How many users there should be, at least one; None when the test is over."""
+def users_at(scenario: str, seconds: float, users: int, run_time_s: float | None) -> int | None:
+    """Users ``seconds`` after the start, at least one; None when the test is over. Between bursts: a quarter."""
     if run_time_s is not None and seconds >= run_time_s:
         return None
-    return max(1, round(users * scenario.share(seconds)))
+    calm = scenario == "burst" and seconds % BURST_PERIOD_S < BURST_PERIOD_S / 2
+    return max(1, round(users / 4)) if calm else users

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from robuq_core.cpus import limit_threads
+from robuq_core.threads import limit_threads
 
 if TYPE_CHECKING:
     from robuq_core.diffusers_pipeline import RobuQPipeline

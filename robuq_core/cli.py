@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -85,33 +85,6 @@ def sample(
         typer.echo(f"{len(images)} images: {seconds}", err=True)
 
 
-@app.command()
-@reported
-@takes_params(ImageParams, "class_id", "class_name", "num_images")
-def compare(
-    images: Annotated[int, typer.Option(min=1, help="Number of images; image i has class i and seed i.")] = 16,
-    checkpoint: CheckpointOption = None,
-    decoder: DecoderOption = None,
-    backend: BackendOption = "auto",
-    threads: ThreadsOption = None,
-    device: DeviceOption = None,
-    *,
-    params: ImageParams,
-) -> None:
-    """Print what --guidance-interval or --cache-interval saves, and the PSNR against the same images without it."""
-    from robuq_core.compare import compare_short_cuts
-    from robuq_core.pipeline import Sampler
-
-    loaded = Sampler.from_checkpoint(checkpoint, decoder=decoder, backend=backend, threads=threads, device=device)
-    classes = [i % loaded.valid_classes for i in range(images)]
-    result = compare_short_cuts(loaded, classes, **params.given)
-    typer.echo(
-        f"{result.images} images: {result.rows} of {result.rows_full} rows through the blocks, "
-        f"{result.seconds:.2f} of {result.seconds_full:.2f} s, PSNR {result.psnr_db:.1f} dB; "
-        f"the same work in {result.fewer_steps} plain steps: {result.fewer_steps_psnr_db:.1f} dB"
-    )
-
-
 @app.command("inspect")
 @reported
 def inspect_command(
@@ -162,7 +135,7 @@ def inspect_command(
         rows = [(part, f"{cost.full / unit:.4f}", f"{cost.quantised / unit:.4f}") for part, cost in parts.items()]
         show(title, Table(("Part", "FP32", "Quantised"), rows))
         console.print(f"{ratio(parts):.1f} times less, counted as in the paper (docs/method.md)")
-    short = json.dumps(short_provenance(header), default=str)
+    short = json.dumps(short_provenance(header.provenance), default=str)
     console.print(f"[bold]provenance[/bold] (--json prints all of it): {short}")
 
 
@@ -190,31 +163,36 @@ def convert(
     """
     from robuq_core import convert as conversion
 
-    renews, packs = (path.suffix.lower() == conversion.PACKED_SUFFIX for path in (source, target))
-    if ptq != packs and not (renews and packs):
+    old, packed = (path.suffix.lower() == conversion.PACKED_SUFFIX for path in (source, target))
+    if ptq != packed and not (old and packed):
         raise UserError(f"{target}: only --ptq writes a packed file, whose name ends in {conversion.PACKED_SUFFIX}")
-    if not ptq:
-        hints = ("heads", "prediction", "classes", "flavour")
-        _refuse(params.model_dump(exclude=set(hints)), "only for --ptq")
-        if renews and packs:
-            from robuq_core.checkpoint import renew_checkpoint
-
-            _refuse({**params.model_dump(include=set(hints)), "vae": vae}, "not for a packed source")
-            renewed = renew_checkpoint(source, target)
-            typer.echo(f"wrote {target} (format_version {renewed.format_version})")
-        else:
-            conversion.convert_full_precision(source, target, vae=vae, **params.hints)
-            typer.echo(f"wrote {target}")
+    options = given(params.model_dump())
+    if ptq:
+        _refuse(given({"vae": vae}), "only for a diffusers folder, without --ptq")
+        _pack(source, target, params)
         return
-    _refuse({"vae": vae}, "only for a diffusers folder, without --ptq")
+    if old and packed:
+        from robuq_core.checkpoint import renew_checkpoint
+
+        _refuse(options | given({"vae": vae}), "not for a packed source")
+        renew_checkpoint(source, target)
+    else:
+        _refuse(options.keys() - {"heads", "prediction", "classes", "flavour"}, "only for --ptq")
+        conversion.convert_full_precision(source, target, vae=vae, **params.hints)
+    typer.echo(f"wrote {target}")
+
+
+def _pack(source: Path, target: Path, params: PackingOptions) -> None:
     from rich.progress import Progress
+
+    from robuq_core.convert import pack_untrained, untrained_quant
 
     with Progress(transient=True) as progress:
         task = progress.add_task("quantising", total=None)
-        result = conversion.pack_untrained(
+        result = pack_untrained(
             source,
             target,
-            conversion.untrained_quant(**params.quant),
+            untrained_quant(**params.quant),
             sampler=SamplerConfig(**params.defaults),
             class_names=params.names,
             decoder=params.decoder_kind,
@@ -225,8 +203,8 @@ def convert(
     typer.secho(f"warning: {result.warning}", err=True, fg=typer.colors.YELLOW)
 
 
-def _refuse(options: Mapping[str, Any], reason: str) -> None:
-    for name in given(options):
+def _refuse(options: Iterable[str], reason: str) -> None:
+    for name in options:
         raise UserError(f"--{name.replace('_', '-')} is {reason}; remove it")
 
 
@@ -239,13 +217,12 @@ def export_hub_command(
         str | None,
         typer.Option("--license", help="Licence of the weights, by the hub's identifier; default: the file's."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Write into a folder that contains other files.")] = False,
 ) -> None:
     """Write a folder to upload to the Hugging Face hub: model card, config.json and the verified file."""
     from robuq_core.export_hub import export_hub
     from robuq_core.hub import resolve_checkpoint
 
-    card = export_hub(resolve_checkpoint(checkpoint), folder, licence=licence, force=force)
+    card = export_hub(resolve_checkpoint(checkpoint), folder, licence=licence)
     typer.echo(card)
     typer.echo(f"upload it with: hf upload OWNER/NAME {folder}", err=True)
 

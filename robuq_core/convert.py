@@ -2,6 +2,7 @@
 
 Packing full-precision weights is post-training quantisation: rotation, low rank by SVD and ternary planes, layer by
 layer, without data or training (:mod:`train.ptq` calibrates them). The error is measured and stored in the file.
+Weights that cannot be read, written or packed raise WeightsError or CheckpointError.
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ from robuq_core.checkpoint import (
     Description,
     Header,
     decoder_kind,
-    dense_shapes,
-    layer_shapes,
+    give_freed_memory_back,
     write_packed,
 )
 from robuq_core.config import (
@@ -32,7 +32,6 @@ from robuq_core.config import (
     SamplerConfig,
     fitting_defaults,
 )
-from robuq_core.freed_memory import give_freed_memory_back
 from robuq_core.kernels.backends import select_backend
 from robuq_core.kernels.ops import Backend, TernaryLayer
 from robuq_core.kernels.pack_layer import pack_layer
@@ -41,6 +40,7 @@ from robuq_core.models.adapters_files import WeightsError
 from robuq_core.models.adapters_official import Hints
 from robuq_core.models.packed_dit import PackedDiT
 from robuq_core.models.quant_linear import LinearQuantizer, check_bits
+from robuq_core.models.shapes import dense_shapes, layer_shapes
 
 METHOD = "post-training quantisation, not trained"
 OFFICIAL_SUFFIXES = (".pt", ".pth")
@@ -69,16 +69,16 @@ class PackedResult:
     @property
     def warning(self) -> str:
         """What a user must know before judging the images."""
-        if self.relative_error is None:
-            error = "the original predicts only zeros, as before training, so nothing could be compared"
+        error = self.relative_error
+        if error is None:
+            found = "the original predicts only zeros, as before training, so nothing could be compared"
         else:
-            images = (
+            found = f"on random inputs the packed network is {error:.1%} (RMS) off the original: " + (
                 "expect noise instead of images; use more --weight-planes or activation bits, or train"
-                if self.relative_error > _UNUSABLE_ERROR
+                if error > _UNUSABLE_ERROR
                 else "images will differ from the original's, most with many steps and strong guidance"
             )
-            error = f"on random inputs the packed network is {self.relative_error:.1%} (RMS) off the original: {images}"
-        return f"quantised without training: {error}. What ternary weights can do shows only after robuq-train qat."
+        return f"quantised without training: {found}. What ternary weights can do shows only after robuq-train qat."
 
 
 def untrained_quant(weight_planes: int = 3, activation_bits: int = 8, rank: int = 16) -> QuantConfig:
@@ -86,27 +86,24 @@ def untrained_quant(weight_planes: int = 3, activation_bits: int = 8, rank: int 
     return QuantConfig(activation_bits=activation_bits, adaln_bits=8, weight_planes=weight_planes, rank=rank)
 
 
-def convert_full_precision(source: Path, target: Path, *, vae: Path | None = None, **hints: Unpack[Hints]) -> Weights:
+def convert_full_precision(source: Path, target: Path, *, vae: Path | None = None, **hints: Unpack[Hints]) -> None:
     """Write the weights of ``source`` as an official ``.pt``, or as a diffusers folder if ``target`` has no suffix.
 
     Args:
         vae, hints: see :func:`robuq_core.models.adapters.save_diffusers` and ``read_weights``.
-
-    Raises:
-        WeightsError: ``target`` has the suffix of another format, or as ``read_weights`` and the writers.
     """
-    if target.suffix.lower() in _OTHER_SUFFIXES:
+    suffix = target.suffix.lower()
+    if suffix in _OTHER_SUFFIXES:
         raise WeightsError(f"{target}: full precision is written as {' or '.join(OFFICIAL_SUFFIXES)}, or as a "
                            f"diffusers folder, whose name cannot end in {target.suffix}")  # fmt: skip
+    if suffix in OFFICIAL_SUFFIXES and vae is not None:
+        raise WeightsError(f"{target}: an official .pt contains no decoder; remove vae (--vae)")
     weights = read_weights(source, **hints)
     model = weights.model(mapped=True)
-    if target.suffix.lower() in OFFICIAL_SUFFIXES:
-        if vae is not None:
-            raise WeightsError(f"{target}: an official .pt contains no decoder; remove vae (--vae)")
+    if suffix in OFFICIAL_SUFFIXES:
         save_official(model, target, weights.diffusion)
     else:
         save_diffusers(model, target, diffusion=weights.diffusion, class_names=weights.class_names, vae=vae)
-    return weights
 
 
 def _untrained(
@@ -139,10 +136,6 @@ def pack_untrained(
         on_layer: called with each layer's name when it is done.
         quantize: makes the layers; default: :func:`quantize_layers`.
         hints: see :class:`robuq_core.models.adapters_official.Hints`.
-
-    Raises:
-        WeightsError, CheckpointError: the source cannot be used, or cannot be packed.
-        ValueError: a width without a Hadamard matrix, or a rank that leaves nothing to quantise.
     """
     weights = read_weights(source, **hints)
     diffusion = weights.diffusion or DiffusionConfig()
@@ -169,12 +162,7 @@ def pack_untrained(
 
 
 def quantize_layers(weights: Weights, quant: QuantConfig, on_layer: Progress | None = None) -> dict[str, TernaryLayer]:
-    """The packed block linears of ``weights``, as packing the result of ``quantize_model`` would give.
-
-    Raises:
-        WeightsError: as :meth:`Weights.tensor`.
-        ValueError: as :func:`pack_untrained`, or ``quant.bits`` names layers that the model lacks.
-    """
+    """The packed block linears of ``weights``, as packing the result of ``quantize_model`` would give."""
     shapes = layer_shapes(weights.config)
     check_bits(quant, shapes)
     quantize = LinearQuantizer(quant)

@@ -1,6 +1,7 @@
 """From a network's output to pixels: unchanged, or through the decoder of an autoencoder in a diffusers folder.
 
 One image at a time, so that an image depends only on its own latent, and memory does not grow with their number.
+A folder that cannot be used raises :class:`DecoderError`.
 """
 
 from __future__ import annotations
@@ -9,9 +10,8 @@ import copy
 import importlib
 import pickle
 import threading
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,41 +23,19 @@ from robuq_core.files import read_json
 
 # SD-VAE and TAESD; the latter takes a fraction of the work.
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
+# Larger images (side in pixels) are decoded in overlapping, blended tiles of half that size, which bounds the memory.
+# An AutoencoderKL's normalisation and attention then see one tile only: colours may differ slightly between tiles.
+TILE_ABOVE = 1024
 
 _FOLDER = "a diffusers folder of an AutoencoderKL (SD-VAE) or an AutoencoderTiny (TAESD)"
-# Per block of a network; SD-VAE has two.
-_MOST_LAYERS = 32
+# Per block of a network, of which SD-VAE has two, and of blocks.
+_MOST_LAYERS = 64
 # Parts that decoding does not need.
 _ENCODER_PARTS = ("encoder", "quant_conv")
 
 
 class DecoderError(UserError):
     """A decoder that cannot be used; the message names the folder or the setting, and the fix."""
-
-
-class Decoder(Protocol):
-    """Turns samples into images; may be called from several threads.
-
-    ``channels``: of the samples. ``device``: where they must be. ``weight_bytes``: size of its weights.
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def channels(self) -> int: ...
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def weight_bytes(self) -> int: ...
-
-    def image_size(self, sample_size: int) -> int:
-        """Side in pixels of the image of a sample with sides of ``sample_size``."""
-
-    def decode(self, sample: Tensor) -> Tensor:
-        """``[C, H, W]`` to an image, float32 ``[3, H', W']``, -1 black to 1 white; values may lie outside."""
-
-    def replica(self, device: torch.device | str) -> Decoder:
-        """The decoder on ``device``; itself if it is there already."""
 
 
 class PixelDecoder:
@@ -73,6 +51,7 @@ class PixelDecoder:
         return sample_size
 
     def decode(self, sample: Tensor) -> Tensor:
+        """``[C, H, W]`` to an image, float32 ``[3, H, W]``, -1 black to 1 white; values may lie outside."""
         return sample.expand(3, -1, -1) if self.channels == 1 else sample
 
     def replica(self, device: torch.device | str) -> PixelDecoder:
@@ -82,26 +61,19 @@ class PixelDecoder:
 class LatentDecoder:
     """The decoder of an autoencoder: ``decode(z / scaling_factor + shift_factor)`` by its own configuration.
 
+    May be called from several threads. ``channels``: of a latent.
+
     Args:
         autoencoder: an ``AutoencoderKL`` or ``AutoencoderTiny`` of diffusers; its encoder is removed.
-        tile_above: larger images (side in pixels) are decoded in overlapping, blended tiles of half that size (at
-            least eight latent cells). It bounds the memory, but an AutoencoderKL's normalisation and attention then
-            see one tile only, so colours may differ slightly between tiles. The autoencoder's own
-            ``enable_tiling()`` tiles smaller images too.
-
-    Raises:
-        DecoderError: its images are not RGB, it normalises latents in an unsupported way, or ``tile_above`` < 1.
     """
 
-    def __init__(self, autoencoder: Any, name: str, *, tile_above: int = 1024) -> None:
+    def __init__(self, autoencoder: Any, name: str) -> None:
         config = autoencoder.config
         if config.out_channels != 3:
             raise DecoderError(f"{name}: config field out_channels is {config.out_channels}, not 3; use an RGB decoder")
         if config.get("latents_mean") is not None or config.get("latents_std") is not None:
             raise DecoderError(f"{name}: config fields latents_mean and latents_std are not supported; "
                                "use an autoencoder with a scaling_factor alone, such as SD-VAE")  # fmt: skip
-        if tile_above < 1:
-            raise DecoderError(f"{name}: tile_above is {tile_above}; give a side in pixels, 1 or more")
         self.name = name
         self.channels: int = config.latent_channels
         for part in _ENCODER_PARTS:
@@ -111,13 +83,12 @@ class LatentDecoder:
         self._scale = float(config.scaling_factor)
         self._shift = float(config.get("shift_factor") or 0.0)
         self._factor = _upsampling(config)
-        self._tile_above = tile_above
         self._lock = threading.Lock()
         # AutoencoderTiny derives its factor from the number of colours: eight by chance, right for TAESD only.
         self.autoencoder.spatial_scale_factor = self._factor
         # A quarter of an AutoencoderKL's tile overlaps, rounded in cells and again in pixels: multiples of four agree.
         # An eighth of an AutoencoderTiny's does; without a cell of overlap its blending gives black.
-        cells = max(8, tile_above // 2 // self._factor // 4 * 4)
+        cells = max(8, TILE_ABOVE // 2 // self._factor // 4 * 4)
         self.autoencoder.tile_latent_min_size = cells
         self.autoencoder.tile_sample_min_size = cells * self._factor
 
@@ -136,36 +107,35 @@ class LatentDecoder:
         return sum(parameter.nbytes for parameter in self.autoencoder.parameters())
 
     def image_size(self, sample_size: int) -> int:
+        """Side in pixels of the image of a latent with sides of ``sample_size``."""
         return sample_size * self._factor
 
     @torch.inference_mode()
     def decode(self, sample: Tensor) -> Tensor:
+        """``[C, H, W]`` to an image, float32 ``[3, H', W']``, -1 black to 1 white; values may lie outside."""
         latent = sample.to(self.device, torch.float32) / self._scale + self._shift
-        side = self._factor * max(latent.shape[-2:])
         # One at a time: torch's threads share the work of one image.
         with self._lock:
-            asked = self.autoencoder.use_tiling
-            self.autoencoder.use_tiling = asked or side > self._tile_above
-            try:
-                (images,) = self.autoencoder.decode(latent[None].to(self.dtype), return_dict=False)
-            finally:
-                self.autoencoder.use_tiling = asked
+            self.autoencoder.use_tiling = self._factor * max(latent.shape[-2:]) > TILE_ABOVE
+            (images,) = self.autoencoder.decode(latent[None].to(self.dtype), return_dict=False)
         return torch.as_tensor(images[0]).float()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(type(self), tile_above=self._tile_above), (self.autoencoder, self.name)
+        return type(self), (self.autoencoder, self.name)
 
     def replica(self, device: torch.device | str) -> LatentDecoder:
-        wanted = torch.device(device)
-        return self if is_at(self.device, wanted) else self._moved(wanted, self.dtype)
+        """The decoder on ``device``; itself if it is there already."""
+        return self if is_at(self.device, torch.device(device)) else self._moved(device)
 
     def cast(self, dtype: torch.dtype) -> LatentDecoder:
         """The decoder computing in ``dtype``; itself if it does already."""
-        return self if dtype == self.dtype else self._moved(self.device, dtype)
+        return self if dtype == self.dtype else self._moved(dtype)
 
-    def _moved(self, device: torch.device, dtype: torch.dtype) -> LatentDecoder:
-        autoencoder = copy.deepcopy(self.autoencoder).to(device, dtype)
-        return LatentDecoder(autoencoder, self.name, tile_above=self._tile_above)
+    def _moved(self, where: torch.device | torch.dtype | str) -> LatentDecoder:
+        return LatentDecoder(copy.deepcopy(self.autoencoder).to(where), self.name)
+
+
+Decoder = PixelDecoder | LatentDecoder
 
 
 def is_at(device: torch.device, wanted: torch.device) -> bool:
@@ -174,11 +144,7 @@ def is_at(device: torch.device, wanted: torch.device) -> bool:
 
 
 def load_decoder(
-    path: Path | str,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    tile_above: int = 1024,
+    path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> LatentDecoder:
     """The decoder in a local diffusers folder of an autoencoder, or in ``vae/`` of a local pipeline folder.
 
@@ -186,14 +152,11 @@ def load_decoder(
 
     Args:
         dtype: what it computes in; half precision is for GPUs.
-        tile_above: see :class:`LatentDecoder`.
-
-    Raises:
-        DecoderError: no such folder, another kind of model, missing or damaged weights, or no diffusers library.
     """
-    folder = _autoencoder_folder(Path(path))
-    config, library = _read_config(folder)
-    _check_size(folder, config, library)
+    folder = next((each for each in (Path(path), Path(path) / "vae") if (each / "config.json").is_file()), None)
+    if folder is None:
+        raise DecoderError(f"{path}: no config.json in it; give {_FOLDER}")
+    library = _checked_library(folder)
     try:
         autoencoder, loading = library.from_pretrained(
             folder,
@@ -212,7 +175,7 @@ def load_decoder(
     for name, tensor in autoencoder.state_dict().items():
         if not bool(torch.isfinite(tensor).all()):
             raise DecoderError(f"{folder}: weights {name} has values that are not finite; copy the folder again")
-    return LatentDecoder(autoencoder.to(device), folder.name, tile_above=tile_above)
+    return LatentDecoder(autoencoder.to(device), folder.name)
 
 
 def to_pixels(image: Tensor) -> np.ndarray:
@@ -221,52 +184,39 @@ def to_pixels(image: Tensor) -> np.ndarray:
     return pixels.permute(1, 2, 0).contiguous().cpu().numpy()
 
 
-def _autoencoder_folder(path: Path) -> Path:
-    for folder in (path, path / "vae"):
-        if (folder / "config.json").is_file():
-            return folder
-    raise DecoderError(f"{path}: no config.json in it; give {_FOLDER}")
+def _checked_library(folder: Path) -> Any:
+    """The diffusers class that ``config.json`` names, unless the configuration needs more memory than the files fill.
 
-
-def _read_config(folder: Path) -> tuple[dict[str, Any], Any]:
-    """``config.json`` without its private keys, and the diffusers class that it names."""
+    It is built on the meta device to find out. The files may lack the encoder, which is about as large as the decoder.
+    """
+    path = folder / "config.json"
     try:
-        config = read_json(folder / "config.json")
+        config = read_json(path)
         kind = config["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DecoderError(f"{folder}/config.json: field _class_name cannot be read; give {_FOLDER}") from error
+        raise DecoderError(f"{path}: field _class_name cannot be read; give {_FOLDER}") from error
     if kind not in AUTOENCODERS:
-        raise DecoderError(f"{folder}/config.json: field _class_name is {kind!r}; give {_FOLDER}")
+        raise DecoderError(f"{path}: field _class_name is {kind!r}; give {_FOLDER}")
     try:
         library = getattr(importlib.import_module("diffusers"), kind)
     except ImportError as error:
         raise DecoderError("a latent decoder needs diffusers; from a checkout: pip install '.[vae]'") from error
-    return {key: value for key, value in config.items() if not key.startswith("_")}, library
-
-
-def _check_size(folder: Path, config: dict[str, Any], library: Any) -> None:
-    """Refuse a configuration that needs more memory than the files can fill; built on the meta device to find out.
-
-    The files may lack the encoder, which is about as large as the decoder.
-    """
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
     for key, value in config.items():
-        if "blocks" in key or key == "layers_per_block":  # each is a module, which takes time even without memory
-            counts = value if isinstance(value, list) else [value]
-            fits = all(type(count) is int and 0 <= count <= _MOST_LAYERS for count in counts)
-        else:
-            fits = not isinstance(value, list) or len(value) <= _MOST_LAYERS**2
-        if not fits:
-            raise DecoderError(f"{folder}/config.json: field {key} is beyond the limits; give {_FOLDER}")
+        values = value if isinstance(value, list) else [value]
+        is_count = "blocks" in key or key == "layers_per_block"  # of modules, which take time even without memory
+        if len(values) > _MOST_LAYERS or (is_count and any(type(n) is not int or n > _MOST_LAYERS for n in values)):
+            raise DecoderError(f"{path}: field {key} is beyond the limits; give {_FOLDER}")
     try:
         with torch.device("meta"):
-            values = sum(tensor.numel() for tensor in library.from_config(config).state_dict().values())
+            needed = sum(tensor.numel() for tensor in library.from_config(config).state_dict().values())
     except Exception as error:  # diffusers raises almost anything on a foreign configuration
-        raise DecoderError(f"{folder}/config.json: describes no {library.__name__} ({_first_line(error)}); "
-                           f"give {_FOLDER}") from error  # fmt: skip
-    stored = sum(path.stat().st_size for path in folder.glob("diffusion_pytorch_model*") if path.is_file())
-    if values > 2 * stored:
-        raise DecoderError(f"{folder}: weights that cannot be read (config.json describes {values} values, the files "
+        raise DecoderError(f"{path}: describes no {kind} ({_first_line(error)}); give {_FOLDER}") from error
+    stored = sum(file.stat().st_size for file in folder.glob("diffusion_pytorch_model*") if file.is_file())
+    if needed > 2 * stored:
+        raise DecoderError(f"{folder}: weights that cannot be read (config.json describes {needed} values, the files "
                            f"have {stored} bytes); copy it again")  # fmt: skip
+    return library
 
 
 def _upsampling(config: Any) -> int:

@@ -9,11 +9,11 @@ those of a ``DiTPipeline`` with the same weights but are not identical.
 from __future__ import annotations
 
 import importlib
-import importlib.util
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import inspect
+import reprlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,29 +21,74 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from robuq_core.checkpoint import Header
 from robuq_core.classes import synonyms_of
-from robuq_core.config import MAX_SEED
+from robuq_core.config import BETA_END, BETA_START, MAX_SEED, SamplerName
 from robuq_core.decode import LatentDecoder, is_at, to_pixels
-from robuq_core.diffusers_schedulers import sampler_of, scheduler_of
-from robuq_core.hub import resolve_checkpoint
-from robuq_core.pipeline import Row, RowSpec, Sampler
+from robuq_core.errors import UserError
+from robuq_core.params import RowSpec
+from robuq_core.pipeline import Sampler
+from robuq_core.rows import Row
 
 Generators = torch.Generator | list[torch.Generator] | None
 
+# DDIM's eta is 0 in diffusers too.
+_SAMPLERS: dict[str, SamplerName] = {
+    "DDIMScheduler": "ddim",
+    "DDPMScheduler": "ddpm",
+    "DPMSolverMultistepScheduler": "dpmsolver++",
+}
+# Settings of schedulers that may differ: the timesteps are this project's, and its last step is first order anyway.
+_FREE_SETTINGS = {"timestep_spacing", "steps_offset", "lambda_min_clipped", "euler_at_final", "lower_order_final"}
 
-@dataclass
-class PipelineOutput:
-    """``images``: a list of PIL images, or an array or tensor of the batch. Replaces diffusers'
-    ``ImagePipelineOutput`` if that library is not installed."""
+
+class PipelineOutput(NamedTuple):
+    """``images``: a list of PIL images, or an array or tensor of the batch."""
 
     images: list[Image.Image] | np.ndarray | Tensor
+
+
+def _scheduler(name: str, header: Header) -> Any:
+    """The diffusers scheduler ``name`` for the process of the checkpoint.
+
+    Raises:
+        UserError: diffusers is not installed.
+    """
+    try:
+        library = importlib.import_module("diffusers")
+    except ImportError as error:
+        raise UserError("a scheduler is an object of diffusers; from a checkout: pip install '.[vae]'") from error
+    diffusion = header.diffusion
+    # A foreign _class_name keeps clip_sample in the configuration of classes that do not clip, for conversions.
+    config = {"beta_start": BETA_START, "beta_end": BETA_END, "prediction_type": diffusion.prediction_type,
+              "clip_sample": diffusion.clip_sample, "variance_type": "fixed_large",
+              "_class_name": "DDIMScheduler"}  # fmt: skip
+    return getattr(library, name).from_config(config)
+
+
+def _sampler_of(scheduler: Any, header: Header) -> SamplerName:
+    """The sampler equivalent to ``scheduler``, whose settings must be those of :func:`_scheduler`."""
+    if header.diffusion.prediction_type == "flow":
+        raise ValueError("scheduler: DiTPipeline's schedulers do not support a flow; do not set one")
+    name = type(scheduler).__name__
+    if name not in _SAMPLERS:
+        raise ValueError(f"scheduler {name} is not supported; set one of {', '.join(_SAMPLERS)}")
+    free = set(_FREE_SETTINGS)
+    if header.model.learn_sigma or _SAMPLERS[name] != "ddpm":  # a learned variance is always used
+        free.add("variance_type")
+    config, expected = scheduler.config, _scheduler(name, header).config
+    # Only the class's own settings: others may be left over from a conversion.
+    for key in inspect.signature(type(scheduler).__init__).parameters.keys() & config.keys() - free:
+        if str(config[key]) != str(expected[key]):
+            found = reprlib.repr(config[key])
+            raise ValueError(f"{name}: {key} {found} is not supported; set {expected[key]!r}")
+    return _SAMPLERS[name]
 
 
 class RobuQPipeline:
     """Generates images with :attr:`sampler`, a :class:`robuq_core.pipeline.Sampler`.
 
-    Attributes:
-        labels: class id by name, for every synonym of every class, sorted.
+    ``labels``: class id by name, for every synonym of every class, sorted.
     """
 
     def __init__(self, sampler: Sampler) -> None:
@@ -63,10 +108,6 @@ class RobuQPipeline:
         torch_dtype: torch.dtype | None = None,
         backend: str = "auto",
         threads: int | None = None,
-        revision: str | None = None,
-        cache_dir: Path | str | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
         use_safetensors: bool | None = None,
         variant: str | None = None,
     ) -> RobuQPipeline:
@@ -75,15 +116,13 @@ class RobuQPipeline:
         Args:
             decoder, backend, threads: as for :meth:`robuq_core.pipeline.Sampler.from_checkpoint`.
             torch_dtype: of the decoder; a packed network has its own number formats.
-            revision, cache_dir, token, local_files_only: of a hub id.
             use_safetensors, variant: ignored; a packed checkpoint is one safetensors file.
 
         Raises:
             CheckpointError, DecoderError: it cannot be loaded, or a latent model has no decoder.
             ValueError: unknown backend.
         """
-        hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-        path = resolve_checkpoint(pretrained_model_name_or_path, **hub)  # type: ignore[arg-type]
+        path = pretrained_model_name_or_path
         pipeline = cls(Sampler.from_checkpoint(path, decoder=decoder, backend=backend, threads=threads))
         return pipeline if torch_dtype is None else pipeline.to(torch_dtype)
 
@@ -147,48 +186,28 @@ class RobuQPipeline:
         DPMSolverMultistepScheduler to choose the sampler; the timesteps stay this project's.
 
         Raises:
-            UserError: diffusers is not installed. ValueError: an unsupported scheduler was set.
+            UserError: diffusers is not installed, or it has no such scheduler. ValueError: an unsupported one was set.
         """
         if self._scheduler is None:
-            self._scheduler = scheduler_of(self._sampler_name, self.sampler.header)
+            name = next((name for name, sampler in _SAMPLERS.items() if sampler == self._sampler_name), None)
+            if name is None:
+                raise UserError(f"scheduler: DiTPipeline has none for {self._sampler_name}; use Sampler")
+            self._scheduler = _scheduler(name, self.sampler.header)
         return self._scheduler
 
     @scheduler.setter
     def scheduler(self, scheduler: Any) -> None:
-        self._sampler_name = sampler_of(scheduler, self.sampler.header)
+        self._sampler_name = _sampler_of(scheduler, self.sampler.header)
         self._scheduler = scheduler
 
-    @property
-    def components(self) -> dict[str, Any]:
-        """``transformer``, ``vae`` and ``scheduler``, by name.
+    def enable_attention_slicing(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: attention is fused, and a packed network is small enough to stay on its device."""
 
-        Raises:
-            UserError: diffusers is not installed.
-        """
-        return {"transformer": self.sampler.model, "vae": self.vae, "scheduler": self.scheduler}
-
-    def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
-        """Does nothing: attention is fused and needs no slicing."""
-
-    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
-        """Does nothing: a packed network is small enough to stay on its device."""
-
-    def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
-        """Does nothing."""
+    enable_model_cpu_offload = enable_xformers_memory_efficient_attention = enable_attention_slicing
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
         """Settings of the progress bar, as :class:`tqdm.tqdm` takes them: ``disable``, ``desc``, ``leave`` ..."""
         self._bar = kwargs
-
-    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
-        """A :class:`tqdm.tqdm` over ``iterable`` or ``range(total)``.
-
-        Raises:
-            ValueError: neither is given.
-        """
-        if iterable is None and total is None:
-            raise ValueError("progress_bar needs an iterable or a total")
-        return tqdm(range(total or 0) if iterable is None else iterable, **self._bar)
 
     def __call__(
         self,
@@ -208,8 +227,7 @@ class RobuQPipeline:
                 ``None`` is ``np``.
 
         Returns:
-            diffusers' ``ImagePipelineOutput`` if that library is installed, else :class:`PipelineOutput`; with
-            ``return_dict=False`` a tuple of the images.
+            :class:`PipelineOutput`; with ``return_dict=False`` a tuple of the images.
 
         Raises:
             ValueError: a label, the number of steps, the output type or the number of generators is wrong.
@@ -222,10 +240,10 @@ class RobuQPipeline:
         with torch.inference_mode():
             scale = guidance_scale if self.sampler.can_guide or guidance_scale != 4.0 else 1.0
             rows = self._start([int(label) for label in class_labels], scale, generator, num_inference_steps)
-            for _ in self.progress_bar(total=num_inference_steps):
+            for _ in tqdm(range(num_inference_steps), **self._bar):
                 self.sampler.step(rows)
             images = self._decoded(rows, output_type)
-        return _output(images) if return_dict else (images,)
+        return PipelineOutput(images) if return_dict else (images,)
 
     def _start(self, labels: Sequence[int], scale: float, generator: Generators, steps: int) -> list[Row]:
         model = self.sampler.header.model
@@ -254,10 +272,3 @@ class RobuQPipeline:
         with torch.inference_mode(False):
             batch = torch.stack([(image.clone() / 2 + 0.5).clamp(0, 1) for image in images])
         return batch if output_type == "pt" else batch.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def _output(images: Any) -> Any:
-    if importlib.util.find_spec("diffusers") is None:
-        return PipelineOutput(images)
-    library: Any = importlib.import_module("diffusers.pipelines.pipeline_utils")
-    return library.ImagePipelineOutput(images=images)

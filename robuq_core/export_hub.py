@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import tempfile
 from pathlib import Path
 
 from robuq_core.checkpoint import Header, read_checkpoint
+from robuq_core.convert import METHOD
 from robuq_core.errors import UserError
-from robuq_core.files import flush, publish_folder, read_json
-from robuq_core.hub import CONFIG_NAME, LIBRARY_NAME, SUFFIX, is_bare_name
-from robuq_core.inspection import inspect_checkpoint
-from robuq_core.model_card import model_card
+from robuq_core.files import replacing
+from robuq_core.hub import CONFIG_NAME, DECODER_FOLDER, LIBRARY_NAME, SUFFIX, exported_checkpoint, is_bare_name
+from robuq_core.inspection import Report, Table, inspect_checkpoint, short_provenance
 
 CARD_NAME = "README.md"
+_TAGS = ["image-generation", "diffusion", "diffusion-transformer", "quantized", "arxiv:2509.23582"]
 
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 # Left by git and the hub's tools in an otherwise empty folder.
@@ -26,68 +26,161 @@ class ExportError(UserError):
     """A folder that cannot be written; the message names the option or the folder, and the fix."""
 
 
-def export_hub(checkpoint: Path, folder: Path, *, licence: str | None = None, force: bool = False) -> Path:
+def export_hub(checkpoint: Path, folder: Path, *, licence: str | None = None) -> Path:
     """Write ``folder`` with a verified copy of ``checkpoint``, ready for ``hf upload``; returns the card's path.
 
-    A new folder is written atomically, an existing one file by file. A former export is replaced, other files stay.
+    A former export is replaced, file by file; other files in it stay. A checkpoint that cannot be used raises
+    CheckpointError, a folder with other files ExportError.
 
     Args:
         licence: of the weights, by the hub's identifier; ``None``: ``license`` of the file's provenance.
-        force: write into a folder that contains other files.
-
-    Raises:
-        CheckpointError: the file cannot be used. ExportError: no licence, or a folder with other files.
     """
     header = read_checkpoint(checkpoint).header
-    chosen = _licence(header, licence)
+    chosen = licence if licence is not None else header.provenance.get("license")
+    if not isinstance(chosen, str) or not _LICENCE.fullmatch(chosen):
+        raise ExportError(f"{chosen!r} is not a licence of the weights; give --license, such as apache-2.0, "
+                          "cc-by-nc-4.0 or other (the identifiers of the Hugging Face hub)")  # fmt: skip
     name = checkpoint.stem + SUFFIX
     if not is_bare_name(name):
         raise ExportError(f"{checkpoint}: a name with wildcards or control characters cannot be downloaded; rename it")
-    if folder.exists() and not folder.is_dir():
-        raise ExportError(f"{folder}: a file; give the path of a folder")
-    former = _former_checkpoint(folder)
-    is_empty = not folder.exists() or all(path.name in _EMPTY for path in folder.iterdir())
-    if not force and former is None and not is_empty:
-        raise ExportError(f"{folder}: not empty, and not a former export; give another folder, or --force")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as made:
-        staging = Path(made) / "folder"
-        staging.mkdir()
-        shutil.copyfile(checkpoint, staging / name)
-        if read_checkpoint(staging / name).header != header:
+    former = exported_checkpoint(folder / CONFIG_NAME)
+    if former is None and folder.exists() and (folder.is_file() or {each.name for each in folder.iterdir()} - _EMPTY):
+        raise ExportError(f"{folder}: not an empty folder, and not a former export; give another folder")
+    about = {"library_name": LIBRARY_NAME, "checkpoint": name} | header.model_dump(mode="json", exclude={"tensors"})
+    card = model_card(inspect_checkpoint(checkpoint), name, chosen)
+    with replacing(folder / name) as part:
+        shutil.copyfile(checkpoint, part)
+        if read_checkpoint(part).header != header:
             raise ExportError(f"{checkpoint}: was changed while it was copied; export it again")
-        about = {"library_name": LIBRARY_NAME, "checkpoint": name} | header.model_dump(mode="json", exclude={"tensors"})
-        (staging / CONFIG_NAME).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        card = model_card(inspect_checkpoint(staging / name), name, chosen)
-        (staging / CARD_NAME).write_text(card, encoding="utf-8")
-        if not folder.exists():
-            publish_folder(staging, folder)
-        else:
-            for file in (name, CONFIG_NAME, CARD_NAME):  # each names the one before it
-                flush(staging / file)
-                (staging / file).replace(folder / file)
-                flush(folder)
+    for file, text in ((CONFIG_NAME, json.dumps(about, indent=2) + "\n"), (CARD_NAME, card)):
+        with replacing(folder / file) as part:
+            part.write_text(text, encoding="utf-8")
     if former is not None and former != name:
         (folder / former).unlink(missing_ok=True)
     return folder / CARD_NAME
 
 
-def _licence(header: Header, chosen: str | None) -> str:
-    licence = chosen if chosen is not None else header.provenance.get("license")
-    if licence is None:
-        raise ExportError("the file does not record the licence of its weights; give --license, such as "
-                          "apache-2.0, cc-by-nc-4.0 or other (the identifiers of the Hugging Face hub)")  # fmt: skip
-    if not isinstance(licence, str) or not _LICENCE.fullmatch(licence):
-        raise ExportError(f"--license {licence!r} is no identifier of the Hugging Face hub; give one such as "
-                          "apache-2.0, cc-by-nc-4.0 or other")  # fmt: skip
-    return licence
+def model_card(report: Report, name: str, licence: str) -> str:
+    """The card of the checkpoint file ``name`` in markdown, with front matter.
+
+    Args:
+        licence: of the weights, by the hub's identifier.
+    """
+    header, model = report.header, report.header.model
+    planes, latent = header.quant.weight_planes, header.decoder == "latent"
+    # The sum of several ternary planes has more levels.
+    weights = "ternary weights" if planes == 1 else f"weights of {3**planes} levels ({planes} ternary planes)"
+    front = {
+        "license": licence,
+        "library_name": LIBRARY_NAME,
+        "pipeline_tag": "unconditional-image-generation",
+        "tags": _TAGS
+        + (["class-conditional"] if model.num_classes else [])
+        + (["ternary", "1.58-bit"] if planes == 1 else []),
+    }
+    # A JSON value is a YAML value.
+    front_matter = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
+    provenance = json.dumps(short_provenance(header.provenance), indent=2, default=str)
+    return f"""---
+{front_matter}
+---
+
+# {name.removesuffix(".safetensors")}
+
+A diffusion transformer with **{weights} and {header.average_activation_bits:.2f}-bit activations** (MAC-weighted
+average), packed for the RobuQ runtime: {model.num_classes or "no"} classes, samples of \
+{model.input_size}x{model.input_size} {"latent cells" if latent else "pixels"}, {report.file_bytes / 1e6:.2f} MB,
+{report.compression:.1f} times smaller than the same network in FP32. Method:
+[RobuQ, arXiv 2509.23582](https://arxiv.org/abs/2509.23582).
+
+{_untrained(header)}{_markdown(Table(("", ""), _facts(report, name)))}
+{_markdown(report.size_table())}
+## Activation bits
+
+{_markdown(report.bit_table())}
+{_usage(name, latent)}
+## Provenance
+
+How the checkpoint was made, as recorded in it; complete in `config.json` and `robuq inspect --json`.
+
+```json
+{provenance}
+```
+
+## Licence
+
+Weights: `{licence}`. The runtime is Apache-2.0.
+"""
 
 
-def _former_checkpoint(folder: Path) -> str | None:
-    """The checkpoint's name in a former export; None for other folders."""
-    try:
-        tree = read_json(folder / CONFIG_NAME)
-        name = tree["checkpoint"] if tree["library_name"] == LIBRARY_NAME else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return name if is_bare_name(name) else None
+def _untrained(header: Header) -> str:
+    """The warning for weights that were only rounded, not trained to be quantised."""
+    if header.provenance.get("method") != METHOD:
+        return ""
+    error = header.provenance.get("relative_error_on_random_inputs")
+    measured = (
+        f"on random inputs its predictions are {error:.1%} (RMS) off those of the original"
+        if isinstance(error, float) and error > 0
+        else "the error of its predictions against the original could not be measured"
+    )
+    return f"""> **Not trained**: rounded from full-precision weights, without data (post-training quantisation);
+> {measured}.
+> What the method can do shows only after quantisation-aware training.
+
+"""
+
+
+def _facts(report: Report, name: str) -> list[tuple[str, str]]:
+    header = report.header
+    model, quant, sampler = header.model, header.quant, header.sampler
+    latents = f"latents of {model.in_channels} channels; needs the autoencoder it was trained with"
+    return [
+        ("network", f"DiT: {model.depth} blocks of width {model.hidden_size}, {model.num_heads} heads, "
+                    f"{model.num_tokens} tokens, patches of {model.patch_size}"),
+        ("output", latents if header.decoder == "latent" else "pixels"),
+        ("weights of the blocks", f"{quant.weight_planes} x ternary, low-rank branch of rank {quant.rank}"),
+        ("activations", f"{header.average_activation_bits:.2f} bits on average, {quant.adaln_bits} for adaLN, "
+                        f"attention products {'full precision' if quant.attention_bits is None else '8 bits'}"),
+        ("prediction", header.diffusion.prediction_type),
+        ("default", f"{sampler.sampler}, {sampler.steps} steps, guidance {sampler.guidance_scale:g}"),
+        ("file", f"`{name}`, {report.file_bytes:,} bytes; FP32 {report.fp32_bytes:,}"),
+    ]  # fmt: skip
+
+
+def _markdown(table: Table) -> str:
+    lines = [table.head, ("---",) * len(table.head), *table.rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _usage(name: str, latent: bool) -> str:
+    extra = ".[vae]" if latent else "."
+    note = f"""
+This is a latent model: put a diffusers folder of the autoencoder that it was trained with beside the file as
+`{DECODER_FOLDER}`, or name it (`--decoder`, `decoder=`, `ROBUQ_DECODER`).
+"""
+    return f"""## Use
+
+RobuQ is not on PyPI: `pip install '{extra}'` in a checkout.
+{note if latent else ""}
+```python
+from robuq_core import Sampler
+
+image = Sampler.from_checkpoint("{name}").generate(class_ids=[0], seed=0)[0]  # a PIL image
+```
+
+```python
+import torch
+from robuq_core import RobuQPipeline as DiTPipeline  # a script written for diffusers changes this line
+
+pipe = DiTPipeline.from_pretrained("{name}")
+image = pipe(class_labels=[0], num_inference_steps=25, generator=torch.manual_seed(0)).images[0]
+```
+
+```sh
+robuq sample 0 --checkpoint {name}
+robuq-serve --checkpoint {name}
+docker run -p 8000:8000 -v "$PWD:/model:ro" -e ROBUQ_CHECKPOINT=/model/{name} robuq-serve
+```
+
+All of them also take this repository's id instead of the file, if RobuQ was installed with its extra `hub`.
+"""

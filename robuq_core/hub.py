@@ -2,6 +2,7 @@
 
 The ``config.json`` that ``robuq export-hub`` writes names the checkpoint in a hub repository, so that nothing else is
 downloaded, and nothing at all from other repositories.
+What cannot be found or downloaded raises :class:`CheckpointError`.
 """
 
 from __future__ import annotations
@@ -31,34 +32,18 @@ _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./
 
 
 def bundled_checkpoint(name: str | None = None) -> Path:
-    """Path of the bundled checkpoint ``name``, a key of :data:`BUNDLED`; default: the first.
-
-    Raises:
-        KeyError: unknown name.
-    """
+    """Path of the bundled checkpoint ``name``, a key of :data:`BUNDLED`; default: the first."""
     chosen = next(iter(BUNDLED)) if name is None else name
     return Path(str(resources.files("robuq_core") / "assets" / BUNDLED[chosen]))
 
 
-def resolve_checkpoint(
-    source: Path | str | None,
-    *,
-    revision: str | None = None,
-    cache_dir: Path | str | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
-) -> Path:
+def resolve_checkpoint(source: Path | str | None) -> Path:
     """The path of the packed file that ``source`` means.
 
     Args:
         source: a file; a folder with exactly one packed file; a name in :data:`BUNDLED`; ``owner/name`` or
             ``owner/name@revision`` on the hub, downloaded once; ``None``: the default bundled checkpoint. Existing
-            local paths come first.
-        revision, cache_dir, token, local_files_only: of a hub id; see ``huggingface_hub.snapshot_download``.
-
-    Raises:
-        CheckpointError: nothing found, none or several packed files in it, or the hub cannot be reached. The file
-            itself is checked when it is read.
+            local paths come first. The file itself is checked when it is read.
     """
     if source is None:
         return bundled_checkpoint()
@@ -70,8 +55,7 @@ def resolve_checkpoint(
     match = _HUB_ID.fullmatch(str(source))
     if path.exists() or match is None or str(source).endswith(SUFFIX):
         return path
-    options = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-    return _downloaded(match["repo"], revision or match["revision"], options)
+    return _downloaded(match["repo"], match["revision"])
 
 
 def _only_checkpoint(folder: Path) -> Path:
@@ -93,7 +77,7 @@ def _only_checkpoint(folder: Path) -> Path:
     raise CheckpointError(f"{folder}: no packed {SUFFIX} checkpoint in this folder; give the path of one")
 
 
-def _downloaded(repo: str, revision: str | None, options: dict[str, Any]) -> Path:
+def _downloaded(repo: str, revision: str | None) -> Path:
     try:
         library: Any = importlib.import_module("huggingface_hub")
     except ImportError as error:
@@ -102,12 +86,15 @@ def _downloaded(repo: str, revision: str | None, options: dict[str, Any]) -> Pat
 
     def snapshot(patterns: Sequence[str], revision: str | None) -> Path:
         try:
-            return Path(library.snapshot_download(repo, revision=revision, allow_patterns=list(patterns), **options))
+            return Path(library.snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
         except Exception as error:  # also those of its network library
             raise CheckpointError(_failure(repo, revision, error)) from error
 
     folder = snapshot([CONFIG_NAME], revision)
-    name = _checkpoint_name(repo, folder / CONFIG_NAME)
+    name = exported_checkpoint(folder / CONFIG_NAME)
+    if name is None:
+        raise CheckpointError(f"{repo}: not a RobuQ checkpoint (its {CONFIG_NAME} is not one of robuq export-hub); "
+                              "give another repository, or convert the weights first")  # fmt: skip
     # Snapshot folders are named by commit: the second download is of the same one, whatever was uploaded meanwhile.
     path = snapshot([CONFIG_NAME, name, f"{DECODER_FOLDER}/*"], folder.name) / name
     if not path.is_file():
@@ -116,16 +103,14 @@ def _downloaded(repo: str, revision: str | None, options: dict[str, Any]) -> Pat
     return path
 
 
-def _checkpoint_name(repo: str, config: Path) -> str:
+def exported_checkpoint(config: Path) -> str | None:
+    """The checkpoint that a ``config.json`` of ``robuq export-hub`` names; None for other and unreadable files."""
     try:
         tree: Any = read_json(config)
-        library, name = tree["library_name"], tree["checkpoint"]
+        name = tree["checkpoint"] if tree["library_name"] == LIBRARY_NAME else None
     except (OSError, ValueError, KeyError, TypeError):
-        library = name = None
-    if library != LIBRARY_NAME or not is_bare_name(name):
-        raise CheckpointError(f"{repo}: not a RobuQ checkpoint (its {CONFIG_NAME} is not one of robuq export-hub); "
-                              "give another repository, or convert the weights first")  # fmt: skip
-    return name
+        return None
+    return name if is_bare_name(name) else None
 
 
 def is_bare_name(name: object) -> TypeGuard[str]:
@@ -140,20 +125,21 @@ def is_bare_name(name: object) -> TypeGuard[str]:
 
 
 def _failure(repo: str, revision: str | None, error: Exception) -> str:
-    errors = importlib.import_module("huggingface_hub.errors")
     where = f"{repo}@{revision}" if revision else repo
+    absent = "no such file or folder, and"
     reasons = {
-        errors.GatedRepoError: "the hub only serves approved accounts; request access on its page and run hf auth "
-                               "login",
-        errors.RepositoryNotFoundError: "no such file or folder, and no such repository on the hub; check the "
-                                        "spelling, or run hf auth login if it is private",
-        errors.RevisionNotFoundError: "the repository has no such revision; give a branch, tag or commit of its page",
-        errors.HFValidationError: "no such file or folder, and not a valid hub id; check the spelling",
+        "GatedRepoError": "the hub only serves approved accounts; request access on its page and run hf auth login",
+        "RepositoryNotFoundError": f"{absent} no such repository on the hub; check the spelling, or run hf auth login "
+                                   "if it is private",
+        "RevisionNotFoundError": "the repository has no such revision; give a branch, tag or commit of its page",
+        "HFValidationError": f"{absent} not a valid hub id; check the spelling",
     }  # fmt: skip
-    if found := next((text for kind, text in reasons.items() if isinstance(error, kind)), None):
-        return f"{where}: {found}"
+    kind = type(error).__name__
     # An expired token, or a mirror with imprecise errors.
-    if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
-        return f"{where}: no such file or folder, and the hub refuses access; run hf auth login, or check HF_TOKEN"
-    return (f"{where}: no such file or folder, and the hub cannot be reached nor is it in the cache "
-            f"({type(error).__name__}); go online once, or give a local path")  # fmt: skip
+    refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
+    if kind not in reasons and refused:
+        return f"{where}: {absent} the hub refuses access; run hf auth login, or check HF_TOKEN"
+    unreachable = (
+        f"{absent} the hub cannot be reached nor is it in the cache ({kind}); go online once, or give a local path"
+    )
+    return f"{where}: {reasons.get(kind, unreachable)}"

@@ -1,4 +1,7 @@
-"""Images with their settings as PNG, JPEG and WebP files. Deterministic: equal input gives equal bytes."""
+"""Images with their settings as PNG, JPEG and WebP files. Deterministic: equal input gives equal bytes.
+
+A file without settings, or of another format, raises UserError.
+"""
 
 from __future__ import annotations
 
@@ -62,11 +65,7 @@ def encode_image(pixels: np.ndarray, image_format: ImageFormat, settings: Mappin
 
 
 def read_settings(image: Path | bytes) -> dict[str, Any]:
-    """The settings that :func:`encode_image` stored in a file or its content. Pixels are not decoded.
-
-    Raises:
-        UserError: not a PNG, JPEG or WebP file, or without settings.
-    """
+    """The settings that :func:`encode_image` stored in a file or its content. Pixels are not decoded."""
     from PIL import ExifTags, Image
 
     name = str(image) if isinstance(image, Path) else "image"

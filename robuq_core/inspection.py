@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from robuq_core.checkpoint import Header, dense_shapes, layer_macs, layer_shapes, read_header
-from robuq_core.models.adapters import parameter_shapes
-from robuq_core.models.dit import FREQUENCY_SIZE
-from robuq_core.models.quant_linear import is_adaln
+from robuq_core.checkpoint import Header, read_header
+from robuq_core.models.quant_linear import is_adaln, layer_rank
+from robuq_core.models.shapes import FREQUENCY_SIZE, dense_shapes, layer_macs, layer_shapes, parameter_shapes
 
 _DENSE = "embedders and final layer"
 _PARTS = {
@@ -82,11 +81,7 @@ class Report:
 
 
 def inspect_checkpoint(path: Path) -> Report:
-    """Summarise the header of ``path``; reads no weights.
-
-    Raises:
-        CheckpointError: as :func:`robuq_core.checkpoint.read_header`.
-    """
+    """Summarise the header of ``path``; reads no weights."""
     header = read_header(path)
     by_part: dict[str, int] = {}
     for name, entry in header.tensors.items():
@@ -95,7 +90,8 @@ def inspect_checkpoint(path: Path) -> Report:
         by_part[part] = by_part.get(part, 0) + prod(entry.shape) * item
     size = path.stat().st_size
     by_part["header"] = size - sum(by_part.values())
-    return Report(header, size, fp32_bytes(header), by_part, equivalent_macs(header), theoretical_bytes(header))
+    fp32_bytes = 4 * sum(map(prod, parameter_shapes(header.model).values()))
+    return Report(header, size, fp32_bytes, by_part, equivalent_macs(header), theoretical_bytes(header))
 
 
 def ratio(parts: dict[str, Amount]) -> float:
@@ -109,23 +105,23 @@ def equivalent_macs(header: Header) -> dict[str, Amount]:
     A ternary weight times b bits counts as ``b / 64``, 8 by 8 bits of attention as ``1 / 4``; the low-rank branch, the
     embedders and the final layer are full precision. The paper calls these GFLOPs.
     """
-    model, quant = header.model, header.quant
-    macs, shapes, d = layer_macs(model), layer_shapes(model), model.hidden_size
-    linears, adaln, branch = [0.0, 0.0], [0.0, 0.0], 0.0
-    for name, bits in header.bits.items():
-        total = adaln if is_adaln(name) else linears
-        total[0] += macs[name]
-        total[1] += macs[name] * bits * quant.weight_planes / _ONE_BIT_PER_FULL
-        rank = quant.adaln_rank if is_adaln(name) else quant.rank
-        branch += rank * sum(shapes[name]) * (1 if is_adaln(name) else model.num_tokens)
+    model, quant, d = header.model, header.quant, header.model.hidden_size
+    bits, macs = header.bits, layer_macs(model)
+    adaln, branch = {name for name in macs if is_adaln(name)}, 0
+    for name, (out, into) in layer_shapes(model).items():
+        branch += layer_rank(name, quant) * (out + into) * (1 if name in adaln else model.num_tokens)
+
+    def linears(names: set[str]) -> Amount:
+        weighted = sum(macs[name] * bits[name] for name in names)
+        return Amount(sum(macs[name] for name in names), weighted * quant.weight_planes / _ONE_BIT_PER_FULL)
+
     attention = 2.0 * model.depth * model.num_tokens**2 * d
-    per_full = 1 if quant.attention_bits is None else _EIGHT_BIT_PER_FULL
     patch = model.patch_size**2 * (model.in_channels + model.out_channels)
     rest = float(model.num_tokens * patch * d + FREQUENCY_SIZE * d + d * d + 2 * d * d)
     return {
-        "linears of the blocks": Amount(*linears),
-        "attention": Amount(attention, attention / per_full),
-        "adaLN": Amount(*adaln),
+        "linears of the blocks": linears(macs.keys() - adaln),
+        "attention": Amount(attention, attention / (1 if quant.attention_bits is None else _EIGHT_BIT_PER_FULL)),
+        "adaLN": linears(adaln),
         "low-rank branch": Amount(0, branch),
         _DENSE: Amount(rest, rest),
     }
@@ -140,9 +136,9 @@ def theoretical_bytes(header: Header) -> dict[str, Amount]:
     weights, branch, biases = {True: 0, False: 0}, 0, 0
     for name, (out, into) in layer_shapes(model).items():
         weights[is_adaln(name)] += out * into
-        branch += (quant.adaln_rank if is_adaln(name) else quant.rank) * (out + into)
+        branch += layer_rank(name, quant) * (out + into)
         biases += out
-    dense = sum(prod(shape) for shape in dense_shapes(model).values()) + model.num_tokens * model.hidden_size
+    dense = sum(map(prod, dense_shapes(model).values())) + model.num_tokens * model.hidden_size
     ternary = quant.weight_planes * _TERNARY_BITS / 8
     rest = 4.0 * (dense + biases)
     return {
@@ -153,17 +149,8 @@ def theoretical_bytes(header: Header) -> dict[str, Amount]:
     }
 
 
-def short_provenance(header: Header) -> Any:
-    """The provenance without whole configurations and lists of names."""
-
-    def shortened(tree: Any) -> Any:
-        if isinstance(tree, dict):
-            return {key: shortened(value) for key, value in tree.items() if key not in ("config", "class_names")}
-        return [shortened(value) for value in tree] if isinstance(tree, list) else tree
-
-    return shortened(header.provenance)
-
-
-def fp32_bytes(header: Header) -> int:
-    """Bytes of the full-precision network of the same shape, without positions."""
-    return 4 * sum(prod(shape) for shape in parameter_shapes(header.model).values())
+def short_provenance(tree: Any) -> Any:
+    """A header's provenance without whole configurations and lists of names."""
+    if isinstance(tree, dict):
+        return {key: short_provenance(value) for key, value in tree.items() if key not in ("config", "class_names")}
+    return [short_provenance(value) for value in tree] if isinstance(tree, list) else tree

@@ -23,18 +23,16 @@ from robuq_core.checkpoint import Checkpoint, CheckpointError, Header, read_chec
 from robuq_core.classes import ClassNames
 from robuq_core.config import PredictionType, check_fit
 from robuq_core.decode import Decoder, PixelDecoder, load_decoder, to_pixels
-from robuq_core.diffusion.guidance import guided_channels
-from robuq_core.diffusion.update import Update, UpdatingBackend, add_learned_noise, update
+from robuq_core.diffusion.update import Update, UpdatingBackend, add_learned_noise, guided_channels, update
 from robuq_core.hub import DECODER_FOLDER, bundled_checkpoint, resolve_checkpoint
 from robuq_core.images import image_settings
 from robuq_core.kernels.backends import select_backend
 from robuq_core.kernels.ops import Backend
 from robuq_core.models.packed_dit import PackedDiT
-from robuq_core.openmp import on_one_thread
 from robuq_core.params import ALL_TIMESTEPS, ImageParams, RowSpec, check_spec, read_params
-from robuq_core.rows import Batch, Row, together
+from robuq_core.rows import Batch, Row, cached_forward, together
 from robuq_core.staging import taken
-from robuq_core.step_cache import cached_forward
+from robuq_core.threads import on_one_thread
 
 _NO_DECODER = (
     "a latent model without a decoder: give decoder (--decoder, ROBUQ_DECODER), a diffusers folder of the autoencoder "
@@ -61,12 +59,8 @@ class LoadedModel:
     decoder: Decoder | None
 
 
-def load_model(
-    path: Path | str | None = None,
-    decoder: Path | str | Decoder | None = None,
-    device: torch.device | str = "cpu",
-) -> LoadedModel:
-    """Read a packed checkpoint, and its decoder onto ``device``. See :meth:`Sampler.from_checkpoint`."""
+def load_model(path: Path | str | None = None, decoder: Path | str | Decoder | None = None) -> LoadedModel:
+    """Read a packed checkpoint and its decoder. Arguments and errors: as :meth:`Sampler.from_checkpoint`."""
     chosen = resolve_checkpoint(path)
     loaded: Decoder | None = None
     if read_header(chosen).decoder == "latent":  # before the weights, to report a missing decoder at once
@@ -74,7 +68,7 @@ def load_model(
         if decoder is None and not beside.is_dir():
             raise CheckpointError(f"{chosen}: {_NO_DECODER}")
         source = beside if decoder is None else decoder
-        loaded = load_decoder(source, device=device) if isinstance(source, (str, Path)) else source.replica(device)
+        loaded = load_decoder(source) if isinstance(source, (str, Path)) else source
     return LoadedModel(chosen, read_checkpoint(chosen), loaded)
 
 
@@ -94,8 +88,8 @@ class Sampler:
         backend_name, weight_bytes, device: of a ``model`` that is not packed.
         decoder: of a latent model; a pixel model needs none.
 
-    ``image_size`` is the side of an image in pixels; ``timings`` of the latest :meth:`generate`; ``path`` of the
-    packed checkpoint, if it was loaded from one.
+    ``image_size``: side of an image in pixels. ``timings``: of the latest :meth:`generate`. ``path``: of the packed
+    checkpoint, if it was loaded from one.
 
     Raises:
         CheckpointError: a latent model without a decoder, or with one for other latents.
@@ -141,8 +135,8 @@ class Sampler:
             raise CheckpointError(f"{self.checkpoint_name}: {_NO_DECODER}")
         if decoder.channels != channels:
             raise CheckpointError(f"{self.checkpoint_name}: has latents of {channels} channels, but the decoder "
-                                  f"{decoder.name} takes {decoder.channels}; "
-                                  "give the one that the model was trained with")  # fmt: skip
+                                  f"{decoder.name} takes {decoder.channels}; give the one it was trained "
+                                  "with")  # fmt: skip
         return decoder
 
     @classmethod
@@ -167,9 +161,8 @@ class Sampler:
             CheckpointError, DecoderError: the files cannot be used, or a latent model has no decoder.
             ValueError: unknown backend, or it does not run on ``device``.
         """
-        chosen = resolve_checkpoint(path)
-        ops = select_backend(backend, threads, device)
-        return cls._on(load_model(chosen, decoder, ops.device), ops, backend)
+        ops = select_backend(backend, threads, device)  # a wrong choice is reported before the file is read
+        return cls._on(load_model(path, decoder), ops, backend)
 
     @classmethod
     def from_loaded(
@@ -250,21 +243,17 @@ class Sampler:
 
         Rows may differ in class, timestep, step count, guidance and sampler. If it raises, no row has advanced.
         """
-        with on_one_thread(getattr(self.model, "has_own_threads", False)):
-            self._step(rows)
-
-    def _step(self, rows: Sequence[Row]) -> None:
-        before = together(rows)
-        output, block_deltas = self._output(rows, before.x)
         model, channels = self.header.model, self._shape[0]
         # In SiT's weights a second half of channels exists, but was not trained.
         learned = model.learn_sigma and self.prediction_type != "flow"
-        steps = [row.next_step(with_noise=not learned) for row in rows]
-        clip = self.header.diffusion.clip_sample
-        after = Batch(*self._update(*before, output, steps, clip, guided_channels(channels, model.flavour)))
-        noises = {i: row.noise() for i, row in enumerate(rows) if learned and row.needs_noise}
-        if noises:
-            add_learned_noise(after.x, output, steps, noises)
+        with on_one_thread(getattr(self.model, "has_own_threads", False)):
+            before = together(rows)
+            output, block_deltas = self._output(rows, before.x)
+            steps = [row.next_step(with_noise=not learned) for row in rows]
+            clip = self.header.diffusion.clip_sample
+            after = Batch(*self._update(*before, output, steps, clip, guided_channels(channels, model.flavour)))
+            if noises := {i: row.noise() for i, row in enumerate(rows) if learned and row.needs_noise}:
+                add_learned_noise(after.x, output, steps, noises)
         for i, row in enumerate(rows):
             row.advance(after, i, block_deltas.get(i))
 
@@ -296,13 +285,11 @@ class Sampler:
         Raises:
             CheckpointError: values that are not finite, in ``x`` or in the image.
         """
-        if not bool(x.isfinite().all()):
-            raise CheckpointError(f"{self.checkpoint_name}: its network outputs values that are not finite; "
-                                  "export the file again, or continue its training")  # fmt: skip
         image = self.decoder.decode(x)
         if not bool(image.isfinite().all()):
-            raise CheckpointError(f"{self.checkpoint_name}: the decoder {self.decoder.name} outputs values that are "
-                                  "not finite; run it in float32")  # fmt: skip
+            who = f"the decoder {self.decoder.name}" if bool(x.isfinite().all()) else "its network"
+            raise CheckpointError(f"{self.checkpoint_name}: {who} outputs values that are not finite; run a decoder "
+                                  "in float32, or export the file again")  # fmt: skip
         return image
 
     def estimate(self, row: Row) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import struct
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from robuq_core.files import parse_json
 # Limits of the JSON at the start of a file, in bytes and in values; a DiT-XL/2 has 0.22 MB and 15,000.
 MAX_HEADER_BYTES = 4 * 2**20
 MAX_HEADER_VALUES = 2**17
-_MAX_DIMENSIONS, _MAX_SIZE = 8, 2**48
+_MAX_DIMENSIONS = 8
 _DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -62,7 +61,6 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self._stream = path.open("rb", buffering=0)
-        self._lock = threading.Lock()
         try:
             self.metadata, self.tensors = self._read_header()
         except BaseException:
@@ -82,41 +80,37 @@ class SafetensorsFile:
             MalformedFileError: the file has become shorter. OSError: it cannot be read.
         """
         stored = self.tensors[name]
-        content = torch.empty(stored.stop - stored.start, dtype=torch.uint8)
-        self._read_into(content.numpy().data, stored.start)
-        return content.view(stored.dtype).reshape(stored.shape)
+        return self._bytes(stored.start, stored.stop).view(stored.dtype).reshape(stored.shape)
 
-    def _read_into(self, buffer: memoryview | bytearray, position: int) -> None:
-        rest = memoryview(buffer)
-        with self._lock:
-            self._stream.seek(position)
-            while rest:
-                count = self._stream.readinto(rest)
-                if not count:
-                    raise MalformedFileError("it ends too early")
-                rest = rest[count:]
+    def _bytes(self, start: int, stop: int) -> Tensor:
+        content = torch.empty(stop - start, dtype=torch.uint8)
+        rest = memoryview(content.numpy().data)
+        while rest:
+            count = os.preadv(self._stream.fileno(), [rest], stop - len(rest))
+            if not count:
+                raise MalformedFileError("it ends too early")
+            rest = rest[count:]
+        return content
 
     def _read_header(self) -> tuple[dict[str, str], dict[str, StoredTensor]]:
         size = os.fstat(self._stream.fileno()).st_size
-        prefix = bytearray(8)
-        self._read_into(prefix, 0)
-        (length,) = struct.unpack("<Q", prefix)
-        if length > size - len(prefix):
+        (length,) = struct.unpack("<Q", self._bytes(0, 8).numpy().data)
+        start = 8 + length
+        if start > size:
             raise MalformedFileError(f"its header of {length} bytes is longer than the file")
         if length > MAX_HEADER_BYTES:
             raise MalformedFileError(f"its header of {length} bytes is above the limit of {MAX_HEADER_BYTES}")
-        text = bytearray(length)
-        self._read_into(text, len(prefix))
         try:
-            tree = parse_header(bytes(text))
+            tree = parse_header(self._bytes(8, start).numpy().tobytes())
         except ValueError as error:
             raise MalformedFileError(f"its header is not usable JSON: {error}") from error
-        if not isinstance(tree, dict):
-            raise MalformedFileError("its header is not a JSON object")
-        metadata = tree.pop("__metadata__", {})
+        metadata = tree.pop("__metadata__", {}) if isinstance(tree, dict) else None
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise MalformedFileError("its __metadata__ is not a table of texts")
-        return metadata, _placed(tree, start=len(prefix) + length, stop=size)
+            raise MalformedFileError("its header is not a JSON object, or __metadata__ in it no table of texts")
+        tensors = {name: _stored(name, entry, start, size) for name, entry in tree.items()}
+        if (total := sum(each.stop - each.start for each in tensors.values())) != size - start:
+            raise MalformedFileError(f"{size - start} bytes of tensors where its header says {total}")
+        return metadata, tensors
 
 
 def parse_header(text: bytes) -> Any:
@@ -130,27 +124,14 @@ def parse_header(text: bytes) -> Any:
     return parse_json(text)
 
 
-def _placed(tree: dict[str, Any], start: int, stop: int) -> dict[str, StoredTensor]:
-    """The tensors of a header, which must fill the bytes ``start .. stop`` of the file without gap or overlap."""
-    tensors = {name: _stored(name, entry, start) for name, entry in tree.items()}
-    end = start
-    for stored in sorted(tensors.values(), key=lambda stored: (stored.start, stored.stop)):
-        if stored.start != end:
-            raise MalformedFileError("its tensors overlap or leave gaps")
-        end = stored.stop
-    if end != stop:
-        raise MalformedFileError(f"{stop - start} bytes of tensors where its header says {end - start}")
-    return tensors
-
-
-def _stored(name: str, entry: Any, base: int) -> StoredTensor:
+def _stored(name: str, entry: Any, base: int, size: int) -> StoredTensor:
     try:
-        dtype = _DTYPES[entry["dtype"]]
-        shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
+        dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+        start, stop = entry["data_offsets"]
+        sound = len(shape) <= _MAX_DIMENSIONS and all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+        sound = sound and stop - start == math.prod(shape) * dtype.itemsize and base + stop <= size
     except (KeyError, TypeError, ValueError):
-        raise MalformedFileError(f"tensor {name[:80]!r} has no usable dtype, shape and data_offsets") from None
-    if len(shape) > _MAX_DIMENSIONS or not all(type(n) is int and 0 <= n <= _MAX_SIZE for n in (*shape, start, stop)):
-        raise MalformedFileError(f"tensor {name[:80]!r} has an impossible shape or offset")
-    if stop - start != math.prod(shape) * dtype.itemsize:
-        raise MalformedFileError(f"tensor {name[:80]!r} has a shape that does not fit its offsets")
+        sound = False
+    if not sound:
+        raise MalformedFileError(f"tensor {name[:80]!r} has no usable dtype, shape and data_offsets")
     return StoredTensor(dtype, shape, base + start, base + stop)

@@ -1,6 +1,7 @@
 """Folders of safetensors that several processes wrote together (``torch.distributed.checkpoint``), read as one table.
 
 Only its safetensors form is used here: the metadata of its own form is a pickle, which runs code when it is read.
+A folder that is damaged, or lacks a tensor, raises ValueError.
 """
 
 from __future__ import annotations
@@ -18,11 +19,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 
 def stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
-    """Shape and type of every tensor in ``folder``, by name.
-
-    Raises:
-        ValueError: a file in it is damaged, or claims more bytes than it has.
-    """
+    """Shape and type of every tensor in ``folder``, by name."""
     try:
         found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except (OSError, SafetensorError, LookupError, TypeError) as error:
@@ -35,11 +32,7 @@ def stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
 
 
 def read_into(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill ``tensors`` by name; of a sharded one (DTensor) only the part that this process holds is read.
-
-    Raises:
-        ValueError: a name is missing, a shape differs, or a file is damaged.
-    """
+    """Fill ``tensors`` by name; of a sharded one (DTensor) only the part that this process holds is read."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as no_dist asks for
@@ -50,11 +43,7 @@ def read_into(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def read_all(folder: Path, *prefixes: str) -> dict[str, Tensor]:
-    """Every tensor in ``folder`` whose name starts with one of ``prefixes``, whole, on the CPU.
-
-    Raises:
-        ValueError: as :func:`stored_tensors` and :func:`read_into`.
-    """
+    """Every tensor in ``folder`` whose name starts with one of ``prefixes``, whole, on the CPU."""
     tensors = {
         name: torch.empty(each.size, dtype=each.properties.dtype)
         for name, each in stored_tensors(folder).items()

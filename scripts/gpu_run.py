@@ -6,7 +6,7 @@
 Each job is a process with a time limit of its own: one that hangs or ends in a CUDA error costs the others nothing.
 What a job finds is appended to ``$OUT/results.jsonl`` at once, what it prints to ``$OUT/log.txt``. Ends with 1 if a job
 failed. ``--rehearse`` runs every job at tiny sizes on a CPU: kernels in the emulator of the tests, networks on a CPU
-backend; its times mean nothing. A package that a comparison needs and that is missing is recorded as absent.
+backend; its times mean nothing.
 
 A machine that has torch, Triton and little else can be given the rest as wheels. Beforehand, where a registry can be
 reached (the wheels are 4 MB; name the version of Python that the GPU machine has)::
@@ -44,8 +44,8 @@ SLOWER = 10  # how much longer a job may take in a rehearsal
 
 @dataclass(frozen=True)
 class Job:
-    """``name`` of a function of :mod:`gpu_jobs`, seconds it may take. ``needed``: the run ends if it fails. ``share``:
-    I/N, the I-th of N shares of a job that can be split."""
+    """A function of :mod:`gpu_jobs` and the seconds it may take. ``needed``: the run ends if it fails. ``share``: I/N,
+    the I-th of N shares of a job that can be split."""
 
     name: str
     seconds: float
@@ -123,17 +123,16 @@ class Run:
 
     def part(self, stages: Iterable[Stage], seconds: float) -> bool:
         """Whether every job ended well."""
-        deadline, good = time.monotonic() + seconds, True
+        deadline, good = time.monotonic() + seconds * self.slower, True
         for stage in filter(None, stages):
             left = deadline - time.monotonic()
             if left < 5:
-                for job in stage:
-                    self.record(job=job.name, event="skipped", reason="no time left")
-                good = False
-                continue
-            limits = [min(self.slower * job.seconds, left) for job in stage]
+                self.record(event="stopped", reason="no time left")
+                return False
             with ThreadPoolExecutor(len(stage)) as pool:
-                ended = list(pool.map(self.run, stage, limits))
+                ended = list(
+                    pool.map(lambda job, left=left: self.run(job, min(self.slower * job.seconds, left)), stage)
+                )
             good &= all(ended)
             if any(job.needed and not ok for job, ok in zip(stage, ended, strict=True)):
                 self.record(event="stopped", reason="a needed job failed")
@@ -144,17 +143,14 @@ class Run:
 def run_job(name: str, out: Path, rehearse: bool, share: str) -> None:
     """In this process; in a rehearsal, kernels run in the emulator of the tests."""
     import torch
-    from gpu_jobs import correctness, programs, speed
+    from gpu_jobs import JOBS
     from gpu_jobs.context import Context
     from ptx.driver import emulated
 
-    jobs = {job.__name__: job for job in (*correctness.JOBS, *speed.JOBS, *programs.JOBS)}
-    if name not in jobs:
-        raise SystemExit(f"no job {name!r}: choose one of {', '.join(jobs)}")
     with emulated(90) if rehearse else contextlib.nullcontext(), torch.inference_mode():
         context = Context(name, out, rehearse, *map(int, share.split("/")))
         try:
-            jobs[name](context)
+            JOBS[name](context)
         except Exception as error:
             context.record(event="error", error=repr(error)[:1500])
             raise
@@ -175,7 +171,7 @@ def main() -> int:
     run, (seconds, stages) = Run(arguments.out.resolve(), arguments.rehearse), PARTS[arguments.part]
     run.record(event="start", part=arguments.part, rehearse=arguments.rehearse)
     chosen = (tuple(job for job in stage if not arguments.jobs or job.name in arguments.jobs) for stage in stages)
-    return 0 if run.part(chosen, seconds * run.slower) else 1
+    return 0 if run.part(chosen, seconds) else 1
 
 
 if __name__ == "__main__":

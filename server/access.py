@@ -8,7 +8,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 from fastapi import Request
 from starlette.datastructures import Headers
@@ -78,18 +78,24 @@ def image_budget(request: Request, images: int) -> Iterator[None]:
 class _Window:
     """What a key has used in the last minute: times and amounts, the oldest first."""
 
-    limit: int
-    now: float
     entries: deque[tuple[float, int]] = field(default_factory=deque)
     used: int = 0
 
-    def seconds_until(self, amount: int) -> int:
-        """Whole seconds until that much of what is used now is free again."""
+    def forget(self, until: float) -> None:
+        while self.entries and self.entries[0][0] <= until:
+            self.used -= self.entries.popleft()[1]
+
+    def add(self, now: float, amount: int) -> None:
+        self.entries.append((now, amount))
+        self.used += amount
+
+    def free_at(self, amount: int) -> float:
+        """When that much of what is used now will be free again."""
         for at, used in self.entries:
             amount -= used
             if amount <= 0:
-                return math.ceil(at + WINDOW_S - self.now)
-        return 0
+                return at + WINDOW_S
+        return 0.0
 
 
 class RateLimits:
@@ -103,46 +109,25 @@ class RateLimits:
         self, clock: Callable[[], float] = time.monotonic, on_limited: Callable[[], None] = lambda: None
     ) -> None:
         self._clock, self._on_limited = clock, on_limited
-        self._windows: defaultdict[tuple[str, RateUnit], _Window] = defaultdict(lambda: _Window(0, 0.0))
-
-    def _current(self, key: ApiKey, unit: RateUnit) -> _Window | None:
-        limit = key.requests_per_minute if unit == "requests" else key.images_per_minute
-        if limit is None:
-            return None
-        window = self._windows[key.name, unit]
-        window.limit, window.now = limit, self._clock()
-        while window.entries and window.entries[0][0] <= window.now - WINDOW_S:
-            window.used -= window.entries.popleft()[1]
-        return window
+        self._windows: defaultdict[tuple[str, RateUnit], _Window] = defaultdict(_Window)
 
     def check(self, key: ApiKey, unit: RateUnit, cost: int = 1) -> None:
         """Raise the 429 of a key whose window has no room for ``cost``, or 422 if it never will."""
-        window = self._current(key, unit)
-        if window is None or window.used + cost <= window.limit:
+        limit = key.limit(unit)
+        if limit is None:
             return
-        limit = window.limit
+        window, now = self._windows[key.name, unit], self._clock()
+        window.forget(now - WINDOW_S)
+        if window.used + cost <= limit:
+            return
         if cost > limit:
             raise invalid("num_images", f"num_images must be at most {limit}: the limit of this key per minute")
         self._on_limited()
-        seconds = max(1, window.seconds_until(window.used + cost - limit))
+        seconds = max(1, math.ceil(window.free_at(window.used + cost - limit) - now))
         message = f"this key is limited to {limit} {unit} per minute; try again in {seconds} s"
         raise ApiError(429, "rate_limited", message, headers={"Retry-After": str(seconds)})
 
     def charge(self, key: ApiKey, unit: RateUnit, cost: int = 1) -> None:
         """Count ``cost`` against a key that :meth:`check` let through."""
-        window = self._current(key, unit)
-        if window is not None:
-            window.entries.append((window.now, cost))
-            window.used += cost
-
-    def headers(self, key: ApiKey) -> list[tuple[bytes, bytes]]:
-        """``RateLimit-Policy`` and ``RateLimit`` of a key with limits, in the form of the IETF's draft of 2025:
-        quota q, window w, remaining r, seconds t until all of it is free again."""
-        found = [(unit, window) for unit in get_args(RateUnit) if (window := self._current(key, unit)) is not None]
-        policy = [f'"{unit}";q={window.limit};w={WINDOW_S}' for unit, window in found]
-        state = [
-            f'"{unit}";r={max(0, window.limit - window.used)};t={window.seconds_until(window.used)}'
-            for unit, window in found
-        ]
-        named = {"ratelimit-policy": policy, "ratelimit": state}
-        return [(name.encode(), ", ".join(values).encode()) for name, values in named.items() if values]
+        if key.limit(unit) is not None:
+            self._windows[key.name, unit].add(self._clock(), cost)

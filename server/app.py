@@ -96,7 +96,7 @@ def create_app(pool: Pool, settings: Settings) -> FastAPI:
     _shorten(app, images, openai)
     _install_document(app, service)
     install_error_handlers(app)
-    middleware.install(app, settings, pool.metrics, store, telemetry)
+    middleware.install(app, settings, pool.metrics, store)
     if telemetry is not None:
         telemetry.instrument(app)
     return app
@@ -130,7 +130,7 @@ _REQUEST_HEADERS = [
         "X-Request-Id",
         "Echoed and logged, if it has at most 128 letters, digits or ._:/+=-; otherwise the server makes an id.",
     ),
-    _header("traceparent", "The caller's place in a W3C trace; the answer has traceresponse."),
+    _header("traceparent", "The caller's place in a W3C trace; its trace id is logged."),
     _header("Idempotency-Key", "A request without a seed takes its seed from this key.", pattern="^[!-~]+$"),
 ]
 

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+import difflib
+from collections.abc import Iterator
 
 from robuq_core.classes import ClassNames, normalise
 from server.errors import ApiError, invalid
 
-# Least share of common trigrams (Dice coefficient) that counts as a slip of the pen.
-FUZZY_CUTOFF = 0.4
+# Least similarity (difflib's ratio) that counts as a slip of the pen.
+FUZZY_CUTOFF = 0.7
 MAX_HINTS = 5
-
-
-def _trigrams(text: str) -> set[str]:
-    padded = f"  {text} "
-    return {padded[i : i + 3] for i in range(len(padded) - 2)}
 
 
 class ClassIndex(ClassNames):
     """Finds a class by its whole name, by a synonym, or by a part of either."""
-
-    def __init__(self, class_names: Sequence[str], num_classes: int) -> None:
-        super().__init__(class_names, num_classes)
-        self._trigrams = {synonym: _trigrams(synonym) for synonym in self.synonyms}
-        self._by_trigram: defaultdict[str, list[str]] = defaultdict(list)
-        for synonym, trigrams in self._trigrams.items():
-            for trigram in trigrams:
-                self._by_trigram[trigram].append(synonym)
 
     def name(self, class_id: int) -> str:
         return self.names[class_id] if class_id < len(self.names) else ""
@@ -39,7 +26,7 @@ class ClassIndex(ClassNames):
         """Class ids that ``query`` may mean, the best first; all of them in order if it is blank.
 
         Rank: the id itself, a whole name, a name's beginning, a word's beginning, any part; the shorter name first on
-        a tie. If no name holds it, those that share most of its letter triples.
+        a tie. If no name holds it, those that are spelt much like it.
         """
         wanted = normalise(query)
         if not wanted:
@@ -100,13 +87,4 @@ class ClassIndex(ClassNames):
         for tier in tiers:
             yield from sorted(tier, key=lambda synonym: (len(synonym), synonym))
         if not any(tiers):
-            yield from self._similar(wanted)
-
-    def _similar(self, wanted: str) -> list[str]:
-        trigrams = _trigrams(wanted)
-        common: Counter[str] = Counter()
-        for trigram in trigrams:
-            common.update(self._by_trigram.get(trigram, ()))
-        shares = {s: 2 * n / (len(trigrams) + len(self._trigrams[s])) for s, n in common.items()}
-        close = [synonym for synonym, share in shares.items() if share >= FUZZY_CUTOFF]
-        return sorted(close, key=lambda synonym: (-shares[synonym], synonym))
+            yield from difflib.get_close_matches(wanted, self.synonyms, n=len(self.synonyms) or 1, cutoff=FUZZY_CUTOFF)

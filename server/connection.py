@@ -50,11 +50,9 @@ def _peer_of(client: tuple[str, int] | None) -> str:
         address = ipaddress.ip_address(client[0] if client else "")
     except ValueError:
         return ""
-    if isinstance(address, ipaddress.IPv6Address):
-        if address.ipv4_mapped is None:
-            return str(ipaddress.ip_network((int(address), 64), strict=False))
-        address = address.ipv4_mapped
-    return str(address)
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    return str(address.ipv4_mapped or ipaddress.ip_network((int(address), 64), strict=False))
 
 
 class GuardedProtocol(HttpToolsProtocol):

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from robuq_core.params import ParamError
-from server.request import DeadlineExceeded, EngineError, GenerationFailed, NotReady, Overloaded
+from server.request import EngineError, GenerationFailed, NotReady, Overloaded
 
 NOT_READY_RETRY_S = 2
 # Not in any standard, but what proxies write when the client disconnected; it is seen in logs only.
@@ -77,8 +77,6 @@ def as_api_error(error: Exception) -> ApiError | None:
             code = "draining" if error.status in ("draining", "stopped") else "not_ready"
             wait = {"Retry-After": str(NOT_READY_RETRY_S)}
             return ApiError(503, code, f"the server is {error.status}; try again", headers=wait)
-        case DeadlineExceeded():
-            return ApiError(504, "deadline_exceeded", str(error))
         case GenerationFailed():
             return ApiError(500, "generation_failed", str(error))
         case ClientDisconnect():

@@ -41,26 +41,26 @@ Entry = TypeVar("Entry", bound=Queued)
 
 
 class QueueFull(Exception):
-    """The queue has no room for all images of a request; ``excess``: images that must leave it first."""
-
-    def __init__(self, excess: int) -> None:
-        super().__init__(f"the queue is {excess} image(s) too full")
-        self.excess = excess
+    """The queue has no room for all images of a request."""
 
 
-@dataclass
-class _Place:
-    """A request's place in its client's line, and the next of its images."""
+@dataclass(eq=False)
+class _Place(Generic[Entry]):
+    """A request in the line of its client, and the next of its images."""
 
+    request: Entry
     turn: tuple[float, int]
     next_image: int = 0
 
+    @property
+    def images(self) -> int:
+        return self.request.num_images - self.next_image
 
-@dataclass
+
+@dataclass(eq=False)
 class _Client(Generic[Entry]):
-    service: float = 0.0
-    images: int = 0  # that wait
-    line: list[tuple[tuple[float, int], Entry]] = field(default_factory=list)  # by turn
+    service: float
+    line: list[_Place[Entry]] = field(default_factory=list)  # by turn
 
 
 class FairQueue(Generic[Entry]):
@@ -73,15 +73,27 @@ class FairQueue(Generic[Entry]):
     def __init__(self, max_images: int, ageing_s: float) -> None:
         self.max_images = max_images
         self.ageing_s = ageing_s
-        self.images = 0
-        self.cost = 0  # of the images that wait, in rows of the model times steps
-        self.untouched = 0  # requests none of whose images has been taken
-        self._places: dict[Entry, _Place] = {}  # of the requests that wait
+        self._places: dict[Entry, _Place[Entry]] = {}  # of the requests that wait
         self._again: deque[tuple[Entry, int]] = deque()  # taken before, and put back
         self._waiting: dict[str, _Client[Entry]] = {}  # clients with images that wait; last served, last
         self._away: dict[str, float] = {}  # service of the others, as far as it is above the virtual time
         self._highest_service = 0.0
         self._numbers = itertools.count()
+
+    @property
+    def images(self) -> int:
+        return len(self._again) + sum(place.images for place in self._places.values())
+
+    @property
+    def cost(self) -> int:
+        """Of the images that wait, in rows of the model times steps."""
+        again = sum(request.image_cost for request, _ in self._again)
+        return again + sum(place.images * place.request.image_cost for place in self._places.values())
+
+    @property
+    def untouched(self) -> int:
+        """Requests none of whose images has been taken."""
+        return sum(place.next_image == 0 for place in self._places.values())
 
     def push(self, request: Entry) -> list[Entry]:
         """Queue all images of a request, or raise :class:`QueueFull` and queue none.
@@ -93,11 +105,9 @@ class FairQueue(Generic[Entry]):
         if client is None:
             service = max(self._away.pop(request.client, 0.0), self._virtual_time())
             client = self._waiting[request.client] = _Client(service)
-        place = _Place((request.submitted_at - request.priority * self.ageing_s, next(self._numbers)))
-        bisect.insort(client.line, (place.turn, request), key=_turn)
-        self._places[request] = place
-        self.untouched += 1
-        self._count(request, request.num_images)
+        turn = (request.submitted_at - request.priority * self.ageing_s, next(self._numbers))
+        place = self._places[request] = _Place(request, turn)
+        bisect.insort(client.line, place, key=lambda place: place.turn)
         return displaced
 
     def head(self) -> Entry | None:
@@ -105,13 +115,11 @@ class FairQueue(Generic[Entry]):
             return self._again[0][0]
         if not self._waiting:
             return None
-        return min(self._waiting.values(), key=_service).line[0][1]
+        return min(self._waiting.values(), key=_service).line[0].request
 
     def pop(self) -> tuple[Entry, int]:
         """Take the next image, a request and the image's number, and charge its client. IndexError if none waits."""
         if self._again:
-            self.images -= 1
-            self.cost -= self._again[0][0].image_cost
             return self._again.popleft()
         request = self.head()
         if request is None:
@@ -119,87 +127,62 @@ class FairQueue(Generic[Entry]):
         place = self._places[request]
         image = place.next_image
         place.next_image += 1
-        self.untouched -= image == 0
-        self._count(request, -1)
         client = self._waiting.pop(request.client)
         self._waiting[request.client] = client
         client.service += request.image_cost
         self._highest_service = max(self._highest_service, client.service)
-        if place.next_image == request.num_images:
-            self._leave(request)
-        self._forget_the_settled()
+        if not place.images:
+            self._leave(place)
         return request, image
 
     def put_back(self, request: Entry, image: int) -> None:
         """An image that was taken is next again, without another charge."""
         self._again.append((request, image))
-        self.images += 1
-        self.cost += request.image_cost
 
     def discard(self, request: Entry) -> None:
         """Drop every image of a request that still waits; an unknown request is no error."""
         if self._again:
-            kept = deque(each for each in self._again if each[0] is not request)
-            self.images -= len(self._again) - len(kept)
-            self.cost -= (len(self._again) - len(kept)) * request.image_cost
-            self._again = kept
-        place = self._places.get(request)
-        if place is None:
-            return
-        self.untouched -= place.next_image == 0
-        self._count(request, place.next_image - request.num_images)
-        self._leave(request)
-        self._forget_the_settled()
+            self._again = deque(each for each in self._again if each[0] is not request)
+        if (place := self._places.get(request)) is not None:
+            self._leave(place)
 
     def _make_room(self, request: Entry) -> list[Entry]:
         """Displace what is in the way of ``request``, or raise :class:`QueueFull` and displace nothing."""
-        missing = excess = self.images + request.num_images - self.max_images
-        if excess <= 0:
+        missing = self.images + request.num_images - self.max_images
+        if missing <= 0:
             return []
-        images = {name: client.images for name, client in self._waiting.items()}
+        lines = {name: list(client.line) for name, client in self._waiting.items()}
+        images = {name: sum(place.images for place in line) for name, line in lines.items()}
         images[request.client] = wanted = images.get(request.client, 0) + request.num_images
         displaced: list[Entry] = []
-        untouched = {  # by client, in the order of their turns
-            name: [waiting for _, waiting in client.line if self._places[waiting].next_image == 0]
-            for name, client in self._waiting.items()
-        }
         while missing > 0:
             longest = max(images, key=images.__getitem__)
-            if images[longest] <= wanted or not untouched.get(longest):
-                raise QueueFull(excess)
-            last = untouched[longest].pop()
-            displaced.append(last)
-            images[longest] -= last.num_images
-            missing -= last.num_images
+            untouched = [place for place in lines.get(longest, ()) if place.next_image == 0]
+            if images[longest] <= wanted or not untouched:
+                raise QueueFull
+            lines[longest].remove(untouched[-1])
+            displaced.append(untouched[-1].request)
+            images[longest] -= displaced[-1].num_images
+            missing -= displaced[-1].num_images
         for other in displaced:
             self.discard(other)
         return displaced
-
-    def _count(self, request: Entry, images: int) -> None:
-        self._waiting[request.client].images += images
-        self.images += images
-        self.cost += images * request.image_cost
 
     def _virtual_time(self) -> float:
         """Never decreases: the least service of those who wait; when nobody does, the highest of all."""
         return min(map(_service, self._waiting.values()), default=self._highest_service)
 
-    def _leave(self, request: Entry) -> None:
-        client = self._waiting[request.client]
-        del client.line[bisect.bisect_left(client.line, self._places.pop(request).turn, key=_turn)]
+    def _leave(self, place: _Place[Entry]) -> None:
+        name = place.request.client
+        client = self._waiting[name]
+        del self._places[place.request]
+        client.line.remove(place)
         if not client.line:
-            del self._waiting[request.client]
-            self._away[request.client] = client.service
-
-    def _forget_the_settled(self) -> None:
-        """Clients who are away and would come back at the virtual time need not be remembered."""
-        if self._away:
-            now = self._virtual_time()
-            self._away = {name: service for name, service in self._away.items() if service > now}
-
-
-def _turn(waiting: tuple[tuple[float, int], Entry]) -> tuple[float, int]:
-    return waiting[0]
+            del self._waiting[name]
+            self._away[name] = client.service
+        # Clients who are away and would come back at the virtual time need not be remembered.
+        now = self._virtual_time()
+        self._away = {name: service for name, service in self._away.items() if service > now}
 
 
 def _service(client: _Client[Entry]) -> float:

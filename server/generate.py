@@ -261,7 +261,6 @@ def generate_router(service: Service) -> APIRouter:
             as_base64=media_type in (JSON, EVENT_STREAM),
         )
         request.watched, request.preview_every = body.stream, body.preview_every
-        request = service.submit(http, request)
         if body.stream:
             return await service.stream(http, request, partial(_progress, request), partial(_completed, request))
         result = await service.result(http, request)

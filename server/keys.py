@@ -54,6 +54,10 @@ class ApiKey(BaseModel):
     images_per_minute: Annotated[int | None, Field(ge=1)] = None
     created: AwareDatetime
 
+    def limit(self, unit: RateUnit) -> int | None:
+        """What it may use per minute; None for no limit."""
+        return self.requests_per_minute if unit == "requests" else self.images_per_minute
+
 
 class KeyFile(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)

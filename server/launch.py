@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -19,7 +20,7 @@ WORKER_COMMAND: Sequence[str] = (sys.executable, "-m", "server.worker")
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
-    """Take the port on every address of ``host``, so that a taken one shows at once. Does not listen yet.
+    """Take the port on every address of ``host``, so that a taken one shows at once.
 
     Raises:
         UserError: it is taken, or there is no such address.
@@ -27,16 +28,16 @@ def bind(host: str, port: int) -> list[socket.socket]:
     sockets: list[socket.socket] = []
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for family, kind, protocol, _, address in dict.fromkeys(found):
-            if family == socket.AF_INET6 and not _has_ipv6() and len(found) > 1:
-                continue
-            sock = socket.socket(family, kind, protocol)
-            sockets.append(sock)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        for family, *_, address in dict.fromkeys(found):
             # All on the port that the first one got.
-            sock.bind((address[0], port or sockets[0].getsockname()[1], *address[2:]))
+            at = (address[0], port or (sockets[0].getsockname()[1] if sockets else 0))
+            try:
+                sockets.append(socket.create_server(at, family=family))
+            except OSError as error:
+                if error.errno != errno.EADDRNOTAVAIL:  # localhost may name ::1 on a machine without IPv6
+                    raise
+        if not sockets:
+            raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
     except OSError as error:
         for sock in sockets:
             sock.close()
@@ -44,16 +45,6 @@ def bind(host: str, port: int) -> list[socket.socket]:
             f"cannot listen on {host} port {port}: {error.strerror}; choose another --host or --port"
         ) from error
     return sockets
-
-
-def _has_ipv6() -> bool:
-    """Whether this machine has an IPv6 loopback address; ``localhost`` may name it where it does not."""
-    try:
-        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as sock:
-            sock.bind(("::1", 0))
-    except OSError:
-        return False
-    return True
 
 
 def memory_file(name: str) -> int:
@@ -103,10 +94,8 @@ class ProcessHandle:
 
 
 Launch = Callable[[Settings, int], Handle]
-
-
 # The file for the weights, and the workers that were started before the event loop.
-Prepared = tuple[int, Sequence[Handle]]
+Prepared = tuple[int | None, Sequence[Handle]]
 
 
 def prepare(settings: Settings) -> Prepared:

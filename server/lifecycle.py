@@ -97,7 +97,7 @@ def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
 def serve(
     settings: Settings,
     sockets: list[socket.socket],
-    prepared: Prepared | None = None,
+    prepared: Prepared = (None, ()),
     pool_type: type[Pool] = Pool,
 ) -> int:
     """Serve until a signal ends it; the exit code: 2 for a checkpoint that cannot be loaded, 1 for workers that fail.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import NamedTuple
+from typing import Any, Protocol
 
 import psutil
 from prometheus_client import (
@@ -37,12 +37,19 @@ GAUGES = {
 }
 
 
-class WorkerMemory(NamedTuple):
-    """``gpu_bytes``: in the order of :data:`_GPU_SERIES`; None without a GPU."""
+_GPU_SERIES = {
+    "used": "Memory of the GPU that tensors take.",
+    "reserved": "Memory of the GPU that the allocator holds.",
+    "peak": "Peak memory of the GPU that tensors have taken.",
+}
+
+
+class Worker(Protocol):
+    """What is read of a :class:`server.remote_worker.RemoteWorker`; ``gpu_memory`` has the order of the series."""
 
     number: int
-    pid: int
-    gpu_bytes: Sequence[int] | None
+    handle: Any
+    gpu_memory: list[int] | None
 
 
 def _resident(process: psutil.Process) -> float:
@@ -53,7 +60,7 @@ def _resident(process: psutil.Process) -> float:
 
 
 class _WorkerCollector(Collector):
-    def __init__(self, workers: Callable[[], Sequence[WorkerMemory]]) -> None:
+    def __init__(self, workers: Callable[[], Sequence[Worker]]) -> None:
         self._workers = workers
 
     def collect(self) -> Iterable[Metric]:
@@ -66,22 +73,14 @@ class _WorkerCollector(Collector):
         )
         for worker in found:
             with suppress(psutil.Error, OSError):
-                resident.add_metric([str(worker.number)], _resident(psutil.Process(worker.pid)))
+                resident.add_metric([str(worker.number)], _resident(psutil.Process(worker.handle.pid)))
         yield resident
-        on_gpu = [worker for worker in found if worker.gpu_bytes is not None]
+        on_gpu = {str(worker.number): worker.gpu_memory for worker in found if worker.gpu_memory is not None}
         for i, (name, text) in enumerate(_GPU_SERIES.items() if on_gpu else ()):
             family = GaugeMetricFamily(f"robuq_gpu_memory_{name}_bytes", text, labels=["gpu"])
-            for worker in on_gpu:
-                assert worker.gpu_bytes is not None
-                family.add_metric([str(worker.number)], float(worker.gpu_bytes[i]))
+            for number, memory in on_gpu.items():
+                family.add_metric([number], float(memory[i]))
             yield family
-
-
-_GPU_SERIES = {
-    "used": "Memory of the GPU that tensors take.",
-    "reserved": "Memory of the GPU that the allocator holds.",
-    "peak": "Peak memory of the GPU that tensors have taken.",
-}
 
 
 class Metrics:
@@ -155,7 +154,7 @@ class Metrics:
         """Read a gauge of :data:`GAUGES` from its owner on scrape, so that it cannot drift."""
         Gauge(f"robuq_{name}", GAUGES[name], registry=self.registry).set_function(read)
 
-    def watch_workers(self, workers: Callable[[], Sequence[WorkerMemory]]) -> None:
+    def watch_workers(self, workers: Callable[[], Sequence[Worker]]) -> None:
         """Memory and number of the workers that take images, read on scrape."""
         self.registry.register(_WorkerCollector(workers))
 

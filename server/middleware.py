@@ -11,7 +11,6 @@ import logging
 import random
 import re
 import time
-import zlib
 from typing import Any
 
 from fastapi import FastAPI
@@ -36,17 +35,13 @@ from server.keys import ApiKey, KeyStore
 from server.logs import current_request_id, current_trace_id
 from server.metrics import Metrics
 from server.settings import Settings, split_host
-from server.telemetry import Telemetry, from_traceparent
+from server.telemetry import trace_id_of
 
 logger = logging.getLogger("server.access")
 
 # Probes and scrapes come every few seconds and say nothing when they succeed.
 _QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
 
-# Far above what any client of these routes sends.
-MAX_TARGET_BYTES = 4096
-MAX_HEADERS = 100
-MAX_HEAD_BYTES = 16_384
 # For the whole body from its first byte on: the largest that is allowed takes 26 kbit/s.
 BODY_TIMEOUT_S = 20.0
 MAX_LOGGED_PATH = 256
@@ -66,7 +61,7 @@ _CORS: dict[str, Any] = {
     "allow_headers": ["Authorization", "Content-Type", "Idempotency-Key", "X-API-Key", "X-Request-Id", "traceparent"],
     "expose_headers": [
         *("X-Request-Id", "X-Seed", "X-Cache", "x-queue-time", "x-inference-time", "x-total-time"),
-        *("Retry-After", "RateLimit", "RateLimit-Policy", "Warning", "traceresponse"),
+        *("Retry-After", "Warning"),
     ],
     "max_age": 3600,
 }
@@ -74,24 +69,21 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _SECURITY_HEADERS = [(name.lower().encode(), value.encode()) for name, value in SECURITY_HEADERS.items()]
 
 
-def install(
-    app: FastAPI, settings: Settings, metrics: Metrics, store: KeyStore | None, telemetry: Telemetry | None
-) -> None:
+def install(app: FastAPI, settings: Settings, metrics: Metrics, store: KeyStore | None) -> None:
     # The last one added is the outermost.
     app.add_middleware(Gate, settings=settings, store=store, metrics=metrics)
     if settings.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **_CORS)
     if settings.trusted_proxies:
         app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=list(settings.trusted_proxies))
-    app.add_middleware(RequestContext, telemetry=telemetry)
+    app.add_middleware(RequestContext)
 
 
 class RequestContext:
     """The outermost: request id, trace, log line, headers for browsers, HEAD as GET, a plain 500 for a bug."""
 
-    def __init__(self, app: ASGIApp, telemetry: Telemetry | None = None) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self.telemetry = telemetry
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -107,10 +99,8 @@ class RequestContext:
         request_id = asked.get("x-request-id", "")
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = f"{random.getrandbits(128):032x}"  # unique, not secret: uuid4 costs a system call
-        recorded = None if self.telemetry is None else self.telemetry.current()
-        trace = recorded or from_traceparent(asked.get("traceparent", ""))
         token = current_request_id.set(request_id)
-        trace_token = current_trace_id.set("" if trace is None else trace.trace_id)
+        trace_token = current_trace_id.set(trace_id_of(asked.get("traceparent", "")))
         status = 0
 
         async def labelled_send(message: Message) -> None:
@@ -121,8 +111,6 @@ class RequestContext:
                 headers = [header for header in message.get("headers", ()) if header[0].lower() != b"connection"
                            or header[1] == b"close"]  # fmt: skip
                 headers.append((b"x-request-id", request_id.encode()))
-                if trace is not None:
-                    headers.append((b"traceresponse", trace.traceresponse.encode()))
                 given = {name for name, _ in headers}
                 headers.extend(header for header in _SECURITY_HEADERS if header[0] not in given)
                 message["headers"] = headers
@@ -163,8 +151,8 @@ def _shown(client: tuple[str, int] | None) -> str:
 
 
 class Gate:
-    """Refuses what no route should see: heads and bodies that are too large or slow, foreign hosts and sites, requests
-    without a key where there are keys, and keys that have used up their minute."""
+    """Refuses what no route should see: bodies that are too large or slow, foreign hosts and sites, requests without a
+    key where there are keys, and keys that have used up their minute."""
 
     def __init__(self, app: ASGIApp, settings: Settings, store: KeyStore | None, metrics: Metrics) -> None:
         self.app, self.settings, self.store, self.metrics = app, settings, store, metrics
@@ -176,22 +164,20 @@ class Gate:
             return
         headers = Headers(scope=scope)
         try:
-            check_head(scope, self.settings.max_body_bytes)
             if scope["path"] not in PROBE_PATHS:
-                check_site(scope, self.settings)
+                check_site(scope["method"], headers, self.settings)
             body = _Body(headers, receive, self.settings.max_body_bytes)
-            access = self._admit(scope, headers)
-            if access is not None:
-                scope[ACCESS] = access
-                send = self._with_rates(access.key, send)
-                self.rates.check(access.key, "requests")
-                self.rates.charge(access.key, "requests")
+            key = self._admit(scope, headers)
+            if key is not None:
+                scope[ACCESS] = Access(key, self.rates)
+                self.rates.check(key, "requests")
+                self.rates.charge(key, "requests")
         except ApiError as error:
             await error.response(scope["path"])(scope, receive, send)
         else:
             await self.app(scope, body.receive, send)
 
-    def _admit(self, scope: Scope, headers: Headers) -> Access | None:
+    def _admit(self, scope: Scope, headers: Headers) -> ApiKey | None:
         path: str = scope["path"]
         needed = needed_scope(scope["method"], path)
         if self.store is None:
@@ -209,32 +195,26 @@ class Gate:
         if needed != "read" and needed not in key.scopes:
             self.metrics.rejected.labels("forbidden").inc()
             raise ApiError(403, "forbidden", f"this API key lacks the scope {needed}")
-        return Access(key, self.rates)
-
-    def _with_rates(self, key: ApiKey, send: Send) -> Send:
-        """``send`` that adds the key's rate headers to the answer, as they are once the request has been counted."""
-
-        async def send_with_rates(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), *self.rates.headers(key)]
-            await send(message)
-
-        return send_with_rates
+        return key
 
 
 class _Body:
-    """The body as routes receive it: within its time and size, decoded."""
+    """The body as routes receive it: within its time and size. Raises 413 at once if it says that it is too large."""
 
     def __init__(self, headers: Headers, receive: Receive, max_bytes: int) -> None:
         self._receive, self._max_bytes = receive, max_bytes
         self._deadline = asyncio.get_running_loop().time() + BODY_TIMEOUT_S
-        self._bytes = self._decoded = 0
         self._complete = False
-        encoding = headers.get("content-encoding", "").strip().lower()
-        if encoding not in ("", "identity", "gzip", "x-gzip"):
-            message = "Content-Encoding must be gzip, or the body sent as it is"
-            raise ApiError(415, "unsupported_encoding", message, headers={"Accept-Encoding": "gzip"})
-        self._gzip = zlib.decompressobj(16 + zlib.MAX_WBITS) if "gzip" in encoding else None
+        self._bytes = 0
+        if headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+            message = "send the body as it is, without a Content-Encoding"
+            raise ApiError(415, "unsupported_encoding", message, headers={"Accept-Encoding": "identity"})
+        length = headers.get("content-length", "")
+        self._check(int(length[:18]) if length.isdecimal() else 0)
+
+    def _check(self, size: int) -> None:
+        if size > self._max_bytes:
+            raise ApiError(413, "body_too_large", f"the body may have at most {self._max_bytes} bytes")
 
     async def receive(self) -> Message:
         if self._complete:  # what comes now is the disconnect, for which routes wait as long as they like
@@ -246,62 +226,22 @@ class _Body:
             text = f"the body was not received within {BODY_TIMEOUT_S:g} s"
             raise ApiError(408, "body_timeout", text, headers={"Connection": "close"}) from None
         if message["type"] == "http.request":
-            body = message.get("body", b"")
-            self._bytes += len(body)
-            if self._bytes > self._max_bytes:
-                raise body_too_large(self._max_bytes)
+            self._bytes += len(message.get("body", b""))
+            self._check(self._bytes)
             self._complete = not message.get("more_body", False)
-            if self._gzip is not None:
-                message = {**message, "body": self._unzipped(body)}
         return message
 
-    def _unzipped(self, body: bytes) -> bytes:
-        assert self._gzip is not None
-        try:
-            decoded = self._gzip.decompress(body, self._max_bytes + 1 - self._decoded)
-        except zlib.error:
-            raise _bad_gzip() from None
-        self._decoded += len(decoded)
-        if self._decoded > self._max_bytes:
-            raise body_too_large(self._max_bytes)
-        if self._gzip.unused_data or (self._complete and not self._gzip.eof and self._bytes):
-            raise _bad_gzip()
-        return decoded
 
-
-def _bad_gzip() -> ApiError:
-    return ApiError(400, "invalid_encoding", "the body must be one whole gzip stream, since Content-Encoding is gzip")
-
-
-def body_too_large(max_body_bytes: int) -> ApiError:
-    """The 413 of a body that is longer than the server takes."""
-    return ApiError(413, "body_too_large", f"the body may have at most {max_body_bytes} bytes, decoded too")
-
-
-def check_head(scope: Scope, max_body_bytes: int) -> None:
-    """Reject a request (413, 414, 431) by its first line and headers, before a byte of its body is read."""
-    if len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"]) > MAX_TARGET_BYTES:
-        raise ApiError(414, "uri_too_long", f"the path and query may have at most {MAX_TARGET_BYTES} bytes")
-    headers = scope["headers"]
-    if len(headers) > MAX_HEADERS or sum(len(name) + len(value) for name, value in headers) > MAX_HEAD_BYTES:
-        message = f"at most {MAX_HEADERS} headers of {MAX_HEAD_BYTES} bytes together are accepted"
-        raise ApiError(431, "headers_too_large", message)
-    length = Headers(scope=scope).get("content-length", "")
-    if length.isdecimal() and int(length[:18]) > max_body_bytes:
-        raise body_too_large(max_body_bytes)
-
-
-def check_site(scope: Scope, settings: Settings) -> None:
+def check_site(method: str, headers: Headers, settings: Settings) -> None:
     """Reject (403) what a page of another site makes a browser send: under a name of its own that leads here (DNS
     rebinding), or without asking first (a form, or text by fetch).
 
     CORS only keeps such a page from reading the answer; an open server would still generate images for it.
     """
-    headers = Headers(scope=scope)
     host, origin = headers.get("host"), headers.get("origin", "").strip()
     if host is not None and not settings.accepts_host(host):
         raise ApiError(403, "foreign_host", "this Host is not allowed; see --allowed-hosts")
-    if scope["method"] in SAFE_METHODS or {origin, "*"} & set(settings.cors_origins):
+    if method in SAFE_METHODS or {origin, "*"} & set(settings.cors_origins):
         return
     # No page can change Sec-Fetch-Site. Over plain http browsers do not send it, but always the Origin.
     site = headers.get("sec-fetch-site")

@@ -202,11 +202,9 @@ def openai_router(service: Service) -> APIRouter:
             if body.partial_images:
                 # The longest stride that still gives that number of previews before the last step.
                 request.preview_every = math.ceil(request.specs[0].steps / (body.partial_images + 1))
-            request = service.submit(http, request)
             return await service.stream(
                 http, request, partial(_progress, request), partial(_completed, request), warning
             )
-        request = service.submit(http, request)
         result = await service.result(http, request)
         return Parts(_answer(request, result), JSON, headers_of(request, result.timings) | warning)
 

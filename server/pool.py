@@ -1,4 +1,4 @@
-"""The pool of workers as the routes see it: requests in, results out, one checkpoint after the other.
+"""The pool of workers as the routes see it: requests in, one checkpoint after the other, what runs and waits.
 
 A :class:`~server.fleet.Fleet` is the workers of one checkpoint and the requests for it. A hot swap starts a second
 fleet, warms it up, sends new requests there, and lets the first one finish what it has. The event loop owns all of it.
@@ -15,30 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from server.fair_queue import QueueFull
 from server.fleet import EXIT_S, Fleet
 from server.launch import Handle, Launch, Prepared, ProcessHandle
-from server.metrics import Metrics, WorkerMemory
-from server.request import (
-    Cancelled,
-    CancelReason,
-    DeadlineExceeded,
-    EngineError,
-    ModelInfo,
-    NotReady,
-    Overloaded,
-    Request,
-    Result,
-    Timings,
-    WorkerDied,
-)
+from server.metrics import Metrics
+from server.request import Cancelled, ModelInfo, NotReady, Request
 from server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 Status = Literal["starting", "ready", "restarting", "draining", "failed", "stopped"]
 
-# Between looks at what sends no signal: workers that hang.
+# Between looks at what sends no signal: workers that hang, checkpoints that nothing needs any more.
 WATCH_S = 0.25
 
 
@@ -80,30 +67,22 @@ class Pool:
         metrics: Metrics,
         *,
         launch: Launch = ProcessHandle,
-        prepared: Prepared | None = None,
+        prepared: Prepared = (None, ()),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.settings, self.metrics, self.clock = settings, metrics, clock
         self.failure: BaseException | None = None  # what ended it, for the exit code and the log
         self.numbers = itertools.count()  # of the images that workers get
         self.handles: set[Handle] = set()  # of workers whose end has not been seen
-        self._launch = launch
-        self._prepared = prepared
+        self._launch, self._prepared = launch, prepared
         self._phase: Status = "starting"
-        self._fleet: Fleet | None = None
-        self._retired: list[Fleet] = []
+        self._fleet: Fleet | None = None  # that gets new requests
+        self._fleets: list[Fleet] = []  # that one, those that finish what they have, one that warms up
         self._swapping = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         metrics.watch("requests_running", lambda: self.load().requests_running)
         metrics.watch("requests_waiting", lambda: self.load().requests_waiting)
-        metrics.watch_workers(
-            lambda: [
-                WorkerMemory(worker.number, worker.handle.pid, worker.gpu_memory)
-                for worker in (self._fleet.serving if self._fleet else ())
-            ]
-        )
-
-    # State.
+        metrics.watch_workers(lambda: self._fleet.serving if self._fleet else [])
 
     @property
     def status(self) -> Status:
@@ -127,10 +106,6 @@ class Pool:
     def idle(self) -> bool:
         return not any(fleet.requests for fleet in self._fleets)
 
-    @property
-    def _fleets(self) -> list[Fleet]:
-        return [*([] if self._fleet is None else [self._fleet]), *self._retired]
-
     def load(self) -> Load:
         fleets = self._fleets
         waiting = sum(fleet.queue.untouched for fleet in fleets)
@@ -149,8 +124,6 @@ class Pool:
             ),
         )
 
-    # Requests.
-
     def submit(self, request: Request) -> Request:
         """Queue a request without blocking; its ``future`` resolves when it has ended.
 
@@ -158,84 +131,18 @@ class Pool:
             NotReady: starting, restarting, draining, failed or stopped.
             Overloaded: the queue has no room.
         """
-        fleet = self._fleet
-        if self.status != "ready" or fleet is None:
+        if self.status != "ready" or self._fleet is None:
             self.metrics.rejected.labels(self.status).inc()
             raise NotReady(self.status)
-        loop = asyncio.get_running_loop()
-        request.future, request.submitted_at = loop.create_future(), self.clock()
-        try:
-            displaced = fleet.queue.push(request)
-        except QueueFull:
-            self.metrics.rejected.labels("queue_full").inc()
-            raise Overloaded(fleet.seconds_left()) from None
-        fleet.requests[request] = None
-        request.fleet = fleet
-        request.cancel = lambda: self.cancel(request)
-        timer = None
-        if request.timeout_s < float("inf"):
-            timer = loop.call_later(request.timeout_s, self.cancel, request, "timeout")
-        request.future.add_done_callback(lambda future: _ended(request, timer))
-        for other in displaced:
-            self.fail(other, "displaced", Overloaded(fleet.seconds_left()))
-        fleet.dispatch()
+        self._fleet.submit(request)
         return request
-
-    def cancel(self, request: Request, reason: CancelReason = "cancelled") -> None:
-        """End a request: its rows are gone from the next step on. No-op when it has ended."""
-        error = DeadlineExceeded("not done by the deadline") if reason == "timeout" else Cancelled("request cancelled")
-        self.fail(request, reason, error)
-
-    def first_step(self, request: Request, began: float, ended: float) -> None:
-        if request.first_step_at is None:
-            request.first_step_at = began
-            self.metrics.queue_time.observe(began - request.submitted_at)
-            self.metrics.time_to_first_step.observe(ended - request.submitted_at)
-
-    def finished(self, request: Request, image: int, encoded: bytes, first: float, last: float) -> None:
-        if request.future.done():
-            return
-        request.images[image] = encoded
-        request.first_step_at = min(first, request.first_step_at or first)
-        request.last_step_at = max(last, request.last_step_at)
-        if len(request.images) < request.num_images:
-            return
-        now = self.clock()
-        timings = Timings(
-            queue_s=request.first_step_at - request.submitted_at,
-            inference_s=request.last_step_at - request.first_step_at,
-            decode_s=now - request.last_step_at,
-            total_s=now - request.submitted_at,
-        )
-        self._leave(request, "completed")
-        self.metrics.images.inc(request.num_images)
-        self.metrics.inference_time.observe(timings.inference_s)
-        self.metrics.e2e_latency.observe(timings.total_s)
-        request.future.set_result(Result(tuple(request.images[i] for i in range(request.num_images)), timings))
-
-    def fail(self, request: Request, reason: str, error: EngineError) -> None:
-        """End a request with ``error``, unless it has ended."""
-        if request.cancel is None:
-            return
-        fleet = self._leave(request, reason)
-        request.future.set_exception(error)
-        fleet.dispatch()
-
-    def _leave(self, request: Request, reason: str) -> Fleet:
-        request.cancel = None
-        fleet: Fleet = request.fleet
-        fleet.leave(request)
-        self.metrics.requests.labels(reason).inc()
-        if fleet is not self._fleet and not fleet.requests:
-            asyncio.get_running_loop().call_soon(self._release_retired)
-        return fleet
-
-    # Life.
 
     async def start(self) -> None:
         """Start the workers; ``status`` becomes ``ready`` when all are warm, or ``failed``."""
-        weights, handles = self._prepared or (None, ())
+        weights, handles = self._prepared
         self._fleet = self.fleet_type(self, self.settings.checkpoint, weights)
+        self._fleets.append(self._fleet)
+        self._fleet.ready.add_done_callback(self._started)
         self._fleet.start(handles)
         self.spawn(self._watch())
 
@@ -250,23 +157,20 @@ class Pool:
             if self.status != "ready":
                 raise NotReady(self.status)
             fleet = self.fleet_type(self, checkpoint)
-            self._retired.append(fleet)  # so that it is watched, and ends with the pool
+            self._fleets.append(fleet)  # so that it is watched, and ends with the pool
             try:
                 fleet.start()
                 await fleet.ready
                 if self._phase != "ready":
                     raise NotReady(self.status)
             except BaseException as error:
-                self._retired.remove(fleet)
-                fleet.close()
+                self._release(fleet)
                 if isinstance(error, asyncio.CancelledError) and self._phase != "ready":
                     raise NotReady(self.status) from None
                 raise
             assert self._fleet is not None
-            self._retired.remove(fleet)
-            self._retired.append(self._fleet)
-            self._serve(fleet)
-            self._release_retired()
+            self._fleet.retired, self._fleet = True, fleet
+            self.metrics.describe_model(self.model)
         logger.info("swapped the checkpoint", extra={"checkpoint": self.model.name})
 
     def begin_drain(self) -> None:
@@ -301,44 +205,28 @@ class Pool:
     def serves(self, fleet: Fleet) -> bool:
         return fleet is self._fleet
 
-    def warmed_up(self, fleet: Fleet) -> None:
-        """All workers of a fleet are ready for the first time."""
-        if fleet is self._fleet:
-            self._serve(fleet)
-            if self._phase == "starting":
-                self._phase = "ready"
-
-    def give_up(self, fleet: Fleet, error: BaseException) -> None:
-        """The workers of a fleet keep dying, or cannot start."""
-        if not fleet.ready.done():
-            fleet.ready.set_exception(error)
-        if fleet is self._fleet:
-            self.failure = self.failure or error
-            logger.critical("giving up: %s", error)
-            self._end("failed")
-        else:
-            for request in list(fleet.requests):
-                self.fail(request, "error", WorkerDied("the workers of this checkpoint have died"))
+    def give_up(self, error: BaseException) -> None:
+        """The workers keep dying, or cannot start."""
+        self.failure = self.failure or error
+        logger.critical("giving up: %s", error)
+        self._end("failed")
 
     # Inside.
 
-    def _serve(self, fleet: Fleet) -> None:
-        self._fleet = fleet
-        assert fleet.model is not None
-        self.metrics.describe_model(fleet.model)
+    def _started(self, ready: asyncio.Future[None]) -> None:
+        if not ready.cancelled() and ready.exception() is None:
+            self.metrics.describe_model(self.model)
+            if self._phase == "starting":
+                self._phase = "ready"
 
     def _end(self, phase: Literal["failed", "stopped"]) -> None:
         self._phase = phase
         for fleet in self._fleets:
-            for request in list(fleet.requests):
-                self.fail(request, "shutdown" if phase == "stopped" else "error", NotReady(phase))
-            fleet.close()
+            fleet.close("shutdown" if phase == "stopped" else "error", NotReady(phase))
 
-    def _release_retired(self) -> None:
-        for fleet in [each for each in self._retired if each.ready.done() and not each.requests]:
-            self._retired.remove(fleet)
-            fleet.close()
-            logger.info("released a swapped checkpoint")
+    def _release(self, fleet: Fleet) -> None:
+        self._fleets.remove(fleet)
+        fleet.close("cancelled", Cancelled("the checkpoint was released"))
 
     async def _watch(self) -> None:
         expected = self.clock() + WATCH_S
@@ -352,11 +240,7 @@ class Pool:
                     worker.heard_at += late_s
                 elif what := worker.hung(now):
                     worker.fleet.lost(worker, what)
+            for fleet in [fleet for fleet in self._fleets if fleet.retired and not fleet.requests]:
+                self._release(fleet)
+                logger.info("released a swapped checkpoint")
             expected = self.clock() + WATCH_S
-
-
-def _ended(request: Request, timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()
-    if not request.future.cancelled():
-        request.future.exception()  # looked at here, since every waiter may have left by now

@@ -34,60 +34,45 @@ class SentImage:
 
 
 class RemoteWorker(asyncio.Protocol):
-    """The server's end of one worker process: what it has been given, what it reports, whether it hangs."""
+    """What one worker has been given, what it reports, whether it hangs."""
 
     def __init__(self, fleet: Fleet, number: int, handle: Handle) -> None:
-        self.pool, self.fleet, self.number, self.handle = fleet.pool, fleet, number, handle
+        self.fleet, self.number, self.handle = fleet, number, handle
+        self.settings, self.clock = fleet.pool.settings, fleet.pool.clock
         self.phase: Literal["new", "loading", "warming", "ready", "dead"] = "new"
-        self.budget = self.pool.settings.max_batch_rows
+        self.budget = self.settings.max_batch_rows
         self.rows_per_s = 0.0
         self.gpu_memory: list[int] | None = None
         self.rows = 0  # of the model, of the images that have a step to make after the current one
         self.sent: dict[int, SentImage] = {}
         self.decoding: dict[int, None] = {}  # of these, those without a step to make, the oldest first
-        self.heard_at = self.pool.clock()  # or when it began to have something to do
+        self.heard_at = self.clock()  # or when it began to have something to do
         self._unpacker = Unpacker()
         self._outbox: list[dict[str, Any]] = []
         self.transport: asyncio.Transport | None = None
 
-    # What the pool does with it.
-
     async def connect(self) -> None:
-        loop = asyncio.get_running_loop()
         self.handle.sock.setblocking(False)
-        await loop.create_connection(lambda: self, sock=self.handle.sock)
+        await asyncio.get_running_loop().create_connection(lambda: self, sock=self.handle.sock)
 
     def load(self, *, store: bool) -> None:
         """Tell it to load; ``store``: from the checkpoint, whose content it puts into the memory file."""
-        settings = self.pool.settings
-        self.phase, self.heard_at = "loading", self.pool.clock()
-        options = {
-            "op": "load",
-            "checkpoint": None if self.fleet.checkpoint is None else str(self.fleet.checkpoint),
-            "decoder": None if settings.decoder is None else str(settings.decoder),
-            "backend": settings.backend,
-            "threads": settings.threads,
-            "number": self.number,
-            "replicas": settings.replicas,
-            "max_batch_rows": settings.max_batch_rows,
-            "target_step_s": settings.target_step_s,
-            "decode_threads": settings.decode_threads,
-            "embed_settings": settings.embed_settings,
-            "store": store,
-        }
-        self._write(options)
+        self.phase, self.heard_at = "loading", self.clock()
+        checkpoint = self.fleet.checkpoint
+        given = {"checkpoint": checkpoint and str(checkpoint), "number": self.number, "store": store}
+        self._write({"op": "load", **self.settings.model_dump(mode="json"), **given})
 
     def has_room(self, rows: int) -> bool:
         """Whether an image of ``rows`` rows may join its next step; any may where nothing else is."""
-        if self.phase != "ready" or len(self.decoding) >= 2 * self.pool.settings.max_batch_rows:
+        if self.phase != "ready" or len(self.decoding) >= 2 * self.settings.max_batch_rows:
             return False
         return self.rows + rows <= self.budget or not self.rows
 
     def give(self, request: Request, image: int) -> None:
         """An image to step, once :meth:`flush` is called."""
         if not self.sent:
-            self.heard_at = self.pool.clock()
-        number = next(self.pool.numbers)
+            self.heard_at = self.clock()
+        number = next(self.fleet.pool.numbers)
         self.sent[number] = SentImage(request, image)
         self.rows += request.rows_per_image
         self._outbox.append(
@@ -104,9 +89,8 @@ class RemoteWorker(asyncio.Protocol):
 
     def flush(self) -> None:
         """Send what :meth:`give` has collected."""
-        if self._outbox:
-            self._write({"op": "images", "images": self._outbox})
-            self._outbox = []
+        self._write({"op": "images", "images": self._outbox})
+        self._outbox = []
 
     def drop(self, request: Request) -> None:
         """Forget the images of a request; what runs of it is gone at the next step."""
@@ -118,16 +102,14 @@ class RemoteWorker(asyncio.Protocol):
 
     def hung(self, now: float) -> str:
         """What hangs in it, or nothing."""
-        settings, silent_s = self.pool.settings, now - self.heard_at
+        limit_s, silent_s = self.settings.stall_timeout_s, now - self.heard_at
         if self.phase == "loading":
-            return "loading" if silent_s > settings.load_timeout_s else ""
+            return "loading" if silent_s > self.settings.load_timeout_s else ""
         busy = self.phase == "warming" or (self.phase == "ready" and self.sent)
-        if busy and silent_s > settings.stall_timeout_s:
+        if busy and silent_s > limit_s:
             return "a forward" if self.phase == "warming" or self.rows else "a step or a decoder"
         oldest = next(iter(self.decoding), None)
-        if oldest is not None and now - self.sent[oldest].leaving_at > settings.stall_timeout_s:
-            return "a decoder"
-        return ""
+        return "a decoder" if oldest is not None and now - self.sent[oldest].leaving_at > limit_s else ""
 
     def close(self) -> None:
         """End it: it notices that the socket has closed."""
@@ -147,78 +129,67 @@ class RemoteWorker(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self.phase == "dead":
             return
-        self.heard_at = self.pool.clock()
+        self.heard_at = self.clock()
         for head, body in self._unpacker.feed(data):
-            getattr(self, f"_on_{head['op']}")(head, body)
+            self._take(head, body)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self.phase != "dead":
             self.fleet.lost(self, "")
 
-    def _on_loaded(self, head: dict[str, Any], _: bytes) -> None:
-        self.phase = "warming"
-        model = head["model"]
-        model["class_names"] = tuple(model["class_names"])
-        model["path"], model["defaults"] = Path(model["path"]), SamplerConfig(**model["defaults"])
-        self.fleet.loaded(ModelInfo(**model))
+    def _take(self, head: dict[str, Any], body: bytes) -> None:
+        match head["op"]:
+            case "loaded":
+                self.phase = "warming"
+                model = head["model"]
+                model["class_names"] = tuple(model["class_names"])
+                model["path"], model["defaults"] = Path(model["path"]), SamplerConfig(**model["defaults"])
+                self.fleet.loaded(ModelInfo(**model))
+            case "ready":
+                self.phase = "ready"
+                self._note_speed(head)
+                self.fleet.warmed_up(self)
+            case "failed":
+                kind = LoadFailed if head["kind"] == "user" else RunFailed
+                self.fleet.lost(self, "failed", kind(head["message"]))
+            case "step":
+                self._note_step(head)
+                self.fleet.dispatch()
+            case "preview" if (sent := self.sent.get(head["id"])) is not None:
+                self._publish(sent, head["steps_done"], body)
+            case "image":
+                if (sent := self._forget(head["id"])) is not None:
+                    self.fleet.finished(sent.request, sent.image, body, head)
+                self.fleet.dispatch()
+            case "fault":
+                if (sent := self.sent.get(head["id"])) is not None:
+                    self.fleet.fail(sent.request, "error", GenerationFailed("the model failed on this request"))
+                self.fleet.dispatch()
 
-    def _on_warming(self, head: dict[str, Any], _: bytes) -> None:
-        pass
-
-    _on_alive = _on_warming
-
-    def _on_ready(self, head: dict[str, Any], _: bytes) -> None:
-        self.phase = "ready"
-        self._on_speed(head)
-        self.fleet.warmed_up(self)
-
-    def _on_failed(self, head: dict[str, Any], _: bytes) -> None:
-        error = LoadFailed(head["message"]) if head["kind"] == "user" else RunFailed(head["message"])
-        self.fleet.lost(self, "failed", error)
-
-    def _on_speed(self, head: dict[str, Any]) -> None:
+    def _note_speed(self, head: dict[str, Any]) -> None:
         self.budget, self.rows_per_s = head["budget"], head["rows_per_s"]
         self.gpu_memory = head.get("gpu", self.gpu_memory)
 
-    def _on_step(self, head: dict[str, Any], _: bytes) -> None:
-        metrics, sent = self.pool.metrics, self.sent
+    def _note_step(self, head: dict[str, Any]) -> None:
+        sent = self.sent
         for rows, seconds in head.get("measured", ()):
-            metrics.observe_step(rows, seconds)
+            self.fleet.pool.metrics.observe_step(rows, seconds)
         if "budget" in head:
-            self._on_speed(head)
+            self._note_speed(head)
         for number in head.get("first", ()):
             if number in sent:
-                self.pool.first_step(sent[number].request, head["began"], head["ended"])
+                self.fleet.first_step(sent[number].request, head["began"], head["ended"])
         for number, steps_done in head.get("progress", ()):
             if number in sent:
-                image = sent[number]
-                steps = image.request.specs[image.image].steps
-                image.request.publish(Event(image.image, steps_done, steps))
+                self._publish(sent[number], steps_done)
         for number in head["leaving"]:
             if number in sent and not sent[number].leaving_at:
                 sent[number].leaving_at = self.heard_at
                 self.decoding[number] = None
                 self.rows -= sent[number].request.rows_per_image
-        self.fleet.dispatch()
 
-    def _on_image(self, head: dict[str, Any], body: bytes) -> None:
-        sent = self._forget(head["id"])
-        if sent is not None:
-            self.pool.metrics.decode_duration.observe(head["decode_s"])
-            self.pool.finished(sent.request, sent.image, body, head["first"], head["last"])
-        self.fleet.dispatch()
-
-    def _on_preview(self, head: dict[str, Any], body: bytes) -> None:
-        sent = self.sent.get(head["id"])
-        if sent is not None:
-            steps = sent.request.specs[sent.image].steps
-            sent.request.publish(Event(sent.image, head["steps_done"], steps, body))
-
-    def _on_fault(self, head: dict[str, Any], _: bytes) -> None:
-        sent = self.sent.get(head["id"])
-        if sent is not None:
-            self.pool.fail(sent.request, "error", GenerationFailed("the model failed on this request"))
-        self.fleet.dispatch()
+    def _publish(self, sent: SentImage, steps_done: int, preview: bytes = b"") -> None:
+        sent.request.publish(Event(sent.image, steps_done, sent.request.specs[sent.image].steps, preview))
 
     def _forget(self, number: int) -> SentImage | None:
         sent = self.sent.pop(number, None)

@@ -1,6 +1,6 @@
 """One request from the body to its bytes, the model it is for, and how it can end. Knows no torch and no HTTP.
 
-A :class:`Request` is made by a route and queued, fed and resolved by :class:`server.pool.Pool`. The event loop owns it.
+A :class:`Request` is made by a route; :class:`server.fleet.Fleet` queues, feeds and resolves it in the event loop.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -55,11 +55,7 @@ class WorkerDied(GenerationFailed):
 
 
 class Cancelled(EngineError):
-    """The client disconnected."""
-
-
-class DeadlineExceeded(EngineError):
-    """The request was not done by its deadline."""
+    """Nobody waits for the request any more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +139,7 @@ class Request:
         specs: one for each image.
         seed: of the first image, as the answer reports it.
         as_base64: the images of the result are base64 text.
-        timeout_s: seconds from submission until it fails with :class:`DeadlineExceeded`.
+        timeout_s: how long its client waits.
         preview_every: steps between previews of each image, none after the last; 0 for none. Under load
             some are skipped.
         watched: :meth:`subscribe` will be called.
@@ -169,20 +165,19 @@ class Request:
     source: CacheOutcome | None = None
     leader: Request | None = None
 
-    # The pool's.
+    # The fleet's.
     submitted_at: float = 0.0
     first_step_at: float | None = None
     last_step_at: float = 0.0
     images: dict[int, bytes] = field(default_factory=dict)
     future: asyncio.Future[Result] = field(init=False)
-    cancel: Callable[[], None] | None = None  # set while the pool has it
-    fleet: Any = None  # the workers that it is for
+    on_cancel: Callable[[CancelReason], None] | None = None  # set while a fleet has it
 
     def __post_init__(self) -> None:
         self.rows_per_image = max((rows_of(spec.guidance_scale) for spec in self.specs), default=1)
         self.image_cost = self.rows_per_image * max((spec.steps for spec in self.specs), default=1)
         self._waiting = 0
-        self._buffers: tuple[EventBuffer, ...] = ()
+        self._buffer: EventBuffer | None = None
 
     @property
     def num_images(self) -> int:
@@ -205,21 +200,25 @@ class Request:
             self.leader.join()
         self._waiting += 1
 
-    def leave(self) -> None:
+    def leave(self, reason: CancelReason = "cancelled") -> None:
         """One waits no more; the last to leave cancels what is still in progress."""
         if self.leader is not None:
-            self.leader.leave()
+            self.leader.leave(reason)
         self._waiting -= 1
-        if not self._waiting and self.cancel is not None:
-            self.cancel()
+        if not self._waiting:
+            self.cancel(reason)
+
+    def cancel(self, reason: CancelReason = "cancelled") -> None:
+        """End the request: its rows are gone from the next step on. No-op when it has ended."""
+        if self.on_cancel is not None:
+            self.on_cancel(reason)
 
     def subscribe(self) -> EventBuffer:
-        """The events from now on; the buffer wakes at the end, too."""
-        buffer = EventBuffer()
-        self._buffers = (*self._buffers, buffer)
+        """The events from now on, for its one reader; the buffer wakes at the end, too."""
+        self._buffer = buffer = EventBuffer()
         self.future.add_done_callback(lambda _: buffer.set())
         return buffer
 
     def publish(self, event: Event) -> None:
-        for buffer in self._buffers:
-            buffer.put(event)
+        if self._buffer is not None:
+            self._buffer.put(event)

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from fastapi import Request as HttpRequest
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import Response
 from pydantic import BaseModel
 from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
@@ -20,17 +20,7 @@ from server.errors import ApiError, as_api_error, closed_by_client, invalid
 from server.keys import KeyStore
 from server.logs import current_request_id
 from server.pool import Pool
-from server.request import (
-    MIN_TIMEOUT_S,
-    DeadlineExceeded,
-    Event,
-    EventBuffer,
-    ModelInfo,
-    Overloaded,
-    Request,
-    Result,
-    Timings,
-)
+from server.request import MIN_TIMEOUT_S, CancelReason, Event, EventBuffer, ModelInfo, Request, Result, Timings
 from server.settings import Settings
 from server.telemetry import Telemetry
 
@@ -144,7 +134,7 @@ class Service:
             raise invalid("timeout_s", f"timeout_s must be a number from {MIN_TIMEOUT_S:g} to {most:g}")
         return most if asked_s is None else asked_s
 
-    def submit(self, http: HttpRequest, request: Request) -> Request:
+    def submit(self, http: HttpRequest, request: Request) -> None:
         """Queue ``request`` within the budget of the client's key, unless its images are there or in progress."""
         request.client, request.request_id = client_of(http.scope), current_request_id.get()
         if not self.cache.find(request):
@@ -153,39 +143,19 @@ class Service:
             self.cache.follow(request)
         if self._telemetry is not None:
             self._telemetry.follow(request)
-        return request
 
     async def result(self, http: HttpRequest, request: Request) -> Result:
-        """Wait for the result; a client that disconnects cancels. The body of ``http`` must have been read."""
-        if request.future.done():
-            return outcome(request)
-        gone = asyncio.ensure_future(client_gone(http))
-        ends_at = asyncio.get_running_loop().time() + request.timeout_s
+        """Queue ``request`` and wait for its result; a client that disconnects cancels. The body must have been
+        read."""
+        self.submit(http, request)
+        if request.future.done():  # from the cache
+            return request.future.result()
+        waiter = _Waiter(http, request)
         try:
-            while True:
-                shared = request.leader is not None
-                left_s = ends_at - asyncio.get_running_loop().time()
-                request.join()
-                try:
-                    # The pool keeps the deadline of a request that it has.
-                    limit_s = max(0.0, left_s) if shared else None
-                    done, _ = await asyncio.wait(
-                        (request.future, gone), timeout=limit_s, return_when=asyncio.FIRST_COMPLETED
-                    )
-                    if gone in done and not request.future.done():
-                        raise closed_by_client()
-                    if not done:
-                        raise too_late(request)
-                    ended = request.future.exception()
-                    if not shared or not isinstance(ended, DeadlineExceeded | Overloaded):
-                        return outcome(request)
-                finally:
-                    request.leave()
-                # The leader's deadline, or its client's share of the queue: no reason to fail this request.
-                request.leader = None
-                self.submit(http, request)
+            await waiter.wait(request.future, float("inf"))
+            return request.future.result()
         finally:
-            gone.cancel()
+            waiter.leave()
 
     async def stream(
         self,
@@ -195,46 +165,59 @@ class Service:
         completed: Completed,
         headers: Mapping[str, str] | None = None,
     ) -> Response:
-        """Server-sent events of ``request`` until its end; a client that disconnects cancels.
+        """Queue ``request`` and send its events until its end; a client that disconnects cancels.
 
         The answer begins with the first event or heartbeat: what fails earlier is an error as of any other request.
         """
-        request.join()
-        buffer = request.subscribe()
-        gone = asyncio.ensure_future(client_gone(http))
-        stream: _EventStream | None = None
+        self.submit(http, request)
+        waiter, buffer = _Waiter(http, request), request.subscribe()
         try:
-            await _event_or_gone(buffer, gone)
-            if gone.done():
-                raise closed_by_client()
+            await waiter.wait_for_event(buffer)
             if request.future.done():
-                outcome(request)
-            events = _events(request, buffer, gone, progress, completed, http.url.path)
-            stream = _EventStream(request, gone, events, {**headers_of(request), **(headers or {})})
-            return stream
+                request.future.result()
+        except BaseException:
+            waiter.leave()
+            raise
+        return _EventStream(waiter, buffer, progress, completed, {**headers_of(request), **(headers or {})})
+
+
+class _Waiter:
+    """A client that waits for a request: until it disconnects, or its time limit has passed."""
+
+    def __init__(self, http: HttpRequest, request: Request) -> None:
+        self.http, self.request = http, request
+        self._ends_at = asyncio.get_running_loop().time() + request.timeout_s
+        self._reason: CancelReason = "cancelled"
+        self._gone = asyncio.ensure_future(self._disconnected())
+        request.join()
+
+    async def _disconnected(self) -> None:
+        while (await self.http.receive())["type"] != "http.disconnect":
+            pass
+
+    async def wait(self, future: asyncio.Future[Any], most_s: float) -> None:
+        """Return when ``future`` is done, or ``most_s`` have passed; raise when the client has no more patience."""
+        left_s = max(0.0, self._ends_at - asyncio.get_running_loop().time())
+        await asyncio.wait((future, self._gone), timeout=min(left_s, most_s), return_when=asyncio.FIRST_COMPLETED)
+        if future.done():
+            return
+        if self._gone.done():
+            raise closed_by_client()
+        if left_s <= most_s:
+            self._reason = "timeout"
+            raise ApiError(504, "deadline_exceeded", f"not done within {self.request.timeout_s:g} s")
+
+    async def wait_for_event(self, buffer: EventBuffer) -> None:
+        """As :meth:`wait`, for an event, and no longer than until a heartbeat is due."""
+        event = asyncio.ensure_future(buffer.wait())
+        try:
+            await self.wait(event, HEARTBEAT_S)
         finally:
-            if stream is None:
-                gone.cancel()
-                request.leave()
+            event.cancel()
 
-
-def outcome(request: Request) -> Result:
-    """The result of a request that has ended, or raise what it ended with."""
-    try:
-        return request.future.result()
-    except DeadlineExceeded:
-        raise too_late(request) from None
-
-
-def too_late(request: Request) -> ApiError:
-    """The 504 of a request whose time limit has passed."""
-    return ApiError(504, "deadline_exceeded", f"not done within {request.timeout_s:g} s")
-
-
-async def client_gone(http: HttpRequest) -> None:
-    """Return when the client has closed its connection. The body must have been read."""
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
+    def leave(self) -> None:
+        self._gone.cancel()
+        self.request.leave(self._reason)
 
 
 def headers_of(request: Request, timings: Timings | None = None) -> dict[str, str]:
@@ -257,11 +240,11 @@ class Parts(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        for part in self._parts:
+        *parts, last = self._parts
+        for part in parts:
             await send({"type": "http.response.body", "body": part, "more_body": True})
-            if len(self._parts) > 1:
-                await asyncio.sleep(0)
-        await send({"type": "http.response.body", "body": b""})
+            await asyncio.sleep(0)
+        await send({"type": "http.response.body", "body": last})
 
 
 def json_parts(name: str, texts: Sequence[bytes], fields: Mapping[str, Any]) -> list[bytes]:
@@ -272,69 +255,59 @@ def json_parts(name: str, texts: Sequence[bytes], fields: Mapping[str, Any]) -> 
     return [*parts, b'"],' + to_json(fields)[1:]]
 
 
-async def _event_or_gone(buffer: EventBuffer, gone: asyncio.Future[None]) -> None:
-    """Return at the next event, when the client has gone, or after the time of a heartbeat."""
-    event = asyncio.ensure_future(buffer.wait())
-    try:
-        await asyncio.wait((event, gone), timeout=HEARTBEAT_S, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        event.cancel()
+class _EventStream(Response):
+    """Server-sent events of one request. Its waiter leaves however it ends."""
 
+    media_type = EVENT_STREAM
 
-async def _events(
-    request: Request,
-    buffer: EventBuffer,
-    gone: asyncio.Future[None],
-    progress: Progress,
-    completed: Completed,
-    path: str,
-) -> AsyncIterator[bytes]:
-    while True:
-        ended = request.future.done()  # asked before the events are taken, so that none of them is lost
-        found = buffer.take()
-        for event in found:
-            if (named := progress(event)) is not None:
-                yield _sse(*named)
-        if ended:
-            break
-        await _event_or_gone(buffer, gone)
-        if gone.done():
-            return
-        if not buffer.is_set():
-            yield b": ping\n\n"
-    try:
-        result = outcome(request)
-    except Exception as error:
-        failure = as_api_error(error)
-        if failure is None:
-            raise
-        yield _sse(ERROR, failure.body(path))
-        return
-    for named in completed(result):
-        yield _sse(*named)
+    def __init__(
+        self,
+        waiter: _Waiter,
+        buffer: EventBuffer,
+        progress: Progress,
+        completed: Completed,
+        headers: Mapping[str, str],
+    ) -> None:
+        # nginx would collect events until its buffer is full.
+        super().__init__(None, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", **headers})
+        del self.headers["content-length"]
+        self._waiter, self._buffer, self._progress, self._completed = waiter, buffer, progress, completed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def write(data: bytes, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": data, "more_body": more})
+
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            try:
+                async for event in self._events():
+                    await write(event)
+            except Exception as error:
+                failure = as_api_error(error)
+                if failure is None:
+                    raise
+                await write(_sse(ERROR, failure.body(scope["path"])))
+            await write(b"", more=False)
+        except OSError:  # the connection has closed
+            pass
+        finally:
+            self._waiter.leave()
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        future = self._waiter.request.future
+        while True:
+            ended = future.done()  # asked before the events are taken, so that none of them is lost
+            for event in self._buffer.take():
+                if (named := self._progress(event)) is not None:
+                    yield _sse(*named)
+            if ended:
+                break
+            await self._waiter.wait_for_event(self._buffer)
+            if not self._buffer.is_set():
+                yield b": ping\n\n"
+        for named in self._completed(future.result()):
+            yield _sse(*named)
 
 
 def _sse(name: str, data: bytes) -> bytes:
     return b"event: " + name.encode() + b"\ndata: " + data + b"\n\n"
-
-
-class _EventStream(StreamingResponse):
-    """Leaves its request however it ends, even if no event was ever asked for."""
-
-    def __init__(
-        self, request: Request, gone: asyncio.Future[None], events: AsyncIterator[bytes], headers: Mapping[str, str]
-    ) -> None:
-        # nginx would collect events until its buffer is full.
-        super().__init__(
-            events, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", **headers}, media_type=EVENT_STREAM
-        )
-        self._request, self._gone = request, gone
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await self.stream_response(send)
-        except OSError:  # the connection has closed
-            pass
-        finally:
-            self._gone.cancel()
-            self._request.leave()

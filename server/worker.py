@@ -6,9 +6,9 @@ It takes images from a socket, steps all of them together, encodes the finished 
 decides how many it gets: at the start of each step the worker says which images the step will finish, and their
 successors arrive while it runs. So an image joins at the next step, leaves when it is done, and no step waits.
 
-Frames it gets: ``load`` (options), ``images``, ``cancel``. Frames it sends: ``loaded`` (the model), ``warming``,
-``ready``, ``failed``, ``step``, ``alive``, ``image``, ``preview``, ``fault``. Times are seconds of the monotonic clock,
-which all processes of a machine share.
+Frames it gets: ``load`` (the settings), ``images``, ``cancel``. Frames it sends: ``loaded`` (the model), ``alive``,
+``ready``, ``failed``, ``step``, ``image``, ``preview``, ``fault``. Times are seconds of the monotonic clock, which all
+processes of a machine share.
 
 One file, since it is one process: its loop, its threads and its socket share the images in progress.
 """
@@ -28,7 +28,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 from robuq_core.errors import UserError
@@ -98,7 +97,6 @@ class Worker:
         self._finished: list[_Image] = []  # whose decoding has not begun
         self._previews = 0  # in progress; guarded by _sending
         self._sent_at = self._reported_at = 0.0
-        self._reported_budget = 0
         self._load: Options | None = None
 
     def run(self) -> None:
@@ -107,38 +105,35 @@ class Worker:
             while self._load is None:
                 if not self._receive(wait=True):
                     return
-            if self._set_up(self._load):
+            try:
+                self._set_up(self._load)
+            except (BrokenPipeError, ConnectionResetError):
+                raise
+            except (UserError, ValueError) as error:
+                self._send({"op": "failed", "kind": "user", "message": str(error)})
+            except BaseException as error:
+                logger.critical("the model cannot run", exc_info=True)
+                message = " ".join(f"{type(error).__name__}: {error}".split())
+                self._send({"op": "failed", "kind": "error", "message": message})
+            else:
                 self._serve()
         except (BrokenPipeError, ConnectionResetError):
             pass  # the server has gone
 
     # Starting.
 
-    def _set_up(self, options: Options) -> bool:
-        """Whether the model has been loaded and warmed up; if not, the failure has been sent."""
-        try:
-            self._sampler = self._make_sampler(options)
-            self._send({"op": "loaded", "model": describe(self._sampler)})
-            alive = partial(self._send, {"op": "alive"})
-            self._stepper = Stepper(options["max_batch_rows"], self._clock, alive, options["target_step_s"])
-            self._embed_settings: bool = options["embed_settings"]
-            self._max_previews = 2 * options["max_batch_rows"]
-            self._pool = ThreadPoolExecutor(options["decode_threads"], thread_name_prefix="decode")
-            began = self._clock()
-            self._warm_up(options["max_batch_rows"])
-        except (BrokenPipeError, ConnectionResetError):
-            raise
-        except (UserError, ValueError) as error:
-            self._send({"op": "failed", "kind": "user", "message": str(error)})
-            return False
-        except BaseException as error:
-            logger.critical("the model cannot run", exc_info=True)
-            message = " ".join(f"{type(error).__name__}: {error}".split())
-            self._send({"op": "failed", "kind": "error", "message": message})
-            return False
+    def _set_up(self, options: Options) -> None:
+        """Load the model and warm it up."""
+        self._sampler = self._make_sampler(options)
+        self._send({"op": "loaded", "model": describe(self._sampler)})
+        self._stepper = Stepper(options["max_batch_rows"], self._clock, self._send_alive, options["target_step_s"])
+        self._embed_settings: bool = options["embed_settings"]
+        self._max_previews = 2 * options["max_batch_rows"]
+        self._pool = ThreadPoolExecutor(options["decode_threads"], thread_name_prefix="decode")
+        began = self._clock()
+        self._warm_up(options["max_batch_rows"])
         logger.info("warmed up", extra={"seconds": round(self._clock() - began, 3)})
         self._send({"op": "ready", **self._speed()})
-        return True
 
     def _warm_up(self, max_rows: int) -> None:
         """Run every size that a forward should have seen, and the decoder; sizes beyond the memory are skipped."""
@@ -148,7 +143,7 @@ class Worker:
                 break
             rows = self._warm_up_rows(size)
             for _ in range(2):
-                self._send({"op": "warming"})
+                self._send_alive()
                 if faulty := self._stepper.step(self._sampler, rows):
                     raise faulty[0]
                 measured = self._stepper.take_measured()
@@ -156,7 +151,7 @@ class Worker:
                     break
             row = rows[0]
         self._stepper.budget.restart(*measured[-1])
-        self._send({"op": "warming"})
+        self._send_alive()
         encode_image(self._sampler.decode(row), "png")
 
     def _warm_up_rows(self, size: int) -> list[Any]:
@@ -236,15 +231,14 @@ class Worker:
             report |= {"first": first, "began": began, "ended": ended}
         if progress:
             report["progress"] = progress
-        budget = self._stepper.budget.admitted
-        if ended - self._reported_at > SLOW_REPORT_S or budget != self._reported_budget:
-            self._reported_at, self._reported_budget = ended, budget
+        if ended - self._reported_at > SLOW_REPORT_S or self._stepper.budget.admitted != self._reported_budget:
             report |= self._speed()
         return report
 
     def _speed(self) -> Options:
         """The row budget, the rows a second of full batches, and the memory of the GPU if there is one."""
         budget = self._stepper.budget
+        self._reported_at, self._reported_budget = self._clock(), budget.admitted
         speed: Options = {"budget": budget.admitted, "rows_per_s": budget.rows_per_s}
         if (memory := _gpu_memory()) is not None:
             speed["gpu"] = memory
@@ -310,6 +304,9 @@ class Worker:
         return base64.b64encode(encoded) if image.as_base64 else encoded
 
     # The socket.
+
+    def _send_alive(self) -> None:
+        self._send({"op": "alive"})
 
     def _send(self, head: Options, body: bytes = b"") -> None:
         frame = pack(head, body)

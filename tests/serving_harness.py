@@ -24,7 +24,7 @@ from server.launch import bind
 from server.lifecycle import uvicorn_config
 from server.metrics import Metrics
 from server.pool import Load, Pool
-from server.request import CancelReason, Event, ModelInfo, Request, Result
+from server.request import CancelReason, Event, Request, Result
 from server.settings import Settings
 from server.worker import Worker
 
@@ -149,21 +149,9 @@ class Engine:
         assert self.loop is not None
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(WAIT_S)
 
-    @property
-    def status(self) -> str:
-        return self.pool.status
-
-    @property
-    def idle(self) -> bool:
-        return self.call(lambda: self.pool.idle)
-
-    @property
-    def model(self) -> ModelInfo:
-        return self.pool.model
-
-    @property
-    def failure(self) -> BaseException | None:
-        return self.pool.failure
+    def __getattr__(self, name: str) -> Any:
+        """``status``, ``model``, ``failure`` and ``idle`` are the pool's."""
+        return getattr(self.pool, name)
 
     @property
     def requests_waiting(self) -> int:
@@ -201,7 +189,7 @@ class Engine:
         return Job(self.call(submitted), future)
 
     def cancel(self, job: Job, reason: CancelReason = "cancelled") -> None:
-        self.call(self.pool.cancel, job.request, reason)
+        self.call(job.request.cancel, reason)
 
     def swap(self, name: str, samplers: Sequence[Any] = ()) -> None:
         """Serve ``samplers`` under the path ``name``."""

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robuq_core.checkpoint import FORMAT_VERSION, Header, layer_shapes
+from robuq_core.checkpoint import FORMAT_VERSION, Header
 from robuq_core.config import DiffusionConfig, QuantConfig, SamplerConfig
 from robuq_core.convert import PACKED_SUFFIX, Progress, pack_untrained, untrained_quant
 from robuq_core.errors import UserError
@@ -41,6 +41,7 @@ from robuq_core.kernels.pack_layer import pack_layer
 from robuq_core.models.adapters import Weights
 from robuq_core.models.dit import DiT, DiTBlock, patchify
 from robuq_core.models.quant_linear import LinearQuantizer, QuantLinear, check_bits, is_adaln
+from robuq_core.models.shapes import layer_shapes
 from robuq_core.params import RowSpec
 from robuq_core.pipeline import Sampler
 from robuq_core.quant.activation import fake_quantize_activation, straight_through
@@ -380,9 +381,8 @@ def calibrate(
         defaults: sampler and guidance of the trajectories.
         on_layer: called with a layer's name when it is fitted, then with the number of each step.
 
-    Raises:
-        WeightsError, ValueError: as :func:`robuq_core.convert.quantize_layers`.
-        UserError: the teacher's own samples are not finite.
+    Raises WeightsError, ValueError: as :func:`robuq_core.convert.quantize_layers`. UserError: the teacher's own samples
+    are not finite.
     """
     config = weights.config
     check_bits(quant, layer_shapes(config))
@@ -447,9 +447,8 @@ def pack_calibrated(
         quant: arguments of :func:`robuq_core.convert.untrained_quant`. defaults: fields of ``SamplerConfig``.
         options: as :func:`robuq_core.convert.pack_untrained`.
 
-    Raises:
-        UserError: ``target`` is not called as a packed file, or as :func:`calibrate`.
-        WeightsError, CheckpointError, ValueError: as :func:`robuq_core.convert.pack_untrained`.
+    Raises UserError: ``target`` is not called as a packed file, or as :func:`calibrate`. WeightsError, CheckpointError,
+    ValueError: as :func:`robuq_core.convert.pack_untrained`.
     """
     if target.suffix.lower() != PACKED_SUFFIX:
         raise UserError(f"{target}: a packed file ends in {PACKED_SUFFIX}")

@@ -4,7 +4,7 @@ python -m bench.serving                                  # all of it
 python -m bench.serving overhead ceiling --quick         # some of it, small
 """
 
-from robuq_core.openmp import sleep_between_regions
+from robuq_core.threads import sleep_between_regions
 
 # Here and in the servers, ours and others'. When OpenMP's threads spin, one busy neighbour on the same cores makes the
 # bare model ten times slower, and a ratio to it a lie.

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from bench.serving import arrivals, batching, http_costs
-from bench.serving.figures import CheckFailed, Figure, Scale, show, write
-from bench.serving.servers import Kind
+from bench.serving.figures import CheckFailed, Figure, Scale
+from robuq_core.bench.report import machine
 from robuq_core.cli_support import reported
 from robuq_core.errors import UserError
+from robuq_core.files import replacing
 
 MEASURES: dict[str, Callable[[Scale], Figure]] = {
     "overhead": http_costs.overhead,
@@ -25,9 +29,7 @@ MEASURES: dict[str, Callable[[Scale], Figure]] = {
     "invariance": batching.invariance,
     "leak": http_costs.leak,
 }
-# These share one run: the loads are shares of one capacity, and arrivals are the same.
-COMPARISONS: dict[str, Kind] = {"window": "window", "litserve": "litserve"}
-ALL = [*MEASURES, *COMPARISONS]
+ALL = [*MEASURES, *arrivals.OTHERS]
 
 
 @reported
@@ -44,24 +46,26 @@ def main(
     chosen, console, scale = measures or ALL, Console(), Scale(quick)
     if unknown := [name for name in chosen if name not in ALL]:
         raise UserError(f"unknown measure {unknown[0]!r}; choose from {', '.join(ALL)}")
+    table = Table("measure", "result", "target", "", "checked by", show_lines=True)
     figures: list[Figure] = []
     try:
         for name in (name for name in MEASURES if name in chosen):
             console.print(f"[dim]{name} ...[/]")
             figures.append(MEASURES[name](scale))
-        if others := [kind for name, kind in COMPARISONS.items() if name in chosen]:
+        if others := [kind for kind in arrivals.OTHERS if kind in chosen]:
             console.print(f"[dim]Poisson arrivals: {', '.join(others)} ...[/]")
-            comparison = arrivals.compare(["continuous", *others], scale)
-            figures += [arrivals.figure(comparison, other) for other in others]
-            if images is not None:
-                arrivals.draw(comparison, images)
+            figures += arrivals.figures(others, scale, images)
     except CheckFailed as error:
         raise UserError(f"the check failed: {error}") from error
     finally:
-        if figures:
-            show(figures, console)
-            if out is not None:
-                write(figures, out, quick=quick)
+        for figure in figures:
+            mark = "[green]met[/]" if figure.met else "[red]missed[/]"
+            table.add_row(figure.measure, figure.text, figure.target, mark, figure.check)
+        console.print(table)
+        if out is not None and figures:
+            report = {"machine": machine(), "quick": quick, "figures": [asdict(figure) for figure in figures]}
+            with replacing(out) as part:
+                part.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

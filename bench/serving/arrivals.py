@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import random
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,23 +25,19 @@ LOADS = (0.3, 0.7, 0.95, 1.2)
 STEP_COUNTS = (4, 10, 20, 50)
 # An answer is good within this many times the latency of the longest request alone.
 GOOD = 3.0
-NAMES: dict[Kind, str] = {
-    "continuous": "step-level batching",
-    "window": "window batching",
-    "litserve": "LitServe",
-}
+OTHERS: dict[Kind, str] = {"window": "window batching", "litserve": "LitServe"}
 
 
 @dataclass
 class Comparison:
-    """Every system at every load, and the images that each drew."""
+    """Every system at every load, and the images that each generated."""
 
     capacity: float
     target_s: float  # latency that counts as good
-    summaries: dict[Kind, list[Summary]] = field(default_factory=dict)
+    summaries: dict[Kind, list[Summary]] = field(default_factory=lambda: defaultdict(list))
     images: dict[tuple[float, int, int], bytes] = field(default_factory=dict)  # by load, round and request
     compared: int = 0
-    dropped: dict[Kind, int] = field(default_factory=dict)
+    dropped: Counter[Kind] = field(default_factory=Counter)
 
 
 def _body(workload: Workload) -> dict[str, Any]:
@@ -52,37 +49,34 @@ def _workload(info: dict[str, Any], seed: int) -> Workload:
     return Workload(info, STEP_COUNTS, rng=random.Random(seed), fields=("sampler",))
 
 
-def measure_capacity(seconds: float) -> tuple[float, float, dict[str, Any]]:
-    """Of the continuous server: requests a second when there are always more than it can run, seconds of the longest
-    request alone, and ``/info``."""
+def measure_capacity(seconds: float) -> tuple[Comparison, dict[str, Any]]:
+    """Of the continuous server: requests a second when there are always more than it can run, and the latency of the
+    longest request alone; and ``/info``."""
     with running("continuous") as server:
         info = server.info()
         workload = _workload(info, 0)
-        run(closed_loop(server.url, lambda: _body(workload), users=2 * MAX_ROWS, seconds=seconds / 4))
-        load = run(closed_loop(server.url, lambda: _body(workload), users=2 * MAX_ROWS, seconds=seconds))
+        for part in (seconds / 4, seconds):
+            load = run(closed_loop(server.url, lambda: _body(workload), users=2 * MAX_ROWS, seconds=part))
         longest = workload.plain() | {"steps": max(STEP_COUNTS), "guidance_scale": 1.0}
         alone = run(closed_loop(server.url, lambda: longest, users=1, requests=9))
-    require(all(answer.status == 200 for answer in load.answers), "a request was not served")
-    return load.rate, median(answer.seconds for answer in alone.answers), info
+    require(load.all_served, "a request was not served")
+    return Comparison(load.rate, GOOD * median(answer.seconds for answer in alone.answers)), info
 
 
 def compare(kinds: Sequence[Kind], scale: Scale) -> Comparison:
     """Each system at each load, with the same arrivals and bodies; in short rounds, so that all meet one machine."""
     seconds, rounds = scale.of(15, 4), scale.of(3, 1)
-    capacity, longest_s, info = measure_capacity(scale.of(30, 6))
-    comparison = Comparison(capacity, GOOD * longest_s, {kind: [] for kind in kinds})
+    comparison, info = measure_capacity(scale.of(30, 6))
     for share in LOADS:
-        outcomes: dict[Kind, list[Outcome]] = {kind: [] for kind in kinds}
+        outcomes: defaultdict[Kind, list[Outcome]] = defaultdict(list)
         for turn in range(rounds):
             arrivals = poisson_arrivals(share * comparison.capacity, seconds, seed=turn)
             workload = _workload(info, turn + 1)
             bodies = [_body(workload) for _ in arrivals]
-            order = [kinds[(turn + i) % len(kinds)] for i in range(len(kinds))]  # none always first
-            for kind in order:
+            for kind in (kinds[(turn + i) % len(kinds)] for i in range(len(kinds))):  # none always first
                 with running(kind) as server:
                     measured, answers = run(_offer(server.url, bodies, arrivals))
                 outcomes[kind] = appended(outcomes[kind], measured)
-                comparison.dropped[kind] = comparison.dropped.get(kind, 0) + len(bodies) - len(answers)
                 _check(comparison, kind, (share, turn), bodies, answers, workload)
         for kind in kinds:
             comparison.summaries[kind].append(summarise(outcomes[kind], rounds * seconds, comparison.target_s))
@@ -115,47 +109,49 @@ def _check(
 ) -> None:
     """We serve every request, and all systems generate the same images. What others drop is a figure, not a fault."""
     require(kind != "continuous" or len(answers) == len(bodies), f"served {len(answers)} of {len(bodies)} requests")
+    comparison.dropped[kind] += len(bodies) - len(answers)
     for number, answer in answers.items():
         content = json.loads(answer)
         workload.check(bodies[number], content)
         image = base64.b64decode(content["images"][0])
         first = comparison.images.setdefault((*series, number), image)
-        require(first == image, f"{kind} drew another image of {bodies[number]}")
+        require(first == image, f"{kind} generated another image of {bodies[number]}")
         comparison.compared += first is not image
 
 
 def figure(comparison: Comparison, other: Kind) -> Figure:
     """Continuous batching against another system: p99 at every load, and throughput at the highest."""
-    ours, theirs = comparison.summaries["continuous"], comparison.summaries[other]
-    ratios = [b.p99_s / a.p99_s for a, b in zip(ours, theirs, strict=True)]
+    pairs = list(zip(comparison.summaries["continuous"], comparison.summaries[other], strict=True))
+    ratios = [theirs.p99_s / ours.p99_s for ours, theirs in pairs]
     lines = [
         f"{share:g}x: p50 {a.p50_s:.2f} / {b.p50_s:.2f} s, p99 {a.p99_s:.2f} / {b.p99_s:.2f} s "
         f"({ratio:.1f} times lower), served {a.served:.1f} / {b.served:.1f} /s, "
         f"goodput {a.goodput:.0%} / {b.goodput:.0%}"
-        for share, a, b, ratio in zip(LOADS, ours, theirs, ratios, strict=True)
+        for share, (a, b), ratio in zip(LOADS, pairs, ratios, strict=True)
     ]
     return Figure(
-        f"against {NAMES[other]}",
+        f"against {OTHERS[other]}",
         "\n".join(lines),
         f"lower p99 at every load (capacity {comparison.capacity:.1f}/s; good: within {comparison.target_s:.2f} s)",
         min(ratios) > 1,
-        f"we served all, {NAMES[other]} all but {comparison.dropped.get(other, 0)}; {comparison.compared:,} images "
+        f"we served all, {OTHERS[other]} all but {comparison.dropped[other]}; {comparison.compared:,} images "
         "equal between systems",
         {
             "capacity_per_s": comparison.capacity,
             "loads": LOADS,
             "target_s": comparison.target_s,
-            "goodput": [[a.goodput, b.goodput] for a, b in zip(ours, theirs, strict=True)],
-            "dropped": comparison.dropped,
+            "dropped": dict(comparison.dropped),
             "p99_ratio": ratios,
-            "throughput_ratio": [a.served / b.served for a, b in zip(ours, theirs, strict=True)],
-            "ours": [as_json(summary) for summary in ours],
-            "theirs": [as_json(summary) for summary in theirs],
+            "ours": [as_json(ours) for ours, _ in pairs],
+            "theirs": [as_json(theirs) for _, theirs in pairs],
         },
     )
 
 
-def draw(comparison: Comparison, folder: Path) -> None:
-    """The plot of latency against load, SVG."""
-    series = {NAMES[kind]: summaries for kind, summaries in comparison.summaries.items()}
-    plot(series, folder / "serving-latency.svg", title="Latency from the scheduled arrival, Poisson arrivals")
+def figures(others: Sequence[Kind], scale: Scale, folder: Path | None) -> list[Figure]:
+    """The comparison with each of the others, which share one run; the plot of latency against load into ``folder``."""
+    comparison = compare(["continuous", *others], scale)
+    if folder is not None:
+        series = {OTHERS.get(kind, "step-level batching"): found for kind, found in comparison.summaries.items()}
+        plot(series, folder / "serving-latency.svg", title="Latency from the scheduled arrival, Poisson arrivals")
+    return [figure(comparison, other) for other in others]

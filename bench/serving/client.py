@@ -15,6 +15,7 @@ import uvloop
 
 T = TypeVar("T")
 Body = dict[str, Any]
+JSON, PNG = "application/json", "image/png"
 
 
 @dataclass(frozen=True)
@@ -37,22 +38,19 @@ class Connection:
         parts = urlsplit(url)
         return cls(*await asyncio.open_connection(parts.hostname, parts.port))
 
-    def send(self, body: Body, *, accept: str = "application/json", path: str = "/generate") -> None:
+    def send(self, body: Body, accept: str = JSON) -> None:
         content = json.dumps(body).encode()
-        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nAccept: {accept}\r\n"
+        head = f"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: {JSON}\r\nAccept: {accept}\r\n"
         self.writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
 
-    async def ask(self, body: Body, *, accept: str = "application/json", path: str = "/generate") -> Answer:
+    async def ask(self, body: Body, accept: str = JSON) -> Answer:
         began = time.perf_counter()
-        self.send(body, accept=accept, path=path)
+        self.send(body, accept)
         head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         first, *lines = head.rstrip().split("\r\n")
         header = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         content = await self.reader.readexactly(int(header["content-length"]))
         return Answer(int(first.split()[1]), header, content, time.perf_counter() - began)
-
-    def close(self) -> None:
-        self.writer.close()
 
 
 @dataclass
@@ -62,11 +60,14 @@ class Load:
     answers: list[Answer] = field(default_factory=list)
     cut_off: int = 0
     seconds: float = 0.0
-    client_cpu: float = 0.0  # share of a core that the client itself took
 
     @property
     def rate(self) -> float:
         return len(self.answers) / self.seconds
+
+    @property
+    def all_served(self) -> bool:
+        return all(answer.status == 200 for answer in self.answers)
 
 
 async def closed_loop(
@@ -76,18 +77,15 @@ async def closed_loop(
     users: int,
     seconds: float = float("inf"),
     requests: float = float("inf"),
-    accept: str = "application/json",
-    path: str = "/generate",
+    accept: str = JSON,
     cut_off: float = 0.0,
-    patience_s: float = 0.01,
-    rng: random.Random | None = None,
 ) -> Load:
     """``users`` ask again as soon as they are answered, for so many seconds or requests.
 
-    With ``cut_off``, that share of requests is left within ``patience_s``: the connection is closed, a new one opened.
+    The share ``cut_off`` of requests is left within 0.1 s: the connection is closed, a new one opened.
     """
-    load, sent, rng = Load(), 0, rng or random.Random(0)
-    began, cpu = time.perf_counter(), time.process_time()
+    load, sent, rng = Load(), 0, random.Random(0)
+    began = time.perf_counter()
 
     async def user() -> None:
         nonlocal sent
@@ -95,18 +93,17 @@ async def closed_loop(
         while sent < requests and time.perf_counter() - began < seconds:
             sent += 1
             if rng.random() < cut_off:
-                connection.send(body(), accept=accept, path=path)
-                await asyncio.sleep(rng.random() * patience_s)
-                connection.close()
+                connection.send(body(), accept)
+                await asyncio.sleep(rng.random() * 0.1)
+                connection.writer.close()
                 connection = await Connection.open(url)
                 load.cut_off += 1
             else:
-                load.answers.append(await connection.ask(body(), accept=accept, path=path))
-        connection.close()
+                load.answers.append(await connection.ask(body(), accept))
+        connection.writer.close()
 
     await asyncio.gather(*(user() for _ in range(users)))
     load.seconds = time.perf_counter() - began
-    load.client_cpu = (time.process_time() - cpu) / load.seconds
     return load
 
 

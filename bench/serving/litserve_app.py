@@ -26,18 +26,8 @@ class Images(litserve.LitAPI):
 
     def predict(self, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
         defaults = self.sampler.defaults
-        rows = [
-            self.sampler.start(
-                RowSpec(
-                    body.get("class_id", 0),
-                    body["seed"],
-                    body.get("steps", defaults.steps),
-                    body.get("guidance_scale", defaults.guidance_scale),
-                    body.get("sampler", defaults.sampler),
-                )
-            )
-            for body in bodies
-        ]
+        specs = [{"class_id": 0, "sampler": defaults.sampler} | body for body in bodies]
+        rows = [self.sampler.start(RowSpec(**spec)) for spec in specs]
         while running := [row for row in rows if not row.done]:
             self.sampler.step(running)
         images = [base64.b64encode(encode_image(self.sampler.decode(row), "png")).decode() for row in rows]

@@ -22,8 +22,9 @@ from typing import Any, Literal
 import numpy as np
 import psutil
 
+from loadtest.workload import gauges
 from server import launch
-from server.fake import FakeRow, FakeSampler
+from server.fake import FakeSampler
 from server.fleet import Fleet
 from server.launch import bind, prepare
 from server.logs import configure_logging
@@ -46,7 +47,7 @@ def checkpoint() -> str | None:
 class NoOpSampler(FakeSampler):
     """Takes no time at all: a grey image, always the same."""
 
-    def decode(self, row: FakeRow) -> np.ndarray:
+    def decode(self, row: object) -> np.ndarray:
         return np.full((self.image_size, self.image_size, 3), 128, dtype=np.uint8)
 
 
@@ -88,14 +89,8 @@ class WindowPool(Pool):
 
 def bench_settings(port: int = 0) -> Settings:
     """A queue that refuses nobody and no cache, so that every system gets the same load; files of pixels alone."""
-    return Settings(
-        port=port,
-        max_batch_rows=MAX_ROWS,
-        max_queue_images=100_000,
-        cache_bytes=0,
-        embed_settings=False,
-        log_level="warning",
-    )
+    free = {"max_queue_images": 100_000, "cache_bytes": 0, "embed_settings": False}
+    return Settings(port=port, max_batch_rows=MAX_ROWS, log_level="warning", **free)  # type: ignore[arg-type]
 
 
 def serve_robuq(kind: Kind, port: int) -> int:
@@ -123,13 +118,19 @@ class Server:
         times = [each.cpu_times() for each in (self.process, *self.process.children())]
         return sum(each.user + each.system for each in times)
 
-    def info(self) -> dict[str, Any]:
-        with urllib.request.urlopen(f"{self.url}/info", timeout=10) as answer:
-            return dict(json.load(answer))
+    def get(self, path: str) -> bytes:
+        with urllib.request.urlopen(self.url + path, timeout=10) as answer:
+            return bytes(answer.read())
 
-    def metrics(self) -> str:
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
-            return str(answer.read().decode())
+    def info(self) -> dict[str, Any]:
+        return dict(json.loads(self.get("/info")))
+
+    def gauges(self) -> dict[str, float]:
+        return gauges(self.get("/metrics").decode())
+
+    def requests_left(self) -> float:
+        found = self.gauges()
+        return found["robuq_requests_running"] + found["robuq_requests_waiting"]
 
 
 @contextmanager
@@ -138,12 +139,16 @@ def running(kind: Kind) -> Iterator[Server]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "bench.serving.servers", kind, str(port)]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    server = Server(f"http://127.0.0.1:{port}", psutil.Process(child.pid))
     try:
-        _wait_until_ready(f"{url}/{'health' if kind == 'litserve' else 'ready'}", child)
-        yield Server(url, psutil.Process(child.pid))
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not _is_ready(server, "/health" if kind == "litserve" else "/ready"):
+            if child.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{kind} is not ready; exit code {child.returncode}")
+            time.sleep(0.05)
+        yield server
     finally:
         child.send_signal(signal.SIGINT if kind == "litserve" else signal.SIGTERM)
         try:
@@ -153,18 +158,11 @@ def running(kind: Kind) -> Iterator[Server]:
             child.wait()
 
 
-def _wait_until_ready(url: str, child: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if child.poll() is not None:
-            raise RuntimeError(f"the server has ended with code {child.returncode} before it was ready")
-        try:
-            with urllib.request.urlopen(url, timeout=5) as answer:
-                if answer.status == 200:
-                    return
-        except OSError:  # not listening yet, or 503
-            time.sleep(0.05)
-    raise RuntimeError(f"{url} is not ready after {START_TIMEOUT_S} s")
+def _is_ready(server: Server, path: str) -> bool:
+    try:
+        return bool(server.get(path))
+    except OSError:  # not listening yet, or 503
+        return False
 
 
 if __name__ == "__main__":
@@ -173,7 +171,5 @@ if __name__ == "__main__":
         from bench.serving.litserve_app import serve_litserve
 
         serve_litserve(at, MAX_ROWS, WINDOW_S)
-    elif chosen in ("noop", "continuous", "window"):
-        sys.exit(serve_robuq(chosen, at))  # type: ignore[arg-type]
     else:
-        sys.exit(f"no such server: {chosen}")
+        sys.exit(serve_robuq(chosen, at))  # type: ignore[arg-type]

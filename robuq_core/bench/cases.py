@@ -18,13 +18,13 @@ from robuq_core.bench.peers import PEERS, Inputs, prepare
 from robuq_core.bench.report import BASELINE, Absent, CaseTiming, Loading, MemoryUse, Report, machine
 from robuq_core.bench.source import Source, open_source, plain_network
 from robuq_core.bench.timing import Side, Timer, Unavailable, time_sides
-from robuq_core.checkpoint import layer_macs
 from robuq_core.config import NUM_TRAIN_TIMESTEPS, ModelConfig, rows_of
 from robuq_core.kernels.backends import select_backend
 from robuq_core.kernels.ops import Backend, Modulation, Prologue, fused_linear
 from robuq_core.models.dit import DiT
 from robuq_core.models.packed_dit import LAYERS, PackedDiT
 from robuq_core.models.quant_linear import is_adaln
+from robuq_core.models.shapes import layer_macs
 from robuq_core.pipeline import Row, RowSpec, Sampler
 
 Level = Literal["op", "block", "forward", "image", "memory", "loading"]

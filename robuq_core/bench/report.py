@@ -204,7 +204,7 @@ def _timing_rows(case: CaseTiming) -> list[tuple[str, ...]]:
 
 def _memory_rows(uses: Sequence[MemoryUse]) -> list[tuple[str, ...]]:
     baseline = {(use.model, use.batch): use.over_idle_bytes for use in uses if use.side == BASELINE}
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for use in uses:
         fp32 = baseline.get((use.model, use.batch))
         ratio = "" if fp32 is None else f"{fp32 / use.over_idle_bytes:.2f}"

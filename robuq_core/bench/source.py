@@ -9,15 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from robuq_core.checkpoint import (
-    FORMAT_VERSION,
-    Checkpoint,
-    Header,
-    decoder_kind,
-    dense_shapes,
-    layer_shapes,
-    read_checkpoint,
-)
+from robuq_core.checkpoint import FORMAT_VERSION, Checkpoint, Header, decoder_kind, read_checkpoint
 from robuq_core.config import DiffusionConfig, ModelConfig, QuantConfig, SamplerConfig
 from robuq_core.errors import UserError
 from robuq_core.hub import resolve_checkpoint
@@ -26,6 +18,7 @@ from robuq_core.models.dit import DiT, TimestepEmbedder, position_table
 from robuq_core.models.packed_dit import PackedDiT
 from robuq_core.models.presets import preset
 from robuq_core.models.quant_linear import is_adaln, layer_bits
+from robuq_core.models.shapes import dense_shapes, layer_shapes
 from robuq_core.pipeline import Denoiser, Sampler
 from robuq_core.quant.hadamard import random_signs
 from robuq_core.quant.packing import pack_planar

@@ -71,11 +71,7 @@ class Coefficients(NamedTuple):
 
 @lru_cache(maxsize=256)
 def step_coefficients(sampler: SamplerName, steps: int, prediction_type: PredictionType) -> tuple[Coefficients, ...]:
-    """The table's coefficients step by step, for a network that predicts ``prediction_type``.
-
-    Raises:
-        ValueError: as :func:`step_table`.
-    """
+    """The table's coefficients step by step, for a network that predicts ``prediction_type``."""
     table = step_table(sampler, steps)
     columns = (*to_sample_coefficients(table.signal, table.sigma, prediction_type), table.on_xt, table.on_x0,
                table.on_previous_x0, table.std, table.log_beta, table.log_posterior)  # fmt: skip
@@ -84,11 +80,7 @@ def step_coefficients(sampler: SamplerName, steps: int, prediction_type: Predict
 
 @lru_cache(maxsize=256)
 def step_table(sampler: SamplerName, steps: int) -> StepTable:
-    """The table of ``sampler`` over ``steps`` steps (1..1000).
-
-    Raises:
-        ValueError: steps out of range or an unknown sampler.
-    """
+    """The table of ``sampler`` over ``steps`` steps (1..1000)."""
     if sampler in FLOW_SAMPLERS:
         return _flow_table(sampler, steps)
     timesteps = (interior_timesteps if sampler == "dpmsolver++" else respaced_timesteps)(steps)[::-1]

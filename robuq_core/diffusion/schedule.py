@@ -1,4 +1,4 @@
-"""Schedule tables of the two processes, float64, and the timestep subsets that samplers visit."""
+"""Schedule tables of the two processes, float64, and the timestep subsets that samplers visit (1 to 1,000)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,6 @@ def respaced_timesteps(steps: int) -> list[int]:
 
     As in the official code the stride is summed in floating point, which decides ties: ``round(i * stride)`` differs
     for 278 of the step counts. A single step starts from noise, at 999; the official code would use t = 0.
-
-    Raises:
-        ValueError: steps outside 1..1000.
     """
     if not 1 <= steps <= NUM_TRAIN_TIMESTEPS:
         raise ValueError(f"steps must be 1..{NUM_TRAIN_TIMESTEPS}, not {steps}")
@@ -39,9 +36,6 @@ def interior_timesteps(steps: int) -> list[int]:
 
     For solvers in log-SNR, which is unbounded towards 0: a step onto t = 0 would dwarf the one before it. All 1,000
     steps include 0.
-
-    Raises:
-        ValueError: steps outside 1..1000.
     """
     if not 1 <= steps < NUM_TRAIN_TIMESTEPS:
         return respaced_timesteps(steps)

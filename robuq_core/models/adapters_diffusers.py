@@ -1,7 +1,8 @@
 """The JSON of a diffusers DiT pipeline folder, read and written without diffusers.
 
 Its numerics differ from the DiT authors' in three places, recorded as ``flavour="diffusers"``: time frequencies of
-k/127, an epsilon of 1e-5 in the second norm, and guidance on all channels.
+k/127, an epsilon of 1e-5 in the second norm, and guidance on all channels. Other models and
+processes raise :class:`WeightsError`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import reprlib
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -17,8 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from safetensors.torch import save_file
 from torch import Tensor
 
-from robuq_core.config import BETA_END, BETA_START, NUM_TRAIN_TIMESTEPS, DiffusionConfig, ModelConfig
-from robuq_core.files import new_folder
+from robuq_core.config import BETA_END, BETA_START, DiffusionConfig, ModelConfig
+from robuq_core.files import publish_folder
 from robuq_core.models.adapters_files import WEIGHTS_NAME, WeightsError, read_json
 
 Section = TypeVar("Section", bound=BaseModel)
@@ -88,11 +90,7 @@ class Pipeline:
 
 
 def read_pipeline(folder: Path) -> Pipeline:
-    """Read a pipeline folder, or its ``transformer`` folder alone.
-
-    Raises:
-        WeightsError: no such model, or an unsupported one; the message names file and key.
-    """
+    """Read a pipeline folder, or its ``transformer`` folder alone."""
     transformer = folder / "transformer" if (folder / "transformer").is_dir() else folder
     path = transformer / "config.json"
     if not path.is_file():
@@ -151,11 +149,7 @@ def write_pipeline(
     class_names: tuple[str, ...],
     vae: Path | None,
 ) -> None:
-    """Write a pipeline folder whose transformer has ``tensors``; see :func:`robuq_core.models.adapters.save_diffusers`.
-
-    Raises:
-        WeightsError: diffusers cannot express the model, the folder exists, or ``vae`` has no configuration.
-    """
+    """Write a pipeline folder whose transformer has ``tensors``; see ``save_diffusers``."""
     if model.position_scale != 1 or model.mlp_ratio != 4:
         raise WeightsError("diffusers' DiT has a position_scale of 1 and an mlp_ratio of 4, not "
                            f"{model.position_scale:g} and {model.mlp_ratio}; write the official format")  # fmt: skip
@@ -173,17 +167,22 @@ def write_pipeline(
         index["id2label"] = {str(i): name for i, name in enumerate(class_names)}
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise WeightsError(f"{folder}: exists already; choose another folder, or remove it first")
-    with new_folder(folder) as root:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as made:
+        root = Path(made) / folder.name
+        root.mkdir()
         _write_json(root / "model_index.json", index)
-        _write_json(root / "scheduler" / "scheduler_config.json", _scheduler_config(diffusion))
+        scheduler = _Scheduler.model_validate({"_class_name": "DDIMScheduler", **diffusion.model_dump()})
+        _write_json(root / "scheduler" / "scheduler_config.json", scheduler.model_dump(by_alias=True))
         _write_json(root / "transformer" / "config.json", _transformer_config(model))
         save_file(tensors, root / "transformer" / f"{WEIGHTS_NAME}.safetensors", metadata={"format": "pt"})
         if vae is not None:
             shutil.copytree(vae, root / "vae")
+        publish_folder(root, folder)
 
 
 def _transformer_config(model: ModelConfig) -> dict[str, Any]:
-    return {
+    written = {
         "_class_name": "DiTTransformer2DModel",
         "num_attention_heads": model.num_heads,
         "attention_head_dim": model.hidden_size // model.num_heads,
@@ -193,26 +192,8 @@ def _transformer_config(model: ModelConfig) -> dict[str, Any]:
         "sample_size": model.input_size,
         "patch_size": model.patch_size,
         "num_embeds_ada_norm": model.num_classes,
-        "activation_fn": "gelu-approximate",
-        "norm_type": "ada_norm_zero",
-        "attention_bias": True,
-        "norm_elementwise_affine": False,
-        "norm_eps": 1e-5,
     }
-
-
-def _scheduler_config(diffusion: DiffusionConfig) -> dict[str, Any]:
-    return {
-        "_class_name": "DDIMScheduler",
-        "num_train_timesteps": NUM_TRAIN_TIMESTEPS,
-        "beta_start": BETA_START,
-        "beta_end": BETA_END,
-        "beta_schedule": "linear",
-        "clip_sample": diffusion.clip_sample,
-        "prediction_type": diffusion.prediction_type,
-        "set_alpha_to_one": True,
-        "steps_offset": 0,
-    }
+    return _Transformer.model_validate(written).model_dump(by_alias=True)
 
 
 def _write_json(path: Path, tree: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
-"""Tensors of foreign weight files by name, each read when asked for: torch pickles and safetensors, whole or sharded.
+"""Tensors of foreign weight files by name, each read when asked for: torch pickles and safetensors.
 
 Only tensors, plain containers and ``argparse.Namespace`` (which DiT's training script stores) are unpickled.
+What cannot be used raises :class:`WeightsError`.
 """
 
 from __future__ import annotations
@@ -44,11 +45,7 @@ TensorTable = dict[str, Stored]
 
 
 def load_pickle(path: Path) -> Any:
-    """What ``torch.save`` wrote to ``path``, tensors memory-mapped.
-
-    Raises:
-        WeightsError: missing or damaged, or it holds other objects than weights.
-    """
+    """What ``torch.save`` wrote to ``path``, tensors memory-mapped."""
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; give a DiT .pt or .safetensors file or a diffusers folder")
     try:
@@ -77,11 +74,7 @@ def state_dict_in(tree: Any) -> Any:
 
 
 def tensors_of(path: Path, tree: Any) -> TensorTable:
-    """A state dict as a table.
-
-    Raises:
-        WeightsError: it contains something other than tensors.
-    """
+    """A state dict as a table."""
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise WeightsError(f"{path}: not a state dict; save the model's state_dict() with torch.save")
     others = [key for key, value in tree.items() if not isinstance(value, Tensor)]
@@ -106,11 +99,7 @@ def without_wrappers(table: TensorTable) -> TensorTable:
 
 
 def safetensors_of(path: Path) -> tuple[TensorTable, dict[str, str]]:
-    """The tensors and the metadata of a safetensors file.
-
-    Raises:
-        WeightsError: missing or damaged file.
-    """
+    """The tensors and the metadata of a safetensors file."""
     try:
         file: Any = safe_open(path, "pt")
         table = {
@@ -123,48 +112,19 @@ def safetensors_of(path: Path) -> tuple[TensorTable, dict[str, str]]:
 
 
 def folder_tensors(folder: Path) -> TensorTable:
-    """The weights of a diffusers model folder; prefers safetensors to ``.bin``, and one file to shards.
-
-    Raises:
-        WeightsError: none found, a shard missing, or a damaged file.
-    """
-    for suffix in (".safetensors", ".bin"):
-        whole, index = folder / f"{WEIGHTS_NAME}{suffix}", folder / f"{WEIGHTS_NAME}{suffix}.index.json"
-        if whole.is_file():
-            return _any_tensors(whole)
-        if index.is_file():
-            return _sharded(index)
+    """The weights of a diffusers model folder; prefers safetensors to ``.bin``."""
+    whole = folder / f"{WEIGHTS_NAME}.safetensors"
+    if whole.is_file():
+        return safetensors_of(whole)[0]
+    if (pickled := whole.with_suffix(".bin")).is_file():
+        return tensors_of(pickled, load_pickle(pickled))
     found = sorted(path.name for path in folder.glob(f"{WEIGHTS_NAME}*"))
-    hint = f" (found {', '.join(found[:3])}: rename the variant you want)" if found else ""
-    raise WeightsError(f"{folder}: no {WEIGHTS_NAME}.safetensors or .bin, whole or in shards{hint}")
-
-
-def _any_tensors(path: Path) -> TensorTable:
-    return safetensors_of(path)[0] if path.suffix == ".safetensors" else tensors_of(path, load_pickle(path))
-
-
-def _sharded(index: Path) -> TensorTable:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise WeightsError(f"{index}: no weight_map; download the folder again")
-    table: TensorTable = {}
-    for name in sorted(set(weight_map.values())):
-        shard = index.parent / Path(name).name  # only files beside the index are followed
-        if not shard.is_file():
-            raise WeightsError(f"{shard}: missing, but {index.name} names it; download the folder again")
-        table |= {key: entry for key, entry in _any_tensors(shard).items() if weight_map.get(key) == name}
-    missing = sorted(set(weight_map) - set(table))
-    if missing:
-        raise WeightsError(f"{index}: {missing[0]} is in none of the shards; download the folder again")
-    return table
+    hint = f" (found {', '.join(found[:3])}: join shards, or rename the variant you want)" if found else ""
+    raise WeightsError(f"{folder}: no {WEIGHTS_NAME}.safetensors or .bin{hint}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        WeightsError: unreadable, or not an object.
-    """
+    """A JSON object."""
     try:
         tree = files.read_json(path)
     except (OSError, ValueError) as error:

@@ -2,7 +2,7 @@
 
 The three share one network. DiT predicts noise, SiT and REPA velocities (in opposite time directions), and a class
 table of K rows means K classes, or K - 1 and a null class. The caller decides first, then the arguments that the
-training script stored in the file, then the file's name. If none of them says it, an error asks for it.
+training script stored in the file, then the file's name. If none of them says it, a :class:`WeightsError` asks for it.
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ from typing import Any, NamedTuple, TypedDict, get_args
 import torch
 from torch import Tensor
 
-from robuq_core.config import Flavour, PredictionType
+from robuq_core.config import Flavour, ModelConfig, PredictionType
 from robuq_core.models.adapters_files import TensorTable, WeightsError
-from robuq_core.models.dit import sincos_positions
+from robuq_core.models.dit import position_table
 from robuq_core.models.presets import PRESETS
 
 POSITIONS = "pos_embed"
 _PROJECTORS = "projectors."
 _IMAGENET_CLASSES = 1000
-_HEAD_WIDTHS = (64, 72)
 _ASK = ("say what the network predicts with prediction (--prediction): epsilon for DiT, flow for SiT, flow and "
         "flavour repa (--flavour repa) for REPA")  # fmt: skip
-# Of a position table: tolerance in float32, in units of the stored type's precision, and digits of its scale.
-_TOLERANCE, _STORED_STEPS, _DIGITS = 1e-4, 4, 5
+# Of a position table: tolerance in float32, and in units of a narrower type's precision.
+_TOLERANCE, _STORED_STEPS = 1e-4, 4
 
 
 class Hints(TypedDict, total=False):
@@ -53,9 +52,6 @@ def official_shape(path: Path, table: TensorTable, arguments: object, hints: Hin
 
     Args:
         arguments: ``args`` of the training script, a mapping, a namespace or None.
-
-    Raises:
-        WeightsError: other tensors than a DiT's, or the file and ``hints`` leave something open or disagree.
     """
     if "pos_embed.proj.weight" in table:
         raise WeightsError(f"{path}: tensors of diffusers; give the folder that holds this file and its config.json")
@@ -72,20 +68,20 @@ def official_shape(path: Path, table: TensorTable, arguments: object, hints: Hin
     except ValueError as error:
         raise WeightsError(f"{path}: not the tensors of a class-conditional DiT: {error}") from error
     repa = any(key.startswith(_PROJECTORS) for key in table)
-    kind = _kind(path, arguments, repa, hints.get("prediction"), hints.get("flavour"))
+    kind = _kind(path, arguments, repa, hints)
     classes, null_class = _classes(path, rows, arguments, hints.get("num_classes"))
     shape = {
         "input_size": isqrt(tokens) * patch,
         "patch_size": patch,
         "in_channels": channels,
         "hidden_size": width,
-        "num_heads": hints.get("num_heads") or _heads(path, width, arguments),
+        "num_heads": hints.get("num_heads") or _argument(arguments, "num_heads") or _published_heads(path, width),
         "mlp_ratio": hidden // width,
         "num_classes": classes,
         "null_class": null_class,
         "flavour": kind.flavour,
         "learn_sigma": outputs != channels * patch**2,
-        "position_scale": position_scale(path, POSITIONS, table[POSITIONS].read()),
+        "position_scale": _argument(arguments, "position_scale") or 1.0,
     }
     return shape, kind
 
@@ -105,24 +101,21 @@ def _argument(arguments: object, name: str) -> Any:
     return arguments.get(name) if isinstance(arguments, dict) else getattr(arguments, name, None)
 
 
-def _kind(
-    path: Path, arguments: object, repa: bool, prediction: PredictionType | None, flavour: Flavour | None
-) -> Kind:
-    stored = _stored_kind(path, arguments, repa)
-    if stored is not None:
-        if prediction not in (None, stored.prediction):
-            raise WeightsError(f"{path}: prediction is {stored.prediction} in the file, not {prediction}; "
-                               "remove it (--prediction)")  # fmt: skip
-        if stored.prediction == "flow" and flavour not in (None, stored.flavour):
-            raise WeightsError(f"{path}: flavour is {stored.flavour} in the file, not {flavour}; "
-                               "remove it (--flavour)")  # fmt: skip
-        return Kind(stored.prediction, flavour or stored.flavour)
-    if prediction is None:
-        named = _kind_of_name(path.stem)
-        if named is None:
-            raise WeightsError(f"{path}: nothing in the file says which kind of DiT it is; {_ASK}")
-        return Kind(named.prediction, flavour or named.flavour)
-    return Kind(prediction, flavour or ("sit" if prediction == "flow" else "official"))
+def _kind(path: Path, arguments: object, repa: bool, hints: Hints) -> Kind:
+    prediction, flavour = hints.get("prediction"), hints.get("flavour")
+    found = _stored_kind(path, arguments, repa)
+    if found is not None:
+        checked: dict[str, tuple[str | None, str]] = {"prediction": (prediction, found.prediction)}
+        if found.prediction == "flow":
+            checked["flavour"] = (flavour, found.flavour)
+        for name, (asked, stored) in checked.items():
+            if asked not in (None, stored):
+                raise WeightsError(f"{path}: {name} is {stored} in the file, not {asked}; remove it (--{name})")
+    elif prediction is not None:
+        found = Kind(prediction, "sit" if prediction == "flow" else "official")
+    elif (found := _kind_of_name(path.stem)) is None:
+        raise WeightsError(f"{path}: nothing in the file says which kind of DiT it is; {_ASK}")
+    return Kind(found.prediction, flavour or found.flavour)
 
 
 def _stored_kind(path: Path, arguments: object, repa: bool) -> Kind | None:
@@ -146,9 +139,9 @@ def _kind_of_name(name: str) -> Kind | None:
     """The kind in a model's name, such as ``SiT-XL/2``; None if it names none or several."""
     words = set(re.split(r"[^a-z]+", name.lower()))
     if "repa" in words:  # its networks are called SiT
-        return None if "dit" in words else Kind("flow", "repa")
-    kinds = {"dit": Kind("epsilon", "official"), "sit": Kind("flow", "sit")}
-    found = [kinds[word] for word in kinds if word in words]
+        words.discard("sit")
+    kinds = {"dit": Kind("epsilon", "official"), "sit": Kind("flow", "sit"), "repa": Kind("flow", "repa")}
+    found = [kinds[word] for word in kinds.keys() & words]
     return found[0] if len(found) == 1 else None
 
 
@@ -168,50 +161,20 @@ def _classes(path: Path, rows: int, arguments: object, num_classes: int | None) 
     return count, rows > count
 
 
-def _heads(path: Path, width: int, arguments: object) -> int:
-    """Attention heads: as published for this model or width, else from the one head width that divides ``width``."""
-    named = PRESETS.get(str(_argument(arguments, "model")).replace("SiT", "DiT"))
-    if named is not None and named.hidden_size == width:
-        return named.num_heads
-    published = {shape.hidden_size: shape.num_heads for shape in PRESETS.values()}
-    fits = [width // head for head in _HEAD_WIDTHS if width % head == 0]
-    if width not in published and len(fits) != 1:
+def _published_heads(path: Path, width: int) -> int:
+    heads = {shape.hidden_size: shape.num_heads for shape in PRESETS.values()}.get(width)
+    if heads is None:
         raise WeightsError(f"{path}: the tensors do not say how many attention heads a width of {width} has; "
                            "give num_heads (--heads)")  # fmt: skip
-    return published.get(width) or fits[0]
+    return heads
 
 
-def position_scale(path: Path, key: str, positions: Tensor) -> float:
-    """The distance of neighbours in a sin-cos table ``[1, L, D]`` of any float type: 1 in DiT.
-
-    The roundest number that gives the table to the precision of its type, since half precision blurs the measured one.
-
-    Raises:
-        WeightsError: not a sin-cos table.
-    """
-    if positions.ndim == 3 and positions.is_floating_point():
-        measured = _measured_scale(positions)
-        for digits in range(1, _DIGITS + 1):
-            if _is_sincos(positions, scale := float(f"{measured:.{digits}g}")):
-                return scale
-    how = "" if positions.dtype.itemsize > 2 else f"; if it is one, keep {key} in float32"
-    raise WeightsError(f"{path}: {key} is not DiT's sin-cos table; learned positions are not supported{how}")
-
-
-def _is_sincos(positions: Tensor, scale: float) -> bool:
-    _, tokens, width = positions.shape
-    expected = sincos_positions(width, isqrt(tokens), scale)
-    if positions.shape[1:] != expected.shape:
-        return False
-    tolerance = max(_TOLERANCE, _STORED_STEPS * torch.finfo(positions.dtype).eps)
-    return torch.allclose(positions[0].float(), expected, rtol=0, atol=tolerance)
-
-
-def _measured_scale(positions: Tensor) -> float:
-    """From the lowest frequency, whose angle at the second position is far from a turn; 1 if there is none."""
-    quarter = positions.shape[2] // 4
-    if positions.shape[1] < 2 or quarter < 1:
-        return 1.0
-    sine, cosine = positions[0, 1, [quarter - 1, 2 * quarter - 1]].double()
-    scale = float(torch.atan2(sine, cosine)) * 10000.0 ** ((quarter - 1) / quarter)
-    return scale if scale > 0 else 1.0
+def check_positions(path: Path, key: str, positions: Tensor, config: ModelConfig) -> None:
+    """Refuse a position table ``[1, L, D]`` of any float type that is not the sin-cos table of ``config``."""
+    expected = position_table(config)[None]
+    if positions.shape == expected.shape and positions.is_floating_point():
+        tolerance = max(_TOLERANCE, _STORED_STEPS * torch.finfo(positions.dtype).eps)
+        if torch.allclose(positions.float(), expected, rtol=0, atol=tolerance):
+            return
+    raise WeightsError(f"{path}: {key} is not DiT's sin-cos table of {config.num_tokens} positions, "
+                       f"{config.position_scale:g} apart; learned positions are not supported")  # fmt: skip

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robuq_core.config import NUM_TRAIN_TIMESTEPS, ModelConfig
+from robuq_core.models.shapes import FREQUENCY_SIZE
 from robuq_core.quant.attention import quantized_attention
-
-FREQUENCY_SIZE = 256
 
 
 def sincos_positions(width: int, grid_size: int, scale: float = 1.0) -> Tensor:

@@ -30,8 +30,8 @@ from robuq_core.kernels.reference import ReferenceBackend
 from robuq_core.models.conditioning import BLOCK_ENTRIES, ConditioningTable, network_ends
 from robuq_core.models.dit import norm2_eps, patchify, position_table, unpatchify
 from robuq_core.models.graphs import CudaRecorder, Denoise, DenoiseKeeping, GraphedDenoise, buckets
-from robuq_core.openmp import on_one_thread
 from robuq_core.staging import taken
+from robuq_core.threads import on_one_thread
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
 

@@ -16,11 +16,7 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def preset(name: str) -> ModelConfig:
-    """The shape ``name``, such as ``DiT-XL/2``: 32x32 latents of 4 channels, learned variance.
-
-    Raises:
-        ValueError: no such preset; the message lists them.
-    """
+    """The shape ``name``, such as ``DiT-XL/2``: 32x32 latents of 4 channels, learned variance."""
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -144,6 +144,11 @@ def layer_bits(name: str, config: QuantConfig) -> int:
     return config.bits.get(name, config.adaln_bits if is_adaln(name) else config.activation_bits)
 
 
+def layer_rank(name: str, config: QuantConfig) -> int:
+    """Rank of a layer's low-rank branch."""
+    return config.adaln_rank if is_adaln(name) else config.rank
+
+
 def layer_rotation_block(name: str, config: QuantConfig) -> int | None:
     """Width of the blocks in which a layer's input is rotated: ``None``: the whole, 1: no rotation."""
     rotated = config.rotation == "all" or (config.rotation == "proj_fc2" and name.endswith((".proj", ".fc2")))
@@ -151,9 +156,8 @@ def layer_rotation_block(name: str, config: QuantConfig) -> int | None:
 
 
 def check_bits(config: QuantConfig, layers: Collection[str]) -> None:
-    """Raises: ValueError: ``config.bits`` names a layer that is not in ``layers``."""
-    unknown = sorted(set(config.bits) - set(layers))
-    if unknown:
+    """Raise ValueError where ``config.bits`` names a layer that is not in ``layers``."""
+    if unknown := sorted(config.bits.keys() - set(layers)):
         raise ValueError(f"quant.bits names layers that the model lacks: {', '.join(unknown)}")
 
 
@@ -173,7 +177,7 @@ class LinearQuantizer:
             bits=layer_bits(name, config),
             grid=config.grid,
             weight_scale=config.weight_scale,
-            rank=config.adaln_rank if is_adaln(name) else config.rank,
+            rank=layer_rank(name, config),
             signs=random_signs(linear.in_features, self._signs),
             rotation_block=layer_rotation_block(name, config),
             activation=config.activation,
@@ -187,9 +191,6 @@ def quantize_model(model: DiT, config: QuantConfig) -> DiT:
     """Swap every block linear of ``model`` for a :class:`QuantLinear`, in place; returns it.
 
     Sign vectors are drawn from ``config.seed``. The embedders and the final layer stay in full precision.
-
-    Raises:
-        ValueError: ``config.bits`` names a layer that the model lacks, or a width has no Hadamard matrix.
     """
     linears = dict(quantizable_linears(model))
     check_bits(config, linears)

@@ -75,9 +75,6 @@ def quantize_activation(x: Tensor, bits: int, grid: Grid = "midrise") -> tuple[T
 
     Returns:
         codes int8 ``[..., K]``; scales float32 ``[..., 1]``.
-
-    Raises:
-        ValueError: bits outside 1..8.
     """
     codes, scales = _codes_and_scales(x.float(), bits, grid)
     return codes.to(torch.int8), scales
@@ -100,9 +97,6 @@ def fake_quantize_activation(x: Tensor, bits: int, grid: Grid = "midrise", rule:
 
     ``gaussian``: ``scale * codes`` of :func:`quantize_activation`, on ``grid``. ``lloyd_max``: the nearest of
     :func:`lloyd_max_levels` times the token's sigma. ``minmax``: ``2^bits`` even levels from minimum to maximum.
-
-    Raises:
-        ValueError: bits outside 1..8.
     """
     detached = x.detach().float()
     if rule == "gaussian":
@@ -134,9 +128,6 @@ def lloyd_max_levels(bits: int) -> tuple[float, ...]:
 
     Each level is the mean of its cell, whose borders are half-way to its neighbours. Solved by Newton's method in
     float64 on the positive half, starting from the limit density ``p^(1/3)``.
-
-    Raises:
-        ValueError: bits outside 1..8.
     """
     return _solved_levels(bits)
 

@@ -17,11 +17,7 @@ BASE_ORDERS = (1, *_PALEY_PRIME)
 
 
 def decompose_order(order: int) -> tuple[int, int]:
-    """Split ``order`` into ``(base, power)`` with ``order == base * power`` and ``power = 2**k``.
-
-    Raises:
-        ValueError: no Hadamard matrix of this order can be built here.
-    """
+    """Split ``order`` into ``(base, power)`` with ``order == base * power`` and ``power = 2**k``."""
     for base in BASE_ORDERS:
         power, rest = divmod(order, base)
         if rest == 0 and power > 0 and power & (power - 1) == 0:
@@ -51,11 +47,7 @@ def _paley(construction: int, q: int) -> Tensor:
 
 @lru_cache(maxsize=64)
 def hadamard_matrix(order: int) -> Tensor:
-    """The +-1 matrix ``H_base (x) Sylvester(2^k)``, float64 ``[order, order]``, with ``H H^T = order I``.
-
-    Raises:
-        ValueError: the order has no construction here (see :func:`decompose_order`).
-    """
+    """The +-1 matrix ``H_base (x) Sylvester(2^k)``, float64 ``[order, order]``, with ``H H^T = order I``."""
     base, power = decompose_order(order)
     matrix = _paley(*_PALEY_PRIME[base]) if base > 1 else torch.ones(1, 1, dtype=torch.float64)
     two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
@@ -75,9 +67,6 @@ def rotation_factors(width: int, block: int | None = None) -> tuple[int, int, in
     """``(copies, left, right)``: the rotation of ``width`` is ``I_copies (x) H_left (x) H_right``.
 
     ``block``: width of each copy; ``None`` is the whole width, 1 no rotation at all.
-
-    Raises:
-        ValueError: no Hadamard matrix of that order, or ``block`` does not divide ``width``.
     """
     if block is None:
         return 1, *_kron_factors(width)
@@ -93,9 +82,6 @@ class Rotation(nn.Module):
         width: n, the size of the last dimension.
         signs: the stored +-1 vector D, ``[n]``; ``None`` means all ones.
         block: rotate blocks of this width, each by itself; 1 only applies the signs. Default: the whole width.
-
-    Raises:
-        ValueError: as :func:`rotation_factors`.
     """
 
     signs: Tensor
@@ -105,10 +91,8 @@ class Rotation(nn.Module):
     def __init__(self, width: int, signs: Tensor | None = None, block: int | None = None) -> None:
         super().__init__()
         _, left, right = rotation_factors(width, block)
-        self.width, self.block, self.left_order, self.right_order = width, block, left, right
-        if signs is None:
-            signs = torch.ones(width)
-        self.register_buffer("signs", signs.to(torch.float32))
+        self.width, self.block = width, block
+        self.register_buffer("signs", torch.ones(width) if signs is None else signs.to(torch.float32))
         self.register_buffer("left", hadamard_matrix(left).float(), persistent=False)
         self.register_buffer("right", hadamard_matrix(right).float(), persistent=False)
 

@@ -30,9 +30,6 @@ def lowrank_split(
 
     Returns:
         ``A [out, rank]``, ``B [rank, in]``, ``R [out, in]``, all in the dtype of ``weight``.
-
-    Raises:
-        ValueError: rank is negative or leaves no residual.
     """
     if rank == 0:
         return weight.new_zeros(weight.shape[0], 0), weight.new_zeros(0, weight.shape[1]), weight.clone()

@@ -8,9 +8,7 @@ one 32-byte load and four constant shifts and masks give 128 weights in order. P
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +16,6 @@ TRITS_PER_BYTE = 5
 BASE3_TOP = 3**TRITS_PER_BYTE - 1
 PLANAR_GROUP, PLANAR_GROUP_BYTES = 128, 32
 _CODES_PER_BYTE = PLANAR_GROUP // PLANAR_GROUP_BYTES
-_PIECE = 2**18
 
 
 def base3_size(count: int) -> int:
@@ -41,11 +38,7 @@ def _digits(codes: Tensor) -> Tensor:
 
 
 def pack_base3(codes: Tensor) -> Tensor:
-    """``codes`` int8 ``[N, K]`` -> uint8 ``[ceil(N K / 5)]``.
-
-    Raises:
-        ValueError: not an int8 matrix of -1, 0 and 1.
-    """
+    """``codes`` int8 ``[N, K]`` -> uint8 ``[ceil(N K / 5)]``."""
     digits = _digits(codes).reshape(-1)
     padded = torch.ones(base3_size(digits.numel()) * TRITS_PER_BYTE, dtype=torch.uint8, device=codes.device)
     padded[: digits.numel()] = digits
@@ -57,26 +50,15 @@ def pack_base3(codes: Tensor) -> Tensor:
 
 
 def planar_from_base3(packed: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The codes ``shape`` of :func:`pack_base3` in the form of :func:`pack_planar`: from the file's to the runtime's.
-
-    Raises:
-        ValueError: as :func:`check_base3`.
-    """
+    """The codes ``shape`` of :func:`pack_base3` in the form of :func:`pack_planar`."""
     check_base3(packed, shape)
-    rows, in_features = shape
-    planar = packed.new_empty(rows, planar_width(in_features))
-    # In pieces of whole rows and whole bytes that stay in cache.
-    step = max(1, _PIECE // in_features // TRITS_PER_BYTE) * TRITS_PER_BYTE
-    for first in range(0, rows, step):
-        piece = (min(step, rows - first), in_features)
-        start = first * in_features // TRITS_PER_BYTE
-        part = packed[start : start + base3_size(math.prod(piece))]
-        planar[first : first + step] = _pack_digits(_base3_digits(part, piece))
-    return planar
+    powers = 3 ** torch.arange(TRITS_PER_BYTE, device=packed.device)
+    digits = packed[:, None] // powers.to(torch.uint8) % 3
+    return _pack_digits(digits.flatten()[: math.prod(shape)].reshape(shape))
 
 
 def check_base3(packed: Tensor, shape: tuple[int, int]) -> None:
-    """Raises: ValueError: another dtype or length than ``shape`` asks for, or a byte above 242."""
+    """Raise ValueError for another dtype or length than ``shape`` asks for, or a byte above 242."""
     count = math.prod(shape)
     if packed.dtype != torch.uint8 or packed.shape != (base3_size(count),):
         raise ValueError(f"a ternary matrix of shape {tuple(shape)} needs {base3_size(count)} uint8 bytes, "
@@ -85,31 +67,8 @@ def check_base3(packed: Tensor, shape: tuple[int, int]) -> None:
         raise ValueError(f"packed ternary bytes must be 0..{BASE3_TOP}, found {int(packed.max())}")
 
 
-def _base3_digits(packed: Tensor, shape: tuple[int, int]) -> Tensor:
-    """``t + 1`` as uint8 ``shape``; looks up two bytes at a time, twice as fast as one."""
-    count = math.prod(shape)
-    stored = packed.cpu().numpy()
-    if len(stored) % 2:
-        stored = np.append(stored, np.uint8(0))
-    # "clip" skips a pass that checks indices.
-    digits = _digit_table().take(stored.view("<u2"), axis=0, mode="clip").reshape(-1)[:count]
-    return torch.from_numpy(digits).reshape(shape).to(packed.device)
-
-
-@lru_cache(maxsize=1)
-def _digit_table() -> np.ndarray:
-    """The ten digits of every pair of bytes, lower byte first, uint8 ``[65536, 10]``."""
-    low, high = np.arange(2**16) % 256, np.arange(2**16) // 256
-    powers = 3 ** np.arange(TRITS_PER_BYTE)
-    return np.concatenate([pair[:, None] // powers % 3 for pair in (low, high)], axis=1).astype(np.uint8)
-
-
 def pack_planar(codes: Tensor) -> Tensor:
-    """``codes`` int8 ``[N, K]`` -> uint8 ``[N, ceil(K / 128) * 32]``.
-
-    Raises:
-        ValueError: not an int8 matrix of -1, 0 and 1.
-    """
+    """``codes`` int8 ``[N, K]`` -> uint8 ``[N, ceil(K / 128) * 32]``."""
     return _pack_digits(_digits(codes))
 
 
@@ -127,11 +86,7 @@ def _pack_digits(digits: Tensor) -> Tensor:
 
 
 def unpack_planar(planar: Tensor, in_features: int) -> Tensor:
-    """Inverse of :func:`pack_planar`: uint8 ``[N, ceil(K / 128) * 32]`` -> int8 ``[N, in_features]``.
-
-    Raises:
-        ValueError: another dtype or width than ``in_features`` asks for.
-    """
+    """Inverse of :func:`pack_planar`: uint8 ``[N, ceil(K / 128) * 32]`` -> int8 ``[N, in_features]``."""
     width = planar_width(in_features)
     if planar.dtype != torch.uint8 or planar.dim() != 2 or planar.shape[1] != width:
         raise ValueError(f"{in_features} packed 2-bit codes per row need uint8 [N, {width}], "

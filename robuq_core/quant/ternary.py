@@ -43,9 +43,6 @@ def ternary_planes(weight: Tensor, planes: int = 1, scale: WeightScale = "condit
 
     Returns:
         codes int8 ``[planes, out, in]``; alpha float32 ``[planes, out]``, each rounded to fp16.
-
-    Raises:
-        ValueError: planes outside 1..3, or an unknown scale rule.
     """
     if planes == 1:
         codes, alpha = ternarize(weight, scale)

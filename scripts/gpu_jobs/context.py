@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from triton.testing import do_bench, do_bench_cudagraph
 
-from robuq_core.config import ModelConfig
+from robuq_core.bench.source import random_checkpoint
+from robuq_core.config import ModelConfig, QuantConfig
 from robuq_core.kernels.ops import Backend, Modulation, TernaryLayer
 from robuq_core.kernels.reference import NarrowReferenceBackend, ReferenceBackend
 from robuq_core.kernels.triton.backend import TritonBackend
+from robuq_core.models.packed_dit import PackedDiT
 from robuq_core.quant.hadamard import random_signs
 from robuq_core.quant.packing import pack_planar
 
@@ -26,41 +28,30 @@ BFLOAT16 = torch.bfloat16
 ROTATED_BYTES = 64 * 2**20
 
 
+DIT_XL_2 = ModelConfig()
+
+
 @dataclass(frozen=True)
 class Sizes:
     """``widths`` and ``rows`` of checks; ``heads`` as (images, tokens, heads, head_dim); ``shapes`` (K, N) of the
-    layers and ``timed_rows`` of times; ``model`` and ``batches`` of forwards."""
+    layers and ``timed_rows`` of times; ``model`` and ``batches`` of forwards. By default those of DiT-XL/2."""
 
-    widths: tuple[int, ...]
-    rows: tuple[int, ...]
-    heads: tuple[tuple[int, int, int, int], ...]
-    shapes: tuple[tuple[str, int, int], ...]
-    timed_rows: tuple[int, ...]
-    model: ModelConfig
-    batches: tuple[int, ...]
-    repeats: int
+    widths: tuple[int, ...] = (36, 96, 288, 384, 768, 1152, 3072, 4608)
+    rows: tuple[int, ...] = (1, 17, 130, 2048)
+    heads: tuple[tuple[int, int, int, int], ...] = (
+        *((2, 256, 16, 72), (1, 1, 1, 8), (3, 67, 2, 72), (2, 1024, 4, 64), (1, 130, 2, 160)),
+    )
+    shapes: tuple[tuple[str, int, int], ...] = (
+        *(("qkv", 1152, 3456), ("proj", 1152, 1152), ("fc1", 1152, 4608), ("fc2", 4608, 1152)),
+    )
+    timed_rows: tuple[int, ...] = (2048, 256, 512, 8192)
+    model: ModelConfig = DIT_XL_2
+    batches: tuple[int, ...] = (8, 1, 32, 2)
+    repeats: int = 300
 
 
-FULL = Sizes(
-    widths=(36, 96, 288, 384, 768, 1152, 3072, 4608),
-    rows=(1, 17, 130, 2048),
-    heads=((2, 256, 16, 72), (1, 1, 1, 8), (3, 67, 2, 72), (2, 1024, 4, 64), (1, 130, 2, 160)),
-    shapes=(("qkv", 1152, 3456), ("proj", 1152, 1152), ("fc1", 1152, 4608), ("fc2", 4608, 1152)),
-    timed_rows=(2048, 256, 512, 8192),
-    model=ModelConfig(),
-    batches=(8, 1, 32, 2),
-    repeats=300,
-)
-TINY = Sizes(
-    widths=(36,),
-    rows=(1, 9),
-    heads=((2, 9, 2, 12),),
-    shapes=(("qkv", 36, 40), ("fc2", 36, 40)),
-    timed_rows=(9,),
-    model=ModelConfig(input_size=8, hidden_size=48, depth=1, num_heads=4, num_classes=10),
-    batches=(2, 1),
-    repeats=2,
-)
+SMALL_MODEL = ModelConfig(input_size=8, hidden_size=48, depth=1, num_heads=4, num_classes=10)
+TINY = Sizes((36,), (1, 9), ((2, 9, 2, 12),), (("qkv", 36, 40), ("fc2", 36, 40)), (9,), SMALL_MODEL, (2, 1), 2)
 
 
 class Context:
@@ -69,7 +60,7 @@ class Context:
     def __init__(self, job: str, out: Path, rehearse: bool, part: int, parts: int) -> None:
         self.job, self.out, self.rehearse = job, out, rehearse
         self.part, self.parts = part, parts
-        self.sizes = TINY if rehearse else FULL
+        self.sizes = TINY if rehearse else Sizes()
         self.device = torch.device("cpu" if rehearse else "cuda")
         self.generator = torch.Generator().manual_seed(0)
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -117,6 +108,18 @@ class Context:
 
     def modulation(self, images: int, width: int) -> Modulation:
         return Modulation(self.normal(images, width), self.normal(images, width), 1e-6)
+
+    def network(self, backend: Backend, depth: int | None = None) -> PackedDiT:
+        """A packed DiT of random weights, of the model's depth by default."""
+        config = self.sizes.model.model_copy(update={"depth": depth or self.sizes.model.depth})
+        found = random_checkpoint(config, QuantConfig())
+        return PackedDiT(config, found.dense, found.layers, backend)
+
+    def inputs(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a forward of ``count`` rows: latents, timesteps, classes."""
+        config = self.sizes.model
+        x = self.normal(count, config.in_channels, config.input_size, config.input_size)
+        return x, 37 * torch.arange(count) % 1000, torch.arange(count) % config.num_classes
 
     def copies(self, tensor: Tensor) -> list[Tensor]:
         """As many copies as exceed the L2 cache together."""

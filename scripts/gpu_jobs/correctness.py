@@ -179,12 +179,10 @@ def sanitizer(context: Context) -> None:
 
 def graphs(context: Context) -> None:
     """Recorded forwards equal eager ones to the bit, and a replay computes: it follows its input."""
-    from gpu_jobs.speed import network, rows_of
-
     for name, backend in context.network_backends.items():
-        packed = network(context, backend, depth=min(2, context.sizes.model.depth))
+        packed = context.network(backend, depth=min(2, context.sizes.model.depth))
         for count in (1, 3):
-            first, second = rows_of(context, count), rows_of(context, count)
+            first, second = context.inputs(count), context.inputs(count)
             found, other = packed.forward(*first).clone(), packed.forward(*second).clone()
             x, timesteps, classes = first
             places = packed.conditioning.slots(timesteps.tolist(), classes.tolist())

@@ -1,4 +1,4 @@
-"""What a user runs: the commands, over files and HTTP, and training steps."""
+"""What a user runs: images, the server, training steps."""
 
 from __future__ import annotations
 
@@ -10,61 +10,42 @@ import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from gpu_jobs.context import Context
-from robuq_core.compare import psnr_db
 from robuq_core.config import QuantConfig
 from robuq_core.models.dit import DiT
 from robuq_core.models.quant_linear import quantize_model
-
-ROOT = Path(__file__).resolve().parents[2]
-CLASSES = range(8)
-
-
-def _command(module: str, *arguments: object) -> list[str]:
-    """``robuq`` and ``robuq-serve`` need not be installed."""
-    return [sys.executable, "-c", f"from {module}.cli import app; app()", *map(str, arguments)]
-
-
-def _ends_well(context: Context, command: list[str]) -> None:
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=55)
-    context.check(done.returncode == 0, command=command[2:], output=done.stdout[-1500:] + done.stderr[-800:])
-
-
-def _backend(context: Context) -> list[str]:
-    return ["--backend", "reference" if context.rehearse else "triton"]
+from robuq_core.pipeline import Sampler
 
 
 def image(context: Context) -> None:
     """Images of the bundled checkpoint against the CPU's; one alone equals itself among others to the bit."""
-
-    def sample(name: str, classes: range, seed: int, backend: list[str]) -> list[np.ndarray]:
-        folder, few = context.out / name, ["--steps", "2"] if context.rehearse else []
-        _ends_well(context, _command("robuq_core", "sample", *classes, "--seed", seed, "--out", folder, *backend, *few))
-        return [np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]
-
-    together = sample("images-gpu", CLASSES, 5, _backend(context))
-    alone = sample("image-alone", range(3, 4), 8, _backend(context))
-    expected = sample("images-cpu", CLASSES, 5, ["--backend", "reference", "--device", "cpu"])
-    figures = [psnr_db(*pair) for pair in zip(together, expected, strict=True)]
-    same = sum(np.array_equal(alone[0], each) for each in together)
-    context.check(same == 1 and min(figures) > 20, alone_equals_among_others=same == 1, psnr_db=figures)
+    steps = 2 if context.rehearse else 20
+    ours = Sampler.from_checkpoint(device=context.device, backend="reference" if context.rehearse else "triton")
+    reference = Sampler.from_checkpoint(backend="reference", device="cpu")
+    together, expected = (
+        np.stack([np.asarray(each, np.float64) for each in sampler.generate(list(range(8)), seed=5, steps=steps)])
+        for sampler in (ours, reference)
+    )
+    alone = np.asarray(ours.generate([3], seed=8, steps=steps)[0])  # the fourth image has the seed 5 + 3
+    errors = np.square(together - expected).mean(axis=(1, 2, 3)) ** 0.5  # of values 0..255
+    same = np.array_equal(alone, together[3])
+    context.check(same and errors.max() < 25, alone_equals_among_others=same, rms_errors=errors.tolist())
 
 
 def server(context: Context) -> None:
     """``robuq-serve`` on the device: ready, one image, 64 at once, its metrics."""
     log, began = context.out / "server.log", time.monotonic()
+    backend = ["--backend", "reference" if context.rehearse else "triton"]
+    command = [sys.executable, "-c", "from server.cli import app; app()", "--port", "0", *backend]
     with log.open("w") as file:
-        process = subprocess.Popen(
-            _command("server", "--port", 0, *_backend(context)), cwd=ROOT, stdout=file, stderr=file
-        )
+        process = subprocess.Popen(command, stdout=file, stderr=file)
 
     def fetched(path: str, body: Any = None) -> bytes:
         """Of the address that the server has printed; nothing while it does not answer."""
@@ -102,30 +83,31 @@ def server(context: Context) -> None:
         process.wait(20)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def training(context: Context) -> None:
-    """Steps of quantisation-aware training: seconds a step, memory, and a loss that falls. Low rank starts from zero:
+    """Steps of quantisation-aware training: seconds per step, memory, and a loss that falls. Low rank starts from zero:
     the decomposition of all weights would take longer than the steps."""
-    config, batch, steps = context.sizes.model, 2 if context.rehearse else 8, 20
-    with torch.inference_mode(False), torch.enable_grad(), torch.device(context.device):
-        torch.manual_seed(0)
+    config, batch, losses = context.sizes.model, 2 if context.rehearse else 8, []
+    torch.manual_seed(0)
+    with context.device:
         model = quantize_model(DiT(config), QuantConfig(lowrank_init="zero")).to(context.device).train()
-        optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         # One batch, again and again: its loss must fall.
         x, noise = torch.randn(2, batch, config.in_channels, config.input_size, config.input_size)
-        timesteps, classes = torch.arange(batch) * 100, torch.zeros(batch, dtype=torch.int64)
-        losses: list[float] = []
+        forward = partial(
+            model, 0.7 * x + 0.7 * noise, torch.arange(batch) * 100, torch.zeros(batch, dtype=torch.int64)
+        )
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
-        def step() -> None:
-            with torch.autocast(context.device.type, torch.bfloat16):
-                out = model(0.7 * x + 0.7 * noise, timesteps, classes)[:, : config.in_channels]
-                loss = F.mse_loss(out.float(), noise)
-            loss.backward()
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-            losses.append(float(loss))
+    def step() -> None:
+        with torch.autocast(context.device.type, torch.bfloat16):
+            loss = F.mse_loss(forward()[:, : config.in_channels].float(), noise)
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        losses.append(float(loss))
 
-        step()
-        step_ms = context.wall_ms(step, steps)
+    step_ms = context.wall_ms(step, 20)
     holds = all(map(math.isfinite, losses)) and losses[-1] < losses[0]
     context.check(holds, batch=batch, step_ms=step_ms, losses=losses, peak_bytes=context.peak_bytes())
 

@@ -1,8 +1,8 @@
 // The playground: wires the form, the loupe and the contact sheet to the server.
 
 import { currentKey, generate, getJson, onUnauthorised, storeKey } from "./api.js";
-import { ClassPicker } from "./class_picker.js";
-import { announce, byId, bytes, pairs, plural, randomBelow } from "./dom.js";
+import { chooseRandomClass, offerClasses } from "./classes.js";
+import { announce, byId, bytes, pairs, plural } from "./dom.js";
 import { restore, save } from "./keep.js";
 import { Loupe } from "./loupe.js";
 import { Settings } from "./settings.js";
@@ -10,22 +10,15 @@ import { decodeBase64, Strip } from "./strip.js";
 
 const MAX_IN_FLIGHT = 4; // browsers open six connections to a server, and one strip holds one
 const MAX_STRIPS = 60;
-const LIST_LENGTH = 40;
+const MAX_CLASSES = 1000; // that the server lists at once
 const PREVIEWS = 10;
 const SETTLE_MS = 300; // rows of a request that was given up leave with the next step
 const QUEUE_POLL_MS = { busy: 1000, idle: 5000 };
 
 let info = null;
 let strips = []; // newest first
-let saving = Promise.resolve(); // one after the other, so that the last state wins
 
-const keep = () => (saving = saving.then(() => save(strips)));
-
-const picker = new ClassPicker(byId("class"), byId("class-list"), async (query, signal) => {
-  const parameters = new URLSearchParams({ query, limit: LIST_LENGTH });
-  return (await getJson(`classes?${parameters}`, { signal, ask: false })).classes;
-});
-const settings = new Settings(picker);
+const settings = new Settings();
 const loupe = new Loupe({
   reuse(wanted) {
     settings.apply(wanted);
@@ -47,9 +40,8 @@ function makeStrip(request, label) {
 }
 
 function bringIntoView(node) {
-  const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
   const { top } = node.getBoundingClientRect();
-  if (top < 0 || top > innerHeight * 0.6) node.scrollIntoView({ behavior: calm ? "auto" : "smooth", block: "start" });
+  if (top < 0 || top > innerHeight * 0.6) node.scrollIntoView();
 }
 
 function addStrip(strip) {
@@ -100,7 +92,7 @@ async function draw() {
   settings.clearErrors();
   const body = settings.read();
   if (!body) return;
-  const strip = makeStrip({ class_name: picker.chosen?.name, ...body }, picker.label() || (info?.num_classes ? "?" : "no class"));
+  const strip = makeStrip(body, byId("class").value.trim() || (info?.num_classes ? "?" : "no class"));
   addStrip(strip);
   loupe.show(strip, 0);
   bringIntoView(byId("loupe"));
@@ -111,9 +103,8 @@ async function draw() {
   try {
     const events = { signal: strip.abort.signal, on: follower(strip) };
     strip.finish(await generate({ ...body, preview_every: previewEvery(body.steps) }, events));
-    picker.learn(strip.request);
     announce(`${strip.name} is done`);
-    keep();
+    save(strips);
   } catch (error) {
     ended(strip, body, error);
   }
@@ -150,8 +141,9 @@ async function describeServer() {
     ]),
   );
   byId("class").closest(".field").hidden = !info.num_classes;
-  if (!info.num_classes) picker.clear();
-  else if (!byId("class").value) await randomClass();
+  offerClasses(info.num_classes ? (await getJson(`classes?limit=${MAX_CLASSES}`)).classes : []);
+  if (!info.num_classes) byId("class").value = "";
+  else if (!byId("class").value) chooseRandomClass();
 }
 
 /** Another checkpoint may have been loaded since the page was opened. */
@@ -187,13 +179,6 @@ async function pollQueue() {
 function showQueue(state, text) {
   byId("queue").dataset.state = state;
   if (byId("queue-text").textContent !== text) byId("queue-text").textContent = text;
-}
-
-async function randomClass() {
-  if (!info) return;
-  const id = randomBelow(info.num_classes);
-  const { classes } = await getJson(`classes?query=${id}&limit=1`); // a class's own number ranks first
-  picker.choose(classes[0]);
 }
 
 // The key.
@@ -237,10 +222,10 @@ byId("controls").addEventListener("submit", (event) => {
   event.preventDefault();
   draw();
 });
-byId("class-random").addEventListener("click", () => attempt(randomClass));
+byId("class-random").addEventListener("click", chooseRandomClass);
 byId("clear").addEventListener("click", () => {
   for (const strip of strips.filter(({ running }) => !running)) dropStrip(strip);
-  keep();
+  save(strips);
   byId("sheet-title").focus();
 });
 document.addEventListener("visibilitychange", () => document.hidden || pollQueue());

@@ -2,7 +2,7 @@
 
 import { address, currentKey } from "./api.js";
 import { announce, byId, pairs, seconds } from "./dom.js";
-import { grain, sharpen } from "./strip.js";
+import { BLANK, sharpen } from "./strip.js";
 
 /** A shell command that generates one image again, bit for bit; without the API key. */
 export function curlLine(request, seed) {
@@ -61,7 +61,7 @@ export class Loupe {
     byId("loupe-state").textContent = strip ? this.sentence() : "Choose a class and press Generate.";
     const image = byId("loupe-image");
     if (!strip) {
-      Object.assign(image, { src: grain(0), alt: "" });
+      Object.assign(image, { src: BLANK, alt: "" });
       return;
     }
     image.alt = `${strip.name}, seed ${this.frame.seed}`;
@@ -78,7 +78,6 @@ export class Loupe {
     if (strip.state === "drawing") return `Step ${frame.step} of ${strip.steps}`;
     if (strip.state === "cancelled") return `Cancelled at step ${frame.step} of ${strip.steps}`;
     if (strip.state === "failed") return strip.message;
-    if (!frame.whole) return "A thumbnail: the image was too large to keep. Generate it again.";
     if (!strip.timings) return "From an earlier visit";
     const { queue_s: queue, inference_s: inference, total_s: total } = strip.timings;
     return `Generated in ${seconds(total)}: ${seconds(queue)} in the queue, ${seconds(inference)} in the model`;
@@ -100,12 +99,7 @@ export class Loupe {
 
   describeMade() {
     const { strip, frame } = this;
-    const download = byId("download");
-    download.hidden = !frame.whole;
-    if (frame.whole) {
-      download.href = frame.url;
-      download.download = fileName(strip.request, frame.seed);
-    }
+    Object.assign(byId("download"), { href: frame.url, download: fileName(strip.request, frame.seed) });
     byId("curl").textContent = curlLine(strip.request, frame.seed);
   }
 

@@ -1,5 +1,6 @@
 // The form: settings of a request, and its errors.
 
+import { chooseClass, chosenClass } from "./classes.js";
 import { byId, element, randomBelow } from "./dom.js";
 
 const SEEDS = 2 ** 32;
@@ -9,8 +10,7 @@ const CHOICES = ["sampler", "format"];
 const CONTROL_OF = { class_id: "class", class_name: "class" };
 
 export class Settings {
-  constructor(picker) {
-    this.picker = picker;
+  constructor() {
     this.lock = byId("seed-lock");
     byId("seed-random").addEventListener("click", () => this.newSeed());
     // A seed that somebody typed is one that they want.
@@ -46,7 +46,7 @@ export class Settings {
 
   /** The body of the request, or null after marking a field that holds no number. */
   read() {
-    const body = this.picker.value();
+    const body = chosenClass();
     for (const name of NUMBERS) {
       const input = byId(name);
       if (input.validity.badInput) {
@@ -62,7 +62,7 @@ export class Settings {
   /** Fill the form with the settings of a picture, whose seed is then kept. */
   apply({ class_id, class_name, ...rest }) {
     this.clearErrors();
-    this.picker.choose({ id: class_id, name: class_name });
+    chooseClass(class_id);
     for (const [name, value] of Object.entries(rest)) if (byId(name)) byId(name).value = value;
     this.keepSeed(true);
   }

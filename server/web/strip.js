@@ -1,32 +1,16 @@
 // One request on the contact sheet: a strip of film with a frame for each image.
 
-import { className } from "./class_picker.js";
+import { className } from "./classes.js";
 import { element } from "./dom.js";
 
 export const SEEDS = 2 ** 32;
 
-const MEDIA_TYPE = { png: "image/png", jpeg: "image/jpeg", webp: "image/webp" };
-const GRAIN = 32;
-const TONES = ["#1b2022", "#2c3437", "#465053"];
-
-/** An undeveloped frame: noise of three tones that depends on the seed alone, as a data URL. */
-export function grain(seed) {
-  const canvas = element("canvas", { width: GRAIN, height: GRAIN });
-  const context = canvas.getContext("2d");
-  let state = seed >>> 0; // of a mulberry32 generator
-  for (let i = 0; i < GRAIN * GRAIN; i++) {
-    state = (state + 0x6d2b79f5) >>> 0;
-    let mixed = Math.imul(state ^ (state >>> 15), state | 1);
-    mixed ^= mixed + Math.imul(mixed ^ (mixed >>> 7), mixed | 61);
-    context.fillStyle = TONES[((mixed ^ (mixed >>> 14)) >>> 0) % TONES.length];
-    context.fillRect(i % GRAIN, Math.floor(i / GRAIN), 1, 1);
-  }
-  return canvas.toDataURL();
-}
+/** An undeveloped frame: one transparent pixel. */
+export const BLANK = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7";
 
 export function decodeBase64(text, format) {
   const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
-  return new Blob([bytes], { type: MEDIA_TYPE[format] });
+  return new Blob([bytes], { type: `image/${format}` });
 }
 
 /** Show a picture of few pixels as what it is. */
@@ -42,7 +26,7 @@ export class Strip {
    */
   constructor(request, label, { onSelect, onChange }) {
     const count = Math.min(Math.max(Math.trunc(request.num_images ?? 1), 1), 64) || 1;
-    Object.assign(this, { request, label, onChange, state: "waiting", message: "", timings: null, savedAt: 0 });
+    Object.assign(this, { request, label, onChange, state: "waiting", message: "", timings: null, images: [] });
     this.abort = new AbortController();
     this.title = element("h3");
     this.print = element("p");
@@ -58,13 +42,12 @@ export class Strip {
 
   makeFrame(index, onSelect) {
     const seed = ((this.request.seed ?? 0) + index) % SEEDS;
-    const image = sharpen(element("img", { alt: "", src: grain(seed), draggable: false, class: "pixelated" }));
+    const image = sharpen(element("img", { alt: "", src: BLANK, draggable: false, class: "pixelated" }));
     const button = element("button", { type: "button", class: "frame", "aria-pressed": "false" }, image);
     const progress = element("progress", { max: 1, value: 0, "aria-label": `Image ${index + 1}` });
     const edge = element("span", { class: "edge" }, String(seed));
     button.addEventListener("click", () => onSelect(this, index));
-    // `whole` is false for a thumbnail that stands for a picture no longer kept.
-    return { seed, image, button, progress, node: element("li", {}, button, edge, progress), blob: null, url: null, step: 0, whole: true };
+    return { seed, image, button, progress, node: element("li", {}, button, edge, progress), url: null, step: 0 };
   }
 
   get running() {
@@ -84,7 +67,6 @@ export class Strip {
     const frame = this.frames[index];
     if (!frame) return;
     if (frame.url) URL.revokeObjectURL(frame.url);
-    frame.blob = blob;
     frame.url = URL.createObjectURL(blob);
     frame.image.src = frame.url;
   }
@@ -103,7 +85,7 @@ export class Strip {
   /** The answer has come: take its pictures and the settings as the server resolved them. */
   finish({ images, timings, ...resolved }) {
     this.state = "done";
-    this.timings = timings;
+    Object.assign(this, { timings, images });
     for (const name of ["class_id", "class_name", "seed", "steps", "guidance_scale", "sampler", "format"]) {
       if (resolved[name] !== undefined) this.request[name] = resolved[name];
     }

@@ -16,10 +16,7 @@ from robuq_core.checkpoint import (
     FORMAT_VERSION,
     CheckpointError,
     Description,
-    _dtype,
-    _expected_shapes,
-    dense_shapes,
-    layer_shapes,
+    _expected_tensors,
     read_checkpoint,
     read_header,
     renew_checkpoint,
@@ -30,6 +27,7 @@ from robuq_core.kernels.pack_layer import pack_layer
 from robuq_core.models.dit import DiT
 from robuq_core.models.presets import preset
 from robuq_core.models.quant_linear import QuantLinear, quantizable_linears
+from robuq_core.models.shapes import layer_shapes, parameter_shapes
 from robuq_core.safetensors_file import MAX_HEADER_BYTES, MalformedFileError, SafetensorsFile
 
 
@@ -56,12 +54,10 @@ def test_layers_come_back_exactly(tmp_path: Path, quant: QuantConfig) -> None:
     for name, linear in quantizable_linears(model):
         assert isinstance(linear, QuantLinear)
         expected, layer = pack_layer(linear), checkpoint.layers[name]
-        for part in ("planar", "alpha", "bias", "signs", "lowrank_a", "lowrank_b"):
-            assert torch.equal(getattr(layer, part), getattr(expected, part)), f"{name}.{part}"
-        assert len(layer.extra_planes) == len(expected.extra_planes) == quant.weight_planes - 1
-        for plane, wanted in zip(layer.extra_planes, expected.extra_planes, strict=True):
-            assert torch.equal(plane.planar, wanted.planar)
-            assert torch.equal(plane.alpha, wanted.alpha)
+        assert len(layer.extra_planes) == quant.weight_planes - 1
+        for found, wanted in zip((layer, *layer.extra_planes), (expected, *expected.extra_planes), strict=True):
+            for part in ("planar", "alpha", "bias", "signs", "lowrank_a", "lowrank_b"):
+                assert torch.equal(getattr(found, part), getattr(wanted, part)), f"{name}.{part}"
         assert (layer.bits, layer.grid) == (expected.bits, expected.grid)
     for name, tensor in checkpoint.dense.items():
         assert torch.equal(tensor, model.get_parameter(name).detach().half().float()), name
@@ -82,53 +78,37 @@ def test_older_files_are_refused_until_they_are_converted(packed: Path, tmp_path
     quant = {"activation_bits": 2, "adaln_bits": 4, "attention_bits": 8, "grid": "midrise", "rank": 4, "seed": 0}
     _edit_header(packed, format_version=version, quant=quant)
     new = tmp_path / "new.safetensors"
-    with pytest.raises(CheckpointError, match=f"robuq convert {packed} ") as refusal:
+    with pytest.raises(CheckpointError, match=f"robuq convert {packed} "):
         read_checkpoint(packed)
-    assert "\n" not in str(refusal.value)
     assert renew_checkpoint(packed, new).format_version == FORMAT_VERSION
     after = read_checkpoint(new)
     assert after.header.quant == QuantConfig(rank=4)
-    assert after.header.provenance == {"seed": 0, "converted_from_format": version}
     assert after.header.tensors == before.header.tensors
-    for name, layer in before.layers.items():
-        assert torch.equal(after.layers[name].planar, layer.planar)
-    with pytest.raises(CheckpointError, match="the current one"):
+    assert torch.equal(after.layers["blocks.1.mlp.fc1"].planar, before.layers["blocks.1.mlp.fc1"].planar)
+    with pytest.raises(CheckpointError, match="not an older one"):
         renew_checkpoint(new, tmp_path / "again.safetensors")
-    assert not (tmp_path / "again.safetensors").exists()
-
-
-def test_a_damaged_older_file_is_not_converted(packed: Path, tmp_path: Path) -> None:
-    _edit_header(packed, format_version=2)
     content = bytearray(packed.read_bytes())
     content[-1] ^= 1
     packed.write_bytes(content)
-    with pytest.raises(CheckpointError, match="is damaged"):
-        renew_checkpoint(packed, tmp_path / "new.safetensors")
-
-
-def test_ablations_that_the_runtime_lacks_are_not_written(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"quant\.activation minmax cannot be packed"):
-        write_tiny(tmp_path / "model.safetensors", quant=QuantConfig(rank=4, activation="minmax"))
-    assert not list(tmp_path.iterdir())
+    with pytest.raises(CheckpointError, match=f"{packed.name}: .* is damaged"):
+        renew_checkpoint(packed, tmp_path / "again.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == {packed.name, new.name}
 
 
 @pytest.mark.parametrize("model", [TINY, preset("DiT-S/8")])
 def test_shapes_are_the_networks(model: ModelConfig) -> None:
     with torch.device("meta"):
         parameters = {name: tuple(p.shape) for name, p in DiT(model).named_parameters()}
-    assert dense_shapes(model) == {name: s for name, s in parameters.items() if not name.startswith("blocks.")}
-    assert layer_shapes(model) == {
-        name.removesuffix(".weight"): shape
-        for name, shape in parameters.items()
-        if name.startswith("blocks.") and name.endswith(".weight")
-    }
+    assert parameter_shapes(model) == parameters
+    linears = [n for n, shape in parameters.items() if n.startswith("blocks.") and len(shape) == 2]
+    assert [f"{name}.weight" for name in layer_shapes(model)] == linears
 
 
 def test_dit_xl_packs_below_170_megabytes(packed: Path) -> None:
     header = read_header(packed)
     for quant, megabytes in ((QuantConfig(), 170), (QuantConfig(weight_planes=2), 300)):
-        shapes = _expected_shapes(header.model_copy(update={"model": preset("DiT-XL/2"), "quant": quant}))
-        size = sum(_dtype(name).itemsize * math.prod(shape) for name, shape in shapes.items())
+        tensors = _expected_tensors(header.model_copy(update={"model": preset("DiT-XL/2"), "quant": quant}))
+        size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in tensors.values())
         assert 0.95 * megabytes < size / 1e6 < megabytes
 
 
@@ -144,7 +124,7 @@ def test_every_flipped_byte_of_the_weights_is_noticed(packed: Path) -> None:
     raw = packed.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     start = 8 + length
-    for position in range(start, len(raw), (len(raw) - start) // 25):
+    for position in range(start, len(raw), (len(raw) - start) // 9):
         damaged = bytearray(raw)
         damaged[position] ^= 0x40
         packed.write_bytes(bytes(damaged))
@@ -184,11 +164,9 @@ def test_foreign_files_are_named_as_such(tmp_path: Path) -> None:
         ({"quant": {"seed": 10**4000}}, r"quant\.seed"),
         ({"colour": "blue"}, "header field colour"),
         ({"quant": {"activation_bits": 11}}, r"quant\.activation_bits"),
-        ({"quant": {"activation": "minmax"}}, r"quant\.activation: this runtime has no minmax"),
+        ({"quant": {"activation": "minmax"}}, r"quant\.activation: minmax .* cannot be packed"),
         ({"quant": {"rank": 4, "weight_planes": 2}}, "but the model needs"),
-        ({"model": {"hidden_size": 47}}, "hidden_size"),
-        ({"model": TINY.model_copy(update={"depth": 3}).model_dump()}, "tensors do not match the model"),
-        ({"model": TINY.model_copy(update={"hidden_size": 96}).model_dump()}, "but the model needs"),
+        ({"sampler": {"sampler": "euler"}}, r"sampler\.sampler must be one of"),
     ],
 )
 def test_bad_headers_name_the_field(packed: Path, changes: dict[str, Any], message: str) -> None:
@@ -205,8 +183,13 @@ def test_writing_is_whole_or_not_at_all(packed: Path) -> None:
     about = Description(QuantConfig(rank=4), DiffusionConfig(), SamplerConfig())
     with pytest.raises(CheckpointError, match=r"x_embedder\.weight does not fit"):
         write_checkpoint(packed, model, about)
-    with pytest.raises(CheckpointError, match="class names"):
+    with pytest.raises(CheckpointError, match="class_names: 1 names for 10"):
         write_checkpoint(packed, model, replace(about, class_names=("one",)))
+    with pytest.raises(CheckpointError, match=r"quant\.activation: minmax"):
+        write_checkpoint(packed, model, replace(about, quant=QuantConfig(rank=4, activation="minmax")))
+    for beyond in ({"class_names": ("x" * 1001,) * TINY.num_classes}, {"provenance": {"log": "x" * 2**23}}):
+        with pytest.raises(CheckpointError):
+            write_checkpoint(packed, tiny_model(), replace(about, **beyond))
     with pytest.raises(CheckpointError, match="is not quantised"):
         write_checkpoint(packed, DiT(ModelConfig(**TINY.model_dump())), about)
     assert packed.read_bytes() == before
@@ -230,7 +213,9 @@ def test_writing_is_whole_or_not_at_all(packed: Path) -> None:
         ({"num_classes": 10**9}, "num_classes"),
         ({"position_scale": float("inf")}, "position_scale"),
         ({"position_scale": float("nan")}, "position_scale"),
-        ({"depth": 256, "hidden_size": 32_768, "mlp_ratio": 64}, "but the model needs"),
+        ({"depth": 256, "hidden_size": 32_768, "mlp_ratio": 64}, "tensors do not match the model"),
+        ({"hidden_size": 96}, "but the model needs"),
+        ({"hidden_size": 47}, "hidden_size"),
         ({"num_classes": 1_000_000}, "class"),
     ],
 )
@@ -299,19 +284,9 @@ def test_places_of_tensors_are_checked(packed: Path, entry: Any) -> None:
         read_header(packed)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "blocks.1.attn.qkv.alpha",
-        "blocks.0.mlp.fc1.bias",
-        "blocks.1.attn.proj.lowrank_a",
-        "blocks.0.attn.qkv.lowrank_b",
-        "x_embedder.weight",
-        "y_embedder.embedding_table.weight",
-        "final_layer.linear.bias",
-    ],
-)
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["blocks.1.attn.qkv.alpha", "blocks.0.mlp.fc1.bias", "blocks.1.attn.proj.lowrank_a",
+                                  "y_embedder.embedding_table.weight"])  # fmt: skip
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_weights_that_are_not_finite_are_refused(packed: Path, name: str, value: float) -> None:
     def spoil(tensor: torch.Tensor) -> None:
         tensor.reshape(-1)[-1] = value

@@ -1,8 +1,9 @@
-"""RobuQPipeline beside diffusers' DiTPipeline: the same call, the same kinds of answers, the same initial noise."""
+"""RobuQPipeline beside diffusers' DiTPipeline: the same calls, the same initial noise, and schedulers that fit."""
 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,22 +13,34 @@ import numpy as np
 import pytest
 import torch
 from autoencoders import IMAGE_SIZE, save_autoencoder_tiny, write_latent
-from diffusers import DiTPipeline
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline, DPMSolverMultistepScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
-from tiny import TINY, write_tiny
+from tiny import TINY, tiny_model, write_tiny
 
-from robuq_core import RobuQPipeline, diffusers_pipeline
+from robuq_core import RobuQPipeline
 from robuq_core.checkpoint import Description, write_checkpoint
+from robuq_core.config import DiffusionConfig, QuantConfig, SamplerConfig
 from robuq_core.decode import LatentDecoder
-from robuq_core.diffusion.samplers import step_table
 from robuq_core.errors import UserError
 from robuq_core.pipeline import RowSpec, Sampler
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIDE = TINY.input_size
+SCHEDULERS = (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler)
+
+
+def loaded(path: Path, **options: Any) -> RobuQPipeline:
+    pipe = RobuQPipeline.from_pretrained(path, backend="reference", **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def written(folder: Path, *, clip_sample: bool = False, learn_sigma: bool = True) -> RobuQPipeline:
+    path = folder / "tiny.safetensors"
+    write_tiny(path, TINY.model_copy(update={"learn_sigma": learn_sigma}), clip_sample=clip_sample)
+    return loaded(path)
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +52,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def pipe(path: Path) -> RobuQPipeline:
-    pipe = RobuQPipeline.from_pretrained(path, backend="reference")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return loaded(path)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -49,26 +60,30 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def test_the_call_takes_what_a_dit_pipelines_takes() -> None:
-    ours = inspect.signature(RobuQPipeline.__call__).parameters
-    theirs = inspect.signature(DiTPipeline.__call__).parameters
-    assert list(ours) == list(theirs)
-    assert {name: p.default for name, p in ours.items()} == {name: p.default for name, p in theirs.items()}
-    assert {name: p.kind for name, p in ours.items()} == {name: p.kind for name, p in theirs.items()}
-    for method in ("from_pretrained", "to", "get_label_ids", "set_progress_bar_config", "progress_bar"):
-        assert callable(getattr(DiTPipeline, method))
-        assert callable(getattr(RobuQPipeline, method))
+    ours, theirs = (inspect.signature(kind.__call__).parameters for kind in (RobuQPipeline, DiTPipeline))
+    assert [(p.name, p.default, p.kind) for p in ours.values()] == [
+        (p.name, p.default, p.kind) for p in theirs.values()
+    ]
 
 
-def test_a_script_as_it_is_written_for_diffusers(path: Path) -> None:
-    pipe = RobuQPipeline.from_pretrained(path, torch_dtype=torch.float16)
-    pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+def test_a_script_as_it_is_written_for_diffusers(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = RobuQPipeline.from_pretrained(path, torch_dtype=torch.float16, use_safetensors=True, variant="fp16")
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe = pipe.to("cpu")
-    pipe.set_progress_bar_config(disable=True)
+    pipe.enable_attention_slicing("max")
+    pipe.enable_model_cpu_offload(gpu_id=0)
+    pipe.enable_xformers_memory_efficient_attention()
+    pipe.set_progress_bar_config(desc="generating")
     class_ids = pipe.get_label_ids(["class 3", "class 7"])
     output = pipe(class_labels=class_ids, num_inference_steps=3, generator=torch.manual_seed(33))
-    assert isinstance(output, ImagePipelineOutput)
+    assert "generating: 100%" in capsys.readouterr().err
+    assert output.images is output[0]
     assert [image.size for image in output.images] == [(SIDE, SIDE)] * 2
     assert all(isinstance(image, Image.Image) for image in output.images)
+    pipe.set_progress_bar_config(disable=True)
+    (images,) = pipe([1], num_inference_steps=1, return_dict=False)
+    assert len(images) == 1
+    assert "generating" not in capsys.readouterr().err
 
 
 def test_output_types_hold_the_same_pictures(pipe: RobuQPipeline) -> None:
@@ -77,18 +92,12 @@ def test_output_types_hold_the_same_pictures(pipe: RobuQPipeline) -> None:
 
     images, array, tensor = draw("pil"), draw("np"), draw("pt")
     assert np.array_equal(draw(None), array)
-    assert isinstance(images, list)
-    assert isinstance(array, np.ndarray)
-    assert isinstance(tensor, torch.Tensor)
     assert (array.shape, array.dtype) == ((2, SIDE, SIDE, 3), np.float32)
-    assert tensor.shape == (2, 3, SIDE, SIDE)
     assert np.array_equal(tensor.permute(0, 2, 3, 1).numpy(), array)
-    assert array.min() >= 0
-    assert array.max() <= 1
+    assert (array.min() >= 0, array.max() <= 1) == (True, True)
     assert np.abs(np.stack([np.asarray(image) for image in images]) / 255 - array).max() <= 0.51 / 255
     # A tensor that a caller may compute gradients with.
     tensor.clone().requires_grad_().sum().backward()
-    assert not tensor.is_inference()
 
 
 def test_the_generator_draws_the_noise_that_diffusers_draws(
@@ -103,17 +112,23 @@ def test_the_generator_draws_the_noise_that_diffusers_draws(
         return row
 
     monkeypatch.setattr(Sampler, "start", remembered)
-    shape = (2, 3, SIDE, SIDE)
-    pipe([1, 2], generator=seeded(5), num_inference_steps=1)
-    assert torch.equal(torch.stack(started), randn_tensor(shape, generator=seeded(5)))
-    started.clear()
-    pipe([1, 2], generator=[seeded(6), seeded(7)], num_inference_steps=1)
-    assert torch.equal(torch.stack(started), randn_tensor(shape, generator=[seeded(6), seeded(7)]))
+    for generators in (lambda: seeded(5), lambda: [seeded(6), seeded(7)]):
+        started.clear()
+        pipe([1, 2], generator=generators(), num_inference_steps=1)
+        assert torch.equal(torch.stack(started), randn_tensor((2, 3, SIDE, SIDE), generator=generators()))
 
 
-@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler"])
-def test_a_generator_fixes_the_pictures(pipe: RobuQPipeline, scheduler: str) -> None:
-    kind = getattr(diffusers, scheduler)
+def test_it_draws_what_the_sampler_draws_from_the_same_noise(pipe: RobuQPipeline) -> None:
+    sampler = pipe.sampler
+    (image,) = pipe([3], generator=seeded(9), guidance_scale=2.0, num_inference_steps=3).images
+    noise = torch.randn(1, 3, SIDE, SIDE, generator=seeded(9))
+    row = sampler.start(RowSpec(3, 0, 3, 2.0, sampler.defaults.sampler), noise[0])
+    sampler.finish([row])
+    assert np.array_equal(np.asarray(image), sampler.decode(row))
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_a_generator_fixes_the_pictures(pipe: RobuQPipeline, kind: Any) -> None:
     pipe.scheduler = kind.from_config(pipe.scheduler.config)
     assert type(pipe.scheduler) is kind
 
@@ -128,26 +143,12 @@ def test_a_generator_fixes_the_pictures(pipe: RobuQPipeline, scheduler: str) -> 
     assert not np.array_equal(draw(1, guidance_scale=1.0), draw(1, guidance_scale=1.5))
 
 
-def test_it_draws_what_the_sampler_draws_from_the_same_noise(pipe: RobuQPipeline) -> None:
-    sampler = pipe.sampler
-    (image,) = pipe([3], generator=seeded(9), guidance_scale=2.0, num_inference_steps=3).images
-    noise = torch.randn(1, 3, SIDE, SIDE, generator=seeded(9))
-    row = sampler.start(RowSpec(3, 0, 3, 2.0, sampler.defaults.sampler), noise[0])
-    sampler.finish([row])
-    assert np.array_equal(np.asarray(image), sampler.decode(row))
-
-
 def test_labels_are_the_synonyms_in_order(tmp_path: Path) -> None:
-    from tiny import tiny_model
-
-    from robuq_core.config import DiffusionConfig, QuantConfig, SamplerConfig
-
-    model = TINY.model_copy(update={"num_classes": 2})
-    quant = QuantConfig(rank=4)
-    named = tmp_path / "named.safetensors"
-    names = ("tench, Tinca tinca", "golden retriever")
-    write_checkpoint(named, tiny_model(model, quant), Description(quant, DiffusionConfig(), SamplerConfig(), names))
-    pipe = RobuQPipeline.from_pretrained(named, backend="reference")
+    quant, names = QuantConfig(rank=4), ("tench, Tinca tinca", "golden retriever")
+    model = tiny_model(TINY.model_copy(update={"num_classes": 2}), quant)
+    about = Description(quant, DiffusionConfig(), SamplerConfig(), names)
+    write_checkpoint(tmp_path / "named.safetensors", model, about)
+    pipe = loaded(tmp_path / "named.safetensors")
     assert list(pipe.labels.items()) == [("Tinca tinca", 0), ("golden retriever", 1), ("tench", 0)]
     assert pipe.get_label_ids(["golden retriever", "tench"]) == [1, 0]
     assert pipe.get_label_ids("golden retriever") == [1]
@@ -157,59 +158,16 @@ def test_labels_are_the_synonyms_in_order(tmp_path: Path) -> None:
 
 def test_latents_are_decoded_in_the_type_that_was_asked_for(tmp_path: Path) -> None:
     write_latent(tmp_path / "latent.safetensors")
-    folder = save_autoencoder_tiny(tmp_path / "vae")
-    pipe = RobuQPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16, backend="reference")
-    pipe.set_progress_bar_config(disable=True)
+    save_autoencoder_tiny(tmp_path / "vae")
+    pipe = loaded(tmp_path, torch_dtype=torch.bfloat16)
     assert pipe.dtype == torch.bfloat16
     assert isinstance(pipe.sampler.decoder, LatentDecoder)
     assert pipe.vae is pipe.sampler.decoder.autoencoder
     (half,) = pipe([1], generator=seeded(), num_inference_steps=2, output_type="np").images
-    assert pipe.to(torch.float32) is pipe
-    assert pipe.dtype == torch.float32
+    assert pipe.to(torch.float32).dtype == torch.float32
     (full,) = pipe([1], generator=seeded(), num_inference_steps=2, output_type="np").images
     assert half.shape == full.shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
     assert 0 < np.abs(half - full).mean() < 0.02
-    named = RobuQPipeline.from_pretrained(tmp_path / "latent.safetensors", decoder=folder, backend="reference")
-    assert named.sampler.image_size == IMAGE_SIZE
-
-
-def test_the_scheduler_stands_for_the_sampler(pipe: RobuQPipeline) -> None:
-    scheduler = pipe.scheduler
-    assert type(scheduler).__name__ == "DDIMScheduler"
-    assert pipe.scheduler is scheduler
-    assert scheduler.config.prediction_type == pipe.sampler.header.diffusion.prediction_type
-    assert pipe.components == {"transformer": pipe.sampler.model, "vae": pipe.vae, "scheduler": scheduler}
-    assert (scheduler.config.beta_start, scheduler.config.beta_end) == (1e-4, 0.02)
-    # The steps themselves are this project's.
-    assert step_table("ddim", 4).timesteps[0] == 999
-
-
-def test_without_diffusers_everything_but_a_scheduler_works(
-    pipe: RobuQPipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    find = diffusers_pipeline.importlib.util.find_spec
-
-    def hidden(name: str) -> object:
-        return None if name == "diffusers" else find(name)
-
-    monkeypatch.setattr(diffusers_pipeline.importlib.util, "find_spec", hidden)
-    output = pipe([1], num_inference_steps=1)
-    assert type(output) is diffusers_pipeline.PipelineOutput
-    assert len(output.images) == 1
-    with pytest.raises(UserError, match=r"from a checkout: pip install '\.\[vae\]'"):
-        _ = pipe.scheduler
-
-
-def test_calls_of_scripts_that_have_no_use_here_do_nothing(path: Path, pipe: RobuQPipeline) -> None:
-    same = RobuQPipeline.from_pretrained(path, use_safetensors=True, variant="fp16", backend="reference")
-    same.set_progress_bar_config(disable=True)
-    for call in ("enable_attention_slicing", "enable_model_cpu_offload", "enable_xformers_memory_efficient_attention"):
-        assert list(inspect.signature(getattr(DiTPipeline, call)).parameters) == list(
-            inspect.signature(getattr(RobuQPipeline, call)).parameters
-        )
-        getattr(same, call)()
-    draw = {"class_labels": [1], "num_inference_steps": 1, "output_type": "np"}
-    assert np.array_equal(same(generator=seeded(), **draw).images, pipe(generator=seeded(), **draw).images)
 
 
 @pytest.mark.parametrize(
@@ -222,33 +180,80 @@ def test_calls_of_scripts_that_have_no_use_here_do_nothing(path: Path, pipe: Rob
         (lambda pipe: pipe([1, 2], generator=[seeded()] * 3), "3 generators for 2 class labels"),
         (lambda pipe: pipe.to(), "needs a device, a dtype or both"),
         (lambda pipe: pipe.to(torch.int8), "floating dtype, not torch.int8"),
-        (lambda pipe: pipe.progress_bar(), "an iterable or a total"),
         (
             lambda pipe: setattr(pipe, "scheduler", diffusers.EulerDiscreteScheduler()),
             "scheduler EulerDiscreteScheduler is not supported; set one of DDIMScheduler",
         ),
-        (
-            lambda pipe: setattr(
-                pipe, "scheduler", diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=True)
-            ),
-            "clip_sample True is not supported; set False",
-        ),
     ],
 )
-def test_what_is_not_supported_is_told(
+def test_what_is_not_supported_is_named(
     pipe: RobuQPipeline, mistake: Callable[[RobuQPipeline], object], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         mistake(pipe)
 
 
-def test_the_progress_bar(pipe: RobuQPipeline, capsys: pytest.CaptureFixture[str]) -> None:
-    for disable in (False, True):
-        pipe.set_progress_bar_config(desc="generating", disable=disable)
-        assert list(pipe.progress_bar([5, 6])) == [5, 6]
-        assert list(pipe.progress_bar(total=2)) == [0, 1]
-        with pipe.progress_bar(total=4) as bar:
-            bar.update(4)
-        assert ("generating: 100%" in capsys.readouterr().err) is not disable
-    (images,) = pipe([1], num_inference_steps=1, return_dict=False)
-    assert len(images) == 1
+def test_without_diffusers_everything_but_a_scheduler_works(
+    pipe: RobuQPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert len(pipe([1], num_inference_steps=1).images) == 1
+    with pytest.raises(UserError, match=r"from a checkout: pip install '\.\[vae\]'"):
+        _ = pipe.scheduler
+
+
+# Schedulers.
+
+
+@pytest.mark.parametrize("clip_sample", [False, True])
+def test_each_scheduler_is_made_from_another(tmp_path: Path, clip_sample: bool) -> None:
+    pipe = written(tmp_path, clip_sample=clip_sample)
+    config = pipe.scheduler.config
+    assert (type(pipe.scheduler), config.prediction_type) == (DDIMScheduler, "sample")
+    assert (config.beta_start, config.beta_end, config.clip_sample) == (1e-4, 0.02, clip_sample)
+    for kind in (*SCHEDULERS, *reversed(SCHEDULERS)):
+        pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    for free in ({"timestep_spacing": "trailing"}, {"steps_offset": 1}):
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **free)
+    # A key that another class left behind has no effect.
+    foreign = DDIMScheduler.from_config(pipe.scheduler.config, set_alpha_to_one=False)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(foreign.config)
+    with pytest.raises(ValueError, match=f"clip_sample {not clip_sample} is not supported; set {clip_sample}"):
+        pipe.scheduler = DDIMScheduler.from_config(config, clip_sample=not clip_sample)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "fix"),
+    [
+        *((kind, {"rescale_betas_zero_snr": True}, "set False") for kind in SCHEDULERS),
+        (DDPMScheduler, {"clip_sample": True}, "set False"),
+        (DDIMScheduler, {"clip_sample_range": 2.0}, r"set 1\.0"),
+        (DDIMScheduler, {"set_alpha_to_one": False}, "set True"),
+        (DDIMScheduler, {"thresholding": True}, "set False"),
+        (DDIMScheduler, {"num_train_timesteps": 500}, "set 1000"),
+        (DDIMScheduler, {"beta_schedule": "scaled_linear"}, "set 'linear'"),
+        (DDIMScheduler, {"trained_betas": np.linspace(1e-4, 0.02, 1000)}, "set None"),
+        (DDIMScheduler, {"beta_end": 0.012}, r"set 0\.02"),
+        (DDIMScheduler, {"prediction_type": "epsilon"}, "set 'sample'"),
+        (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}, "set False"),
+        (DPMSolverMultistepScheduler, {"use_flow_sigmas": True}, "set False"),
+        (DPMSolverMultistepScheduler, {"solver_type": "heun"}, "set 'midpoint'"),
+        (DPMSolverMultistepScheduler, {"solver_order": 3}, "set 2"),
+        (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}, r"set 'dpmsolver\+\+'"),
+        (DPMSolverMultistepScheduler, {"final_sigmas_type": "sigma_min"}, "set 'zero'"),
+    ],
+)
+def test_schedulers_of_another_process_are_refused(
+    pipe: RobuQPipeline, kind: Any, settings: dict[str, Any], fix: str
+) -> None:
+    (key,) = settings
+    with pytest.raises(ValueError, match=f"Scheduler: {key} .*{fix}$"):
+        pipe.scheduler = kind.from_config(pipe.scheduler.config, **settings)
+
+
+def test_a_variance_is_learned_where_the_model_has_one(tmp_path: Path, pipe: RobuQPipeline) -> None:
+    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, variance_type="learned_range")
+    plain = written(tmp_path, learn_sigma=False)
+    for variance in ("learned_range", "fixed_small"):
+        with pytest.raises(ValueError, match=f"variance_type '{variance}' is not supported; set 'fixed_large'"):
+            plain.scheduler = DDPMScheduler.from_config(plain.scheduler.config, variance_type=variance)

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import TINY, write_tiny
 
-from robuq_core.checkpoint import Header, layer_macs, layer_shapes, read_header
+from robuq_core.checkpoint import Header, read_header
 from robuq_core.config import ModelConfig, QuantConfig
 from robuq_core.inspection import Amount, equivalent_macs, inspect_checkpoint, ratio, theoretical_bytes
+from robuq_core.models.shapes import layer_macs, layer_shapes
 from robuq_core.pipeline import bundled_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")

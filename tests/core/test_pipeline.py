@@ -71,15 +71,6 @@ def test_a_picture_does_not_depend_on_its_neighbours(
         assert torch.equal(_draw_alone(fresh, spec).x, row.x)
 
 
-def test_rows_advance_by_one_step_of_their_own(sampler: Sampler) -> None:
-    rows = [sampler.start(RowSpec(1, 5, 3, 1.5, "ddim")), sampler.start(RowSpec(2, 6, 6, 1.0, "ddpm"))]
-    assert [row.timestep for row in rows] == [999, 999]
-    sampler.step(rows)
-    sampler.step(rows[1:])
-    assert [row.steps_done for row in rows] == [1, 2]
-    assert not rows[0].done
-
-
 def test_seed_steps_guidance_and_class_all_matter(sampler: Sampler) -> None:
     base = RowSpec(1, 0, 4, 2.0, "ddim")
     reference = sampler.decode(_draw_alone(sampler, base))

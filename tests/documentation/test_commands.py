@@ -47,7 +47,6 @@ RUN = {
     "README.md": ("curl localhost",),
     "docs/index.md": ("curl", "robuq sample", "robuq inspect", "robuq-serve --checkpoint"),
     "docs/training.md": ("robuq-train", "robuq sample"),
-    "docs/performance.md": ("robuq compare",),
     "docs/weights.md": ("robuq convert", "robuq sample", "robuq-serve", "robuq export-hub"),
 }
 # Pages whose Python runs in tests of their own, with what it needs.
@@ -63,7 +62,7 @@ TINY_RUN = {
     "quant": {"rank": 2},
     "diffusion": {"prediction_type": "sample", "clip_sample": True},
     "sampler": {"steps": 3},
-    "data": {"path": "photos", "resize": 10},
+    "data": {"path": "photos"},
     "teacher": STAGE,
     "warmup": STAGE,
     "qat": STAGE,

@@ -91,8 +91,8 @@ def test_quantise_dit(tmp_path: Path) -> None:
     )
     options = ("--bits", "4", "--steps", "0", "--inputs", "8")
     printed = run_apart(tmp_path, "quantise_dit.py", "DiT-tiny.pt", *options)
-    assert re.search(r"^rounded\.safetensors: .* MB, \{'relative_error", printed, re.M)
-    assert re.search(r"^calibrated\.safetensors: .* MB, \{'relative_error", printed, re.M)
+    for name in ("rounded", "calibrated"):
+        assert re.search(rf"^{name}\.safetensors: .* MB, \{{'relative_error", printed, re.M)
 
 
 @pytest.mark.slow

@@ -12,14 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
-from hypothesis import given
-from hypothesis import strategies as st
 from loaded_server import fake_server
 from test_scenarios import INFO
 from typer.testing import CliRunner
 from waiting import WAIT_S
 
-from loadtest.open_loop import Outcome, as_json, describe, main, offer, poisson_arrivals, run_rate, summarise
+from loadtest.open_loop import Outcome, as_json, main, offer, poisson_arrivals, run_rate, summarise
 from loadtest.workload import Workload
 from robuq_core.errors import UserError
 from server.fake import FakeSampler
@@ -27,7 +25,10 @@ from server.fake import FakeSampler
 
 def test_arrivals_are_a_poisson_process() -> None:
     times = poisson_arrivals(50, 1000, seed=1)
+    assert np.array_equal(times, poisson_arrivals(50, 1000, seed=1))
+    assert np.all((times >= 0) & (times < 1000))
     gaps = np.diff(times)
+    assert np.all(gaps >= 0)
     assert len(times) == pytest.approx(50_000, rel=0.02)  # four standard deviations of the count
     assert gaps.mean() == pytest.approx(0.02, rel=0.02)
     # An exponential's standard deviation is its mean, and gaps do not remember each other.
@@ -36,14 +37,6 @@ def test_arrivals_are_a_poisson_process() -> None:
     # Counts of equal intervals vary as much as their mean.
     counts = np.histogram(times, bins=1000, range=(0, 1000))[0]
     assert counts.var() == pytest.approx(counts.mean(), rel=0.15)
-
-
-@given(st.floats(0.1, 200), st.floats(0.1, 20), st.integers(0, 2**32))
-def test_arrivals_are_ascending_bounded_and_repeatable(rate: float, duration_s: float, seed: int) -> None:
-    times = poisson_arrivals(rate, duration_s, seed)
-    assert np.all(np.diff(times) >= 0)
-    assert np.all((times >= 0) & (times < duration_s))
-    assert np.array_equal(times, poisson_arrivals(rate, duration_s, seed))
 
 
 @pytest.mark.parametrize(("rate", "duration_s"), [(0, 1), (1, 0), (-1, 1), (math.nan, 1)])
@@ -97,14 +90,9 @@ def test_summaries_keep_refusals_out_of_the_latencies() -> None:
     assert summarise(outcomes, 12.0, target_s=0.55).goodput == 5 / 11
     assert summary.p50_s == pytest.approx(0.55)
     assert summary.max_s == pytest.approx(1.0)
-    assert summary.mean_s == pytest.approx(0.55)
-
-
-def test_nothing_served_is_null() -> None:
-    summary = summarise([Outcome(0, 0, 1, 503)], 1.0)
-    assert as_json(summary)["p99_s"] is None
-    json.dumps(as_json(summary), allow_nan=False)
-    assert "1 x 503" in describe(summary)
+    nothing = as_json(summarise([Outcome(0, 0, 1, 503)], 1.0))
+    assert nothing["p99_s"] is None
+    json.dumps(nothing, allow_nan=False)
 
 
 def test_the_command_measures_a_server(tmp_path: Path) -> None:
@@ -117,7 +105,7 @@ def test_the_command_measures_a_server(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "open-loop.json").read_text())
     assert [set(rate["statuses"]) for rate in report["rates"]] == [{"200"}, {"200"}]
     assert report["rates"][1]["offered"] > report["rates"][0]["offered"]
-    assert {path.name for path in tmp_path.iterdir()} == {"open-loop.json", "open-loop.png", "open-loop.svg"}
+    assert {path.name for path in tmp_path.iterdir()} == {"open-loop.json", "open-loop.svg"}
 
 
 def test_a_server_that_lies_is_told_on() -> None:

@@ -79,7 +79,7 @@ def _place(heap: Heap, tensors: dict[int, tuple[int, torch.Tensor]], tensor: tor
     """The tensor's address; its storage is copied in once, and its own bytes count as valid."""
     storage = tensor.untyped_storage()
     if storage.data_ptr() not in tensors:
-        raw = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
+        raw = torch.empty(0, dtype=torch.uint8).set_(storage)
         address = heap.add(len(raw))
         heap.data[address : address + len(raw)] = raw.numpy()
         tensors[storage.data_ptr()] = address, raw
@@ -114,7 +114,7 @@ class EmulatedDriver:
 
     ``faults`` holds what the launches so far have done wrong, ``launches`` how often each kernel ran. ``strict``: raise
     :class:`KernelFault` at once. ``only_compile``: launches run nothing and are kept in ``compiled``.
-    ``statistics``: a counter to count barriers and wavefronts in.
+    ``statistics``: a counter to count wavefronts in.
     """
 
     launcher_cls = Launcher

@@ -57,7 +57,7 @@ UNARY: dict[str, Callable[[Any], Any]] = {
 }
 BINARY: dict[str, Callable[[Any, Any], Any]] = {
     **{"add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor},
-    **{"max": np.fmax, "min": np.fmin, "max.NaN": np.maximum, "min.NaN": np.minimum},
+    **{"max": np.fmax, "min": np.fmin, "max.NaN": np.maximum, "min.NaN": np.minimum},  # alike for integers
 }
 ROUND = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
@@ -88,9 +88,9 @@ class Blocks:
         for i, axis in enumerate("xyz"):
             self.specials[f"%ctaid.{axis}"] = (blocks // int(np.prod(grid[:i])) % grid[i])[:, None]
             self.specials[f"%nctaid.{axis}"] = np.array(grid[i])
-        self._set_up()
+        self._number_threads()
 
-    def _set_up(self) -> None:
+    def _number_threads(self) -> None:
         count, threads = self.shape
         self.block = np.repeat(np.arange(count), threads)  # of each thread, within this group
         self.thread = np.tile(np.arange(threads), count)
@@ -115,7 +115,7 @@ class Blocks:
 
         part.copies = [[moved(*each) for each in group] for group in self.copies]
         part.products = [[moved(*each) for each in group] for group in self.products]
-        part._set_up()
+        part._number_threads()
         return part
 
     def run(self) -> list[Blocks]:
@@ -155,11 +155,10 @@ class Blocks:
             changed = self.feeding & frozenset(_targets(instruction))
             if touched or changed:
                 self.faults[f"register of an unfinished wgmma: {instruction.text}"] += 1
-        handler = getattr(self, f"_{kind}", None)
-        if handler is not None:
-            handler(instruction, mask)
-        else:
-            self._arithmetic(instruction, mask)
+        try:
+            getattr(self, f"_{kind}", self._arithmetic)(instruction, mask)
+        except (KeyError, NotImplementedError):
+            raise PtxError(f"unsupported PTX instruction {instruction.name}: {instruction.text}") from None
 
     # Registers
 
@@ -167,12 +166,12 @@ class Blocks:
         """As ``dtype``, ``[blocks, threads]`` or what broadcasts to that. What was never written has any bits."""
         if isinstance(operand, int):
             return constant(operand, dtype)
-        value = self.registers.get(operand)  # type: ignore[arg-type]
+        value = self.registers.get(operand)
         if value is None:
-            special = self.specials.get(operand)  # type: ignore[arg-type]
+            special = self.specials.get(operand)
             if special is not None:
                 return special.astype(dtype)
-            return constant(0xDEADBEEFDEADBEEF, np.dtype(self.program.width(operand))).astype(dtype)  # type: ignore[arg-type]
+            return constant(0xDEADBEEFDEADBEEF, np.dtype(self.program.width(operand))).astype(dtype)
         if value.dtype == dtype:
             return value
         if value.dtype.itemsize == dtype.itemsize and dtype != np.bool_ and value.dtype != np.bool_:
@@ -226,22 +225,19 @@ class Blocks:
         elif kind == "pred" or kind in INTEGERS:
             dtype = np.dtype(bool) if kind == "pred" else INTEGERS[kind]
             result = self._of_integers(name, instruction, dtype)
-        elif kind in ("s16x2", "u16x2") and name in BINARY:
+        elif kind in ("s16x2", "u16x2"):
             words = (np.broadcast_to(self.read(each, INTEGERS["u32"]), self.shape) for each in operands[1:])
             halves = [np.ascontiguousarray(each).view(np.int16 if kind[0] == "s" else np.uint16) for each in words]
-            both = (np.maximum if name == "max" else np.minimum if name == "min" else BINARY[name])(*halves)
-            return self.write(operands[0], np.ascontiguousarray(both).view(np.uint32), mask)
+            return self.write(operands[0], np.ascontiguousarray(BINARY[name](*halves)).view(np.uint32), mask)
         else:
-            result = None
-        if result is None:
-            raise PtxError(f"unsupported PTX instruction {instruction.name}: {instruction.text}")
+            raise NotImplementedError
         if kind in INTEGERS or kind == "pred":
             self.write(operands[0], np.asarray(result), mask)
         else:
             self.write_floats(operands[0], np.asarray(result), kind, mask)
         return None
 
-    def _of_integers(self, name: str, instruction: Instruction, dtype: np.dtype[Any]) -> Array | None:
+    def _of_integers(self, name: str, instruction: Instruction, dtype: np.dtype[Any]) -> Array:
         operands = instruction.operands[1:]
         if name in ("mul", "mad"):
             return self._product(instruction, dtype)
@@ -256,12 +252,8 @@ class Blocks:
         if name in ("shl", "shr", "bfe"):
             return self._shifted(name, operands, dtype)
         values = [self.read(operand, dtype) for operand in operands]
-        if name in UNARY and len(values) == 1:
+        if name in UNARY:
             return np.asarray(UNARY[name](values[0]))
-        if name in BINARY:
-            if name in ("max", "min"):
-                return np.asarray((np.maximum if name == "max" else np.minimum)(*values))
-            return np.asarray(BINARY[name](*values))
         if name in ("div", "rem"):  # towards zero
             a, b = values
             quotient = a // b
@@ -269,7 +261,7 @@ class Blocks:
             return np.asarray(quotient if name == "div" else a - quotient * b)
         if name == "prmt":
             return _permuted(*(np.asarray(value, np.uint64) for value in values))
-        return None
+        return np.asarray(BINARY[name](*values))
 
     def _product(self, instruction: Instruction, dtype: np.dtype[Any]) -> Array:
         a, b = (self.read(operand, dtype) for operand in instruction.operands[1:3])
@@ -320,14 +312,12 @@ class Blocks:
 
     def _selp(self, instruction: Instruction, mask: Array | None) -> None:
         dtype = np.dtype(f"u{int(instruction.parts[-1][1:]) // 8}")
-        result = self._of_integers("selp", instruction, dtype)
-        assert result is not None
-        self.write(instruction.operands[0], result, mask)
+        self.write(instruction.operands[0], self._of_integers("selp", instruction, dtype), mask)
 
     def _setp(self, instruction: Instruction, mask: Array | None) -> None:
         comparison, kind = instruction.parts[1], instruction.parts[-1]
         if len(instruction.operands) != 3:
-            raise PtxError(f"unsupported PTX instruction: {instruction.text}")
+            raise NotImplementedError
         if kind in INTEGERS:
             a, b = (self.read(each, INTEGERS[kind]) for each in instruction.operands[1:])
             result = COMPARE[comparison](a, b)
@@ -360,10 +350,8 @@ class Blocks:
                 small = np.clip(value, limits.min, limits.max).astype(INTEGERS[target])
                 value = np.where(value >= limits.max, limits.max, small)
             self.write(instruction.operands[0], value.astype(INTEGERS[target]), mask)
-        elif target in FLOATS or target in ("bf16", "bf16x2", "f16x2"):
-            self.write_floats(instruction.operands[0], rounding(value) if rounding else value, target, mask)
         else:
-            raise PtxError(f"unsupported PTX instruction {instruction.name}: {instruction.text}")
+            self.write_floats(instruction.operands[0], rounding(value) if rounding else value, target, mask)
 
     # Between threads
 
@@ -373,19 +361,16 @@ class Blocks:
         by, limits = (self.read(each, INTEGERS["u32"]).astype(np.int64) for each in instruction.operands[2:4])
         lane = np.arange(self.shape[1]) % 32
         segment, last = limits >> 8 & 31, limits & 31
-        greatest = lane & segment | last & ~segment
-        from_lane = {"bfly": lane ^ by, "idx": lane & segment | by & ~segment, "down": lane + by, "up": lane - by}[mode]
-        inside = from_lane >= greatest if mode == "up" else from_lane <= greatest
+        from_lane = {"bfly": lane ^ by, "idx": lane & segment | by & ~segment}[mode]
+        inside = from_lane <= (lane & segment | last & ~segment)
         from_lane = np.where(inside, from_lane, lane) + np.arange(self.shape[1]) // 32 * 32
         self.write(instruction.operands[0], np.take_along_axis(value, np.broadcast_to(from_lane, self.shape), 1), mask)
 
     def _bar(self, instruction: Instruction, mask: Array | None) -> None:
         whole = instruction.parts[1] != "warp"
         if whole and (len(instruction.operands) > 1 or mask is not None):
-            raise PtxError(f"unsupported barrier of some threads: {instruction.text}")
+            raise NotImplementedError  # a barrier of some threads
         self.shared.barrier(whole)
-        if self.shared.statistics is not None:
-            self.shared.statistics["barriers"] += len(self.blocks) * whole
 
     _barrier = _bar
 
@@ -408,7 +393,6 @@ class Blocks:
 
     def _ld(self, instruction: Instruction, mask: Array | None) -> None:
         target, address = instruction.operands[:2]
-        assert isinstance(address, Address)
         if instruction.parts[1] == "param":
             return self.write(target, constant(self.arguments[str(address.base)], INTEGERS["u64"]))
         targets = target if isinstance(target, tuple) else (target,)
@@ -422,7 +406,7 @@ class Blocks:
         elif instruction.parts[1] == "global":
             found = self.heap.read(at, size, self.blocks[block], instruction.text, self.ordered)
         else:
-            raise PtxError(f"unsupported PTX instruction {instruction.name}: {instruction.text}")
+            raise NotImplementedError
         values = np.zeros((self.shape[0] * self.shape[1], size), np.uint8)
         values[chosen] = found
         for i, each in enumerate(targets):
@@ -432,7 +416,6 @@ class Blocks:
 
     def _st(self, instruction: Instruction, mask: Array | None) -> None:
         address, source = instruction.operands[:2]
-        assert isinstance(address, Address)
         sources = source if isinstance(source, tuple) else (source,)
         kind = instruction.parts[-1]
         dtype = INTEGERS.get(kind) or FLOATS[kind]
@@ -447,51 +430,33 @@ class Blocks:
         elif instruction.parts[1] == "global":
             self.heap.write(at, values, self.blocks[block], instruction.text)
         else:
-            raise PtxError(f"unsupported PTX instruction {instruction.name}: {instruction.text}")
+            raise NotImplementedError
 
     def _atom(self, instruction: Instruction, mask: Array | None) -> None:
-        """One thread after the other."""
-        bare = instruction.parts[0] == "red"
-        address, *sources = instruction.operands if bare else instruction.operands[1:]
-        assert isinstance(address, Address)
+        """A sum of integers, one thread after the other. Sums of floats have no fixed order."""
+        target, address, source = instruction.operands
         kind = instruction.parts[-1]
-        name = next(part for part in instruction.parts if part in ("add", "max", "min", "and", "or", "xor", "exch",
-                                                                   "cas", "inc") or part == kind)  # fmt: skip
-        if "global" not in instruction.parts or kind not in INTEGERS or name not in (*BINARY, "exch", "cas"):
-            # Sums of floats have no fixed order either.
-            raise PtxError(f"unsupported PTX instruction {instruction.name}: {instruction.text}")
+        if not {"global", "add"} <= set(instruction.parts) or kind not in INTEGERS:
+            raise NotImplementedError
         dtype = INTEGERS[kind]
         at, _, _, chosen = self._active(address, mask)
         self.heap.check(at, dtype.itemsize, instruction.text)
-        values = [np.broadcast_to(self.read(each, dtype), self.shape).reshape(-1)[chosen] for each in sources]
-        memory = self.heap.data.view(dtype)
-        combine: Any = {"max": np.maximum, "min": np.minimum}.get(name) or BINARY.get(name)
-        if bare:
-            combine.at(memory, at // dtype.itemsize, values[0])
-        else:
-            old = np.zeros(self.shape[0] * self.shape[1], dtype)
-            threads = np.arange(len(old))[chosen]
-            for i, (thread, place) in enumerate(zip(threads, at // dtype.itemsize, strict=True)):
-                old[thread] = memory[place]
-                if combine is not None:
-                    memory[place] = combine(memory[place], values[0][i])
-                elif name == "exch" or memory[place] == values[0][i]:
-                    memory[place] = values[-1][i]
-            self.write(instruction.operands[0], old.reshape(self.shape), mask)
+        values = np.broadcast_to(self.read(source, dtype), self.shape).reshape(-1)[chosen]
+        old, memory = np.zeros(self.shape[0] * self.shape[1], dtype), self.heap.data.view(dtype)
+        for thread, place, value in zip(np.arange(len(old))[chosen], at // dtype.itemsize, values, strict=True):
+            old[thread] = memory[place]
+            memory[place] += value
+        self.write(target, old.reshape(self.shape), mask)
         self.ordered = True
-
-    _red = _atom
 
     def _cp(self, instruction: Instruction, mask: Array | None) -> None:
         if instruction.parts[1] != "async" or "bulk" in instruction.parts or "mbarrier" in instruction.parts:
-            raise PtxError(f"unsupported PTX instruction {instruction.name}: {instruction.text}")
+            raise NotImplementedError
         if instruction.parts[2] == "commit_group":
             self.copies.append([])
             return
-        if instruction.parts[2] in ("wait_group", "wait_all"):
-            if instruction.parts[2] == "wait_all":
-                self.copies.append([])
-            pending = int(instruction.operands[0]) if instruction.operands else 0  # type: ignore[arg-type, call-overload]
+        if instruction.parts[2] == "wait_group":
+            pending = int(instruction.operands[0])
             # The last entry is of copies that are not committed.
             while len(self.copies) - 1 > pending:
                 for places, values, thread in self.copies.pop(0):
@@ -499,16 +464,14 @@ class Blocks:
                     self.shared.write(places, values, thread, instruction.text, copied=True)
             return
         target, source = instruction.operands[:2]
-        assert isinstance(target, Address)
-        assert isinstance(source, Address)
-        size = int(instruction.operands[2])  # type: ignore[arg-type, call-overload]
+        size = int(instruction.operands[2])
         at, block, thread, chosen = self._active(target, mask)
         wanted = np.full(self.shape, size)
         if len(instruction.operands) > 3:
             wanted = np.broadcast_to(self.read(instruction.operands[3], INTEGERS["u32"]), self.shape)
         wanted = wanted.reshape(-1)[chosen]
         if not np.isin(wanted, (0, size)).all():
-            raise PtxError(f"unsupported cp.async of a part: {instruction.text}")
+            raise NotImplementedError  # a copy of a part
         values = np.zeros((len(at), size), np.uint8)
         origin = self._active(source, mask)[0]
         full = wanted == size
@@ -532,7 +495,7 @@ def _targets(instruction: Instruction) -> tuple[str, ...]:
     return first if isinstance(first, tuple) else (first,) if isinstance(first, str) else ()
 
 
-def _of_floats(name: str, values: list[Array]) -> Array | None:
+def _of_floats(name: str, values: list[Array]) -> Array:
     dtype = np.result_type(*values)
     if name == "fma":
         a, b, c = (value.astype(np.float64) for value in values)
@@ -541,10 +504,8 @@ def _of_floats(name: str, values: list[Array]) -> Array | None:
         return np.asarray((np.multiply if name == "mul" else np.divide)(*values))
     if name in BINARY:
         return np.asarray(BINARY[name](*values))
-    if name in UNARY:
-        wide = values[0] if name in ("abs", "neg") else values[0].astype(np.float64)
-        return np.asarray(UNARY[name](wide)).astype(dtype)
-    return None
+    wide = values[0] if name in ("abs", "neg") else values[0].astype(np.float64)
+    return np.asarray(UNARY[name](wide)).astype(dtype)
 
 
 def _permuted(a: Array, b: Array, selector: Array) -> Array:
@@ -560,8 +521,8 @@ def _permuted(a: Array, b: Array, selector: Array) -> Array:
 
 def run(program: Program, heap: Heap, arguments: dict[str, int], grid: tuple[int, int, int], shared: int,
         faults: Counter[str], statistics: Counter[str] | None = None, at_once: int = 4096) -> None:  # fmt: skip
-    """All blocks of a launch, about ``at_once`` threads at a time. ``statistics``: counts barriers, and passes
-    through shared memory ("wavefronts"), of all blocks together."""
+    """All blocks of a launch, about ``at_once`` threads at a time. ``statistics``: counts passes through shared memory
+    ("wavefronts") of all blocks together."""
     total = int(np.prod(grid))
     step = max(1, at_once // program.threads)
     for first in range(0, total, step):

@@ -128,7 +128,7 @@ def _operand(text: str) -> Operand:
         return tuple(_operand(each) for each in _split(text[1:-1]))
     if text[0] == "[":
         base, _, offset = text[1:-1].replace(" ", "").partition("+")
-        return Address(_operand(base), int(offset or "0", 0))  # type: ignore[arg-type]
+        return Address(_operand(base), int(offset or "0", 0))
     if text == "global_smem":
         return 0
     if match := re.fullmatch(r"0[fFdD]([0-9A-Fa-f]+)", text):

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -130,14 +130,6 @@ class LocalCluster:
         )  # fmt: skip
         assert ran.returncode == 0, ran.stderr
 
-    def exported(self) -> str:
-        """What the Prometheus exporters of the nodes that are alive tell."""
-        import ray
-
-        alive = [node for node in ray.nodes() if node["Alive"]]
-        exporters = [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in alive]
-        return "".join(httpx.get(url, timeout=WAIT_S).text for url in exporters)
-
 
 @contextmanager
 def local_cluster() -> Iterator[LocalCluster]:
@@ -177,23 +169,16 @@ def local_cluster() -> Iterator[LocalCluster]:
                 os.environ[name] = value
 
 
-@dataclass
 class Load:
-    """Threads that draw until told to stop, each image of a few seeds over and over, and try again when they must."""
+    """Threads that generate until told to stop, each image of a few seeds over and over, and retry what fails."""
 
-    url: str
-    threads: int
-    steps: int
-    seeds: int = 5
-    answered: int = 0
-    retries: list[str] = field(default_factory=list)
-    lost: list[str] = field(default_factory=list)
-    images: dict[int, set[bytes]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, url: str, threads: int, steps: int, seeds: int) -> None:
+        self.url, self.steps, self.seeds = url, steps, seeds
+        self.images: list[tuple[int, bytes]] = []  # seed and file, of each answer
+        self.retries: list[str] = []
+        self.lost: list[int] = []
         self._stop = threading.Event()
-        self._workers = [threading.Thread(target=self._work, args=(i,), daemon=True) for i in range(self.threads)]
+        self._workers = [threading.Thread(target=self._work, args=(i,), daemon=True) for i in range(threads)]
 
     def __enter__(self) -> Load:
         for worker in self._workers:
@@ -208,39 +193,30 @@ class Load:
 
     def more(self, answers: int) -> None:
         """Return when so many more requests have been answered."""
-        goal = self.answered + answers
-        until(lambda: self.answered >= goal, f"{answers} more answers")
+        goal = len(self.images) + answers
+        until(lambda: len(self.images) >= goal, f"{answers} more answers")
 
-    def _work(self, number: int) -> None:
+    def _work(self, seed: int) -> None:
         with httpx.Client(base_url=self.url, timeout=WAIT_S) as client:
-            seed = number
             while not self._stop.is_set():
                 seed = (seed + 1) % self.seeds
-                image = self._draw(client, seed)
-                with self._lock:
-                    if image is None:
-                        self.lost.append(f"seed {seed}")
-                    else:
-                        self.answered += 1
-                        self.images.setdefault(seed, set()).add(image)
+                deadline = time.monotonic() + WAIT_S / 2
+                while why := self._failure(client, seed):
+                    self.retries.append(why)
+                    if time.monotonic() > deadline:
+                        self.lost.append(seed)
+                        break
+                    time.sleep(0.2)
 
-    def _draw(self, client: httpx.Client, seed: int) -> bytes | None:
-        deadline = time.monotonic() + WAIT_S / 2
-        while time.monotonic() < deadline:
-            try:
-                answer = draw(client, seed, self.steps)
-            except httpx.TransportError as error:
-                why = type(error).__name__
-            else:
-                if answer.status_code == 200:
-                    return answer.content
-                why = f"{answer.status_code} {answer.text[:300]}"
-                if answer.status_code < 500 and answer.status_code != 429:
-                    break
-            with self._lock:
-                self.retries.append(why)
-            time.sleep(0.2)
-        return None
+    def _failure(self, client: httpx.Client, seed: int) -> str:
+        try:
+            answer = draw(client, seed, self.steps)
+        except httpx.TransportError as error:
+            return type(error).__name__
+        if answer.status_code != 200:
+            return f"{answer.status_code} {answer.text[:300]}"
+        self.images.append((seed, answer.content))
+        return ""
 
 
 def draw(client: httpx.Client, seed: int, steps: int) -> httpx.Response:

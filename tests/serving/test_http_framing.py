@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import socket
 from collections.abc import Iterator
@@ -95,45 +94,14 @@ def test_a_stream_to_http_1_0_ends_with_its_connection(client: httpx.Client, pat
     assert events[-1].startswith(b"event: image_generation.completed\ndata: {")
 
 
-@pytest.mark.parametrize("name", ["gzip", "x-gzip", "GZIP"])
-def test_a_gzip_body_is_decoded(client: httpx.Client, name: str) -> None:
-    status, answer = post(client, gzip.compress(BODY, mtime=0), f"Content-Encoding: {name}")
-    assert (status, json.loads(answer)["seed"]) == (200, 3)
-
-
-def test_a_gzip_body_in_chunks_is_decoded(client: httpx.Client) -> None:
-    packed = gzip.compress(BODY, mtime=0)
-    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in packed)
-    head = b"POST /generate HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\nContent-Encoding: gzip\r\n\r\n"
-    assert exchange(client, head + chunks + b"0\r\n\r\n")[0] == 200
-
-
 @pytest.mark.parametrize(
     ("body", "encoding", "status"),
-    [
-        (gzip.compress(b" " * 5000, mtime=0), "gzip", 413),
-        (gzip.compress(b" " * 50_000_000, mtime=0), "gzip", 413),
-        (gzip.compress(BODY + b" " * (4096 - len(BODY)), mtime=0), "gzip", 200),
-        (gzip.compress(BODY, mtime=0)[:-4], "gzip", 400),
-        (gzip.compress(BODY, mtime=0) + b"x", "gzip", 400),
-        (gzip.compress(BODY, mtime=0) * 2, "gzip", 400),
-        (BODY, "gzip", 400),
-        (BODY, "br", 415),
-        (BODY, "gzip, gzip", 415),
-        (BODY, "identity", 200),
-        (b"\xef\xbb\xbf" + BODY, "identity", 200),
-    ],
+    [(BODY, "identity", 200), (b"\xef\xbb\xbf" + BODY, "", 200), (BODY, "gzip", 415), (BODY, "br", 415)],
 )
-def test_decoded_bodies_are_bounded_and_whole(client: httpx.Client, body: bytes, encoding: str, status: int) -> None:
-    found, answer = post(client, body[:4096] if status != 413 else body[:4000], f"Content-Encoding: {encoding}")
+def test_bodies_are_sent_as_they_are(client: httpx.Client, body: bytes, encoding: str, status: int) -> None:
+    found, answer = post(client, body, f"Content-Encoding: {encoding}")
     assert found == status
-    if status == 415:
-        assert b"gzip" in answer
-
-
-def test_a_class_id_of_thousands_of_digits_is_named(client: httpx.Client) -> None:
-    status, answer = post(client, b'{"steps": 1, "class_id": ' + b"9" * 4000 + b"}")
-    assert (status, json.loads(answer)["error"]["field"]) == (422, "class_id")
+    assert status == 200 or json.loads(answer)["error"]["code"] == "unsupported_encoding"
 
 
 def test_image_jpg_is_accepted(client: httpx.Client) -> None:
@@ -149,12 +117,6 @@ def test_seeds_of_other_tools(client: httpx.Client, seed: int | None) -> None:
     found = json.loads(answer)["seed"]
     assert status == 200
     assert found == seed if seed is not None and seed >= 0 else 0 <= found < 2**32
-
-
-def test_seeds_wrap(client: httpx.Client) -> None:
-    images = {json.loads(post(client, b'{"class_id": 1, "steps": 1, "seed": %d}' % seed)[1])["images"][0]
-              for seed in (5, 5 + 2**32)}  # fmt: skip
-    assert len(images) == 1
 
 
 def test_localhost_is_every_loopback_address() -> None:

@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import huggingface_hub
 import numpy as np
 import pytest
-from autoencoders import IMAGE_SIZE, LATENT, save_autoencoder_kl, save_autoencoder_tiny, write_latent
+from autoencoders import IMAGE_SIZE, LATENT, save_autoencoder_kl, write_latent
 from PIL import Image
 from serving_harness import Engine, live_server, sample, started_engine, until
 from tiny import TINY, write_tiny
 
 from robuq_core.checkpoint import CheckpointError
-from robuq_core.export_hub import export_hub
 from robuq_core.pipeline import RowSpec, Sampler
 from server.keys import create_key
 from server.launch import memory_file
@@ -103,15 +101,3 @@ def test_a_swap_to_latents_without_a_decoder_is_told_and_changes_nothing(
 def test_a_start_without_a_decoder_names_the_setting(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"--decoder, ROBUQ_DECODER"):
         loaded({**OPTIONS, "checkpoint": str(folder / "latent.safetensors")})
-
-
-def test_the_checkpoint_setting_takes_what_the_library_takes(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    commit = "f" * 40
-    export_hub(folder / "latent.safetensors", tmp_path / commit, licence="mit")
-    save_autoencoder_tiny(tmp_path / commit / "vae")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path / commit))
-    for checkpoint in ("someone/tiny", str(tmp_path / commit)):
-        sampler = loaded({**OPTIONS, "checkpoint": checkpoint})
-        assert (sampler.checkpoint_name, sampler.decoder.name) == ("latent", "vae")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,19 +65,14 @@ def client(cluster: LocalCluster) -> Iterator[httpx.Client]:
         yield client
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        *("/", "/health", "/ready", "/info", "/classes?query=3", "/queue", "/metrics", "/openapi.json", "/v1/models"),
-    ],
-)
+@pytest.mark.parametrize("path", ["/", "/health", "/ready", "/info", "/queue", "/metrics", "/openapi.json"])
 def test_the_routes_are_those_of_the_server(client: httpx.Client, alone: TestClient, path: str) -> None:
     answer, expected = client.get(path), alone.get(path)
     assert answer.status_code == expected.status_code == 200
     assert answer.headers.get_list("x-request-id") != []
     # But for what Ray's proxies and their HTTP server add.
     assert set(answer.headers) - {"date", "server"} == set(expected.headers)
-    if path not in ("/metrics", "/v1/models"):  # which tell the time
+    if path != "/metrics":
         assert answer.content == expected.content
 
 
@@ -89,18 +83,13 @@ def test_a_request_has_one_id(client: httpx.Client) -> None:
     assert len(set(answer.headers.get_list("x-request-id"))) == 2
 
 
-def test_what_is_wrong_is_told_as_by_the_server(client: httpx.Client, alone: TestClient) -> None:
-    answer, expected = (it.post("/generate", json={"class_id": 4711}) for it in (client, alone))
-    assert answer.status_code == expected.status_code == 422
-    assert answer.json() == expected.json()
-
-
-@pytest.mark.parametrize("seed", range(SEEDS))
-def test_a_seed_has_the_bytes_that_it_has_in_one_process(client: httpx.Client, alone: TestClient, seed: int) -> None:
-    answer, expected = draw(client, seed, STEPS), draw(alone, seed, STEPS)
-    assert answer.status_code == 200, answer.text
-    assert answer.content.startswith(b"\x89PNG")
-    assert answer.content == expected.content
+def test_a_seed_has_the_bytes_that_it_has_in_one_process(client: httpx.Client, alone: TestClient) -> None:
+    for seed in range(SEEDS):
+        answer, expected = draw(client, seed, STEPS), draw(alone, seed, STEPS)
+        assert answer.status_code == 200, answer.text
+        assert answer.content == expected.content
+    wrong, expected = (it.post("/generate", json={"class_id": 4711}) for it in (client, alone))
+    assert (wrong.status_code, wrong.json()) == (422, expected.json())
 
 
 def test_progress_is_streamed_and_a_client_that_hangs_up_frees_its_rows(client: httpx.Client) -> None:
@@ -130,7 +119,6 @@ def test_replicas_follow_the_work_and_a_lost_node_costs_retries_alone(cluster: L
     with Load(cluster.url, threads=8, steps=STEPS, seeds=SEEDS) as load:
         until(lambda: replicas() == 2, "a second replica")
         load.more(30)
-        until(lambda: len(told_by(cluster.exported())) == 2, "series of both replicas")
         undisturbed = list(load.retries)
         cluster.lose_worker()
         load.more(60)
@@ -140,16 +128,10 @@ def test_replicas_follow_the_work_and_a_lost_node_costs_retries_alone(cluster: L
     assert undisturbed == []
     assert load.retries, "the node had nothing under way, so its loss shows nothing"
     assert load.lost == []
-    expected = {seed: {draw(alone, seed, STEPS).content} for seed in range(SEEDS)}
-    assert load.images == expected
+    expected = {(seed, draw(alone, seed, STEPS).content) for seed in range(SEEDS)}
+    assert set(load.images) == expected
     with Load(cluster.url, threads=1, steps=STEPS, seeds=SEEDS) as little:
         until(lambda: replicas() == 1, "a single replica")
         little.more(2 * SEEDS)
     assert (little.retries, little.lost) == ([], []), "a replica that is not needed any more is drained"
-    assert little.images == expected
-
-
-def told_by(exposition: str) -> set[str]:
-    """Replicas that have answered requests, by the exporters of the nodes."""
-    series = r'^ray_robuq_requests_total\{.*finished_reason="completed".*replica="([^"]+)".*\} [1-9]'
-    return set(re.findall(series, exposition, re.M))
+    assert set(little.images) == expected

@@ -47,7 +47,7 @@ def found(monkeypatch: pytest.MonkeyPatch) -> dict[str, Gauge]:
     return Gauge.made
 
 
-def test_every_sample_is_told_as_it_is(found: dict[str, Gauge]) -> None:
+def test_every_sample_is_published_as_it_is(found: dict[str, Gauge]) -> None:
     metrics = Metrics(max_batch_rows=4)
     metrics.watch("requests_running", lambda: 2)
     metrics.watch("requests_waiting", lambda: 3)
@@ -123,10 +123,4 @@ def test_ray_can_run_a_copy_without_this_package() -> None:
     tree = ast.parse(Path(ray_support.__file__).read_text())
     modules = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     modules += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
-    assert {module.split(".")[0] for module in modules} <= {
-        "__future__",
-        "typing",
-        "random",
-        "prometheus_client",
-        "ray",
-    }
+    assert {name.split(".")[0] for name in modules} <= {"__future__", "typing", "random", "prometheus_client", "ray"}

@@ -122,21 +122,11 @@ def test_the_first_may_leave_and_the_last_ends_the_work() -> None:
 
 def test_a_short_deadline_is_that_of_its_own_request_alone() -> None:
     sampler = WatchedSampler()
-    with live_server(sampler, **ON) as (client, engine), ThreadPoolExecutor(2) as pool:
+    with live_server(sampler, **ON) as (client, _), ThreadPoolExecutor(1) as pool:
         sampler.hold()
         patient = pool.submit(post, client, BODY)
         assert sampler.entered.acquire(timeout=WAIT_S)
         assert post(client, BODY | {"timeout_s": 0.05}).status_code == 504
-        sampler.release()
-        assert patient.result().status_code == 200
-        # The other way round: the one that began it gives up, and the patient one begins again.
-        sampler.hold()
-        hasty = pool.submit(post, client, BODY | {"seed": 8})
-        assert sampler.entered.acquire(timeout=WAIT_S)
-        patient = pool.submit(post, client, BODY | {"seed": 8})
-        until(lambda: sample(engine, "robuq_cache_requests_total", outcome="shared") == 2)
-        engine.call(lambda: engine.pool.cancel(next(iter(engine.pool._fleet.requests)), "timeout"))
-        assert hasty.result().status_code == 504
         sampler.release()
         assert patient.result().status_code == 200
 

@@ -1,4 +1,4 @@
-"""The command line mirrors the settings: an option and a variable for each, the option wins; and the keys' commands."""
+"""The command line: an option and a variable for each setting, the commands of keys, the calculator of capacity."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from robuq_core.errors import UserError
 from server import cli
+from server.capacity import replicas_for
 from server.keys import create_key, read_keys
 from server.settings import Settings, load_settings
 
@@ -118,3 +121,49 @@ def test_the_commands_of_keys(tmp_path: Path) -> None:
     assert alice.sha256 not in table
     assert run("revoke", "alice")[0] == 0
     assert read_keys(path) == ()
+
+
+RATES = st.floats(1e-3, 1e6)
+
+
+@given(RATES, RATES, st.floats(0.05, 0.95))
+def test_enough_replicas_and_not_one_too_many(rate: float, each: float, utilisation: float) -> None:
+    needed = replicas_for(rate, each, utilisation)
+    assert needed >= 1
+    assert rate / (needed * each) <= utilisation * (1 + 1e-6)
+    if needed > 1:
+        assert rate / ((needed - 1) * each) > utilisation
+
+
+def test_a_rate_that_fits_exactly_needs_no_more() -> None:
+    assert replicas_for(0.7 * 3 * 0.1, 0.1, 0.7) == 3
+    assert (replicas_for(7.0, 1.0), replicas_for(7.1, 1.0)) == (10, 11)
+
+
+def planned(*options: str) -> tuple[int, str]:
+    result = CliRunner().invoke(cli.app, ["capacity", *options], env={"COLUMNS": "200"})
+    return result.exit_code, result.output
+
+
+def test_the_command_plans() -> None:
+    code, output = planned("--rate", "20", "--images-per-second", "12.5")
+    assert code == 0, output
+    assert "4, 1 of them spare" in output  # ceil(20 / (0.7 * 12.5)) = 3
+    assert "40% (53% with 1 lost)" in output
+    guide = (Path(__file__).parents[2] / "docs" / "deployment.md").read_text()
+    (command,) = re.findall(r"^robuq-serve capacity ([^#\n]*)", guide, re.M)
+    assert planned(*command.split())[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("--rate", "0"), ("--rate", "nan"), ("--images-per-second", "0"), ("--images-per-second", "inf")),
+        *(("--utilisation", "1"), ("--utilisation", "0")),
+    ],
+)
+def test_what_the_command_does_not_take_is_named(option: str, value: str) -> None:
+    code, output = planned("--rate", "3", "--images-per-second", "3", option, value)
+    assert code == 2
+    assert option in output
+    assert "Traceback" not in output

@@ -81,18 +81,6 @@ def test_a_step_is_measured_by_the_rows_that_ran_the_blocks() -> None:
     assert [size for size, _ in stepper.take_measured()] == [6, 2, 2, 0]
 
 
-def test_steps_that_reuse_blocks_do_not_win_the_budget_back() -> None:
-    stepper, spec = Stepper(16), RowSpec(0, 0, 2 * GROW_AFTER + 4, 1.5, "ddim")
-    stepper.budget.out_of_memory(16)
-    rows = [Cached(spec) for _ in range(4)]
-    for _ in range(2 * GROW_AFTER - 2):
-        stepper.step(FakeSampler(), rows)
-    assert stepper.budget.rows == 8
-    for _ in range(2):
-        stepper.step(FakeSampler(), rows)
-    assert stepper.budget.rows == 9
-
-
 def test_no_memory_halves_the_budget_and_full_forwards_win_it_back() -> None:
     card = Card(room=5)
     stepper = Stepper(16)
@@ -167,14 +155,3 @@ def test_a_target_time_is_kept_and_one_slow_step_does_not_keep_batches_small(
     assert 0.7 * most <= budget.admitted <= most + 1
     assert most == 1 or late <= most
     assert budget.rows == 32  # batches under way are not divided for it
-
-
-def test_the_speed_is_that_of_full_forwards() -> None:
-    budget = RowBudget(8)
-    budget.fitted(2, 0.01)
-    assert budget.rows_per_s == 0
-    budget.restart(8, 0.02)
-    for _ in range(50):
-        budget.fitted(7, 0.07)
-        budget.fitted(2, 0.001)
-    assert budget.rows_per_s == pytest.approx(100, rel=0.01)

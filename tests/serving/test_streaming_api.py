@@ -186,16 +186,3 @@ def test_a_stream_in_flight_ends_whole_before_the_process_does(tmp_path: Path) -
         events = parse(text + "".join(chunks))
         assert events[-1][0] == "image_generation.completed"
         assert process.wait(WAIT_S) == 0
-
-
-def test_a_stream_past_the_drain_gets_its_error() -> None:
-    with (
-        serving("--drain-timeout-s", "0.2") as (process, client),
-        client.stream("POST", "/generate", json={"class_id": 1, "steps": 1000, "stream": True}) as answer,
-    ):
-        chunks = answer.iter_text()
-        text = next(chunks)
-        process.send_signal(signal.SIGTERM)
-        name, data = parse(text + "".join(chunks))[-1]
-        assert (name, data["error"]["code"]) == ("error", "draining")
-        assert process.wait(WAIT_S) == 0

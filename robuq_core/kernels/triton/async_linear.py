@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from robuq_core.kernels.triton.elementwise import UNPACK, gelu, tf32_parts
+from robuq_core.kernels.triton.config import MIN_ROWS, UNPACK, gelu, power_of_2, tf32_parts
 
 # Their source serves both languages.
 _gelu, _tf32_parts = gluon.jit(gelu.fn), gluon.jit(tf32_parts.fn)
@@ -26,10 +26,11 @@ _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 # Rows that are finished at once: what the rest of the tile does not leave registers for has to wait.
 PIECE = gl.constexpr(16)
 # A row of the low-rank factor in shared memory has at most 128 bytes.
-MAX_RANK = 32
+MAX_RANK, LEAST_RANK = 32, gl.constexpr(MIN_ROWS)
 MAX_UNROLL, STAGES = 12, 4
 
 
+@gluon.constexpr_function
 def unrolled(groups: int) -> int:
     """Products of one pass of the loop: at its end the next digits are not unpacked ahead. Whole turns of the ring are
     best, as its places are constants then."""
@@ -78,21 +79,13 @@ def _fetch(codes_ring, planar_ring, place, codes_ptrs, planar_ptrs, group, GROUP
 
 
 @gluon.jit
-def _halves(total):  # type: ignore[no-untyped-def]
-    """``[OUTPUTS, n]`` as its first and its last n / 2 columns."""
-    OUTPUTS: gl.constexpr = total.shape[0]
-    HALF: gl.constexpr = total.shape[1] // 2
-    low, high = gl.split(gl.permute(gl.reshape(total, [OUTPUTS, 2, HALF]), (0, 2, 1)))
-    return low, high
-
-
-@gluon.jit
 def _pieces(total, PIECE: gl.constexpr, layout: gl.constexpr):  # type: ignore[no-untyped-def]
     """``[OUTPUTS, n PIECE]`` as a tuple of ``[OUTPUTS, PIECE]``, from the first rows on."""
     if total.shape[1] == PIECE:
         return (gl.convert_layout(total, layout, assert_trivial=True),)
     else:
-        low, high = _halves(total)
+        HALF: gl.constexpr = total.shape[1] // 2
+        low, high = gl.split(gl.permute(gl.reshape(total, [total.shape[0], 2, HALF]), (0, 2, 1)))
         return _pieces(low, PIECE, layout) + _pieces(high, PIECE, layout)
 
 
@@ -113,16 +106,16 @@ def async_linear_kernel(  # type: ignore[no-untyped-def]
     N,
     K: gl.constexpr,
     RANK: gl.constexpr,
-    RANK_TILE: gl.constexpr,
     EPILOGUE: gl.constexpr,
     ROWS: gl.constexpr,
     OUTPUTS: gl.constexpr,
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
-    UNROLL: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     GROUPS: gl.constexpr = K // 128
+    UNROLL: gl.constexpr = unrolled(GROUPS)
+    RANK_TILE: gl.constexpr = power_of_2(RANK, LEAST_RANK)
     sums_layout: gl.constexpr = _product_layout(ROWS, 32, num_warps)
     digits_layout: gl.constexpr = gl.DotOperandLayout(0, sums_layout, 4)
     packed_layout: gl.constexpr = _packed_layout(OUTPUTS, num_warps)

@@ -18,14 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from robuq_core.kernels.triton.config import LaunchConfig, launching, next_power_of_2, round_up
-from robuq_core.kernels.triton.elementwise import rounded_for
+from robuq_core.kernels.triton.config import MIN_DEPTH, MIN_ROWS, LaunchConfig, launching, power_of_2, rounded
 
-# An int8 product on the tensor cores takes at least 32 values of the inner dimension.
 # 255 * 127 * 65536 < 2^31.
-MIN_HEAD_TILE, MAX_HEAD_DIM, MAX_LENGTH = 32, 256, 2**16
+MAX_HEAD_DIM, MAX_LENGTH = 256, 2**16
 # What one kernel takes: its logits lie in registers.
 SHORT_LENGTH, SHORT_HEAD_DIM = 256, 128
+LEAST_DEPTH, LEAST_ROWS = tl.constexpr(MIN_DEPTH), tl.constexpr(MIN_ROWS)
 
 
 def is_short(head_dim: int, length: int, architecture: int) -> bool:
@@ -34,25 +33,11 @@ def is_short(head_dim: int, length: int, architecture: int) -> bool:
     return architecture == 90 and length <= SHORT_LENGTH and head_dim <= SHORT_HEAD_DIM
 
 
-def head_split(head_dim: int) -> tuple[int, int]:
-    """Values of a head in its two tiles, (72, 0) or (64, 8): a tile is a power of two of 32 or more."""
+@triton.constexpr_function
+def main_part(head_dim: int) -> int:
+    """Values of a head in its first tile, 72 or 64 of 64 + 8: a tile is a power of two of 32 or more."""
     main = 1 << (head_dim.bit_length() - 1)
-    return (main, head_dim - main) if main >= 64 and 0 < head_dim - main <= MIN_HEAD_TILE else (head_dim, 0)
-
-
-def short_constants(head_dim: int, length: int) -> dict[str, int]:
-    """Compile-time arguments of :func:`short_attention_kernel`, but for the launch shape."""
-    main, tail = head_split(head_dim)
-    return {
-        "LENGTH": length,
-        "KEYS": max(MIN_HEAD_TILE, next_power_of_2(length)),
-        "HEAD": head_dim,
-        "MAIN": main,
-        "MAIN_TILE": max(MIN_HEAD_TILE, next_power_of_2(main)),
-        "TAIL": tail,
-        "TAIL_TILE": MIN_HEAD_TILE,
-        "TAIL_OUT": max(16, next_power_of_2(tail)),
-    }
+    return main if main >= 64 and 0 < head_dim - main <= MIN_DEPTH else head_dim
 
 
 def short_config(length: int) -> LaunchConfig:
@@ -61,30 +46,14 @@ def short_config(length: int) -> LaunchConfig:
 
 
 def default_config(head_dim: int) -> LaunchConfig:
-    """Of :func:`attention_kernel`: queries and keys a tile."""
-    if head_dim > 128:
-        return LaunchConfig({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 2)
-    return LaunchConfig({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2)
+    """Of :func:`attention_kernel`: queries and keys per tile."""
+    wide = head_dim > 128
+    return LaunchConfig({"BLOCK_M": 64, "BLOCK_N": 32 if wide else 64}, 8 if wide else 4, 2)
 
 
 def quantize_config(head_dim: int) -> LaunchConfig:
     """Of :func:`quantize_heads_kernel`: tokens per program, each of which reads all of its head's V."""
-    return LaunchConfig({"BLOCK": 64 if head_tile(head_dim) <= 128 else 32}, 8, 1)
-
-
-def head_tile(head_dim: int) -> int:
-    return max(MIN_HEAD_TILE, next_power_of_2(head_dim))
-
-
-def constants(head_dim: int, length: int) -> dict[str, int]:
-    """Compile-time arguments of both kernels, but for the launch shape. A model has one ``length``."""
-    return {"LENGTH": length, "HEAD": head_dim, "HEAD_TILE": head_tile(head_dim)}
-
-
-@triton.jit
-def _round(x):  # type: ignore[no-untyped-def]
-    """To the nearest integer, ties to even, for |x| < 2^22."""
-    return (x + 12582912.0) - 12582912.0
+    return LaunchConfig({"BLOCK": 64 if head_dim <= 128 else 32}, 8, 1)
 
 
 @triton.jit
@@ -94,7 +63,7 @@ def _scaled(largest):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _quantized(x, scale):  # type: ignore[no-untyped-def]
-    return _round(tl.div_rn(x, scale)).to(tl.int8)
+    return rounded(tl.div_rn(x, scale)).to(tl.int8)
 
 
 @triton.jit
@@ -117,10 +86,10 @@ def quantize_heads_kernel(  # type: ignore[no-untyped-def]
     heads,
     LENGTH: tl.constexpr,
     HEAD: tl.constexpr,
-    HEAD_TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block of tokens of one head of one picture. ``padded``: tokens of the padded layout."""
+    """One block of tokens of one head of one image. ``padded``: tokens of the padded layout."""
+    HEAD_TILE: tl.constexpr = power_of_2(HEAD, LEAST_DEPTH)
     head = tl.program_id(0).to(tl.int64)
     stride = 3 * heads * HEAD
     qkv_ptr += (head // heads) * LENGTH * stride + (head % heads) * HEAD
@@ -178,11 +147,11 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     blocks,
     LENGTH: tl.constexpr,
     HEAD: tl.constexpr,
-    HEAD_TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One block of queries of one head of one picture against all its keys. ``blocks``: of the sums of V's codes."""
+    """One block of queries of one head of one image against all its keys. ``blocks``: of the sums of V's codes."""
+    HEAD_TILE: tl.constexpr = power_of_2(HEAD, LEAST_DEPTH)
     head = tl.program_id(0).to(tl.int64)
     codes = head * padded * HEAD_TILE
     k_ptr += codes
@@ -205,7 +174,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
         key = start + tl.arange(0, BLOCK_N)
         logits = _logits(q, q_scale, k_ptr, k_scales_ptr, key, column, LENGTH, HEAD_TILE)
         # Contracted to one rounding less than in the first loop, a difference may be above 0.
-        p = _round(tl.exp(tl.minimum(logits - largest[:, None], 0.0)) * 255.0).to(tl.int32)
+        p = rounded(tl.exp(tl.minimum(logits - largest[:, None], 0.0)) * 255.0).to(tl.int32)
         total += tl.sum(p, 1)
         v = tl.load(v_ptr + key[:, None] * HEAD_TILE + column[None, :])
         product = tl.dot((p - 128).to(tl.int8), v, product, out_dtype=tl.int32)
@@ -222,75 +191,43 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     width = heads * HEAD
     out_ptr += (head // heads) * LENGTH * width + (head % heads) * HEAD
     real = (query < LENGTH)[:, None] & (column < HEAD)[None, :]
-    out = rounded_for(out_ptr, product.to(tl.float32) * factor[:, None])
+    out = (product.to(tl.float32) * factor[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + query[:, None] * width + column[None, :], out, mask=real)
 
 
 @triton.jit
-def _values(pointer, token, stride, first, WIDTH: tl.constexpr, TILE: tl.constexpr, LENGTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def _values(ptr, token, stride, first, WIDTH: tl.constexpr, LENGTH: tl.constexpr, LEAST: tl.constexpr = LEAST_DEPTH):  # type: ignore[no-untyped-def]
     """Values ``first .. first + WIDTH`` of the tokens' heads, zeros around them."""
-    column = tl.arange(0, TILE)
+    column = tl.arange(0, power_of_2(WIDTH, LEAST))
     real = (token < LENGTH)[:, None] & (column < WIDTH)[None, :]
     here = token[:, None] * stride + (first + column)[None, :]
-    return tl.load(pointer + here, mask=real, other=0.0).to(tl.float32)
+    return tl.load(ptr + here, mask=real, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _largest_by_token(  # type: ignore[no-untyped-def]
-    pointer,
-    token,
-    stride,
-    MAIN: tl.constexpr,
-    MAIN_TILE: tl.constexpr,
-    TAIL: tl.constexpr,
-    TAIL_TILE: tl.constexpr,
-    LENGTH: tl.constexpr,
-):
-    largest = tl.max(tl.abs(_values(pointer, token, stride, 0, MAIN, MAIN_TILE, LENGTH)), 1)
-    if TAIL > 0:
-        tail = tl.max(tl.abs(_values(pointer, token, stride, MAIN, TAIL, TAIL_TILE, LENGTH)), 1)
-        largest = tl.maximum(largest, tail)
+def _largest_by_token(pointer, token, stride, HEAD: tl.constexpr, LENGTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    MAIN: tl.constexpr = main_part(HEAD)
+    largest = tl.max(tl.abs(_values(pointer, token, stride, 0, MAIN, LENGTH)), 1)
+    if MAIN < HEAD:
+        largest = tl.maximum(largest, tl.max(tl.abs(_values(pointer, token, stride, MAIN, HEAD - MAIN, LENGTH)), 1))
     return largest
 
 
 @triton.jit
-def _store_heads(  # type: ignore[no-untyped-def]
-    p_codes,
-    v_codes,
-    factor,
-    out_ptr,
-    query,
-    width,
-    first,
-    WIDTH: tl.constexpr,
-    TILE: tl.constexpr,
-    LENGTH: tl.constexpr,
-):
+def _store_heads(p_codes, v_codes, factor, out_ptr, query, width, first, WIDTH: tl.constexpr, LENGTH: tl.constexpr):  # type: ignore[no-untyped-def]
     """Outputs ``first .. first + WIDTH`` of the queries. ``v_codes``: as floats, whose sums are exact."""
     v_sums = tl.sum(v_codes, 0).to(tl.int32)
     product = tl.dot(p_codes, v_codes.to(tl.int8), out_dtype=tl.int32) + 128 * v_sums[None, :]
-    column = tl.arange(0, TILE)
+    column = tl.arange(0, v_codes.shape[1])
     real = (query < LENGTH)[:, None] & (column < WIDTH)[None, :]
     here = out_ptr + query[:, None] * width + (first + column)[None, :]
-    tl.store(here, rounded_for(out_ptr, product.to(tl.float32) * factor), mask=real)
+    tl.store(here, (product.to(tl.float32) * factor).to(out_ptr.dtype.element_ty), mask=real)
 
 
 @triton.jit(do_not_specialize=["heads"])
-def short_attention_kernel(  # type: ignore[no-untyped-def]
-    qkv_ptr,
-    out_ptr,
-    heads,
-    LENGTH: tl.constexpr,
-    KEYS: tl.constexpr,
-    HEAD: tl.constexpr,
-    MAIN: tl.constexpr,
-    MAIN_TILE: tl.constexpr,
-    TAIL: tl.constexpr,
-    TAIL_TILE: tl.constexpr,
-    TAIL_OUT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
+def short_attention_kernel(qkv_ptr, out_ptr, heads, LENGTH: tl.constexpr, HEAD: tl.constexpr, BLOCK_M: tl.constexpr):  # type: ignore[no-untyped-def]
     """One block of queries of one head of one image against all its keys, up to 256 tokens."""
+    MAIN: tl.constexpr = main_part(HEAD)
     head = tl.program_id(0).to(tl.int64)
     width = heads * HEAD
     stride = 3 * width
@@ -298,40 +235,40 @@ def short_attention_kernel(  # type: ignore[no-untyped-def]
     k_ptr = qkv_ptr + width
     v_ptr = k_ptr + width
     query = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    key = tl.arange(0, KEYS)
+    key = tl.arange(0, power_of_2(LENGTH, LEAST_DEPTH))
 
     # Values are read again after their largest one is known: kept till then, they would not fit into the registers.
-    q_scale = _scaled(_largest_by_token(qkv_ptr, query, stride, MAIN, MAIN_TILE, TAIL, TAIL_TILE, LENGTH))[:, None]
-    k_scale = _scaled(_largest_by_token(k_ptr, key, stride, MAIN, MAIN_TILE, TAIL, TAIL_TILE, LENGTH))[:, None]
+    q_scale = _scaled(_largest_by_token(qkv_ptr, query, stride, HEAD, LENGTH))[:, None]
+    k_scale = _scaled(_largest_by_token(k_ptr, key, stride, HEAD, LENGTH))[:, None]
     tl.debug_barrier()
-    q = _quantized(_values(qkv_ptr, query, stride, 0, MAIN, MAIN_TILE, LENGTH), q_scale)
-    k = _quantized(_values(k_ptr, key, stride, 0, MAIN, MAIN_TILE, LENGTH), k_scale)
+    q = _quantized(_values(qkv_ptr, query, stride, 0, MAIN, LENGTH), q_scale)
+    k = _quantized(_values(k_ptr, key, stride, 0, MAIN, LENGTH), k_scale)
     logits = tl.dot(q, tl.trans(k), out_dtype=tl.int32)
-    if TAIL > 0:
+    if MAIN < HEAD:
         tl.debug_barrier()
-        q = _quantized(_values(qkv_ptr, query, stride, MAIN, TAIL, TAIL_TILE, LENGTH), q_scale)
-        k = _quantized(_values(k_ptr, key, stride, MAIN, TAIL, TAIL_TILE, LENGTH), k_scale)
+        q = _quantized(_values(qkv_ptr, query, stride, MAIN, HEAD - MAIN, LENGTH), q_scale)
+        k = _quantized(_values(k_ptr, key, stride, MAIN, HEAD - MAIN, LENGTH), k_scale)
         logits = tl.dot(q, tl.trans(k), logits, out_dtype=tl.int32)
     x = logits.to(tl.float32) * (q_scale * (HEAD**-0.5)) * tl.trans(k_scale)
     x = tl.where((key < LENGTH)[None, :], x, float("-inf"))
-    p = _round(tl.exp(tl.minimum(x - tl.max(x, 1)[:, None], 0.0)) * 255.0)
+    p = rounded(tl.exp(tl.minimum(x - tl.max(x, 1)[:, None], 0.0)) * 255.0)
     total = tl.sum(p.to(tl.int32), 1)
     p_codes = (p - 128.0).to(tl.int8)
 
     tl.debug_barrier()  # or the compiler reads V before all that, and spills
-    largest = tl.max(_largest_by_token(v_ptr, key, stride, MAIN, MAIN_TILE, TAIL, TAIL_TILE, LENGTH), 0)
+    largest = tl.max(_largest_by_token(v_ptr, key, stride, HEAD, LENGTH), 0)
     v_scale = _scaled(largest)
     factor = tl.div_rn(v_scale, total.to(tl.float32))[:, None]
     out_ptr += (head // heads) * LENGTH * width + (head % heads) * HEAD
     tl.debug_barrier()
-    v = _round(tl.div_rn(_values(v_ptr, key, stride, 0, MAIN, MAIN_TILE, LENGTH), v_scale))
-    _store_heads(p_codes, v, factor, out_ptr, query, width, 0, MAIN, MAIN_TILE, LENGTH)
-    if TAIL > 0:
-        v = _round(tl.div_rn(_values(v_ptr, key, stride, MAIN, TAIL, TAIL_OUT, LENGTH), v_scale))
-        _store_heads(p_codes, v, factor, out_ptr, query, width, MAIN, TAIL, TAIL_OUT, LENGTH)
+    v = rounded(tl.div_rn(_values(v_ptr, key, stride, 0, MAIN, LENGTH), v_scale))
+    _store_heads(p_codes, v, factor, out_ptr, query, width, 0, MAIN, LENGTH)
+    if MAIN < HEAD:
+        v = rounded(tl.div_rn(_values(v_ptr, key, stride, MAIN, HEAD - MAIN, LENGTH, LEAST_ROWS), v_scale))
+        _store_heads(p_codes, v, factor, out_ptr, query, width, MAIN, HEAD - MAIN, LENGTH)
 
 
-def attention(qkv: Tensor, num_heads: int, architecture: int, config: LaunchConfig | None = None) -> Tensor:
+def attention(qkv: Tensor, num_heads: int, architecture: int) -> Tensor:
     """Launch the kernels on contiguous ``qkv [B, L, 3 D]``, float32 or bfloat16 -> ``[B, L, D]`` of the same dtype.
 
     Raises:
@@ -340,32 +277,30 @@ def attention(qkv: Tensor, num_heads: int, architecture: int, config: LaunchConf
     images, length, triple = qkv.shape
     head_dim = triple // 3 // num_heads
     if head_dim > MAX_HEAD_DIM or length > MAX_LENGTH:
-        raise ValueError(f"attention takes head_dim up to {MAX_HEAD_DIM} and {MAX_LENGTH} tokens, "
-                         f"not {head_dim} and {length}")  # fmt: skip
-    out = torch.empty(images, length, triple // 3, dtype=qkv.dtype, device=qkv.device)
+        raise ValueError(
+            f"attention takes head_dim up to {MAX_HEAD_DIM} and {MAX_LENGTH} tokens, not {head_dim} and {length}"
+        )
+    out, heads = torch.empty(images, length, triple // 3, dtype=qkv.dtype, device=qkv.device), images * num_heads
     if not out.numel():
         return out
-    if config is None and is_short(head_dim, length, architecture):
+    if is_short(head_dim, length, architecture):
         short = short_config(length)
-        grid = (images * num_heads, triton.cdiv(length, short.blocks["BLOCK_M"]))
         with launching(qkv):
-            short_attention_kernel[grid](*(qkv, out, num_heads), **short_constants(head_dim, length), **short.options())
+            grid = heads, triton.cdiv(length, short.blocks["BLOCK_M"])
+            short_attention_kernel[grid](qkv, out, num_heads, length, head_dim, **short.options())
         return out
-    config = config or default_config(head_dim)
-    first = quantize_config(head_dim)
+    first, config = quantize_config(head_dim), default_config(head_dim)
     block, block_m = first.blocks["BLOCK"], config.blocks["BLOCK_M"]
-    padded = round_up(length, max(block, block_m, config.blocks["BLOCK_N"]))
-    device, heads, tile = qkv.device, images * num_heads, head_tile(head_dim)
+    padded = -(-length // 64) * 64  # a multiple of every tile's side
+    blocks, tile, device = padded // block, power_of_2(head_dim, MIN_DEPTH), qkv.device
     q, k, v = (torch.empty(heads, padded, tile, dtype=torch.int8, device=device) for _ in range(3))
     q_scales, k_scales = (torch.empty(heads, padded, device=device) for _ in range(2))
     v_scales = torch.empty(heads, device=device)
-    blocks = padded // block
     v_sums = torch.empty(heads, blocks, tile, dtype=torch.int32, device=device)
     operands = (q, k, v, q_scales, k_scales, v_scales, v_sums)
-    fixed = constants(head_dim, length)
     with launching(qkv):
-        quantize_heads_kernel[(heads, blocks)](*(qkv, *operands, padded, num_heads), **fixed, **first.options())
+        quantize_heads_kernel[(heads, blocks)](qkv, *operands, padded, num_heads, length, head_dim, **first.options())
         attention_kernel[(heads, triton.cdiv(length, block_m))](
-            *(*operands, out, padded, num_heads, blocks), **fixed, **config.options()
+            *operands, out, padded, num_heads, blocks, length, head_dim, **config.options()
         )
     return out

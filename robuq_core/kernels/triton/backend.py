@@ -15,12 +15,12 @@ from robuq_core.kernels.ops import LayerGroup, Modulation, Prologue, Quantized, 
 from robuq_core.kernels.triton import attention as attention_kernels
 from robuq_core.kernels.triton import dense_linear, rotate_quantize, ternary_linear, tuning
 from robuq_core.kernels.triton.config import LaunchConfig, checked, emulated_architecture
+from robuq_core.kernels.triton.rotation import rotation_matrices
 from robuq_core.kernels.triton.weights import Weights, weights_of
 
 MIN_CAPABILITY = (8, 0)
 # What kernels hand to each other.
 ACTIVATIONS_VARIABLE = "ROBUQ_ACTIVATIONS"
-_PROLOGUES = ("gelu", "silu")
 _ACTIVATIONS = (torch.float32, torch.bfloat16)
 
 
@@ -52,10 +52,9 @@ def _architecture(device: torch.device) -> int:
 
 def _chosen_activations() -> torch.dtype:
     name = os.environ.get(ACTIVATIONS_VARIABLE) or "bfloat16"
-    found = {str(dtype).removeprefix("torch."): dtype for dtype in _ACTIVATIONS}.get(name)
-    if found is None:
+    if name not in ("bfloat16", "float32"):
         raise UserError(f"{ACTIVATIONS_VARIABLE} must be bfloat16 or float32, not {name!r}")
-    return found
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
 def _checked_activations(dtype: torch.dtype) -> torch.dtype:
@@ -108,7 +107,7 @@ class TritonBackend:
             first = layer.layers[0] if isinstance(layer, LayerGroup) else layer
             key = first.in_features, first.rotation_block
             if key not in self._rotations:
-                left, right = rotate_quantize.left_matrix(*key), rotate_quantize.right_matrix(*key)
+                left, right = rotation_matrices(*key)
                 self._rotations[key] = left.to(self.device), right.to(self.device)
             found = self._weights[id(layer)] = weights_of(layer, *self._rotations[key])
             weakref.finalize(layer, self._weights.pop, id(layer), None).atexit = False
@@ -122,19 +121,15 @@ class TritonBackend:
         return self._rotate_quantize(x, self._weights_of(layer), prologue)
 
     def _rotate_quantize(self, x: Tensor, weights: Weights, prologue: Prologue) -> Quantized:
-        rows, width = x.shape[0], weights.width
-        x = self._checked(x, "x", (rows, width), *_ACTIVATIONS)
-        return rotate_quantize.rotate_quantize(x, weights, self._prologue(prologue, rows, width))
-
-    def _prologue(self, prologue: Prologue, rows: int, width: int) -> Prologue:
+        shape = x.shape[0], weights.shape[1]
+        x = self._checked(x, "x", shape, *_ACTIVATIONS)
         if isinstance(prologue, Modulation):
-            images = _images(prologue.shift, rows)
-            shift = self._checked(prologue.shift, "shift", (images, width))
-            scale = self._checked(prologue.scale, "scale", (images, width))
-            return Modulation(shift, scale, prologue.eps)
-        if prologue is not None and prologue not in _PROLOGUES:
+            shape = _images(prologue.shift, shape[0]), shape[1]
+            shift, scale = self._checked(prologue.shift, "shift", shape), self._checked(prologue.scale, "scale", shape)
+            prologue = Modulation(shift, scale, prologue.eps)
+        elif prologue not in (None, "gelu", "silu"):
             raise ValueError(f"prologue must be a Modulation, 'gelu', 'silu' or None, not {prologue!r}")
-        return prologue
+        return rotate_quantize.rotate_quantize(x, weights, prologue)
 
     def ternary_linear(
         self,
@@ -146,38 +141,36 @@ class TritonBackend:
     ) -> Tensor:
         """As of :class:`~robuq_core.kernels.ops.NarrowBackend`; ``config``: a launch shape to try."""
         weights, rows = self._weights_of(layer), x.codes.shape[0]
-        codes = self._checked(x.codes, "codes", (rows, weights.width), torch.int8)
-        scales = self._checked(x.scales, "scales", (rows,))
-        lowrank = self._checked(x.lowrank, "lowrank", (rows, weights.rank))
-        checked_x = Quantized(codes, scales, lowrank, x.sums)
+        _, width, rank = weights.shape
+        codes = self._checked(x.codes, "codes", (rows, width), torch.int8)
+        scales, lowrank = self._checked(x.scales, "scales", (rows,)), self._checked(x.lowrank, "lowrank", (rows, rank))
         epilogue = ternary_linear.GELU if gelu else ternary_linear.PLAIN
-        return self._product(checked_x, weights, config, dtype=_checked_activations(dtype), epilogue=epilogue)
+        named = {"dtype": _checked_activations(dtype), "epilogue": epilogue}
+        return self._product(Quantized(codes, scales, lowrank, x.sums), weights, config, **named)
 
     def _product(self, x: Quantized, weights: Weights, config: LaunchConfig | None = None, **named: Any) -> Tensor:
         sums = x.codes.sum(-1, dtype=torch.int32) if x.sums is None else x.sums
-        rows, outputs = x.codes.shape[-2], weights.outputs
         if weights.lead:
             config = ternary_linear.group_config(self.architecture)
         elif config is None:
-            key = tuning.ternary_linear_key(rows, outputs, weights.width, weights.rank)
-            default = ternary_linear.default_config(rows, outputs, weights.width, weights.rank, self.architecture)
-            config = self._tuned.get(key) or default
+            size = x.codes.shape[-2], *weights.shape
+            measured = self._tuned.get(tuning.ternary_linear_key(*size))
+            config = measured or ternary_linear.default_config(*size, self.architecture)
         return ternary_linear.ternary_linear(x, sums, weights, config, self._arrived, **named)
 
-    def ternary(self, x: Tensor, layer: TernaryLayer, prologue: Prologue = None) -> Tensor:
+    def ternary(self, x: Tensor, layer: TernaryLayer | LayerGroup, prologue: Prologue = None) -> Tensor:
         weights = self._weights_of(layer)
         return self._product(self._rotate_quantize(x, weights, prologue), weights)
 
     def ternary_each(self, x: Tensor, group: LayerGroup, prologue: Prologue = None) -> Tensor:
-        weights = self._weights_of(group)
-        return self._product(self._rotate_quantize(x, weights, prologue), weights)
+        return self.ternary(x, group, prologue)
 
     def add_ternary(
         self, residual: Tensor, gate: Tensor, x: Tensor, layer: TernaryLayer, prologue: Prologue = None
     ) -> None:
         weights, rows = self._weights_of(layer), x.shape[0]
-        gate = self._checked(gate, "gate", (_images(gate, rows), weights.outputs))
-        if self._checked(residual, "residual", (rows, weights.outputs)) is not residual:
+        gate = self._checked(gate, "gate", (_images(gate, rows), weights.shape[0]))
+        if self._checked(residual, "residual", (rows, weights.shape[0])) is not residual:
             raise ValueError("residual must be contiguous: it is changed in place")
         quantized = self._rotate_quantize(x, weights, prologue)
         self._product(quantized, weights, epilogue=ternary_linear.ADD, gate=gate, residual=residual)
@@ -190,10 +183,10 @@ class TritonBackend:
         qkv = self._checked(qkv, "qkv", (images, length, triple), *_ACTIVATIONS)
         if quantized:
             return attention_kernels.attention(qkv, num_heads, self.architecture)
-        # Picture by picture: a library's choice of algorithm, and so its rounding, may depend on how many there are.
+        # Image by image: a library's choice of algorithm, and so its rounding, may depend on how many there are.
         out = torch.empty(images, length, width, dtype=qkv.dtype, device=qkv.device)
-        for picture, result in zip(qkv, out, strict=True):
-            q, k, v = picture.float().reshape(length, 3, num_heads, -1).permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
+        for image, result in zip(qkv, out, strict=True):
+            q, k, v = image.float().reshape(length, 3, num_heads, -1).permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
             result.copy_(F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1).reshape(length, width))
         return out
 

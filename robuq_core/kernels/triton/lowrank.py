@@ -1,40 +1,20 @@
-"""The low-rank projection ``x_H B^T`` of eq. (2) from the unrotated input.
+"""The low-rank projection of eq. (2) from the unrotated input: ``p(x) B'^T`` for a prologue p, with B' as
+:func:`robuq_core.kernels.triton.weights.folded` makes it.
 
-``x_H = (p(x) D) H`` for a prologue p, so that ``x_H B^T = p(x) B'^T`` with ``B' = (B H^T) D``: folded once per layer. A
-program takes 32 tokens and the whole width, in :data:`PARTS` fixed parts that are added up at the end, on the
-tensor cores in pairs of tf32 values. Every sum has one order, whatever the number of tokens.
+A program takes 32 tokens and the whole width, in fixed parts that are added up at the end, on the tensor cores in pairs
+of tf32 values. Every sum has one order, whatever the number of tokens.
 """
 
 from __future__ import annotations
 
-import math
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from robuq_core.kernels.triton.elementwise import gelu, silu, tf32_parts
-from robuq_core.quant.hadamard import hadamard_matrix, rotation_factors
+from robuq_core.kernels.triton.config import MIN_ROWS, gelu, power_of_2, silu, tf32_parts
 
-PROJECTED_TOKENS = 32
-STEP = 32
-
-
-@torch.no_grad()
-def folded(lowrank_b: Tensor, signs: Tensor, block: int | None) -> Tensor:
-    """B' of ``lowrank_b [r, K]``, computed in float64: float32 ``[r, K]``."""
-    rank, width = lowrank_b.shape
-    copies, left, right = rotation_factors(width, block)
-    b_rCLR = lowrank_b.double().cpu().reshape(rank, copies, left, right)
-    rotated = hadamard_matrix(left) @ b_rCLR @ hadamard_matrix(right).T
-    scaled = rotated.reshape(rank, width) * signs.double().cpu() / math.sqrt(left * right)
-    return scaled.float().to(lowrank_b.device)
-
-
-def span(width: int, parts: int) -> int:
-    """Values of each part, a multiple of :data:`STEP`."""
-    return -(-width // (parts * STEP)) * STEP
+# Tokens of a program, and values of a token at a time.
+PROJECTED, STEP = tl.constexpr(32), tl.constexpr(32)
+LEAST_RANK = tl.constexpr(MIN_ROWS)
 
 
 @triton.jit
@@ -48,26 +28,23 @@ def _loaded(pointers, k, K: tl.constexpr, MASKED: tl.constexpr):  # type: ignore
 @triton.jit
 def project(  # type: ignore[no-untyped-def]
     x_ptr,
-    shift_ptr,
-    scale_ptr,
+    modulation,
     folded_ptr,
     out_ptr,
     tile,
     tokens_total,
-    tokens_per_image,
-    eps,
     K: tl.constexpr,
     RANK: tl.constexpr,
-    RANK_TILE: tl.constexpr,
     KIND: tl.constexpr,
     PARTS: tl.constexpr,
-    SPAN: tl.constexpr,
-    TOKENS: tl.constexpr,
-    STEP: tl.constexpr,
 ):
-    """Tile ``tile`` of the tokens. ``KIND``: of the prologue, as of the rotation."""
+    """Tile ``tile`` of the tokens. ``KIND``: of the prologue, as of the rotation; ``modulation``: shift, scale, tokens
+    per image and eps of its first kind."""
+    shift_ptr, scale_ptr, tokens_per_image, eps = modulation
+    SPAN: tl.constexpr = (K + PARTS * STEP - 1) // (PARTS * STEP) * STEP  # values of each part
     MASKED: tl.constexpr = PARTS * SPAN != K
-    row = tile * TOKENS + tl.arange(0, TOKENS)
+    RANK_TILE: tl.constexpr = power_of_2(RANK, LEAST_RANK)
+    row = tile * PROJECTED + tl.arange(0, PROJECTED)
     # Rows beyond the last read the last row: their results are dropped.
     row_in = tl.minimum(row, tokens_total - 1)
     x_row = x_ptr + (row_in.to(tl.int64) * K)[None, :, None]
@@ -75,12 +52,12 @@ def project(  # type: ignore[no-untyped-def]
     j = tl.arange(0, RANK_TILE)
 
     if KIND == 1:
-        total = tl.zeros([PARTS, TOKENS, STEP], tl.float32)
+        total = tl.zeros([PARTS, PROJECTED, STEP], tl.float32)
         for start in range(0, SPAN, STEP):
             k = (k0 + start)[:, None, :]
             total += _loaded(x_row + k, k, K, MASKED)
         mean = (tl.sum(tl.sum(total, 2), 0) * (1.0 / K))[None, :, None]
-        total = tl.zeros([PARTS, TOKENS, STEP], tl.float32)
+        total = tl.zeros([PARTS, PROJECTED, STEP], tl.float32)
         for start in range(0, SPAN, STEP):
             k = (k0 + start)[:, None, :]
             x = _loaded(x_row + k, k, K, MASKED) - mean
@@ -89,7 +66,7 @@ def project(  # type: ignore[no-untyped-def]
         inverse = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))[None, :, None]
         image = ((row_in // tokens_per_image) * K)[None, :, None]
 
-    product = tl.zeros([PARTS, TOKENS, RANK_TILE], tl.float32)
+    product = tl.zeros([PARTS, PROJECTED, RANK_TILE], tl.float32)
     for start in range(0, SPAN, STEP):
         k = (k0 + start)[:, None, :]
         kt = (k0 + start)[None, :, :]

@@ -1,26 +1,11 @@
 """Prologue, rotation and per-token quantisation of the tokens, eq. (1), (4), and beside it the low-rank projection.
 
-A token of K = L R values is seen as an L x R matrix, value k = l R + r; a tile holds several tokens side by side, [L,
-tokens R]. Its rotation by ``H_L (x) H_R`` is ``H_L^T X (I (x) H_R)``: two small products on the tensor cores. For a
-rotation by blocks, the same matrices have zeros between the blocks: ``I (x) H`` on either side. The matrices' entries
-are +-1 and 0, exact in fp16; the activation is scaled to fp16's range by token and split into a high and a low fp16
-part, 22 bits together, so that codes differ from the reference's only on the edges of cells. Blocks of 128 take no
-matrix where a program has one token: seven rounds of sums and differences, in float32.
-
-L is split into ``main`` and ``tail`` rows (72 = 64 + 8) since tiles are powers of two. Tokens of up to 16 columns take
-one warp, which needs no barrier. The tile size depends on K alone, never on the number of tokens: every sum over a
-token has one order.
-
-The first programs of a launch project 32 tokens each (:mod:`robuq_core.kernels.triton.lowrank`), the others rotate. The
-second axis of the grid is the layer of a group: one input, several layers.
-
-One file, since it is one kernel with its launch: Triton needs each argument spelled out, which takes a third of it.
+The first programs of a launch project 32 tokens each (:mod:`robuq_core.kernels.triton.lowrank`), the others rotate
+(:mod:`robuq_core.kernels.triton.rotation`). The second axis of the grid is the layer of a group: one input, several
+layers.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
@@ -28,95 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from robuq_core.kernels.ops import Modulation, Prologue, Quantized
-from robuq_core.kernels.triton.config import LaunchConfig, launching, next_power_of_2
-from robuq_core.kernels.triton.elementwise import gelu, silu
-from robuq_core.kernels.triton.lowrank import PROJECTED_TOKENS, STEP, project, span
+from robuq_core.kernels.triton.config import MIN_ROWS, gelu, launching, power_of_2, rounded, silu
+from robuq_core.kernels.triton.lowrank import PROJECTED, project
+from robuq_core.kernels.triton.rotation import default_config, main_rows, mix_columns, mix_rows, rotate_by_128
 from robuq_core.kernels.triton.weights import Weights
 from robuq_core.quant.activation import GAUSSIAN_STEP, SIGMA_PER_MEAN_ABS, is_midrise
-from robuq_core.quant.hadamard import decompose_order, hadamard_matrix
 
+LEAST_ROWS = tl.constexpr(MIN_ROWS)
 NO_PROLOGUE, MODULATE, GELU, SILU = range(4)
-MAIN_ROWS, MIN_TILE, TILE_COLUMNS = 64, 16, 16
-VALUES_PER_WARP, MAX_WARPS = 1536, 16
-
-
-@dataclass(frozen=True)
-class TokenShape:
-    """K = ``rows`` x ``columns``; ``main`` of the rows and ``tail`` of them, each in a tile of ``*_tile`` rows."""
-
-    rows: int
-    columns: int
-    main: int
-    tail: int
-    main_tile: int
-    tail_tile: int
-
-
-@lru_cache(maxsize=64)
-def token_shape(width: int) -> TokenShape:
-    """The split of a token of ``width`` values.
-
-    Raises:
-        ValueError: the width has no Hadamard matrix.
-    """
-    base, power = decompose_order(width)
-    rows = base
-    while rows * 2 < 2 * MAIN_ROWS and rows < base * power:
-        rows *= 2
-    columns = width // rows
-    main = 1 << (rows.bit_length() - 1)
-    tail = rows - main
-    if tail & (tail - 1):  # 28 = 16 + 8 + 4: one padded tile instead
-        main, tail = rows, 0
-    main_tile = max(MIN_TILE, next_power_of_2(main))
-    tail_tile = max(MIN_TILE, tail) if tail else 0
-    return TokenShape(rows, columns, main, tail, main_tile, tail_tile)
-
-
-def default_config(width: int) -> LaunchConfig:
-    """Tokens per program, and parts of a projection: up to 48 values per thread, where nothing spills."""
-    shape = token_shape(width)
-    tokens = max(1, TILE_COLUMNS // shape.columns)
-    values = (shape.main_tile + shape.tail_tile) * tokens * shape.columns
-    warps = min(MAX_WARPS, next_power_of_2(-(-values // VALUES_PER_WARP)))
-    return LaunchConfig({"TOKENS": tokens, "PARTS": min(warps, 8)}, warps, 1)
-
-
-def block_orders(width: int, block: int | None) -> tuple[int, int]:
-    """Orders of the two Hadamard matrices of a token's rows and columns: ``H_left (x) H_right`` rotates one block.
-
-    Raises:
-        ValueError: the block is neither the whole width nor a power of two that divides it.
-    """
-    shape = token_shape(width)
-    if block is None or block == width:
-        return shape.rows, shape.columns
-    right = min(block, shape.columns)
-    if block < 1 or width % block or block & (block - 1):
-        raise ValueError(f"a rotation block must be a power of two that divides the width {width}, not {block}")
-    return block // right, right
-
-
-def _diagonal_blocks(size: int, order: int) -> Tensor:
-    """``I (x) H_order``, float32 ``[size, size]``."""
-    return torch.kron(torch.eye(size // order), hadamard_matrix(order).float())
-
-
-def left_matrix(width: int, block: int | None) -> Tensor:
-    """H_L transposed, fp16 ``[main_tile + tail_tile, same]``, zero where rows are padding."""
-    shape = token_shape(width)
-    matrix = _diagonal_blocks(shape.rows, block_orders(width, block)[0]).T
-    size = shape.main_tile + shape.tail_tile
-    kept = torch.cat([torch.arange(shape.main), shape.main_tile + torch.arange(shape.tail)])
-    padded = torch.zeros(size, size, dtype=torch.float16)
-    padded[kept[:, None], kept[None, :]] = matrix.half()
-    return padded
-
-
-def right_matrix(width: int, block: int | None) -> Tensor:
-    """``I_tokens (x) H_R`` for the tokens of a program, fp16, square."""
-    columns = default_config(width).blocks["TOKENS"] * token_shape(width).columns
-    return _diagonal_blocks(columns, block_orders(width, block)[1]).half()
 
 
 @triton.jit
@@ -168,64 +72,13 @@ def _magnitude(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _fp16_parts(x):  # type: ignore[no-untyped-def]
-    high = x.to(tl.float16)
-    return high, (x - high.to(tl.float32)).to(tl.float16)
-
-
-@triton.jit
-def _mix_rows(left, x, total):  # type: ignore[no-untyped-def]
-    """``total + left x``."""
-    high, low = _fp16_parts(x)
-    return tl.dot(left, high, tl.dot(left, low, total))
-
-
-@triton.jit
-def _mix_columns(x, right, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``x right``. ``EXACT``: fp16 holds x."""
-    if EXACT:
-        return tl.dot(x.to(tl.float16), right)
-    else:
-        high, low = _fp16_parts(x)
-        return tl.dot(high, right, tl.dot(low, right))
-
-
-@triton.jit
-def _within_threads(x, STRIDE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Sums and differences of values ``STRIDE`` apart in the last axis of ``[n, 16, 8]``."""
-    n: tl.constexpr = x.shape[0]
-    a, b = tl.split(tl.permute(tl.reshape(x, [n, 16, 4 // STRIDE, 2, STRIDE]), (0, 1, 2, 4, 3)))
-    return tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 2, 4, 3)), [n, 16, 8])
-
-
-@triton.jit
-def _across_threads(x, STRIDE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The same in the middle axis, which lies in one warp: a gather is a shuffle."""
-    at = tl.arange(0, 16)[None, :, None]
-    other = tl.gather(x, tl.broadcast_to(at ^ STRIDE, x.shape), axis=1)
-    return other + x * tl.where(at & STRIDE == 0, 1.0, -1.0)
-
-
-@triton.jit
-def _rotate_by_128(x):  # type: ignore[no-untyped-def]
-    """Each 128 neighbours of ``x``, row by row, times ``H_128 / sqrt(128)``."""
-    z = tl.reshape(x, [x.shape[0] * x.shape[1] // 128, 16, 8])
-    for i in tl.static_range(3):
-        z = _within_threads(z, 1 << i)
-    for i in tl.static_range(4):
-        z = _across_threads(z, 1 << i)
-    return tl.reshape(z * 128**-0.5, x.shape)
-
-
-@triton.jit
 def _codes(z, inverse_step, top, real, MIDRISE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Codes as floats, 0 where there is no value."""
     v = z * inverse_step
     if MIDRISE:
         v = tl.minimum(tl.maximum(tl.floor(v) * 2.0 + 1.0, -top), top)
     else:
-        # Adding 1.5 * 2^23 rounds to the nearest integer, ties to even.
-        v = (tl.minimum(tl.maximum(v, -top - 1.0), top) + 12582912.0) - 12582912.0
+        v = rounded(tl.minimum(tl.maximum(v, -top - 1.0), top))
     return tl.where(real, v, 0.0)
 
 
@@ -249,18 +102,10 @@ def rotate_quantize_kernel(  # type: ignore[no-untyped-def]
     top,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    MAIN: tl.constexpr,
-    TAIL: tl.constexpr,
-    MAIN_TILE: tl.constexpr,
-    TAIL_TILE: tl.constexpr,
     RANK: tl.constexpr,
-    RANK_TILE: tl.constexpr,
     KIND: tl.constexpr,
     MIDRISE: tl.constexpr,
-    PROJECTED: tl.constexpr,
-    STEP: tl.constexpr,
-    SPAN: tl.constexpr,
+    ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
@@ -269,26 +114,15 @@ def rotate_quantize_kernel(  # type: ignore[no-untyped-def]
     tile = tl.program_id(0) - projections
     if tile < 0:
         if RANK > 0:
-            project(
-                x_ptr,
-                shift_ptr,
-                scale_ptr,
-                folded_ptr + layer * (RANK * K),
-                lowrank_ptr + layer * (RANK * tokens_total),
-                tl.program_id(0),
-                tokens_total,
-                tokens_per_image,
-                eps,
-                K,
-                RANK,
-                RANK_TILE,
-                KIND,
-                PARTS,
-                SPAN,
-                PROJECTED,
-                STEP,
-            )
+            b_ptr, out_ptr = folded_ptr + layer * (RANK * K), lowrank_ptr + layer * (RANK * tokens_total)
+            modulation = (shift_ptr, scale_ptr, tokens_per_image, eps)
+            project(x_ptr, modulation, b_ptr, out_ptr, tl.program_id(0), tokens_total, K, RANK, KIND, PARTS)
     else:
+        COLUMNS: tl.constexpr = K // ROWS
+        MAIN: tl.constexpr = main_rows(ROWS)
+        TAIL: tl.constexpr = ROWS - MAIN
+        MAIN_TILE: tl.constexpr = power_of_2(MAIN, LEAST_ROWS)
+        TAIL_TILE: tl.constexpr = power_of_2(TAIL, LEAST_ROWS) if TAIL > 0 else 0
         SIZE: tl.constexpr = MAIN_TILE + TAIL_TILE
         WIDTH: tl.constexpr = TOKENS * COLUMNS
         column = tl.arange(0, WIDTH)
@@ -332,8 +166,8 @@ def rotate_quantize_kernel(  # type: ignore[no-untyped-def]
         if TAIL > 0:
             t *= tl.load(signs_from + tail_k, mask=tail_real, other=0.0)
         if BLOCK == 128 and TOKENS == 1:
-            z = _rotate_by_128(x)
-            zt = _rotate_by_128(t) if TAIL > 0 else z
+            z = rotate_by_128(x)
+            zt = rotate_by_128(t) if TAIL > 0 else z
         else:
             # To fp16's range, by a power of two: after the first product |x| COLUMNS <= 2^14. A bfloat16 stays exact,
             # down to 2^-33 of the largest. A token that is not finite becomes zeros here, since zero times NaN would
@@ -346,18 +180,18 @@ def rotate_quantize_kernel(  # type: ignore[no-untyped-def]
             shrink = tl.where(finite[None, :], tl.div_rn(BLOCK**-0.5, grow), float("nan"))
             x = tl.where(finite[None, :], x, 0.0)
             right = tl.load(right_ptr + column[:, None] * WIDTH + column[None, :])
-            x = _mix_columns(x * grow, right, EXACT)
+            x = mix_columns(x * grow, right, EXACT)
             z = tl.zeros([MAIN_TILE, WIDTH], tl.float32)
             zt = z
             if TAIL > 0:
                 t = tl.where(finite[None, :], t, 0.0)
-                t = _mix_columns(t * grow, right, EXACT)
+                t = mix_columns(t * grow, right, EXACT)
                 at = MAIN_TILE + tail_row
-                z = _mix_rows(tl.load(left_ptr + row[:, None] * SIZE + at[None, :]), t, z)
+                z = mix_rows(tl.load(left_ptr + row[:, None] * SIZE + at[None, :]), t, z)
                 zt = tl.zeros([TAIL_TILE, WIDTH], tl.float32)
-                zt = _mix_rows(tl.load(left_ptr + at[:, None] * SIZE + at[None, :]), t, zt)
-                zt = _mix_rows(tl.load(left_ptr + at[:, None] * SIZE + row[None, :]), x, zt) * shrink
-            z = _mix_rows(tl.load(left_ptr + row[:, None] * SIZE + row[None, :]), x, z) * shrink
+                zt = mix_rows(tl.load(left_ptr + at[:, None] * SIZE + at[None, :]), t, zt)
+                zt = mix_rows(tl.load(left_ptr + at[:, None] * SIZE + row[None, :]), x, zt) * shrink
+            z = mix_rows(tl.load(left_ptr + row[:, None] * SIZE + row[None, :]), x, z) * shrink
 
         step = _by_token(tl.abs(z), tl.abs(zt), column, COLUMNS, TAIL) * (1.0 / K) * step_factor
         inverse_step = tl.div_rn(1.0, tl.maximum(step, 1e-30))[None, :]
@@ -377,34 +211,12 @@ def rotate_quantize_kernel(  # type: ignore[no-untyped-def]
         )
 
 
-def constants(width: int, rank: int, kind: int, midrise: bool, block: int | None = None) -> dict[str, int | bool]:
-    """The kernel's compile-time arguments for a layer, but for the launch shape. Bit widths share a kernel."""
-    shape = token_shape(width)
-    return {
-        "K": width,
-        "BLOCK": width if block is None else block,
-        "COLUMNS": shape.columns,
-        "MAIN": shape.main,
-        "TAIL": shape.tail,
-        "MAIN_TILE": shape.main_tile,
-        "TAIL_TILE": shape.tail_tile,
-        "RANK": rank,
-        "RANK_TILE": max(MIN_TILE, next_power_of_2(rank)),
-        "KIND": kind,
-        "MIDRISE": midrise,
-        "PROJECTED": PROJECTED_TOKENS,
-        "STEP": STEP,
-        "SPAN": span(width, default_config(width).blocks["PARTS"]),
-    }
-
-
 def rotate_quantize(x: Tensor, weights: Weights, prologue: Prologue) -> Quantized:
     """Launch the kernel on checked, contiguous tensors; see :class:`robuq_core.kernels.ops.NarrowBackend`.
 
     Of a group of layers, every result has their number as its first dimension.
     """
-    rows, width, rank = x.shape[0], weights.width, weights.rank
-    lead = weights.lead
+    rows, layer, lead, (_, width, rank) = x.shape[0], weights.layer, weights.lead, weights.shape
     codes = torch.empty(*lead, rows, width, dtype=torch.int8, device=x.device)
     sums = torch.empty(*lead, rows, dtype=torch.int32, device=x.device)
     scales, lowrank = (torch.empty(*lead, *shape, device=x.device) for shape in ((rows,), (rows, rank)))
@@ -415,17 +227,17 @@ def rotate_quantize(x: Tensor, weights: Weights, prologue: Prologue) -> Quantize
     elif prologue is not None:
         kind = GELU if prologue == "gelu" else SILU
     if rows:
-        bits, midrise = weights.bits, is_midrise(weights.bits, weights.grid)
-        config = default_config(width)
-        projections = triton.cdiv(rows, PROJECTED_TOKENS) if rank else 0
+        bits, midrise, config = layer.bits, is_midrise(layer.bits, layer.grid), default_config(width)
+        projections = triton.cdiv(rows, PROJECTED.value) if rank else 0
         grid = (projections + triton.cdiv(rows, config.blocks["TOKENS"]), *lead)
         with launching(x):
             rotate_quantize_kernel[grid](
-                *(x, shift, scale, weights.signs, weights.left, weights.right, weights.folded),
+                *(x, shift, scale, layer.signs, weights.left, weights.right, layer.lowrank_b),
                 *(codes, sums, scales, lowrank, rows, per_image, eps),
+                # Numbers of the grid at run time: bit widths share a kernel.
                 SIGMA_PER_MEAN_ABS * GAUSSIAN_STEP[bits],
                 float(2**bits - 1 if midrise else 2 ** (bits - 1) - 1),
-                **constants(width, rank, kind, midrise, weights.block),
+                *(width, layer.rotation_block or width, rank, kind, midrise),
                 **config.options(),
             )
     return Quantized(codes, scales, lowrank, sums)

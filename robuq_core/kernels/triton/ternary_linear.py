@@ -15,6 +15,7 @@ The second axis of the grid is the layer of a group, the third the part of K.
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import product
 
 import torch
 import triton
@@ -22,13 +23,12 @@ import triton.language as tl
 from torch import Tensor
 
 from robuq_core.kernels.ops import Quantized
-from robuq_core.kernels.triton.async_linear import MAX_RANK, STAGES, async_linear_kernel, unrolled
-from robuq_core.kernels.triton.config import LaunchConfig, launching, next_power_of_2
-from robuq_core.kernels.triton.elementwise import UNPACK, gelu, rounded_for, tf32_parts
+from robuq_core.kernels.triton.async_linear import MAX_RANK, STAGES, async_linear_kernel
+from robuq_core.kernels.triton.config import MIN_ROWS, UNPACK, LaunchConfig, gelu, launching, power_of_2, tf32_parts
 from robuq_core.kernels.triton.weights import Weights
 from robuq_core.quant.packing import PLANAR_GROUP, PLANAR_GROUP_BYTES
 
-MIN_RANK_TILE = 16
+LEAST_RANK = tl.constexpr(MIN_ROWS)
 ROW_BUCKETS = (16, 64, 256, 1024, 4096)
 # About as many programs as a large GPU has multiprocessors. A part of K takes a few groups, or its end costs more.
 FEW_PROGRAMS, MIN_GROUPS, MAX_SPLIT = 160, 3, 4
@@ -84,14 +84,14 @@ def ternary_linear_kernel(  # type: ignore[no-untyped-def]
     N,
     K: tl.constexpr,
     RANK: tl.constexpr,
-    RANK_TILE: tl.constexpr,
     EPILOGUE: tl.constexpr,
-    ONE_IMAGE: tl.constexpr,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     GROUP: tl.constexpr,
     SPLIT: tl.constexpr,
+    ONE_IMAGE: tl.constexpr,
 ):
+    """``ONE_IMAGE``: every piece of a tile has rows of one image."""
     layer = tl.program_id(1).to(tl.int64)
     groups: tl.constexpr = (K + 127) // 128
     codes_ptr += layer * rows * K
@@ -164,7 +164,7 @@ def ternary_linear_kernel(  # type: ignore[no-untyped-def]
             alpha = tl.load(alpha_ptr + near_output)
             y = piece.to(tl.float32) * (scale[None, :] * alpha[:, None])
             if RANK > 0:
-                j = tl.arange(0, RANK_TILE)
+                j = tl.arange(0, power_of_2(RANK, LEAST_RANK))
                 x_ptrs = lowrank_ptr + (near_row.to(tl.int64) * RANK)[None, :] + j[:, None]
                 x = tl.load(x_ptrs, mask=(j < RANK)[:, None], other=0.0)
                 a_ptrs = lowrank_a_ptr + (near_output * RANK)[:, None] + j[None, :]
@@ -189,7 +189,7 @@ def ternary_linear_kernel(  # type: ignore[no-untyped-def]
                     images = near_row // rows_per_image
                     gate = tl.load(gate_ptr + (images * N)[None, :] + output[:, None], mask=inside, other=0.0)
                 y = tl.fma(gate, y, tl.load(y_ptrs, mask=inside, other=0.0))
-            tl.store(y_ptrs, rounded_for(y_ptr, y), mask=inside)
+            tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def row_bucket(rows: int) -> int:
@@ -197,19 +197,9 @@ def row_bucket(rows: int) -> int:
     return next((bucket for bucket in ROW_BUCKETS if rows <= bucket), ROW_BUCKETS[-1])
 
 
-def _stages(architecture: int) -> int:
-    """Of the pipeline: three where shared memory holds about 100 KB."""
-    return 3 if architecture in (86, 89, 120) else 4
-
-
-def is_async(config: LaunchConfig) -> bool:
-    """Whether the launch shape is one of :mod:`robuq_core.kernels.triton.async_linear`."""
-    return "STAGES" in config.blocks
-
-
 def async_config(rows: int, outputs: int, width: int, rank: int, architecture: int) -> LaunchConfig | None:
-    """The asynchronous kernel's launch shape with tiles of 128 or 256 ``outputs``, where it is of use: many rows, whole
-    groups."""
+    """The launch shape of :mod:`robuq_core.kernels.triton.async_linear` with tiles of 128 or 256 ``outputs``, where it
+    is of use: many rows, whole groups."""
     if architecture != 90 or rows < MIN_ASYNC_ROWS or width % PLANAR_GROUP or rank > MAX_RANK:
         return None
     return LaunchConfig({"ROWS": 128, "OUTPUTS": outputs, "GROUP": 8, "STAGES": STAGES}, outputs // 16, 1, 128)
@@ -226,18 +216,23 @@ def default_config(rows: int, outputs: int, width: int, rank: int, architecture:
     chosen = async_config(rows, 128, width, rank, architecture)
     if chosen is not None and outputs >= 128:
         return chosen
-    block = min(128, max(16, next_power_of_2(rows)))
+    block = min(128, power_of_2(rows, 16))
     groups = -(-width // PLANAR_GROUP)
-    stages = _stages(architecture)
     tiles, split = -(-rows // block) * -(-outputs // 64), 1
     while split < MAX_SPLIT and split * tiles <= FEW_PROGRAMS and groups >= 2 * split * MIN_GROUPS:
         split *= 2
-    return LaunchConfig({"ROWS": block, "OUTPUTS": 64, "GROUP": 8, "SPLIT": split}, 4, stages)
+    return _config(block, split, architecture)
 
 
 def group_config(architecture: int) -> LaunchConfig:
     """The launch shape of a group of layers: one for every number of rows, so that none compiles while serving."""
-    return LaunchConfig({"ROWS": 16, "OUTPUTS": 64, "GROUP": 8, "SPLIT": 1}, 4, _stages(architecture))
+    return _config(16, 1, architecture)
+
+
+def _config(rows: int, split: int, architecture: int) -> LaunchConfig:
+    # Three stages where shared memory holds about 100 KB.
+    stages = 3 if architecture in (86, 89, 120) else 4
+    return LaunchConfig({"ROWS": rows, "OUTPUTS": 64, "GROUP": 8, "SPLIT": split}, 4, stages)
 
 
 def shared_bytes(config: LaunchConfig) -> int:
@@ -249,40 +244,13 @@ def shared_bytes(config: LaunchConfig) -> int:
 
 def candidate_configs(rows: int, width: int, rank: int, architecture: int, shared_limit: int) -> list[LaunchConfig]:
     """What tuning tries for ``rows`` rows, likely ones first: tall tiles that are not taller than the rows."""
-    tried = (async_config(rows, outputs, width, rank, architecture) for outputs in (128, 256))
-    groups, found = -(-width // PLANAR_GROUP), [config for config in tried if config is not None]
-    for block in (128, 64, 32, 16):
-        if block > 16 and block >= 2 * rows:
-            continue
-        for outputs, warps in ((64, 4), (128, 8)):
-            for split in (1, 2, 4):
-                for stages in (4, 3, 5):
-                    blocks = {"ROWS": block, "OUTPUTS": outputs, "GROUP": 8, "SPLIT": split}
-                    config = LaunchConfig(blocks, warps, stages, max_registers=128 if warps == 8 else None)
-                    if split * MIN_GROUPS <= max(groups, MIN_GROUPS) and shared_bytes(config) <= shared_limit:
-                        found.append(config)
-    return found
-
-
-def constants(width: int, rank: int, epilogue: int, one_image: bool) -> dict[str, int | bool]:
-    """The kernel's compile-time arguments for a layer, but for the launch shape.
-
-    ``one_image``: every piece of a tile has rows of one image.
-    """
-    return {
-        "K": width,
-        "RANK": rank,
-        "RANK_TILE": max(MIN_RANK_TILE, next_power_of_2(rank)),
-        "EPILOGUE": epilogue,
-        "ONE_IMAGE": one_image,
-    }
-
-
-def async_constants(width: int, rank: int, epilogue: int) -> dict[str, int | bool]:
-    """The same for the asynchronous kernel."""
-    fixed = {"UNROLL": unrolled(width // PLANAR_GROUP), **constants(width, rank, epilogue, False)}
-    del fixed["ONE_IMAGE"]
-    return fixed
+    found = [async_config(rows, outputs, width, rank, architecture) for outputs in (128, 256)]
+    groups = max(MIN_GROUPS, -(-width // PLANAR_GROUP))
+    for block, warps, split, stages in product((128, 64, 32, 16), (4, 8), (1, 2, 4), (4, 3, 5)):
+        blocks = {"ROWS": block, "OUTPUTS": 16 * warps, "GROUP": 8, "SPLIT": split}
+        if (block == 16 or block < 2 * rows) and split * MIN_GROUPS <= groups:
+            found.append(LaunchConfig(blocks, warps, stages, max_registers=128 if warps == 8 else None))
+    return [config for config in found if config is not None and shared_bytes(config) <= shared_limit]
 
 
 def ternary_linear(
@@ -304,31 +272,28 @@ def ternary_linear(
         arrived: int32 ``[MAX_SPLIT_TILES]``, zeros before and after.
         gate, residual: of the epilogue ``ADD``, float32 ``[B, N]`` and ``[M, N]``; the residual is returned.
     """
-    rows, outputs, lead = x.codes.shape[-2], weights.outputs, weights.lead
-    device = x.codes.device
+    rows, (outputs, width, rank), lead, device = x.codes.shape[-2], weights.shape, weights.lead, x.codes.device
     y = torch.empty(*lead, rows, outputs, dtype=dtype, device=device) if residual is None else residual
-    if rows and outputs:
-        blocks = config.blocks
-        tiles = triton.cdiv(rows, blocks["ROWS"]) * triton.cdiv(outputs, blocks["OUTPUTS"])
-        split = blocks.get("SPLIT", 1)
-        if split > 1 and (lead or tiles > MAX_SPLIT_TILES):
-            raise ValueError(f"{tiles} tiles of {lead or 1} layers cannot be split in {split}")
-        partial = arrived if split == 1 else torch.empty(
-            tiles * split * blocks["ROWS"] * blocks["OUTPUTS"], dtype=torch.int32, device=device
-        )  # fmt: skip
-        per_image = 1 if gate is None else max(1, rows // gate.shape[0])
-        one_image = epilogue == ADD and per_image % (blocks["ROWS"] // pieces(blocks["ROWS"])) == 0
-        layer = (weights.planar, weights.alpha, weights.bias, weights.lowrank_a)
-        operands = (x.codes, sums, x.scales, x.lowrank, *layer, weights.alpha if gate is None else gate, y)
-        numbers = (rows, per_image, outputs)
-        with launching(x.codes):
-            if is_async(config):
-                fixed = async_constants(weights.width, weights.rank, epilogue)
-                async_linear_kernel[(tiles,)](*operands, *numbers, **fixed, **config.options())
-            else:
-                ternary_linear_kernel[(tiles, *(lead or (1,)), split)](
-                    *(*operands, partial, arrived, *numbers),
-                    **constants(weights.width, weights.rank, epilogue, one_image),
-                    **config.options(),
-                )
+    if not rows or not outputs:
+        return y
+    blocks = config.blocks
+    tiles = triton.cdiv(rows, blocks["ROWS"]) * triton.cdiv(outputs, blocks["OUTPUTS"])
+    split = blocks.get("SPLIT", 1)
+    if split > 1 and (lead or tiles > MAX_SPLIT_TILES or split > MAX_SPLIT):
+        raise ValueError(f"{tiles} tiles of {lead or 1} layers cannot be split in {split}")
+    per_image = 1 if gate is None else max(1, rows // gate.shape[0])
+    layer = weights.layer
+    of_layer = (layer.planar, layer.alpha, layer.bias, layer.lowrank_a)
+    operands = (x.codes, sums, x.scales, x.lowrank, *of_layer, layer.alpha if gate is None else gate, y)
+    numbers, fixed = (rows, per_image, outputs, width, rank, epilogue), config.options()
+    with launching(x.codes):
+        if "STAGES" in blocks:
+            async_linear_kernel[(tiles,)](*operands, *numbers, **fixed)
+        else:
+            size = tiles * split * blocks["ROWS"] * blocks["OUTPUTS"]
+            partial = arrived if split == 1 else torch.empty(size, dtype=torch.int32, device=device)
+            one_image = epilogue == ADD and per_image % (blocks["ROWS"] // pieces(blocks["ROWS"])) == 0
+            ternary_linear_kernel[(tiles, *(lead or (1,)), split)](
+                *operands, partial, arrived, *numbers, ONE_IMAGE=one_image, **fixed
+            )
     return y

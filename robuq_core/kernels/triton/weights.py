@@ -2,63 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from robuq_core.kernels.ops import LayerGroup, TernaryLayer
-from robuq_core.kernels.triton.lowrank import folded
-from robuq_core.quant.choices import Grid
+from robuq_core.quant.hadamard import hadamard_matrix, rotation_factors
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors as of :class:`~robuq_core.kernels.ops.TernaryLayer`; of a group, each has its number of layers first.
+    """``layer``: as of :class:`~robuq_core.kernels.ops.TernaryLayer`, with B' of :func:`folded` in place of B. Tensors
+    of a group have its number of layers first, which ``lead`` holds. ``left``, ``right``: the matrices of
+    :mod:`robuq_core.kernels.triton.rotate_quantize`."""
 
-    ``folded``: B' of :mod:`robuq_core.kernels.triton.lowrank`, float32 ``[r, K]``. ``left``, ``right``: the matrices of
-    :mod:`robuq_core.kernels.triton.rotate_quantize`.
-    """
-
-    planar: Tensor
-    alpha: Tensor
-    bias: Tensor
-    signs: Tensor
-    lowrank_a: Tensor
-    folded: Tensor
+    layer: TernaryLayer
     left: Tensor
     right: Tensor
-    bits: int
-    grid: Grid
-    block: int | None
 
     @property
     def lead(self) -> tuple[int, ...]:
-        """The number of layers of a group, ``()`` of a single layer."""
-        return self.signs.shape[:-1]
+        return self.layer.signs.shape[:-1]
 
     @property
-    def width(self) -> int:
-        return self.signs.shape[-1]
-
-    @property
-    def outputs(self) -> int:
-        return self.alpha.shape[-1]
-
-    @property
-    def rank(self) -> int:
-        return self.lowrank_a.shape[-1]
+    def shape(self) -> tuple[int, int, int]:
+        """Outputs, width, rank."""
+        return self.layer.alpha.shape[-1], self.layer.signs.shape[-1], self.layer.lowrank_a.shape[-1]
 
 
 def weights_of(layer: TernaryLayer | LayerGroup, left: Tensor, right: Tensor) -> Weights:
-    """``layer`` with its low-rank factor folded."""
     if isinstance(layer, LayerGroup):
-        first, stacked = layer.layers[0], layer.stacked
-        factor = torch.stack([folded(each.lowrank_b, each.signs, each.rotation_block) for each in layer.layers])
-    else:
-        first = stacked = layer
-        factor = folded(layer.lowrank_b, layer.signs, layer.rotation_block)
-    return Weights(
-        *(stacked.planar, stacked.alpha, stacked.bias, stacked.signs, stacked.lowrank_a, factor, left, right),
-        *(first.bits, first.grid, first.rotation_block),
-    )
+        return Weights(replace(layer.stacked, lowrank_b=torch.stack([*map(folded, layer.layers)])), left, right)
+    return Weights(replace(layer, lowrank_b=folded(layer)), left, right)
+
+
+@torch.no_grad()
+def folded(layer: TernaryLayer) -> Tensor:
+    """``B' = (B H^T) D``, computed in float64: float32 ``[r, K]``. The low-rank term of eq. (2) from the unrotated
+    input: ``x_H = (p(x) D) H`` for a prologue p, so that ``x_H B^T = p(x) B'^T``."""
+    copies, left, right = rotation_factors(layer.in_features, layer.rotation_block)
+    b_rCLR = layer.lowrank_b.double().cpu().reshape(layer.rank, copies, left, right)
+    rotated = hadamard_matrix(left) @ b_rCLR @ hadamard_matrix(right).T
+    scaled = rotated.reshape(layer.rank, layer.in_features) * layer.signs.double().cpu() / math.sqrt(left * right)
+    return scaled.float().to(layer.lowrank_b.device)

@@ -11,13 +11,13 @@ from robuq_core.bench.cases import Bench, block_case, forward_case, image_case, 
 from robuq_core.bench.report import CaseTiming
 from robuq_core.bench.source import Source, open_source, random_checkpoint
 from robuq_core.bench.timing import BenchError, Timer
-from robuq_core.checkpoint import dense_shapes, layer_macs, layer_shapes
 from robuq_core.config import ModelConfig, QuantConfig
 from robuq_core.errors import UserError
 from robuq_core.kernels.backends import select_backend
 from robuq_core.kernels.ops import Backend, Prologue, Quantized, TernaryLayer
 from robuq_core.kernels.reference import ReferenceBackend
 from robuq_core.models.presets import PRESETS
+from robuq_core.models.shapes import dense_shapes, layer_macs, layer_shapes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,47 +1,29 @@
-"""Attention, the dense linear and whole networks on the Triton backend, compiled for sm_80 and sm_90 and executed in
-the emulator of ``tests/ptx``. Any race or stray access fails a test."""
+"""Attention, the dense linear, whole networks and refused inputs on the Triton backend, in the emulator."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from agreement import REFERENCE, assert_attention_agrees, assert_networks_agree, relative_errors, run_packed
-from layer_cases import make_linear, tokens
+from agreement import REFERENCE, assert_attention_agrees, assert_networks_agree, run_packed
+from layer_cases import make_linear, prologues, tokens
 from tiny import TINY, write_tiny
 from torch import Tensor
 
 pytest.importorskip("triton")
 
-from ptx.driver import EmulatedDriver, emulated
-
 from robuq_core.checkpoint import read_checkpoint
 from robuq_core.config import QuantConfig
-from robuq_core.kernels.ops import Modulation
 from robuq_core.kernels.pack_layer import pack_layer
 from robuq_core.kernels.reference import NarrowReferenceBackend
 from robuq_core.kernels.triton.backend import TritonBackend
 from robuq_core.quant.choices import Grid
 
 BF16 = torch.bfloat16
-
-
-@pytest.fixture(scope="module", params=[80, 90], ids="sm{}".format)
-def gpu(request: pytest.FixtureRequest) -> Iterator[EmulatedDriver]:
-    with emulated(request.param) as driver:
-        yield driver
-
-
-@pytest.fixture
-def wide(gpu: EmulatedDriver) -> TritonBackend:
-    return TritonBackend(activations=torch.float32)
-
-
-@pytest.fixture
-def narrow(gpu: EmulatedDriver) -> TritonBackend:
-    return TritonBackend(activations=BF16)
 
 
 def heads_of(images: int, length: int, heads: int, head_dim: int) -> Tensor:
@@ -91,17 +73,6 @@ def test_attention_of_zeros_and_of_nothing(wide: TritonBackend) -> None:
     assert wide.attention(torch.zeros(0, 9, 36), 2, True).shape == (0, 9, 12)
 
 
-def test_attention_tells_heads_and_images_apart(wide: TritonBackend) -> None:
-    """One-hot values and keys of one sharp match: each query reads its own key's value."""
-    length, heads, head_dim = 6, 2, 8
-    qkv = torch.zeros(2, length, 3, heads, head_dim)
-    for i in range(length):
-        qkv[:, i, :2, :, i] = 40.0
-    qkv[:, :, 2] = torch.arange(2 * length * heads).reshape(2, length, heads, 1) / 24
-    out = wide.attention(qkv.reshape(2, length, -1), heads, True)
-    torch.testing.assert_close(out, qkv[:, :, 2].reshape(2, length, -1), rtol=0, atol=1 / 100)
-
-
 @pytest.mark.parametrize(("rows", "width", "outputs"), [(1, 1, 1), (29, 77, 131), (50, 256, 64)])
 def test_linear(wide: TritonBackend, rows: int, width: int, outputs: int) -> None:
     x, weight, bias = tokens(rows, width), tokens(outputs, width, seed=1), tokens(1, outputs, seed=2)[0]
@@ -112,20 +83,30 @@ def test_linear(wide: TritonBackend, rows: int, width: int, outputs: int) -> Non
     assert torch.equal(wide.linear(x[-1:], weight, bias), y[-1:])
 
 
-def test_wrong_shapes_are_refused_and_views_taken(wide: TritonBackend) -> None:
-    layer, double = pack_layer(make_linear(36, 8, bits=2)), tokens(4, 72)
-    view = double[:, ::2]
+def test_views_are_taken(wide: TritonBackend) -> None:
+    layer, view = pack_layer(make_linear(36, 8, bits=2)), tokens(4, 72)[:, ::2]
     assert torch.equal(wide.rotate_quantize(view, layer).codes, wide.rotate_quantize(view.clone(), layer).codes)
-    with pytest.raises(ValueError, match=r"x must .*\(4, 36\)"):
-        wide.rotate_quantize(double, layer)
-    with pytest.raises(ValueError, match=r"3 rows .* 2 images"):
-        wide.rotate_quantize(tokens(3, 36), layer, Modulation(torch.zeros(2, 36), torch.zeros(2, 36), 1e-6))
-    with pytest.raises(ValueError, match="5 heads"):
-        wide.attention(torch.zeros(1, 2, 36), 5, True)
-    with pytest.raises(ValueError, match="head_dim"):
-        wide.attention(torch.zeros(1, 2, 3 * 257), 1, True)
-    with pytest.raises(ValueError, match="'relu'"):
-        wide.rotate_quantize(tokens(3, 36), layer, "relu")  # type: ignore[arg-type]
+
+
+REFUSED = [
+    (r"x must .*\(4, 36\)", lambda ops, layer, x: ops.rotate_quantize(tokens(4, 72), layer)),
+    ("x must", lambda ops, layer, x: ops.rotate_quantize(x.half(), layer)),
+    ("'relu'", lambda ops, layer, x: ops.rotate_quantize(x, layer, "relu")),
+    (r"3 rows .* 2 images", lambda ops, layer, x: ops.rotate_quantize(x, layer, prologues(2, 36)[3])),
+    ("5 heads", lambda ops, layer, x: ops.attention(torch.zeros(1, 2, 36), 5, True)),
+    ("head_dim", lambda ops, layer, x: ops.attention(torch.zeros(1, 2, 3 * 257), 1, True)),
+    ("torch.float16", lambda ops, layer, x: TritonBackend(activations=torch.float16)),
+    ("torch.float16", lambda ops, layer, x: ops.ternary_linear(ops.rotate_quantize(x, layer), layer, torch.float16)),
+    ("scales must", lambda ops, layer, x: ops.ternary_linear(replace(ops.rotate_quantize(x, layer), scales=x), layer)),
+    (r"144.*36", lambda ops, layer, x: ops.rotate_quantize(
+        tokens(1, 144), pack_layer(make_linear(144, 5, bits=3, rotation_block=36)))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("named", "call"), REFUSED)
+def test_what_kernels_do_not_take_is_named(named: str, call: Callable[..., Any], wide: TritonBackend) -> None:
+    with pytest.raises(ValueError, match=named):
+        call(wide, pack_layer(make_linear(36, 8, bits=2)), tokens(3, 36))
 
 
 @pytest.mark.parametrize(("bits", "grid"), [(2, "midrise"), (3, "midtread")])
@@ -136,23 +117,10 @@ def test_a_whole_network(tmp_path: Path, wide: TritonBackend, narrow: TritonBack
     checkpoint = read_checkpoint(path)
     x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(bits))
     timesteps, classes = torch.tensor([0, 250, 999]), torch.tensor([0, 10, 4])
-    for backend, law in ((wide, REFERENCE), (narrow, NarrowReferenceBackend())):
+    for backend, reference in ((wide, REFERENCE), (narrow, NarrowReferenceBackend())):
         result = run_packed(TINY, checkpoint, backend, x, timesteps, classes)
-        expected = run_packed(TINY, checkpoint, law, x, timesteps, classes)
+        expected = run_packed(TINY, checkpoint, reference, x, timesteps, classes)
         assert result.output.dtype is torch.float32
         assert_networks_agree(result, expected, bits, narrow=backend is narrow)
         alone = run_packed(TINY, checkpoint, backend, x[1:2], timesteps[1:2], classes[1:2])
         assert torch.equal(alone.output[0], result.output[1])
-
-
-def test_512_px_is_the_references(tmp_path: Path, wide: TritonBackend) -> None:
-    """Latents of 64 x 64 in patches of 2: 1,024 tokens."""
-    shape = {"input_size": 64, "patch_size": 2, "depth": 1, "num_heads": 1, "hidden_size": 16}
-    config = TINY.model_copy(update=shape)
-    write_tiny(tmp_path / "model.safetensors", config, QuantConfig(activation_bits=8, rank=4))
-    checkpoint = read_checkpoint(tmp_path / "model.safetensors")
-    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
-    timesteps, classes = torch.tensor([400]), torch.tensor([3])
-    expected = run_packed(config, checkpoint, REFERENCE, x, timesteps, classes)
-    result = run_packed(config, checkpoint, wide, x, timesteps, classes)
-    assert float(relative_errors(result.output, expected.output).max()) < 0.02

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import pytest
 import torch
@@ -21,18 +21,11 @@ from robuq_core.kernels.pack_layer import pack_layer
 from robuq_core.kernels.triton import async_linear, attention, dense_linear, rotate_quantize, ternary_linear
 from robuq_core.kernels.triton.backend import ACTIVATIONS_VARIABLE, TritonBackend
 from robuq_core.kernels.triton.config import LaunchConfig, checked, compiling, launching
-from robuq_core.kernels.triton.lowrank import folded
+from robuq_core.kernels.triton.weights import folded
 from robuq_core.quant.hadamard import Rotation
 
-KERNELS = (
-    async_linear.async_linear_kernel,
-    attention.attention_kernel,
-    attention.quantize_heads_kernel,
-    attention.short_attention_kernel,
-    dense_linear.dense_linear_kernel,
-    rotate_quantize.rotate_quantize_kernel,
-    ternary_linear.ternary_linear_kernel,
-)
+MODULES = (async_linear, attention, dense_linear, rotate_quantize, ternary_linear)
+KERNELS = {name: each for module in MODULES for name, each in vars(module).items() if name.endswith("_kernel")}
 
 
 @pytest.fixture
@@ -41,10 +34,10 @@ def ops() -> Iterator[TritonBackend]:
         yield TritonBackend(activations=torch.float32)
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
-def test_no_number_of_a_request_is_compiled_for(kernel: Any) -> None:
+@pytest.mark.parametrize("name", KERNELS)
+def test_no_number_of_a_request_is_compiled_for(name: str) -> None:
     """What is no address is the same for every request, or one kernel takes all its values. N is a layer's width."""
-    numbers = [each for each in kernel.params if not each.is_constexpr and not each.name.endswith("_ptr")]
+    numbers = [each for each in KERNELS[name].params if not each.is_constexpr and not each.name.endswith("_ptr")]
     assert [each.name for each in numbers if not each.do_not_specialize] in ([], ["N"])
 
 
@@ -69,8 +62,7 @@ def test_adaln_of_all_blocks_has_the_bits_of_each_and_compiles_once(ops: TritonB
 
 
 def test_layers_that_differ_are_no_group() -> None:
-    one, other = (pack_layer(make_linear(36, 8, bits=bits)) for bits in (2, 3))
-    planes = pack_layer(make_linear(36, 8, bits=2, planes=2))
+    one, other, planes = (pack_layer(make_linear(36, 8, bits=b, planes=p)) for b, p in ((2, 1), (3, 1), (2, 2)))
     assert LayerGroup.of([one, other]) is None
     assert LayerGroup.of([planes, planes]) is None
 
@@ -92,7 +84,7 @@ def test_the_folded_factor_projects_what_is_not_rotated(width: int, block: int |
     layer, x = pack_layer(make_linear(width, 8, bits=2, rank=5, rotation_block=block)), tokens(9, width).double()
     rotated = Rotation(width, layer.signs, block).double()(x)
     expected = rotated @ layer.lowrank_b.double().T
-    found = x @ folded(layer.lowrank_b, layer.signs, block).double().T
+    found = x @ folded(layer).double().T
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,11 @@ from hypothesis import strategies as st
 from official_dit import forward, positions, random_state
 from safetensors.torch import save_file
 from tiny import TINY, tiny_model, write_tiny
-from torch import Tensor
 
-from robuq_core.config import ModelConfig
+from robuq_core.config import DiffusionConfig, ModelConfig
 from robuq_core.models.adapters import (
-    foreign_keys,
     load_dit,
-    parameter_shapes,
+    places,
     read_weights,
     save_diffusers,
     save_official,
@@ -30,7 +29,7 @@ from robuq_core.models.presets import preset
 
 SMALL = {"width": 64, "depth": 2, "patch": 2, "channels": 4, "classes": 7, "side": 3}
 # What the tensors alone do not say.
-SAID: dict[str, Any] = {"prediction": "epsilon", "num_classes": 7}
+SAID: dict[str, Any] = {"prediction": "epsilon", "num_classes": 7, "num_heads": 1}
 
 
 def load_small(path: Path, **options: Any) -> tuple[ModelConfig, DiT]:
@@ -57,9 +56,10 @@ def _saved(tmp_path: Path, tree: object) -> Path:
 
 
 def test_published_checkpoints_have_these_keys() -> None:
-    shapes = parameter_shapes(preset("DiT-XL/2"))
-    official = {key for name in shapes for key in foreign_keys(name, "official", 28).names}
-    diffusers = {key for name in shapes for key in foreign_keys(name, "diffusers", 28).names}
+    official, diffusers = (
+        {key for place in places(preset("DiT-XL/2"), layout).values() for key in place.keys}
+        for layout in ("official", "diffusers")
+    )
     assert len(official) + 1 == 292  # and pos_embed
     assert len(diffusers) == 538
     assert {"x_embedder.proj.weight", "blocks.27.attn.qkv.bias", "y_embedder.embedding_table.weight"} <= official
@@ -70,7 +70,7 @@ def test_published_checkpoints_have_these_keys() -> None:
 @pytest.mark.parametrize("heads", [1, 4])
 def test_official_weights_compute_what_the_equations_say(tmp_path: Path, heads: int) -> None:
     state = random_state(**SMALL)
-    config, model = load_small(_saved(tmp_path, state), num_heads=None if heads == 1 else heads)
+    config, model = load_small(_saved(tmp_path, state), num_heads=heads)
     assert config == ModelConfig(
         input_size=6, patch_size=2, in_channels=4, hidden_size=64, depth=2, num_heads=heads, num_classes=7
     )
@@ -92,29 +92,12 @@ def test_the_average_of_a_training_checkpoint_is_preferred(tmp_path: Path) -> No
     assert torch.equal(model.get_parameter("blocks.1.mlp.fc2.bias"), raw["blocks.1.mlp.fc2.bias"])
 
 
-@pytest.mark.parametrize(
-    ("width", "model", "heads"), [(1152, "", 16), (1024, "", 16), (384, "", 6), (128, "", 2), (144, "", 2)]
-)
-def test_heads_follow_the_published_sizes(tmp_path: Path, width: int, model: str, heads: int) -> None:
-    shapes = {name: t.new_zeros(1).expand(t.shape) for name, t in _meta_state(width).items() if name != "pos_embed"}
-    state = {**shapes, "pos_embed": random_state(**{**SMALL, "width": width, "depth": 1})["pos_embed"]}
-    assert read_weights(_saved(tmp_path, state), **SAID).config.num_heads == heads
-
-
-def _meta_state(width: int) -> dict[str, Tensor]:
-    """Shapes alone: zero-strided tensors take no room in the file."""
-    config = ModelConfig(input_size=6, hidden_size=width, depth=1, num_heads=1, num_classes=7)
-    state = {"pos_embed": torch.zeros(1)}
-    for name, shape in parameter_shapes(config).items():
-        (key,) = foreign_keys(name, "official", 1).names
-        state[key] = torch.zeros(1).expand((width, 4, 2, 2) if name == "x_embedder.weight" else shape)
-    return state
-
-
-def test_heads_that_nothing_tells_are_asked_for(tmp_path: Path) -> None:
+def test_heads_follow_the_published_sizes_or_are_asked_for(tmp_path: Path) -> None:
+    published = _saved(tmp_path, random_state(**{**SMALL, "width": 384}))
+    assert load_small(published, num_heads=None)[0].num_heads == 6
     path = _saved(tmp_path, random_state(**{**SMALL, "width": 48}))
     with pytest.raises(WeightsError, match="how many attention heads a width of 48"):
-        load_small(path)
+        load_small(path, num_heads=None)
     assert load_small(path, num_heads=4)[0].num_heads == 4
     with pytest.raises(WeightsError, match="multiple of num_heads 5"):
         load_small(path, num_heads=5)
@@ -147,7 +130,7 @@ def test_round_trips_are_exact(
     )  # fmt: skip
     model = _random_dit(config)
     save_official(model, folder / "model.pt")
-    loaded_config, loaded = load_dit(folder / "model.pt", num_heads=heads)
+    loaded_config, loaded = load_dit(folder / "model.pt")
     assert loaded_config == config
     assert _same(loaded, model)
     assert torch.equal(loaded.pos_embed, model.pos_embed)
@@ -166,7 +149,7 @@ def test_round_trips_are_exact(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("side", [1, 3, 16])
+@pytest.mark.parametrize("side", [1, 16])
 def test_half_precision_weights_are_widened(tmp_path: Path, dtype: torch.dtype, side: int) -> None:
     state = random_state(**{**SMALL, "side": side})
     halved = {key: value.to(dtype) for key, value in state.items()}
@@ -181,27 +164,30 @@ def test_half_precision_weights_are_widened(tmp_path: Path, dtype: torch.dtype, 
     assert _same(load_dit(tmp_path / "folder")[1], model)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("scale", [0.5, 25.0, 100.0])
-def test_half_precision_blurs_no_position_scale(tmp_path: Path, dtype: torch.dtype, scale: float) -> None:
-    config = ModelConfig(input_size=8, hidden_size=64, depth=1, num_heads=1, num_classes=3, position_scale=scale)
-    save_official(DiT(config), tmp_path / "model.pt")
-    halved = {key: value.to(dtype) for key, value in torch.load(tmp_path / "model.pt")["ema"].items()}
-    assert load_dit(_saved(tmp_path, halved), prediction="epsilon", num_classes=3)[0] == config
+def _state(folder: Path, model: DiT, **settings: object) -> Path:
+    """A training state of this project."""
+    folder.mkdir()
+    save_file(
+        {f"ema.{name}": parameter.detach() for name, parameter in model.named_parameters()}, folder / "0.safetensors"
+    )
+    history = [{"config": {"model": model.config.model_dump(), "diffusion": {}, **settings}}]
+    (folder / "state.json").write_text(json.dumps({"history": history}))
+    return folder
 
 
 def test_weights_of_this_projects_training_come_in(tmp_path: Path) -> None:
-    config = TINY.model_copy(update={"position_scale": 100.0})
-    model = _random_dit(config)
-    ema = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    settings_tree = {"model": config.model_dump(), "diffusion": {"prediction_type": "v_prediction"}}
-    state = {"step": 3, "model": {}, "ema": ema, "optimiser": {}, "history": [{"config": settings_tree}]}
-    weights = read_weights(_saved(tmp_path, state))
-    assert weights.config == config
-    assert weights.diffusion.prediction_type == "v_prediction"
+    model = _random_dit(TINY.model_copy(update={"position_scale": 100.0}))
+    _state(tmp_path / "step-9", _random_dit(TINY, seed=1))
+    _state(tmp_path / "step-10", model, diffusion={"prediction_type": "v_prediction"})
+    weights = read_weights(tmp_path)
+    assert weights.config == model.config
+    assert weights.diffusion == DiffusionConfig(prediction_type="v_prediction")
     loaded = weights.model()
     assert _same(loaded, model)
     assert torch.equal(loaded.pos_embed, model.pos_embed)
+    (tmp_path / "step-10" / "state.json").write_text('{"history": []}')
+    with pytest.raises(WeightsError, match="step-10: not a whole training state"):
+        read_weights(tmp_path)
 
 
 def test_loaded_weights_are_not_tied_to_the_file(tmp_path: Path) -> None:
@@ -223,10 +209,10 @@ def test_loaded_weights_are_not_tied_to_the_file(tmp_path: Path) -> None:
         (lambda s: s.pop("x_embedder.proj.weight"), r"x_embedder\.proj\.weight is missing"),
         (lambda s: s.pop("pos_embed"), "pos_embed is missing, and only it gives the size"),
         (lambda s: s.update({"blocks.1.mlp.fc1.weight": torch.zeros(3, 64)}), r"fc1\.weight is \(3, 64\)"),
-        (lambda s: s["pos_embed"].add_(0.1), "not DiT's sin-cos table; learned positions are not supported$"),
+        (lambda s: s["pos_embed"].add_(0.1), "not DiT's sin-cos table .* learned positions are not supported$"),
         (lambda s: s.update(pos_embed=s["pos_embed"].long()), "not DiT's sin-cos table"),
         (lambda s: s.update(pos_embed=s["pos_embed"][:, :8]), "not DiT's sin-cos table"),
-        (lambda s: s.update(pos_embed=positions(32, 3)), r"pos_embed is \(1, 9, 32\), but"),
+        (lambda s: s.update(pos_embed=positions(32, 3)), "not DiT's sin-cos table"),
         (lambda s: s.update({"t_embedder.mlp.0.bias": torch.zeros(64, dtype=torch.int64)}), "not floating point"),
         (lambda s: s.update({"note": "hello"}), "note is no tensor"),
     ],
@@ -268,12 +254,9 @@ def test_quantised_models_are_not_written(tmp_path: Path) -> None:
     for write in (save_official, save_diffusers):
         with pytest.raises(WeightsError, match="a quantised model"):
             write(tiny_model(), tmp_path / "out")
-    state = {"step": 3, "model": {}, "ema": dict(tiny_model().named_parameters()), "optimiser": {}}
-    settings_tree = {"model": TINY.model_dump(), "diffusion": {}}
-    path = _saved(tmp_path, {**state, "history": [{"config": settings_tree}]})
     with pytest.raises(WeightsError, match="a quantised student"):
-        load_dit(path)
-    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+        load_dit(_state(tmp_path / "student", tiny_model()))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["student"]
 
 
 def test_files_of_old_torch_are_read(tmp_path: Path) -> None:

@@ -33,23 +33,17 @@ def exposition(tmp_path_factory: pytest.TempPathFactory) -> Exposition:
             *(200, 500, 401, 403, 200, 429),
         ]
         sampler.hold()
-        late = pool.submit(draw, steps=1000)
-        assert sampler.entered.acquire(timeout=WAIT_S)
-        fleet = engine.pool._fleet
-        assert fleet is not None
-        engine.call(lambda: engine.pool.cancel(next(iter(fleet.requests)), "timeout"))
-        assert late.result() == 504
-        running = engine.submit([spec()], "png")
-        engine.cancel(running)
-        sampler.permit()
         first = pool.submit(draw)
         assert sampler.entered.acquire(timeout=WAIT_S)
+        assert draw(timeout_s=0.05) == 504
+        engine.cancel(engine.submit([spec()], "png"))
         second = pool.submit(draw, num_images=16)
         until(lambda: engine.requests_waiting == 1)
         assert draw() == 429
         sampler.release()
         assert (first.result(), second.result()) == (200, 200)
         until(lambda: engine.idle)
-        engine.call(lambda: setattr(fleet.workers[0], "gpu_memory", [0, 0, 0]))  # as where CUDA is used
+        (worker,) = engine.pool._fleet.workers  # type: ignore[union-attr]
+        engine.call(lambda: setattr(worker, "gpu_memory", [0, 0, 0]))  # as where CUDA is used
         metrics = client.get("/metrics", headers={"Authorization": f"Bearer {reader}"})
     return Exposition.parse(metrics.text)

@@ -85,12 +85,6 @@ def expressions(panel: dict[str, Any]) -> list[str]:
     return found
 
 
-def dashboard_expressions() -> list[tuple[str, str]]:
-    """Title and PromQL of everything on the dashboard."""
-    panels = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
-    return [(panel["title"], expression) for panel in panels for expression in expressions(panel)]
-
-
 def nodes(tree: promql_parser.Expr) -> Iterator[promql_parser.Expr]:
     """``tree`` and all beneath it."""
     found: list[promql_parser.Expr] = []

@@ -14,16 +14,7 @@ from server.fake import FakeSampler
 pytestmark = pytest.mark.browser
 
 CONTROLS = {
-    "button",
-    "combobox",
-    "textbox",
-    "spinbutton",
-    "link",
-    "listbox",
-    "progressbar",
-    "dialog",
-    "image",
-    "region",
+    *("button", "combobox", "textbox", "spinbutton", "link", "progressbar", "dialog", "image", "region"),
 }
 MIN_TARGET_PX = 24  # WCAG 2.2, 2.5.8
 
@@ -94,17 +85,12 @@ def test_no_horizontal_scroll(open_page: OpenPage, width: int) -> None:
         page.fill(**{"class": "0"})
         with_results(page)
         assert page.page.evaluate(scrolled) == [width, width]
-        page.find("#class").click()
-        expect(page.find("#class-list")).to_be_visible()
-        assert page.page.evaluate(scrolled) == [width, width]
 
 
 def test_every_control_has_a_name(open_page: OpenPage) -> None:
     with live_server(FakeSampler(), max_queue_images=64) as (client, _):
         page = open_page(client.base_url)
         with_results(page)
-        page.find("#class").click()
-        expect(page.find("#class-list")).to_be_visible()
         nodes = accessibility_tree(page)
         controls = [node for node in nodes if node["role"]["value"] in CONTROLS]
         assert len(controls) > 30
@@ -142,10 +128,6 @@ def test_text_has_contrast(open_page: OpenPage, scheme: str) -> None:
         ratios = page.page.evaluate(CONTRASTS)
         assert len(ratios) > 50
         assert [entry for entry in ratios if entry[1] < 4.5] == []
-        page.find("#class").fill("a")
-        expect(page.find("#class-list")).to_be_visible()
-        page.find("#class").press("ArrowDown")
-        assert [entry for entry in page.page.evaluate(CONTRASTS) if entry[1] < 4.5] == []
 
 
 @pytest.mark.parametrize("width", [360, 1440])
@@ -164,16 +146,3 @@ def test_focus_is_seen_and_targets_are_large(open_page: OpenPage, width: int) ->
             assert outline >= 2, name
             assert min(tall, wide) >= MIN_TARGET_PX, name
         assert {"class", "class-random", "seed", "seed-lock", "generate", "download", "reuse", "copy", "frame"} <= seen
-
-
-@pytest.mark.parametrize(("motion", "behaviour"), [("reduce", "auto"), ("no-preference", "smooth")])
-def test_the_page_glides_unless_its_reader_wants_it_still(open_page: OpenPage, motion: str, behaviour: str) -> None:
-    with live_server(FakeSampler()) as (client, _):
-        page = open_page(client.base_url, width=360, motion=motion)
-        page.described()
-        page.page.evaluate(
-            "() => { window.scrolls = [];"
-            "Element.prototype.scrollIntoView = function (options) { scrolls.push([this.id, options.behavior]); }; }"
-        )
-        page.draw()
-        assert page.page.evaluate("scrolls") == [["loupe", behaviour]]

@@ -21,14 +21,8 @@ def test_by_keyboard_alone(open_page: OpenPage) -> None:
         expect(page.find(".skip")).to_be_focused()
         keyboard.press("Enter")
         assert page.focused() == "class"
-        keyboard.type("shark")
-        options = page.find("#class-list [role=option]")
-        expect(options).to_have_count(1)
-        keyboard.press("ArrowDown")
-        expect(page.find("#class")).to_have_attribute("aria-activedescendant", "class-option-0")
-        keyboard.press("Enter")
-        expect(page.find("#class")).to_have_value("great white shark")
-        expect(page.find("#class")).to_have_attribute("aria-expanded", "false")
+        keyboard.press("Control+A")
+        keyboard.type("great white shark")
         page.tab_to("#num_images")
         keyboard.type("3")
         keyboard.press("Enter")
@@ -43,35 +37,22 @@ def test_by_keyboard_alone(open_page: OpenPage) -> None:
         expect(page.find("#loupe-facts")).to_contain_text(f"seed{(seed + 1) % 2**32}", use_inner_text=False)
 
 
-def test_the_list_of_classes(open_page: OpenPage) -> None:
+def test_the_class_field_offers_names_and_takes_numbers(open_page: OpenPage) -> None:
     names = ("tench", "goldfish", "<img src=x onerror=alert(1)>", "crane", "crane")
     with live_server(FakeSampler(class_names=names)) as (client, _):
         page = open_page(client.base_url)
         page.described()
-        field, options = page.find("#class"), page.find("#class-list [role=option]")
-        field.fill("")
-        expect(options).to_have_count(5)
-        expect(options.nth(2)).to_contain_text("<img src=x onerror=alert(1)>")  # a name is text, whatever it says
-        for key, active in (("ArrowUp", 4), ("ArrowUp", 3), ("ArrowDown", 4), ("ArrowDown", 0)):
-            field.press(key)
-            expect(field).to_have_attribute("aria-activedescendant", f"class-option-{active}")
-            expect(page.find("[aria-selected=true]")).to_have_count(1)
-        field.press("Escape")
-        expect(page.find("#class-list")).to_be_hidden()
-        expect(field).to_be_focused()
-        field.fill("gold")
-        field.press("Escape")  # before the answer of the search
-        page.page.wait_for_timeout(500)
-        expect(page.find("#class-list")).to_be_hidden()
-        expect(field).to_have_value("gold")
-        field.fill("4")
-        expect(options.first).to_contain_text("crane")
-        options.first.click()
-        expect(field).to_have_value("crane")
-        page.draw()  # the class that was chosen, though its name fits two
+        offered = page.find("#class-list option")
+        # A name is text, whatever it says; one that two classes have does not decide.
+        values = offered.evaluate_all("options => options.map(({ value }) => value)")
+        assert values == [*names[:3], "3", "4"]
+        assert offered.nth(4).get_attribute("label") == "crane 4"
+        page.draw(**{"class": "4"})
+        expect(page.find("#loupe-title")).to_have_text("crane")
         expect(page.find("#loupe-facts")).to_contain_text("4 crane")
+        page.fill(**{"class": ""})
         page.find("#class-random").click()
-        expect(page.find("#class-error")).to_be_empty()
+        assert page.find("#class").input_value() in values
 
 
 def test_previews_and_progress_are_live(open_page: OpenPage) -> None:

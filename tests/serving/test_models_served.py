@@ -1,7 +1,8 @@
-"""What a client meets of each kind of DiT: /info says it, requests ask for no more than it can do."""
+"""What a client meets of each kind of model; the bundled one gives the same image alone and in any company."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from serving_harness import live_server
+from serving_harness import Engine, live_server, outcome, running_engine
 from tiny import TINY, tiny_model
 
 from robuq_core.checkpoint import Description, write_checkpoint
-from robuq_core.config import DiffusionConfig, PredictionType, QuantConfig, SamplerConfig
+from robuq_core.config import DIFFUSION_SAMPLERS, DiffusionConfig, PredictionType, QuantConfig, SamplerConfig
+from robuq_core.params import RowSpec
 from robuq_core.pipeline import Row, Sampler
+from server.request import Cancelled, Event
 
 KINDS: dict[str, tuple[dict[str, Any], PredictionType, SamplerConfig]] = {
     "sit": ({"flavour": "sit"}, "flow", SamplerConfig(sampler="euler", steps=3)),
@@ -128,3 +131,55 @@ def test_a_picture_that_is_not_finite_is_a_500(
     failed = unconditional.post("/generate", json={"seed": 13, "stream": True, "preview_every": 1})
     assert "image_generation.completed" not in failed.text
     assert unconditional.post("/generate", json={"seed": 12}).status_code == 200
+
+
+CROWD = 24
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    first = Sampler.from_checkpoint(threads=1)
+    samplers = (first, first.replica(threads=1))
+    with running_engine(*samplers, max_batch_rows=12, max_queue_images=256) as engine:
+        yield engine
+
+
+def random_spec(rng: random.Random, sampler: str, classes: int) -> RowSpec:
+    return RowSpec(
+        class_id=rng.randrange(classes),
+        seed=rng.randrange(2**32),
+        steps=rng.randint(1, 8),
+        guidance_scale=rng.choice([0.0, 1.0, 1.5, 4.0]),
+        sampler=sampler,  # type: ignore[arg-type]
+        cache_interval=rng.choice([1, 1, 2, 3]),
+    )
+
+
+def draw(engine: Engine, spec: RowSpec) -> bytes:
+    return engine.submit([spec], "png").future.result(120).images[0]
+
+
+def test_alone_and_in_a_watched_and_mixed_crowd(engine: Engine) -> None:
+    rng = random.Random(11)
+    wanted = [random_spec(rng, sampler, engine.model.num_classes) for sampler in DIFFUSION_SAMPLERS]
+    alone = [draw(engine, spec) for spec in wanted]
+    heard: list[Event] = []
+    for turn in range(3):
+        crowd = [random_spec(rng, rng.choice(DIFFUSION_SAMPLERS), engine.model.num_classes) for _ in range(CROWD)]
+        jobs = [
+            engine.submit([spec], "png", preview_every=1 + i % 3, on_event=heard.append if i % 2 else None)
+            for i, spec in enumerate([*crowd, *wanted])
+        ]
+        # Some leave before they are done, which changes the batch of those who stay.
+        for job in jobs[turn:CROWD:5]:
+            engine.cancel(job)
+        assert [job.future.result(120).images[0] for job in jobs[CROWD:]] == alone
+        assert {type(outcome(job)) for job in jobs[:CROWD]} <= {type(None), Cancelled}
+    assert any(event.preview for event in heard)
+
+
+def test_images_of_one_request_are_those_of_single_requests(engine: Engine) -> None:
+    rng = random.Random(12)
+    specs = [random_spec(rng, rng.choice(DIFFUSION_SAMPLERS), engine.model.num_classes) for _ in range(10)]
+    together = engine.submit(specs, "png").future.result(120).images
+    assert list(together) == [draw(engine, spec) for spec in specs]

@@ -26,7 +26,6 @@ from robuq_core.classes import synonyms_of
 from robuq_core.config import BETA_END, BETA_START, MAX_SEED, SamplerName
 from robuq_core.decode import LatentDecoder, is_at, to_pixels
 from robuq_core.errors import UserError
-from robuq_core.hub import resolve_checkpoint
 from robuq_core.params import RowSpec
 from robuq_core.pipeline import Sampler
 from robuq_core.rows import Row
@@ -109,10 +108,6 @@ class RobuQPipeline:
         torch_dtype: torch.dtype | None = None,
         backend: str = "auto",
         threads: int | None = None,
-        revision: str | None = None,
-        cache_dir: Path | str | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
         use_safetensors: bool | None = None,
         variant: str | None = None,
     ) -> RobuQPipeline:
@@ -121,15 +116,13 @@ class RobuQPipeline:
         Args:
             decoder, backend, threads: as for :meth:`robuq_core.pipeline.Sampler.from_checkpoint`.
             torch_dtype: of the decoder; a packed network has its own number formats.
-            revision, cache_dir, token, local_files_only: of a hub id.
             use_safetensors, variant: ignored; a packed checkpoint is one safetensors file.
 
         Raises:
             CheckpointError, DecoderError: it cannot be loaded, or a latent model has no decoder.
             ValueError: unknown backend.
         """
-        hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-        path = resolve_checkpoint(pretrained_model_name_or_path, **hub)  # type: ignore[arg-type]
+        path = pretrained_model_name_or_path
         pipeline = cls(Sampler.from_checkpoint(path, decoder=decoder, backend=backend, threads=threads))
         return pipeline if torch_dtype is None else pipeline.to(torch_dtype)
 
@@ -170,7 +163,8 @@ class RobuQPipeline:
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"to() takes a floating dtype, not {dtype}")
         if device is not None and not is_at(self.device, torch.device(device)):
-            self.sampler = self.sampler.replica(device=device)
+            path, decoder = self.sampler.path, self.sampler.decoder
+            self.sampler = Sampler.from_checkpoint(path, decoder=decoder, device=device)
         if dtype is not None and isinstance(self.sampler.decoder, LatentDecoder):
             self.sampler.decoder = self.sampler.decoder.cast(dtype)
         return self

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import secrets
-import shutil
 import stat
 import zipfile
 from collections.abc import Iterator
@@ -43,22 +42,6 @@ def replacing(path: Path, mode: int | None = None) -> Iterator[Path]:
         flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside ``path``; renamed to it if the block succeeds, removed if it fails.
-
-    ``path`` must not exist, or be an empty folder.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        publish_folder(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def publish_folder(staging: Path, folder: Path) -> None:

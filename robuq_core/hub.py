@@ -37,21 +37,13 @@ def bundled_checkpoint(name: str | None = None) -> Path:
     return Path(str(resources.files("robuq_core") / "assets" / BUNDLED[chosen]))
 
 
-def resolve_checkpoint(
-    source: Path | str | None,
-    *,
-    revision: str | None = None,
-    cache_dir: Path | str | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
-) -> Path:
+def resolve_checkpoint(source: Path | str | None) -> Path:
     """The path of the packed file that ``source`` means.
 
     Args:
         source: a file; a folder with exactly one packed file; a name in :data:`BUNDLED`; ``owner/name`` or
             ``owner/name@revision`` on the hub, downloaded once; ``None``: the default bundled checkpoint. Existing
-            local paths come first.
-        revision, cache_dir, token, local_files_only: of a hub id; see ``huggingface_hub.snapshot_download``.
+            local paths come first. The file itself is checked when it is read.
     """
     if source is None:
         return bundled_checkpoint()
@@ -63,8 +55,7 @@ def resolve_checkpoint(
     match = _HUB_ID.fullmatch(str(source))
     if path.exists() or match is None or str(source).endswith(SUFFIX):
         return path
-    options = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-    return _downloaded(match["repo"], revision or match["revision"], options)
+    return _downloaded(match["repo"], match["revision"])
 
 
 def _only_checkpoint(folder: Path) -> Path:
@@ -86,7 +77,7 @@ def _only_checkpoint(folder: Path) -> Path:
     raise CheckpointError(f"{folder}: no packed {SUFFIX} checkpoint in this folder; give the path of one")
 
 
-def _downloaded(repo: str, revision: str | None, options: dict[str, Any]) -> Path:
+def _downloaded(repo: str, revision: str | None) -> Path:
     try:
         library: Any = importlib.import_module("huggingface_hub")
     except ImportError as error:
@@ -95,7 +86,7 @@ def _downloaded(repo: str, revision: str | None, options: dict[str, Any]) -> Pat
 
     def snapshot(patterns: Sequence[str], revision: str | None) -> Path:
         try:
-            return Path(library.snapshot_download(repo, revision=revision, allow_patterns=list(patterns), **options))
+            return Path(library.snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
         except Exception as error:  # also those of its network library
             raise CheckpointError(_failure(repo, revision, error)) from error
 

@@ -59,7 +59,7 @@ class RowSpec:
     """One image to generate; the fields are those of :class:`ImageParams` with all defaults filled in.
 
     ``seed`` 0..2**32-1; ``guidance_scale`` 1 is no guidance and costs half; ``guidance_interval`` includes both ends
-    (arXiv 2404.07724); ``cache_interval``: see :mod:`robuq_core.step_cache`.
+    (arXiv 2404.07724); ``cache_interval``: see :mod:`robuq_core.rows`.
     """
 
     class_id: int

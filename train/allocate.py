@@ -56,12 +56,8 @@ def allocate(
 ) -> Allocation:
     """Choose one width a layer: ``min sum_l s_l(b_l)`` subject to ``sum_l MAC_l b_l <= budget_bits sum_l MAC_l``.
 
-    Args:
-        losses: s_l(b), any real numbers; every layer has at least one width.
-        macs: multiply-accumulates of each layer of ``losses``, positive.
-
-    Raises:
-        AllocationError: the smallest widths together are above the budget.
+    ``losses``: s_l(b), any real numbers; every layer has at least one width. ``macs``: positive. Raises AllocationError
+    if the smallest widths together are above the budget.
     """
     names = list(losses)
     common = math.gcd(*(macs[name] for name in names))
@@ -115,9 +111,7 @@ def resample(
 ) -> Resampled:
     """Bootstrap ``chosen`` over the batches that its losses are means of.
 
-    Args:
-        by_batch: losses by layer, width and batch. ``sizes``: points of each batch.
-        macs: as of :func:`allocate`.
+    ``by_batch``: losses by layer, width and batch. ``sizes``: points of each batch. ``macs``: as of :func:`allocate`.
     """
     generator = np.random.default_rng(seed)
     names, points = list(by_batch), np.array(sizes, dtype=np.float64)
@@ -200,16 +194,11 @@ def _uniform(options: Options, costs: Sequence[int], budget: int) -> list[int]:
     return [max(fitting)] * len(options)
 
 
-def layer_type(name: str) -> str:
-    """``qkv``, ``proj``, ``fc1`` or ``fc2``."""
-    return name.rpartition(".")[2]
-
-
 def averages_by_type(bits: Mapping[str, int]) -> dict[str, float]:
-    """Mean width of the layers of each type (over layers, as the paper counts)."""
+    """Mean width of the layers of each of :data:`LAYER_TYPES` (over layers, as the paper counts)."""
     groups: dict[str, list[int]] = {}
     for name, width in bits.items():
-        groups.setdefault(layer_type(name), []).append(width)
+        groups.setdefault(name.rpartition(".")[2], []).append(width)
     return {kind: sum(group) / len(group) for kind, group in groups.items()}
 
 
@@ -226,50 +215,34 @@ def type_table(allocations: Sequence[Allocation]) -> Table:
     return table
 
 
-def layer_table(allocations: Sequence[Allocation], interval: Resampled | None = None) -> Table:
+def layer_table(allocations: Sequence[Allocation], interval: Resampled) -> Table:
     """The width of every layer, one column an allocation; ``interval``: of the first one."""
-    table = Table("layer", *(each.method.replace("_", " ") for each in allocations), title="activation bits by layer")
-    if interval is not None:
-        table.add_column("95% interval")
-        table.add_column("kept")
+    methods = (each.method.replace("_", " ") for each in allocations)
+    table = Table("layer", *methods, "95% interval", "kept", title="activation bits by layer")
     for name in allocations[0].bits:
-        cells = [str(each.bits[name]) for each in allocations]
-        if interval is not None:
-            low, high = interval.bits[name]
-            cells += [str(low) if low == high else f"{low}..{high}", f"{interval.kept[name]:.0%}"]
-        table.add_row(name, *cells)
+        low, high = interval.bits[name]
+        between = str(low) if low == high else f"{low}..{high}"
+        table.add_row(name, *(str(each.bits[name]) for each in allocations), between, f"{interval.kept[name]:.0%}")
     return table
 
 
 def plot_allocations(allocations: Sequence[Allocation], path: Path) -> None:
-    """Draw the widths that each method gives: one panel per method, one column per block, one row per layer type.
-
-    The format is that of the suffix of ``path`` (png, svg or pdf).
-    """
-    grids = {each.method: _grid(each) for each in allocations}
-    blocks = max(grid.shape[1] for grid in grids.values())
-    figure = Figure(figsize=(max(6.0, 0.4 * blocks + 2), 1.6 * len(grids) + 0.6), layout="constrained")
+    """Draw the widths that each method gives as PNG: a panel per method, a column per block, a row per layer type."""
+    blocks = 1 + max(int(name.split(".")[1]) for name in allocations[0].bits)
     top = max(max(each.bits.values()) for each in allocations)
-    for i, each in enumerate(allocations):
-        grid = grids[each.method]
-        axes = figure.add_subplot(len(allocations), 1, i + 1)
+    figure = Figure(figsize=(max(6.0, 0.4 * blocks + 2), 1.6 * len(allocations) + 0.6), layout="constrained")
+    for axes, each in zip(figure.subplots(len(allocations), squeeze=False)[:, 0], allocations, strict=True):
+        grid = np.full((len(LAYER_TYPES), blocks), np.nan)
+        for name, width in each.bits.items():
+            row, column = LAYER_TYPES.index(name.rpartition(".")[2]), int(name.split(".")[1])
+            grid[row, column] = width
+            dark = width < (1 + top) / 2
+            axes.text(column, row, str(width), ha="center", va="center", color="white" if dark else "black")
         axes.imshow(grid, cmap="viridis", vmin=1, vmax=top, aspect="auto")
         title = f"{each.method.replace('_', ' ')}: {each.average_bits:.3f} bits, predicted {each.predicted_loss:+.3g}"
         axes.set_title(title, fontsize="medium")
         axes.set_yticks(range(len(LAYER_TYPES)), LAYER_TYPES)
-        axes.set_xticks(range(grid.shape[1]))
-        for (row, column), width in np.ndenumerate(grid):
-            dark = width < (1 + top) / 2
-            axes.text(column, row, f"{width:.0f}", ha="center", va="center", color="white" if dark else "black")
+        axes.set_xticks(range(blocks))
     axes.set_xlabel("block")
     with replacing(path) as temporary:
-        figure.savefig(temporary, format=path.suffix.removeprefix("."))
-
-
-def _grid(allocation: Allocation) -> np.ndarray:
-    """Widths ``[types, blocks]``; not a number where a block lacks a type."""
-    names = {name: int(name.split(".")[1]) for name in allocation.bits}
-    grid = np.full((len(LAYER_TYPES), max(names.values()) + 1), np.nan)
-    for name, block in names.items():
-        grid[LAYER_TYPES.index(layer_type(name)), block] = allocation.bits[name]
-    return grid
+        figure.savefig(temporary, format="png")

@@ -102,14 +102,10 @@ def run(
 
 @app.command()
 @reported
-def prepare(
-    config: ConfigOption,
-    override: SetOption = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Read all shards and compare their checksums.")] = False,
-) -> None:
+def prepare(config: ConfigOption, override: SetOption = None) -> None:
     """Convert the data set into shards of pixels or latents, which training maps into memory."""
     with _run(config, override) as whole:
-        whole.prepare(verify)
+        whole.prepare()
 
 
 def _add_stage(name: str, about: str) -> None:
@@ -189,12 +185,10 @@ def evaluate(
     """
     with _run(config, [*_protocol(protocol), *(override or [])], ema) as whole:
         from train.evaluation.run import evaluate_run
-        from train.evaluation.samples import known_model
         from train.parallel import rank
 
-        which = None if model is None else known_model(model)
         options: dict[str, Any] = {"sheet": sheet, "inception": inception, "npz": npz, "agreement_only": agreement_only}
-        entry = evaluate_run(whole, which, checkpoint=checkpoint, classes=classes, seed=seed, **options)
+        entry = evaluate_run(whole, model, checkpoint=checkpoint, classes=classes, seed=seed, **options)
         if rank() == 0:
             typer.echo(json.dumps(entry, indent=2))
 
@@ -213,25 +207,20 @@ def _protocol(name: str | None) -> tuple[str, ...]:
 @reported
 def diagnose(
     config: ConfigOption,
-    model: Annotated[
-        str | None, typer.Option(help="teacher, student or packed; default: the latest in the run.")
-    ] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="A packed file from elsewhere, instead of --model.")] = None,
+    model: Annotated[str | None, typer.Option(help="teacher or student; default: the later in the run.")] = None,
     override: SetOption = None,
 ) -> None:
     """Report how near to normal each layer's input is, before and after rotation, and what quantising costs.
 
     Prints the output error of every layer with and without rotation, and the spread of every head's logits.
-    Writes RUN_DIR/diagnosis/MODEL.pdf, with a page of plots per layer, and MODEL.json.
+    Writes RUN_DIR/diagnosis/MODEL.json, and MODEL/ with a picture of each layer.
     """
     with _run(config, override) as whole:
-        from train.diagnose.report import report
-        from train.diagnose.run import diagnose_run
-        from train.evaluation.samples import known_model
+        from train.diagnose import diagnose as diagnosed
+        from train.diagnose import report
         from train.parallel import on_first
 
-        which = None if model is None else known_model(model)
-        on_first(lambda: report(diagnose_run(whole, which, checkpoint), whole.folder / "diagnosis"))
+        on_first(lambda: report(diagnosed(whole, model), whole.folder / "diagnosis"))
 
 
 @app.command()
@@ -326,9 +315,8 @@ def ablate(
     """Train and measure every row of an ablation study, and write its tables.
 
     Finished rows are kept, so a stopped study continues; several processes may share one folder."""
-    from train.ablations.config import load_study
     from train.ablations.report import write_report
-    from train.ablations.study import Study
+    from train.ablations.study import Study, load_study
 
     study = Study(load_study(config, overrides), out)
     busy = 0 if report_only else study.run()

@@ -35,21 +35,14 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class DataConfig(StrictModel):
-    """Images and their augmentation: resize the short side to ``resize``, crop to the model's size."""
+    """Images, square at the model's size, mirrored at random."""
 
     path: Path = Field(description="class folders, a zip of them, an npz, Parquet files, or a folder of IDX files")
     split: Literal["train", "val", "test"] = Field(default="train", description="part of a data set that has several")
-    fit: Literal["resize", "pad", "adm"] = Field(
-        default="resize",
-        description="resize: resize and centre-crop; pad: centre small images on black; adm: crop as published "
-        "ImageNet figures do",
-    )
-    resize: int | None = Field(default=None, ge=2, description="short side before the crop; null: the crop's size")
-    supersample: int = Field(
-        default=1, ge=1, description="crop at this multiple of input_size and average down, for sub-pixel shifts"
+    fit: Literal["resize", "adm"] = Field(
+        default="resize", description="resize and centre-crop; adm: crop as published ImageNet figures do"
     )
     flip_probability: float = Field(default=0.5, ge=0, le=1, description="share of mirrored samples")
-    colour_jitter: float = Field(default=0.0, ge=0, lt=1, description="brightness and contrast factors in 1 +- this")
     vae: Path | None = Field(
         default=None, description="folder of a diffusers AutoencoderKL: train on its latents instead of on pixels"
     )
@@ -239,11 +232,6 @@ class TrainConfig(StrictModel):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> TrainConfig:
-        crop = self.model.input_size * self.data.supersample
-        if self.data.resize is not None and self.data.resize < crop:
-            raise ValueError(
-                f"data.resize {self.data.resize} is below the crop, model.input_size x data.supersample = {crop}"
-            )
         if self.data.vae is None and self.model.in_channels not in (1, 3):
             raise ValueError(f"model.in_channels must be 1 (grey) or 3 (RGB), not {self.model.in_channels}, unless "
                              "data.vae makes latents of images")  # fmt: skip
@@ -276,10 +264,6 @@ class TrainConfig(StrictModel):
 
     @model_validator(mode="after")
     def _choices_agree(self) -> TrainConfig:
-        changed = [key for key in ("resize", "supersample", "colour_jitter")
-                   if getattr(self.data, key) != type(self.data).model_fields[key].default]  # fmt: skip
-        if self.data.vae is not None and changed:
-            raise ValueError(f"data.{changed[0]} is for pixels: with data.vae images are encoded once, as they are")
         for name, stage in (("teacher", self.teacher), ("warmup", self.warmup), ("qat", self.qat)):
             if stage.own_samples and self.diffusion.prediction_type != "sample":
                 raise ValueError(f"{name}.own_samples needs diffusion.prediction_type sample, not "
@@ -318,8 +302,7 @@ def _annotated(key: str, default: Any, field: FieldInfo) -> str:
 def parse_yaml(text: str | bytes) -> Any:
     """``yaml.safe_load`` of text that a stranger may have written.
 
-    Raises:
-        ValueError: malformed, not UTF-8, or nested deeper than the interpreter can follow.
+    Raises ValueError: malformed, not UTF-8, or nested deeper than the interpreter can follow.
     """
     try:
         return yaml.safe_load(text)
@@ -332,8 +315,7 @@ def parse_yaml(text: str | bytes) -> Any:
 def load_config(path: Path, overrides: list[str]) -> TrainConfig:
     """Read a YAML file and apply ``section.key=value`` overrides (values are YAML too).
 
-    Raises:
-        ConfigError: unreadable file, malformed override, unknown key or value out of range.
+    Raises ConfigError: unreadable file, malformed override, unknown key or value out of range.
     """
     try:
         tree = parse_yaml(read_bounded(path))

@@ -93,8 +93,7 @@ class TrainingLog:
 def _wandb_run(project: str, run_dir: Path, name: str) -> Any:
     """The run of stage ``name`` on Weights & Biases, the same one after a restart.
 
-    Raises:
-        UserError: the package is missing, or refuses.
+    Raises UserError: the package is missing, or refuses.
     """
     try:
         import wandb

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,43 +61,22 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now -= size
 
 
-@dataclass(frozen=True)
-class StepMemory:
-    """Bytes that one process holds at the peak of a training step, by what they are for.
-
-    The peak is that of a step whose gradients are all there, as in every step of DDP and of accumulation; a lone
-    process that does not accumulate stays below, because its gradients come while its activations go.
-    """
-
-    weights: int
-    lowrank: int
-    codes: int
-    constants: int
-    gradients: int
-    moments: int
-    average: int
-    teacher: int
-    gathered: int
-    kept: int
-    temporaries: int
-
-    @property
-    def total(self) -> int:
-        return sum(size for _, size in self.rows())
-
-    def rows(self) -> Iterator[tuple[str, int]]:
-        """``(component, bytes)``, all that add up to the total."""
-        yield "latent weights, embedders, head (FP32)", self.weights
-        yield "low-rank factors (FP32)", self.lowrank
-        yield "ternary codes, held for a step (int8)", self.codes
-        yield "rotations, positions", self.constants
-        yield "gradients (FP32)", self.gradients
-        yield "AdamW's two moments (FP32)", self.moments
-        yield "moving averages (FP32)", self.average
-        yield "teacher (FP32)", self.teacher
-        yield "weights gathered by FSDP", self.gathered
-        yield "kept for the backward pass", self.kept
-        yield "temporaries at the peak", self.temporaries
+# What a process holds at the peak of a step. That is the peak of a step whose gradients are all there, as in every step
+# of DDP and of accumulation; a lone process that does not accumulate stays below, because its gradients come while its
+# activations go.
+COMPONENTS = {
+    "weights": "latent weights, embedders, head (FP32)",
+    "lowrank": "low-rank factors (FP32)",
+    "codes": "ternary codes, held for a step (int8)",
+    "constants": "rotations, positions",
+    "gradients": "gradients (FP32)",
+    "moments": "AdamW's two moments (FP32)",
+    "average": "moving averages (FP32)",
+    "teacher": "teacher (FP32)",
+    "gathered": "weights gathered by FSDP",
+    "kept": "kept for the backward pass",
+    "temporaries": "temporaries at the peak",
+}
 
 
 def step_memory(
@@ -110,16 +87,12 @@ def step_memory(
     world: int = 1,
     bf16: bool = True,
     device: str = "cpu",
-) -> StepMemory:
-    """Count the memory of a step of ``stage`` in one of ``world`` processes.
+) -> dict[str, int]:
+    """Bytes of each of :data:`COMPONENTS` at the peak of a step of ``stage``, in one of ``world`` processes.
 
-    Args:
-        quant: how the model is quantised; ``None`` for the teacher's own training.
-        bf16: whether products run in bf16 (autocast).
-        device: whose rules of autocast to apply, ``cpu`` or ``cuda``.
-
-    Raises:
-        ConfigError: the batch does not divide between the processes.
+    ``quant``: how the model is quantised; ``None`` for the teacher's own training. ``bf16``: whether products run in
+    bf16 (autocast). ``device``: whose rules of autocast to apply, ``cpu`` or ``cuda``. Raises ConfigError if the batch
+    does not divide between the processes.
     """
     check_shares(stage, "batch_size", world)
     rows = stage.batch_size // (world * stage.accumulate)
@@ -130,20 +103,22 @@ def step_memory(
     lowrank = sum(p.numel() for name, p in model.named_parameters() if ".lowrank_" in name) * FP32
     root = parameters - block * len(model.blocks)
     kept, peak = _count_step(config, stage, model, teacher, rows, bf16, device)
-    return StepMemory(
-        weights=(parameters - lowrank) // sharded,
-        lowrank=lowrank // sharded,
-        codes=_codes(model) if repeats_forwards(stage) and sharded == 1 else 0,
-        constants=sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
-        gradients=parameters // sharded,
-        moments=2 * parameters // sharded,
-        average=(1 + len(stage.more_ema_decays)) * parameters // sharded,
-        teacher=_bytes(teacher) // sharded if teacher is not None else 0,
+    found = {
+        "weights": (parameters - lowrank) // sharded,
+        "lowrank": lowrank // sharded,
+        "codes": _codes(model) if repeats_forwards(stage) and sharded == 1 else 0,
+        "constants": sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
+        "gradients": parameters // sharded,
+        "moments": 2 * parameters // sharded,
+        "average": (1 + len(stage.more_ema_decays)) * parameters // sharded,
+        "teacher": _bytes(teacher) // sharded if teacher is not None else 0,
         # The blocks, the gradient of one before it is shared out, and the root, which stays whole.
-        gathered=(_GATHERED_BLOCKS + 1) * block + root if sharded > 1 else 0,
-        kept=kept,
-        temporaries=peak - kept,
-    )
+        "gathered": (_GATHERED_BLOCKS + 1) * block + root if sharded > 1 else 0,
+        "kept": kept,
+        "temporaries": peak - kept,
+    }
+    assert found.keys() == COMPONENTS.keys()
+    return found
 
 
 def _bytes(model: nn.Module) -> int:
@@ -205,10 +180,10 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 
 def _stage(config: TrainConfig, name: str) -> StageConfig:
-    stages = {"teacher": config.teacher, "warmup": config.warmup, "qat": config.qat}
-    if name not in stages:
-        raise ConfigError(f"stage {name!r}: not one of {', '.join(stages)}")
-    return stages[name]
+    if name not in ("teacher", "warmup", "qat"):
+        raise ConfigError(f"stage {name!r}: not one of teacher, warmup, qat")
+    stage: StageConfig = getattr(config, name)
+    return stage
 
 
 def time_line(config: TrainConfig, name: str, world: int, teraflops: float) -> str:
@@ -225,25 +200,22 @@ def time_line(config: TrainConfig, name: str, world: int, teraflops: float) -> s
 def memory_table(config: TrainConfig, name: str, world: int) -> str:
     """The memory of one of ``world`` processes in GB (1e9 bytes), with and without activation checkpointing, as text.
 
-    Products are in bf16 unless ``config.precision`` is ``fp32``.
-
-    Raises:
-        ConfigError: no stage ``name`` trains, or the batch does not divide between the processes.
+    Products are in bf16 unless ``config.precision`` is ``fp32``. Raises ConfigError if no stage ``name`` trains, or the
+    batch does not divide between the processes.
     """
-    stage, quant = _stage(config, name), None if name == "teacher" else config.quant
-    bf16 = config.precision != "fp32"
-    columns = [
-        step_memory(config, stage.model_copy(update={"activation_checkpointing": again}), quant, world=world, bf16=bf16)
-        for again in (False, True)
-    ]
-    rows = zip(*(column.rows() for column in columns), strict=True)
-    figures = [(left[0], left[1], right[1]) for left, right in rows]
-    figures.append(("total", columns[0].total, columns[1].total))
+    stage, quant, bf16 = _stage(config, name), None if name == "teacher" else config.quant, config.precision != "fp32"
+    columns = []
+    for again in (False, True):
+        variant = stage.model_copy(update={"activation_checkpointing": again})
+        found = step_memory(config, variant, quant, world=world, bf16=bf16)
+        columns.append([*found.values(), sum(found.values())])
+    lines = [f"{'GB of one process at the peak of a step':<42}{'kept':>12}{'recomputed':>12}"]
+    for label, kept, again_kept in zip((*COMPONENTS.values(), "total"), *columns, strict=True):
+        lines.append(f"{label:<42}{kept / 1e9:>12.2f}{again_kept / 1e9:>12.2f}")
     configured = "recomputed" if stage.activation_checkpointing else "kept"
-    return "\n".join([
-        f"{'GB of one process at the peak of a step':<42}{'kept':>12}{'recomputed':>12}",
-        *(f"{component:<42}{kept / 1e9:>12.2f}{again / 1e9:>12.2f}" for component, kept, again in figures),
+    lines += [
         f"{name}: batch_size {stage.batch_size} over {world} process(es) in {stage.accumulate} part(s), "
         f"{'bf16' if bf16 else 'fp32'}, {stage.parallel}; activations are {configured} as configured.",
         "Counted, not measured on a GPU: leave a tenth of the card for its context, workspaces and fragmentation.",
-    ])  # fmt: skip
+    ]
+    return "\n".join(lines)

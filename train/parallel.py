@@ -79,8 +79,7 @@ def processes() -> Iterator[None]:
 
     Does nothing in a lone process, and inside another such block.
 
-    Raises:
-        LostProcess: one of the others has ended.
+    Raises LostProcess: one of the others has ended.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
@@ -136,8 +135,7 @@ def on_first(action: Callable[[], object]) -> None:
 
     Within such an action it just runs the inner one: the others would not know what to wait for.
 
-    Raises:
-        UserError: the action's, in the first process; the others end.
+    Raises UserError: the action's, in the first process; the others end.
     """
     global _alone
     if _alone:
@@ -167,11 +165,7 @@ def sharing() -> tuple[int, int]:
 
 
 def from_first(action: Callable[[], T]) -> T:
-    """What ``action`` gives in the first process, in all of them.
-
-    Raises:
-        UserError: as :func:`on_first`.
-    """
+    """What ``action`` gives in the first process, in all of them. Raises UserError: as :func:`on_first`."""
     found: list[Any] = [None]
 
     def keep() -> None:

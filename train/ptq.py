@@ -381,9 +381,8 @@ def calibrate(
         defaults: sampler and guidance of the trajectories.
         on_layer: called with a layer's name when it is fitted, then with the number of each step.
 
-    Raises:
-        WeightsError, ValueError: as :func:`robuq_core.convert.quantize_layers`.
-        UserError: the teacher's own samples are not finite.
+    Raises WeightsError, ValueError: as :func:`robuq_core.convert.quantize_layers`. UserError: the teacher's own samples
+    are not finite.
     """
     config = weights.config
     check_bits(quant, layer_shapes(config))
@@ -448,9 +447,8 @@ def pack_calibrated(
         quant: arguments of :func:`robuq_core.convert.untrained_quant`. defaults: fields of ``SamplerConfig``.
         options: as :func:`robuq_core.convert.pack_untrained`.
 
-    Raises:
-        UserError: ``target`` is not called as a packed file, or as :func:`calibrate`.
-        WeightsError, CheckpointError, ValueError: as :func:`robuq_core.convert.pack_untrained`.
+    Raises UserError: ``target`` is not called as a packed file, or as :func:`calibrate`. WeightsError, CheckpointError,
+    ValueError: as :func:`robuq_core.convert.pack_untrained`.
     """
     if target.suffix.lower() != PACKED_SUFFIX:
         raise UserError(f"{target}: a packed file ends in {PACKED_SUFFIX}")

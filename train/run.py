@@ -7,15 +7,13 @@ Files below ``run_dir``: ``data/`` (prepared samples), ``states/teacher``, ``sta
 One comparison decides whether a stage is up to date: its inputs, recorded when it ran, with its inputs now. Inputs are
 settings, digests of the data, and digests of what earlier stages wrote. A short stage that is not up to date is
 rebuilt; one that trains continues if only its schedule changed, and is otherwise refused with the way out.
-
-One file, since the comparison of inputs needs all that a run opens.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -27,7 +25,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from robuq_core.classes import read_names
-from robuq_core.config import QuantConfig, StrictModel
+from robuq_core.config import QuantConfig
 from robuq_core.errors import UserError
 from robuq_core.files import read_json, replacing
 from robuq_core.models.dit import DiT
@@ -47,25 +45,13 @@ from train.data import (
 )
 from train.logs import one_line
 from train.parallel import from_first, on_first
+from train.provenance import Record, changes, described, settings_of, unfit_changes
 from train.sensitivity import FixedBatch, fixed_set
 from train.stages import BY_NAME, STAGES, Stage, at_search_width, quant_settings
 from train.state import State, StateError, file_digest, find_state, latest_state, locked, read_state
 from train.trainer import meaning_of_weights
 
 Note = Callable[[str], None]
-Changed = dict[str, tuple[Any, Any]]
-
-# Keys of a training stage that do not change its numbers beyond rounding, or whose file's content is compared instead.
-_IDLE = {"save_every", "keep_every", "log_every", "eval_every", "eval_samples", "accumulate",
-         "activation_checkpointing", "parallel", "pretrained", "warm_start"}  # fmt: skip
-
-
-class Record(StrictModel):
-    """What a stage was made from, by name, and the digest of what it wrote."""
-
-    inputs: dict[str, Any]
-    output: str
-    finished: bool = True
 
 
 class Run:
@@ -96,7 +82,7 @@ class Run:
         """The prepared data, brought up to date when first asked for."""
         if self.base is not None:
             return self.base.index
-        return prepare(self.config, self._note, fingerprint=self._fingerprint)
+        return prepare(self.config, self._note, self._fingerprint)
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -118,27 +104,20 @@ class Run:
         """The data in pixels, at the size that the model generates: all, or ``count`` of them at random.
 
         Of a run on pixels they are the prepared ones, mapped; of a run on latents they are read again: give ``count``.
-
-        Raises:
-            DataError: the data cannot be used, or are latents of another program.
+        Raises DataError if the data cannot be used, or are latents of another program.
         """
         data = self.config.data
         if data.vae is None:
             assert isinstance(self.dataset, ImageDataset)
-            return self.dataset.some(count)
+            return self.dataset if count is None else self.dataset.some(count)
         size, classes = image_size(self.config), self.config.model.num_classes
         return load_dataset(data.path, size, classes, data.split, data.fit, count)
-
-    def batches(self, config: TrainConfig, batch_size: int) -> BatchSource:
-        """Batches of the data by step, augmented and seeded as ``config`` says, which may be a variant of the run's."""
-        return BatchSource(self.dataset, config.data, config.model.input_size, batch_size, config.seed)
 
     def fixed_points(
         self, samples: int, batch_size: int, seed: int, device: torch.device | str = "cpu"
     ) -> list[FixedBatch]:
-        """Noised images, not augmented, at timesteps spread over the process: the same ones in every call."""
-        data = self.config.data.model_copy(update={"flip_probability": 0.0, "colour_jitter": 0.0})
-        source = BatchSource(self.dataset, data, self.config.model.input_size, batch_size, seed)
+        """Noised images, never mirrored, at timesteps spread over the process: the same ones in every call."""
+        source = BatchSource(self.dataset, 0.0, batch_size, seed)
         return fixed_set(source, samples, seed, device, self.config.diffusion.prediction_type)
 
     # What the stages write, and the models in it.
@@ -150,11 +129,7 @@ class Run:
         return self.folder / BY_NAME[stage].writes
 
     def digest(self, stage: str) -> str:
-        """What identifies the output of ``stage``.
-
-        Raises:
-            StateError: it does not exist.
-        """
+        """What identifies the output of ``stage``. Raises StateError if it does not exist."""
         path = self.path(stage)
         if BY_NAME[stage].trains:
             return latest_state(path).digest
@@ -192,8 +167,7 @@ class Run:
     def quant(self) -> QuantConfig:
         """``quant`` with the activation width of every layer as the run found it: ``bits.json``, if it searches.
 
-        Raises:
-            StateError: no usable ``bits.json``, or one of another budget or method than is configured.
+        Raises StateError if there is no usable ``bits.json``, or one of another budget or method than is configured.
         """
         config, path = self.config, self.path("allocate")
         if config.allocate.average_bits is None:
@@ -221,8 +195,7 @@ class Run:
     def class_names(self) -> tuple[str, ...]:
         """The names in ``data.class_names``, one per class; empty if none are configured.
 
-        Raises:
-            ConfigError: the file cannot be read, or does not have one name for each class.
+        Raises ConfigError if the file cannot be read, or does not have one name for each class.
         """
         path, classes = self.config.data.class_names, self.config.model.num_classes
         if path is None:
@@ -240,11 +213,8 @@ class Run:
     def until(self, last: str = "evaluate", redo: Collection[str] = ()) -> Run:
         """Run every stage that the configuration calls for, in order, up to ``last``; returns the run.
 
-        Args:
-            redo: stages to rerun, with all that follow the first of them.
-
-        Raises:
-            UserError: of the first stage that fails; those before it are kept.
+        ``redo``: stages to rerun, with all that follow the first of them. Raises the error of the first stage that
+        fails; those before it are kept.
         """
         _ = self.class_names  # export needs them: better a clear error now than after the training
         self.prepare()
@@ -253,8 +223,7 @@ class Run:
             again = again or stage.name in redo
             if self.base is not None and stage.name == "teacher":
                 continue
-            reason = stage.skipped(self.config)
-            if reason is None:
+            if (reason := stage.skipped(self.config)) is None:
                 self._bring_up_to_date(stage, again)
             else:
                 self.note(f"{stage.name}: skipped, as {reason}")
@@ -262,8 +231,8 @@ class Run:
                 break
         return self
 
-    def prepare(self, verify: bool = False) -> None:
-        """Bring the prepared data up to date; ``verify``: also read every shard and compare its checksum."""
+    def prepare(self) -> None:
+        """Bring the prepared data up to date."""
         notes: list[str] = []  # of the first process
 
         def listen(text: str) -> None:
@@ -271,7 +240,7 @@ class Run:
             self._note(text)
 
         if self.base is None:
-            self.index = prepare(self.config, listen, verify, self._fingerprint)
+            self.index = prepare(self.config, listen, self._fingerprint)
         on_first(lambda: self._keep_config(self.config))
         if from_first(lambda: not notes):
             index = self.index
@@ -280,8 +249,7 @@ class Run:
     def alone(self, name: str, redo: bool = False) -> Run:
         """Run one stage from what the stages before it left; returns the run.
 
-        Raises:
-            StateError: what they left was not made from one another. UserError: the stage's own.
+        Raises StateError if what they left was not made from one another, or the stage's own error.
         """
         on_first(lambda: self.check_lineage(BY_NAME[name]))
         self._bring_up_to_date(BY_NAME[name], redo)
@@ -322,6 +290,9 @@ class Run:
 
     # Records.
 
+    def _record_path(self, stage: Stage) -> Path:
+        return self.folder / "stages" / f"{stage.name}.json"
+
     def _record(self, stage: Stage) -> Record | None:
         """What the output of ``stage`` was made from; none if there is none."""
         if stage.trains:
@@ -336,9 +307,6 @@ class Run:
             raise StateError(f"{path}: not a readable record ({one_line(error)}); delete it, and the stage is rebuilt"
                              ) from error  # fmt: skip
 
-    def _record_path(self, stage: Stage) -> Path:
-        return self.folder / "stages" / f"{stage.name}.json"
-
     def _write_record(self, stage: Stage, inputs: dict[str, Any]) -> None:
         record = Record(inputs=inputs, output=self.digest(stage.name))
         _write(self._record_path(stage), json.dumps(record.model_dump(mode="json"), indent=1) + "\n")
@@ -351,15 +319,16 @@ class Run:
             self.note(f"{name}: rerun, as asked")
         record = self._record(stage)
         if record is not None:
-            changed = {key: pair for key, pair in changes(record.inputs, inputs).items() if _matters(key)}
+            changed = changes(record.inputs, inputs)
             intact = record.output == self.digest(name)
             if record.finished and intact and not changed:
                 self.note(f"{name}: up to date ({path.name})")
                 return False
-            if stage.trains:
-                _check_continuation(stage, path, changed, record.finished)
+            if stage.trains and (bad := unfit_changes(name, changed, record.finished)):
+                raise StateError(f"{path}: trained with {bad}; restore the configuration it was made with, or start "
+                                 f"the stage again with robuq-train {name} --redo")  # fmt: skip
             if changed:
-                self.note(f"{name}: {'continues' if stage.trains else 'rebuilt'}, as {_described(changed)}")
+                self.note(f"{name}: {'continues' if stage.trains else 'rebuilt'}, as {described(changed)}")
             elif not intact:
                 self.note(f"{name}: rebuilt, as {path.name} is not the file that it wrote")
         self._keep_config(config)
@@ -367,23 +336,18 @@ class Run:
 
     def _forget(self, stage: Stage) -> None:
         """Remove what ``stage`` wrote, unless another process is at it."""
-        path = self.path(stage.name)
+        path, logs = self.path(stage.name), (self.folder / f"{stage.name}.{end}" for end in ("log.jsonl", "wandb"))
         with locked(path) if stage.trains else nullcontext():
-            for file in (
-                self._record_path(stage),
-                *(self.folder / f"{stage.name}.{suffix}" for suffix in ("log.jsonl", "wandb")),
-            ):
-                file.unlink(missing_ok=True)
-            if path.is_file():
-                path.unlink()
-            for folder in (path, self.folder / "tensorboard" / stage.name):
-                shutil.rmtree(folder, ignore_errors=True)
+            for each in (path, self._record_path(stage), *logs, self.folder / "tensorboard" / stage.name):
+                if each.is_dir():
+                    shutil.rmtree(each, ignore_errors=True)
+                else:
+                    each.unlink(missing_ok=True)
 
     def check_lineage(self, stage: Stage) -> None:
         """Check that every output that ``stage`` stands on was made from the outputs that are there now.
 
-        Raises:
-            StateError: one was made from another; the message names the stage to run.
+        Raises StateError if one was made from another; the message names the stage to run.
         """
         for maker in (BY_NAME[name] for name in stage.reads(self.config)):
             record = self._record(maker)
@@ -415,64 +379,7 @@ def _write(path: Path, text: str) -> None:
         raise StateError(f"run_dir {path.parent}: cannot be written to ({one_line(error)})") from error
 
 
-def settings_of(config: TrainConfig, *keys: str) -> dict[str, Any]:
-    """The values of ``keys`` (a section, ``section.key`` or a top-level key) by dotted key."""
-    tree, found = config.model_dump(mode="json"), dict[str, Any]()
-    for key in keys:
-        section, _, leaf = key.partition(".")
-        value = tree[section]
-        if leaf:
-            found[key] = value[leaf]
-        elif isinstance(value, Mapping):
-            found.update({f"{section}.{name}": each for name, each in value.items()})
-        else:
-            found[section] = value
-    return found
-
-
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changed:
-    """Old and new value of every input that differs; one that the older record does not know is taken as the same."""
-    return {key: (before[key], value) for key, value in now.items() if key in before and before[key] != value}
-
-
 def _content(key: str, path: Path) -> str:
     if not path.exists():
         raise StateError(f"{key}: {path} does not exist")
-    if (path / "state.json").exists():
-        return read_state(path).digest
-    return data_digest(path)
-
-
-def _check_continuation(stage: Stage, path: Path, changed: Changed, finished: bool) -> None:
-    """Raises:
-    StateError: what changed is more than the schedule, or the stage is finished and asks for no more steps.
-    """
-    own = {key for key in changed if key == "precision" or key.startswith(f"{stage.name}.")}
-    before, now = changed.get(f"{stage.name}.steps", (0, 0))
-    bad = {key: pair for key, pair in changed.items() if key not in own or (finished and now <= before)}
-    if bad:
-        old = ", ".join(f"{key} {_shown(pair[0])}" for key, pair in bad.items())
-        new = ", ".join(_shown(pair[1]) for pair in bad.values())
-        raise StateError(f"{path}: trained with {old}, but the configuration says {new}; restore the configuration it "
-                         f"was made with, or start the stage again with robuq-train {stage.name} --redo")  # fmt: skip
-
-
-def _matters(key: str) -> bool:
-    return key.startswith(("content of ", "output of ")) or key.partition(".")[2] not in _IDLE
-
-
-def _described(changed: Changed) -> str:
-    """``quant.rank 16 is now 8, output of teacher is another``."""
-    return ", ".join(
-        f"{key} is another" if _is_digest(old) or _is_digest(new) else f"{key} {_shown(old)} is now {_shown(new)}"
-        for key, (old, new) in changed.items()
-    )
-
-
-def _shown(value: Any) -> str:
-    """``value`` for a message: digests by their beginning, long tables cut."""
-    return value[:12] if _is_digest(value) else one_line(ValueError(str(value)), 80)
-
-
-def _is_digest(value: Any) -> bool:
-    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
+    return read_state(path).digest if (path / "state.json").exists() else data_digest(path)

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,7 +20,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from robuq_core.config import NUM_TRAIN_TIMESTEPS, DiffusionConfig, PredictionType, StrictModel
-from robuq_core.diffusion.guidance import guide, guided_channels
+from robuq_core.diffusion.update import guide, guided_channels
 from robuq_core.errors import UserError
 from robuq_core.files import replacing
 from robuq_core.models.dit import DiT
@@ -61,9 +60,7 @@ class Sensitivity(StrictModel):
 
     @classmethod
     def load(cls, path: Path) -> Sensitivity:
-        """Raises:
-        SensitivityError: the file is missing or not a sensitivity table.
-        """
+        """Raises SensitivityError if the file is missing or not a sensitivity table."""
         try:
             return cls.model_validate_json(path.read_bytes())
         except FileNotFoundError as error:
@@ -110,17 +107,13 @@ def fixed_set(
 def searched_layers(model: DiT) -> dict[str, QuantLinear]:
     """The layers whose widths are searched: qkv, proj, fc1 and fc2 of every block; adaLN and attention keep theirs.
 
-    Raises:
-        SensitivityError: the model is not quantised.
+    Raises SensitivityError if the model is not quantised.
     """
-    layers = {}
-    for name, module in quantizable_linears(model):
-        if is_adaln(name):
-            continue
-        if not isinstance(module, QuantLinear):
-            raise SensitivityError(f"{name} is not quantised: sensitivity is that of a quantised model")
-        layers[name] = module
-    return layers
+    layers = {name: each for name, each in quantizable_linears(model) if not is_adaln(name)}
+    found = {name: each for name, each in layers.items() if isinstance(each, QuantLinear)}
+    if found.keys() != layers.keys():
+        raise SensitivityError(f"{next(iter(layers))} is not quantised: sensitivity is that of a quantised model")
+    return found
 
 
 def measure_sensitivity(
@@ -138,29 +131,26 @@ def measure_sensitivity(
     ``guidance_scale``: not 1 compares guided predictions, in which errors of ``cond - uncond`` are multiplied; it
     doubles the work. The diffusion loss stays that of the conditional prediction.
 
-    Both models are left as they were found, the student's widths included.
-
-    Raises:
-        SensitivityError: no batch, a student that is not quantised, or a metric that is not finite.
+    Leaves all searched layers at ``reference_bits``. Raises SensitivityError if there is no batch, the student is not
+    quantised, or a metric is not finite.
     """
     if not batches:
         raise SensitivityError("sensitivity.samples: no sample to measure on")
     layers = searched_layers(student)
-    with torch.inference_mode(), _evaluating(student), _evaluating(teacher), _widths(layers):
-        targets = [_prediction(teacher, batch, guidance_scale)[1] for batch in batches]
+    by_batch: dict[Metric, dict[str, dict[int, list[float]]]] = {metric: {} for metric in METRICS}
+    with torch.inference_mode():
+        targets = [_prediction(teacher.eval(), batch, guidance_scale)[1] for batch in batches]
         for layer in layers.values():
             layer.bits = reference_bits
-        base = _metrics(student, batches, targets, diffusion, guidance_scale)
-        by_batch: dict[Metric, dict[str, dict[int, list[float]]]] = {metric: {} for metric in METRICS}
+        base = _metrics(student.eval(), batches, targets, diffusion, guidance_scale)
         with tracked(layers.items(), "sensitivity") as named:
             for name, layer in named:
-                for width in bits:
-                    layer.bits = width
-                    same = width == reference_bits
+                for layer.bits in bits:
+                    same = layer.bits == reference_bits
                     found = base if same else _metrics(student, batches, targets, diffusion, guidance_scale)
                     for metric in METRICS:
                         rises = [a - b for a, b in zip(found[metric], base[metric], strict=True)]
-                        by_batch[metric].setdefault(name, {})[width] = rises
+                        by_batch[metric].setdefault(name, {})[layer.bits] = rises
                 layer.bits = reference_bits
     sizes = tuple(len(batch.x0) for batch in batches)
 
@@ -210,24 +200,3 @@ def _metrics(
     if not all(map(math.isfinite, (*values["teacher_mse"], *values["diffusion_loss"]))):
         raise SensitivityError("sensitivity: the model's output is not finite; train the stage before it again")
     return values
-
-
-@contextmanager
-def _evaluating(model: DiT) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-@contextmanager
-def _widths(layers: dict[str, QuantLinear]) -> Iterator[None]:
-    """Give every layer its width back."""
-    before = {name: layer.bits for name, layer in layers.items()}
-    try:
-        yield
-    finally:
-        for name, layer in layers.items():
-            layer.bits = before[name]

@@ -19,7 +19,7 @@ from robuq_core.files import replacing
 from robuq_core.models.dit import DiT
 from robuq_core.models.shapes import layer_macs
 from train.config import ConfigError, StageConfig, TrainConfig
-from train.data import Dataset, LatentDataset, centre_images
+from train.data import BatchSource, Dataset
 from train.parallel import on_first, training_device
 from train.provenance import run_provenance
 from train.state import EMA, Saver, State, exclusive, latest_state, read_state
@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 Inputs = dict[str, Any]
 
 # What every training stage depends on besides its own section.
-_TRAINING = ("seed", "class_dropout", "model", "diffusion.prediction_type", "data.flip_probability",
-             "data.colour_jitter", "data.supersample", "precision")  # fmt: skip
+_TRAINING = ("seed", "class_dropout", "model", "diffusion.prediction_type", "data.flip_probability", "precision")
 
 
 @dataclass(frozen=True)
@@ -97,9 +96,8 @@ def train_teacher(run: Run, config: TrainConfig, inputs: Inputs) -> None:
 def _take_over(run: Run, config: TrainConfig, path: Path, inputs: Inputs) -> None:
     """Save weights from elsewhere as the state of a teacher that no step was trained on.
 
-    Raises:
-        ConfigError: they are of another shape than ``model``, or of another process than ``diffusion``.
-        WeightsError: the file cannot be read, or says that its network predicts something else.
+    Raises ConfigError if they are not as ``model`` and ``diffusion`` say, WeightsError if the file cannot be read, or
+    says that its network predicts something else.
     """
     from robuq_core.models.adapters import read_weights
 
@@ -149,33 +147,23 @@ def initialise_class_table(model: DiT, config: TrainConfig, dataset: Dataset) ->
     if config.class_init == "normal":
         torch.nn.init.normal_(table, std=config.class_init_std)
         return
-    codes = _principal_codes(_class_means(dataset, config), table.shape[1])
-    table.zero_()
-    table[: len(codes), : codes.shape[1]] = codes / codes.std() * config.class_init_std
-
-
-def _class_means(dataset: Dataset, config: TrainConfig, batch: int = 256) -> Tensor:
-    classes, sums = config.model.num_classes, None
-    for first in range(0, len(dataset), batch):
-        rows = slice(first, first + batch)
-        if isinstance(dataset, LatentDataset):
-            samples = dataset.means(rows)
-        else:
-            samples = centre_images(dataset, config.model.input_size, rows)
-        flat = samples.flatten(1).double()
-        sums = flat.new_zeros(classes, flat.shape[1]) if sums is None else sums
-        sums.index_add_(0, dataset.labels[rows], flat)
-    assert sums is not None
-    return sums / torch.bincount(dataset.labels, minlength=classes).clamp(min=1)[:, None]
-
-
-def _principal_codes(means: Tensor, width: int) -> Tensor:
+    means = _class_means(dataset, config.model.num_classes)
     u, s, _ = torch.linalg.svd(means - means.mean(dim=0), full_matrices=False)
-    kept = min(width, int((s > 1e-9 * s[0]).sum()))  # below that share of the first, a component is rounding noise
+    kept = min(table.shape[1], int((s > 1e-9 * s[0]).sum()))  # below that share of the first it is rounding noise
     # The SVD leaves each component's sign open; fix it, so that a run does not depend on the LAPACK build.
     u = u * u.gather(0, u.abs().argmax(dim=0, keepdim=True)).sign()
-    codes: Tensor = u[:, :kept] * s[:kept] ** 0.25
-    return codes.float()
+    codes = (u[:, :kept] * s[:kept] ** 0.25).float()
+    table.zero_()
+    table[: len(codes), :kept] = codes / codes.std() * config.class_init_std
+
+
+def _class_means(dataset: Dataset, classes: int, batch: int = 256) -> Tensor:
+    """Float64 ``[classes, values of a sample]``."""
+    sums = torch.zeros(classes, dataset.means(slice(1)).numel(), dtype=torch.float64)
+    for first in range(0, len(dataset), batch):
+        rows = slice(first, first + batch)
+        sums.index_add_(0, dataset.labels[rows], dataset.means(rows).flatten(1).double())
+    return sums / torch.bincount(dataset.labels, minlength=classes).clamp(min=1)[:, None]
 
 
 # warmup and qat
@@ -212,7 +200,7 @@ def _train(run: Run, config: TrainConfig, name: str, model: DiT, inputs: Inputs)
 
         watch = Watch(run, config, name)
     with exclusive(run.path(name)):
-        source = run.batches(config, stage.batch_size)
+        source = BatchSource(run.dataset, config.data.flip_probability, stage.batch_size, config.seed)
         Trainer(config, stage, model, source, run.path(name), teacher=teacher, inputs=inputs, watch=watch).run()
 
 
@@ -270,8 +258,7 @@ def choose_bits(run: Run, config: TrainConfig, inputs: Inputs) -> None:
 def export(run: Run, path: Path) -> Header:
     """Pack the student into ``path``; the header says how it was made.
 
-    Raises:
-        StateError: no usable state of qat or the teacher. ConfigError: class names that do not fit the model.
+    Raises StateError without a usable state of qat and the teacher, ConfigError for class names that do not fit.
     """
     states = {name: latest_state(run.path(name)) for name in ("teacher", "qat")}
     provenance = {name: {"step": state.step, "history": state.history} for name, state in states.items()}

@@ -100,8 +100,7 @@ class State(StrictModel):
     def check(self, settings: Mapping[str, Any]) -> None:
         """Compare with what the state was trained with: settings that change what weights mean and not their shapes.
 
-        Raises:
-            StateError: one differs; the message names it and both values.
+        Raises StateError: one differs; the message names it and both values.
         """
         for key, wanted in settings.items():
             if (found := self.inputs.get(key, wanted)) != wanted:
@@ -112,8 +111,7 @@ class State(StrictModel):
     def check_files(self) -> None:
         """Compare every file with its checksum; of several processes each reads a share, and all raise alike.
 
-        Raises:
-            StateError: a file is missing or damaged.
+        Raises StateError: a file is missing or damaged.
         """
         problem = None
         for name in sorted(self.files)[parallel.rank() :: parallel.world_size()] if parallel.is_joint() else self.files:
@@ -130,8 +128,8 @@ class State(StrictModel):
     def load_average(self, model: nn.Module, settings: Mapping[str, Any], decay: float | None = None) -> None:
         """Load the averaged weights into ``model``; of ``decay``, where the stage kept more averages than one.
 
-        Raises:
-            StateError: as :meth:`check` and :meth:`check_files`, no such average, or the weights do not fit the model.
+        Raises StateError: as :meth:`check` and :meth:`check_files`, no such average, or the weights do not fit the
+        model.
         """
         self.check(settings)
         self.check_files()
@@ -152,8 +150,7 @@ class State(StrictModel):
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Fill ``tensors``, which must be all of the state's, each process its own parts of them.
 
-        Raises:
-            StateError: as :meth:`check_files`. ValueError: other names or shapes.
+        Raises StateError: as :meth:`check_files`. ValueError: other names or shapes.
         """
         self.check_files()
         stored, wanted = stored_tensors(self.folder), _with_elements(tensors)
@@ -185,11 +182,7 @@ def _tensors_digest(path: Path) -> str:
 
 
 def read_state(folder: Path) -> State:
-    """Describe the state in ``folder`` (``step-...``).
-
-    Raises:
-        StateError: it is missing, damaged or of another kind.
-    """
+    """Describe the state in ``folder`` (``step-...``). Raises StateError: it is missing, damaged or of another kind."""
     try:
         return State(folder=folder, **read_json(folder / _ABOUT))
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -202,8 +195,7 @@ def read_state(folder: Path) -> State:
 def find_state(states: Path) -> State | None:
     """The state of the most steps below ``states``, which is ``RUN_DIR/states/STAGE``; none if there is none.
 
-    Raises:
-        StateError: it is damaged, or of a version that kept states in single files.
+    Raises StateError: it is damaged, or of a version that kept states in single files.
     """
     folders = [path for path in states.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
     if folders:
@@ -217,11 +209,7 @@ def find_state(states: Path) -> State | None:
 
 
 def latest_state(states: Path) -> State:
-    """As :func:`find_state`.
-
-    Raises:
-        StateError: there is none.
-    """
+    """As :func:`find_state`. Raises StateError: there is none."""
     if (state := find_state(states)) is None:
         raise StateError(f"{states} does not exist: run the stage that writes it first")
     return state
@@ -259,8 +247,7 @@ class _Writer(HuggingFaceStorageWriter):
 class Saver:
     """Writes the states of one stage while training continues, one at a time; every process calls it alike.
 
-    Raises:
-        StateError: from either method, when a state could not be written; the one before it is whole.
+    Raises StateError: from either method, when a state could not be written; the one before it is whole.
     """
 
     def __init__(self) -> None:
@@ -302,8 +289,7 @@ def _remove_hidden(states: Path) -> None:
 def exclusive(states: Path) -> Iterator[None]:
     """Keep ``RUN_DIR/states/STAGE`` to this run: two runs of one stage would overwrite each other's steps.
 
-    Raises:
-        StateError: another process holds it, or its folder cannot be made.
+    Raises StateError: another process holds it, or its folder cannot be made.
     """
     with ExitStack() as stack:
         parallel.on_first(lambda: stack.enter_context(locked(states)))

@@ -133,8 +133,7 @@ def batch_loss(
 def check_shares(stage: StageConfig, key: str, world: int) -> None:
     """Refuse a batch that does not divide evenly: the means of its shares would not average to its mean.
 
-    Raises:
-        ConfigError: naming ``key`` and what would do.
+    Raises ConfigError: naming ``key`` and what would do.
     """
     parts = world * stage.accumulate
     if stage.batch_size % parts:
@@ -166,8 +165,7 @@ class Trainer:
     arguments, and all of them train one model: the batch of a step, its noise, timesteps and dropped labels do not
     depend on how many they are.
 
-    Raises:
-        ConfigError: the batch does not divide between the processes. StateError: the saved state cannot be used.
+    Raises ConfigError: the batch does not divide between the processes. StateError: the saved state cannot be used.
     """
 
     def __init__(
@@ -255,8 +253,7 @@ class Trainer:
     def run(self) -> None:
         """Train up to ``stage.steps``, saving as it goes; SIGTERM and SIGINT save and end the run early.
 
-        Raises:
-            TrainingError: the loss is no longer finite, or a signal ended the run. StateError: the disk is full.
+        Raises TrainingError: the loss is no longer finite, or a signal ended the run. StateError: the disk is full.
         """
         log = None
         if parallel.rank() == 0:

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from robuq_core.diffusion.guidance import guide
+from robuq_core.config import Flavour
 from robuq_core.diffusion.samplers import Coefficients
 from robuq_core.staging import staged
 
@@ -44,6 +44,22 @@ class UpdatingBackend(Protocol):
     """A backend that takes all rows a step on in one pass, with the bits of :func:`update`."""
 
     update: Update
+
+
+def guided_channels(channels: int, flavour: Flavour) -> int:
+    """Number of leading channels that guidance acts on: 3 in the flavours ``official`` and ``sit``, else all."""
+    return min(3, channels) if flavour in ("official", "sit") else channels
+
+
+def guide(cond: Tensor, uncond: Tensor, scale: Tensor, guided: int) -> Tensor:
+    """Classifier-free guidance per row, ``uncond + scale (cond - uncond)``, ``[B, C_out, H, W]``.
+
+    ``scale``: float32 ``[B]``. Channels from ``guided`` on, including a learned variance, are those of ``cond``.
+    """
+    out = cond.clone()
+    weight = scale[:, None, None, None]
+    out[:, :guided] = uncond[:, :guided] + weight * (cond[:, :guided] - uncond[:, :guided])
+    return out
 
 
 def update(

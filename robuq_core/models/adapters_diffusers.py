@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import reprlib
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from robuq_core.config import BETA_END, BETA_START, DiffusionConfig, ModelConfig
-from robuq_core.files import new_folder
+from robuq_core.files import publish_folder
 from robuq_core.models.adapters_files import WEIGHTS_NAME, WeightsError, read_json
 
 Section = TypeVar("Section", bound=BaseModel)
@@ -166,7 +167,10 @@ def write_pipeline(
         index["id2label"] = {str(i): name for i, name in enumerate(class_names)}
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise WeightsError(f"{folder}: exists already; choose another folder, or remove it first")
-    with new_folder(folder) as root:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as made:
+        root = Path(made) / folder.name
+        root.mkdir()
         _write_json(root / "model_index.json", index)
         scheduler = _Scheduler.model_validate({"_class_name": "DDIMScheduler", **diffusion.model_dump()})
         _write_json(root / "scheduler" / "scheduler_config.json", scheduler.model_dump(by_alias=True))
@@ -174,6 +178,7 @@ def write_pipeline(
         save_file(tensors, root / "transformer" / f"{WEIGHTS_NAME}.safetensors", metadata={"format": "pt"})
         if vae is not None:
             shutil.copytree(vae, root / "vae")
+        publish_folder(root, folder)
 
 
 def _transformer_config(model: ModelConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Tensors of foreign weight files by name, each read when asked for: torch pickles and safetensors, whole or sharded.
+"""Tensors of foreign weight files by name, each read when asked for: torch pickles and safetensors.
 
 Only tensors, plain containers and ``argparse.Namespace`` (which DiT's training script stores) are unpickled.
 What cannot be used raises :class:`WeightsError`.
@@ -112,36 +112,15 @@ def safetensors_of(path: Path) -> tuple[TensorTable, dict[str, str]]:
 
 
 def folder_tensors(folder: Path) -> TensorTable:
-    """The weights of a diffusers model folder; prefers safetensors to ``.bin``, and one file to shards."""
-    for suffix in (".safetensors", ".bin"):
-        whole, index = folder / f"{WEIGHTS_NAME}{suffix}", folder / f"{WEIGHTS_NAME}{suffix}.index.json"
-        if whole.is_file():
-            return _any_tensors(whole)
-        if index.is_file():
-            return _sharded(index)
+    """The weights of a diffusers model folder; prefers safetensors to ``.bin``."""
+    whole = folder / f"{WEIGHTS_NAME}.safetensors"
+    if whole.is_file():
+        return safetensors_of(whole)[0]
+    if (pickled := whole.with_suffix(".bin")).is_file():
+        return tensors_of(pickled, load_pickle(pickled))
     found = sorted(path.name for path in folder.glob(f"{WEIGHTS_NAME}*"))
-    hint = f" (found {', '.join(found[:3])}: rename the variant you want)" if found else ""
-    raise WeightsError(f"{folder}: no {WEIGHTS_NAME}.safetensors or .bin, whole or in shards{hint}")
-
-
-def _any_tensors(path: Path) -> TensorTable:
-    return safetensors_of(path)[0] if path.suffix == ".safetensors" else tensors_of(path, load_pickle(path))
-
-
-def _sharded(index: Path) -> TensorTable:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise WeightsError(f"{index}: no weight_map; download the folder again")
-    table: TensorTable = {}
-    for name in sorted(set(weight_map.values())):
-        shard = index.parent / Path(name).name  # only files beside the index are followed
-        if not shard.is_file():
-            raise WeightsError(f"{shard}: missing, but {index.name} names it; download the folder again")
-        table |= {key: entry for key, entry in _any_tensors(shard).items() if weight_map.get(key) == name}
-    missing = sorted(set(weight_map) - set(table))
-    if missing:
-        raise WeightsError(f"{index}: {missing[0]} is in none of the shards; download the folder again")
-    return table
+    hint = f" (found {', '.join(found[:3])}: join shards, or rename the variant you want)" if found else ""
+    raise WeightsError(f"{folder}: no {WEIGHTS_NAME}.safetensors or .bin{hint}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

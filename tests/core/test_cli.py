@@ -43,7 +43,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_scripts_list_their_commands() -> None:
     for app, commands in (
-        (robuq.app, ("sample", "inspect", "export-hub", "bench")),
+        (robuq.app, ("sample", "inspect", "convert", "export-hub", "bench")),
         (robuq_train.app, ("teacher", "qat", "export", "evaluate")),
     ):
         page = run(app, "--help")
@@ -114,13 +114,8 @@ def test_mistakes_of_sample(checkpoint: Path, tmp_path: Path, arguments: tuple[s
     given = ("-c", checkpoint, "--backend", "reference", "--out", tmp_path / "out", *arguments)
     assert expected in error_of(robuq.app, "sample", *given)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    "option", [("--steps", "0"), ("--seed", "-2"), ("--guidance-scale", "21"), ("--steps", "x"), ("--sampler", "plms")]
-)
-def test_values_out_of_range_name_the_option(checkpoint: Path, option: tuple[str, str]) -> None:
-    assert option[0] in run(robuq.app, "sample", "1", "-c", checkpoint, *option, code=2)
+    for name, value in (("--steps", "0"), ("--seed", "-2"), ("--guidance-scale", "21"), ("--sampler", "plms")):
+        assert name in run(robuq.app, "sample", "1", *given, name, value, code=2)
 
 
 def test_mistakes_of_bench(checkpoint: Path) -> None:

@@ -41,16 +41,6 @@ def test_broken_json_is_one_line(tmp_path: Path, kind: str, reader: Callable[[Pa
     assert len(str(refused.value).splitlines()) == 1
 
 
-def test_an_index_of_shards_that_only_nests(tmp_path: Path) -> None:
-    folder = tmp_path / "transformer"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"_class_name": "DiTTransformer2DModel"}))
-    index = folder / "diffusion_pytorch_model.safetensors.index.json"
-    index.write_text('{"weight_map": ' + nested() + "}")
-    with pytest.raises(UserError, match=index.name):
-        read_weights(tmp_path)
-
-
 def test_one_bad_file_does_not_hide_the_good_one(tmp_path: Path) -> None:
     good = tmp_path / "good.safetensors"
     write_tiny(good)

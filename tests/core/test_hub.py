@@ -21,10 +21,9 @@ from robuq_core import cli as robuq
 from robuq_core.checkpoint import CheckpointError, read_header
 from robuq_core.config import QuantConfig
 from robuq_core.convert import pack_untrained, untrained_quant
-from robuq_core.export_hub import ExportError, export_hub
+from robuq_core.export_hub import ExportError, export_hub, model_card
 from robuq_core.hub import BUNDLED, bundled_checkpoint, resolve_checkpoint
 from robuq_core.inspection import inspect_checkpoint
-from robuq_core.model_card import model_card
 from robuq_core.models.adapters import save_official
 from robuq_core.models.dit import DiT
 from robuq_core.pipeline import Sampler
@@ -43,17 +42,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def cache(checkpoint: Path, tmp_path: Path) -> Path:
-    """The hub library's cache after a download of an export, as it lies on the disk."""
+def cache(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub library's cache after a download of an export, as it lies on the disk; without a network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     repository = tmp_path / "cache" / "models--someone--tiny"
     export_hub(checkpoint, repository / "snapshots" / COMMIT, licence="mit")
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMIT)
     return tmp_path / "cache"
-
-
-def offline(cache: Path, source: str = REPO, **options: str) -> Path:
-    return resolve_checkpoint(source, cache_dir=cache, local_files_only=True, **options)  # type: ignore[arg-type]
 
 
 # Of the package.
@@ -75,18 +72,15 @@ def test_a_bundled_checkpoint_goes_by_its_name(name: str, tmp_path: Path, monkey
 # Local.
 
 
-def test_what_exists_here_is_never_looked_for_elsewhere(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_local_paths_come_first(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "someone").mkdir()
     shutil.copy(checkpoint, tmp_path / "someone" / "tiny")
-    monkeypatch.chdir(tmp_path)
     assert resolve_checkpoint("someone/tiny") == Path("someone/tiny")
-    assert resolve_checkpoint(checkpoint) == checkpoint
     assert resolve_checkpoint(str(checkpoint)) == checkpoint
     assert resolve_checkpoint(None) == bundled_checkpoint()
-    # A file that is missing is told by whoever reads it, not looked for on the hub.
+    # A missing file is reported by its reader, not looked for on the hub.
     assert resolve_checkpoint("runs/absent.safetensors") == Path("runs/absent.safetensors")
 
 
@@ -114,9 +108,9 @@ def test_folders_that_hold_no_single_packed_file(checkpoint: Path, tmp_path: Pat
 
 
 def test_an_id_is_read_from_the_librarys_cache(cache: Path) -> None:
-    path = offline(cache)
+    path = resolve_checkpoint(REPO)
     assert path == cache / "models--someone--tiny" / "snapshots" / COMMIT / "tiny.safetensors"
-    assert offline(cache, f"{REPO}@main") == offline(cache, revision=COMMIT) == path
+    assert resolve_checkpoint(f"{REPO}@main") == resolve_checkpoint(f"{REPO}@{COMMIT}") == path
     assert read_header(path).model == TINY
 
 
@@ -124,18 +118,19 @@ def test_an_id_is_read_from_the_librarys_cache(cache: Path) -> None:
 def test_other_repositories_are_refused_before_their_weights_are_fetched(cache: Path, config: object) -> None:
     (cache / "models--someone--tiny" / "snapshots" / COMMIT / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="someone/tiny: not a RobuQ checkpoint"):
-        offline(cache)
+        resolve_checkpoint(REPO)
 
 
 def test_a_repository_without_its_checkpoint(cache: Path) -> None:
     (cache / "models--someone--tiny" / "snapshots" / COMMIT / "tiny.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"names tiny\.safetensors, which is not in the repository"):
-        offline(cache)
+        resolve_checkpoint(REPO)
 
 
-def test_offline_and_not_in_the_cache_is_one_error(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("cache")
+def test_offline_and_not_in_the_cache_is_one_error() -> None:
     with pytest.raises(CheckpointError, match=r"someone/tiny@v2: .* the hub cannot be reached nor is it in the cache"):
-        offline(tmp_path, f"{REPO}@v2")
+        resolve_checkpoint(f"{REPO}@v2")
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

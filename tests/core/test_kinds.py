@@ -99,17 +99,10 @@ def test_guidance_needs_classes_and_a_null_class(tmp_path: Path, classes: int, n
         sampler.generate([10])
     with pytest.raises(ValueError, match="class_id must be 0" if classes else "no classes"):
         sampler.generate([None] if classes else ["tench"])
-    with pytest.raises(CheckpointError, match="guidance_scale"):
-        written(tmp_path / "y.safetensors", model, DiffusionConfig(), SamplerConfig(guidance_scale=2))
-
-
-def test_a_model_without_classes_has_a_table_of_one_row(tmp_path: Path) -> None:
-    model = TINY.model_copy(update={"num_classes": 0})
-    written(tmp_path / "x.safetensors", model, DiffusionConfig(), SamplerConfig(guidance_scale=1))
-    header = read_header(tmp_path / "x.safetensors")
-    assert header.tensors["y_embedder.embedding_table.weight"].shape == (1, 48)
     with pytest.raises(ValueError, match="null_class"):
         ModelConfig(num_classes=0, null_class=False)
+    with pytest.raises(CheckpointError, match="guidance_scale"):
+        written(tmp_path / "y.safetensors", model, DiffusionConfig(), SamplerConfig(guidance_scale=2))
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ TINY_RUN = {
     "quant": {"rank": 2},
     "diffusion": {"prediction_type": "sample", "clip_sample": True},
     "sampler": {"steps": 3},
-    "data": {"path": "photos", "resize": 10},
+    "data": {"path": "photos"},
     "teacher": STAGE,
     "warmup": STAGE,
     "qat": STAGE,

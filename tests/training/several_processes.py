@@ -27,7 +27,7 @@ from robuq_core.models.quant_linear import quantize_model  # noqa: E402
 from train import parallel, trainer  # noqa: E402
 from train.config import TrainConfig, load_config  # noqa: E402
 from train.data import BatchSource, ImageDataset  # noqa: E402
-from train.evaluation.samples import generate_to_disk, load_sampler  # noqa: E402
+from train.evaluation.samples import SampleSet, generate_to_disk, load_sampler  # noqa: E402
 from train.run import Run  # noqa: E402
 from train.state import exclusive, latest_state  # noqa: E402
 from train.trainer import Trainer, meaning_of_weights  # noqa: E402
@@ -70,7 +70,7 @@ def train(*stages_and_configs: str | Path, world: int = 2, **environment: str) -
 def train_stage(stage: str, config: TrainConfig) -> None:
     """Train ``teacher`` or ``qat`` on drawn images, in as many processes as call this together."""
     generator = torch.Generator().manual_seed(1)
-    side, classes = config.data.resize or config.model.input_size, config.model.num_classes
+    side, classes = config.model.input_size, config.model.num_classes
     images = torch.randint(0, 256, (40, 3, side, side), generator=generator, dtype=torch.uint8)
     dataset = ImageDataset(images, torch.arange(len(images)) % classes)
     torch.manual_seed(config.seed)
@@ -81,17 +81,16 @@ def train_stage(stage: str, config: TrainConfig) -> None:
         teacher = copy.deepcopy(model)
         quantize_model(model, config.quant)
     states = config.run_dir / "states" / stage
-    source = BatchSource(dataset, config.data, config.model.input_size, section.batch_size, config.seed)
+    source = BatchSource(dataset, config.data.flip_probability, section.batch_size, config.seed)
     with exclusive(states):
         Trainer(config, section, model, source, states, teacher=teacher).run()
 
 
-def draw_samples(config: TrainConfig) -> Path:
-    """The samples of the run's teacher that an evaluation measures; returns the file that holds them."""
+def draw_samples(config: TrainConfig) -> SampleSet:
+    """The samples of the run's teacher that an evaluation measures."""
     folder = config.run_dir / "samples"
     sampler, digest = load_sampler(Run(config), "teacher")
-    generate_to_disk(sampler, folder, count=14, seed=0, batch_size=4, identity=digest, settings=config.sampler)
-    return folder / "images.npy"
+    return generate_to_disk(sampler, folder, count=14, seed=0, batch_size=4, identity=digest, settings=config.sampler)
 
 
 def _main(arguments: list[str]) -> None:

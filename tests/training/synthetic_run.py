@@ -75,7 +75,7 @@ def settings(root: Path) -> dict[str, Any]:
         "quant": {"rank": 2},
         "diffusion": {"prediction_type": "sample", "clip_sample": True},
         "sampler": {"steps": 3},
-        "data": {"path": str(photos), "resize": 10, "colour_jitter": 0.2},
+        "data": {"path": str(photos)},
         "teacher": {**stage, "lr_schedule": "cosine"},
         "warmup": {**stage, "steps": 3},
         "sensitivity": {"samples": 8, "batch_size": 4},

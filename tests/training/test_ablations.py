@@ -12,9 +12,8 @@ from robuq_core.config import ModelConfig
 from robuq_core.models.dit import DiT
 from robuq_core.models.shapes import layer_macs
 from robuq_core.quant.bits import average_bits
-from train.ablations.config import load_study
 from train.ablations.report import BEGIN, END, Findings, geometric, holm, write_report
-from train.ablations.study import Cell, Result, Study, add_outliers
+from train.ablations.study import Cell, Result, Study, add_outliers, load_study
 from train.config import ConfigError
 from train.state import StateError, locked
 from train.trainer import DivergedError, Trainer

@@ -15,11 +15,6 @@ from robuq_core.errors import UserError
 from train.logs import tracked
 
 
-def test_every_item_comes() -> None:
-    with tracked("abc", "counting") as letters:
-        assert list(letters) == ["a", "b", "c"]
-
-
 def divide(numbers: list[int]) -> None:
     with tracked(numbers, "dividing") as bar:
         for number in bar:

@@ -54,7 +54,7 @@ def test_an_own_sample_is_the_first_step_of_the_sampler(tmp_path: Path, clip: bo
 def test_own_rows_see_the_models_sample_and_the_others_the_noised_image(tmp_path: Path) -> None:
     config = make_config(tmp_path, {"teacher": {"own_samples": 0.5, "batch_size": 32}})
     model = DiT(config.model)
-    source = BatchSource(Run(config).photos(), config.data, config.model.input_size, 32, config.seed)
+    source = BatchSource(Run(config).photos(), config.data.flip_probability, 32, config.seed)
     trainer = Trainer(config, config.teacher, model, source, tmp_path / "teacher")
     batch = trainer._batch(0)
     again = trainer._batch(0)
@@ -84,7 +84,7 @@ def test_own_rows_see_the_models_sample_and_the_others_the_noised_image(tmp_path
 def test_the_estimate_is_not_trained_through(tmp_path: Path) -> None:
     """The gradient is that of the second forward alone."""
     config = make_config(tmp_path, {"teacher": {"own_samples": 1.0}})
-    source = BatchSource(Run(config).photos(), config.data, config.model.input_size, 4, config.seed)
+    source = BatchSource(Run(config).photos(), config.data.flip_probability, 4, config.seed)
     model = DiT(config.model)
     torch.nn.init.normal_(model.final_layer.linear.weight)
     batch = Trainer(config, config.teacher, model, source, tmp_path / "teacher")._batch(0)
@@ -130,7 +130,7 @@ def remembering(root: Path, own_samples: float) -> TrainConfig:
         "class_init_std": 1.0,
         "class_dropout": 0.05,
         "model": {"input_size": SIDE, "hidden_size": 32, "depth": 2, "num_classes": CLASSES, "position_scale": 25},
-        "data": {"path": str(photos), "resize": SIDE, "colour_jitter": 0.0, "flip_probability": 0.0},
+        "data": {"path": str(photos), "flip_probability": 0.0},
         "quant": {"rank": 2, "adaln_bits": 8},
         "teacher": stage,
         "qat": stage,

@@ -11,11 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 import several_processes
-import torch
 from several_processes import train_stage
 from synthetic_run import SIGNALLED, merged, signalled, tensors_of, train, write_config
 from synthetic_run import state_of as state_in
@@ -130,14 +128,15 @@ def test_two_processes_quantise_as_one_does(one: Path, several: dict[str, Path],
 
 
 def test_two_processes_draw_the_samples_of_one(several: dict[str, Path]) -> None:
-    """The file that both have written, and what one process makes of it, which must find nothing left to do."""
+    """Each a file for every second batch; one process alone finds nothing left to do, and generates the same."""
     config = load_config(several["ddp"], [])
-    both = np.load(config.run_dir / "samples" / "images.npy")
-    notes = {rank: json.loads((config.run_dir / "samples" / f"progress-{rank}.json").read_text()) for rank in (0, 1)}
-    assert sorted(notes[0]["done"] + notes[1]["done"]) == [0, 4, 8, 12]
+    made = {path: path.stat().st_mtime_ns for path in (config.run_dir / "samples").glob("*.npy")}
+    assert sorted(path.stem for path in made) == ["0000000", "0000004", "0000008", "0000012"]
+    both = several_processes.draw_samples(config).images[:]
+    assert {path: path.stat().st_mtime_ns for path in made} == made
     shutil.rmtree(config.run_dir / "samples")
-    alone = np.load(several_processes.draw_samples(config))
-    assert np.abs(both.astype(int) - alone.astype(int)).max() <= 2  # products round by the number of threads
+    alone = several_processes.draw_samples(config).images[:]
+    assert int((both.int() - alone.int()).abs().max()) <= 2  # products round by the number of threads
 
 
 def test_a_kept_state_of_shards_is_whole(several: dict[str, Path]) -> None:
@@ -151,10 +150,6 @@ def test_gradients_in_bf16_train_nearly_the_same(one: Path, several: dict[str, P
     """Rounding to 8 bits moves a gradient by up to 0.4%: seen, and small."""
     apart = distance(model_in(one), model_in(several[how]))
     assert 1e-4 < apart < 5e-2
-
-
-def test_gradients_are_clipped_by_the_norm_of_the_whole_batch(several: dict[str, Path]) -> None:
-    assert all(norm > STAGE["grad_clip"] for how in ("ddp", "fsdp") for _, norm in curve(several[how]))
 
 
 def test_each_process_writes_its_share(several: dict[str, Path]) -> None:
@@ -256,15 +251,6 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
     check_shares(stage, "qat.batch_size", 3)
     with pytest.raises(ConfigError, match=r"qat\.batch_size 12 must be a multiple of 8: 4 processes times accumulate"):
         check_shares(stage, "qat.batch_size", 4)
-
-
-def test_one_process_under_torchrun_is_a_lone_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    from train import parallel
-
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    with parallel.processes():
-        assert (parallel.rank(), parallel.world_size()) == (0, 1)
-        assert parallel.agree(torch.tensor(2.0), signal.SIGINT) == (2.0, signal.SIGINT)
 
 
 def test_parts_of_a_batch_give_the_step_of_the_whole(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from synthetic_run import REPOSITORY, state_of, write_config
 from tiny_study import write_study
 from typer.testing import CliRunner
 
-from train.ablations.config import load_study
+from train.ablations.study import load_study
 from train.cli import app
 from train.config import load_config
 from train.memory import memory_table, time_line

@@ -22,7 +22,7 @@ def write_study(root: Path, changes: Mapping[str, Any] | None = None) -> Path:
     run = merged(settings(root), {
         "model": {"in_channels": 1, "num_classes": CLASSES, "depth": 2},
         "diffusion": {"prediction_type": "v_prediction", "clip_sample": False},
-        "data": {"path": str(root / "images"), "resize": None, "colour_jitter": 0.0},
+        "data": {"path": str(root / "images")},
         "teacher": stage, "warmup": stage, "qat": stage, "evaluation": {"split": "test"},
     })  # fmt: skip
     (root / "run.yaml").write_text(yaml.safe_dump(run))

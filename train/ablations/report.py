@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from robuq_core.files import replacing
-from train.ablations.config import Contrast, Row
-from train.ablations.study import Cell, Result, Study
+from train.ablations.study import Contrast, Result, Row, Study
 from train.allocate import LAYER_TYPES, PAPER_AVERAGES, averages_by_type
 
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
@@ -30,13 +29,11 @@ class Interval:
     """Geometric mean of positive values with its 95% interval by Student's t; ``low``, ``high`` null of one value."""
 
     value: float
-    low: float | None
-    high: float | None
+    low: float | None = None
+    high: float | None = None
 
     def __str__(self) -> str:
-        if self.low is None or self.high is None:
-            return f"{self.value:.3g}"
-        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+        return f"{self.value:.3g}" if self.low is None else f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ def geometric(values: Sequence[float]) -> Interval:
     logs = [math.log(value) for value in values]
     mean = math.fsum(logs) / len(logs)
     if len(logs) < 2:
-        return Interval(math.exp(mean), None, None)
+        return Interval(math.exp(mean))
     half = float(stats.t.ppf(0.975, len(logs) - 1) * stats.sem(logs))
     return Interval(math.exp(mean), math.exp(mean - half), math.exp(min(mean + half, 700.0)))
 
@@ -78,16 +75,21 @@ def holm(p: Sequence[float]) -> list[float]:
     return corrected
 
 
+Key = tuple[str, float, float]  # row, bits, outlier factor
+
+
 class Findings:
-    """The results of ``study`` that are there, by row, bits and outlier factor."""
+    """The results of ``study`` that are there, by row, bits and outlier factor, and then by seed."""
 
     def __init__(self, study: Study) -> None:
-        self.study = study
-        self.results: dict[tuple[str, float, float], dict[int, Result]] = {}
+        self.study, self.rows = study, {row.name: row for row in study.config.rows}
         self.cells = list(study.cells())
+        found: dict[Key, dict[int, Result]] = {}
         for cell in self.cells:
-            if (found := study.result(cell)) is not None:
-                self.results.setdefault((cell.row.name, cell.bits, cell.factor), {})[cell.seed] = found
+            if (result := study.result(cell)) is not None:
+                found.setdefault((cell.row.name, cell.bits, cell.factor), {})[cell.seed] = result
+        places = {name: place for place, name in enumerate(self.rows)}
+        self.results = dict(sorted(found.items(), key=lambda item: (places[item[0][0]], item[0][2], -item[0][1])))
 
     def mse(self, row: str, bits: float, factor: float = 1) -> dict[int, float | None]:
         return {seed: each.teacher_mse for seed, each in self.results.get((row, bits, factor), {}).items()}
@@ -102,10 +104,8 @@ class Findings:
         found = [self._compare(each) for each in self.study.config.contrasts]
         # A contrast without a p value still counts: leaving it out would favour the others.
         corrected = holm([1.0 if each.p is None else each.p for each in found])
-        return [
-            Comparison(each.contrast, each.ratio, each.seeds, each.p, None if each.p is None else value)
-            for each, value in zip(found, corrected, strict=True)
-        ]
+        return [each if each.p is None else replace(each, corrected=value)
+                for each, value in zip(found, corrected, strict=True)]  # fmt: skip
 
     def _compare(self, contrast: Contrast) -> Comparison:
         row, against = self.mse(contrast.row, contrast.bits), self.mse(contrast.against, contrast.bits)
@@ -119,23 +119,20 @@ class Findings:
             p = 1.0 if math.isnan(p) else p  # equal trainings, as where a search finds one width for all
         return Comparison(contrast, geometric(ratios), len(ratios), p)
 
-    def columns(self) -> list[Cell]:
-        """One cell of each row, bits and factor that has results."""
-        unique = {(cell.row.name, cell.bits, cell.factor): cell for cell in self.cells}
-        ordered = sorted(unique.items(), key=lambda item: self._order(*item[0]))
-        return [cell for key, cell in ordered if key in self.results]
+    def doses(self) -> tuple[list[Row], list[float]]:
+        """The rows that were trained with outliers, and all their factors."""
+        rows = [row for row in self.rows.values() if len(row.outliers) > 1
+                and any(self.mse(row.name, row.bits[0], factor) for factor in row.outliers if factor != 1)]  # fmt: skip
+        return rows, sorted({factor for row in rows for factor in row.outliers})
 
-    def _order(self, row: str, bits: float, factor: float) -> tuple[int, float, float]:
-        return [each.name for each in self.study.config.rows].index(row), factor, -bits
-
-    def widths(self) -> Iterator[tuple[Cell, dict[str, float]]]:
+    def widths(self) -> list[tuple[str, float, dict[str, float]]]:
         """Of each searched row at each number of bits: mean width by layer type, over seeds."""
-        for cell in self.columns():
-            if not cell.row.search or cell.factor != 1:
-                continue
-            found = self.results[cell.row.name, cell.bits, 1].values()
-            means = [averages_by_type(each.bits) for each in found if each.bits is not None]
-            yield cell, {kind: sum(each[kind] for each in means) / len(means) for kind in LAYER_TYPES}
+        found = []
+        for (row, bits, factor), by_seed in self.results.items():
+            means = [averages_by_type(each.bits) for each in by_seed.values() if each.bits is not None]
+            if means and factor == 1:
+                found.append((row, bits, {kind: sum(m[kind] for m in means) / len(means) for kind in LAYER_TYPES}))
+        return found
 
 
 def write_report(study: Study, folder: Path) -> Path:
@@ -159,9 +156,9 @@ def write_report(study: Study, folder: Path) -> Path:
 
 def as_json(findings: Findings) -> dict[str, Any]:
     """Every result, the contrasts, and the study that they are of."""
-    study = findings.study
-    config = study.config.model_dump(mode="json")
-    config["run"] = study.config.run.name
+    study = findings.study.config
+    config = study.model_dump(mode="json")
+    config["run"] = study.run.name
     config["set"] = {key: value for key, value in config["set"].items() if key not in _PATHS}
     return {
         "study": config,
@@ -172,7 +169,7 @@ def as_json(findings: Findings) -> dict[str, Any]:
         ],
         "contrasts": [{**asdict(each), "contrast": each.contrast.model_dump(), "verdict": each.verdict}
                       for each in findings.compared()],
-        "widths": [{"row": cell.row.name, "bits": cell.bits, **means} for cell, means in findings.widths()],
+        "widths": [{"row": row, "bits": bits, **means} for row, bits, means in findings.widths()],
     }  # fmt: skip
 
 
@@ -197,101 +194,75 @@ def _setup(findings: Findings) -> str:
 
 
 def _contrasts(findings: Findings) -> str:
-    lines = ["### Contrasts", "", "Ratio of the MSE, paired by seed, with its 95% interval; p of the paired t-test, "
-             "corrected by Holm over all contrasts. Below 1 is better.", ""]  # fmt: skip
-    lines.append(_header("contrast", "bits", "ratio", "seeds", "p", "p, Holm", "verdict"))
+    rows = []
     for each in findings.compared():
-        p = "-" if each.p is None else f"{each.p:.2g}"
-        corrected = "-" if each.corrected is None else f"{each.corrected:.2g}"
+        p, corrected = ("-" if value is None else f"{value:.2g}" for value in (each.p, each.corrected))
         contrast = f"{each.contrast.name}: “{each.contrast.row}” / “{each.contrast.against}”"
-        ratio = "-" if each.ratio is None else str(each.ratio)
-        lines.append(_line(contrast, f"A{each.contrast.bits:g}", ratio, str(each.seeds), p, corrected, each.verdict))
-    return "\n".join(lines) + "\n"
+        rows.append((contrast, f"A{each.contrast.bits:g}", each.ratio or "-", each.seeds, p, corrected, each.verdict))
+    about = ("Ratio of the MSE, paired by seed, with its 95% interval; p of the paired t-test, corrected by Holm over "
+             "all contrasts. Below 1 is better.")  # fmt: skip
+    return _table("Contrasts", about, ("contrast", "bits", "ratio", "seeds", "p", "p, Holm", "verdict"), rows)
 
 
 def _rows(findings: Findings) -> str:
-    fd = bool(findings.study.config.fd_samples)
-    lines = ["### All rows", "", _header("row", "bits", "MSE to the teacher", "excess loss", "seeds", *["FD"] * fd)]
-    for cell in findings.columns():
-        if cell.factor != 1:
+    fd, rows = bool(findings.study.config.fd_samples), []
+    for (name, bits, factor), by_seed in findings.results.items():
+        if factor != 1:
             continue
-        results = list(findings.results[cell.row.name, cell.bits, 1].values())
-        found = findings.interval(cell.row.name, cell.bits)
-        excess = [each.loss - each.teacher_loss for each in results if each.loss is not None]
-        distances = [each.fd for each in results if each.fd is not None]
-        entries = [
-            cell.row.name,
-            "full" if cell.row.full_precision else f"A{cell.bits:g}",
-            "diverged" if found is None else str(found),
-            f"{sum(excess) / len(excess):.4f}" if excess else "-",
-            str(len(results)),
-        ]
-        lines.append(_line(*entries, *[f"{sum(distances) / len(distances):.1f}" if distances else "-"] * fd))
-    return "\n".join(lines) + "\n"
+        results, found = by_seed.values(), findings.interval(name, bits)
+        excess = _mean([each.loss - each.teacher_loss for each in results if each.loss is not None], ".4f")
+        width = "full" if findings.rows[name].full_precision else f"A{bits:g}"
+        distance = [_mean([each.fd for each in results if each.fd is not None], ".1f")] * fd
+        rows.append((name, width, found or "diverged", excess, len(results), *distance))
+    return _table("All rows", "", ("row", "bits", "MSE to the teacher", "excess loss", "seeds", *["FD"] * fd), rows)
+
+
+def _mean(values: Sequence[float], shown: str) -> str:
+    return format(sum(values) / len(values), shown) if values else "-"
 
 
 def _outliers(findings: Findings) -> str:
-    rows, factors = _dose(findings)
-    if not rows:
-        return ""
+    doses, factors = findings.doses()
+    rows = []
+    for row in doses:
+        found = [findings.interval(row.name, row.bits[0], factor) or "-" for factor in factors]
+        seeds = min(len(findings.mse(row.name, row.bits[0], factor)) for factor in factors)
+        rows.append((f"{row.name}, A{row.bits[0]:g}", *found, seeds))
     channels = findings.study.config.outlier_channels
-    lines = [
-        "### Outliers", "",
-        f"MSE to the teacher where {channels} input channels of each qkv, proj and fc1 are larger by a factor and "
-        "their weights smaller: in full precision the same function.", "",
-        _header("row", *(f"x{factor:g}" for factor in factors), "seeds"),
-    ]  # fmt: skip
-    for row in rows:
-        found = [findings.interval(row.name, row.bits[0], factor) for factor in factors]
-        seeds = str(min(len(findings.mse(row.name, row.bits[0], factor)) for factor in factors))
-        lines.append(
-            _line(f"{row.name}, A{row.bits[0]:g}", *("-" if each is None else str(each) for each in found), seeds)
-        )
-    return "\n".join(lines) + "\n"
-
-
-def _dose(findings: Findings) -> tuple[list[Row], list[float]]:
-    rows = [row for row in findings.study.config.rows if len(row.outliers) > 1
-            and any(findings.mse(row.name, row.bits[0], factor) for factor in row.outliers if factor != 1)]  # fmt: skip
-    return rows, sorted({factor for row in rows for factor in row.outliers})
+    about = (f"MSE to the teacher where {channels} input channels of each qkv, proj and fc1 are larger by a factor and "
+             "their weights smaller: in full precision the same function.")  # fmt: skip
+    return _table("Outliers", about, ("row", *(f"x{factor:g}" for factor in factors), "seeds"), rows)
 
 
 def _widths(findings: Findings) -> str:
-    found = list(findings.widths())
-    if not found:
-        return ""
-    lines = ["### Widths that the search gives each layer type", "", _header("row", "average", *LAYER_TYPES)]
-    for cell, means in found:
-        lines.append(_line(cell.row.name, f"A{cell.bits:g}", *(f"{means[kind]:.2f}" for kind in LAYER_TYPES)))
-    for bits, means in PAPER_AVERAGES.items():
-        lines.append(_line("the paper, DiT-XL/2", f"A{bits}", *(f"{means[kind]:.2f}" for kind in LAYER_TYPES)))
-    return "\n".join(lines) + "\n"
+    found = findings.widths()
+    paper = [("the paper, DiT-XL/2", bits, means) for bits, means in PAPER_AVERAGES.items()] if found else []
+    rows = [(row, f"A{bits:g}", *(f"{means[kind]:.2f}" for kind in LAYER_TYPES)) for row, bits, means in found + paper]
+    return _table("Widths that the search gives each layer type", "", ("row", "average", *LAYER_TYPES), rows)
 
 
-def _header(*names: str) -> str:
-    return _line(*names) + "\n" + _line(*("---" for _ in names))
-
-
-def _line(*entries: str) -> str:
-    return "| " + " | ".join(entries) + " |"
+def _table(title: str, about: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Empty without rows."""
+    lines = ["| " + " | ".join(map(str, line)) + " |" for line in (header, ["---"] * len(header), *rows)]
+    head = [f"### {title}", "", *([about, ""] if about else [])]
+    return "\n".join([*head, *lines]) + "\n" if len(lines) > 2 else ""
 
 
 def plot(findings: Findings, path: Path) -> None:
-    """MSE by row at the contrasts' bits, by average bits, and by outlier factor; every seed is a dot; SVG."""
+    """MSE by row at 2 bits, by average bits, and by outlier factor; every seed is a dot; SVG."""
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     bars, curve, dose = figure.subplots(1, 3, width_ratios=(1.3, 1, 1))
-    shown = [cell for cell in findings.columns() if cell.factor == 1 and cell.bits == 2]
-    for i, cell in enumerate(reversed(shown)):
-        _points(bars, [(i, findings.mse(cell.row.name, 2))], "C0", vertical=False)
-    bars.set_yticks(range(len(shown)), [cell.row.name for cell in reversed(shown)])
+    shown = [name for name in reversed(findings.rows) if findings.mse(name, 2)]
+    for i, name in enumerate(shown):
+        _points(bars, [(i, findings.mse(name, 2))], "C0", vertical=False)
+    bars.set_yticks(range(len(shown)), shown)
     bars.set(xlabel="MSE to the teacher", xscale="log", title="Rows at 2 bits")
-    for row in findings.study.config.rows:
+    for row in findings.rows.values():
         points = [(bits, findings.mse(row.name, bits)) for bits in sorted(row.bits)]
         if sum(bool(values) for _, values in points) > 2:
             _points(curve, points, f"C{len(curve.lines) % 10}", label=row.name)
     curve.set(xlabel="average bits", yscale="log", title="Average bits")
-    rows, _ = _dose(findings)
-    for i, row in enumerate(rows):
+    for i, row in enumerate(findings.doses()[0]):
         points = [(factor, findings.mse(row.name, row.bits[0], factor)) for factor in sorted(row.outliers)]
         _points(dose, points, f"C{i}", label=row.name)
     dose.set(xlabel="outliers larger by", xscale="log", yscale="log", title="Outliers, same function")
@@ -313,11 +284,8 @@ def _points(
     label: str | None = None,
 ) -> None:
     """A line through the geometric means, a dot for each seed."""
-    kept = [(x, [value for value in values.values() if value is not None]) for x, values in points]
-    kept = [(x, values) for x, values in kept if values]
-    means = [(x, geometric(values).value) for x, values in kept]
-    dots = [(x, value) for x, values in kept for value in values]
-    for line, style in ((means, "o-"), (dots, ".")):
+    dots = [(x, value) for x, values in points for value in values.values() if value is not None]
+    means = [(x, geometric([value for at, value in dots if at == x]).value) for x in dict(dots)]
+    for line, style, alpha, name in ((means, "o-", 1.0, label), (dots, ".", 0.4, None)):
         xs, ys = [x for x, _ in line], [y for _, y in line]
-        axes.plot(*((xs, ys) if vertical else (ys, xs)), style, color=colour, alpha=1 if line is means else 0.4,
-                  label=label if line is means else None)  # fmt: skip
+        axes.plot(*((xs, ys) if vertical else (ys, xs)), style, color=colour, alpha=alpha, label=name)

@@ -16,16 +16,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field, ValidationError, model_validator
 from torch import nn
 
-from robuq_core.config import QuantConfig
-from robuq_core.files import read_json, replacing
+from robuq_core.config import QuantConfig, StrictModel
+from robuq_core.files import read_bounded, read_json, replacing
 from robuq_core.models.dit import DiT, DiTBlock
-from train.ablations.config import Row, StudyConfig
-from train.config import StageConfig, TrainConfig, load_config
+from train.config import ConfigError, TrainConfig, load_config, parse_yaml
 from train.evaluation.networks import EfficientNetLite0
 from train.evaluation.reference import reference
 from train.evaluation.samples import plain_sampler, small_distance
@@ -40,10 +40,86 @@ from train.trainer import DivergedError
 Note = Callable[[str], None]
 
 _BATCH = 100
-# Keys that change no number: a study may change them and keep its results.
-_IDLE = ("save_every", "keep_every", "log_every", "eval_every", "eval_samples")
-_OF_THE_TEACHER = ("seed", "precision", "class_dropout", "class_init", "class_init_std", "model", "diffusion", "data",
-                   "teacher")  # fmt: skip
+# Keys that change no number of a row, or that only say where files lie.
+_LOGGING = {"save_every", "keep_every", "log_every", "eval_every", "eval_samples"}
+_IDLE: dict[str, Any] = {"run_dir": True, "wandb": True, "compile": True, "data": {"path", "class_names"},
+                         **dict.fromkeys(("teacher", "warmup", "qat"), _LOGGING)}  # fmt: skip
+_OF_THE_TEACHER = {"seed", "precision", "class_dropout", "class_init", "class_init_std", "model", "diffusion", "data",
+                   "teacher"}  # fmt: skip
+
+
+class Row(StrictModel):
+    """One way to quantise: overrides ``set`` of the run, at each of ``bits``.
+
+    ``search``: each layer has its own width at that average, by sensitivities measured after the warm-up or on the
+    untrained student (``teacher``). ``outliers``: factors of :func:`add_outliers`, at the first of ``bits``.
+    ``full_precision``: not quantised, the teacher trained for as many more steps.
+    """
+
+    name: str = Field(min_length=1)
+    set: dict[str, Any] = Field(default_factory=dict)
+    bits: tuple[float, ...] = (2,)
+    outliers: tuple[float, ...] = (1,)
+    seeds: tuple[int, ...] | None = None
+    search: Literal["warmup", "teacher"] | None = None
+    full_precision: bool = False
+
+    @model_validator(mode="after")
+    def _whole_bits(self) -> Row:
+        if not self.search and any(bits != int(bits) for bits in self.bits):
+            raise ValueError("bits must be whole numbers in a row without search")
+        return self
+
+
+class Contrast(StrictModel):
+    """A comparison named before the study runs: row ``row`` against row ``against``, at the same ``bits``."""
+
+    name: str
+    row: str
+    against: str
+    bits: float = 2
+
+
+class StudyConfig(StrictModel):
+    """``run``: YAML file of the training run, relative to the study's file; ``set``: overrides of it for all rows."""
+
+    run: Path
+    set: dict[str, Any] = Field(default_factory=dict)
+    seeds: tuple[int, ...] = Field(default=(0, 1, 2, 3), min_length=1)
+    points: int = Field(default=2000, ge=1, description="held-out (image, noise, t) that every student is measured on")
+    fd_samples: int = Field(default=0, ge=0, description="samples of which FD-EffNet is measured; 0: none")
+    outlier_channels: int = Field(default=2, ge=1)
+    rows: tuple[Row, ...] = Field(min_length=1)
+    contrasts: tuple[Contrast, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StudyConfig:
+        rows = {row.name: row for row in self.rows}
+        if len(rows) < len(self.rows):
+            raise ValueError("rows: two have the same name")
+        for each in self.contrasts:
+            for name in (each.row, each.against):
+                if name not in rows or each.bits not in rows[name].bits:
+                    raise ValueError(f"contrasts: {each.name!r} needs a row {name!r} at {each.bits:g} bits")
+        return self
+
+
+def load_study(path: Path, overrides: list[str] | None = None) -> StudyConfig:
+    """Read the YAML file of a study; ``overrides``: ``section.key=value`` of its run, or ``points=500`` of the study.
+
+    Raises ConfigError for an unreadable file, an unknown key or a value out of range.
+    """
+    pairs = {key: value for key, _, value in (override.partition("=") for override in overrides or [])}
+    try:
+        changes = {key: parse_yaml(value) for key, value in pairs.items()}
+        own = {key: changes.pop(key) for key in list(changes) if key in StudyConfig.model_fields}
+        study = StudyConfig.model_validate({**parse_yaml(read_bounded(path)), **own})
+    except ValidationError as error:
+        found = (f"{'.'.join(map(str, e['loc'])) or 'study'}: {e['msg']}" for e in error.errors())
+        raise ConfigError(f"{path}: " + "; ".join(found)) from error
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: cannot read the configuration: {one_line(error)}") from error
+    return study.model_copy(update={"run": path.parent / study.run, "set": {**study.set, **changes}})
 
 
 @dataclass(frozen=True)
@@ -138,8 +214,7 @@ class CellRun(Run):
         self.cell, self._base, self._channels = cell, base, channels
 
     def teacher(self, state: Path | None = None) -> DiT:
-        model = self._base.teacher(state)
-        factor = self.cell.factor
+        model, factor = self._base.teacher(state), self.cell.factor
         return model if factor == 1 else add_outliers(model, factor, self._channels, self.cell.seed)
 
     def quantized(self, model: DiT, quant: QuantConfig) -> DiT:
@@ -152,9 +227,12 @@ class Study:
     def __init__(self, config: StudyConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
         self._teachers: dict[Path, Teacher] = {}
-        self._network: EfficientNetLite0 | None = None
         for cell in self.cells():
             self.run_config(cell)  # a mistake in any row is reported before the first one trains
+
+    @cached_property
+    def _network(self) -> EfficientNetLite0:
+        return EfficientNetLite0()
 
     def cells(self) -> Iterator[Cell]:
         """All trainings: those of the contrasts first, seed by seed, so that a study cut short has what it is for."""
@@ -163,7 +241,9 @@ class Study:
             Cell(row, bits, factor, seed)
             for seed in self.config.seeds
             for row in self.config.rows
-            for bits, factor in row.trainings
+            for bits, factor in dict.fromkeys(
+                [(bits, 1.0) for bits in row.bits] + [(row.bits[0], factor) for factor in row.outliers]
+            )
             if row.seeds is None or seed in row.seeds
         ]
         yield from sorted(found, key=lambda cell: cell.factor != 1 or (cell.row.name, cell.bits) not in contrasts)
@@ -175,61 +255,44 @@ class Study:
     def run_config(self, cell: Cell) -> TrainConfig:
         """The run with the row's overrides and seed, in a folder named by the digest of all that its result depends
         on."""
-        row, own = cell.row, {"seed": cell.seed, "quant.seed": cell.seed}
+        row = cell.row
+        own: dict[str, Any] = {"seed": cell.seed, "quant.seed": cell.seed}
         if row.search:
-            width: dict[str, Any] = {"allocate.average_bits": cell.bits, "sensitivity.after": row.search}
+            own |= {"allocate.average_bits": cell.bits, "sensitivity.after": row.search}
         else:
-            width = {"quant.activation_bits": int(cell.bits)}
+            own |= {"quant.activation_bits": int(cell.bits)}
         if row.full_precision:
-            width["qat.distill_weight"] = 0
-        config = self._load(row, **own, **width)
-        tree = config.model_dump(mode="json")
-        made_of = {
-            "teacher": self.teacher_config(row).run_dir.name,
-            "seed": cell.seed,
-            "precision": config.precision,
-            "quant": None if row.full_precision else tree["quant"],
-            "qat": _without_idle(config.qat),
-            "outliers": None if cell.factor == 1 else (cell.factor, self.config.outlier_channels),
-            "search": row.search and (_without_idle(config.warmup), tree["sensitivity"], tree["allocate"]),
-            "points": (self.config.points, config.evaluation.split),
-            "fd": self.config.fd_samples and (self.config.fd_samples, tree["sampler"]),
-        }
-        return config.model_copy(update={"run_dir": self.folder / "runs" / _digest(made_of)})
-
-    def teacher_config(self, row: Row) -> TrainConfig:
-        """One teacher for all rows that change nothing of it, whatever the seed."""
-        config = self._load(row)
-        made_of = config.model_dump(mode="json", include=set(_OF_THE_TEACHER))
-        made_of["teacher"] = _without_idle(config.teacher)
-        made_of["data"] = {key: value for key, value in made_of["data"].items() if key not in ("path", "class_names")}
-        return config.model_copy(update={"run_dir": self.folder / f"teacher-{_digest(made_of)}"})
+            own |= {"qat.distill_weight": 0}
+        config = self._load(row, **own)
+        unused = () if row.search else ("warmup", "sensitivity", "allocate")
+        made_of = config.model_dump(mode="json", exclude={**_IDLE, **dict.fromkeys(unused, True)})
+        outliers = cell.factor != 1 and (cell.factor, self.config.outlier_channels)
+        digest = _digest(made_of, outliers, self.config.points, self.config.fd_samples)
+        return config.model_copy(update={"run_dir": self.folder / "runs" / digest})
 
     def teacher(self, row: Row, note: Note = lambda _: None) -> Teacher:
-        """Trained first, or continued, if it is not there."""
-        config = self.teacher_config(row)
-        if config.run_dir not in self._teachers:
-            self._teachers[config.run_dir] = Teacher(config, self.config.points, note)
-        return self._teachers[config.run_dir]
+        """One for all rows that change nothing of it, whatever their seed; trained first, if it is not there."""
+        config = self._load(row)
+        digest = _digest(config.model_dump(mode="json", include=_OF_THE_TEACHER, exclude=_IDLE))
+        folder = self.folder / f"teacher-{digest}"
+        if folder not in self._teachers:
+            config = config.model_copy(update={"run_dir": folder})
+            self._teachers[folder] = Teacher(config, self.config.points, note)
+        return self._teachers[folder]
 
     def result_path(self, cell: Cell) -> Path:
         return self.folder / "results" / f"{self.run_config(cell).run_dir.name}.json"
 
     def result(self, cell: Cell) -> Result | None:
-        """None if it is not there yet.
-
-        Raises:
-            StateError: the file is damaged.
-        """
+        """None if it is not there yet. Raises StateError if the file is damaged."""
         path = self.result_path(cell)
         if not path.exists():
             return None
         try:
             return Result(**read_json(path)["result"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StateError(
-                f"{path}: not a result of a study ({one_line(error)}); delete it to train the row again"
-            ) from error
+            raise StateError(f"{path}: not a result of a study ({one_line(error)}); delete it to train the row again"
+                             ) from error  # fmt: skip
 
     def run(self, note: Note = print) -> int:
         """Train and measure every cell that has no result; returns how many other processes are busy with."""
@@ -264,8 +327,10 @@ class Study:
             outputs, loss = teacher.predict(student)
             errors = [(a - b).double().square().mean(dim=(1, 2, 3)) for a, b in zip(outputs, targets, strict=True)]
             mse = float(torch.cat(errors).mean())
-            if self.config.fd_samples:
-                fd = self._distance(run, student)
+            if self.config.fd_samples:  # rows of one seed start from the same noise
+                photos, settings = reference(teacher.held_out, self._network).pool, run.config.sampler
+                sampler = plain_sampler(student, run.config, "student")
+                fd = small_distance(sampler, settings, self.config.fd_samples, cell.seed, self._network, photos)
         bits = dict(run.quant.bits) if cell.row.search else None
         result = Result(mse, loss, teacher_loss, fd, time.perf_counter() - started, bits)
         tree = {"cell": str(cell), "config": run.resolved.model_dump(mode="json"), "result": asdict(result)}
@@ -274,19 +339,6 @@ class Study:
         shutil.rmtree(run.folder)
         return result
 
-    def _distance(self, run: CellRun, student: DiT) -> float:
-        """FD-EffNet of samples of ``student``; rows of one seed start from the same noise."""
-        if self._network is None:
-            self._network = EfficientNetLite0()
-        photos = reference(self.teacher(run.cell.row).held_out, self._network).pool
-        sampler = plain_sampler(student, run.config, "student")
-        seed, count = run.cell.seed, self.config.fd_samples
-        return small_distance(sampler, run.config.sampler, count, seed, self._network, photos)
 
-
-def _without_idle(stage: StageConfig) -> dict[str, Any]:
-    return stage.model_dump(mode="json", exclude=set(_IDLE))
-
-
-def _digest(made_of: dict[str, Any]) -> str:
+def _digest(*made_of: Any) -> str:
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]

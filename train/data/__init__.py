@@ -2,29 +2,20 @@
 
 from train.data.batches import (
     BatchSource,
+    Dataset,
     ImageDataset,
     LatentDataset,
     Prefetcher,
-    centre_images,
     sample_noise,
     step_generator,
+    to_unit,
 )
-from train.data.pictures import IMAGE_SUFFIXES, DataError
-from train.data.preparation import (
-    Dataset,
-    data_folder,
-    holds_features,
-    image_size,
-    load_dataset,
-    open_dataset,
-    prepare,
-    vae_downscale,
-)
+from train.data.pictures import DataError
+from train.data.preparation import data_folder, holds_features, image_size, load_dataset, open_dataset, prepare
 from train.data.shards import Index, ShardedTensor, data_digest, fingerprint, read_index
-from train.data.sources import Source, open_source
+from train.data.sources import open_source
 
 __all__ = [
-    "IMAGE_SUFFIXES",
     "BatchSource",
     "DataError",
     "Dataset",
@@ -33,8 +24,6 @@ __all__ = [
     "LatentDataset",
     "Prefetcher",
     "ShardedTensor",
-    "Source",
-    "centre_images",
     "data_digest",
     "data_folder",
     "fingerprint",
@@ -47,5 +36,5 @@ __all__ = [
     "read_index",
     "sample_noise",
     "step_generator",
-    "vae_downscale",
+    "to_unit",
 ]

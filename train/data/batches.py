@@ -13,36 +13,17 @@ from typing import Generic, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from train.config import DataConfig
 from train.data.shards import ShardedTensor
 
 Batch = TypeVar("Batch")
+_AHEAD = 2
 
 
-@dataclass(frozen=True)
-class ImageDataset:
-    """``images`` uint8 ``[N, C, S, S]``, RGB or grey, short side resized and centre-cropped to S; ``labels`` int64
-    ``[N]``.
-
-    Crops are taken at ``supersample`` times the wanted size and averaged down.
-    """
-
-    images: Tensor | ShardedTensor
-    labels: Tensor
-    supersample: int = 1
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def some(self, count: int | None) -> ImageDataset:
-        """``count`` images at random, always the same ones, in memory; all of them, as they are, with none given."""
-        if count is None:
-            return self
-        rows = some_rows(len(self), count)
-        return ImageDataset(self.images[rows], self.labels[rows], self.supersample)
+def to_unit(images: Tensor) -> Tensor:
+    """Bytes 0..255 as float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
 
 
 def some_rows(total: int, count: int | None) -> list[int]:
@@ -50,22 +31,29 @@ def some_rows(total: int, count: int | None) -> list[int]:
     return sorted(torch.randperm(total, generator=torch.Generator().manual_seed(0))[:count].tolist())
 
 
-def centre_images(dataset: ImageDataset, size: int, rows: slice = slice(None)) -> Tensor:
-    """Centre crops, float32 in [-1, 1], ``[N, C, size, size]`` of ``rows``; mind the memory that all of them need."""
-    side = size * dataset.supersample
-    margin = (dataset.images.shape[-1] - side) // 2
-    crops = dataset.images[rows][..., margin : margin + side, margin : margin + side]
-    return shrink(to_unit(crops), dataset.supersample)
+@dataclass(frozen=True)
+class ImageDataset:
+    """``images`` uint8 ``[N, C, S, S]``, RGB or grey; ``labels`` int64 ``[N]``."""
 
+    images: Tensor | ShardedTensor
+    labels: Tensor
 
-def shrink(images: Tensor, factor: int) -> Tensor:
-    """Means of ``factor x factor`` pixels."""
-    return F.avg_pool2d(images, factor) if factor > 1 else images
+    def __len__(self) -> int:
+        return len(self.labels)
 
+    def some(self, count: int) -> ImageDataset:
+        """``count`` images at random, always the same ones, in memory."""
+        rows = some_rows(len(self), count)
+        return ImageDataset(self.images[rows], self.labels[rows])
 
-def to_unit(images: Tensor) -> Tensor:
-    """Bytes 0..255 as float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
+    def draw(self, rows: list[int], mirrored: list[bool], noise: Tensor | None) -> Tensor:
+        """Images float32 ``[n, C, S, S]`` in [-1, 1]."""
+        images = (self.images[i].flip(-1) if flip else self.images[i] for i, flip in zip(rows, mirrored, strict=True))
+        return to_unit(torch.stack(list(images)))
+
+    def means(self, rows: slice) -> Tensor:
+        """As :meth:`draw`, unmirrored."""
+        return to_unit(self.images[rows])
 
 
 @dataclass(frozen=True)
@@ -85,22 +73,26 @@ class LatentDataset:
         return len(self.labels)
 
     @property
-    def channels(self) -> int:
-        return self.moments.shape[2] // 2
+    def noise_shape(self) -> tuple[int, ...]:
+        return (self.moments.shape[2] // 2, *self.moments.shape[3:])
 
-    def draw(self, index: Tensor, mirrored: Tensor, noise: Tensor) -> Tensor:
-        """Latents float32 ``[n, C, S, S]`` of ``index`` int64 ``[n]``, with ``noise`` of their own shape."""
+    def draw(self, rows: list[int], mirrored: list[bool], noise: Tensor | None) -> Tensor:
+        """Latents float32 ``[n, C, S, S]``, with ``noise`` of their own shape."""
+        assert noise is not None
         last = self.moments.shape[1] - 1
-        rows = [
-            self.moments[i][min(int(flip), last)] for i, flip in zip(index.tolist(), mirrored.tolist(), strict=True)
-        ]
-        mean, deviation = torch.stack(rows).float().chunk(2, dim=1)
-        latents: Tensor = (mean + deviation * noise - self.shift_factor) * self.scaling_factor
-        return latents
+        chosen = (self.moments[i][min(int(flip), last)] for i, flip in zip(rows, mirrored, strict=True))
+        mean, deviation = torch.stack(list(chosen)).float().chunk(2, dim=1)
+        return self._scaled(mean + deviation * noise)
 
     def means(self, rows: slice) -> Tensor:
         """The unmirrored means, scaled, float32 ``[n, C, S, S]``."""
-        return (self.moments[rows][:, 0, : self.channels].float() - self.shift_factor) * self.scaling_factor
+        return self._scaled(self.moments[rows][:, 0, : self.noise_shape[0]].float())
+
+    def _scaled(self, latents: Tensor) -> Tensor:
+        return (latents - self.shift_factor) * self.scaling_factor
+
+
+Dataset = ImageDataset | LatentDataset
 
 
 def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
@@ -123,13 +115,13 @@ def sample_noise(seed: int, step: int, count: int, mine: slice, shape: Sequence[
 
 
 class BatchSource:
-    """Augmented batches by step: epochs are permutations, and each batch is drawn from (seed, step) alone."""
+    """Batches by step: epochs are permutations, and each batch is drawn from (seed, step) alone.
 
-    def __init__(
-        self, dataset: ImageDataset | LatentDataset, config: DataConfig, crop: int, batch_size: int, seed: int
-    ) -> None:
-        self.dataset, self.config, self.crop = dataset, config, crop
-        self.batch_size, self.seed = batch_size, seed
+    ``flip_probability``: share of mirrored samples.
+    """
+
+    def __init__(self, dataset: Dataset, flip_probability: float, batch_size: int, seed: int) -> None:
+        self.dataset, self.flip_probability, self.batch_size, self.seed = dataset, flip_probability, batch_size, seed
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
 
     def _sample_index(self, position: int) -> int:
@@ -139,56 +131,25 @@ class BatchSource:
             self._order = torch.randperm(len(self.dataset), generator=step_generator(self.seed, epoch, stream=1))
         return int(self._order[offset])
 
+    def share(self, rank: int, world: int) -> slice:
+        """The ``rank``-th of ``world`` equal slices of a batch. Raises ValueError if it does not divide evenly."""
+        if self.batch_size % world:
+            raise ValueError(f"batch_size {self.batch_size} is no multiple of the {world} processes that share it")
+        own = self.batch_size // world
+        return slice(rank * own, (rank + 1) * own)
+
     def batch(self, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
-        """Samples float32 ``[B, C, crop, crop]`` and labels int64 ``[B]`` of ``step``: pixels in [-1, 1], or latents.
+        """Samples float32 ``[B, C, S, S]`` and labels int64 ``[B]`` of ``step``: pixels in [-1, 1], or latents.
 
-        With ``world`` above one, ``B`` is the ``rank``-th of ``world`` equal slices of the very same batch.
-
-        Raises:
-            ValueError: the batch size is no multiple of ``world``.
+        With ``world`` above one, the :meth:`share` of the very same batch.
         """
-        size, first = self.batch_size, step * self.batch_size
-        if size % world:
-            raise ValueError(f"batch_size {size} is no multiple of the {world} processes that share it")
-        mine = slice(rank * size // world, (rank + 1) * size // world)
+        size, mine, noise = self.batch_size, self.share(rank, world), None
         # One number a sample is drawn for the whole batch, so that none depends on ``world``.
-        generator = step_generator(self.seed, step, stream=2)
-        index = torch.tensor([self._sample_index(first + i) for i in range(size)])
+        mirrored = torch.rand(size, generator=step_generator(self.seed, step, stream=2)) < self.flip_probability
+        rows = [self._sample_index(step * size + i) for i in range(size)[mine]]
         if isinstance(self.dataset, LatentDataset):
-            mirrored = torch.rand(size, generator=generator) < self.config.flip_probability
-            shape = (self.dataset.channels, self.crop, self.crop)
-            noise = sample_noise(self.seed, step, size, mine, shape, stream=4)
-            samples = self.dataset.draw(index[mine], mirrored[mine], noise)
-        else:
-            samples = self._crops(self.dataset, index, generator, mine)
-        return samples, self.dataset.labels[index[mine]]
-
-    def _crops(self, dataset: ImageDataset, index: Tensor, generator: torch.Generator, mine: slice) -> Tensor:
-        side = self.crop * dataset.supersample
-        margin = dataset.images.shape[-1] - side
-        offsets = torch.randint(0, margin + 1, (len(index), 2), generator=generator)
-        flips = torch.rand(len(index), generator=generator) < self.config.flip_probability
-        chosen = (each[mine].tolist() for each in (index, offsets, flips))
-        crops = []
-        for i, (top, left), flip in zip(*chosen, strict=True):
-            crop = dataset.images[i][:, top : top + side, left : left + side]
-            crops.append(crop.flip(-1) if flip else crop)
-        images = shrink(to_unit(torch.stack(crops)), dataset.supersample)
-        return self._jitter(images, generator, mine)
-
-    def _jitter(self, images: Tensor, generator: torch.Generator, mine: slice) -> Tensor:
-        amount = self.config.colour_jitter
-        if not amount:
-            return images
-        factors = 1 + amount * (2 * torch.rand(2, self.batch_size, 1, 1, 1, generator=generator) - 1)
-        brightness, contrast = factors[:, mine]
-        mean = images.mean(dim=(1, 2, 3), keepdim=True)
-        images = (images - mean) * contrast + mean
-        jittered: Tensor = (images + 1) * brightness - 1
-        return jittered.clamp(-1, 1)
-
-
-_AHEAD = 2
+            noise = sample_noise(self.seed, step, size, mine, self.dataset.noise_shape, stream=4)
+        return self.dataset.draw(rows, mirrored[mine].tolist(), noise), self.dataset.labels[rows]
 
 
 class Prefetcher(Generic[Batch]):

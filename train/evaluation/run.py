@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from robuq_core.config import SamplerConfig
+import torch
+
 from robuq_core.files import read_json, replacing
-from robuq_core.pipeline import Sampler
 from train import parallel
 from train.config import TrainConfig
 from train.data import holds_features
 from train.evaluation.figures import (
     IMAGENET_CLASSES,
-    Estimate,
-    Reference,
+    RunningMoments,
     agreement,
-    dinov2_figures,
-    effnet_figures,
+    estimate,
+    fid,
     frechet_distance,
-    inception_figures,
+    inception_score,
+    nearest_labels,
     pixel_agreement,
-    ratio,
+    precision_and_recall,
 )
-from train.evaluation.networks import DinoV2, EfficientNetLite0, EvaluationError, FeatureNetwork, Inception
-from train.evaluation.reference import GALLERY_PHOTOS, published_reference, reference
+from train.evaluation.networks import DinoV2, EfficientNetLite0, EvaluationError, FeatureNetwork, Features, Inception
+from train.evaluation.reference import GALLERY_PHOTOS, Reference, published_reference, reference
 from train.evaluation.samples import (
     SampleSet,
-    Which,
     default_model,
     generate,
     generate_to_disk,
@@ -40,17 +38,14 @@ from train.evaluation.samples import (
 from train.logs import one_line
 from train.run import Run
 
-Measure = Callable[[SampleSet, FeatureNetwork, Reference], dict[str, float]]
-_TEACHER = "teacher"
-_MEASURES: dict[str, Measure] = {
-    "effnet": effnet_figures, "inception": inception_figures, "dinov2": dinov2_figures,
-}  # fmt: skip
 EFFNET_FEATURES = 1280
+_BATCH = 64
+_DISTANCES = ("fd_effnet", "fid", "sfid", "fd_dinov2")
 
 
 def evaluate_run(
     run: Run,
-    which: Which | None = None,
+    which: str | None = None,
     *,
     checkpoint: Path | None = None,
     classes: int = 200,
@@ -74,53 +69,65 @@ def evaluate_run(
         npz: also write the samples of every seed into this folder, as ADM's evaluation reads them.
         agreement_only: leave out the sets of ``evaluation.samples``, and so every distance.
 
-    Raises:
-        EvaluationError: a weight file or library is missing, or the model does not fit the configuration. StateError,
-            CheckpointError, DataError: the model or the data cannot be read.
+    Raises EvaluationError if a weight file or library is missing, or the model does not fit the configuration;
+    StateError, CheckpointError or DataError if the model or the data cannot be read.
     """
     config = run.config
     chosen = which or ("student" if run.ema is not None else default_model(run))
     if run.ema is not None and chosen == "packed":
         raise EvaluationError("--ema is for the teacher and the student: a packed file holds one average")
+    networks: list[FeatureNetwork] = []  # of the first process, which measures
+    # Before anything is generated: what is missing for the figures at the end is reported at the beginning.
     weights = inception or config.evaluation.inception
-    has_photos = not holds_features(config)
-    spectators: list[FeatureNetwork] = []  # of the first process, which measures
-
-    def load_networks() -> None:
-        # Before anything is generated: what is missing for the figures at the end is reported at the beginning.
-        if has_photos:
-            spectators.append(EfficientNetLite0())
-        elif agreement_only or weights is None or config.evaluation.reference is None:
-            raise EvaluationError(f"data.path {config.data.path} holds latents and no photos to compare with; set "
-                                  "evaluation.inception and evaluation.reference")  # fmt: skip
-        if weights is not None and not agreement_only:
-            spectators.append(Inception(weights))
-        if config.evaluation.dinov2 is not None and has_photos and not agreement_only:
-            spectators.append(DinoV2(config.evaluation.dinov2))
-
-    parallel.on_first(load_networks)
+    parallel.on_first(lambda: networks.extend(_networks(config, weights, agreement_only)))
     sampler, digest = load_sampler(run, chosen, checkpoint)
     settings = config.sampler if checkpoint is None else sampler.defaults
     name = chosen if checkpoint is None else checkpoint.stem
     if run.ema is not None:
         name, digest = f"{name}-ema-{run.ema:g}", f"{digest}-ema-{run.ema:g}"
-    seeds = () if agreement_only else config.evaluation.seeds
-    sets = [_samples(config, sampler, settings, name, digest, each) for each in seeds]
+    batch_size, sets = config.evaluation.batch_size, dict[int, SampleSet]()
+    for each in () if agreement_only else config.evaluation.seeds:
+        folder = config.run_dir / "evaluation" / "samples" / name / f"seed-{each}"
+        count = config.evaluation.samples
+        sets[each] = generate_to_disk(
+            sampler, folder, count=count, seed=each, batch_size=batch_size, identity=digest, settings=settings
+        )
 
     def measure() -> dict[str, Any]:
         entry: dict[str, Any] = {"model": name, "sha256": digest, "sampler": settings.model_dump(mode="json")}
-        if has_photos:
-            found = _agreement(run, sampler, settings, spectators[0], classes, seed, sheet)
-            entry["agreement"] = {"seed": seed, **found}
+        if not holds_features(config):
+            drawn = random_classes(classes, config.model.valid_classes, seed)
+            samples = generate(sampler, drawn, seed, settings, batch_size)
+            if sheet is not None:
+                write_sheet(samples, sheet)
+            photos, fits = reference(run.held_out, networks[0]), config.model.num_classes == IMAGENET_CLASSES
+            found = agreement(networks[0](samples), drawn, photos.gallery, classifier=fits)
+            # A run on latents keeps no pixels, and its model does not repeat them.
+            pixels = {} if config.data.vae else pixel_agreement(samples, drawn, run.held_out.photos(GALLERY_PHOTOS))
+            entry["agreement"] = {"seed": seed, **found, **pixels}
         if sets:
-            entry |= _distances(run, sets, spectators)
-        if npz is not None:
-            for each, samples in zip(seeds, sets, strict=True):
-                samples.write_npz(npz / f"{name}-seed{each}.npz")
+            entry |= _distances(run, list(sets.values()), networks)
+        for each, samples_of_seed in sets.items() if npz is not None else ():
+            samples_of_seed.write_npz(Path(npz or "") / f"{name}-seed{each}.npz")
         _keep(run.path("evaluate"), name, entry)
         return entry
 
     return parallel.from_first(measure)
+
+
+def _networks(config: TrainConfig, inception: Path | None, agreement_only: bool) -> list[FeatureNetwork]:
+    settings, has_photos = config.evaluation, not holds_features(config)
+    found: list[FeatureNetwork] = []
+    if has_photos:
+        found.append(EfficientNetLite0())
+    elif agreement_only or inception is None or settings.reference is None:
+        raise EvaluationError(f"data.path {config.data.path} holds latents and no photos to compare with; set "
+                              "evaluation.inception and evaluation.reference")  # fmt: skip
+    if inception is not None and not agreement_only:
+        found.append(Inception(inception))
+    if settings.dinov2 is not None and has_photos and not agreement_only:
+        found.append(DinoV2(settings.dinov2))
+    return found
 
 
 def _distances(run: Run, sets: list[SampleSet], networks: list[FeatureNetwork]) -> dict[str, Any]:
@@ -129,7 +136,8 @@ def _distances(run: Run, sets: list[SampleSet], networks: list[FeatureNetwork]) 
     for network in networks:
         published = settings.reference if network.name == "inception" else None
         photos = reference(run.held_out, network) if published is None else published_reference(published, network)
-        entry["figures"] |= _over_seeds(_MEASURES[network.name], sets, network, photos)
+        by_seed = [set_figures(samples, network, photos) for samples in sets]
+        entry["figures"] |= {name: estimate([each[name] for each in by_seed]) for name in by_seed[0]}
         if network.name == "inception":
             entry["reference"] = "data.path" if published is None else published.name
         entry.setdefault("photos", photos.pool.count)
@@ -142,60 +150,44 @@ def _distances(run: Run, sets: list[SampleSet], networks: list[FeatureNetwork]) 
     return entry
 
 
-def _agreement(
-    run: Run,
-    sampler: Sampler,
-    settings: SamplerConfig,
-    network: FeatureNetwork,
-    count: int,
-    seed: int,
-    sheet: Path | None,
-) -> dict[str, Any]:
-    config = run.config
-    classes = random_classes(count, config.model.valid_classes, seed)
-    samples = generate(sampler, classes, seed, settings, config.evaluation.batch_size)
-    if sheet is not None:
-        write_sheet(samples, sheet)
-    fits = config.model.num_classes == IMAGENET_CLASSES
-    photos = reference(run.held_out, network)
-    found = agreement(network(samples), classes, photos.gallery, classifier=fits)
-    # A run on latents keeps no pixels, and its model does not repeat them.
-    if config.data.vae is None:
-        found |= pixel_agreement(samples, classes, run.held_out.photos(GALLERY_PHOTOS))
-    return found
-
-
-def _samples(
-    config: TrainConfig, sampler: Sampler, settings: SamplerConfig, name: str, digest: str, seed: int
-) -> SampleSet:
-    return generate_to_disk(
-        sampler,
-        config.run_dir / "evaluation" / "samples" / name / f"seed-{seed}",
-        count=config.evaluation.samples,
-        seed=seed,
-        batch_size=config.evaluation.batch_size,
-        identity=digest,
-        settings=settings,
-    )
-
-
-def _over_seeds(measure: Measure, sets: list[SampleSet], network: FeatureNetwork, photos: Reference) -> dict[str, Any]:
-    by_seed = [measure(samples, network, photos) for samples in sets]
-    return {name: Estimate(tuple(each[name] for each in by_seed)).as_dict() for name in by_seed[0]}
+def set_figures(samples: SampleSet, network: FeatureNetwork, photos: Reference) -> dict[str, float]:
+    """The figures of ``samples`` that the features of ``network`` are for, by name; see docs/evaluation.md."""
+    pool, spatial = RunningMoments(), RunningMoments()
+    kept: list[Features] = []
+    right = 0
+    for first in range(0, len(samples), _BATCH):
+        features = network(samples.batch(first, _BATCH))
+        pool.add(features.pool)
+        if network.name == "effnet":
+            wanted = torch.from_numpy(samples.labels[first : first + _BATCH])
+            right += int((nearest_labels(features.pool, photos.gallery) == wanted).sum())
+        elif features.spatial is not None:
+            spatial.add(features.spatial)
+            kept.append(Features(features.pool, features.logits))
+    if network.name != "inception":
+        found = {f"fd_{network.name}": frechet_distance(pool.result(), photos.pool)}
+        return found | ({"nearest": right / len(samples)} if network.name == "effnet" else {})
+    assert photos.spatial is not None
+    precision, recall = precision_and_recall(torch.cat([each.pool for each in kept]), photos.gallery.features)
+    return {
+        "fid": fid(pool.result(), photos.pool),
+        "sfid": frechet_distance(spatial.result(), photos.spatial),
+        "inception_score": inception_score(torch.cat([each.logits for each in kept])),
+        "precision": precision,
+        "recall": recall,
+    }
 
 
 def _cautions(config: TrainConfig, photos: int, networks: set[str]) -> list[str]:
     """What a reader must know before comparing the figures with anyone's."""
-    cautions = []
-    fewest = min(config.evaluation.samples, photos)
+    cautions, fewest = list[str](), min(config.evaluation.samples, photos)
     if "effnet" in networks:
         cautions.append("fd_effnet is a Fréchet distance on EfficientNet-Lite0 features; it is not FID and no FID "
                         "compares to it")  # fmt: skip
         if fewest <= EFFNET_FEATURES:
-            cautions.append(
-                f"{fewest} samples or photos are no more than the {EFFNET_FEATURES} features: the covariance is "
-                "singular and fd_effnet is biased upwards; compare at equal numbers only"
-            )
+            cautions.append(f"{fewest} samples or photos are no more than the {EFFNET_FEATURES} features: the "
+                            "covariance is singular and fd_effnet is biased upwards; compare at equal numbers only"
+                            )  # fmt: skip
     if networks != {"effnet"} and config.evaluation.samples < 50_000:
         cautions.append("FID, sFID and FD-DINOv2 are usually given of 50,000 samples; of fewer they are higher")
     if len(config.evaluation.seeds) < 2:
@@ -205,37 +197,30 @@ def _cautions(config: TrainConfig, photos: int, networks: set[str]) -> list[str]
 
 def _keep(path: Path, name: str, entry: dict[str, Any]) -> None:
     """Add ``entry`` to the models of ``path``, and every other's ratio to the teacher where they are comparable."""
-    models = read_entries(path)
+    try:
+        models = dict(read_json(path)["models"])
+    except (OSError, ValueError, KeyError, TypeError):
+        models = {}
     models[name] = entry
-    ratios = {other: _ratios(found, models[_TEACHER]) for other, found in models.items() if _TEACHER in models}
+    ratios = {other: _ratios(found, models["teacher"]) for other, found in models.items()
+              if other != "teacher" and "teacher" in models}  # fmt: skip
     content = {"models": models, "ratio_to_teacher": {other: found for other, found in ratios.items() if found}}
     try:
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n")
     except OSError as error:
-        raise EvaluationError(
-            f"{path}: cannot be written ({one_line(error)}); free some space and run again"
-        ) from error
-
-
-def read_entries(path: Path) -> dict[str, Any]:
-    """The entries of an earlier ``evaluation.json``, by model; none if it is missing or not one."""
-    try:
-        models = read_json(path)["models"]
-        return dict(models)
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        raise EvaluationError(f"{path}: cannot be written ({one_line(error)}); free some space and run again"
+                              ) from error  # fmt: skip
 
 
 def _ratios(entry: dict[str, Any], teacher: dict[str, Any]) -> dict[str, Any]:
     """Distances over the teacher's, seed by seed; nothing if the two were measured differently."""
-    alike = all(entry.get(key) == teacher.get(key) for key in ("samples", "seeds", "sampler", "photos"))
-    if entry is teacher or not alike:
+    if any(entry.get(key) != teacher.get(key) for key in ("samples", "seeds", "sampler", "photos")):
         return {}
     found = {}
-    for name in ("fd_effnet", "fid", "sfid", "fd_dinov2"):
+    for name in _DISTANCES:
         if name in entry.get("figures", {}) and name in teacher.get("figures", {}):
-            estimate = ratio(entry["figures"][name]["by_seed"], teacher["figures"][name]["by_seed"])
-            if estimate is not None:
-                found[name] = estimate.as_dict()
+            ours, theirs = (each["figures"][name]["by_seed"] for each in (entry, teacher))
+            if all(theirs):
+                found[name] = estimate([a / b for a, b in zip(ours, theirs, strict=True)])
     return found

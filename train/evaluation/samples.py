@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import shutil
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +29,9 @@ from robuq_core.models.dit import DiT
 from robuq_core.pipeline import Sampler
 from train import parallel
 from train.config import TrainConfig
+from train.data import ShardedTensor, image_size, to_unit
 from train.evaluation.figures import Moments, RunningMoments, frechet_distance
 from train.evaluation.networks import EvaluationError, FeatureNetwork
-from train.evaluation.reference import sample_side
 from train.logs import one_line
 from train.run import Run
 from train.state import file_digest, read_state
@@ -39,7 +40,8 @@ from train.trainer import autocast
 _BATCH = 64
 Which = Literal["teacher", "student", "packed"]
 MODELS: tuple[Which, ...] = get_args(Which)
-SHEET_IMAGES, SHEET_COLUMNS, SHEET_SIDE = 64, 8, 96
+_STAGES: dict[str, str] = {"teacher": "teacher", "student": "qat", "packed": "export"}
+SHEET_IMAGES, SHEET_COLUMNS, SHEET_SIDE, SHEET_GAP = 64, 8, 96, 2
 
 
 class _Autocast(nn.Module):
@@ -50,9 +52,9 @@ class _Autocast(nn.Module):
         self._forward = torch.compile(model, dynamic=True) if config.compile else model
         self._precision = config.precision
 
-    def forward(self, *arguments: torch.Tensor) -> torch.Tensor:
+    def forward(self, *arguments: Tensor) -> Tensor:
         with autocast(self._precision, arguments[0].device):
-            output: torch.Tensor = self._forward(*arguments)
+            output: Tensor = self._forward(*arguments)
         return output.float()
 
 
@@ -72,64 +74,38 @@ def plain_sampler(model: DiT, config: TrainConfig, name: str) -> Sampler:
     network: nn.Module = model.eval().to(device)
     if device.type == "cuda":
         network = _Autocast(network, config)
-    return Sampler(
-        network,
-        header,
-        checkpoint_name=name,
-        backend_name="torch",
-        weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
-        device=device,
-        decoder=decoder,
-    )
-
-
-def known_model(name: str) -> Which:
-    """``name`` as one of :data:`MODELS`.
-
-    Raises:
-        EvaluationError: it is none of them.
-    """
-    for which in MODELS:
-        if which == name:
-            return which
-    raise EvaluationError(f"--model {name}: choose one of {', '.join(MODELS)}")
-
-
-_STAGES: dict[Which, str] = {"teacher": "teacher", "student": "qat", "packed": "export"}
-
-
-def model_path(run: Run, which: Which) -> Path:
-    return run.path(_STAGES[which])
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    return Sampler(network, header, checkpoint_name=name, backend_name="torch", weight_bytes=size, device=device,
+                   decoder=decoder)  # fmt: skip
 
 
 def default_model(run: Run) -> Which:
     """The last that ``run`` has made."""
-    return next((which for which in reversed(MODELS) if model_path(run, which).exists()), "teacher")
+    return next((which for which in reversed(MODELS) if run.path(_STAGES[which]).exists()), "teacher")
 
 
-def load_sampler(run: Run, which: Which, checkpoint: Path | None = None) -> tuple[Sampler, str]:
+def load_sampler(run: Run, which: str, checkpoint: Path | None = None) -> tuple[Sampler, str]:
     """The sampler of ``which``, and what identifies its weights: the SHA-256 of a packed file, or a state's digest.
 
-    ``checkpoint``: a packed file elsewhere, or the folder of a kept state of ``which``.
-
-    Raises:
-        StateError, CheckpointError: the file is missing or damaged. EvaluationError: it is of another shape.
+    ``checkpoint``: a packed file elsewhere, or the folder of a kept state of ``which``. Raises StateError or
+    CheckpointError if the file is missing or damaged, EvaluationError if it is of another shape.
     """
+    if which not in MODELS:
+        raise EvaluationError(f"--model {which}: choose one of {', '.join(MODELS)}")
     config = run.config
     kept = checkpoint if checkpoint is not None and checkpoint.is_dir() else None
     if which == "packed" or (checkpoint is not None and kept is None):
-        path = checkpoint or model_path(run, "packed")
+        path = checkpoint or run.path("export")
         sampler, digest = Sampler.from_checkpoint(path, decoder=config.data.vae), file_digest(path)
     else:
         model, settings = (run.student(kept), run.resolved) if which == "student" else (run.teacher(kept), config)
         sampler = plain_sampler(model, settings, which)
         digest = run.digest(_STAGES[which]) if kept is None else read_state(kept).digest
-    network, side = config.model, sample_side(config)
-    if (sampler.image_size, sampler.num_classes) != (side, network.num_classes):
-        raise EvaluationError(
-            f"{sampler.checkpoint_name} generates {sampler.image_size} px and {sampler.num_classes} classes, but the "
-            f"configuration has {side} px and {network.num_classes}: give the one it was trained with"
-        )
+    classes, side = config.model.num_classes, image_size(config)
+    if (sampler.image_size, sampler.num_classes) != (side, classes):
+        raise EvaluationError(f"{sampler.checkpoint_name} generates {sampler.image_size} px and {sampler.num_classes} "
+                              f"classes, but the configuration has {side} px and {classes}: give the one it was "
+                              "trained with")  # fmt: skip
     return sampler, digest
 
 
@@ -160,11 +136,23 @@ def generate(
     batch_size: int = _BATCH,
 ) -> Tensor:
     """One sample a class, float32 in [-1, 1] ``[N, 3, S, S]``; sample i uses ``seed + i``."""
-    chosen = settings or sampler.defaults
-    parts = []
+    chosen, parts = settings or sampler.defaults, []
     for first in range(0, len(classes), batch_size):
         parts.append(_draw_batch(sampler, classes[first : first + batch_size], image_seed(seed, first), chosen))
-    return as_unit(np.concatenate(parts))
+    return as_unit(torch.from_numpy(np.concatenate(parts)))
+
+
+def _draw_batch(sampler: Sampler, classes: Sequence[int], seed: int, settings: SamplerConfig) -> np.ndarray:
+    """Uint8 ``[N, S, S, 3]``."""
+    images: list[Image.Image] = sampler.generate(
+        classes, seed, steps=settings.steps, guidance_scale=settings.guidance_scale, sampler=settings.sampler
+    )
+    return np.stack([np.asarray(image) for image in images])
+
+
+def as_unit(images: Tensor) -> Tensor:
+    """uint8 ``[N, H, W, 3]`` as float32 ``[N, 3, H, W]`` in [-1, 1]."""
+    return to_unit(images.permute(0, 3, 1, 2))
 
 
 def small_distance(
@@ -188,27 +176,11 @@ def small_distance(
     return math.nan if photos is None else frechet_distance(moments.result(), photos)
 
 
-def _draw_batch(sampler: Sampler, classes: Sequence[int], seed: int, settings: SamplerConfig) -> np.ndarray:
-    images: list[Image.Image] = sampler.generate(
-        classes,
-        seed,
-        steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
-        sampler=settings.sampler,
-    )
-    return np.stack([np.asarray(image) for image in images])
-
-
-def as_unit(images: np.ndarray) -> Tensor:
-    """uint8 ``[N, H, W, 3]`` as float32 ``[N, 3, H, W]`` in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float() / 127.5 - 1
-
-
 @dataclass(frozen=True)
 class SampleSet:
     """``images`` uint8 ``[N, H, W, 3]``, mapped from disk; ``labels`` int64 ``[N]``."""
 
-    images: np.ndarray
+    images: ShardedTensor
     labels: np.ndarray
 
     def __len__(self) -> int:
@@ -220,8 +192,14 @@ class SampleSet:
 
     def write_npz(self, path: Path) -> None:
         """The layout that ADM's evaluation reads: ``arr_0`` uint8 ``[N, H, W, 3]``, ``arr_1`` labels ``[N]``."""
-        with replacing(path) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, self.images, self.labels)
+        header = {"descr": "|u1", "fortran_order": False, "shape": tuple(self.images.shape)}
+        with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, header)
+                for first in range(0, len(self), _BATCH):
+                    member.write(self.images[first : first + _BATCH].numpy().tobytes())
+            with archive.open("arr_1.npy", "w") as member:
+                np.save(member, self.labels)
 
 
 def generate_to_disk(
@@ -234,51 +212,55 @@ def generate_to_disk(
     identity: str,
     settings: SamplerConfig,
 ) -> SampleSet:
-    """``count`` samples of balanced classes in ``folder``: generated, continued, or found there complete.
+    """``count`` samples of balanced classes in ``folder``, a file a batch: generated, continued, or found complete.
 
     Every process of a run generates its share of the batches, each sample by its own seed: how many they are changes
     nothing, and an interrupted call may be continued by another number.
 
-    ``identity`` names the weights: samples of others, or generated with other ``settings``, are replaced.
-
-    Raises:
-        EvaluationError: the folder cannot be written to.
+    ``identity`` names the weights: samples of others, or generated with other ``settings``, are replaced. Raises
+    EvaluationError if the folder cannot be written to.
     """
-    side = sampler.image_size
     described = {
         "identity": identity,
         "count": count,
         "seed": seed,
-        "side": side,
+        "side": sampler.image_size,
         "batch_size": batch_size,
         "num_classes": sampler.num_classes,
         "sampler": settings.model_dump(mode="json"),
     }
     labels = np.array(balanced_classes(count, sampler.valid_classes, seed), dtype=np.int64)
-    path, shape = folder / "images.npy", (count, side, side, 3)
+    files = {start: folder / f"{start:07d}.npy" for start in range(0, count, batch_size)}
     rank, world = parallel.rank(), parallel.world_size()
-    parallel.on_first(lambda: _prepare_folder(folder, path, shape, described))
+    parallel.on_first(lambda: _prepare_folder(folder, described))
+    mine = [start for i, start in enumerate(files) if i % world == rank and not files[start].exists()]
     try:
-        images = np.lib.format.open_memmap(path, "r+")
-        done = _batches_done(folder, described)
-        first, starts = first_seed(seed), range(0, count, batch_size)
-        mine = [start for i, start in enumerate(starts) if i % world == rank and start not in done]
-        finished: list[int] = []
         with Progress(disable=rank > 0) as progress:
-            task = progress.add_task(f"sampling {sampler.checkpoint_name}, seed {seed}", total=len(mine))
-            for start in mine:
+            for start in progress.track(mine, description=f"sampling {sampler.checkpoint_name}, seed {seed}"):
                 classes = labels[start : start + batch_size].tolist()
-                images[start : start + len(classes)] = _draw_batch(
-                    sampler, classes, (first + start) % (MAX_SEED + 1), settings
-                )
-                images.flush()  # before the note that vouches for them
-                finished.append(start)
-                _note(folder / f"progress-{rank}.json", described, sorted(done | set(finished)))
-                progress.update(task, advance=1)
+                images = _draw_batch(sampler, classes, (first_seed(seed) + start) % (MAX_SEED + 1), settings)
+                with replacing(files[start]) as temporary, temporary.open("wb") as stream:
+                    np.save(stream, images)
     except OSError as error:
         raise _unwritable(folder, error) from error
     parallel.on_first(lambda: None)  # all have generated their share
-    return SampleSet(np.lib.format.open_memmap(path, "r"), labels)
+    return SampleSet(ShardedTensor(list(files.values())), labels)
+
+
+def _prepare_folder(folder: Path, described: dict[str, Any]) -> None:
+    """Empty ``folder``, unless what is in it is as ``described``."""
+    about = folder / "about.json"
+    try:
+        found = read_json(about)
+    except (OSError, ValueError):
+        found = None
+    try:
+        if found != described:
+            shutil.rmtree(folder, ignore_errors=True)
+            with replacing(about) as temporary:
+                temporary.write_text(json.dumps(described))
+    except OSError as error:
+        raise _unwritable(folder, error) from error
 
 
 def _unwritable(folder: Path, error: OSError) -> EvaluationError:
@@ -286,59 +268,18 @@ def _unwritable(folder: Path, error: OSError) -> EvaluationError:
                            "what is generated is kept")  # fmt: skip
 
 
-def _prepare_folder(folder: Path, path: Path, shape: tuple[int, ...], described: dict[str, Any]) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not _batches_done(folder, described):
-            for note in folder.glob("progress-*.json"):
-                note.unlink()
-            _make_images(path, shape)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
+def write_sheet(samples: Tensor, path: Path) -> None:
+    """The first 64 of ``samples [N, 3, S, S]`` in [-1, 1] as one PNG of eight columns on white.
 
-
-def _make_images(path: Path, shape: tuple[int, ...]) -> None:
-    np.lib.format.open_memmap(path, "w+", np.uint8, shape).flush()
-    # A mapping that meets a full disk kills the process: take the room now, where it is an error.
-    if hasattr(os, "posix_fallocate"):
-        with path.open("r+b") as stream:
-            os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
-
-
-def _batches_done(folder: Path, described: dict[str, Any]) -> set[int]:
-    """First samples of the batches that earlier calls with the same settings have finished, in any process."""
-    side, done = described["side"], set[int]()
-    for path in folder.glob("progress-*.json"):
-        try:
-            found = read_json(path)
-            starts = {int(start) for start in found.pop("done")}
-            images = np.lib.format.open_memmap(folder / "images.npy", "r")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue
-        if found == described and images.shape == (described["count"], side, side, 3):
-            done |= starts
-    return done
-
-
-def _note(path: Path, described: dict[str, Any], done: list[int]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps({**described, "done": done}))
-
-
-def contact_sheet(images: Tensor, columns: int, path: Path, gap: int = 2) -> None:
-    """Write images ``[N, 3, S, S]`` in [-1, 1] as one PNG of ``columns`` columns on white."""
-    size = images.shape[-1]
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (size + gap) + gap, rows * (size + gap) + gap), "white")
+    Small ones are enlarged by whole pixels: a smooth upscale would flatter.
+    """
+    first = samples[:SHEET_IMAGES]
+    images = F.interpolate(first, scale_factor=max(1, SHEET_SIDE // first.shape[-1]))
     pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    step, rows = images.shape[-1] + SHEET_GAP, -(-len(images) // SHEET_COLUMNS)
+    sheet = Image.new("RGB", (SHEET_COLUMNS * step + SHEET_GAP, rows * step + SHEET_GAP), "white")
     for i, image in enumerate(pixels):
-        row, column = divmod(i, columns)
-        sheet.paste(Image.fromarray(image), (gap + column * (size + gap), gap + row * (size + gap)))
+        row, column = divmod(i, SHEET_COLUMNS)
+        sheet.paste(Image.fromarray(image), (SHEET_GAP + column * step, SHEET_GAP + row * step))
     with replacing(path) as temporary:
         sheet.save(temporary, format="PNG")
-
-
-def write_sheet(samples: Tensor, path: Path) -> None:
-    """The first 64 of ``samples [N, 3, S, S]``, small ones enlarged by whole pixels: a smooth upscale would flatter."""
-    first = samples[:SHEET_IMAGES]
-    contact_sheet(F.interpolate(first, scale_factor=max(1, SHEET_SIDE // first.shape[-1])), SHEET_COLUMNS, path)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from robuq_core.diffusion.samplers import Coefficients
-from robuq_core.diffusion.update import RowStep, UpdatingBackend, update
+from robuq_core.diffusion.update import RowStep, UpdatingBackend, guide, guided_channels, update
 from robuq_core.kernels.cpu import CpuBackend, NativeUnavailableError
 
 CHANNELS = 4
@@ -82,3 +82,15 @@ def test_an_output_of_another_size_is_refused(native: CpuBackend) -> None:
     guided = RowStep(Coefficients(*[1.0] * 8), scale=2.0)
     with pytest.raises(ValueError, match="output"):
         native.update(*torch.zeros(3, 1, CHANNELS, 2, 2), [guided], False, CHANNELS)
+
+
+def test_official_guides_three_channels_and_diffusers_all() -> None:
+    cond, uncond = torch.randn(2, 2, 8, 2, 2).unbind(0)
+    scale = torch.tensor([1.5, 4.0])
+    full = uncond + scale[:, None, None, None] * (cond - uncond)
+    official = guide(cond, uncond, scale, guided_channels(4, "official"))
+    torch.testing.assert_close(official[:, :3], full[:, :3])
+    assert torch.equal(official[:, 3:], cond[:, 3:])
+    diffusers = guide(cond, uncond, scale, guided_channels(4, "diffusers"))
+    torch.testing.assert_close(diffusers[:, :4], full[:, :4])
+    assert torch.equal(diffusers[:, 4:], cond[:, 4:])

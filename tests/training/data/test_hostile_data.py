@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from train.ablations.config import load_study
+from train.ablations.study import load_study
 from train.config import ConfigError, load_config
 from train.data import DataError, open_source
-from train.data.preparation import vae_downscale
+from train.data.latents import vae_downscale
 from train.data.sources import read_square
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n/x 1 def\nshowpage\n%%EOF\n"
@@ -47,7 +47,7 @@ def test_an_eps_called_png_never_reaches_ghostscript(tmp_path: Path, called: lis
     path = Path(shutil.make_archive(str(tmp_path / "data"), "zip", folder)) if packed else folder
     source = open_source(path, 1)
     with pytest.raises(DataError, match=r"x\.png"):
-        read_square(source, 0, 8)
+        read_square(source, 0, 8, "resize", 3)
     assert not called
 
 
@@ -55,7 +55,7 @@ def test_an_eps_called_png_never_reaches_ghostscript(tmp_path: Path, called: lis
 def test_named_formats_are_read_whatever_their_suffix(tmp_path: Path, kind: str) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.png").write_bytes(encoded(kind))
-    assert read_square(open_source(tmp_path, 1), 0, 8).shape == (3, 8, 8)
+    assert read_square(open_source(tmp_path, 1), 0, 8, "resize", 3).shape == (3, 8, 8)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "PPM", "ICO", "PDF"])
@@ -63,7 +63,7 @@ def test_other_formats_are_not(tmp_path: Path, kind: str) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.jpg").write_bytes(encoded(kind))
     with pytest.raises(DataError, match=r"x\.jpg"):
-        read_square(open_source(tmp_path, 1), 0, 8)
+        read_square(open_source(tmp_path, 1), 0, 8, "resize", 3)
 
 
 def write_idx(folder: Path, shape: tuple[int, int, int], content: bytes, suffix: str = ".gz") -> None:
@@ -134,9 +134,9 @@ def test_a_member_of_a_zip_is_no_larger_than_a_photo(tmp_path: Path, monkeypatch
         archive.writestr("a/0.png", encoded("PNG"))
         archive.writestr("a/1.png", encoded("PNG") + bytes(10_000))
     source = open_source(path, 1)
-    assert read_square(source, 0, 8).shape == (3, 8, 8)
+    assert read_square(source, 0, 8, "resize", 3).shape == (3, 8, 8)
     with pytest.raises(DataError, match=r"1\.png"):
-        read_square(source, 1, 8)
+        read_square(source, 1, 8, "resize", 3)
 
 
 @pytest.mark.parametrize("opening", ["[", "{a: "])

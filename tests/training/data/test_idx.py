@@ -40,16 +40,6 @@ def test_a_split_is_picked_and_gzip_is_optional(tmp_path: Path) -> None:
     assert dataset.labels.tolist() == LABELS[::-1].tolist()
 
 
-def test_small_images_are_enlarged_or_centred_on_black(tmp_path: Path) -> None:
-    folder = write(tmp_path / "idx")
-    padded = load_dataset(folder, 8, 3, fit="pad").images
-    assert torch.equal(padded[:, 0, 1:6, 1:6], torch.from_numpy(IMAGES))
-    assert int(padded.sum()) == 3 * int(IMAGES.astype(int).sum())
-    enlarged = load_dataset(folder, 8, 3).images
-    assert enlarged.shape == padded.shape
-    assert not torch.equal(enlarged, padded)
-
-
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [

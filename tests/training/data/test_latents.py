@@ -16,9 +16,9 @@ from torch import Tensor
 
 from robuq_core.checkpoint import read_header
 from robuq_core.pipeline import Sampler
-from train.config import ConfigError, DataConfig, TrainConfig
+from train.config import TrainConfig
 from train.data import BatchSource, DataError, LatentDataset, load_dataset, open_dataset, prepare
-from train.data.preparation import LatentEncoder
+from train.data.latents import LatentEncoder
 from train.run import Run
 
 CELLS, PIXELS = 4, 8
@@ -32,7 +32,7 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def latent_config(root: Path, vae: Path, changes: dict[str, Any] | None = None) -> TrainConfig:
     own = {
-        "data": {"vae": str(vae), "resize": None, "colour_jitter": 0},
+        "data": {"vae": str(vae)},
         "model": {"in_channels": 4, "input_size": CELLS, "patch_size": 2},
         "diffusion": {"clip_sample": False},
     }
@@ -78,14 +78,14 @@ def test_a_batch_draws_from_the_normal_of_the_right_side(step: int, flip: float)
     means = mirrors + torch.arange(6.0).reshape(6, 1, 1, 1, 1) / 10
     moments = torch.cat([means, torch.full_like(means, 1e-3)], dim=2).half()
     dataset = LatentDataset(moments + 3 * SHIFT.half(), torch.arange(6), scaling_factor=0.5, shift_factor=3.0)
-    source = BatchSource(dataset, DataConfig(path=Path("none"), flip_probability=flip), 2, 6, seed=1)
+    source = BatchSource(dataset, flip, 6, seed=1)
     latents, labels = source.batch(step)
     assert latents.shape == (6, 4, 2, 2)
     sides = latents.mean(dim=(1, 2, 3)) / 0.5 - labels / 10
     assert torch.allclose(sides.abs(), torch.tensor(10.0), atol=0.05)
     assert flip == 0.5 or bool(((sides < 0) == bool(flip)).all())
     assert float(latents.flatten(1).std(dim=1).min()) > 0  # noise was added
-    again, _ = BatchSource(dataset, source.config, 2, 6, seed=1).batch(step)
+    again, _ = BatchSource(dataset, flip, 6, seed=1).batch(step)
     assert torch.equal(latents, again)
     shares = [source.batch(step, rank, 3)[0] for rank in range(3)]
     assert torch.equal(torch.cat(shares), latents)
@@ -132,21 +132,6 @@ def test_a_pipeline_folder_holds_its_vae(tmp_path: Path, vae: Path) -> None:
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "vae").symlink_to(vae)
     assert opened(latent_config(tmp_path, tmp_path / "pipeline")).moments.shape[-1] == CELLS
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"data": {"colour_jitter": 0.1}}, r"data\.colour_jitter is for pixels"),
-        ({"data": {"supersample": 2}}, r"data\.supersample is for pixels"),
-        ({"data": {"resize": 16}}, r"data\.resize is for pixels"),
-    ],
-)
-def test_pixel_settings_do_not_go_with_latents(
-    tmp_path: Path, vae: Path, changes: dict[str, Any], expected: str
-) -> None:
-    with pytest.raises(ConfigError, match=expected):
-        latent_config(tmp_path, vae, changes)
 
 
 def test_folders_of_no_use_are_named(tmp_path: Path, vae: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,6 @@ def test_rows_come_in_order_over_files_and_groups(tmp_path: Path) -> None:
     dataset = load_dataset(folder, 9, 3)
     assert torch.equal(dataset.images, torch.from_numpy(PIXELS).permute(0, 3, 1, 2))
     assert dataset.labels.tolist() == LABELS
-    assert open_source(folder, 3).class_names == tuple(NAMES)
     assert len(load_dataset(folder, 9, 3, split="test")) == 3
 
 
@@ -58,7 +57,6 @@ def test_a_lone_file_and_plain_bytes_will_do(tmp_path: Path) -> None:
     path = tmp_path / "all.parquet"
     parquet.write_table(table(range(COUNT), plain=True, names=False, label="fine"), path)
     source = open_source(path, 3)
-    assert source.class_names is None
     assert [np.array_equal(np.asarray(source.open(i)), PIXELS[i]) for i in (10, 0, 5)] == [True] * 3
 
 

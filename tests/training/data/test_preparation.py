@@ -14,10 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from several_processes import finish, start
+from several_processes import start
 from synthetic_run import CLASSES, PER_CLASS, make_config, write_config, write_photos
 
-from train.config import DataConfig, TrainConfig
+from train.config import TrainConfig
 from train.data import (
     BatchSource,
     DataError,
@@ -38,7 +38,7 @@ from train.run import Run
 from train.state import StateError, locked
 
 COUNT = CLASSES * PER_CLASS
-SIDE = 10  # of synthetic_run's data.resize
+SIDE = 8  # of synthetic_run's model.input_size
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -95,7 +95,6 @@ def test_shards_hold_the_images_and_map_them(config: TrainConfig) -> None:
     index = read_index(data_folder(config))
     assert index is not None
     assert (index.count, index.classes, index.kind, index.dtype) == (COUNT, CLASSES, "images", "uint8")
-    assert index.class_names == tuple(f"class_{c}" for c in range(CLASSES))
     assert index.digests == {"data": data_digest(config.data.path)}
     assert "progress.json" not in files_of(config)
 
@@ -110,30 +109,20 @@ def test_rows_of_shards_are_rows_of_their_whole(tmp_path_factory: pytest.TempPat
         paths.append(folder / f"{i}.npy")
         np.save(paths[-1], part.numpy())
     rows = ShardedTensor(paths)
-    index = data.draw(st.integers(-len(whole), len(whole) - 1))
+    index = data.draw(st.integers(0, len(whole) - 1))
     assert torch.equal(rows[index], whole[index])
-    start, stop = data.draw(st.integers(-9, 20)), data.draw(st.integers(-9, 20))
-    assert torch.equal(rows[start:stop], whole[start:stop])
-    picked = data.draw(st.lists(st.integers(0, len(whole) - 1), max_size=5))
-    assert torch.equal(rows[torch.tensor(picked, dtype=torch.long)], whole[picked])
-    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(whole), max_size=len(whole))))
-    assert torch.equal(rows[mask], whole[mask])
+    assert torch.equal(rows[index : index + 5], whole[index : index + 5])
+    picked = data.draw(st.lists(st.integers(0, len(whole) - 1), min_size=1, max_size=5))
+    assert torch.equal(rows[torch.tensor(picked)], whole[picked])
     with pytest.raises(IndexError):
         rows[len(whole)]
-
-
-def test_what_is_read_from_a_shard_cannot_change_it(config: TrainConfig) -> None:
-    images = prepared(config).images
-    before = images[0].clone()
-    images[0].zero_()
-    assert torch.equal(images[0], before)
 
 
 def test_batches_from_shards_are_those_from_memory(config: TrainConfig) -> None:
     memory = load_dataset(config.data.path, SIDE, CLASSES)
     for step in range(5):
-        expected, labels = BatchSource(memory, config.data, 8, 4, config.seed).batch(step)
-        images, found = BatchSource(prepared(config), config.data, 8, 4, config.seed).batch(step)
+        expected, labels = BatchSource(memory, 0.5, 4, config.seed).batch(step)
+        images, found = BatchSource(prepared(config), 0.5, 4, config.seed).batch(step)
         assert torch.equal(images, expected)
         assert torch.equal(found, labels)
 
@@ -168,9 +157,9 @@ def test_a_changed_image_makes_them_anew(config: TrainConfig) -> None:
 
 def test_another_size_makes_them_anew(config: TrainConfig, tmp_path: Path) -> None:
     notes_of(config)
-    smaller = make_config(tmp_path, {"data": {"resize": 9}})
-    assert notes_of(smaller)[0] == "prepare: made again, as size 10 is now 9"
-    assert prepared(smaller).images.shape == (COUNT, 3, 9, 9)
+    larger = make_config(tmp_path, {"model": {"input_size": 12}})
+    assert notes_of(larger)[0] == "prepare: made again, as size 8 is now 12"
+    assert prepared(larger).images.shape == (COUNT, 3, 12, 12)
 
 
 def test_another_number_of_classes_is_refused(config: TrainConfig, tmp_path: Path) -> None:
@@ -297,19 +286,6 @@ def test_a_missing_or_cut_file_is_named(config: TrainConfig, name: str) -> None:
         open_dataset(config, index)
 
 
-def test_a_flipped_bit_is_found_by_verification(config: TrainConfig) -> None:
-    prepare(config, lambda _: None)
-    notes: list[str] = []
-    prepare(config, notes.append, verify=True)
-    assert notes == ["prepare: 3 shards are as they were written"]
-    path = data_folder(config) / "00002.npy"
-    content = bytearray(path.read_bytes())
-    content[-5] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=r"00002\.npy: missing or damaged"):
-        prepare(config, notes.append, verify=True)
-
-
 def test_a_damaged_index_is_named(config: TrainConfig) -> None:
     prepare(config, lambda _: None)
     (data_folder(config) / "index.json").write_text("{")
@@ -325,22 +301,13 @@ def test_two_processes_do_not_prepare_one_folder(config: TrainConfig) -> None:
 @given(seed=st.integers(0, 2**32 - 1), step=st.integers(0, 10**6), world=st.sampled_from([1, 2, 3, 4, 6, 12]))
 def test_shares_of_a_batch_make_up_the_batch(seed: int, step: int, world: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    dataset = ImageDataset(
-        torch.randint(0, 256, (7, 3, 10, 10), generator=generator, dtype=torch.uint8), torch.arange(7)
-    )
-    data = DataConfig(path=Path("none"), colour_jitter=0.3)
-    source = BatchSource(dataset, data, 8, 12, seed)
+    images = torch.randint(0, 256, (7, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    source = BatchSource(ImageDataset(images, torch.arange(7)), 0.5, 12, seed)
     images, labels = source.batch(step)
     shares = [source.batch(step, rank, world) for rank in range(world)]
     assert all(len(share[1]) == 12 // world for share in shares)
     assert torch.equal(torch.cat([share[0] for share in shares]), images)
     assert torch.equal(torch.cat([share[1] for share in shares]), labels)
-
-
-def test_a_batch_that_does_not_divide_is_refused(config: TrainConfig) -> None:
-    source = BatchSource(prepared(config), config.data, 8, 4, 0)
-    with pytest.raises(ValueError, match="batch_size 4 is no multiple of the 3 processes"):
-        source.batch(0, 0, 3)
 
 
 def test_some_images_are_always_the_same_ones(config: TrainConfig) -> None:
@@ -349,17 +316,6 @@ def test_some_images_are_always_the_same_ones(config: TrainConfig) -> None:
     assert len(some) == 5
     rows = [i for i in range(COUNT) if any(torch.equal(whole.images[i], image) for image in some.images[:])]
     assert some.labels.tolist() == whole.labels[rows].tolist()
-
-
-def test_the_digest_of_a_folder_is_of_its_content(tmp_path: Path) -> None:
-    folder = write_photos(tmp_path / "photos")
-    before = data_digest(folder)
-    assert data_digest(folder) == before
-    file = folder / "class_0" / "0.png"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    assert data_digest(folder) != before
 
 
 def test_a_run_walks_the_data_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,22 +338,24 @@ def test_a_run_walks_the_data_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert Run(config).held_out.index.count == COUNT + 1
 
 
-SMALL_SHARDS = "from train.data import shards; shards.SHARD_BYTES = 900; from train.cli import app; app()"
+SMALL_SHARDS = "from train.data import shards; shards.SHARD_BYTES = 3 * 192; from train.cli import app; app()"
 
 
 def test_two_processes_share_the_shards(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos")
     Image.new("RGBA", (12, 14), (9, 9, 9, 0)).save(photos / "class_3" / "0.png")
     one, two = (write_config(tmp_path, {"run_dir": str(tmp_path / name)}, f"{name}.yaml") for name in ("one", "two"))
+    outs = []
     for path, world in ((one, 1), (two, 2)):
-        ends = finish(start("-c", SMALL_SHARDS, "prepare", "-c", str(path), world=world))
-        assert [code for code, _ in ends] == [0] * world, ends
+        processes = start("-c", SMALL_SHARDS, "prepare", "-c", str(path), world=world)
+        said = [process.communicate(timeout=600)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0] * world
+        outs.append("".join(said))
     files = [{f.name: f.read_bytes() for f in (tmp_path / name / "data").iterdir()} for name in ("one", "two")]
     assert files[0] == files[1]
     assert sum(name.endswith(".npy") for name in files[0]) == 4  # three shards and the labels
-    index = read_index(tmp_path / "two" / "data")
-    assert index is not None
-    assert [shard.transparent for shard in index.shards] == [None, None, (1, 6)]
+    said = "images with transparency were composited on white, such as .*class_3/0.png"
+    assert [bool(re.search(said, out)) for out in outs] == [True, True]
 
 
 def write_features(folder: Path, count: int = 6, side: int = 8) -> np.ndarray:
@@ -413,7 +371,7 @@ def write_features(folder: Path, count: int = 6, side: int = 8) -> np.ndarray:
 
 
 def features_config(root: Path) -> TrainConfig:
-    data = {"path": str(root / "features"), "vae": str(root / "features" / "vae"), "resize": None, "colour_jitter": 0.0}
+    data = {"path": str(root / "features"), "vae": str(root / "features" / "vae")}
     return make_config(root, {"data": data, "model": {"in_channels": 4}})
 
 
@@ -422,7 +380,7 @@ def test_features_of_fast_dit_are_drawn_as_they_are(tmp_path: Path) -> None:
     config = features_config(tmp_path)
     assert config.data.flip_probability > 0
     dataset = open_dataset(config, prepare(config, lambda _: None))
-    x0, labels = BatchSource(dataset, config.data, 8, 6, seed=0).batch(0)
+    x0, labels = BatchSource(dataset, 0.5, 6, seed=0).batch(0)
     order = [int(np.abs(latents - each.numpy()).max(axis=(1, 2, 3)).argmin()) for each in x0]
     assert sorted(order) == list(range(6))
     np.testing.assert_allclose(x0.numpy(), latents[order], rtol=2**-10, atol=1e-6)

@@ -165,7 +165,7 @@ def test_a_grey_model_is_compared_with_images_that_it_was_not_trained_on(tmp_pat
     for prefix, level in (("train", 0), ("t10k", 200)):
         images = random.integers(level, level + 56, (len(labels), 8, 8), dtype=np.uint8)
         write_idx(tmp_path / "grey", prefix, images, labels)
-    data = {"path": str(tmp_path / "grey"), "resize": None, "colour_jitter": 0.0}
+    data = {"path": str(tmp_path / "grey")}
     path = write_config(tmp_path, {**SETS, "model": {"in_channels": 1}, "data": data})
     config = load_config(path, [])
     train(config)

@@ -32,7 +32,6 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from robuq_core.checkpoint import read_header
-from robuq_core.files import replacing
 from train import trainer
 from train.cli import app
 from train.config import ConfigError, TrainConfig, load_config
@@ -192,8 +191,8 @@ def test_short_stages_are_made_again_when_their_inputs_change(
         ({"teacher": {"steps": 5}}, "teacher", r"teacher\.steps 6, .* says 5"),
         ({"class_dropout": 0.3}, "teacher", r"class_dropout 0\.1, .* says 0\.3"),
         ({"seed": 4}, "teacher", r"seed 3, .* says 4"),
-        ({"data": {"colour_jitter": 0}}, "teacher", r"data\.colour_jitter"),
-        ({"data": {"resize": 9}}, "teacher", r"data\.size 10, .* says 9"),
+        ({"data": {"flip_probability": 0}}, "teacher", r"data\.flip_probability"),
+        ({"data": {"fit": "adm"}}, "teacher", r"data\.fit resize, .* says adm"),
         ({"quant": {"rank": 4}}, "warmup", r"quant\.rank 2, .* says 4"),
         ({"qat": {"batch_size": 2}}, "qat", r"qat\.batch_size 4, .* says 2"),
         ({"qat": {"warm_start": "warmup"}}, "qat", r"content of qat\.warm_start None"),
@@ -258,13 +257,6 @@ def test_a_file_that_was_tampered_with_is_made_again(copied: Path) -> None:
     assert "sensitivity: rebuilt, as sensitivity.json is not the file that it wrote" in notes
     assert "allocate: up to date (bits.json)" in notes
     assert digests(config) == before
-
-
-def test_touching_files_changes_nothing(copied: Path) -> None:
-    config = make_config(copied, SEARCH)
-    for path in config.run_dir.rglob("*"):
-        os.utime(path, (1, 1))
-    assert all(text.startswith("up to date") for text in notes_of(config).values())
 
 
 def test_bits_of_another_budget_are_not_used(copied: Path) -> None:
@@ -447,7 +439,6 @@ def test_the_command_line_runs_all_and_each(copied: Path) -> None:
     path = str(write_config(copied, SEARCH))
     lines = invoke("run", "-c", path).splitlines()
     assert [line.partition(":")[0] for line in lines] == ["prepare", *NAMES]
-    assert invoke("prepare", "-c", path, "--verify").strip() == "prepare: 1 shards are as they were written"
     for name in ("teacher", "warmup", "sensitivity", "allocate", "qat", "export"):
         assert invoke(name, "-c", path).startswith(f"{name}: up to date")
     assert "allocate: rerun, as asked" in invoke("allocate", "-c", path, "--redo")
@@ -479,14 +470,6 @@ def test_bad_input_is_one_line_and_leaves_no_artefact(tmp_path: Path, override: 
     left = {each.name for each in (tmp_path / "run").rglob("*") if each.is_file()}
     assert left <= {"data.lock", "progress.json"}
     assert notes_of(load_config(path, []))["export"].startswith("wrote")
-
-
-def test_replacing_leaves_nothing_when_the_rename_fails(tmp_path: Path) -> None:
-    target = tmp_path / "folder"
-    target.mkdir()
-    with pytest.raises(OSError, match="folder"), replacing(target) as temporary:
-        temporary.write_text("text")
-    assert [each.name for each in tmp_path.iterdir()] == ["folder"]
 
 
 @pytest.mark.slow

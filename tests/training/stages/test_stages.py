@@ -86,13 +86,6 @@ def test_the_packed_file_is_the_averaged_student(trained: tuple[Path, Path]) -> 
     assert_networks_agree(packed, run_training(student.eval(), *inputs), 2)
 
 
-def test_the_student_starts_from_the_averaged_teacher(trained: tuple[Path, Path], tmp_path: Path) -> None:
-    config = load_config(trained[0], [])
-    ema = tensors_of(state_of(config), "ema")
-    teacher = Run(config).teacher()
-    assert all(torch.equal(value, ema[name]) for name, value in teacher.named_parameters())
-
-
 def test_the_header_says_how_the_file_was_made(trained: tuple[Path, Path]) -> None:
     header = read_header(trained[1])
     config = load_config(trained[0], [])
@@ -144,22 +137,6 @@ def test_a_stage_without_the_one_before_says_so(tmp_path: Path, stage: str, argu
     assert errors.startswith("error: ")
     assert f"states/{missing} does not exist: run the stage that writes it first" in errors
     assert len(errors.splitlines()) == 1
-
-
-def test_mistakes_of_a_run_are_one_line(tmp_path: Path) -> None:
-    path = write_config(tmp_path)
-    for arguments, expected in (
-        (["--set", "teacher.lr=0"], "teacher.lr: "),
-        (["--set", "data.path=/absent"], "data.path /absent does not exist"),
-        (["--set", "model.num_classes=9"], "model.num_classes is 9"),
-        (["--set", f"data.class_names={tmp_path}/absent.txt"], "data.class_names: cannot read"),
-        (["--set", f"data.class_names={path}"], "model.num_classes is 4"),
-    ):
-        errors = run("teacher", "-c", str(path), *arguments, code=2)
-        assert errors.startswith("error: ")
-        assert expected in errors
-        assert len(errors.splitlines()) == 1
-    assert not (tmp_path / "run").exists()
 
 
 def test_an_installation_without_training_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,13 +193,6 @@ def test_classes_with_like_photos_start_with_like_codes(tmp_path: Path) -> None:
     distance = torch.cdist(table, table) + torch.eye(40) * 1e9
     assert int(distance[0].argmin()) == 1
     assert int(distance[1].argmin()) == 0
-
-
-def test_few_classes_fill_few_components(tmp_path: Path) -> None:
-    table = table_of(tmp_path, photos(4), class_init="pca")
-    # Four means have three directions between them; the rest of the width carries nothing.
-    assert int((table.abs().sum(dim=0) > 0).sum()) == 3
-    assert bool(table.isfinite().all())
 
 
 def test_principal_codes_do_not_depend_on_the_random_state_or_the_order(tmp_path: Path) -> None:

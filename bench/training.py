@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from robuq_core.bench.machine import machine
-from robuq_core.bench.timing import BenchError, Timer, device_timer, relative_error
+from robuq_core.bench.report import machine
+from robuq_core.bench.timing import BenchError, Timer, relative_error
 from robuq_core.cli_support import reported
 from robuq_core.config import DiffusionConfig, ModelConfig, QuantConfig
 from robuq_core.errors import UserError
@@ -181,7 +181,7 @@ def main(
         config = SMALL if model is None else preset(model)
     except ValueError as error:
         raise UserError(f"--model: {error}") from error
-    timer = device_timer(torch.device("cpu"), rounds, math.inf)
+    timer = Timer.of(torch.device("cpu"), rounds, math.inf)
     results, error = measure(config, batch, timer, steps, compiled)
     show(results, error, Console())
     if out is not None:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from bench.serving import arrivals, batching, http_costs
 from bench.serving.figures import CheckFailed, Figure, Scale
-from robuq_core.bench.machine import machine
+from robuq_core.bench.report import machine
 from robuq_core.cli_support import reported
 from robuq_core.errors import UserError
 from robuq_core.files import replacing

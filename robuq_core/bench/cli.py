@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from robuq_core.bench.report import LEVELS
 from robuq_core.cli_support import reported
-
-_BATCHES = (1, 2, 8, 32)
 
 app = typer.Typer(invoke_without_command=True, pretty_exceptions_enable=False)
 
@@ -25,7 +22,7 @@ def bench(
         typer.Option("--checkpoint", "-c", help="Packed file, folder, bundled name or hub id."),
     ] = None,
     level: Annotated[
-        list[str] | None, typer.Option(help=f"One of {', '.join(LEVELS)}; repeatable; default: all.")
+        list[str] | None, typer.Option(help="op, block, forward, image, memory or loading; repeatable; default: all.")
     ] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch size; repeatable; default: 1 2 8 32.")] = None,
     layer: Annotated[
@@ -46,31 +43,17 @@ def bench(
         return
     from rich.console import Console
 
-    from robuq_core.bench.peers import PEERS
-    from robuq_core.bench.report import write_report
-    from robuq_core.bench.run import QUICK_PLANS, QUICK_SETTINGS, Plan, Settings, run_plans
-    from robuq_core.bench.tables import as_markdown, summary
-    from robuq_core.models.packed_dit import LAYERS
+    from robuq_core.bench.cases import QUICK_PLANS, Plan, Settings, run_plans
+    from robuq_core.bench.report import as_markdown, summary, write_report
 
+    chosen: dict[str, Any] = {"preset": preset, "checkpoint": checkpoint, "levels": level, "batches": batch}
+    chosen = {key: value for key, value in (chosen | {"layers": layer, "peers": peer}).items() if value}
+    if quick and chosen:
+        raise ValueError("--quick chooses the cases itself: remove --preset, --checkpoint, --level, --batch, --layer "
+                         "and --peer")  # fmt: skip
+    plans = QUICK_PLANS if quick else (Plan(**chosen),)
+    settings = Settings(backend, threads, device, 7 if quick else rounds, 10.0 if quick else budget_s)
     progress = Console(stderr=True)
-    if quick:
-        if preset or checkpoint or level or batch or layer or peer:
-            raise ValueError("--quick chooses the cases itself: remove --preset, --checkpoint, --level, --batch, "
-                             "--layer and --peer")  # fmt: skip
-        plans = QUICK_PLANS
-        settings = Settings(backend, threads, device, QUICK_SETTINGS.rounds, QUICK_SETTINGS.budget_s)
-    else:
-        plans = (
-            Plan(
-                level or LEVELS,
-                batch or _BATCHES,
-                preset,
-                checkpoint,
-                layers=layer or LAYERS,
-                peers=peer or list(PEERS),
-            ),
-        )
-        settings = Settings(backend, threads, device, rounds, budget_s)
     report = run_plans(plans, settings, lambda result: progress.print(summary(result), style="dim", highlight=False))
     typer.echo(as_markdown(report), nl=False)
     if out is not None:
@@ -84,8 +67,7 @@ def plot(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the SVG files.")] = Path("bench-plots"),
 ) -> None:
     """Draw the figures of a report: speed by level and peak memory."""
-    from robuq_core.bench.plots import write_plots
-    from robuq_core.bench.report import read_report
+    from robuq_core.bench.report import read_report, write_plots
 
     for path in write_plots(read_report(report), out):
         typer.echo(path)
@@ -95,8 +77,7 @@ def plot(
 @reported
 def show(report: Annotated[Path, typer.Argument(help="JSON that `robuq bench --out` wrote.")]) -> None:
     """Print the tables of a report in Markdown."""
-    from robuq_core.bench.report import read_report
-    from robuq_core.bench.tables import as_markdown
+    from robuq_core.bench.report import as_markdown, read_report
 
     typer.echo(as_markdown(read_report(report)), nl=False)
 
@@ -108,8 +89,8 @@ def random_checkpoint(
     out: Annotated[Path, typer.Option("--out", "-o", help="The packed file to write.")],
 ) -> None:
     """Write a packed file of a published shape with random weights, rank 16, and print its size."""
-    from robuq_core.bench.processes import write_random
+    from robuq_core.bench.fresh import write_random
     from robuq_core.bench.source import open_source
 
-    size = write_random(open_source(preset, None), out)
+    size = write_random(open_source(preset, None).checkpoint, out)
     typer.echo(f"{out}: {size:,} bytes")

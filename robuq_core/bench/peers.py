@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robuq_core.bench.report import BASELINE
 from robuq_core.bench.source import cast, cast_network
-from robuq_core.bench.timing import BASELINE, Timer, Unavailable
+from robuq_core.bench.timing import Timer, Unavailable
 
 Inputs = tuple[Tensor, ...]
 Call = Callable[[], Tensor]
@@ -161,7 +162,7 @@ def probe(name: str, device: torch.device, threads: int) -> float:
     del threads  # part of the key alone
     module = nn.Linear(_PROBE_WIDTH, _PROBE_WIDTH).to(device)
     inputs = (torch.randn(_PROBE_ROWS, _PROBE_WIDTH, device=device),)
-    timer = Timer(synchronize=torch.cuda.synchronize) if device.type == "cuda" else Timer()
+    timer = Timer.of(device)
 
     def best(call: Call) -> float:
         call()

@@ -85,7 +85,9 @@ def random_checkpoint(config: ModelConfig, quant: QuantConfig) -> Checkpoint:
             rank = quant.adaln_rank if is_adaln(name) else quant.rank
             layers[name] = _random_layer(shape, rank, layer_bits(name, quant), quant, generator)
         else:
-            layers[name] = _copy(layers[f"blocks.0.{part}"], layer_bits(name, quant))
+            first = layers[f"blocks.0.{part}"]
+            copies = [tensor.clone() for tensor in first.tensors()]
+            layers[name] = replace(first.with_tensors(copies), bits=layer_bits(name, quant))
     header = Header(
         format_version=FORMAT_VERSION,
         model=config,
@@ -114,10 +116,6 @@ def _random_layer(
         grid=quant.grid,
         rotation_block=quant.rotation_block,
     )
-
-
-def _copy(layer: TernaryLayer, bits: int) -> TernaryLayer:
-    return replace(layer.with_tensors([tensor.clone() for tensor in layer.tensors()]), bits=bits)
 
 
 @torch.no_grad()

@@ -11,19 +11,15 @@ from statistics import median, quantiles
 import torch
 from torch import Tensor
 
-from robuq_core.bench.report import Absent, SideTiming
+from robuq_core.bench.report import BASELINE, Absent, SideTiming
 from robuq_core.errors import UserError
 
-BASELINE = "fp32"
 MIN_ROUNDS = 3
-# One sample of a short call is a loop of at least this long.
-MIN_SAMPLE_S = 2e-3
+MIN_SAMPLE_S = 2e-3  # one sample of a short call is a loop of at least this long
 # A turn begins with an untimed call, so that none pays for waking threads and for what the side before left in the
-# caches; calls longer than this do not notice.
-WARMED_BELOW_S = 0.5
-# And with a rest before that: OpenMP's threads spin for milliseconds after the last call of a side of torch's, and
-# would take turns with ours on the same cores.
-REST_S = 0.02
+# caches; calls longer than this do not notice. Before that comes a rest: OpenMP's threads spin for milliseconds after
+# the last call of a side of torch's, and would take turns with ours on the same cores.
+WARMED_BELOW_S, REST_S = 0.5, 0.02
 # A peer that takes longer than this many times FP32, and longer than a second, is not waited for.
 GIVE_UP_RATIO, GIVE_UP_S = 10.0, 1.0
 
@@ -66,6 +62,13 @@ class Timer:
     sleep: Callable[[float], None] = time.sleep
     synchronize: Callable[[], None] = lambda: None
 
+    @staticmethod
+    def of(device: torch.device, rounds: int = 11, budget_s: float = 60.0) -> Timer:
+        """A timer that waits for ``device``."""
+        if device.type == "cuda":
+            return Timer(rounds, budget_s, synchronize=torch.cuda.synchronize)
+        return Timer(rounds, budget_s)
+
     def seconds(self, run: Callable[[], object], calls: int = 1) -> float:
         """Mean time of ``calls`` calls."""
         self.synchronize()
@@ -102,7 +105,11 @@ def time_sides(sides: Sequence[Side], timer: Timer) -> tuple[list[SideTiming], l
             absent.append(Absent(name=side.name, reason=str(reason)))
         if side.name == BASELINE and ready:
             baseline = ready[0][2]
-    return _interleave(ready, timer), absent
+    samples = _take_turns([(side, warm) for side, _, warm in ready], timer)
+    of_baseline = next((samples[i] for i, (side, _, _) in enumerate(ready) if side.name == BASELINE), None)
+    return [
+        _timing(side, error, mine, of_baseline) for (side, error, _), mine in zip(ready, samples, strict=True)
+    ], absent
 
 
 def _checked(side: Side, timer: Timer, baseline: float | None) -> float:
@@ -122,27 +129,24 @@ def _checked(side: Side, timer: Timer, baseline: float | None) -> float:
     raise Unavailable(f"wrong result: {message}")
 
 
-def _interleave(ready: Sequence[tuple[Side, float, float]], timer: Timer) -> list[SideTiming]:
-    if not ready:
-        return []
-    calls = [max(1, math.ceil(MIN_SAMPLE_S / max(warm, 1e-7))) for _, _, warm in ready]
-    warmed = [warm < WARMED_BELOW_S for _, _, warm in ready]
-    round_s = sum(warm * (n + again) for (_, _, warm), n, again in zip(ready, calls, warmed, strict=True))
+def _take_turns(sides: Sequence[tuple[Side, float]], timer: Timer) -> list[list[float]]:
+    """Samples of each side, of which one call takes about so long."""
+    calls = [max(1, math.ceil(MIN_SAMPLE_S / max(warm, 1e-7))) for _, warm in sides]
+    round_s = sum(warm * (n + (warm < WARMED_BELOW_S)) for (_, warm), n in zip(sides, calls, strict=True))
     rounds = max(MIN_ROUNDS, min(timer.rounds, int(timer.budget_s / max(round_s, 1e-9))))
-    samples: list[list[float]] = [[] for _ in ready]
+    samples: list[list[float]] = [[] for _ in sides]
     for first in range(rounds):
-        # Each round starts with another side, so that none always follows the same neighbour.
-        for position in range(len(ready)):
-            i = (first + position) % len(ready)
+        for position in range(len(sides)):
+            i = (first + position) % len(sides)  # none always follows the same neighbour
+            side, warm = sides[i]
             timer.sleep(REST_S)
-            if warmed[i]:
-                ready[i][0].run()
-            samples[i].append(timer.seconds(ready[i][0].run, calls[i]))
-    baseline = next((samples[i] for i, (side, _, _) in enumerate(ready) if side.name == BASELINE), None)
-    return [_summary(side, error, mine, baseline) for (side, error, _), mine in zip(ready, samples, strict=True)]
+            if warm < WARMED_BELOW_S:
+                side.run()
+            samples[i].append(timer.seconds(side.run, calls[i]))
+    return samples
 
 
-def _summary(side: Side, error: float, mine: list[float], baseline: list[float] | None) -> SideTiming:
+def _timing(side: Side, error: float, mine: list[float], baseline: list[float] | None) -> SideTiming:
     low, middle, high = quantiles(mine, n=4, method="inclusive")
     return SideTiming(
         name=side.name,
@@ -156,10 +160,3 @@ def _summary(side: Side, error: float, mine: list[float], baseline: list[float] 
         part=side.part,
         speedup=median(b / m for b, m in zip(baseline, mine, strict=True)) if baseline and not side.part else None,
     )
-
-
-def device_timer(device: torch.device, rounds: int, budget_s: float) -> Timer:
-    """A timer that waits for ``device``."""
-    if device.type == "cuda":
-        return Timer(rounds, budget_s, synchronize=torch.cuda.synchronize)
-    return Timer(rounds, budget_s)

@@ -78,6 +78,12 @@ FN void pack_block(const pack_code *x, int64_t x_stride, int64_t rows, const pac
     }
 }
 
+/* Rows of a head lie too far apart for the processor to foresee. */
+enum { AHEAD = 8 };
+INLINE void prefetch_values(const float *x, int64_t count) {
+    for (int64_t k = 0; k < count; k += ALIGNMENT / (int64_t)sizeof *x) __builtin_prefetch(x + k);
+}
+
 FN v8 magnitudes(const float *x, int64_t count, v8 top) {
     int64_t k = 0;
     for (; k + LANES <= count; k += LANES) top = vmax(top, vabs(load(x + k)));
@@ -109,6 +115,7 @@ INLINE void quantize_tokens(const float *x, int64_t stride, int64_t length, int6
     const int64_t padded = round_up(dim, PACK * LANES), whole = dim / LANES * LANES;
     const v8s offset = {bias, bias, bias, bias, bias, bias, bias, bias};
     for (int64_t i = 0; i < length; i++, x += stride, codes += padded) {
+        prefetch_values(x + AHEAD * stride, dim);
         const float scale = scales[i] = signed_scale(vmax_lane(magnitudes(x, dim, splat(0))));
         for (int64_t k = 0; k < padded; k += LANES) {
             v8s code = {0};
@@ -170,7 +177,10 @@ INLINE void store_packed(pack_code *out, const v8s codes[PACK]) {
 FN float quantize_values(const float *v, int64_t stride, int64_t length, int64_t dim, pack_code *out) {
     const int64_t padded_length = round_up(length, INT16_LANES);
     v8 top = splat(0);
-    for (int64_t i = 0; i < length; i++) top = magnitudes(v + i * stride, dim, top);
+    for (int64_t i = 0; i < length; i++) {
+        prefetch_values(v + (i + AHEAD) * stride, dim);
+        top = magnitudes(v + i * stride, dim, top);
+    }
     const float scale = signed_scale(vmax_lane(top));
     for (int64_t i = 0; i < padded_length; i += PACK) {
         for (int64_t k = 0; k < dim; k += LANES, out += PACK * LANES) {

@@ -4,7 +4,7 @@
 #if defined(ROBUQ_SIMDE)
 #define FN static
 #else
-#define FN static __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,gfni")))
+#define FN static __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,gfni,prfchw")))
 #endif
 #define HAVE_AVX2 1
 #define HAVE_AVX512VNNI 1
@@ -19,8 +19,8 @@ FN void ternary_bits_task(const void *job, int64_t task, char *scratch) {
 
 /* More than two bits take twice as long, so that dot products win with few rows. */
 #define BITS_WAY(bits, rows)                                                            \
-    {.task = ternary_bits_task, .operand_bytes = 4 * MOST_BITS * PICKS, .panel_bytes = 2 * HALF_BYTES, \
-     .panels = BIT_PANELS, .most_groups = 1, .kept_panels = 32, .block_rows = 512, .decode_rows = 24, \
+    {.task = ternary_bits_task, .operand_bytes = 2 * MOST_BITS * PICKS, .panel_bytes = 2 * HALF_BYTES, \
+     .panels = BIT_PANELS, .most_groups = INT32_MAX, .block_rows = 512, .decode_rows = 24, \
      .operand_panels = 1, .least_rows = rows, .most_code = (1 << bits) - 1}
 
 const struct isa_tasks avx512vbmi_tasks = {

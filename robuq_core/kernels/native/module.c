@@ -137,7 +137,7 @@ static void plan_ternary(struct ternary_job *job, const struct ternary_way *way,
     job->padded_width = groups * GROUP;
     job->slice_groups = ceil_div(groups, ceil_div(groups, most_groups));
     job->operand_bytes = way->operand_bytes;
-    job->panel_bytes = way->panel_bytes ? way->panel_bytes : GROUP * PANEL;
+    job->panel_bytes = way->panel_bytes ? way->panel_bytes : job->slice_groups * GROUP * PANEL;
     job->panels = way->panels;
     job->safe_steps = 32767 / (4 * max_code); /* each takes two products of at most 2 max_code in magnitude */
     job->safe_pairs = 2;

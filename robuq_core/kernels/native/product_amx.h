@@ -43,10 +43,10 @@ INLINE void amx_tile(const uint8_t *panel, const int8_t *codes, int64_t width, i
 }
 
 FN void amx_multiply(const struct ternary_job *job, int64_t channel, int64_t group, int64_t groups,
-                     const uint8_t *panel, const int8_t *codes, int64_t rows, int32_t *products, int64_t stride) {
+                     uint8_t *panel, const int8_t *codes, int64_t rows, int32_t *products) {
     struct tile_config config = {.palette = 1};
     const int64_t width = groups * GROUP;
-    (void)job, (void)channel, (void)group, (void)stride;
+    (void)job, (void)channel, (void)group;
     for (int i = 0; i < 8; i++) {
         config.rows[i] = TILE_ROWS;
         config.row_bytes[i] = TILE_BYTES;
@@ -66,4 +66,5 @@ FN void amx_multiply(const struct ternary_job *job, int64_t channel, int64_t gro
     _tile_release();
 }
 
-static const struct product amx_product = {1, vnni_decode, copy_codes, amx_multiply};
+static const struct product amx_product = {
+    .adds = 1, .decode = vnni_decode, .operands = copy_codes, .multiply = amx_multiply};

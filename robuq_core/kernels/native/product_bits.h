@@ -6,13 +6,14 @@
  * Three weights of a channel and three signs add 0 to 3. A table has both bits of that sum for all channels and each of
  * the eight choices of signs: 1 KiB for three codes. The 22 tables of half a group stay in a level-1 cache. For each table
  * and bit a token picks an entry; full adders, two instructions each, add the entries to the token's counters. These are
- * planes too, and lie where the products will be. After the last slice they are transposed to integers. */
+ * planes too. After the last code they are transposed to integers, some rows at a time. */
 
 enum {
     BIT_PANELS = 8,             /* of a vector of 512 channels */
     HALF_CODES = GROUP / 2,     /* the codes k, k + 32, k + 64, k + 96 for 16 of k, 16 of each */
     TRIPLES = HALF_CODES / 3,   /* tables of the codes t, t + 21 and t + 42; one more has the last code alone */
-    PICKS = 32,                 /* of a token and a sign, each an offset in bytes; the last ten are not used */
+    PICKS = 32,                 /* of a token and a sign, each an offset in PICK_UNITs; the last ten are not used */
+    PICK_UNIT = 8,              /* bytes, that an x86 address may multiply by */
     ENTRY_BYTES = 128,          /* of a table: the low bits of the sums, then the high ones */
     TABLE_BYTES = 8 * ENTRY_BYTES,
     HALF_BYTES = (TRIPLES + 1) * TABLE_BYTES,
@@ -112,9 +113,9 @@ FN void half_tables(const __m512i low[HALF_CODES], const __m512i high[HALF_CODES
     }
 }
 
-FN void bits_decode(const struct ternary_job *job, int64_t channel, int64_t group, int64_t groups, uint8_t *panel) {
+/* The tables of a group of codes and BIT_PANELS panels. */
+FN void bits_tables(const struct ternary_job *job, int64_t channel, int64_t group, uint8_t *panel) {
     const int64_t stride = job->padded_width / GROUP * GROUP_BYTES;
-    (void)groups; /* one */
     for (int64_t at = group * GROUP_BYTES; at < (group + 1) * GROUP_BYTES; at += 16, panel += HALF_BYTES) {
         __m512i bytes[16][BIT_PANELS] = {0}, low[HALF_CODES], high[HALF_CODES];
         for (int p = 0; p < BIT_PANELS && channel + p * PANEL < job->layer->channels; p++) {
@@ -141,54 +142,55 @@ FN void bits_decode(const struct ternary_job *job, int64_t channel, int64_t grou
     }
 }
 
-/* Which entries a token picks: [half][bit][PICKS]. */
+/* Picks of half a group of all rows, and of one more where they are odd: a token beside the last. */
+INLINE int64_t half_picks(const struct layer *layer, int64_t rows) { return round_up(rows, 2) * code_bits(layer) * PICKS; }
+
+/* Which entries each token picks: [group][half][row][bit][PICKS]. */
 FN void bits_operands(const struct ternary_job *job, int64_t first, int64_t rows, int64_t group, int64_t groups,
                       int8_t *operands, int32_t *offsets) {
     const struct layer *layer = job->layer;
     const int bits = code_bits(layer);
-    const uint64_t triples = 0x5555555555555555u >> (64 - 2 * TRIPLES); /* low bytes of TRIPLES lanes of 16 bits */
-    const __m512i one = _mm512_set1_epi16(1);
     /* A code's cell from 0 on: (code + max_code) / 2, or code + 2^(bits - 1). */
     const __m512i lowest = _mm512_set1_epi8((char)(layer->midrise ? layer->max_code : (layer->max_code + 1) / 2));
-    uint8_t lanes[2][64] = {{0}};
-    for (int t = 0; t < PICKS; t++) {
-        lanes[0][2 * t] = (uint8_t)t;
-        const uint16_t at = (uint16_t)(t * TABLE_BYTES);
-        memcpy(&lanes[1][2 * t], &at, sizeof at);
-    }
-    const __m512i lane = _mm512_loadu_si512(lanes[0]), tables = _mm512_loadu_si512(lanes[1]);
-    uint16_t *out = (uint16_t *)operands;
-    (void)groups;
-    for (int64_t row = 0; row < rows; row++) {
-        int8_t tail[GROUP];
-        const int8_t *codes = group_codes(job, first + row, group, tail);
-        __m512i cells[2];
-        for (int i = 0; i < 2; i++) {
-            cells[i] = _mm512_add_epi8(_mm512_loadu_si512(codes + i * 64), lowest);
-            if (layer->midrise) cells[i] = _mm512_and_si512(_mm512_srli_epi16(cells[i], 1), _mm512_set1_epi8(0x7F));
-        }
-        for (int half = 0; half < 2; half++) {
-            const __m512i all = half ? _mm512_shuffle_i32x4(cells[0], cells[1], 0xDD)
-                                     : _mm512_shuffle_i32x4(cells[0], cells[1], 0x88);
-            __m512i a = _mm512_maskz_permutexvar_epi8(triples, lane, all);
-            __m512i b = _mm512_maskz_permutexvar_epi8(triples, _mm512_add_epi8(lane, _mm512_set1_epi8(TRIPLES)), all);
-            __m512i c = _mm512_maskz_permutexvar_epi8(triples << 2 | 1,
-                                                      _mm512_add_epi8(lane, _mm512_set1_epi8(2 * TRIPLES)), all);
-            for (int bit = 0; bit < bits; bit++, out += PICKS) {
-                const __m512i entry =
-                    _mm512_or_si512(_mm512_and_si512(a, one),
-                                    _mm512_or_si512(_mm512_slli_epi16(_mm512_and_si512(b, one), 1),
-                                                    _mm512_slli_epi16(_mm512_and_si512(c, one), 2)));
-                _mm512_storeu_si512(out, _mm512_add_epi16(_mm512_slli_epi16(entry, 7), tables));
-                a = _mm512_srli_epi16(a, 1);
-                b = _mm512_srli_epi16(b, 1);
-                c = _mm512_srli_epi16(c, 1);
+    const __m256i one = _mm256_set1_epi8(1);
+    const uint64_t triples = (1u << TRIPLES) - 1;
+    uint8_t lanes[64];
+    for (int i = 0; i < 64; i++) lanes[i] = (uint8_t)i;
+    const __m512i lane = _mm512_loadu_si512(lanes);
+    memset(offsets, 0, (size_t)rows * sizeof *offsets);
+    for (int64_t g = 0; g < groups; g++, operands += 2 * half_picks(layer, rows)) {
+        for (int64_t row = 0; row < rows; row++) {
+            int8_t tail[GROUP];
+            const int8_t *codes = group_codes(job, first + row, group + g, tail);
+            __builtin_prefetch(codes + 8 * layer->width);
+            __builtin_prefetch(codes + 8 * layer->width + ALIGNMENT);
+            __m512i cells[2];
+            for (int i = 0; i < 2; i++) {
+                cells[i] = _mm512_add_epi8(_mm512_loadu_si512(codes + i * 64), lowest);
+                if (layer->midrise)
+                    cells[i] = _mm512_and_si512(_mm512_srli_epi16(cells[i], 1), _mm512_set1_epi8(0x7F));
+            }
+            for (int half = 0; half < 2; half++) {
+                uint8_t *out = (uint8_t *)operands + half * half_picks(layer, rows) + row * bits * PICKS;
+                const __m512i all = half ? odd_lanes_of(cells[0], cells[1]) : even_lanes_of(cells[0], cells[1]);
+                __m256i digit[3]; /* the codes t, t + 21 and t + 42; of the last table, the third alone */
+                for (int i = 0; i < 3; i++) {
+                    const __m512i from = _mm512_add_epi8(lane, _mm512_set1_epi8((char)(i * TRIPLES)));
+                    const uint64_t which = i == 2 ? triples << 1 | 1 : triples;
+                    digit[i] = _mm512_castsi512_si256(_mm512_maskz_permutexvar_epi8(which, from, all));
+                }
+                for (int bit = 0; bit < bits; bit++, out += PICKS) {
+                    __m256i entry = _mm256_setzero_si256();
+                    for (int i = 2; i >= 0; i--) {
+                        entry = _mm256_add_epi8(_mm256_add_epi8(entry, entry), _mm256_and_si256(digit[i], one));
+                        digit[i] = _mm256_srli_epi16(digit[i], 1);
+                    }
+                    store_bytes(out, _mm256_slli_epi16(entry, 4)); /* ENTRY_BYTES / PICK_UNIT */
+                }
+                if (row + 1 == rows && rows % 2) memset(out, 0, (size_t)(bits * PICKS));
             }
         }
-        offsets[row] = 0;
     }
-    /* Of a token beside the last; room for an even number is all that there is. */
-    if (rows % 2) memset(out, 0, (size_t)(2 * bits * PICKS) * sizeof *out);
 }
 
 /* sum += b + c, bit by bit; returns the carry. In assembly: GCC moves more from register to register. */
@@ -245,28 +247,24 @@ ADD_PLANE(0, add_plane1)
 #undef ADD_PLANE
 
 /* The entries that a token picks, or two side by side where they have no more than half as many channels. */
-INLINE __m512i load_entries(const uint8_t *table, const uint16_t *picks, int64_t picks_stride, const int side) {
-    if (side == 1) return _mm512_load_si512(table + picks[0]);
-    const __m512i first = _mm512_castsi256_si512(load_bytes(table + picks[0]));
-    return _mm512_inserti64x4(first, load_bytes(table + picks[picks_stride]), 1);
+INLINE __m512i load_entries(const uint8_t *table, const uint8_t *picks, int64_t picks_stride, const int side) {
+    const uint8_t *entry = table + (size_t)picks[0] * PICK_UNIT;
+    if (side == 1) return _mm512_load_si512(entry);
+    const __m512i first = _mm512_castsi256_si512(load_bytes(entry));
+    return _mm512_inserti64x4(first, load_bytes(table + (size_t)picks[picks_stride] * PICK_UNIT), 1);
 }
 
-INLINE void add_entries(struct adder *a, const uint8_t *tables, const uint16_t *picks, int64_t picks_stride, int t,
+INLINE void add_entries(struct adder *a, const uint8_t *tables, const uint8_t *picks, int64_t picks_stride, int t,
                         const int two, const int side) {
-    const uint16_t *second = picks + PICKS;
-    add_plane0(a, load_entries(tables, picks + t, picks_stride, side));
-    if (two) add_plane1(a, load_entries(tables, second + t, picks_stride, side));
+    const uint8_t *second = picks + PICKS, *own = tables + t * TABLE_BYTES;
+    add_plane0(a, load_entries(own, picks + t, picks_stride, side));
+    if (two) add_plane1(a, load_entries(own, second + t, picks_stride, side));
     if (t == TRIPLES) return;
-    add_plane1(a, load_entries(tables + ENTRY_BYTES / 2, picks + t, picks_stride, side));
-    if (two) add_plane2(a, load_entries(tables + ENTRY_BYTES / 2, second + t, picks_stride, side));
+    add_plane1(a, load_entries(own + ENTRY_BYTES / 2, picks + t, picks_stride, side));
+    if (two) add_plane2(a, load_entries(own + ENTRY_BYTES / 2, second + t, picks_stride, side));
 }
 
-/* Where a plane of a token's counters lies: four to a panel's products, in the panels' order. */
-INLINE int32_t *plane_at(int32_t *products, int64_t stride, int plane) {
-    return products + plane / 4 * stride + plane % 4 * PLANE_INTS;
-}
-
-INLINE void end_adder(struct adder *a, int32_t *products, int64_t stride, const int level, int planes) {
+INLINE void end_adder(struct adder *a, int32_t *counters, const int level, int planes) {
     a->sums[PASS_PLANES] = _mm512_setzero_si512();
     end_plane0(a);
     end_plane1(a);
@@ -278,10 +276,10 @@ INLINE void end_adder(struct adder *a, int32_t *products, int64_t stride, const 
     end_plane7(a);
     end_plane8(a);
 #pragma GCC unroll 9
-    for (int p = 0; p < PASS_PLANES; p++) _mm512_storeu_si512(plane_at(products, stride, level + p), a->sums[p]);
+    for (int p = 0; p < PASS_PLANES; p++) _mm512_storeu_si512(counters + (level + p) * PLANE_INTS, a->sums[p]);
     __m512i carry = a->sums[PASS_PLANES];
     for (int p = level + PASS_PLANES; p < planes; p++) {
-        int32_t *at = plane_at(products, stride, p);
+        int32_t *at = counters + p * PLANE_INTS;
         const __m512i before = _mm512_loadu_si512(at);
         _mm512_storeu_si512(at, _mm512_xor_si512(before, carry));
         carry = _mm512_and_si512(before, carry);
@@ -289,48 +287,45 @@ INLINE void end_adder(struct adder *a, int32_t *products, int64_t stride, const 
 }
 
 /* Adds picks of one or two bits to counters from the plane `level` on, of one or two tokens, `side`. */
-INLINE void add_picks(const uint8_t *tables, const uint16_t *picks, int64_t picks_stride, int32_t *products,
-                      int64_t stride, const int level, int planes, const int two, const int side) {
+INLINE void add_picks(const uint8_t *tables, const uint8_t *picks, int64_t picks_stride, int32_t *counters,
+                      const int level, int planes, const int two, const int side) {
     struct adder a;
     a.full = 0;
 #pragma GCC unroll 9
-    for (int p = 0; p < PASS_PLANES; p++) a.sums[p] = _mm512_loadu_si512(plane_at(products, stride, level + p));
-#define ADD(t) add_entries(&a, tables, picks, picks_stride, t, two, side);
-    ADD(0) ADD(1) ADD(2) ADD(3) ADD(4) ADD(5) ADD(6) ADD(7) ADD(8) ADD(9) ADD(10)
-    ADD(11) ADD(12) ADD(13) ADD(14) ADD(15) ADD(16) ADD(17) ADD(18) ADD(19) ADD(20) ADD(21)
-#undef ADD
-    end_adder(&a, products, stride, level, planes);
+    for (int p = 0; p < PASS_PLANES; p++) a.sums[p] = _mm512_loadu_si512(counters + (level + p) * PLANE_INTS);
+#pragma GCC unroll 22
+    for (int t = 0; t <= TRIPLES; t++) add_entries(&a, tables, picks, picks_stride, t, two, side);
+    end_adder(&a, counters, level, planes);
 }
 
 /* Functions of their own: the compiler then keeps all of an adder in registers. */
-#define PICK_FUNCTIONS(side)                                                                                     \
-    FN __attribute__((noinline)) void add_two_bits##side(const uint8_t *tables, const uint16_t *picks,           \
-                                                         int64_t picks_stride, int32_t *products, int64_t stride, \
-                                                         int planes) {                                           \
-        add_picks(tables, picks, picks_stride, products, stride, 0, planes, 1, side);                            \
-    }                                                                                                            \
-    FN __attribute__((noinline)) void add_bits##side(const uint8_t *tables, const uint16_t *picks,               \
-                                                     int64_t picks_stride, int32_t *products, int64_t stride,    \
-                                                     int planes, int level, int two) {                           \
-        if (two) add_picks(tables, picks, picks_stride, products, stride, level, planes, 1, side);               \
-        else add_picks(tables, picks, picks_stride, products, stride, level, planes, 0, side);                   \
+#define PICK_FUNCTIONS(side)                                                                                          \
+    FN __attribute__((noinline)) void add_two_bits##side(const uint8_t *tables, const uint8_t *picks,                \
+                                                         int64_t picks_stride, int32_t *counters, int planes) {       \
+        add_picks(tables, picks, picks_stride, counters, 0, planes, 1, side);                                         \
+    }                                                                                                                 \
+    FN __attribute__((noinline)) void add_bits##side(const uint8_t *tables, const uint8_t *picks,                    \
+                                                     int64_t picks_stride, int32_t *counters, int planes, int level,  \
+                                                     int two) {                                                       \
+        if (two) add_picks(tables, picks, picks_stride, counters, level, planes, 1, side);                            \
+        else add_picks(tables, picks, picks_stride, counters, level, planes, 0, side);                                \
     }
 PICK_FUNCTIONS(1)
 PICK_FUNCTIONS(2)
 #undef PICK_FUNCTIONS
 
 /* All bits of half a group of codes. */
-FN void add_tokens(const uint8_t *tables, const uint16_t *picks, int64_t picks_stride, int32_t *products,
-                   int64_t stride, int planes, int bits, int side) {
+FN void add_tokens(const uint8_t *tables, const uint8_t *picks, int64_t picks_stride, int32_t *counters, int planes,
+                   int bits, int side) {
     if (bits > 1) {
-        if (side == 1) add_two_bits1(tables, picks, picks_stride, products, stride, planes);
-        else add_two_bits2(tables, picks, picks_stride, products, stride, planes);
+        if (side == 1) add_two_bits1(tables, picks, picks_stride, counters, planes);
+        else add_two_bits2(tables, picks, picks_stride, counters, planes);
     }
     for (int bit = bits > 1 ? 2 : 0; bit < bits; bit += 2) {
-        const uint16_t *further = picks + bit * PICKS;
+        const uint8_t *further = picks + bit * PICKS;
         const int two = bit + 1 < bits;
-        if (side == 1) add_bits1(tables, further, picks_stride, products, stride, planes, bit, two);
-        else add_bits2(tables, further, picks_stride, products, stride, planes, bit, two);
+        if (side == 1) add_bits1(tables, further, picks_stride, counters, planes, bit, two);
+        else add_bits2(tables, further, picks_stride, counters, planes, bit, two);
     }
 }
 
@@ -365,11 +360,11 @@ INLINE __m512i widen_half(__m512i x, const int second) {
     return _mm512_cvtepu16_epi32(second ? _mm512_extracti64x4_epi64(x, 1) : _mm512_castsi512_si256(x));
 }
 
-/* Counters of `side` tokens, at the first one's, become products, in place. With n weights that are not 0, p of them 1,
+/* Counters of `side` tokens to products, panels `stride` apart. With n weights that are not 0, p of them 1,
  * and m = 2^b - 1, the sum c of all 2^i count_i gives sum t (2 u + 1) = 2 c - m n on the mid-rise grid, and
  * sum t u = c - p - n (m - 1) / 2 on the mid-tread one. */
-FN void put_products(const struct ternary_job *job, int32_t *products, int64_t stride, int planes,
-                     const int32_t *offsets, int panels, int side, int64_t rows) {
+INLINE void put_products(const struct ternary_job *job, const int32_t *counters, int32_t *products, int64_t stride,
+                         int planes, const int32_t *offsets, int panels, int side, int64_t rows) {
     const int twice = job->layer->midrise;
     __m512i sums[3][BIT_PANELS];
 #pragma GCC unroll 3
@@ -382,7 +377,7 @@ FN void put_products(const struct ternary_job *job, int32_t *products, int64_t s
         }
         for (int i = 0; i < 8; i++) {
             const int plane = 8 * byte + 7 - i;
-            part[i] = plane < planes ? _mm512_loadu_si512(plane_at(products, stride, plane)) : _mm512_setzero_si512();
+            part[i] = plane < planes ? _mm512_loadu_si512(counters + plane * PLANE_INTS) : _mm512_setzero_si512();
         }
         planes_to_bytes(part, sums[byte]);
     }
@@ -408,31 +403,44 @@ FN void put_products(const struct ternary_job *job, int32_t *products, int64_t s
     }
 }
 
-FN void bits_multiply(const struct ternary_job *job, int64_t channel, int64_t group, int64_t groups,
-                      const uint8_t *panel, const int8_t *operands, int64_t rows, int32_t *products, int64_t stride) {
+/* Tokens side by side in a vector. */
+INLINE int tokens_beside(const struct layer *layer, int64_t channel) {
+    return layer->channels - channel > BIT_PANELS / 2 * PANEL ? 1 : 2;
+}
+
+/* Counters [rows / side][plane] of all groups; tables of a group in `panel`. */
+FN void bits_multiply(const struct ternary_job *job, int64_t channel, int64_t group, int64_t groups, uint8_t *panel,
+                      const int8_t *operands, int64_t rows, int32_t *counters) {
     const struct layer *layer = job->layer;
-    const int bits = code_bits(layer), planes = count_planes(job), picks_stride = 2 * bits * PICKS;
-    (void)groups;
-    if (group == 0) {
-        for (int p = 0; p < planes; p += 4)
-            memset(products + p / 4 * stride, 0, (size_t)(rows * PANEL) * sizeof *products);
+    const int bits = code_bits(layer), planes = count_planes(job), picks_stride = bits * PICKS;
+    const int side = tokens_beside(layer, channel);
+    for (int64_t at = 0; at < 2 * groups; at++) {
+        const uint8_t *picks = (const uint8_t *)operands + at * half_picks(layer, rows);
+        if (at % 2 == 0) bits_tables(job, channel, group + at / 2, panel);
+        int32_t *own = counters;
+        for (int64_t row = 0; row < rows; row += side, picks += side * picks_stride, own += planes * PLANE_INTS) {
+            for (int p = 0; at == 0 && p < planes; p++)
+                _mm512_storeu_si512(own + p * PLANE_INTS, _mm512_setzero_si512());
+            add_tokens(panel + at % 2 * HALF_BYTES, picks, picks_stride, own, planes, bits, side);
+        }
     }
+}
+
+FN void bits_finish(const struct ternary_job *job, int64_t channel, int64_t first, int64_t rows,
+                    const int32_t *counters, int32_t *products, int64_t stride) {
+    const struct layer *layer = job->layer;
+    const int planes = count_planes(job), side = tokens_beside(layer, channel);
     const int panels = (int)min64(ceil_div(layer->channels - channel, PANEL), BIT_PANELS);
-    const int side = panels > BIT_PANELS / 2 ? 1 : 2;
-    for (int half = 0; half < 2; half++, panel += HALF_BYTES) {
-        const uint16_t *picks = (const uint16_t *)operands + half * bits * PICKS;
-        for (int64_t row = 0; row < rows; row += side)
-            add_tokens(panel, picks + row * picks_stride, picks_stride, products + row * PANEL, stride, planes, bits,
-                       side);
-    }
-    if ((group + 1) * GROUP < job->padded_width) return;
     int32_t offsets[BIT_PANELS * PANEL] = {0};
     const int32_t *nonzero = layer->weight_counts + channel, *ones = nonzero + layer->channels;
     const int32_t most = (int32_t)layer->max_code;
     for (int64_t c = 0; c < min64(BIT_PANELS * PANEL, layer->channels - channel); c++)
         offsets[c] = layer->midrise ? most * nonzero[c] : ones[c] + nonzero[c] * ((most - 1) / 2);
-    for (int64_t row = 0; row < rows; row += side)
-        put_products(job, products + row * PANEL, stride, planes, offsets, panels, side, rows - row);
+    counters += first / side * planes * PLANE_INTS;
+    for (int64_t row = 0; row < rows; row += side, counters += planes * PLANE_INTS)
+        put_products(job, counters, products + row * PANEL, stride, planes,
+                     offsets, panels, side, rows - row);
 }
 
-static const struct product bits_product = {0, bits_decode, bits_operands, bits_multiply};
+static const struct product bits_product = {
+    .operands = bits_operands, .multiply = bits_multiply, .finish = bits_finish};

@@ -23,10 +23,6 @@ INLINE __m256i wide_sums(__m256i sums) {
 #endif
 }
 
-FN void direct_decode(const struct ternary_job *job, int64_t channel, int64_t group, int64_t groups, uint8_t *panel) {
-    (void)job, (void)channel, (void)group, (void)groups, (void)panel;
-}
-
 /* sums[t][c] = lanes of planar_c . codes_t over `groups` groups, two channels; rows of codes lie `stride` apart. */
 INLINE void direct_pair(const uint8_t *planar0, const uint8_t *planar1, const int8_t *codes, int64_t stride,
                         int64_t groups, int64_t safe_groups, __m256i sums[DIRECT_TOKENS][2], const int tokens) {
@@ -77,8 +73,8 @@ INLINE void direct_rows(const struct ternary_job *job, int64_t channel, const in
 }
 
 FN void direct_multiply(const struct ternary_job *job, int64_t channel, int64_t group, int64_t groups,
-                        const uint8_t *panel, const int8_t *codes, int64_t rows, int32_t *products, int64_t stride) {
-    (void)panel, (void)stride;
+                        uint8_t *panel, const int8_t *codes, int64_t rows, int32_t *products) {
+    (void)panel;
     for (; rows > 0; rows -= DIRECT_TOKENS, codes += DIRECT_TOKENS * groups * GROUP) {
         switch (min64(rows, DIRECT_TOKENS)) {
             case 1: direct_rows(job, channel, codes, group, groups, products, 1); break;
@@ -90,4 +86,4 @@ FN void direct_multiply(const struct ternary_job *job, int64_t channel, int64_t 
     }
 }
 
-static const struct product direct_product = {1, direct_decode, copy_codes, direct_multiply};
+static const struct product direct_product = {.adds = 1, .operands = copy_codes, .multiply = direct_multiply};

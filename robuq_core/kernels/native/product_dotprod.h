@@ -69,9 +69,9 @@ INLINE void dotprod_tile(const uint8_t *panel, const int8_t *codes, int64_t widt
 }
 
 FN void dotprod_multiply(const struct ternary_job *job, int64_t channel, int64_t group, int64_t groups,
-                         const uint8_t *panel, const int8_t *codes, int64_t rows, int32_t *products, int64_t stride) {
+                         uint8_t *panel, const int8_t *codes, int64_t rows, int32_t *products) {
     const int64_t width = groups * GROUP;
-    (void)job, (void)channel, (void)group, (void)stride;
+    (void)job, (void)channel, (void)group;
     for (; rows > 0; rows -= 4, codes += 4 * width, products += 4 * PANEL) {
         for (int c = 0; c < PANEL; c += BLOCK_CHANNELS) {
             const uint8_t *weights = panel + c * width;
@@ -85,4 +85,5 @@ FN void dotprod_multiply(const struct ternary_job *job, int64_t channel, int64_t
     }
 }
 
-static const struct product dotprod_product = {1, dotprod_decode, copy_codes, dotprod_multiply};
+static const struct product dotprod_product = {
+    .adds = 1, .decode = dotprod_decode, .operands = copy_codes, .multiply = dotprod_multiply};

@@ -82,10 +82,10 @@ INLINE void i8mm_tile(const uint8_t *panel, const int8_t *codes, int64_t width, 
 
 /* The neighbour of a last odd row has room: buffers are long enough for whole tiles. */
 FN void i8mm_multiply(const struct ternary_job *job, int64_t channel, int64_t group, int64_t groups,
-                      const uint8_t *panel, const int8_t *codes, int64_t rows, int32_t *products, int64_t stride) {
+                      uint8_t *panel, const int8_t *codes, int64_t rows, int32_t *products) {
     enum { ROWS = 2 * BLOCK_PAIRS };
     const int64_t width = groups * GROUP;
-    (void)job, (void)channel, (void)group, (void)stride;
+    (void)job, (void)channel, (void)group;
     for (; rows > 0; rows -= ROWS, codes += ROWS * width, products += ROWS * PANEL) {
         for (int c = 0; c < PANEL; c += OCTET) {
             const uint8_t *weights = panel + c * width;
@@ -99,4 +99,5 @@ FN void i8mm_multiply(const struct ternary_job *job, int64_t channel, int64_t gr
     }
 }
 
-static const struct product i8mm_product = {1, i8mm_decode, i8mm_operands, i8mm_multiply};
+static const struct product i8mm_product = {
+    .adds = 1, .decode = i8mm_decode, .operands = i8mm_operands, .multiply = i8mm_multiply};

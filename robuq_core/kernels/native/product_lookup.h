@@ -194,8 +194,7 @@ INLINE void lookup_tile(const uint8_t *index, const uint8_t *tables, int64_t pai
 }
 
 FN void lookup_multiply(const struct ternary_job *job, int64_t channel, int64_t group, int64_t groups,
-                        const uint8_t *panel, const int8_t *operands, int64_t rows, int32_t *products, int64_t stride) {
-    (void)stride;
+                        uint8_t *panel, const int8_t *operands, int64_t rows, int32_t *products) {
     if (group == 0) begin_products(job->layer, channel, rows, products);
     const uint8_t *tables = (const uint8_t *)operands;
     const int64_t pairs = groups * PAIRS;
@@ -211,4 +210,5 @@ FN void lookup_multiply(const struct ternary_job *job, int64_t channel, int64_t 
     }
 }
 
-static const struct product lookup_product = {0, lookup_decode, lookup_operands, lookup_multiply};
+static const struct product lookup_product = {
+    .decode = lookup_decode, .operands = lookup_operands, .multiply = lookup_multiply};

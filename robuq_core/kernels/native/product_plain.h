@@ -13,8 +13,8 @@ FN void plain_decode(const struct ternary_job *job, int64_t channel, int64_t gro
 }
 
 FN void plain_multiply(const struct ternary_job *job, int64_t channel, int64_t group, int64_t groups,
-                       const uint8_t *panel, const int8_t *codes, int64_t rows, int32_t *products, int64_t stride) {
-    (void)job, (void)channel, (void)group, (void)stride;
+                       uint8_t *panel, const int8_t *codes, int64_t rows, int32_t *products) {
+    (void)job, (void)channel, (void)group;
     const int64_t width = groups * GROUP;
     for (int c = 0; c < PANEL; c++) {
         const uint8_t *restrict weights = panel + c * width;
@@ -27,4 +27,5 @@ FN void plain_multiply(const struct ternary_job *job, int64_t channel, int64_t g
     }
 }
 
-static const struct product direct_product = {1, plain_decode, copy_codes, plain_multiply};
+static const struct product direct_product = {
+    .adds = 1, .decode = plain_decode, .operands = copy_codes, .multiply = plain_multiply};

@@ -137,10 +137,9 @@ INLINE void tbl_tile(const uint8_t *index, const uint8_t *tables, int64_t pairs,
 }
 
 FN void tbl_multiply(const struct ternary_job *job, int64_t channel, int64_t group, int64_t groups,
-                     const uint8_t *panel, const int8_t *operands, int64_t rows, int32_t *products, int64_t stride) {
+                     uint8_t *panel, const int8_t *operands, int64_t rows, int32_t *products) {
     const uint8_t *tables = (const uint8_t *)operands;
     const int64_t pairs = groups * PAIRS;
-    (void)stride;
     if (group == 0) begin_products(job->layer, channel, rows, products);
     for (; rows > 0; rows -= LOOKUP_TOKENS) {
         for (int c = 0; c < PANEL; c += 16 * TILE_VECTORS) {
@@ -156,13 +155,10 @@ FN void tbl_multiply(const struct ternary_job *job, int64_t channel, int64_t gro
     }
 }
 
-static const struct product tbl_product = {0, tbl_decode, tbl_operands, tbl_multiply};
+static const struct product tbl_product = {
+    .decode = tbl_decode, .operands = tbl_operands, .multiply = tbl_multiply};
 
 enum { DIRECT_TOKENS = 4, DIRECT_CHANNELS = 2, SAFE_GROUPS = 7 /* 16 products a group and lane of at most 256 */ };
-
-FN void direct_decode(const struct ternary_job *job, int64_t channel, int64_t group, int64_t groups, uint8_t *panel) {
-    (void)job, (void)channel, (void)group, (void)groups, (void)panel;
-}
 
 /* Products of two channels, whose weights are decoded in registers as t + 1. */
 INLINE void direct_tile(const uint8_t *const planar[DIRECT_CHANNELS], const int8_t *codes, int64_t groups,
@@ -209,8 +205,8 @@ INLINE void direct_tile(const uint8_t *const planar[DIRECT_CHANNELS], const int8
 }
 
 FN void direct_multiply(const struct ternary_job *job, int64_t channel, int64_t group, int64_t groups,
-                        const uint8_t *panel, const int8_t *codes, int64_t rows, int32_t *products, int64_t stride) {
-    (void)panel, (void)stride;
+                        uint8_t *panel, const int8_t *codes, int64_t rows, int32_t *products) {
+    (void)panel;
     for (int64_t row = 0; row < rows; row += DIRECT_TOKENS) {
         const int8_t *x = codes + row * groups * GROUP;
         for (int c = 0; c < PANEL; c += DIRECT_CHANNELS) {
@@ -228,4 +224,4 @@ FN void direct_multiply(const struct ternary_job *job, int64_t channel, int64_t 
     }
 }
 
-static const struct product direct_product = {1, direct_decode, copy_codes, direct_multiply};
+static const struct product direct_product = {.adds = 1, .operands = copy_codes, .multiply = direct_multiply};

@@ -84,9 +84,9 @@ INLINE void vnni_tile(const uint8_t *panel, const int8_t *codes, int64_t width, 
 }
 
 FN void vnni_multiply(const struct ternary_job *job, int64_t channel, int64_t group, int64_t groups,
-                      const uint8_t *panel, const int8_t *codes, int64_t rows, int32_t *products, int64_t stride) {
+                      uint8_t *panel, const int8_t *codes, int64_t rows, int32_t *products) {
     const int64_t width = groups * GROUP;
-    (void)job, (void)channel, (void)group, (void)stride;
+    (void)job, (void)channel, (void)group;
     for (; rows > 0; rows -= 4, codes += 4 * width, products += 4 * PANEL) {
         switch (min64(rows, 4)) {
             case 1: vnni_tile(panel, codes, width, products, 1); break;
@@ -97,7 +97,8 @@ FN void vnni_multiply(const struct ternary_job *job, int64_t channel, int64_t gr
     }
 }
 
-static const struct product vnni_product = {1, vnni_decode, copy_codes, vnni_multiply};
+static const struct product vnni_product = {
+    .adds = 1, .decode = vnni_decode, .operands = copy_codes, .multiply = vnni_multiply};
 
 FN void ternary_vnni_task(const void *job, int64_t task, char *scratch) {
     ternary_task(job, task, scratch, &vnni_product);

@@ -91,7 +91,7 @@ struct ternary_job {
     int64_t slice_groups;       /* groups of a slice of the width */
     int64_t block_rows, block_channels; /* of a task */
     int64_t operand_bytes;      /* of a row's group of codes, as the product wants them */
-    int64_t panel_bytes;        /* of a group of the panels that are multiplied at a time, likewise */
+    int64_t panel_bytes;        /* of the decoded weights of a slice of the panels that are multiplied at a time */
     int64_t panels;             /* that are multiplied at a time */
     int64_t safe_steps;         /* vpmaddubsw products that a 16-bit lane holds */
     int64_t safe_pairs;         /* table entries that a byte holds: a power of two from 2 on */
@@ -125,7 +125,7 @@ typedef void task_function(const void *job, int64_t task, char *scratch);
 struct ternary_way {
     task_function *task;        /* block_rows rows x block_channels channels each, channels fastest */
     int operand_bytes;          /* of a row's group of codes, as the product wants them */
-    int panel_bytes;            /* of a group of the panels that are multiplied at a time; 0: a byte for each weight */
+    int panel_bytes;            /* of decoded weights that are kept at a time; 0: a byte for each weight of a slice */
     int panels;                 /* that are multiplied at a time */
     int most_groups;            /* of a slice of the width */
     int kept_panels;            /* most of a task, where their sums wait for the last slice */
@@ -166,11 +166,12 @@ static inline size_t rotate_carve(char *scratch, const struct rotate_job *job, s
 
 /* Working buffers of a ternary_linear task. */
 struct ternary_buffers {
-    uint8_t *panel;             /* [slice_groups, panel_bytes] */
+    uint8_t *panel;             /* [panel_bytes] */
     int8_t *operands;           /* [block_rows, slice_groups, operand_bytes] */
     int32_t *offsets;           /* [block_rows] */
     int32_t *products;          /* [panels, block_rows, PANEL]; of those multiplied together where there is one slice */
-    float *lowrank_a;           /* [rank, PANEL] */
+    int32_t *finished;          /* [panels, WHOLE_ROWS, PANEL], see struct product */
+    float *lowrank_a;           /* [panels, rank, PANEL] */
 };
 
 /* Lays the buffers out from `scratch` on; returns their size. */
@@ -179,11 +180,12 @@ static inline size_t ternary_carve(char *scratch, const struct ternary_job *job,
     const int64_t block_panels = round_up(ceil_div(job->block_channels, PANEL), job->panels);
     const int64_t kept = job->slice_groups * GROUP == job->padded_width ? job->panels : block_panels;
     char *cursor = scratch;
-    b->panel = carve(&cursor, job->slice_groups, (size_t)job->panel_bytes);
+    b->panel = carve(&cursor, job->panel_bytes, 1);
     b->operands = carve(&cursor, rows * job->slice_groups, (size_t)job->operand_bytes);
     b->offsets = carve(&cursor, rows, sizeof *b->offsets);
     b->products = carve(&cursor, kept * rows * PANEL, sizeof *b->products);
-    b->lowrank_a = carve(&cursor, job->layer->rank * PANEL, sizeof *b->lowrank_a);
+    b->finished = carve(&cursor, job->panels * WHOLE_ROWS * PANEL, sizeof *b->finished);
+    b->lowrank_a = carve(&cursor, job->panels * job->layer->rank * PANEL, sizeof *b->lowrank_a);
     return (size_t)(cursor - scratch);
 }
 

@@ -60,7 +60,10 @@ INLINE void prologue_row_of(const struct rotate_job *job, int64_t row, float *ou
         m.inverse_deviation = 1.0f / __builtin_sqrtf(row_sum(x, width, m.mean, 1) / (float)width + job->eps);
     }
     int64_t k = 0;
-    for (; k + LANES <= width; k += LANES) store(out + k, prologue_vector(job, x, &m, k, LANES, prologue));
+    for (; k + LANES <= width; k += LANES) {
+        __builtin_prefetch(x + width + k); /* of the next row */
+        store(out + k, prologue_vector(job, x, &m, k, LANES, prologue));
+    }
     if (k < width) store(out + k, prologue_vector(job, x, &m, k, width - k, prologue));
 }
 

@@ -8,14 +8,18 @@ enum { EPILOGUE_ROWS = HAVE_AVX512VNNI ? 4 : 2 }; /* of a tile: 16 registers of 
 
 struct product {
     int adds;                   /* to products from the first slice on: they begin as zeros */
-    /* Slice `group`.. of the channels `channel`.., GROUP codes each: at most GROUP * PANEL bytes a group. */
+    /* Slice `group`.. of the channels `channel`.., GROUP codes each: at most GROUP * PANEL bytes a group. NULL: multiply()
+     * reads the weights. */
     void (*decode)(const struct ternary_job *job, int64_t channel, int64_t group, int64_t groups, uint8_t *panel);
     /* The same slice of rows `first`.., and what to subtract from their products once all slices are summed. */
     void (*operands)(const struct ternary_job *job, int64_t first, int64_t rows, int64_t group, int64_t groups,
                      int8_t *operands, int32_t *offsets);
-    /* products [job->panels][rows, PANEL] += operands . panel, of that slice; panels lie `stride` apart */
-    void (*multiply)(const struct ternary_job *job, int64_t channel, int64_t group, int64_t groups,
-                     const uint8_t *panel, const int8_t *operands, int64_t rows, int32_t *products, int64_t stride);
+    /* products [rows, PANEL] += operands . panel, of that slice */
+    void (*multiply)(const struct ternary_job *job, int64_t channel, int64_t group, int64_t groups, uint8_t *panel,
+                     const int8_t *operands, int64_t rows, int32_t *products);
+    /* What multiply() left of the rows `first`.. to their products, panels `stride` apart; NULL: it left products. */
+    void (*finish)(const struct ternary_job *job, int64_t channel, int64_t first, int64_t rows, const int32_t *left,
+                   int32_t *products, int64_t stride);
 };
 
 /* Look-ups sum cells. A code's cell u, of 2^b from -2^(b-1) on, adds u + 1 where the weight is 1 and -u where it is -1.
@@ -153,6 +157,27 @@ FN void epilogue(const struct ternary_job *job, int64_t first, int64_t rows, int
     }
 }
 
+/* Outputs of a block of rows and the panels that were multiplied together. */
+INLINE void put_outputs(const struct ternary_job *job, int64_t first, int64_t rows, int64_t channel,
+                        const int32_t *products, const struct ternary_buffers *b, const struct product *product) {
+    enum { STRIDE = WHOLE_ROWS * PANEL };
+    const struct layer *layer = job->layer;
+    const int64_t panels = min64(job->panels, ceil_div(layer->channels - channel, PANEL));
+    const int64_t line = ALIGNMENT / (int64_t)sizeof *job->y, end = min64(channel + panels * PANEL, layer->channels);
+    for (int64_t p = 0; p < panels; p++)
+        transpose_lowrank(layer, channel + p * PANEL, b->lowrank_a + p * layer->rank * PANEL);
+    for (int64_t m = 0; m < rows; m += WHOLE_ROWS) {
+        const int64_t count = min64(WHOLE_ROWS, rows - m);
+        for (int64_t row = first + m; row < first + m + count; row++)
+            for (int64_t c = channel; c < end; c += line) __builtin_prefetch(job->y + row * layer->channels + c, 1, 2);
+        if (product->finish) product->finish(job, channel, m, count, products, b->finished, STRIDE);
+        for (int64_t p = 0; p < panels; p++)
+            epilogue(job, first + m, count, channel + p * PANEL,
+                     product->finish ? b->finished + p * STRIDE : products + m * PANEL, b->offsets + m,
+                     b->lowrank_a + p * layer->rank * PANEL);
+    }
+}
+
 INLINE void ternary_task(const struct ternary_job *job, int64_t task, char *scratch, const struct product *product) {
     const int64_t channels = job->layer->channels, channel_blocks = ceil_div(channels, job->block_channels);
     const int64_t channel = task % channel_blocks * job->block_channels;
@@ -169,13 +194,10 @@ INLINE void ternary_task(const struct ternary_job *job, int64_t task, char *scra
         for (int64_t c = channel; c < end; c += job->panels * PANEL) {
             /* One slice: panels are done before the next. Several: the products of all panels are kept. */
             int32_t *products = b.products + (count == groups ? 0 : (c - channel) / PANEL * stride);
-            if (!group && product->adds) memset(products, 0, (size_t)(job->panels * stride) * sizeof *products);
-            product->decode(job, c, group, count, b.panel);
-            product->multiply(job, c, group, count, b.panel, b.operands, rows, products, stride);
-            for (int p = 0; last && p < job->panels && c + p * PANEL < end; p++) {
-                transpose_lowrank(job->layer, c + p * PANEL, b.lowrank_a);
-                epilogue(job, first, rows, c + p * PANEL, products + p * stride, b.offsets, b.lowrank_a);
-            }
+            if (!group && product->adds) memset(products, 0, (size_t)stride * sizeof *products);
+            if (product->decode) product->decode(job, c, group, count, b.panel);
+            product->multiply(job, c, group, count, b.panel, b.operands, rows, products);
+            if (last) put_outputs(job, first, rows, c, products, &b, product);
         }
     }
 }

@@ -7,7 +7,7 @@ import torch
 from tiny import write_tiny
 from torch import Tensor
 
-from robuq_core.bench.levels import Bench, block_case, forward_case, image_case, op_case
+from robuq_core.bench.cases import Bench, block_case, forward_case, image_case, op_case
 from robuq_core.bench.report import CaseTiming
 from robuq_core.bench.source import Source, open_source, random_checkpoint
 from robuq_core.bench.timing import BenchError, Timer
@@ -51,14 +51,14 @@ def make_bench(source: Source, backend: Backend | None = None, peers: tuple[str,
     return Bench(source, backend or select_backend("auto", 1), Timer(rounds=3, budget_s=0.0), peers)
 
 
-def by_name(case: CaseTiming) -> dict[str, float]:
-    return {side.name: side.median_s for side in case.sides}
+def names(case: CaseTiming) -> set[str]:
+    return {side.name for side in case.sides}
 
 
 @pytest.mark.parametrize("layer", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1"])
 def test_layers_are_timed_whole_and_in_halves(source: Source, layer: str) -> None:
     case = op_case(make_bench(source, peers=("fp32", "bf16", "int8-gemlite")), layer, batch=2)
-    assert {"fp32", "robuq", "robuq prologue", "robuq product"} <= set(by_name(case))
+    assert {"fp32", "robuq", "robuq prologue", "robuq product"} <= names(case)
     assert case.level == "op"
     assert case.macs == 2 * layer_macs(source.config)[f"blocks.0.{layer}"]
     assert "int8-gemlite" in {absent.name for absent in case.absent}
@@ -66,11 +66,16 @@ def test_layers_are_timed_whole_and_in_halves(source: Source, layer: str) -> Non
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_blocks_and_forwards_are_timed(source: Source, batch: int) -> None:
-    for case in (block_case(make_bench(source), batch), forward_case(make_bench(source), batch)):
-        assert set(by_name(case)) == {"fp32", "robuq"}
+def test_blocks_forwards_and_images_are_timed(source: Source, batch: int) -> None:
+    block, forward, image = (make(make_bench(source), batch) for make in (block_case, forward_case, image_case))
+    for case in (block, forward, image):
+        assert names(case) == {"fp32", "robuq"}
         assert case.batch == batch
         assert all(side.speedup is not None and side.speedup > 0 for side in case.sides)
+    assert image.case == "4 steps of ddim, guidance 1.5"
+    assert image.macs == 2 * 4 * forward.macs
+    exact = forward_case(make_bench(source, Broken("none")), batch)
+    assert next(side.relative_error for side in exact.sides if side.name == "robuq") == 0
 
 
 def test_a_forward_is_not_timed_out_of_what_the_one_before_kept(source: Source) -> None:
@@ -87,13 +92,6 @@ def test_a_forward_is_not_timed_out_of_what_the_one_before_kept(source: Source) 
     assert case.sides[0].rounds == 3
 
 
-def test_images_are_drawn_whole(source: Source) -> None:
-    case = image_case(make_bench(source), batch=2)
-    assert set(by_name(case)) == {"fp32", "robuq"}
-    assert case.case == "4 steps of ddim, guidance 1.5"
-    assert case.macs == 2 * 4 * forward_case(make_bench(source), 2).macs
-
-
 @pytest.mark.parametrize("fault", ["scale", "rows", "nan", "codes"])
 def test_a_wrong_result_gives_no_timing(source: Source, fault: str) -> None:
     bench = make_bench(source, Broken(fault))
@@ -102,11 +100,6 @@ def test_a_wrong_result_gives_no_timing(source: Source, fault: str) -> None:
     for level in (block_case, forward_case, image_case):
         with pytest.raises(BenchError, match="robuq is off by"):
             level(bench, batch=2)
-
-
-def test_a_right_result_of_the_same_backend_is_timed(source: Source) -> None:
-    case = forward_case(make_bench(source, Broken("none")), batch=2)
-    assert next(side.relative_error for side in case.sides if side.name == "robuq") == 0
 
 
 def test_random_weights_have_the_shapes_of_a_checkpoint() -> None:

@@ -41,7 +41,7 @@ def check(name: str, module: nn.Module, whole: bool) -> None:
         expected = module(*inputs)
         call = PEERS[name].prepare(module, inputs)
         result = call()
-        assert relative_error(result, expected) <= PEERS[name].tolerance
+        assert (0 if name.startswith("fp32") else 1e-4) <= relative_error(result, expected) <= PEERS[name].tolerance
         assert torch.equal(call(), result)
     # The module is shared by all peers: none may change it.
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
@@ -58,20 +58,6 @@ def test_compiled_peers_agree_with_fp32() -> None:
     torch._dynamo.reset()
     check("fp32-compiled", make_module("network"), True)
     check("int8-torchao-compiled", make_module("linear"), False)
-
-
-def test_formats_differ_from_fp32_at_all() -> None:
-    module = make_module("linear")
-    inputs = inputs_of(module)
-    with torch.inference_mode():
-        for name in ("bf16", "int8-onednn"):
-            assert relative_error(PEERS[name].prepare(module, inputs)(), module(*inputs)) > 1e-4
-
-
-def test_gpu_libraries_say_what_they_need() -> None:
-    module = make_module("linear")
-    with pytest.raises(Unavailable, match="needs a CUDA GPU"):
-        prepare(PEERS["int8-gemlite"], module, inputs_of(module), whole=False)
 
 
 @pytest.mark.parametrize(
@@ -95,21 +81,16 @@ def test_a_probe_decides_before_a_network_is_started(
             prepare(PEERS["bf16"], module, inputs_of(module), whole=whole)
 
 
-def test_compilers_have_nothing_to_do_on_one_layer() -> None:
-    module = make_module("linear")
-    with pytest.raises(Unavailable, match="nothing to fuse"):
-        prepare(PEERS["fp32-compiled"], module, inputs_of(module), whole=False)
-
-
-def test_the_probe_is_a_ratio() -> None:
-    assert 0 < peers.probe("fp32", torch.device("cpu"), 1) < 100
-
-
-def test_a_compiler_that_fails_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> object:
         raise RuntimeError("no C++ compiler\nwith a long trace")
 
     monkeypatch.setattr(torch, "compile", broken)
-    module = make_module("network")
-    with pytest.raises(Unavailable, match=r"torch\.compile failed: no C\+\+ compiler$"):
-        prepare(PEERS["fp32-compiled"], module, inputs_of(module), whole=True)
+    for name, kind, reason in (
+        ("int8-gemlite", "linear", "needs a CUDA GPU"),
+        ("fp32-compiled", "linear", "nothing to fuse"),
+        ("fp32-compiled", "network", r"torch\.compile failed: no C\+\+ compiler$"),
+    ):
+        module = make_module(kind)
+        with pytest.raises(Unavailable, match=reason):
+            prepare(PEERS[name], module, inputs_of(module), whole=kind == "network")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny import TINY, write_tiny
 
-from robuq_core.bench.processes import as_file, measure_loading, measure_memory, write_random
+from robuq_core.bench.fresh import as_file, measure_loading, measure_memory, write_random
 from robuq_core.bench.source import Source, random_checkpoint
 from robuq_core.bench.timing import BenchError
 from robuq_core.checkpoint import read_checkpoint
@@ -54,7 +54,7 @@ def test_random_weights_become_a_file_and_the_file_goes_away(path: Path, tmp_pat
         assert all(layer.planar.equal(source.checkpoint.layers[name].planar) for name, layer in layers.items())
         size = written.stat().st_size
     assert not written.exists()
-    assert write_random(source, tmp_path / "kept.safetensors") == size
+    assert write_random(source.checkpoint, tmp_path / "kept.safetensors") == size
     own = Source("tiny", read_checkpoint(path), path)
     with as_file(own) as written:
         assert written == path

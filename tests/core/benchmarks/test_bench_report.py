@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from robuq_core.bench.plots import write_plots
 from robuq_core.bench.report import (
     Absent,
     CaseTiming,
@@ -15,10 +14,12 @@ from robuq_core.bench.report import (
     MemoryUse,
     Report,
     SideTiming,
+    as_markdown,
     read_report,
+    summary,
+    write_plots,
     write_report,
 )
-from robuq_core.bench.tables import as_markdown, summary
 from robuq_core.errors import UserError
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from robuq_core.bench.timing import BenchError, Side, Timer, relative_error, time_sides
+from robuq_core.bench.timing import BenchError, Side, Timer, time_sides
 
 RIGHT = torch.tensor([[3.0, 4.0], [1.0, 2.0]])
 
@@ -70,13 +70,6 @@ def test_sides_take_turns_and_none_is_always_first() -> None:
     assert len({turn[0] for turn in rounds}) == 3
 
 
-def test_short_calls_are_timed_in_loops() -> None:
-    clock = Clock()
-    (timing,), _ = time_sides([clock.side("robuq", 1e-5)], clock.timer(rounds=3))
-    assert timing.median_s == pytest.approx(1e-5)
-    assert len(clock.order) == 2 + 3 * (200 + 1)
-
-
 def test_a_turn_begins_warm() -> None:
     """What a side pays after another one has run is not its own time."""
     clock = Clock()
@@ -102,19 +95,16 @@ def test_a_wrong_result_of_ours_ends_the_benchmark(result: Tensor) -> None:
         time_sides([clock.side("robuq", 1.0, result, own=True)], clock.timer())
 
 
-def test_a_wrong_result_of_a_peer_takes_the_peer_out() -> None:
-    clock = Clock()
-    timings, absent = time_sides([clock.side("fp32", 1.0), clock.side("int8", 1.0, RIGHT * 1.5)], clock.timer())
-    assert [timing.name for timing in timings] == ["fp32"]
-    assert [(a.name, a.reason.startswith("wrong result: int8 is off by 0.5")) for a in absent] == [("int8", True)]
-
-
-def test_a_hopeless_peer_is_not_waited_for_but_ours_is() -> None:
+def test_a_hopeless_or_wrong_peer_is_taken_out_but_ours_is_waited_for() -> None:
     clock = Clock()
     sides = [clock.side("int8", 100.0), clock.side("fp32", 1.0), clock.side("robuq", 100.0, own=True)]
+    sides.append(clock.side("bf16", 1.0, RIGHT * 1.1))
     timings, absent = time_sides(sides, clock.timer(rounds=3))
     assert [timing.name for timing in timings] == ["fp32", "robuq"]
-    assert [a.reason for a in absent] == ["one call took 100.0 s, 100 times FP32: not repeated"]
+    assert [a.reason for a in absent] == [
+        "one call took 100.0 s, 100 times FP32: not repeated",
+        "wrong result: bf16 is off by 0.1 of the norm; at most 0.01 is rounding",
+    ]
     assert clock.order.count("int8") == 1
 
 
@@ -124,9 +114,3 @@ def test_checks_may_look_at_some_images_or_at_more_than_is_timed() -> None:
     assert time_sides([side], Timer(3, 0.0))[0][0].relative_error == 0
     side = Side("robuq", lambda: None, lambda: RIGHT, 0.01, own=True, result=lambda: RIGHT)
     assert time_sides([side], Timer(3, 0.0))[0][0].relative_error == 0
-
-
-def test_relative_error_is_of_the_norm() -> None:
-    assert relative_error(RIGHT * 1.1, RIGHT) == pytest.approx(0.1, rel=1e-5)
-    assert relative_error(RIGHT[0], RIGHT) == float("inf")
-    assert relative_error(RIGHT / 0, RIGHT) == float("inf")

@@ -163,7 +163,8 @@ class RobuQPipeline:
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"to() takes a floating dtype, not {dtype}")
         if device is not None and not is_at(self.device, torch.device(device)):
-            self.sampler = self.sampler.replica(device=device)
+            path, decoder = self.sampler.path, self.sampler.decoder
+            self.sampler = Sampler.from_checkpoint(path, decoder=decoder, device=device)
         if dtype is not None and isinstance(self.sampler.decoder, LatentDecoder):
             self.sampler.decoder = self.sampler.decoder.cast(dtype)
         return self

@@ -69,14 +69,11 @@ def test_an_id_is_downloaded_once_and_without_what_is_not_needed(online: Online)
     assert online.files() == set()
 
 
-def test_a_revision_is_that_one(online: Online) -> None:
+def test_a_revision_is_that_one_and_a_token_opens_what_is_private(online: Online) -> None:
     for revision in ("v0", OLD):
         code, told, errors = online.inspect(f"someone/tiny@{revision}")
         assert (code, "depth 1" in told) == (0, True), errors
     assert online.files() == {"config.json", "old.safetensors"}
-
-
-def test_a_token_opens_what_is_private(online: Online) -> None:
     assert online.inspect("someone/private", HF_TOKEN=TOKEN)[0] == 0
 
 
@@ -85,11 +82,7 @@ def test_a_token_opens_what_is_private(online: Online) -> None:
     [
         ("someone/absent", "", "someone/absent: no such file or folder, and no such repository on the hub"),
         ("someone/tiny@v9", "", "someone/tiny@v9: the repository has no such revision"),
-        (
-            "someone/private",
-            "",
-            "someone/private: no such file or folder, and the hub refuses access; run hf auth",
-        ),
+        ("someone/private", "", "someone/private: no such file or folder, and the hub refuses access; run hf auth"),
         ("someone/private", "hf_of_another", "the hub refuses access; run hf auth login, or check HF_TOKEN"),
         ("someone/gated", "", "someone/gated: the hub only serves approved accounts"),
     ],

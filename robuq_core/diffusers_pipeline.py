@@ -115,8 +115,8 @@ class RobuQPipeline:
 
         Args:
             decoder, backend, threads: as for :meth:`robuq_core.pipeline.Sampler.from_checkpoint`.
-            torch_dtype, use_safetensors, variant: ignored; a packed checkpoint is one safetensors file with its own number
-                formats, and decoding is in float32.
+            torch_dtype, use_safetensors, variant: ignored; a packed checkpoint is one safetensors file with number
+                formats of its own, and decoding is in float32.
 
         Raises:
             CheckpointError, DecoderError: it cannot be loaded, or a latent model has no decoder.

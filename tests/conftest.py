@@ -29,7 +29,6 @@ NEEDS = {
     "core/test_decode.py": "diffusers",
     "core/test_diffusers_pipeline.py": "diffusers",
     "core/test_hub.py": "huggingface_hub",
-    "core/test_hub_online.py": "huggingface_hub",
     "documentation/test_site.py": "mkdocs",
     "documentation/test_wheel.py": "build",
     "load/test_locustfile.py": "locust",

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import socket
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any, cast
 
 import httpx
 import pytest
 from serving_harness import WAIT_S, WatchedSampler, live_server, sample, until
+from test_live_server import raw_request
 
 from robuq_core.params import RowSpec
 from server.cache import ENTRY_BYTES, Cache
@@ -21,7 +21,7 @@ from server.metrics import Metrics
 from server.request import ModelInfo, Request, Result, Timings
 
 ON = {"cache_bytes": 2**20}
-BODY = {"class_id": 1, "steps": 2, "seed": 7}
+BODY: dict[str, object] = {"class_id": 1, "steps": 2, "seed": 7}
 
 
 def post(client: httpx.Client, body: dict[str, Any], **headers: str) -> httpx.Response:
@@ -79,11 +79,11 @@ def test_64_equal_requests_are_one_computation_though_a_third_disconnect() -> No
         sampler.hold()
         first = pool.submit(post, client, BODY)
         assert sampler.entered.acquire(timeout=WAIT_S)
-        leaving = [raw_socket(client) for _ in range(21)]
-        others = [pool.submit(post, client, BODY) for _ in range(42)]
-        until(lambda: sample(engine, "robuq_cache_requests_total", outcome="shared") == 63)
-        for sock in leaving:
-            sock.close()
+        with ExitStack() as leaving:
+            for _ in range(21):
+                leaving.enter_context(raw_request(client, BODY))
+            others = [pool.submit(post, client, BODY) for _ in range(42)]
+            until(lambda: sample(engine, "robuq_cache_requests_total", outcome="shared") == 63)
         sampler.release()
         answers = [each.result() for each in (first, *others)]
         assert {answer.status_code for answer in answers} == {200}
@@ -94,26 +94,18 @@ def test_64_equal_requests_are_one_computation_though_a_third_disconnect() -> No
         until(lambda: engine.idle)
 
 
-def raw_socket(client: httpx.Client, seed: int = 7) -> socket.socket:
-    """A connection whose request has been sent."""
-    content = json.dumps(BODY | {"seed": seed}).encode()
-    sock = socket.create_connection((client.base_url.host, client.base_url.port or 80), timeout=WAIT_S)
-    sock.sendall(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(content) + content)
-    return sock
-
-
 def test_the_first_may_leave_and_the_last_ends_the_work() -> None:
     sampler = WatchedSampler()
     with live_server(sampler, **ON) as (client, engine), ThreadPoolExecutor(1) as pool:
         sampler.hold()
-        with raw_socket(client):
+        with raw_request(client, BODY):
             assert sampler.entered.acquire(timeout=WAIT_S)
             other = pool.submit(post, client, BODY)
             until(lambda: sample(engine, "robuq_cache_requests_total", outcome="shared") == 1)
         sampler.release()
         assert other.result().status_code == 200
         sampler.hold()
-        with raw_socket(client, 8):
+        with raw_request(client, BODY | {"seed": 8}):
             assert sampler.entered.acquire(timeout=WAIT_S)
         until(lambda: sample(engine, "robuq_requests_total", finished_reason="cancelled") == 1)
         sampler.release()

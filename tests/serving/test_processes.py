@@ -52,35 +52,24 @@ def test_sigterm_ends_what_is_in_flight_and_refuses_the_rest(tmp_path: Path) -> 
         assert json.loads(process.output.splitlines()[-1])["message"] == "stopped"
 
 
-def test_the_drain_is_bounded() -> None:
-    with serving("--drain-timeout-s", "0.2") as (process, client), ThreadPoolExecutor(1) as pool:
-        running = pool.submit(client.post, "/generate", json={"class_id": 1, "steps": 1000})
-        until(lambda: "robuq_requests_running 1.0" in client.get("/metrics").text)
-        process.send_signal(signal.SIGTERM)
-        answer = running.result()
-        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
-        assert process.wait(WAIT_S) == 0
+HANG = "sampler.on_step = lambda rows: time.sleep(600 if rows[0].spec.steps == 999 else 0)"
 
 
-def test_a_second_signal_does_not_wait() -> None:
-    with serving("--drain-timeout-s", "600") as (process, client), ThreadPoolExecutor(1) as pool:
-        running = pool.submit(client.post, "/generate", json={"class_id": 1, "steps": 1000})
-        until(lambda: "robuq_requests_running 1.0" in client.get("/metrics").text)
-        process.send_signal(signal.SIGTERM)
-        until(lambda: client.get("/ready").status_code == 503)
-        process.send_signal(signal.SIGINT)
-        assert running.result().status_code == 503
-        assert process.wait(WAIT_S) == 0
-
-
-@pytest.mark.slow
-def test_a_step_that_never_returns_does_not_keep_the_process_alive() -> None:
-    hang = "import time; sampler.on_step = lambda rows: time.sleep(600 if rows[0].spec.steps == 999 else 0)"
-    with serving("--drain-timeout-s", "0.2", change=hang) as (process, client), ThreadPoolExecutor(1) as pool:
+@pytest.mark.parametrize(
+    ("drain_s", "then", "change"), [("0.2", None, ""), ("600", signal.SIGINT, ""), ("0.2", None, HANG)]
+)
+def test_a_drain_ends_in_time_at_a_second_signal_and_though_a_step_hangs(
+    drain_s: str, then: signal.Signals | None, change: str
+) -> None:
+    with serving("--drain-timeout-s", drain_s, change=change) as (process, client), ThreadPoolExecutor(1) as pool:
         running = pool.submit(client.post, "/generate", json={"class_id": 1, "steps": 999})
         until(lambda: "robuq_requests_running 1.0" in client.get("/metrics").text)
         process.send_signal(signal.SIGTERM)
-        assert running.result().status_code == 503
+        if then is not None:
+            until(lambda: client.get("/ready").status_code == 503)
+            process.send_signal(then)
+        answer = running.result()
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
         assert process.wait(WAIT_S) == 0
 
 

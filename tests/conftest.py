@@ -43,7 +43,6 @@ NEEDS = {
     "serving/test_tracing.py": "opentelemetry.sdk",
     "serving/web": "playwright",
     "tools/test_gpu_run.py": "triton",
-    "tools/test_licences.py": "cyclonedx_py",
     "training/data/test_latents.py": "diffusers",
     "training/data/test_parquet.py": "pyarrow",
     "training/stages/test_pretrained.py": "diffusers",

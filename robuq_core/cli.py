@@ -29,7 +29,7 @@ _SOURCES = "Packed file, folder with one, bundled name (imagenet, glyphs) or hub
 CheckpointOption = Annotated[Path | None, typer.Option("--checkpoint", "-c", help=_SOURCES)]
 DecoderOption = Annotated[
     Path | None,
-    typer.Option(help="Diffusers folder of a latent model's autoencoder; default: the folder vae beside the file."),
+    typer.Option(help="Diffusers folder of a latent model's autoencoder; default: the folder vae next to the file."),
 ]
 BackendOption = Annotated[
     str, typer.Option(help="Kernel backend: auto, cpu (native), triton (NVIDIA GPU) or reference (torch).")
@@ -94,9 +94,6 @@ def inspect_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole header as JSON.")] = False,
 ) -> None:
     """Print shape, activation bits, size by part and theoretical cost of a packed file, or the settings of an image."""
-    from rich import table
-    from rich.console import Console
-
     from robuq_core.hub import resolve_checkpoint
     from robuq_core.images import read_settings
     from robuq_core.inspection import Table, inspect_checkpoint, ratio, short_provenance
@@ -110,33 +107,24 @@ def inspect_command(
     if as_json:
         typer.echo(header.model_dump_json(indent=2))
         return
-    console = Console()
-
-    def show(title: str, content: Table) -> None:
-        grid = table.Table(*content.head, title=title)
-        for row in content.rows:
-            grid.add_row(*row)
-        console.print(grid)
-
     for title, section in (("model", header.model), ("quantisation", header.quant), ("diffusion", header.diffusion),
                            ("sampler", header.sampler)):  # fmt: skip
         values = ", ".join(f"{key} {value}" for key, value in section.model_dump().items() if value != {})
-        console.print(f"[bold]{title}[/bold]: {values}")
+        typer.echo(f"{title}: {values}")
     if header.class_names:
-        shown = "; ".join(header.class_names[:3])
-        console.print(f"[bold]classes[/bold]: {len(header.class_names)}, from 0: {shown} ...")
-    console.print(f"[bold]decoder[/bold]: {header.decoder}")
-    console.print(f"[bold]average activation bits[/bold] (MAC-weighted): {header.average_activation_bits:.3f}")
-    show("activation bits", report.bit_table())
-    show(f"{path.name}: {report.file_bytes:,} bytes", report.size_table())
-    console.print(f"{report.compression:.1f} times smaller than FP32 ({report.fp32_bytes:,} bytes)")
+        typer.echo(f"classes: {len(header.class_names)}, from 0: {'; '.join(header.class_names[:3])} ...")
+    typer.echo(f"decoder: {header.decoder}")
+    typer.echo(f"average activation bits (MAC-weighted): {header.average_activation_bits:.3f}\n")
+    typer.echo(report.bit_table().markdown)
+    typer.echo(f"{path.name}: {report.file_bytes:,} bytes\n\n{report.size_table().markdown}")
+    typer.echo(f"{report.compression:.1f} times smaller than FP32 ({report.fp32_bytes:,} bytes)\n")
     for title, parts, unit in (("GFLOPs per image and step, in full-precision equivalents", report.compute, 1e9),
                                ("theoretical MB", report.theoretical_bytes, 1e6)):  # fmt: skip
         rows = [(part, f"{cost.full / unit:.4f}", f"{cost.quantised / unit:.4f}") for part, cost in parts.items()]
-        show(title, Table(("Part", "FP32", "Quantised"), rows))
-        console.print(f"{ratio(parts):.1f} times less, counted as in the paper (docs/method.md)")
+        typer.echo(f"{title}\n\n{Table(('Part', 'FP32', 'Quantised'), rows).markdown}")
+        typer.echo(f"{ratio(parts):.1f} times less, counted as in the paper (docs/method.md)\n")
     short = json.dumps(short_provenance(header.provenance), default=str)
-    console.print(f"[bold]provenance[/bold] (--json prints all of it): {short}")
+    typer.echo(f"provenance (--json prints all of it): {short}")
 
 
 @app.command()

@@ -93,11 +93,11 @@ average), packed for the RobuQ runtime: {model.num_classes or "no"} classes, sam
 {report.compression:.1f} times smaller than the same network in FP32. Method:
 [RobuQ, arXiv 2509.23582](https://arxiv.org/abs/2509.23582).
 
-{_untrained(header)}{_markdown(Table(("", ""), _facts(report, name)))}
-{_markdown(report.size_table())}
+{_untrained(header)}{Table(("", ""), _facts(report, name)).markdown}
+{report.size_table().markdown}
 ## Activation bits
 
-{_markdown(report.bit_table())}
+{report.bit_table().markdown}
 {_usage(name, latent)}
 ## Provenance
 
@@ -147,15 +147,10 @@ def _facts(report: Report, name: str) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
-def _markdown(table: Table) -> str:
-    lines = [table.head, ("---",) * len(table.head), *table.rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
 def _usage(name: str, latent: bool) -> str:
     extra = ".[vae]" if latent else "."
     note = f"""
-This is a latent model: put a diffusers folder of the autoencoder that it was trained with beside the file as
+This is a latent model: put a diffusers folder of the autoencoder that it was trained with next to the file as
 `{DECODER_FOLDER}`, or name it (`--decoder`, `decoder=`, `ROBUQ_DECODER`).
 """
     return f"""## Use

@@ -39,10 +39,15 @@ class Amount(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Texts to print, in the terminal or in markdown."""
+    """Texts to print."""
 
     head: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
+
+    @property
+    def markdown(self) -> str:
+        lines = [self.head, ("---",) * len(self.head), *self.rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from robuq_core.threads import on_one_thread
 
 _NO_DECODER = (
     "a latent model without a decoder: give decoder (--decoder, ROBUQ_DECODER), a diffusers folder of the autoencoder "
-    "that it was trained with, or put that folder beside the checkpoint as vae"
+    "that it was trained with, or put that folder next to the checkpoint as vae"
 )
 
 __all__ = ["ALL_TIMESTEPS", "Denoiser", "Row", "RowSpec", "Sampler", "Timings", "bundled_checkpoint"]
@@ -124,7 +124,6 @@ class Sampler:
         self.timings: Timings | None = None
         self.path: Path | None = None
         self._classes = ClassNames(header.class_names, shape.num_classes)
-        self._backend_choice = "auto"
         self._shape = (shape.in_channels, shape.input_size, shape.input_size)
 
     def _fitting(self, decoder: Decoder | None) -> Decoder:
@@ -154,15 +153,14 @@ class Sampler:
         Args:
             path: a file, a folder with one, or a hub id: see :func:`robuq_core.hub.resolve_checkpoint`.
             decoder: of a latent model: a folder (see :func:`robuq_core.decode.load_decoder`) or a loaded one; ``None``:
-                the folder ``vae`` beside the file. Ignored for a pixel model.
+                the folder ``vae`` next to the file. Ignored for a pixel model.
             backend, threads, device: see :func:`robuq_core.kernels.backends.select_backend`.
 
         Raises:
             CheckpointError, DecoderError: the files cannot be used, or a latent model has no decoder.
             ValueError: unknown backend, or it does not run on ``device``.
         """
-        ops = select_backend(backend, threads, device)  # a wrong choice is reported before the file is read
-        return cls._on(load_model(path, decoder), ops, backend)
+        return cls.from_loaded(load_model(path, decoder), backend=backend, threads=threads, device=device)
 
     @classmethod
     def from_loaded(
@@ -174,34 +172,16 @@ class Sampler:
         device: torch.device | str | None = None,
     ) -> Sampler:
         """A sampler of what :func:`load_model` returned; see :meth:`from_checkpoint`."""
-        return cls._on(loaded, select_backend(backend, threads, device), backend)
+        return cls._on(loaded, select_backend(backend, threads, device))
 
     @classmethod
-    def _on(cls, loaded: LoadedModel, ops: Backend, backend_choice: str) -> Sampler:
+    def _on(cls, loaded: LoadedModel, ops: Backend) -> Sampler:
         header, dense, layers = loaded.checkpoint.header, loaded.checkpoint.dense, loaded.checkpoint.layers
         model = PackedDiT(header.model, dense, layers, ops, header.quant.attention_bits is not None)
         decoder = loaded.decoder and loaded.decoder.replica(ops.device)
         sampler = cls(model, header, checkpoint_name=loaded.path.stem, decoder=decoder)
-        sampler.path, sampler._backend_choice = loaded.path, backend_choice
+        sampler.path = loaded.path
         return sampler
-
-    def replica(self, *, threads: int | None = None, device: torch.device | str | None = None) -> Sampler:
-        """A sampler for another thread or device, with its own backend; on the same device it shares the weights.
-
-        Args:
-            threads: of the native CPU backend; ``None``: torch's number.
-            device: ``None`` stays on this sampler's.
-
-        Raises:
-            ValueError: this sampler's network is not packed, or its backend does not run on ``device``.
-        """
-        if not isinstance(self.model, PackedDiT):
-            raise ValueError(f"{self.checkpoint_name}: only a sampler of a packed checkpoint can be replicated")
-        ops = select_backend(self._backend_choice, threads, self.device if device is None else device)
-        decoder = self.decoder.replica(ops.device)
-        copy = type(self)(self.model.replica(ops), self.header, checkpoint_name=self.checkpoint_name, decoder=decoder)
-        copy._backend_choice = self._backend_choice
-        return copy
 
     @property
     def prediction_type(self) -> PredictionType:

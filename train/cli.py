@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import traceback
@@ -57,17 +58,17 @@ EmaOption = Annotated[float | None, typer.Option(help="Use the weights averaged 
 RedoOption = Annotated[bool, typer.Option("--redo", help="Discard this stage's output and rerun it.")]
 
 
-def _load(config: Path, overrides: list[str] | None) -> TrainConfig:
+def _module(name: str) -> Any:
+    """``train.NAME``; a plain installation serves and does not train."""
     try:
-        from train.config import load_config
+        return importlib.import_module(f"train.{name}")
     except ImportError as error:
-        raise _not_installed(error) from error
-    return load_config(config, overrides or [])
+        raise UserError(f"training is not installed ({error}); from a checkout: pip install '.[train]'") from error
 
 
-def _not_installed(error: ImportError) -> UserError:
-    """The plain installation serves and does not train."""
-    return UserError(f"training is not installed ({error}); from a checkout: pip install '.[train]'")
+def _load(config: Path, overrides: list[str] | None) -> TrainConfig:
+    loaded: TrainConfig = _module("config").load_config(config, overrides or [])
+    return loaded
 
 
 @contextmanager
@@ -183,7 +184,10 @@ def evaluate(
     Prints JSON and keeps it in RUN_DIR/evaluation.json. Needs no download: FD-EffNet is on EfficientNet-Lite0 features.
     Under torchrun every process generates its share of the samples.
     """
-    with _run(config, [*_protocol(protocol), *(override or [])], ema) as whole:
+    protocols = {} if protocol is None else _module("config").PROTOCOLS
+    if protocol is not None and protocol not in protocols:
+        raise UserError(f"--protocol {protocol}: choose one of {', '.join(protocols)}")
+    with _run(config, [*protocols.get(protocol, ()), *(override or [])], ema) as whole:
         from train.evaluation.run import evaluate_run
         from train.parallel import rank
 
@@ -191,16 +195,6 @@ def evaluate(
         entry = evaluate_run(whole, model, checkpoint=checkpoint, classes=classes, seed=seed, **options)
         if rank() == 0:
             typer.echo(json.dumps(entry, indent=2))
-
-
-def _protocol(name: str | None) -> tuple[str, ...]:
-    if name is None:
-        return ()
-    from train.config import PROTOCOLS
-
-    if name not in PROTOCOLS:
-        raise UserError(f"--protocol {name}: choose one of {', '.join(PROTOCOLS)}")
-    return PROTOCOLS[name]
 
 
 @app.command()
@@ -248,11 +242,7 @@ def memory(
 @reported
 def keys() -> None:
     """Print every key of the configuration as YAML, with its default and meaning."""
-    try:
-        from train.config import annotated_defaults
-    except ImportError as error:
-        raise _not_installed(error) from error
-    typer.echo(annotated_defaults(), nl=False)
+    typer.echo(_module("config").annotated_defaults(), nl=False)
 
 
 @app.command()
@@ -274,25 +264,15 @@ def ptq(
     params: PackingOptions,
 ) -> None:
     """Pack full-precision weights, calibrated on samples that they generate themselves: no data set is needed."""
-    try:
-        from train.ptq import Calibration, pack_calibrated
-    except ImportError as error:
-        raise _not_installed(error) from error
     from rich.progress import Progress
 
+    ptq = _module("ptq")
+    calibration, options = ptq.Calibration(steps, inputs, seed), params.hints
+    options |= {"class_names": params.names, "decoder": params.decoder_kind}
     with Progress(transient=True) as progress:
         task = progress.add_task("sampling", total=None)
-        header = pack_calibrated(
-            source,
-            target,
-            Calibration(steps, inputs, seed),
-            params.quant,
-            params.defaults,
-            class_names=params.names,
-            decoder=params.decoder_kind,
-            **params.hints,
-            on_layer=lambda name: progress.update(task, description=name, advance=1),
-        )
+        options["on_layer"] = lambda name: progress.update(task, description=name, advance=1)
+        header = ptq.pack_calibrated(source, target, calibration, params.quant, params.defaults, **options)
     typer.echo(f"wrote {target} ({target.stat().st_size / 1e6:.2f} MB)")
     off = header.provenance["relative_error_on_own_samples"]
     if off is not None:

@@ -82,34 +82,36 @@ class QuantLinear(nn.Module):
 class _Branches(torch.autograd.Function):
     """``y = q W^T + (t B^T) A^T + bias`` for ``t``, the rotated ``x``, and ``q = Q_a(t)``.
 
-    The gradient passes straight through Q_a. Where there are more tokens than channels, the rotation is undone on the
-    weight and not on every token's gradient: ``dx = dy ((W + A B) H^T D)``.
+    One product makes both summands, of ``[q, t B^T]`` with ``[W, A]``, and one makes both of their gradients: alone,
+    those of the branch are thin products, bound by memory. The gradient passes straight through Q_a. Where there are
+    more tokens than channels, the rotation is undone on the weight and not on every token's gradient:
+    ``dx = dy ((W + A B) H^T D)``.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, t: Tensor, q: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor,
                 *rotation: Tensor) -> Tensor:  # fmt: skip
-        low = F.linear(t, b)
-        ctx.save_for_backward(t, q, low, weight, a, b, *rotation)
+        if a.shape[1]:
+            q, weight = torch.cat([q, F.linear(t, b)], dim=-1), torch.cat([weight, a], dim=1)
+        ctx.save_for_backward(t, q, weight, b, *rotation)
         ctx.dtype = x.dtype
-        y = F.linear(q, weight, bias)
-        return y + F.linear(low, a) if a.shape[1] else y
+        return F.linear(q, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        t, q, low, weight, a, b, *rotation = ctx.saved_tensors
-        tokens, has_branch = grad.shape[:-1].numel(), a.shape[1] > 0
-        g, t, q, low = (each.reshape(tokens, each.shape[-1]) for each in (grad, t, q, low))
-        g_low = g @ a
-        dx = None
-        if ctx.needs_input_grad[0]:
-            if tokens > len(weight):
-                whole = weight + a @ b if has_branch else weight
-                dx = g @ undo_rotation(whole, *rotation).to(g.dtype)
-            else:
-                dx = undo_rotation(g @ weight + g_low @ b if has_branch else g @ weight, *rotation)
-            dx = dx.to(ctx.dtype).reshape(*grad.shape[:-1], dx.shape[-1])
-        return (dx, None, None, g.T @ q, g.T @ low, g_low.T @ t, g.sum(0), *[None] * len(rotation))
+        t, q, weight, b, *rotation = ctx.saved_tensors
+        width, tokens = t.shape[-1], grad.shape[:-1].numel()
+        g, t, q = (each.reshape(tokens, each.shape[-1]) for each in (grad, t, q))
+        ternary, a = weight[:, :width], weight[:, width:]
+        if tokens > len(weight):
+            undone = undo_rotation(ternary + a @ b, *rotation).to(g.dtype)
+            dx, g_low = (g @ torch.cat([undone, a], dim=1)).tensor_split([width], dim=1)
+        else:
+            g_q, g_low = (g @ weight).tensor_split([width], dim=1)
+            dx = undo_rotation(g_q + g_low @ b, *rotation)
+        dx = dx.to(ctx.dtype).reshape(*grad.shape[:-1], width)
+        d_weight, d_a = (g.T @ q).tensor_split([width], dim=1)
+        return (dx, None, None, d_weight, d_a, g_low.T @ t, g.sum(0), *[None] * len(rotation))
 
 
 @contextmanager

@@ -11,37 +11,23 @@ import pytest
 from robuq_core.files import flush, replacing
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """``fsync`` and rename calls in order, each with the name of what it was called for."""
-    seen: list[tuple[str, str]] = []
-    fsync, rename, replace = os.fsync, os.rename, os.replace
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="names of open files come from /proc")
+def test_the_content_is_flushed_before_the_rename_and_the_rename_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
 
     def synced(handle: int) -> None:
-        seen.append(("fsync", Path(f"/proc/self/fd/{handle}").readlink().name))
+        calls.append(("fsync", Path(f"/proc/self/fd/{handle}").readlink().name))
         fsync(handle)
 
-    def renamed(source: str, target: str) -> None:
-        seen.append(("rename", Path(target).name))
-        rename(source, target)
-
     def replaced(source: str, target: str) -> None:
-        seen.append(("rename", Path(target).name))
+        calls.append(("rename", Path(target).name))
         replace(source, target)
 
     monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(os, "rename", renamed)
     monkeypatch.setattr(os, "replace", replaced)
-    return seen
-
-
-needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="names of open files come from /proc")
-
-
-@needs_proc
-def test_the_content_is_flushed_before_the_rename_and_the_rename_after_it(
-    tmp_path: Path, calls: list[tuple[str, str]]
-) -> None:
     with replacing(tmp_path / "state.pt") as temporary:
         temporary.write_text("whole")
     assert calls == [("fsync", temporary.name), ("rename", "state.pt"), ("fsync", tmp_path.name)]

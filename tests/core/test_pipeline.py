@@ -6,10 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_model, write_tiny
+from tiny import write_tiny
 
 from robuq_core.config import DIFFUSION_SAMPLERS
-from robuq_core.models.packed_dit import PackedDiT
 from robuq_core.pipeline import Row, RowSpec, Sampler
 
 SPECS = st.builds(
@@ -66,7 +65,7 @@ def test_a_picture_does_not_depend_on_its_neighbours(
     delays = data.draw(st.lists(st.integers(0, 4), min_size=len(specs), max_size=len(specs)))
     together = _draw_together(sampler, specs, delays)
     # Nor on what the sampler drew before, or on its number of threads.
-    fresh = sampler.replica(threads=data.draw(st.integers(1, 3)))
+    fresh = Sampler.from_checkpoint(path, threads=data.draw(st.integers(1, 3)))
     for spec, row in list(zip(specs, together, strict=True))[:4]:
         assert torch.equal(_draw_alone(fresh, spec).x, row.x)
 
@@ -156,25 +155,6 @@ def test_estimates_are_snapshots_that_end_in_the_picture(sampler: Sampler) -> No
     assert np.array_equal(sampler.decode_estimate(first), pixels)
     # The last DDIM step lands on the estimate itself.
     assert np.array_equal(sampler.decode_estimate(sampler.estimate(row)), sampler.decode(row))
-
-
-def test_replicas_share_weights_and_draw_the_same(sampler: Sampler) -> None:
-    replica = sampler.replica(threads=1)
-    assert replica.checkpoint_name == sampler.checkpoint_name
-    assert replica.backend_name == sampler.backend_name
-    mine, theirs = sampler.model, replica.model
-    assert isinstance(mine, PackedDiT)
-    assert isinstance(theirs, PackedDiT)
-    assert theirs.backend is not mine.backend
-    assert theirs.blocks[0].qkv.planar.data_ptr() == mine.blocks[0].qkv.planar.data_ptr()
-    spec = RowSpec(3, 9, 4, 2.0, "ddpm")
-    assert torch.equal(_draw_alone(replica, spec).x, _draw_alone(sampler, spec).x)
-
-
-def test_only_packed_samplers_replicate(sampler: Sampler) -> None:
-    plain = Sampler(tiny_model(), sampler.header, checkpoint_name="plain", backend_name="torch", weight_bytes=0)
-    with pytest.raises(ValueError, match="plain: only a sampler of a packed checkpoint"):
-        plain.replica()
 
 
 @given(max_rows=st.integers(1, 300))

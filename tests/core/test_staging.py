@@ -75,7 +75,7 @@ class OnMeta(ReferenceBackend):
 @pytest.fixture
 def sampler(tmp_path: Path) -> Sampler:
     write_tiny(tmp_path / "tiny.safetensors")
-    return Sampler._on(load_model(tmp_path / "tiny.safetensors"), OnMeta(META), "reference")
+    return Sampler._on(load_model(tmp_path / "tiny.safetensors"), OnMeta(META))
 
 
 # One more where only some rows are guided, and one where the network's own variance draws noise.

@@ -42,63 +42,50 @@ def kind(path: Path, **options: Any) -> tuple[str, str]:
     return weights.diffusion.prediction_type, weights.config.flavour
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ({"model": "DiT-XL/2"}, ("epsilon", "official")),
-        (SIT_ARGS, ("flow", "sit")),
-        ({"model": "SiT-B/4"}, ("flow", "sit")),
-        (REPA_ARGS, ("flow", "repa")),
-    ],
-)
-def test_the_arguments_of_training_say_the_kind(
-    tmp_path: Path, arguments: dict[str, Any], expected: tuple[str, str]
+KINDS: list[tuple[dict[str, Any] | None, str, dict[str, Any], tuple[str, str]]] = [
+    ({"model": "DiT-XL/2"}, "weights.pt", {}, ("epsilon", "official")),
+    (SIT_ARGS, "weights.pt", {}, ("flow", "sit")),
+    ({"model": "SiT-B/4"}, "weights.pt", {}, ("flow", "sit")),
+    (REPA_ARGS, "weights.pt", {}, ("flow", "repa")),
+    (None, "DiT-XL-2-256x256.pt", {}, ("epsilon", "official")),
+    (None, "SiT-XL-2-256x256.pt", {}, ("flow", "sit")),
+    (None, "repa-sit-b.pt", {}, ("flow", "repa")),
+    (None, "SiT-XL-2-256x256.pt", {"prediction": "v_prediction"}, ("v_prediction", "official")),
+    (None, "weights.pt", {"prediction": "epsilon"}, ("epsilon", "official")),
+    (None, "weights.pt", {"prediction": "flow"}, ("flow", "sit")),
+    (None, "weights.pt", {"prediction": "flow", "flavour": "repa"}, ("flow", "repa")),
+]
+REFUSED: list[tuple[dict[str, Any] | None, str, dict[str, Any], str]] = [
+    ({"model": "DiT-XL/2"}, "weights.pt", {"prediction": "flow"}, "prediction is epsilon in the file, not flow"),
+    (SIT_ARGS, "weights.pt", {"prediction": "epsilon"}, "prediction is flow in the file, not epsilon"),
+    (REPA_ARGS, "weights.pt", {"flavour": "sit"}, "flavour is repa in the file, not sit"),
+    ({**SIT_ARGS, "path_type": "GVP"}, "weights.pt", {}, r"args\.path_type"),
+    ({**SIT_ARGS, "prediction": "score"}, "weights.pt", {}, r"args\.prediction"),
+    *(
+        (None, f"{name}.pt", {}, "--prediction")
+        for name in ("weights", "dit-or-sit", "repa-vs-dit", "transit", "audit")
+    ),
+]
+
+
+def written(folder: Path, arguments: dict[str, Any] | None, name: str) -> Path:
+    state = table(8)
+    return saved(folder, state if arguments is None else {"ema": state, "args": Namespace(**arguments)}, name)
+
+
+@pytest.mark.parametrize(("arguments", "name", "options", "expected"), KINDS)
+def test_arguments_of_training_the_name_or_the_caller_say_the_kind(
+    tmp_path: Path, arguments: dict[str, Any] | None, name: str, options: dict[str, Any], expected: tuple[str, str]
 ) -> None:
-    path = trained(tmp_path, **arguments)
-    assert kind(path) == expected
-    other = "flow" if expected[0] == "epsilon" else "epsilon"
-    with pytest.raises(WeightsError, match=r"weights\.pt: prediction"):
-        read(path, prediction=other)
+    assert kind(written(tmp_path, arguments, name), num_classes=7, **options) == expected
 
 
-def test_a_flow_of_one_direction_is_not_read_as_the_other(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"flavour is repa .* not sit"):
-        read(trained(tmp_path, **REPA_ARGS), flavour="sit")
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("DiT-XL-2-256x256.pt", ("epsilon", "official")),
-        ("SiT-XL-2-256x256.pt", ("flow", "sit")),
-        ("repa-sit-b.pt", ("flow", "repa")),
-    ],
-)
-def test_a_file_that_says_nothing_else_may_say_it_by_its_name(
-    tmp_path: Path, name: str, expected: tuple[str, str]
+@pytest.mark.parametrize(("arguments", "name", "options", "message"), REFUSED)
+def test_a_file_is_never_taken_for_another_kind(
+    tmp_path: Path, arguments: dict[str, Any] | None, name: str, options: dict[str, Any], message: str
 ) -> None:
-    path = saved(tmp_path, table(8), name)
-    assert kind(path, num_classes=7) == expected
-    assert kind(path, num_classes=7, prediction="v_prediction") == ("v_prediction", "official")
-
-
-@pytest.mark.parametrize("name", ["weights.pt", "dit-or-sit.pt", "repa-vs-dit.pt", "transit.pt", "audit.pt"])
-def test_a_file_of_which_nothing_says_the_kind_is_asked_for_it(tmp_path: Path, name: str) -> None:
-    path = saved(tmp_path, table(8), name)
-    with pytest.raises(WeightsError, match="--prediction"):
-        read(path, num_classes=7)
-    assert kind(path, num_classes=7, prediction="epsilon") == ("epsilon", "official")
-    assert kind(path, num_classes=7, prediction="flow") == ("flow", "sit")
-    assert kind(path, num_classes=7, prediction="flow", flavour="repa") == ("flow", "repa")
-
-
-@pytest.mark.parametrize(
-    ("changes", "key"), [({"path_type": "GVP"}, "path_type"), ({"path_type": "cosine"}, "path_type"),
-                         ({"prediction": "noise"}, "prediction"), ({"prediction": "score"}, "prediction")],
-)  # fmt: skip
-def test_another_path_or_prediction_is_refused(tmp_path: Path, changes: dict[str, str], key: str) -> None:
-    with pytest.raises(WeightsError, match=rf"args\.{key}"):
-        read(trained(tmp_path, **{**SIT_ARGS, **changes}))
+    with pytest.raises(WeightsError, match=message):
+        read(written(tmp_path, arguments, name), num_classes=7, **options)
 
 
 def test_what_repa_trains_beside_the_network_is_left_alone(tmp_path: Path) -> None:

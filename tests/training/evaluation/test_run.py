@@ -124,14 +124,6 @@ def test_a_protocol_sets_what_published_figures_use(trained: tuple[Path, TrainCo
 
 
 @pytest.mark.usefixtures("pixels")
-def test_the_configuration_decides_how_the_runs_own_packed_file_samples(trained: tuple[Path, TrainConfig]) -> None:
-    path, _ = trained
-    result = measure(path, "--model", "packed", "--agreement-only", "--set", "sampler.steps=2")
-    assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout[result.stdout.index("{") :])["sampler"]["steps"] == 2
-
-
-@pytest.mark.usefixtures("pixels")
 def test_the_last_model_of_the_run_is_the_default(trained: tuple[Path, TrainConfig], tmp_path: Path) -> None:
     path, config = trained
     sheet, folder = tmp_path / "sheets" / "packed.png", tmp_path / "npz"

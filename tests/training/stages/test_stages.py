@@ -1,6 +1,5 @@
 """From photos to a packed file and a picture drawn from it, through the console scripts."""
 
-import hashlib
 import json
 import re
 import sys
@@ -20,7 +19,6 @@ from synthetic_run import (
     tensors_of,
     train,
     write_config,
-    write_photos,
 )
 from typer.testing import CliRunner
 
@@ -202,22 +200,6 @@ def test_principal_codes_do_not_depend_on_the_random_state_or_the_order(tmp_path
     order = torch.randperm(len(dataset))
     again = table_of(tmp_path, ImageDataset(dataset.images[order], dataset.labels[order]), class_init="pca")
     assert torch.allclose(first, again, atol=1e-5)
-
-
-def test_normal_init_has_its_spread(tmp_path: Path) -> None:
-    table = table_of(tmp_path, photos(400), class_init_std=0.7, model={"num_classes": 400})
-    assert float(table.std()) == pytest.approx(0.7, rel=0.05)
-
-
-def test_the_digest_of_data_sees_what_changes(tmp_path: Path) -> None:
-    file = tmp_path / "data.zip"
-    file.write_bytes(b"content")
-    assert data_digest(file) == hashlib.sha256(b"content").hexdigest()
-    folder = write_photos(tmp_path / "photos")
-    before = data_digest(folder)
-    assert data_digest(folder) == before
-    (folder / "class_0" / "extra.png").write_bytes(b"more")
-    assert data_digest(folder) != before
 
 
 def test_absolute_paths_are_cut_to_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

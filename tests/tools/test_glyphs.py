@@ -30,11 +30,6 @@ def glyphs() -> ModuleType:
     return script("glyphs")
 
 
-def run(glyphs: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["glyphs.py", *arguments])
-    glyphs.main()
-
-
 @pytest.fixture(scope="module")
 def made(glyphs: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set of some of the faces, one of them twice."""
@@ -104,7 +99,9 @@ def test_the_command_takes_a_list_of_paths(
 ) -> None:
     names = tmp_path / "fonts.txt"
     names.write_text("\n".join(str(FONTS / name) for name in (*TRAINED, *HELD_OUT)) + "\n")
-    run(glyphs, monkeypatch, "--out", str(tmp_path / "data"), "--side", "16", "--held-out", "0.5", f"@{names}")
+    options = ["--out", str(tmp_path / "data"), "--side", "16", "--held-out", "0.5", f"@{names}"]
+    monkeypatch.setattr(sys, "argv", ["glyphs.py", *options])
+    glyphs.main()
     assert "train 5" in capsys.readouterr().out
     assert load_dataset(tmp_path / "data", 16, 62).images.shape == (62 * 5, 3, 16, 16)
 
@@ -117,10 +114,11 @@ def test_unusable_fonts_end_in_one_line(
     glyphs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fonts: str, named: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("empty").mkdir()
-    Path("broken").mkdir()
-    (Path("broken") / "a.ttf").write_bytes(b"no font")
+    for folder in ("empty", "broken"):
+        Path(folder).mkdir()
+    Path("broken/a.ttf").write_bytes(b"no font")
+    monkeypatch.setattr(sys, "argv", ["glyphs.py", "--out", "out", fonts])
     with pytest.raises(SystemExit, match=named) as caught:
-        run(glyphs, monkeypatch, "--out", "out", fonts)
+        glyphs.main()
     assert "\n" not in str(caught.value)
     assert not Path("out").exists()

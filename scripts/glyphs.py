@@ -5,7 +5,7 @@
 
 Reads TrueType and OpenType faces. A face is skipped if it lacks a character, draws pictures in place of letters (or
 letters that hardly anybody would read), or repeats another face. Writes IDX files, which ``data.path`` reads: ``train``
-and, of the families that are held out, ``test``; and ``faces.json``, which says what became of every face.
+and, of the families that are held out, ``test``; and ``faces.json``, which holds the outcome for every face.
 """
 
 from __future__ import annotations
@@ -162,23 +162,23 @@ def write_idx(folder: Path, prefix: str, faces: Sequence[Face]) -> None:
 
 
 def make(paths: Sequence[Path], folder: Path, side: int, held_out: float) -> Counter[str]:
-    """Write the data set of the fonts at ``paths`` to ``folder``; returns how many faces each fate befell,
+    """Write the data set of the fonts at ``paths`` to ``folder``; returns how many faces there are of each outcome,
     by its first word.
 
     Raises:
         UserError: no font can be used, or all or none of their families would be held out.
     """
     drawn = {path: draw_face(path, side) for path in font_files(paths)}
-    fates: dict[Path, str] = {path: found for path, found in drawn.items() if isinstance(found, str)}
+    outcomes: dict[Path, str] = {path: found for path, found in drawn.items() if isinstance(found, str)}
     faces = [face for face in drawn.values() if isinstance(face, Face)]
-    fates |= {face.path: "unlike most letters" for face, fine in zip(faces, legible(faces), strict=True) if not fine}
-    faces = [face for face in faces if face.path not in fates]
+    outcomes |= {face.path: "unlike most letters" for face, fine in zip(faces, legible(faces), strict=True) if not fine}
+    faces = [face for face in faces if face.path not in outcomes]
     # Trained faces first: of two that are the same, the one that is held out goes.
     faces.sort(key=lambda face: (is_held_out(face.group, held_out), face.path))
     parts: dict[str, list[Face]] = {"train": [], "test": []}
     for face, other in zip(faces, repeats(faces), strict=True):
         split = "test" if is_held_out(face.group, held_out) else "train"
-        fates[face.path] = split if other is None else f"repeats {other.path}"
+        outcomes[face.path] = split if other is None else f"repeats {other.path}"
         if other is None:
             parts[split].append(face)
     for split, chosen in parts.items():
@@ -188,10 +188,10 @@ def make(paths: Sequence[Path], folder: Path, side: int, held_out: float) -> Cou
     write_idx(folder, "train", parts["train"])
     write_idx(folder, "t10k", parts["test"])
     names = {face.path: {"family": face.family, "style": face.style} for face in faces}
-    table = {str(path): {**names.get(path, {}), "fate": fates[path]} for path in sorted(fates)}
+    table = {str(path): {**names.get(path, {}), "outcome": outcomes[path]} for path in sorted(outcomes)}
     with replacing(folder / "faces.json") as temporary:
         temporary.write_text(json.dumps({"side": side, "held_out": held_out, "faces": table}, indent=1) + "\n")
-    return Counter(fate.partition(" ")[0] for fate in fates.values())
+    return Counter(outcome.partition(" ")[0] for outcome in outcomes.values())
 
 
 def main() -> None:
@@ -208,7 +208,7 @@ def main() -> None:
         counts = make(options.fonts, options.out, options.side, options.held_out)
     except UserError as error:
         sys.exit(f"error: {error}")
-    print(f"{options.out}: " + ", ".join(f"{fate} {count}" for fate, count in counts.most_common()))
+    print(f"{options.out}: " + ", ".join(f"{outcome} {count}" for outcome, count in counts.most_common()))
 
 
 if __name__ == "__main__":

@@ -42,19 +42,19 @@ def made(glyphs: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "data"
 
 
-def test_every_face_has_its_fate(made: Path) -> None:
+def test_every_face_has_its_outcome(made: Path) -> None:
     table = json.loads((made / "faces.json").read_text())
-    fates = {Path(path).name: face["fate"] for path, face in table["faces"].items()}
+    outcomes = {Path(path).name: face["outcome"] for path, face in table["faces"].items()}
     # Of the same face twice the one whose path comes later goes.
     first, second = sorted([FONTS / TRAINED[0], made.parent / "copy.ttf"])
-    assert fates.pop(first.name) == "train"
-    assert str(first) in fates.pop(second.name)
-    assert {fates.pop(name) for name in TRAINED[1:]} == {"train"}
-    assert {fates.pop(name) for name in HELD_OUT} == {"test"}
-    assert fates.pop(LACKING).startswith("lacks")
-    assert fates.pop(SYMBOLS).startswith("unlike")
-    assert fates.pop("broken.ttf").startswith("cannot")
-    assert not fates
+    assert outcomes.pop(first.name) == "train"
+    assert str(first) in outcomes.pop(second.name)
+    assert {outcomes.pop(name) for name in TRAINED[1:]} == {"train"}
+    assert {outcomes.pop(name) for name in HELD_OUT} == {"test"}
+    assert outcomes.pop(LACKING).startswith("lacks")
+    assert outcomes.pop(SYMBOLS).startswith("unlike")
+    assert outcomes.pop("broken.ttf").startswith("cannot")
+    assert not outcomes
     assert table["faces"][str(FONTS / HELD_OUT[0])]["family"] == "STIXGeneral"
 
 

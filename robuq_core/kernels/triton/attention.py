@@ -8,7 +8,7 @@ over the keys twice: first for a row's largest logit, then for the codes of its 
 Every product multiplies int8 into int32. Codes of exponentials, 0..255, enter less 128, which fits int8; 128 times the
 sums of V's codes puts it back. Integers: exact in any order.
 
-Tiles depend on the head alone, so a picture's result does not depend on the pictures beside it.
+Tiles depend on the head alone, so an image's result does not depend on the images beside it.
 """
 
 from __future__ import annotations

@@ -138,8 +138,7 @@ CROWD = 24
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    first = Sampler.from_checkpoint(threads=1)
-    samplers = (first, first.replica(threads=1))
+    samplers = [Sampler.from_checkpoint(threads=1) for _ in range(2)]
     with running_engine(*samplers, max_batch_rows=12, max_queue_images=256) as engine:
         yield engine
 

@@ -207,7 +207,8 @@ class Trainer:
         self._asked_to_stop: signal.Signals | None = None
         self._stopped_by: signal.Signals | None = None
         state = find_state(states)
-        if not parallel.same_everywhere(-1 if state is None else state.step):
+        step = -1 if state is None else state.step
+        if parallel.any_of(None if parallel.from_first(lambda: step) == step else "another") is not None:
             raise StateError(f"{states}: the processes see different states; run_dir must lie on a disk that all of "
                              "them share")  # fmt: skip
         if state is not None:

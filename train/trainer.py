@@ -368,8 +368,7 @@ class Trainer:
     def _batch(self, step: int) -> NoisyBatch:
         """This process's share of the batch of ``step``, in page-locked memory where a GPU is to read it."""
         rank, world, size = parallel.rank(), parallel.world_size(), self.stage.batch_size
-        mine = slice(rank * size // world, (rank + 1) * size // world)
-        x0, classes = self.source.batch(step, rank, world)
+        mine, (x0, classes) = self.source.share(rank, world), self.source.batch(step, rank, world)
         noise = sample_noise(self.config.seed, step, size, mine, x0.shape[1:], stream=3)
         generator = step_generator(self.config.seed, step)
         timesteps = draw_timesteps(size, generator, self.config.diffusion.prediction_type)[mine]

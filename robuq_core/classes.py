@@ -33,11 +33,8 @@ def read_names(path: Path) -> tuple[str, ...]:
     """
     try:
         lines = read_bounded(path).decode("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"cannot read {path}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
     except (ValueError, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"cannot read {path}: {reason}; give a text file, one class name per line") from error
+        raise UserError(f"cannot read {path} ({error}); give a UTF-8 text file, one class name per line") from error
     while lines and not lines[-1].strip():
         lines.pop()
     for number, line in enumerate(lines, 1):

@@ -29,7 +29,7 @@ _SOURCES = "Packed file, folder with one, bundled name (imagenet, glyphs) or hub
 CheckpointOption = Annotated[Path | None, typer.Option("--checkpoint", "-c", help=_SOURCES)]
 DecoderOption = Annotated[
     Path | None,
-    typer.Option(help="Diffusers folder of a latent model's autoencoder; default: the folder vae beside the file."),
+    typer.Option(help="Diffusers folder of a latent model's autoencoder; default: the folder vae next to the file."),
 ]
 BackendOption = Annotated[
     str, typer.Option(help="Kernel backend: auto, cpu (native), triton (NVIDIA GPU) or reference (torch).")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Optional, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
@@ -18,7 +18,6 @@ from robuq_core.config import (
     Flavour,
     GuidanceScale,
     PredictionType,
-    QuantConfig,
     SamplerName,
     Steps,
     StrictModel,
@@ -30,22 +29,14 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _quant(field: str, description: str) -> Any:
-    """An optional field with the bounds of a field of :class:`QuantConfig`."""
-    return Field(None, description=description, **_limits(QuantConfig.model_fields[field].metadata))
-
-
-def _limits(metadata: Iterable[Any]) -> dict[str, Any]:
-    """Limits in pydantic's metadata by name, such as ``ge``."""
-    return {name: getattr(each, name) for each in metadata for name in ("ge", "le") if hasattr(each, name)}
-
-
 class PackingOptions(StrictModel):
     """Options of the commands that pack full-precision weights; None takes the default."""
 
-    weight_planes: int | None = _quant("weight_planes", "Ternary matrices summed to one weight, 1.6 bits each [3].")
-    activation_bits: int | None = _quant("activation_bits", "Activation bits of the packed model [8].")
-    rank: int | None = _quant("rank", "Rank of the low-rank branch [16].")
+    weight_planes: int | None = Field(
+        None, ge=1, le=3, description="Ternary matrices summed to one weight, 1.6 bits each [3]."
+    )
+    activation_bits: int | None = Field(None, ge=1, le=8, description="Activation bits of the packed model [8].")
+    rank: int | None = Field(None, ge=0, le=4096, description="Rank of the low-rank branch [16].")
     heads: int | None = Field(None, ge=1, description="Attention heads, if the file does not say.")
     prediction: PredictionType | None = Field(
         None, description="What the network predicts, if the file does not say: epsilon (DiT), flow (SiT, REPA)."
@@ -140,7 +131,7 @@ def _option(field: FieldInfo) -> Any:
         kind, *infos = get_args(kind)
         limits += [limit for info in infos for limit in getattr(info, "metadata", ())]
     names = {"ge": "min", "le": "max"}
-    bounds: dict[str, Any] = {names[name]: value for name, value in _limits(limits).items()}
+    bounds: dict[str, Any] = {names[n]: getattr(each, n) for each in limits for n in names if hasattr(each, n)}
     if get_origin(kind) is tuple:
         kind, bounds = tuple[int, int], {"metavar": "LOW HIGH"}
     default = "" if field.default is None else f" [default: {field.default}]"

@@ -97,12 +97,6 @@ class LatentDecoder:
         return torch.device(self.autoencoder.device)
 
     @property
-    def dtype(self) -> torch.dtype:
-        dtype = self.autoencoder.dtype
-        assert isinstance(dtype, torch.dtype)
-        return dtype
-
-    @property
     def weight_bytes(self) -> int:
         return sum(parameter.nbytes for parameter in self.autoencoder.parameters())
 
@@ -117,7 +111,7 @@ class LatentDecoder:
         # One at a time: torch's threads share the work of one image.
         with self._lock:
             self.autoencoder.use_tiling = self._factor * max(latent.shape[-2:]) > TILE_ABOVE
-            (images,) = self.autoencoder.decode(latent[None].to(self.dtype), return_dict=False)
+            (images,) = self.autoencoder.decode(latent[None], return_dict=False)
         return torch.as_tensor(images[0]).float()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -125,14 +119,9 @@ class LatentDecoder:
 
     def replica(self, device: torch.device | str) -> LatentDecoder:
         """The decoder on ``device``; itself if it is there already."""
-        return self if is_at(self.device, torch.device(device)) else self._moved(device)
-
-    def cast(self, dtype: torch.dtype) -> LatentDecoder:
-        """The decoder computing in ``dtype``; itself if it does already."""
-        return self if dtype == self.dtype else self._moved(dtype)
-
-    def _moved(self, where: torch.device | torch.dtype | str) -> LatentDecoder:
-        return LatentDecoder(copy.deepcopy(self.autoencoder).to(where), self.name)
+        if is_at(self.device, torch.device(device)):
+            return self
+        return LatentDecoder(copy.deepcopy(self.autoencoder).to(device), self.name)
 
 
 Decoder = PixelDecoder | LatentDecoder
@@ -143,15 +132,10 @@ def is_at(device: torch.device, wanted: torch.device) -> bool:
     return device.type == wanted.type and wanted.index in (None, device.index)
 
 
-def load_decoder(
-    path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> LatentDecoder:
-    """The decoder in a local diffusers folder of an autoencoder, or in ``vae/`` of a local pipeline folder.
+def load_decoder(path: Path | str, *, device: torch.device | str = "cpu") -> LatentDecoder:
+    """The decoder in a local diffusers folder of an autoencoder, or in ``vae/`` of a local pipeline folder, in float32.
 
     Nothing is downloaded; a pickled ``.bin`` file is read as plain tensors.
-
-    Args:
-        dtype: what it computes in; half precision is for GPUs.
     """
     folder = next((each for each in (Path(path), Path(path) / "vae") if (each / "config.json").is_file()), None)
     if folder is None:
@@ -160,7 +144,7 @@ def load_decoder(
     try:
         autoencoder, loading = library.from_pretrained(
             folder,
-            torch_dtype=dtype,
+            torch_dtype=torch.float32,
             local_files_only=True,
             output_loading_info=True,
             disable_mmap=True,  # overwriting a mapped file would kill the server that loads it

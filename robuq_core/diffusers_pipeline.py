@@ -115,26 +115,19 @@ class RobuQPipeline:
 
         Args:
             decoder, backend, threads: as for :meth:`robuq_core.pipeline.Sampler.from_checkpoint`.
-            torch_dtype: of the decoder; a packed network has its own number formats.
-            use_safetensors, variant: ignored; a packed checkpoint is one safetensors file.
+            torch_dtype, use_safetensors, variant: ignored; a packed checkpoint is one safetensors file with number
+                formats of its own, and decoding is in float32.
 
         Raises:
             CheckpointError, DecoderError: it cannot be loaded, or a latent model has no decoder.
             ValueError: unknown backend.
         """
         path = pretrained_model_name_or_path
-        pipeline = cls(Sampler.from_checkpoint(path, decoder=decoder, backend=backend, threads=threads))
-        return pipeline if torch_dtype is None else pipeline.to(torch_dtype)
+        return cls(Sampler.from_checkpoint(path, decoder=decoder, backend=backend, threads=threads))
 
     @property
     def device(self) -> torch.device:
         return self.sampler.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the decoder; the network computes in float32."""
-        decoder = self.sampler.decoder
-        return decoder.dtype if isinstance(decoder, LatentDecoder) else torch.float32
 
     @property
     def vae(self) -> Any:
@@ -142,31 +135,17 @@ class RobuQPipeline:
         decoder = self.sampler.decoder
         return decoder.autoencoder if isinstance(decoder, LatentDecoder) else None
 
-    def to(
-        self,
-        *args: torch.device | torch.dtype | str,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> RobuQPipeline:
-        """Move to a device, change the decoder's floating type, or both; returns itself.
+    def to(self, *args: torch.device | torch.dtype | str, device: torch.device | str | None = None) -> RobuQPipeline:
+        """Move to a device; returns itself. A dtype is ignored.
 
         Raises:
-            ValueError: neither is given, or the backend does not run there.
+            ValueError: the backend does not run there.
         """
         for value in args:
-            if isinstance(value, torch.dtype):
-                dtype = value
-            else:
-                device = value
-        if device is None and dtype is None:
-            raise ValueError("to() needs a device, a dtype or both")
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"to() takes a floating dtype, not {dtype}")
+            device = device if isinstance(value, torch.dtype) else value
         if device is not None and not is_at(self.device, torch.device(device)):
             path, decoder = self.sampler.path, self.sampler.decoder
             self.sampler = Sampler.from_checkpoint(path, decoder=decoder, device=device)
-        if dtype is not None and isinstance(self.sampler.decoder, LatentDecoder):
-            self.sampler.decoder = self.sampler.decoder.cast(dtype)
         return self
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:

@@ -150,7 +150,7 @@ def _facts(report: Report, name: str) -> list[tuple[str, str]]:
 def _usage(name: str, latent: bool) -> str:
     extra = ".[vae]" if latent else "."
     note = f"""
-This is a latent model: put a diffusers folder of the autoencoder that it was trained with beside the file as
+This is a latent model: put a diffusers folder of the autoencoder that it was trained with next to the file as
 `{DECODER_FOLDER}`, or name it (`--decoder`, `decoder=`, `ROBUQ_DECODER`).
 """
     return f"""## Use

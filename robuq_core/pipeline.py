@@ -36,7 +36,7 @@ from robuq_core.threads import on_one_thread
 
 _NO_DECODER = (
     "a latent model without a decoder: give decoder (--decoder, ROBUQ_DECODER), a diffusers folder of the autoencoder "
-    "that it was trained with, or put that folder beside the checkpoint as vae"
+    "that it was trained with, or put that folder next to the checkpoint as vae"
 )
 
 __all__ = ["ALL_TIMESTEPS", "Denoiser", "Row", "RowSpec", "Sampler", "Timings", "bundled_checkpoint"]
@@ -153,7 +153,7 @@ class Sampler:
         Args:
             path: a file, a folder with one, or a hub id: see :func:`robuq_core.hub.resolve_checkpoint`.
             decoder: of a latent model: a folder (see :func:`robuq_core.decode.load_decoder`) or a loaded one; ``None``:
-                the folder ``vae`` beside the file. Ignored for a pixel model.
+                the folder ``vae`` next to the file. Ignored for a pixel model.
             backend, threads, device: see :func:`robuq_core.kernels.backends.select_backend`.
 
         Raises:

@@ -5,7 +5,7 @@
 
 Reads TrueType and OpenType faces. A face is skipped if it lacks a character, draws pictures in place of letters (or
 letters that hardly anybody would read), or repeats another face. Writes IDX files, which ``data.path`` reads: ``train``
-and, of the families that are held out, ``test``; and ``faces.json``, which says what became of every face.
+and, of the families that are held out, ``test``; and ``faces.json``, which holds the outcome for every face.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import string
 import struct
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,10 +41,6 @@ _SAME = 1e-3
 _SUFFIXES = {".ttf", ".otf"}
 # Noncharacters: what a face draws for them is what it draws for every character that it lacks.
 _ABSENT = "\uffff\ufffe"
-
-
-class GlyphError(UserError):
-    """Fonts that cannot be used; the message names the path."""
 
 
 @dataclass(frozen=True)
@@ -104,27 +100,26 @@ def _draw(font: ImageFont.FreeTypeFont, character: str, canvas: int, baseline: f
     return np.asarray(image.reduce(_SUPERSAMPLE))
 
 
-def font_files(paths: Iterable[Path]) -> list[Path]:
+def font_files(paths: Sequence[Path]) -> list[Path]:
     """The font files among ``paths`` and in the folders there, sorted.
 
     Raises:
-        GlyphError: a path does not exist, or there is no font file.
+        UserError: a path does not exist, or there is no font file.
     """
     found: set[Path] = set()
-    given = list(paths)
-    for path in given:
+    for path in paths:
         if not path.exists():
-            raise GlyphError(f"{path} does not exist")
-        found.update(
-            [path] if path.is_file() else (each for each in path.rglob("*") if each.suffix.lower() in _SUFFIXES)
-        )
+            raise UserError(f"{path} does not exist")
+        found |= {each for each in path.rglob("*") if each.suffix.lower() in _SUFFIXES} if path.is_dir() else {path}
     if not found:
-        raise GlyphError(f"{', '.join(map(str, given))}: no {' or '.join(sorted(_SUFFIXES))} file there")
+        raise UserError(f"{', '.join(map(str, paths))}: no {' or '.join(sorted(_SUFFIXES))} file there")
     return sorted(found)
 
 
 def legible(faces: Sequence[Face]) -> list[bool]:
     """Whether most characters of a face look more like themselves, on average over all faces, than like others."""
+    if not faces:
+        return []
     images = np.stack([face.images for face in faces]).reshape(len(faces), len(CHARACTERS), -1).astype(np.float32)
     means = images.mean(axis=0)
     means = means - means.mean(axis=1, keepdims=True)
@@ -136,6 +131,8 @@ def legible(faces: Sequence[Face]) -> list[bool]:
 
 def repeats(faces: Sequence[Face]) -> list[Face | None]:
     """For each face the earlier one that it repeats, if any."""
+    if not faces:
+        return []
     flat = np.stack([face.images for face in faces]).reshape(len(faces), -1).astype(np.float32) / 255
     squares = np.square(flat).sum(axis=1)
     kept: list[int] = []
@@ -164,49 +161,37 @@ def write_idx(folder: Path, prefix: str, faces: Sequence[Face]) -> None:
             temporary.write_bytes(gzip.compress(header + array.tobytes(), 6, mtime=0))
 
 
-def make(paths: Iterable[Path], folder: Path, side: int, held_out: float) -> Counter[str]:
-    """Write the data set of the fonts at ``paths`` to ``folder``; returns how many faces each fate befell,
+def make(paths: Sequence[Path], folder: Path, side: int, held_out: float) -> Counter[str]:
+    """Write the data set of the fonts at ``paths`` to ``folder``; returns how many faces there are of each outcome,
     by its first word.
 
     Raises:
-        GlyphError: no font can be used, or all or none of their families would be held out.
+        UserError: no font can be used, or all or none of their families would be held out.
     """
-    faces: list[Face] = []
-    fates: dict[Path, str] = {}
-    for path in font_files(paths):
-        drawn = draw_face(path, side)
-        if isinstance(drawn, Face):
-            faces.append(drawn)
-        else:
-            fates[path] = drawn
-    if faces:
-        for face, fine in zip(faces, legible(faces), strict=True):
-            if not fine:
-                fates[face.path] = "unlike most letters"
-        faces = [face for face in faces if face.path not in fates]
+    drawn = {path: draw_face(path, side) for path in font_files(paths)}
+    outcomes: dict[Path, str] = {path: found for path, found in drawn.items() if isinstance(found, str)}
+    faces = [face for face in drawn.values() if isinstance(face, Face)]
+    outcomes |= {face.path: "unlike most letters" for face, fine in zip(faces, legible(faces), strict=True) if not fine}
+    faces = [face for face in faces if face.path not in outcomes]
     # Trained faces first: of two that are the same, the one that is held out goes.
     faces.sort(key=lambda face: (is_held_out(face.group, held_out), face.path))
-    if faces:
-        for face, other in zip(faces, repeats(faces), strict=True):
-            if other is not None:
-                fates[face.path] = f"repeats {other.path}"
-    parts = {"train": [], "test": []}  # type: dict[str, list[Face]]
-    for face in faces:
-        if face.path not in fates:
-            split = "test" if is_held_out(face.group, held_out) else "train"
+    parts: dict[str, list[Face]] = {"train": [], "test": []}
+    for face, other in zip(faces, repeats(faces), strict=True):
+        split = "test" if is_held_out(face.group, held_out) else "train"
+        outcomes[face.path] = split if other is None else f"repeats {other.path}"
+        if other is None:
             parts[split].append(face)
-            fates[face.path] = split
     for split, chosen in parts.items():
         if not chosen:
-            raise GlyphError(f"no face is left for the split {split}: give more fonts, or another --held-out")
+            raise UserError(f"no face is left for the split {split}: give more fonts, or another --held-out")
     folder.mkdir(parents=True, exist_ok=True)
     write_idx(folder, "train", parts["train"])
     write_idx(folder, "t10k", parts["test"])
     names = {face.path: {"family": face.family, "style": face.style} for face in faces}
-    table = {str(path): {**names.get(path, {}), "fate": fates[path]} for path in sorted(fates)}
+    table = {str(path): {**names.get(path, {}), "outcome": outcomes[path]} for path in sorted(outcomes)}
     with replacing(folder / "faces.json") as temporary:
         temporary.write_text(json.dumps({"side": side, "held_out": held_out, "faces": table}, indent=1) + "\n")
-    return Counter(fate.partition(" ")[0] for fate in fates.values())
+    return Counter(outcome.partition(" ")[0] for outcome in outcomes.values())
 
 
 def main() -> None:
@@ -223,7 +208,7 @@ def main() -> None:
         counts = make(options.fonts, options.out, options.side, options.held_out)
     except UserError as error:
         sys.exit(f"error: {error}")
-    print(f"{options.out}: " + ", ".join(f"{fate} {count}" for fate, count in counts.most_common()))
+    print(f"{options.out}: " + ", ".join(f"{outcome} {count}" for outcome, count in counts.most_common()))
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ failed. ``--rehearse`` runs every job at tiny sizes on a CPU: kernels in the emu
 backend; its times mean nothing.
 
 A machine that has torch, Triton and little else can be given the rest as wheels. Beforehand, where a registry can be
-reached (the wheels are 4 MB; name the version of Python that the GPU machine has)::
+reached (the wheels are 3 MB; name the version of Python that the GPU machine has)::
 
     pip download --only-binary=:all: --python-version 3.12 --no-deps -d .whl -c constraints.txt \\
-        pydantic pydantic_core annotated_types typing_inspection fastapi starlette uvicorn httptools sse_starlette \\
-        limits deprecated wrapt pydantic_settings python-dotenv annotated-doc h11 anyio idna click opentelemetry-api
+        pydantic pydantic_core annotated_types typing_inspection fastapi starlette uvicorn httptools \\
+        pydantic_settings python-dotenv annotated-doc h11 anyio idna click opentelemetry-api
 
 and on the GPU machine, from the root of the repository::
 

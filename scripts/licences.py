@@ -20,7 +20,8 @@ from robuq_core.files import replacing
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "THIRD_PARTY.md"
-PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+_PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PYPROJECT, BUILD_REQUIREMENTS = _PYPROJECT["project"], _PYPROJECT["build-system"]["requires"]
 EXTRAS = sorted(set(PYPROJECT["optional-dependencies"]) - {"dev", "dev-all", "docs"})  # those for users
 TABLE = re.compile(r"(?<=<!-- packages -->\n).*?(?=<!-- end -->)", re.S)
 # From licence files, for packages without metadata of it, or that are not installed everywhere.
@@ -41,13 +42,6 @@ CLASSIFIERS = {
 }
 
 
-def _distribution(name: str) -> metadata.Distribution | None:
-    try:
-        return metadata.distribution(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _requirements(texts: Iterable[str], extras: Iterable[str]) -> Iterator[tuple[str, frozenset[str]]]:
     """Name and extras of the requirements that apply on this platform with ``extras``."""
     environments = [{"extra": extra} for extra in extras] or [{"extra": ""}]
@@ -65,7 +59,7 @@ def needed(extra: str | None = None) -> dict[str, metadata.Distribution | None]:
         name, extras = wanted.pop()
         if (name, extras) not in seen:
             seen.add((name, extras))
-            found[name] = distribution = _distribution(name)
+            found[name] = distribution = next(iter(metadata.distributions(name=name)), None)
             wanted += _requirements((distribution and distribution.requires) or (), extras)
     return found
 

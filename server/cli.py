@@ -98,7 +98,7 @@ def main(settings: Settings) -> None:
     from server.launch import bind, prepare
     from server.logs import configure_logging
 
-    configure_logging(settings.log_level, settings.log_format)
+    configure_logging(settings.log_level)
     if settings.api_keys_file is not None:
         read_keys(settings.api_keys_file)  # before the checkpoint, so that a mistake shows at once
     elif not is_loopback(settings.host):

@@ -76,7 +76,7 @@ class ProcessHandle:
         with theirs:
             os.set_inheritable(weights, True)
             descriptors = (theirs.fileno(), weights)
-            arguments = (*descriptors, os.getpid(), settings.log_level, settings.log_format)
+            arguments = (*descriptors, os.getpid(), settings.log_level)
             # A group of its own: Ctrl+C is for the server, which lets its workers finish.
             self._process = subprocess.Popen(
                 [*WORKER_COMMAND, *map(str, arguments)],

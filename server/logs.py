@@ -1,16 +1,14 @@
-"""Logs on standard output through the standard library: one JSON object a line, or text for people."""
+"""Logs on standard output through the standard library: one JSON object per line."""
 
 from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import Any
 
-from server.settings import LogFormat, LogLevel
+from server.settings import LogLevel
 
 # Set by the HTTP layer for the length of a request; lines logged meanwhile carry it.
 current_request_id: ContextVar[str] = ContextVar("current_request_id", default="")
@@ -18,9 +16,6 @@ current_request_id: ContextVar[str] = ContextVar("current_request_id", default="
 current_trace_id: ContextVar[str] = ContextVar("current_trace_id", default="")
 
 _PLAIN_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
-
-# What moves the cursor of a terminal, or ends a line for some reader of logs.
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 _encode = json.JSONEncoder(default=str).encode
 
@@ -47,23 +42,7 @@ class JsonFormatter(logging.Formatter):
         return _encode(line)
 
 
-class TextFormatter(logging.Formatter):
-    """One line a record, beneath it the indented traceback of an exception: no text of a client can begin a line."""
-
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)-8s %(message)s")
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        return _CONTROL.sub(
-            lambda found: found.group().encode("unicode_escape").decode(), super().formatMessage(record)
-        )
-
-    def formatException(self, ei: Any) -> str:
-        lines = super().formatException(ei).splitlines()
-        return "\n".join("  " + _CONTROL.sub(" ", line) for line in lines)
-
-
-def configure_logging(level: LogLevel, log_format: LogFormat) -> None:
+def configure_logging(level: LogLevel) -> None:
     """Send every logger, uvicorn's too, to one handler."""
     logging.raiseExceptions = False  # a full disk behind standard output must not take requests down
     # Fields that no line has; looking them up costs time.
@@ -71,7 +50,7 @@ def configure_logging(level: LogLevel, log_format: LogFormat) -> None:
     if hasattr(logging, "logAsyncioTasks"):
         logging.logAsyncioTasks = False
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for name in ("uvicorn", "uvicorn.error"):
         logger = logging.getLogger(name)

@@ -82,7 +82,7 @@ class Replica:
 
     def __init__(self, given: dict[str, Any]) -> None:
         self.settings = settings = Settings(**given)
-        configure_logging(settings.log_level, settings.log_format)
+        configure_logging(settings.log_level)
         if settings.api_keys_file is not None:
             read_keys(settings.api_keys_file)
         self.pool = Pool(settings, Metrics(settings.max_batch_rows))

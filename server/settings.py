@@ -19,7 +19,6 @@ from robuq_core.params import MAX_IMAGES
 TARGET_UTILISATION = 0.7
 
 LogLevel = Literal["debug", "info", "warning", "error"]
-LogFormat = Literal["json", "text"]
 
 _NO_HOST = re.compile(r"[/?#@\\\s]")
 # What a browser on this machine may call a server that listens on a loopback address, beside its addresses.
@@ -153,7 +152,6 @@ class Settings(BaseSettings):
         None, description="OTLP/HTTP collector for traces, such as http://localhost:4318; needs the extra robuq[otel]."
     )
     log_level: LogLevel = Field("info", description="Minimum severity of log lines: debug, info, warning or error.")
-    log_format: LogFormat = Field("json", description="json (one object per line) or text.")
 
     @field_validator("cors_origins", "trusted_proxies", "allowed_hosts", mode="before")
     @classmethod

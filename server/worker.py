@@ -1,6 +1,6 @@
 """A worker: one copy of the model in a process of its own. The only module of the server that imports torch.
 
-    python -m server.worker SOCKET WEIGHTS PARENT LEVEL FORMAT
+    python -m server.worker SOCKET WEIGHTS PARENT LEVEL
 
 It takes images from a socket, steps all of them together, encodes the finished ones, and sends the files back. The pool
 decides how many it gets: at the start of each step the worker says which images the step will finish, and their
@@ -419,9 +419,9 @@ def main(make_sampler: Callable[[Options, int], Any] = load_sampler, arguments: 
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     die_with(parent)
     from server.logs import configure_logging
-    from server.settings import LogFormat, LogLevel
+    from server.settings import LogLevel
 
-    configure_logging(cast(LogLevel, given[3]), cast(LogFormat, given[4]))
+    configure_logging(cast(LogLevel, given[3]))
     if make_sampler is load_sampler:
         # Most of the start, while the server still imports its own part. What fails here fails again when it loads.
         with suppress(Exception):

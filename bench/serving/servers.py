@@ -96,7 +96,7 @@ def bench_settings(port: int = 0) -> Settings:
 def serve_robuq(kind: Kind, port: int) -> int:
     """Our own server, as ``robuq-serve`` runs it."""
     settings = bench_settings(port)
-    configure_logging(settings.log_level, settings.log_format)
+    configure_logging(settings.log_level)
     if kind == "noop":
         launch.WORKER_COMMAND = (sys.executable, "-c", NOOP_WORKER)
     sockets = bind(settings.host, port)

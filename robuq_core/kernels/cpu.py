@@ -186,27 +186,16 @@ def _base_matrix(order: int) -> Tensor:
     return hadamard_matrix(base).float().contiguous()
 
 
-def _check(tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """``tensor``, contiguous; the native side trusts what passes here."""
+def _check(
+    tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, apart: bool = False
+) -> Tensor:
+    """``tensor``, contiguous, or just each row of it where rows may lie ``apart``; the native side trusts what passes
+    here."""
     if tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_cpu:
         raise ValueError(
             f"{name} must be {dtype} {shape} on the CPU, not {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
         )
-    return tensor if tensor.is_contiguous() else tensor.contiguous()
-
-
-def _check_rows(tensor: Tensor, name: str, shape: tuple[int, int]) -> Tensor:
-    """``tensor``, each row contiguous; rows may lie apart."""
-    if tensor.shape == shape and tensor.stride(1) == 1 and tensor.dtype is torch.float32 and tensor.is_cpu:
-        return tensor
-    return _check(tensor, name, shape)
-
-
-def _check_modulation(modulation: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """``modulation``, each row contiguous; rows and entries may lie apart."""
-    if modulation.shape == shape and modulation.stride(2) == 1 and modulation.dtype is torch.float32:
-        return modulation
-    return _check(modulation, "modulation", shape)
+    return tensor if tensor.is_contiguous() or (apart and tensor.stride(-1) == 1) else tensor.contiguous()
 
 
 def _weight_counts(planar: Tensor) -> Tensor:
@@ -307,8 +296,8 @@ def _prologue_struct(prologue: Prologue, rows: int, width: int) -> _PrologueStru
         images = prologue.shift.shape[0]
         if images == 0 or rows % images:
             raise ValueError(f"{rows} rows do not divide among {images} images")
-        shift = _check_rows(prologue.shift, "shift", (images, width))
-        scale = _check_rows(prologue.scale, "scale", (images, width))
+        shift = _check(prologue.shift, "shift", (images, width), apart=True)
+        scale = _check(prologue.scale, "scale", (images, width), apart=True)
         struct = _PrologueStruct(_MODULATE, max(rows // images, 1), shift.data_ptr(), scale.data_ptr())
         struct.shift_stride, struct.scale_stride, struct.eps = shift.stride(0), scale.stride(0), prologue.eps
         struct.tensors = shift, scale
@@ -352,89 +341,72 @@ class CpuBackend:
     def __reduce__(self) -> tuple[type[CpuBackend], tuple[int, Isa]]:
         return type(self), (self.threads, self.isa)  # a copy has its own pool
 
-    def _raise(self, op: str) -> None:
-        raise MemoryError(f"{op}: no memory for its working buffers")
+    def _call(self, op: str, *arguments: object) -> None:
+        """``robuq_OP`` on this backend."""
+        if getattr(self._library, f"robuq_{op}")(self._handle, *arguments):
+            raise MemoryError(f"{op}: no memory for its working buffers")
 
     def rotate_quantize(self, x: Tensor, layer: TernaryLayer, prologue: Prologue = None) -> Quantized:
-        native = _native_layer(layer)
-        rows = x.shape[0]
+        native, rows = _native_layer(layer), x.shape[0]
         x = _check(x, "x", (rows, native.inputs))
         codes = torch.empty(rows, native.inputs, dtype=torch.int8)
         scales, lowrank = torch.empty(rows), torch.empty(rows, native.rank)
         before = _prologue_struct(prologue, rows, native.inputs)
-        if self._library.robuq_rotate_quantize(
-            *(self._handle, native.address, x.data_ptr(), rows, ctypes.addressof(before)),
-            *(codes.data_ptr(), scales.data_ptr(), lowrank.data_ptr()),
-        ):
-            self._raise("rotate_quantize")
+        out = codes.data_ptr(), scales.data_ptr(), lowrank.data_ptr()
+        self._call("rotate_quantize", native.address, x.data_ptr(), rows, ctypes.addressof(before), *out)
         return Quantized(codes, scales, lowrank)
 
     def ternary_linear(self, x: Quantized, layer: TernaryLayer) -> Tensor:
-        native = _native_layer(layer)
-        rows = x.codes.shape[0]
+        native, rows = _native_layer(layer), x.codes.shape[0]
         codes = _check(x.codes, "codes", (rows, native.inputs), torch.int8)
         scales = _check(x.scales, "scales", (rows,))
         lowrank = _check(x.lowrank, "lowrank", (rows, native.rank))
         y = torch.empty(rows, native.outputs)
-        if self._library.robuq_ternary_linear(
-            *(self._handle, native.address, codes.data_ptr(), scales.data_ptr(), lowrank.data_ptr(), rows),
-            y.data_ptr(),
-        ):
-            self._raise("ternary_linear")
+        quantized = codes.data_ptr(), scales.data_ptr(), lowrank.data_ptr()
+        self._call("ternary_linear", native.address, *quantized, rows, y.data_ptr())
         return y
 
     def ternary(self, x: Tensor, layer: TernaryLayer, prologue: Prologue = None) -> Tensor:
         """``ternary_linear(rotate_quantize(x))`` in one call, the same bits: ``x [M, K]`` -> ``[M, N]``."""
-        native = _native_layer(layer)
-        rows = x.shape[0]
-        x = _check(x, "x", (rows, native.inputs))
-        y = torch.empty(rows, native.outputs)
+        native, rows = _native_layer(layer), x.shape[0]
+        x, y = _check(x, "x", (rows, native.inputs)), torch.empty(rows, native.outputs)
         before = _prologue_struct(prologue, rows, native.inputs)
-        if self._library.robuq_ternary(
-            *(self._handle, native.address, x.data_ptr(), rows, ctypes.addressof(before)),
-            *(None, 0, 1, y.data_ptr()),
-        ):
-            self._raise("ternary")
+        without_gate = None, 0, 1
+        self._call(
+            *("ternary", native.address, x.data_ptr(), rows, ctypes.addressof(before)), *without_gate, y.data_ptr()
+        )
         return y
 
     def add_ternary(
         self, residual: Tensor, gate: Tensor, x: Tensor, layer: TernaryLayer, prologue: Prologue = None
     ) -> None:
         """``residual [M, N] += gate * ternary(x)`` in place; ``gate [B, N]`` for B images, M / B rows each."""
-        native = _native_layer(layer)
-        rows, images = x.shape[0], gate.shape[0]
+        native, rows, images = _native_layer(layer), x.shape[0], gate.shape[0]
         x = _check(x, "x", (rows, native.inputs))
-        gate = _check_rows(gate, "gate", (images, native.outputs))
+        gate = _check(gate, "gate", (images, native.outputs), apart=True)
         if _check(residual, "residual", (rows, native.outputs)) is not residual:
             raise ValueError("residual must be contiguous: it is changed in place")
         if images == 0 or rows % images:
             raise ValueError(f"{rows} rows do not divide among {images} images")
         before = _prologue_struct(prologue, rows, native.inputs)
-        if self._library.robuq_ternary(
-            *(self._handle, native.address, x.data_ptr(), rows, ctypes.addressof(before)),
-            *(gate.data_ptr(), gate.stride(0), max(rows // images, 1), residual.data_ptr()),
-        ):
-            self._raise("add_ternary")
+        gated = gate.data_ptr(), gate.stride(0), max(rows // images, 1), residual.data_ptr()
+        self._call("ternary", native.address, x.data_ptr(), rows, ctypes.addressof(before), *gated)
 
     def add_block(self, x: Tensor, modulation: Tensor, block: Block) -> None:
         struct = _native_block(block)
         images, length, width = x.shape
         if _check(x, "x", (images, length, struct.layers[0].inputs)) is not x:
             raise ValueError("x must be contiguous: it is changed in place")
-        modulation = _check_modulation(modulation, (6, images, width))
-        if self._library.robuq_block(
-            *(self._handle, ctypes.addressof(struct), x.data_ptr(), images, length),
-            *(modulation.data_ptr(), modulation.stride(0), modulation.stride(1)),
-        ):
-            self._raise("add_block")
+        modulation = _check(modulation, "modulation", (6, images, width), apart=True)
+        entries = modulation.data_ptr(), modulation.stride(0), modulation.stride(1)
+        self._call("block", ctypes.addressof(struct), x.data_ptr(), images, length, *entries)
 
     def embed(self, images: Tensor, ends: Ends) -> Tensor:
         struct = _native_ends(ends)
         pixels, tokens, _ = struct.shapes
         count = len(images)
         x, images = torch.empty(count, *tokens), _check(images, "images", (count, *pixels))
-        if self._library.robuq_embed(self._handle, ctypes.addressof(struct), images.data_ptr(), count, x.data_ptr()):
-            self._raise("embed")
+        self._call("embed", ctypes.addressof(struct), images.data_ptr(), count, x.data_ptr())
         return x
 
     def output(self, x: Tensor, modulation: Tensor, ends: Ends) -> Tensor:
@@ -442,12 +414,9 @@ class CpuBackend:
         _, tokens, pixels = struct.shapes
         count = len(x)
         x, images = _check(x, "x", (count, *tokens)), torch.empty(count, *pixels)
-        modulation = _check_modulation(modulation, (2, count, tokens[1]))
-        if self._library.robuq_output(
-            *(self._handle, ctypes.addressof(struct), x.data_ptr(), count),
-            *(modulation.data_ptr(), modulation.stride(0), modulation.stride(1), images.data_ptr()),
-        ):
-            self._raise("output")
+        modulation = _check(modulation, "modulation", (2, count, tokens[1]), apart=True)
+        entries = modulation.data_ptr(), modulation.stride(0), modulation.stride(1)
+        self._call("output", ctypes.addressof(struct), x.data_ptr(), count, *entries, images.data_ptr())
         return images
 
     def modulate(self, c: Tensor, layers: Sequence[TernaryLayer], ends: Ends, table: Tensor, slots: Tensor) -> None:
@@ -461,35 +430,24 @@ class CpuBackend:
         if rows and not 0 <= int(slots.min()) <= int(slots.max()) < table.shape[1]:
             raise ValueError(f"slots must be from 0 to {table.shape[1] - 1}")
         addresses = (_POINTER * len(native))(*(each.address for each in native))
-        if self._library.robuq_modulate(
-            *(self._handle, ctypes.addressof(struct), ctypes.addressof(addresses), len(native)),
-            *(c.data_ptr(), rows, slots.data_ptr(), table.data_ptr(), table.stride(0)),
-        ):
-            self._raise("modulate")
+        entries = slots.data_ptr(), table.data_ptr(), table.stride(0)
+        linears = ctypes.addressof(struct), ctypes.addressof(addresses), len(native)
+        self._call("modulate", *linears, c.data_ptr(), rows, *entries)
 
     def attention(self, qkv: Tensor, num_heads: int, quantized: bool) -> Tensor:
         images, length, triple = qkv.shape
         width = triple // 3
         if num_heads < 1 or triple != 3 * width or width % num_heads:
             raise ValueError(f"qkv of width {triple} does not split into q, k, v of {num_heads} heads")
-        out = torch.empty(images, length, width)
-        qkv = _check(qkv, "qkv", (images, length, triple))
-        if self._library.robuq_attention(
-            *(self._handle, qkv.data_ptr(), images, length, width, num_heads, quantized), out.data_ptr()
-        ):
-            self._raise("attention")
+        qkv, out = _check(qkv, "qkv", (images, length, triple)), torch.empty(images, length, width)
+        self._call("attention", qkv.data_ptr(), images, length, width, num_heads, quantized, out.data_ptr())
         return out
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         rows, width, outputs = x.shape[0], weight.shape[1], weight.shape[0]
-        x = _check(x, "x", (rows, width))
-        weight = _check(weight, "weight", (outputs, width))
-        bias = _check(bias, "bias", (outputs,))
-        y = torch.empty(rows, outputs)
-        if self._library.robuq_linear(
-            *(self._handle, x.data_ptr(), weight.data_ptr(), bias.data_ptr(), rows, width, outputs), y.data_ptr()
-        ):
-            self._raise("linear")
+        x, y = _check(x, "x", (rows, width)), torch.empty(rows, outputs)
+        weight, bias = _check(weight, "weight", (outputs, width)), _check(bias, "bias", (outputs,))
+        self._call(*("linear", x.data_ptr(), weight.data_ptr(), bias.data_ptr(), rows, width, outputs), y.data_ptr())
         return y
 
     def update(

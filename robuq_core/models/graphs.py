@@ -92,7 +92,7 @@ class _Recording(Generic[Outputs]):
 
 
 class GraphedDenoise(Generic[Outputs]):
-    """``denoise(x [B, C, H, W], slots [B], table)`` by replaying recordings, one a bucket, made when first needed.
+    """``denoise(x [B, C, H, W], slots [B], table)`` by replaying recordings, one per bucket, made when first needed.
 
     The results lie in buffers that the next call overwrites. Recordings hold addresses: another ``table`` starts anew.
     """

@@ -129,16 +129,6 @@ def test_a_decoder_has_no_encoder_in_memory(folder: Path) -> None:
     )
 
 
-def test_half_precision_computes_in_half_and_gives_float(folder: Path) -> None:
-    decoder = load_decoder(folder, dtype=torch.bfloat16)
-    (latent,) = latents(1)
-    picture, exact = decoder.decode(latent), load_decoder(folder).decode(latent)
-    assert picture.dtype == torch.float32
-    assert 0 < float((picture - exact).abs().max()) < 0.1 * float(exact.abs().max())
-    assert decoder.cast(torch.bfloat16) is decoder
-    assert (decoder.cast(torch.float32).dtype, decoder.dtype) == (torch.float32, torch.bfloat16)
-
-
 def test_a_replica_on_the_same_device_is_the_decoder_itself(folder: Path) -> None:
     decoder = load_decoder(folder)
     assert decoder.replica("cpu") is decoder

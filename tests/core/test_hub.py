@@ -7,8 +7,11 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
+import httpx
 import huggingface_hub
+import huggingface_hub.errors as hub_errors
 import pytest
 import torch
 from autoencoders import save_autoencoder_tiny, write_latent
@@ -131,6 +134,42 @@ def test_a_repository_without_its_checkpoint(cache: Path) -> None:
 def test_offline_and_not_in_the_cache_is_one_error() -> None:
     with pytest.raises(CheckpointError, match=r"someone/tiny@v2: .* the hub cannot be reached nor is it in the cache"):
         resolve_checkpoint(f"{REPO}@v2")
+
+
+def test_only_the_checkpoint_of_one_commit_is_downloaded(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, folder = [], cache / "models--someone--tiny" / "snapshots" / COMMIT
+
+    def download(repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((repo, revision, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve_checkpoint(f"{REPO}@main") == folder / "tiny.safetensors"
+    # Whatever is uploaded to the branch meanwhile, the second download is of the commit of the first.
+    assert asked == [
+        (REPO, "main", ["config.json"]),
+        (REPO, COMMIT, ["config.json", "tiny.safetensors", "vae/*"]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "message"),
+    [
+        (hub_errors.RepositoryNotFoundError, 404, "no such file or folder, and no such repository on the hub"),
+        (hub_errors.RevisionNotFoundError, 404, "the repository has no such revision"),
+        (hub_errors.GatedRepoError, 403, "the hub only serves approved accounts"),
+        (hub_errors.HfHubHTTPError, 401, "the hub refuses access; run hf auth login, or check HF_TOKEN"),
+        (hub_errors.HfHubHTTPError, 500, "the hub cannot be reached nor is it in the cache"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception], status: int, message: str
+) -> None:
+    error = kind("refused", response=httpx.Response(status, request=httpx.Request("GET", "https://hub.example")))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", Mock(side_effect=error))
+    with pytest.raises(CheckpointError, match=f"^someone/tiny@v9: .*{message}") as refused:
+        resolve_checkpoint(f"{REPO}@v9")
+    assert "\n" not in str(refused.value)
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

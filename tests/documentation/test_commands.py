@@ -94,7 +94,7 @@ def commands(page: Path) -> list[list[str]]:
     return found
 
 
-def shown(program: str) -> list[tuple[str, list[str]]]:
+def commands_of(program: str) -> list[tuple[str, list[str]]]:
     """Every page and command that begins with ``program``, in blocks and within sentences."""
     found = []
     for page in PAGES:
@@ -116,7 +116,7 @@ def test_options_that_pages_show_exist(program: str) -> None:
         return command
 
     command = do_nothing(typer.main.get_command(APPS[program]))
-    found = shown(program)
+    found = commands_of(program)
     assert len(found) > 3
     for page, words in found:
         # Placeholders in capitals stand for numbers as well as for files.

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class LyingSampler(FakeSampler):
-    """Says one size and draws another."""
+    """Reports one size and generates another."""
 
     def decode(self, row):  # type: ignore[no-untyped-def]
         return super().decode(row)[:16, :16]

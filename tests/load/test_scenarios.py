@@ -1,4 +1,4 @@
-"""The scenarios' shapes and the bodies that they draw."""
+"""The scenarios' shapes and the bodies that they send."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ def test_bursts_come_and_go() -> None:
 def test_bodies_fit_the_model_and_follow_their_seed(info: dict[str, Any]) -> None:
     def bodies(seed: int) -> list[dict[str, Any]]:
         workload = Workload(info, [3, 5], max_images=3, rng=random.Random(seed))
-        return [draw() for _ in range(100) for draw in (workload.plain, workload.mixed, workload.several)]
+        return [make() for _ in range(100) for make in (workload.plain, workload.mixed, workload.several)]
 
-    drawn = bodies(1)
-    assert drawn == bodies(1) != bodies(2)
-    for body in drawn:
+    sent = bodies(1)
+    assert sent == bodies(1) != bodies(2)
+    for body in sent:
         read_params(GenerateBody, json.dumps(body).encode())
         assert body.get("class_id", 0) in range(7)
         assert ("class_id" in body) == bool(info["num_classes"])
-    assert {body["steps"] for body in drawn if "steps" in body} == {3, 5}
-    assert {body.get("num_images", 1) for body in drawn} == {1, 2, 3}
-    assert {body["sampler"] for body in drawn if "sampler" in body} == set(info["samplers"])
+    assert {body["steps"] for body in sent if "steps" in body} == {3, 5}
+    assert {body.get("num_images", 1) for body in sent} == {1, 2, 3}
+    assert {body["sampler"] for body in sent if "sampler" in body} == set(info["samplers"])
     if not info["guidance"]:
-        assert {body["guidance_scale"] for body in drawn if "guidance_scale" in body} == {1}
-    named = {name for body in drawn for name in body}
+        assert {body["guidance_scale"] for body in sent if "guidance_scale" in body} == {1}
+    named = {name for body in sent for name in body}
     assert named >= set(ImageParams.model_fields) - {"class_id", "class_name"}
 
 

@@ -42,13 +42,11 @@ class Launcher:
         kinds = source.signature
         self.runtime = [i for i, name in enumerate(kinds) if kinds[name] != "constexpr"]
         self.floats = [kinds[name] in ("fp32", "f32") for name in kinds]
-        self.constants = dict(getattr(source, "constants", {}))
         files = get_cache_manager(metadata.hash).get_group(f"{metadata.name}.json") or {}
         self.ptx, self.cubin = (Path(files[f"{metadata.name}.{kind}"]) for kind in ("ptx", "cubin"))
 
     def __call__(self, x: int, y: int, z: int, stream: Any, function: Any, packed: Any, described: Any, enter: Any,
                  leave: Any, *arguments: Any) -> None:  # fmt: skip
-        self.driver.launches[self.metadata.name] += 1
         if self.driver.only_compile:
             sizes = {each.data_ptr(): each.nbytes for each in arguments if isinstance(each, torch.Tensor)}
             self.driver.compiled.append(Launched(self, (x, y, z), sum(sizes.values())))
@@ -112,8 +110,8 @@ class _Utils:
 class EmulatedDriver:
     """``architecture``: compute capability, 90 for 9.0. ``change``: what is done to a program before each launch.
 
-    ``faults`` holds what the launches so far have done wrong, ``launches`` how often each kernel ran. ``strict``: raise
-    :class:`KernelFault` at once. ``only_compile``: launches run nothing and are kept in ``compiled``.
+    ``faults`` holds what the launches so far have done wrong. ``strict``: raise :class:`KernelFault` at once.
+    ``only_compile``: launches run nothing and are kept in ``compiled``.
     ``statistics``: a counter to count wavefronts in.
     """
 
@@ -126,7 +124,6 @@ class EmulatedDriver:
         self.utils = _Utils()
         self.change: Callable[[Program], Program] = lambda program: program
         self.faults: Counter[str] = Counter()
-        self.launches: Counter[str] = Counter()
 
     def finished(self, program: Program, grid: tuple[int, int, int], faults: Counter[str]) -> None:
         self.faults.update({f"{program.name}: {fault}": count for fault, count in faults.items()})

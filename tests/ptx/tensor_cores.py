@@ -44,32 +44,19 @@ def _words(blocks: Blocks, registers: tuple[Operand, ...]) -> Array:
 
 @cache
 def _places(registers: int, size: int) -> tuple[Array, Array]:
-    """Row and column of every value in the first operand's registers, ``[32, registers, values]``; rows of the second
-    operand are the columns here."""
+    """Row and column of every value in the first operand's registers, ``[32, registers, values]``."""
     per = 4 // size
     lane, i, e = np.meshgrid(LANE, np.arange(registers), np.arange(per), indexing="ij")
     return lane // 4 + 8 * (i % 2), lane % 4 * per + e + 4 * per * (i // 2)
 
 
-def _first(blocks: Blocks, registers: tuple[Operand, ...], kind: str) -> Array:
-    """``A [blocks, warps, 16, k]`` of 2 or 4 registers."""
-    words = _words(blocks, registers)
-    size = SIZES[kind]
-    values = _numbers(words.view(np.uint8), kind).reshape(*words.shape, 4 // size)
-    row, column = _places(len(registers), size)
-    matrix = np.zeros((*words.shape[:2], 16, 8 // size * len(registers)))
-    matrix[:, :, row, column] = values
-    return matrix
-
-
-def _second(blocks: Blocks, registers: tuple[Operand, ...], kind: str) -> Array:
-    """``B [blocks, warps, k, 8]`` of 1 or 2 registers: as rows 0 to 7 of a first operand."""
-    words = _words(blocks, registers)
-    size = SIZES[kind]
-    values = _numbers(words.view(np.uint8), kind).reshape(*words.shape, 4 // size)
-    row, column = _places(2 * len(registers), size)
-    matrix = np.zeros((*words.shape[:2], 16 // size * len(registers), 8))
-    matrix[:, :, column[:, ::2], row[:, ::2]] = values
+def _matrix(blocks: Blocks, registers: tuple[Operand, ...], kind: str, rows: int = 16) -> Array:
+    """``A [blocks, warps, 16, k]`` of 2 or 4 registers. With 8 rows: ``B`` transposed, of 1 or 2, which lie like the
+    first rows of ``A``."""
+    words, size, every = _words(blocks, registers), SIZES[kind], 16 // rows
+    row, column = (each[:, ::every] for each in _places(every * len(registers), size))
+    matrix = np.zeros((*words.shape[:2], rows, 8 // size * every * len(registers)))
+    matrix[:, :, row, column] = _numbers(words.view(np.uint8), kind).reshape(*words.shape, 4 // size)
     return matrix
 
 
@@ -101,7 +88,7 @@ def multiply_in_warp(blocks: Blocks, instruction: Instruction, mask: Array | Non
     if found is None or found[1] not in ("s32", "f32") or not {found[2], found[3]} <= SIZES.keys():
         raise NotImplementedError
     d, a, b, c = (each if isinstance(each, tuple) else (each,) for each in instruction.operands)
-    product = _first(blocks, a, found[2]) @ _second(blocks, b, found[3])
+    product = _matrix(blocks, a, found[2]) @ _matrix(blocks, b, found[3], 8).swapaxes(2, 3)
     _store_sums(blocks, d, product + _sums(blocks, c, found[1]), found[1])
 
 
@@ -194,7 +181,7 @@ def _multiply(blocks: Blocks, instruction: Instruction) -> None:
         blocks.faults[f"wgmma without a wgmma.fence after its registers were written: {instruction.text}"] += 1
     groups = blocks.warps // 4
     if isinstance(a, tuple):
-        left = _first(blocks, a, kind).reshape(len(blocks.blocks), groups, 64, depth)
+        left = _matrix(blocks, a, kind).reshape(len(blocks.blocks), groups, 64, depth)
     else:
         left = _numbers(_operand(blocks, a, 64, depth, SIZES[kind], False, instruction), kind)
     raw = _operand(blocks, b, columns, depth, SIZES[kind], transposed, instruction)

@@ -208,21 +208,16 @@ def test_the_log_names_the_peer_and_what_a_trusted_proxy_says() -> None:
         assert json.loads(lines_of(process, "invalid_http")[0])["peer"] == peer
 
 
-def test_nothing_forges_a_line_of_a_text_log_and_upgrades_are_quiet(tmp_path: Path) -> None:
+def test_nothing_forges_a_line_of_the_log_and_upgrades_are_quiet(tmp_path: Path) -> None:
     key = create_key(tmp_path / "keys.json", "admin", scopes=["admin"])
-    options = ("--log-format", "text", "--api-keys-file", str(tmp_path / "keys.json"))
-    with serving(*options, "--checkpoint-dir", str(tmp_path)) as (process, client):
-        forged = "x\n2026-01-01 00:00:00,000 INFO     forged\x1b[31m\u2028forged"
+    options = ("--api-keys-file", str(tmp_path / "keys.json"), "--checkpoint-dir", str(tmp_path))
+    with serving(*options) as (process, client):
+        forged = "x\n{}\x1b[31m\u2028{}"
         client.post("/admin/checkpoint", json={"path": forged}, headers={"X-API-Key": key})
-        client.get("/a%0aforged", headers={"X-API-Key": key, "X-Forwarded-For": "1.2.3.4"})
+        client.get("/a%0a{}", headers={"X-API-Key": key})
         client.get("/info", headers={"Connection": "Upgrade", "Upgrade": "websocket", "X-API-Key": key})
         lines_of(process, "/info")
         log = process.output
-        assert "\\n2026-01-01" in log
-        for line in re.split("[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]", log)[:-1]:
-            assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|WARNING) ", line), line
-            assert not line.endswith("INFO     forged")
-        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", log)
+        assert all(json.loads(line)["message"] for line in log.splitlines())
+        assert not re.search(r"[^\n -~]", log)
         assert "upgrade" not in log.lower() + process.error_output.lower()
-        assert "WebSocket" not in log
-        assert re.search(r" 127\.0\.0\.1:\d+ GET /info 200", log)

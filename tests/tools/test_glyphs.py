@@ -30,11 +30,6 @@ def glyphs() -> ModuleType:
     return script("glyphs")
 
 
-def run(glyphs: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["glyphs.py", *arguments])
-    glyphs.main()
-
-
 @pytest.fixture(scope="module")
 def made(glyphs: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set of some of the faces, one of them twice."""
@@ -47,19 +42,19 @@ def made(glyphs: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "data"
 
 
-def test_every_face_has_its_fate(made: Path) -> None:
+def test_every_face_has_its_outcome(made: Path) -> None:
     table = json.loads((made / "faces.json").read_text())
-    fates = {Path(path).name: face["fate"] for path, face in table["faces"].items()}
+    outcomes = {Path(path).name: face["outcome"] for path, face in table["faces"].items()}
     # Of the same face twice the one whose path comes later goes.
     first, second = sorted([FONTS / TRAINED[0], made.parent / "copy.ttf"])
-    assert fates.pop(first.name) == "train"
-    assert str(first) in fates.pop(second.name)
-    assert {fates.pop(name) for name in TRAINED[1:]} == {"train"}
-    assert {fates.pop(name) for name in HELD_OUT} == {"test"}
-    assert fates.pop(LACKING).startswith("lacks")
-    assert fates.pop(SYMBOLS).startswith("unlike")
-    assert fates.pop("broken.ttf").startswith("cannot")
-    assert not fates
+    assert outcomes.pop(first.name) == "train"
+    assert str(first) in outcomes.pop(second.name)
+    assert {outcomes.pop(name) for name in TRAINED[1:]} == {"train"}
+    assert {outcomes.pop(name) for name in HELD_OUT} == {"test"}
+    assert outcomes.pop(LACKING).startswith("lacks")
+    assert outcomes.pop(SYMBOLS).startswith("unlike")
+    assert outcomes.pop("broken.ttf").startswith("cannot")
+    assert not outcomes
     assert table["faces"][str(FONTS / HELD_OUT[0])]["family"] == "STIXGeneral"
 
 
@@ -104,7 +99,9 @@ def test_the_command_takes_a_list_of_paths(
 ) -> None:
     names = tmp_path / "fonts.txt"
     names.write_text("\n".join(str(FONTS / name) for name in (*TRAINED, *HELD_OUT)) + "\n")
-    run(glyphs, monkeypatch, "--out", str(tmp_path / "data"), "--side", "16", "--held-out", "0.5", f"@{names}")
+    options = ["--out", str(tmp_path / "data"), "--side", "16", "--held-out", "0.5", f"@{names}"]
+    monkeypatch.setattr(sys, "argv", ["glyphs.py", *options])
+    glyphs.main()
     assert "train 5" in capsys.readouterr().out
     assert load_dataset(tmp_path / "data", 16, 62).images.shape == (62 * 5, 3, 16, 16)
 
@@ -117,10 +114,11 @@ def test_unusable_fonts_end_in_one_line(
     glyphs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fonts: str, named: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("empty").mkdir()
-    Path("broken").mkdir()
-    (Path("broken") / "a.ttf").write_bytes(b"no font")
+    for folder in ("empty", "broken"):
+        Path(folder).mkdir()
+    Path("broken/a.ttf").write_bytes(b"no font")
+    monkeypatch.setattr(sys, "argv", ["glyphs.py", "--out", "out", fonts])
     with pytest.raises(SystemExit, match=named) as caught:
-        run(glyphs, monkeypatch, "--out", "out", fonts)
+        glyphs.main()
     assert "\n" not in str(caught.value)
     assert not Path("out").exists()

@@ -8,7 +8,7 @@ over the keys twice: first for a row's largest logit, then for the codes of its 
 Every product multiplies int8 into int32. Codes of exponentials, 0..255, enter less 128, which fits int8; 128 times the
 sums of V's codes puts it back. Integers: exact in any order.
 
-Tiles depend on the head alone, so a picture's result does not depend on the pictures beside it.
+Tiles depend on the head alone, so an image's result does not depend on the images beside it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from robuq_core.kernels.triton.config import MIN_DEPTH, MIN_ROWS, LaunchConfig, launching, power_of_2, rounded
+from robuq_core.kernels.triton.config import (
+    MIN_DEPTH,
+    MIN_ROWS,
+    LaunchConfig,
+    fence_copies,
+    launching,
+    power_of_2,
+    rounded,
+)
 
 # 255 * 127 * 65536 < 2^31.
 MAX_HEAD_DIM, MAX_LENGTH = 256, 2**16
@@ -128,6 +136,7 @@ def _logits(q, q_scale, k_ptr, k_scales_ptr, key, column, LENGTH: tl.constexpr, 
     """Logits of a tile, float32; minus infinity where there is no key."""
     k = tl.load(k_ptr + key[None, :] * HEAD_TILE + column[:, None])
     k_scale = tl.load(k_scales_ptr + key)
+    fence_copies()
     logits = tl.dot(q, k).to(tl.float32) * q_scale[:, None] * k_scale[None, :]
     return tl.where((key < LENGTH)[None, :], logits, float("-inf"))
 
@@ -177,6 +186,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
         p = rounded(tl.exp(tl.minimum(logits - largest[:, None], 0.0)) * 255.0).to(tl.int32)
         total += tl.sum(p, 1)
         v = tl.load(v_ptr + key[:, None] * HEAD_TILE + column[None, :])
+        fence_copies()
         product = tl.dot((p - 128).to(tl.int8), v, product, out_dtype=tl.int32)
 
     v_sum = tl.zeros([HEAD_TILE], tl.int32)

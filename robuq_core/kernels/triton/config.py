@@ -88,6 +88,18 @@ UNPACK = tl.constexpr(
 )
 
 
+# Triton 3.6 leaves out the fence between copies to shared memory and the tensor cores of 9.0, which read them.
+FENCED = tl.constexpr(triton.__version__.startswith("3.6."))
+
+
+@triton.jit
+def fence_copies():  # type: ignore[no-untyped-def]
+    """In front of a product of tiles that a loop copies ahead of their use."""
+    if FENCED and tl.target_info.is_cuda() and tl.target_info.cuda_capability_geq(9):
+        asm: tl.constexpr = "fence.proxy.async.shared::cta; mov.b32 $0, 0;"
+        tl.inline_asm_elementwise(asm, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
 @triton.jit
 def gelu(x):  # type: ignore[no-untyped-def]
     """The tanh form."""

@@ -24,7 +24,16 @@ from torch import Tensor
 
 from robuq_core.kernels.ops import Quantized
 from robuq_core.kernels.triton.async_linear import MAX_RANK, STAGES, async_linear_kernel
-from robuq_core.kernels.triton.config import MIN_ROWS, UNPACK, LaunchConfig, gelu, launching, power_of_2, tf32_parts
+from robuq_core.kernels.triton.config import (
+    MIN_ROWS,
+    UNPACK,
+    LaunchConfig,
+    fence_copies,
+    gelu,
+    launching,
+    power_of_2,
+    tf32_parts,
+)
 from robuq_core.kernels.triton.weights import Weights
 from robuq_core.quant.packing import PLANAR_GROUP, PLANAR_GROUP_BYTES
 
@@ -128,6 +137,7 @@ def ternary_linear_kernel(  # type: ignore[no-untyped-def]
         p0, p1, p2, p3 = _unpack(tl.load(planar_ptrs + group * 32))
         planes = tl.join(tl.join(p0, p1), tl.join(p2, p3))
         digits = tl.reshape(tl.permute(planes, (0, 3, 2, 1)), [OUTPUTS, 128])
+        fence_copies()
         total = tl.dot(digits, tl.trans(codes), total, out_dtype=tl.int32)
 
     # From here on a piece of the tile at a time: the low-rank term and what is read for the whole one would not fit

@@ -62,8 +62,6 @@ def cases() -> dict[str, Callable[[CpuBackend], object]]:
     for bits in (4, 8):
         add_product(f"proj, {bits} bits", 1152, 1152, bits, ROWS)
     add_product("proj, 4 rows", 1152, 1152, 2, 4)
-    small, few = pack_layer(make_linear(384, 384, bits=2, rank=16)), tokens(4, 384)
-    found["layer of 384 x 384, 4 rows"] = lambda backend: backend.ternary(few, small)
     qkv = tokens(256, 3 * 4 * 72).reshape(1, 256, -1)
     found["attention, 8 bits"] = lambda backend: backend.attention(qkv, 4, True)
     found["attention, float"] = lambda backend: backend.attention(qkv, 4, False)

@@ -36,7 +36,6 @@ IMAGES = {80: (8,), 86: (8,), 89: (8,), 90: (1, 8), 100: (8,)}
 # Other versions of Triton differ a little.
 TOLERANCE = 1.1
 REGISTERS, SHARED = 65536, 228 * 1024  # of an SM of 9.0
-LAUNCHES, MEGABYTES = 9, 180  # of a block of 8 images
 WAVEFRONTS = {(1152, None): 600, (4608, None): 2000, (4608, 128): 400}  # a token of a width, rotated by blocks
 
 
@@ -103,29 +102,17 @@ def measured(architecture: int) -> dict[str, dict[str, int]]:
     return found
 
 
-@pytest.fixture(scope="module", params=list(IMAGES), ids="sm{}".format)
-def launches(request: pytest.FixtureRequest) -> tuple[int, dict[str, dict[str, int]]]:
-    return request.param, measured(request.param)
-
-
-def test_no_launch_takes_more_than_it_did(launches: tuple[int, dict[str, dict[str, int]]]) -> None:
-    architecture, found = launches
-    budgets = json.loads(BUDGETS.read_text())[f"sm_{architecture}"]
+@pytest.mark.parametrize("architecture", list(IMAGES), ids="sm{}".format)
+def test_no_launch_takes_more_than_it_did(architecture: int) -> None:
+    """Products run on the tensor cores, and on 9.0 two programs share a multiprocessor."""
+    found, budgets = measured(architecture), json.loads(BUDGETS.read_text())[f"sm_{architecture}"]
     assert list(found) == list(budgets)
     for name, each in found.items():
         assert each["stack"] == 0, name
         assert each["shared"] <= SHARED_LIMIT[architecture], name
         for kind in ("registers", "barriers", "instructions", "bytes", "shared"):
             assert each[kind] <= TOLERANCE * budgets[name][kind], (name, kind)
-
-
-def test_products_run_on_the_tensor_cores_and_blocks_share_an_sm(
-    launches: tuple[int, dict[str, dict[str, int]]],
-) -> None:
-    architecture, found = launches
-    for name, each in found.items():
-        if "linear" in name:
-            assert each["integer products"], name
+        assert each["integer products"] or "linear" not in name, name
         if architecture == 90 and name.endswith(("linear_kernel", "rotate_quantize_kernel")):
             assert 2 * each["registers"] * each["threads"] <= REGISTERS, name
             assert 2 * (each["shared"] + 1024) <= SHARED, name
@@ -147,13 +134,6 @@ def test_nothing_spills_and_results_are_stored_16_bytes_at_a_time(architecture: 
             counter = "atom.global" in ptx  # of the parts of K that have arrived
             assert sum(".v4." not in store for store in stores) == counter, name
     assert rounding == (3 if narrow else 0)  # qkv, attention, fc1
-
-
-def test_a_block_is_few_launches_and_moves_few_bytes() -> None:
-    launched = block(90, 8)
-    assert len(launched) <= LAUNCHES
-    residuals = 2 * 8 * 256 * 1152 * 4  # proj and fc2 read what they write
-    assert sum(each.nbytes for each in launched) + residuals <= MEGABYTES * 1e6
 
 
 @pytest.mark.parametrize(("width", "block"), list(WAVEFRONTS))

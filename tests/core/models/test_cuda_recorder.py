@@ -127,17 +127,13 @@ def test_each_device_records_its_own_kernels_on_its_own_stream(cuda: Cuda) -> No
         for value in (1.0, 2.0):
             x = torch.full((2, 1, 1, 1), value)
             assert torch.equal(graphed(x, slots, table), x * 3 + device)
+        graphed(x[:1], slots[:1], table)
         stream = cuda.captures[-1][1]
         assert stream.device == device
         assert stream.waited_for  # what was queued before it
-    assert len({pool for pool, _ in cuda.captures}) == 2
-
-
-def test_recordings_of_one_device_share_stream_and_pool(cuda: Cuda) -> None:
-    graphed = denoise_on(cuda, 1)
-    for rows in (1, 2, 3):
-        graphed(torch.ones(rows, 1, 1, 1), torch.zeros(rows, dtype=torch.int64), torch.zeros(1))
-    assert len({id(stream) for _, stream in cuda.captures}) == len({pool for pool, _ in cuda.captures}) == 1
+    # All recordings of a device share its stream and its pool of memory.
+    assert len(cuda.captures) == 4
+    assert len({(pool, id(stream)) for pool, stream in cuda.captures}) == 2
 
 
 def test_an_empty_recording_is_an_error(cuda: Cuda) -> None:

@@ -1,4 +1,4 @@
-"""Recordings: rounded up to buckets, filled up without a trace, made anew for another table."""
+"""Recordings: rounded up to buckets, filled up without a trace, recorded again for another table."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ MIXED = [
 ]
 
 
-def drawn(sampler: Sampler, specs: list[RowSpec]) -> list[Tensor]:
+def generated(sampler: Sampler, specs: list[RowSpec]) -> list[Tensor]:
     rows = [sampler.start(spec) for spec in specs]
     sampler.finish(rows)
     return [row.x.cpu() for row in rows]
@@ -102,33 +102,33 @@ def test_rows_that_keep_their_blocks_are_recorded_apart(tmp_path: Path, monkeypa
     path = tmp_path / "tiny.safetensors"
     write_tiny(path)
     sampler = Sampler.from_checkpoint(path, backend="cpu", threads=1)
-    expected = drawn(sampler, MIXED)
+    expected = generated(sampler, MIXED)
     model, plain, keeping = sampler.model, Recorder(), Recorder()
     assert isinstance(model, PackedDiT)
     monkeypatch.setattr(model, "_run", GraphedDenoise(model.denoise, plain))
     monkeypatch.setattr(model, "_run_keeping", GraphedDenoise(model.denoise_keeping, keeping))
-    assert all(map(torch.equal, drawn(sampler, MIXED), expected))
+    assert all(map(torch.equal, generated(sampler, MIXED), expected))
     assert plain.recorded
     assert keeping.recorded
-    drawn(sampler, MIXED[::3])
+    generated(sampler, MIXED[::3])
     recorded = keeping.recorded
-    drawn(sampler, [spec for spec in MIXED if spec.cache_interval == 1])
+    generated(sampler, [spec for spec in MIXED if spec.cache_interval == 1])
     assert keeping.recorded == recorded
 
 
 @pytest.mark.gpu
-def test_a_gpu_draws_the_same_alone_and_among_others(tmp_path: Path) -> None:
+def test_a_gpu_generates_the_same_alone_and_among_others(tmp_path: Path) -> None:
     path = tmp_path / "tiny.safetensors"
     write_tiny(path)
     sampler = Sampler.from_checkpoint(path, device="cuda")
     assert sampler.warm_up_rows(20)[-1] == 20
-    together = drawn(sampler, MIXED)
+    together = generated(sampler, MIXED)
     for spec, expected in zip(MIXED, together, strict=True):
-        assert torch.equal(drawn(sampler, [spec])[0], expected)
+        assert torch.equal(generated(sampler, [spec])[0], expected)
     # The reference backend on the CPU agrees but for codes that fall the other way.
-    law = Sampler.from_checkpoint(path, backend="reference")
-    row = law.start(MIXED[0])
-    law.step([row])
+    reference = Sampler.from_checkpoint(path, backend="reference")
+    row = reference.start(MIXED[0])
+    reference.step([row])
     mine = sampler.start(MIXED[0])
     sampler.step([mine])
     assert float((mine.x.cpu() - row.x).norm() / row.x.norm()) < 0.05

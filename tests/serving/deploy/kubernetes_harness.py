@@ -9,7 +9,6 @@ import yaml
 from deploy_harness import DEPLOY
 
 KUBERNETES = DEPLOY / "kubernetes"
-OVERLAYS = ("base", "gpu", "keys", "monitoring")
 
 Document = dict[str, Any]
 

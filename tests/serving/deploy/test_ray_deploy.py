@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 
 import pytest
 import yaml
@@ -104,10 +102,3 @@ def test_prometheus_gives_the_series_their_names_back(exposition: Exposition) ->
     assert [job["job_name"] for job in PROMETHEUS["scrape_configs"]] == ["robuq"]
     (rules,) = PROMETHEUS["rule_files"]
     assert (DEPLOY / "ray" / rules).resolve() == DEPLOY / "prometheus" / "alerts.yml"
-
-
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
-def test_promtool_agrees() -> None:
-    command = ["promtool", "check", "config", "prometheus.yml"]
-    result = subprocess.run(command, cwd=DEPLOY / "ray", capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr

@@ -170,6 +170,15 @@ def write_checkpoint(path: Path, model: DiT, about: Description) -> Header:
     return write_packed(path, model.config, dense, layers, about)
 
 
+def new_header(model: ModelConfig, about: Description) -> Header:
+    """The header of a file of ``model``, still without tensors; refuses an ``about`` that does not fit the model."""
+    fields = {**vars(about), "model": model, "decoder": decoder_kind(model, about.decoder), "tensors": {}}
+    try:
+        return Header(format_version=FORMAT_VERSION, **fields)
+    except ValidationError as error:
+        raise CheckpointError(_first_fault(error)) from error
+
+
 def write_packed(
     path: Path,
     model: ModelConfig,
@@ -178,11 +187,7 @@ def write_packed(
     about: Description,
 ) -> Header:
     """Write ``dense`` tensors and packed ``layers``, both by DiT name; the inverse of :func:`read_checkpoint`."""
-    fields = {**vars(about), "model": model, "decoder": decoder_kind(model, about.decoder), "tensors": {}}
-    try:
-        header = Header(format_version=FORMAT_VERSION, **fields)
-    except ValidationError as error:
-        raise CheckpointError(f"{path}: {_first_fault(error)}") from error
+    header = new_header(model, about)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors |= {f"{name}.{part}": tensor for part, tensor in _stored_parts(layer).items()}

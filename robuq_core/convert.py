@@ -8,7 +8,7 @@ Weights that cannot be read, written or packed raise WeightsError or CheckpointE
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -20,8 +20,8 @@ from robuq_core.checkpoint import (
     CheckpointError,
     Description,
     Header,
-    decoder_kind,
     give_freed_memory_back,
+    new_header,
     write_packed,
 )
 from robuq_core.config import (
@@ -143,10 +143,8 @@ def pack_untrained(
         defaults = fitting_defaults(sampler or SamplerConfig(), weights.config, diffusion.prediction_type)
     except ValueError as unfit:
         raise CheckpointError(f"{source}: {unfit}") from unfit
-    names = class_names or weights.class_names
-    if names and len(names) != weights.config.num_classes:
-        raise CheckpointError(f"{len(names)} class names for {weights.config.num_classes} classes")
-    kind = decoder_kind(weights.config, decoder)
+    about = Description(quant, diffusion, defaults, class_names or weights.class_names, decoder=decoder)
+    new_header(weights.config, about)  # refuses what cannot be packed before the work
     layers, made = quantize(weights, quant, defaults, on_layer)
     dense = {name: weights.tensor(name) for name in dense_shapes(weights.config)}
     error = relative_error(weights, quant, dense, layers, select_backend())
@@ -157,8 +155,8 @@ def pack_untrained(
         "relative_error_on_random_inputs": error,
         "versions": {"robuq": __version__, "torch": str(torch.__version__)},
     }
-    about = Description(quant, diffusion, defaults, names, provenance, kind)
-    return PackedResult(write_packed(target, weights.config, dense, layers, about), error)
+    header = write_packed(target, weights.config, dense, layers, replace(about, provenance=provenance))
+    return PackedResult(header, error)
 
 
 def quantize_layers(weights: Weights, quant: QuantConfig, on_layer: Progress | None = None) -> dict[str, TernaryLayer]:

@@ -139,13 +139,18 @@ class RobuQPipeline:
         """Move to a device; returns itself. A dtype is ignored.
 
         Raises:
-            ValueError: the backend does not run there.
+            ValueError: no backend runs there, or the network is not packed.
         """
         for value in args:
             device = device if isinstance(value, torch.dtype) else value
         if device is not None and not is_at(self.device, torch.device(device)):
-            path, decoder = self.sampler.path, self.sampler.decoder
-            self.sampler = Sampler.from_checkpoint(path, decoder=decoder, device=device)
+            sampler = self.sampler
+            if sampler.path is None:
+                raise ValueError(f"{sampler.checkpoint_name}: only a sampler of a packed file can move to {device}")
+            backend = "reference" if sampler.backend_name == "reference" else "auto"
+            self.sampler = Sampler.from_checkpoint(
+                sampler.path, decoder=sampler.decoder, backend=backend, device=device
+            )
         return self
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:

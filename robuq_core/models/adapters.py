@@ -152,7 +152,7 @@ def read_weights(path: Path | str, **hints: Unpack[Hints]) -> Weights:
     if path.is_dir():
         if (state := _newest_state(path)) is not None:
             return _matching(_read_state(state), hints)
-        return _matching(_read_diffusers(path, hints.get("num_heads")), hints)
+        return _matching(_read_diffusers(path), hints)
     if path.suffix == ".safetensors" and path.is_file():
         table, metadata = safetensors_of(path)
         if "robuq" in metadata:
@@ -169,6 +169,7 @@ def _matching(weights: Weights, hints: Hints) -> Weights:
     found = {
         "prediction": (weights.diffusion or DiffusionConfig()).prediction_type,
         "num_classes": weights.config.num_classes,
+        "num_heads": weights.config.num_heads,
     }
     for name, value in found.items():
         if hints.get(name) not in (None, value):
@@ -276,13 +277,10 @@ def _read_official(path: Path, table: TensorTable, arguments: object, hints: Hin
     return _checked(Weights(path, "official", config, table, kept, DiffusionConfig(prediction_type=kind.prediction)))
 
 
-def _read_diffusers(folder: Path, num_heads: int | None) -> Weights:
+def _read_diffusers(folder: Path) -> Weights:
     pipeline = read_pipeline(folder)
     table = without_wrappers(folder_tensors(pipeline.transformer))
     shape = pipeline.shape
-    if num_heads not in (None, shape["num_heads"]):
-        raise WeightsError(f"{folder}: config.json says {shape['num_heads']} heads, not {num_heads}; remove "
-                           "num_heads")  # fmt: skip
     if shape["depth"] != (depth := _depth(table, "transformer_blocks")):
         raise WeightsError(f"{folder}: config.json says {shape['depth']} layers, the weights have {depth}")
     hidden = table.get("transformer_blocks.0.ff.net.0.proj.weight")

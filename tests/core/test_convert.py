@@ -101,7 +101,7 @@ def test_a_network_that_predicts_zeros_has_no_relative_error(tmp_path: Path) -> 
 def test_what_does_not_fit_is_said_before_the_work(source: Path, tmp_path: Path) -> None:
     target, done = tmp_path / "packed.safetensors", []
     for error, message, options in (
-        (CheckpointError, "2 class names for 6 classes", {"class_names": ("a", "b")}),
+        (CheckpointError, "class_names: 2 names for 6 classes", {"class_names": ("a", "b")}),
         (ValueError, r"quant\.bits names layers", {"quant": QuantConfig(rank=4, bits={"blocks.9.mlp.fc1": 2})}),
         (ValueError, "rank must be", {"quant": QuantConfig(rank=64)}),
     ):

@@ -187,6 +187,22 @@ def test_what_is_not_supported_is_named(
         mistake(pipe)
 
 
+def test_moving_loads_the_file_again(pipe: RobuQPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, options = pipe.sampler, []
+    assert pipe.to("cpu").sampler is before
+
+    def load(path: Path, **chosen: Any) -> Sampler:
+        options.append((path, chosen["backend"], chosen["device"]))
+        return before
+
+    monkeypatch.setattr(Sampler, "from_checkpoint", load)
+    pipe.to("cuda:1", torch.float16)
+    assert options == [(before.path, "reference", "cuda:1")]
+    plain = RobuQPipeline(Sampler(tiny_model(), before.header, checkpoint_name="plain"))
+    with pytest.raises(ValueError, match="plain: only a sampler of a packed file can move to cuda"):
+        plain.to("cuda")
+
+
 def test_without_diffusers_everything_but_a_scheduler_works(
     pipe: RobuQPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:

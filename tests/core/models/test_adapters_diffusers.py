@@ -206,7 +206,7 @@ def test_other_processes_are_named(folder: Path, changes: dict[str, object], mes
 
 
 def test_incomplete_folders_are_named(folder: Path) -> None:
-    with pytest.raises(WeightsError, match="4 heads, not 3"):
+    with pytest.raises(WeightsError, match="num_heads is 4 in the file, not 3"):
         load_dit(folder, num_heads=3)
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     with pytest.raises(WeightsError, match="tensors of diffusers"):

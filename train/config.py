@@ -332,14 +332,9 @@ def load_config(path: Path, overrides: list[str]) -> TrainConfig:
 
 
 def _complaint(error: ErrorDetails) -> str:
-    if error["type"] == "extra_forbidden":
-        return f"{_key(error)}: unknown key"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{_key(error)}: {message}" if error["loc"] else message
-
-
-def _key(error: ErrorDetails) -> str:
-    return ".".join(map(str, error["loc"]))
+    unknown = error["type"] == "extra_forbidden"
+    message = "unknown key" if unknown else error["msg"].removeprefix("Value error, ")
+    return ": ".join([*filter(None, [".".join(map(str, error["loc"]))]), message])
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

@@ -208,7 +208,7 @@ def diagnose(run: Run, which: str | None = None) -> Diagnosis:
     if chosen not in ("teacher", "student"):
         raise EvaluationError(f"--model {chosen}: choose teacher or student (of a packed file: its student)")
     model = (run.student() if chosen == "student" else run.teacher()).eval()
-    quantized = model if chosen == "student" else run.quantized(copy.deepcopy(model), run.quant)
+    quantized = model if chosen == "student" else run.quantized(copy.deepcopy(model), config.quant)
     samples, size = config.sensitivity.samples, config.sensitivity.batch_size
     batches = run.fixed_points(samples, size, config.seed, device)
     watch = Watch(config.model.num_heads, -(-TOKENS // len(batches)), config.seed)

@@ -205,15 +205,6 @@ def agree(losses: Tensor, asked_to_stop: signal.Signals | None) -> tuple[list[fl
     return means, next((n for n, vote in zip(numbers, votes, strict=True) if vote), None)
 
 
-def same_everywhere(number: int) -> bool:
-    """Whether all processes hold the same ``number``."""
-    if world_size() == 1:
-        return True
-    ends = torch.tensor([number, -number])
-    dist.all_reduce(ends, dist.ReduceOp.MAX)
-    return bool(ends[0] == -ends[1])
-
-
 def checkpoint_blocks(model: DiT) -> None:
     """Let each block of ``model`` keep its input alone and compute the rest again in the backward pass."""
     for block in model.blocks:

@@ -23,8 +23,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -250,15 +251,6 @@ def _input_of(block: DiTBlock, name: str, tokens: Tensor, conditions: Tensor) ->
     raise AssertionError(f"{name} was not reached")
 
 
-@torch.no_grad()
-def _measure(layer: GridLinear, inputs: Iterable[tuple[Tensor, Tensor]]) -> Moments:
-    """Moments of the ``inputs`` of the teacher's layer and the student's, batch by batch."""
-    moments = Moments(layer.rotation.width)
-    for theirs, ours in inputs:
-        moments.add(*layer.inputs_of(theirs, ours))
-    return moments
-
-
 def _student_block(block: DiTBlock, prefix: str, quantize: LinearQuantizer, quantized_attention: bool) -> DiTBlock:
     student = copy.deepcopy(block)
     student.attn.quantized = quantized_attention
@@ -360,26 +352,25 @@ def _fit_block(
             (_input_of(block, name, t, c), _input_of(student, name, u, c))
             for t, u, c in _batches(theirs, ours, conditions)
         )
-        original = originals[name]
+        original, moments = originals[name], Moments(linear.rotation.width)
         assert isinstance(original, nn.Linear)
-        fit(linear, original, _measure(linear, [(pairs, pairs)] if is_adaln(name) else inputs))
+        for t, u in [(pairs, pairs)] if is_adaln(name) else inputs:
+            moments.add(*linear.inputs_of(t, u))
+        fit(linear, original, moments)
 
 
 def calibrate(
+    settings: Calibration,
     weights: Weights,
     quant: QuantConfig,
     defaults: SamplerConfig,
-    settings: Calibration,
     on_layer: Progress | None = None,
 ) -> tuple[dict[str, TernaryLayer], dict[str, Any]]:
     """The packed block linears of ``weights``, calibrated, and what the provenance should say of it.
 
     ``relative_error_on_own_samples`` there: as :attr:`robuq_core.convert.PackedResult.relative_error`, on trajectories
-    that were not calibrated on.
-
-    Args:
-        defaults: sampler and guidance of the trajectories.
-        on_layer: called with a layer's name when it is fitted, then with the number of each step.
+    that were not calibrated on. ``defaults``: sampler and guidance of the trajectories. ``on_layer``: called with a
+    layer's name when it is fitted, then with the number of each step.
 
     Raises WeightsError, ValueError: as :func:`robuq_core.convert.quantize_layers`. UserError: the teacher's own samples
     are not finite.
@@ -443,22 +434,15 @@ def pack_calibrated(
 ) -> Header:
     """Calibrate the full-precision weights of ``source`` and pack them into ``target``.
 
-    Args:
-        quant: arguments of :func:`robuq_core.convert.untrained_quant`. defaults: fields of ``SamplerConfig``.
-        options: as :func:`robuq_core.convert.pack_untrained`.
+    ``quant``: arguments of :func:`robuq_core.convert.untrained_quant`. ``defaults``: fields of ``SamplerConfig``.
+    ``options``: as :func:`robuq_core.convert.pack_untrained`.
 
     Raises UserError: ``target`` is not called as a packed file, or as :func:`calibrate`. WeightsError, CheckpointError,
     ValueError: as :func:`robuq_core.convert.pack_untrained`.
     """
     if target.suffix.lower() != PACKED_SUFFIX:
         raise UserError(f"{target}: a packed file ends in {PACKED_SUFFIX}")
-
-    def quantize(
-        weights: Weights, chosen: QuantConfig, sampler: SamplerConfig, on_layer: Progress | None
-    ) -> tuple[dict[str, TernaryLayer], dict[str, Any]]:
-        return calibrate(weights, chosen, sampler, settings, on_layer)
-
-    sampler = SamplerConfig.model_validate(dict(defaults))
+    sampler, quantize = SamplerConfig.model_validate(dict(defaults)), partial(calibrate, settings)
     return pack_untrained(
         source, target, untrained_quant(**quant), sampler=sampler, quantize=quantize, **options
     ).header

@@ -207,7 +207,8 @@ class Trainer:
         self._asked_to_stop: signal.Signals | None = None
         self._stopped_by: signal.Signals | None = None
         state = find_state(states)
-        if not parallel.same_everywhere(-1 if state is None else state.step):
+        step = -1 if state is None else state.step
+        if parallel.any_of(None if parallel.from_first(lambda: step) == step else "another") is not None:
             raise StateError(f"{states}: the processes see different states; run_dir must lie on a disk that all of "
                              "them share")  # fmt: skip
         if state is not None:
@@ -367,8 +368,7 @@ class Trainer:
     def _batch(self, step: int) -> NoisyBatch:
         """This process's share of the batch of ``step``, in page-locked memory where a GPU is to read it."""
         rank, world, size = parallel.rank(), parallel.world_size(), self.stage.batch_size
-        mine = slice(rank * size // world, (rank + 1) * size // world)
-        x0, classes = self.source.batch(step, rank, world)
+        mine, (x0, classes) = self.source.share(rank, world), self.source.batch(step, rank, world)
         noise = sample_noise(self.config.seed, step, size, mine, x0.shape[1:], stream=3)
         generator = step_generator(self.config.seed, step)
         timesteps = draw_timesteps(size, generator, self.config.diffusion.prediction_type)[mine]

@@ -73,7 +73,7 @@ def test_each_stage_comes_nearer_to_the_teacher(teacher: Path, tmp_path: Path) -
     tuned = pack(teacher, tmp_path / "tuned.safetensors", Calibration(steps=50, inputs=256))
     before, after_fit, after_steps = (error(path, teacher) for path in (plain, fitted, tuned))
     assert after_fit < 0.7 * before
-    assert after_steps < 0.9 * after_fit
+    assert after_steps < 0.95 * after_fit
     # What the file says of itself was measured on other held-out samples.
     said = read_header(tuned).provenance["relative_error_on_own_samples"]
     assert said == pytest.approx(after_steps, rel=0.3)

@@ -104,25 +104,6 @@ _OBTAIN = (
 )
 
 
-class SpatialProbe:
-    """Keeps the first channels of the output of ``layer`` at each forward of its network, flattened ``[N, C H W]``."""
-
-    def __init__(self, layer: nn.Module, channels: int = _SPATIAL_CHANNELS) -> None:
-        self._channels = channels
-        self._seen: Tensor | None = None
-        layer.register_forward_hook(self._keep)
-
-    def _keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        self._seen = output[:, : self._channels].flatten(1).float()
-
-    def take(self) -> Tensor:
-        """What the latest forward gave."""
-        seen, self._seen = self._seen, None
-        if seen is None:
-            raise RuntimeError("the network has not passed through its spatial layer")
-        return seen
-
-
 class Inception:
     """torch-fidelity's Inception-v3 with the weights of ``path``; a :class:`~train.evaluation.networks.FeatureNetwork`.
 
@@ -144,7 +125,11 @@ class Inception:
             ) from error
         self.device = training_device()
         self.network: nn.Module = network.to(self.device)
-        self._spatial = SpatialProbe(self.network.get_submodule(_SPATIAL_LAYER))
+        self._spatial: list[Tensor] = []  # of the latest forward, [N, C H W]
+        self.network.get_submodule(_SPATIAL_LAYER).register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self._spatial.append(output[:, :_SPATIAL_CHANNELS].flatten(1).float().cpu())
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Features:
@@ -153,7 +138,7 @@ class Inception:
         for batch in torch.split(images, _BATCH):
             pixels = ((batch + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
             pool, logits = self.network(pixels.to(self.device))
-            parts.append((pool.cpu(), logits.cpu(), self._spatial.take().cpu()))
+            parts.append((pool.cpu(), logits.cpu(), self._spatial.pop()))
         pools, logits, spatials = zip(*parts, strict=True)
         return Features(torch.cat(pools), torch.cat(logits), torch.cat(spatials))
 

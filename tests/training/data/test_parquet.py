@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from train.data import DataError, load_dataset, open_source
-from train.data import parquet as module
+from train.data import sources as module
 
 COUNT = 11
 PIXELS = np.random.default_rng(0).integers(0, 256, (COUNT, 9, 9, 3), dtype=np.uint8)

@@ -118,15 +118,6 @@ def test_rows_of_shards_are_rows_of_their_whole(tmp_path_factory: pytest.TempPat
         rows[len(whole)]
 
 
-def test_batches_from_shards_are_those_from_memory(config: TrainConfig) -> None:
-    memory = load_dataset(config.data.path, SIDE, CLASSES)
-    for step in range(5):
-        expected, labels = BatchSource(memory, 0.5, 4, config.seed).batch(step)
-        images, found = BatchSource(prepared(config), 0.5, 4, config.seed).batch(step)
-        assert torch.equal(images, expected)
-        assert torch.equal(found, labels)
-
-
 def test_prepared_data_are_left_alone(config: TrainConfig, reads: list[int]) -> None:
     assert notes_of(config) == ["prepare: 8 images of 4 classes in 3 shards"]
     files = files_of(config)

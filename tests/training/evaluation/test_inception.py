@@ -18,7 +18,7 @@ from train.evaluation.figures import (
     inception_score,
     precision_and_recall,
 )
-from train.evaluation.networks import DinoV2, EvaluationError, Inception, SpatialProbe
+from train.evaluation.networks import DinoV2, EvaluationError, Inception
 
 
 def library_is_there() -> bool:
@@ -40,20 +40,6 @@ def moments(features: Tensor) -> Moments:
 
 def normal(seed: int, count: int, width: int) -> Tensor:
     return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
-
-
-def test_spatial_features_are_the_first_channels_of_their_layer() -> None:
-    layer = nn.Conv2d(3, 9, 1)
-    network = nn.Sequential(nn.AvgPool2d(2), layer, nn.ReLU())
-    probe = SpatialProbe(layer)
-    images = torch.rand(5, 3, 8, 8)
-    network(images)
-    expected = layer(nn.functional.avg_pool2d(images, 2))[:, :7].flatten(1)
-    found = probe.take()
-    assert found.shape == (5, 7 * 4 * 4)
-    torch.testing.assert_close(found, expected)
-    with pytest.raises(RuntimeError, match="has not passed"):
-        probe.take()
 
 
 class StandInExtractor(nn.Module):
@@ -99,6 +85,8 @@ def test_features_pass_through_the_interface_in_batches(weights: Path) -> None:
     features = network(levels.float() / 127.5 - 1)
     assert features.spatial is not None
     assert (features.pool.shape, features.logits.shape, features.spatial.shape) == ((70, 8), (70, 12), (70, 7 * 16))
+    expected = network.network.Mixed_6d.branch1x1(levels / 255)[:, :7].flatten(1)
+    torch.testing.assert_close(features.spatial, expected)
     alone = network(levels[50:51].float() / 127.5 - 1)
     torch.testing.assert_close(features.pool[50:51], alone.pool)
     assert alone.spatial is not None

@@ -32,6 +32,13 @@ def measure(path: Path, *arguments: str) -> Result:
     return CliRunner().invoke(app, ["evaluate", "-c", str(path), *arguments])
 
 
+def entry_of(path: Path, *arguments: str) -> dict[str, Any]:
+    result = measure(path, *arguments)
+    assert result.exit_code == 0, result.output
+    entry: dict[str, Any] = json.loads(result.stdout[result.stdout.index("{") :])
+    return entry
+
+
 @pytest.fixture
 def pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "EfficientNetLite0", PixelNetwork)
@@ -53,9 +60,7 @@ def test_a_further_average_is_measured_and_packed_under_its_name(
     trained: tuple[Path, TrainConfig], tmp_path: Path
 ) -> None:
     path, config = trained
-    result = measure(path, "--model", "student", "--ema", "0.5")
-    assert result.exit_code == 0, result.output
-    entry = json.loads(result.stdout[result.stdout.index("{") :])
+    entry = entry_of(path, "--model", "student", "--ema", "0.5")
     assert entry["model"] == "student-ema-0.5"
     assert (config.run_dir / "evaluation" / "samples" / "student-ema-0.5").is_dir()
     packed = {}
@@ -76,9 +81,7 @@ def test_teacher_student_and_packed_file_go_through_one_interface(trained: tuple
     path, config = trained
     entries: dict[str, Any] = {}
     for model in ("teacher", "student", "packed"):
-        result = measure(path, "--model", model)
-        assert result.exit_code == 0, result.output
-        entries[model] = json.loads(result.stdout[result.stdout.index("{") :])
+        entries[model] = entry_of(path, "--model", model)
     kept = json.loads((config.run_dir / "evaluation.json").read_text())
     assert {name: kept["models"][name] for name in entries} == entries
     assert len({entry["sha256"] for entry in entries.values()}) == 3
@@ -116,9 +119,7 @@ def test_a_protocol_sets_what_published_figures_use(trained: tuple[Path, TrainCo
     """``--set`` still overrides it."""
     path, _ = trained
     arguments = ["--protocol", "ddpm-cfg-1.5", "--set", "sampler.steps=2", "--set", "evaluation.samples=5"]
-    result = measure(path, "--model", "teacher", *arguments)
-    assert result.exit_code == 0, result.output
-    entry = json.loads(result.stdout[result.stdout.index("{") :])
+    entry = entry_of(path, "--model", "teacher", *arguments)
     assert entry["sampler"] == {"sampler": "ddpm", "steps": 2, "guidance_scale": 1.5}
     assert (entry["samples"], entry["seeds"]) == (5, [0])
 
@@ -142,9 +143,7 @@ def test_agreement_alone_draws_no_sets(trained: tuple[Path, TrainConfig], tmp_pa
     path, config = trained
     packed = config.run_dir / "model.safetensors"
     arguments = ["--checkpoint", str(packed), "--classes", "2", "--agreement-only", "--set", f"run_dir={tmp_path}"]
-    result = measure(path, *arguments)
-    assert result.exit_code == 0, result.output
-    entry = json.loads(result.stdout[result.stdout.index("{") :])
+    entry = entry_of(path, *arguments)
     assert entry["model"] == "model"
     assert entry["agreement"]["samples"] == 2
     assert "figures" not in entry
@@ -166,9 +165,7 @@ def test_a_grey_model_is_compared_with_images_that_it_was_not_trained_on(tmp_pat
     assert read_header(config.run_dir / "model.safetensors").decoder == "pixels"
     found = {}
     for split in ("train", "test"):
-        result = measure(path, "--model", "packed", "--set", f"evaluation.split={split}")
-        assert result.exit_code == 0, result.output
-        found[split] = json.loads(result.stdout[result.stdout.index("{") :])
+        found[split] = entry_of(path, "--model", "packed", "--set", f"evaluation.split={split}")
     # What hardly was trained is grey, and so nearer to the dark images than to the bright ones.
     assert found["train"]["agreement"]["psnr"] > found["test"]["agreement"]["psnr"] + 3
     assert found["train"]["figures"]["fd_effnet"]["mean"] < found["test"]["figures"]["fd_effnet"]["mean"]

@@ -231,7 +231,6 @@ def invariance(scale: Scale) -> Figure:
                 batch_rows.append((after["robuq_batch_rows_sum"] - before["robuq_batch_rows_sum"]) / steps)
 
     run(measured())
-    run(measured())
     company = sum(batch_rows) / len(batch_rows)
     require(company > 4, f"batches of {company:.1f} rows are no company")
     return Figure(

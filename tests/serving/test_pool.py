@@ -139,11 +139,12 @@ def test_a_step_that_hangs_costs_its_worker_and_is_tried_again() -> None:
 
 
 def test_a_decoder_that_hangs_costs_its_worker_though_steps_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    sampler, gate = WatchedSampler(step_s=0.01), threading.Event()
-    decode, hangs = sampler.decode, threading.Semaphore(1)
+    sampler, hanging, gate = WatchedSampler(step_s=0.01), threading.Event(), threading.Event()
+    decode = sampler.decode
 
     def hang_once(row: FakeRow) -> np.ndarray:
-        if row.spec.seed == 7 and hangs.acquire(blocking=False):
+        if row.spec.seed == 7 and not hanging.is_set():
+            hanging.set()
             assert gate.wait(WAIT_S)
         return decode(row)
 
@@ -151,7 +152,7 @@ def test_a_decoder_that_hangs_costs_its_worker_though_steps_go_on(monkeypatch: p
         monkeypatch.setattr(sampler, "decode", hang_once)
         long = engine.submit([spec(seed=1, steps=100)], "png")
         stuck = engine.submit([spec(seed=7)], "png")
-        until(lambda: engine.images_decoding >= 1)
+        assert hanging.wait(WAIT_S)
         engine.make_stale(stage="decode")
         assert [outcome(stuck), outcome(long)] == [None, None]  # by the worker that replaced the first one
         until(lambda: sample(engine, "robuq_worker_deaths_total", reason="hung") == 1)

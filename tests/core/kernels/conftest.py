@@ -34,6 +34,6 @@ def narrow(gpu: Any) -> Any:
     return _backend(torch.bfloat16)
 
 
-@pytest.fixture(params=["wide", "narrow"])
-def ops(request: pytest.FixtureRequest) -> Any:
-    return request.getfixturevalue(request.param)
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["wide", "narrow"])
+def ops(gpu: Any, request: pytest.FixtureRequest) -> Any:
+    return _backend(request.param)

@@ -62,7 +62,8 @@ def plain_sampler(model: DiT, config: TrainConfig, name: str) -> Sampler:
     """A sampler that runs ``model`` itself (teacher or fake-quantised student), not a packed file; on a GPU if any."""
     device = parallel.training_device()
     decoder = None if config.data.vae is None else load_decoder(config.data.vae, device=device)
-    header = Header(
+    # Not checked: of what runs unpacked, the quantiser may be one that cannot be packed.
+    header = Header.model_construct(
         format_version=FORMAT_VERSION,
         model=config.model,
         quant=config.quant,

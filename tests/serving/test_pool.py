@@ -237,8 +237,9 @@ def test_when_memory_runs_out_every_request_completes_and_the_budget_comes_back(
             assert job.future.result(WAIT_S).images == (encode_image(card.decode(FakeRow(of)), "png"),)
         failures = [size for size in card.sizes if size > 5]
         assert len(failures) < 40  # it learns, rather than fail at every step
-        # Half of what did not fit, or grown until the next step is to find that it does not.
-        assert 3 <= engine.load().replicas[0].row_budget <= card.room + 1
+        # Half of what did not fit, or grown until the next step is to find that it does not: images of two rows may
+        # leave a row of the budget empty.
+        assert 3 <= engine.load().replicas[0].row_budget <= card.room + 2
         assert sample(engine, "robuq_requests_total", finished_reason="error") == 0
         card.room = 64
         card.step_s = 0.001  # for the pool to hear of the room in time

@@ -6,7 +6,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,14 @@ class Checkpoint(WatchedSampler):
 
     def picture(self) -> bytes:
         return encode_image(np.full((4, 4, 3), self.version, np.uint8), "png")
+
+
+def held_swap(pool: ThreadPoolExecutor, engine: Engine, checkpoint: Checkpoint) -> Future[Any]:
+    """A swap in another thread, whose workers warm up until ``checkpoint`` is released."""
+    checkpoint.hold()
+    swapping = pool.submit(engine.swap, "new", [checkpoint])
+    assert checkpoint.entered.acquire(timeout=WAIT_S)
+    return swapping
 
 
 def test_requests_in_flight_end_on_the_old_model_and_new_ones_meet_the_new() -> None:
@@ -110,9 +118,7 @@ def test_swaps_under_load_lose_nothing_and_mix_nothing_up() -> None:
 def test_a_model_that_hangs_in_its_warm_up_is_given_up_while_the_old_one_serves() -> None:
     old, hanging = Checkpoint(1), Checkpoint(2)
     with ThreadPoolExecutor(1) as pool, running_engine(old) as engine:
-        hanging.hold()
-        swapping = pool.submit(engine.swap, "hanging", [hanging])
-        assert hanging.entered.acquire(timeout=WAIT_S)
+        swapping = held_swap(pool, engine, hanging)
         assert outcome(engine.submit([spec()], "png")) is None
         engine.make_stale()
         assert isinstance(swapping.exception(WAIT_S), RunFailed)
@@ -137,9 +143,7 @@ def test_a_swap_needs_a_serving_pool() -> None:
 def test_stopping_ends_a_swap() -> None:
     old, slow = Checkpoint(1), Checkpoint(2)
     with running_engine(old) as engine, ThreadPoolExecutor(1) as pool:
-        slow.hold()
-        swapping = pool.submit(engine.swap, "slow", [slow])
-        assert slow.entered.acquire(timeout=WAIT_S)
+        swapping = held_swap(pool, engine, slow)
         engine.run(engine.pool.stop())
         assert isinstance(swapping.exception(WAIT_S), NotReady)
         slow.release()
@@ -148,9 +152,7 @@ def test_stopping_ends_a_swap() -> None:
 def test_a_worker_that_dies_beside_a_swap_does_not_spoil_it() -> None:
     old, new = Checkpoint(1), Checkpoint(2)
     with ThreadPoolExecutor(1) as pool, running_engine(old) as engine:
-        new.hold()
-        swapping = pool.submit(engine.swap, "new", [new])
-        assert new.entered.acquire(timeout=WAIT_S)
+        swapping = held_swap(pool, engine, new)
         engine.kill()
         until(lambda: sample(engine, "robuq_worker_deaths_total", reason="killed") == 1)
         new.release()

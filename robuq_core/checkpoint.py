@@ -3,6 +3,8 @@
 Ternary weights in base 3 (5 per byte), scales fp16, low-rank factors bf16, biases fp32, embedders and final layer fp16.
 The header is validated and every tensor's checksum verified before a model is built.
 A file or a model that cannot be used raises :class:`CheckpointError`.
+
+One file, since writing and reading share one header, one table of tensors and one set of checks.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ def block_case(bench: Bench, batch: int) -> CaseTiming:
         block = network.blocks[0]
         modulation = fused_linear(network.backend)(c[images], block.adaln, "silu")
         parts = modulation.reshape(len(images), 6, -1).transpose(0, 1).contiguous()
-        # A block changes its tokens in place. They are copied by one thread on a CPU: torch's others would go on
+        # A block changes its tokens in place. They are copied by one thread on a CPU: torch's others would keep
         # spinning on the cores of ours, and in a network nothing is copied there.
         copy = torch.from_numpy(x.numpy()[images]) if x.is_cpu else x[images]
         return network.run_block(copy, parts, block)
@@ -169,7 +169,7 @@ def forward_case(bench: Bench, batch: int) -> CaseTiming:
 
     def run(network: PackedDiT, images: list[int]) -> Tensor:
         network.conditioning.clear()
-        # Indexing would wake torch's threads, which go on spinning on the cores of ours.
+        # Indexing would wake torch's threads, which keep spinning on the cores of ours.
         return network.forward(*(inputs if len(images) == batch else (part[images] for part in inputs)))
 
     on_device = tuple(part.to(bench.device) for part in inputs)

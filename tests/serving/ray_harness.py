@@ -170,7 +170,7 @@ def local_cluster() -> Iterator[LocalCluster]:
 
 
 class Load:
-    """Threads that generate until told to stop, each image of a few seeds over and over, and retry what fails."""
+    """Threads that generate until they are stopped, each image of a few seeds over and over, and retry what fails."""
 
     def __init__(self, url: str, threads: int, steps: int, seeds: int) -> None:
         self.url, self.steps, self.seeds = url, steps, seeds

@@ -19,26 +19,26 @@ enum { PACK = 2, QUERY_BIAS = 0, CODES_BIAS = 0 };
 #endif
 
 /* Rows of x by columns of w, a pack at a time: out[i][c] = sum_p x[i][p] . w[p][c], eight columns a vector. */
-INLINE v8i add_packs(v8i sum, const pack_code *x, const pack_code *w) {
+INLINE vint add_packs(vint sum, const pack_code *x, const pack_code *w) {
 #if HAVE_AVX2
     int32_t pack;
     memcpy(&pack, x, sizeof pack);
 #if HAVE_AVX512VNNI
-    return (v8i)_mm256_dpbusd_epi32((__m256i)sum, _mm256_set1_epi32(pack), load_bytes(w));
+    return (vint)_mm256_dpbusd_epi32((__m256i)sum, _mm256_set1_epi32(pack), load_bytes(w));
 #else
-    return (v8i)_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16(load_bytes(w), _mm256_set1_epi32(pack)));
+    return (vint)_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16(load_bytes(w), _mm256_set1_epi32(pack)));
 #endif
 #elif HAVE_NEON
     int32_t pack;
     memcpy(&pack, x, sizeof pack);
 #if HAVE_DOTPROD
     const int8x16_t all = (int8x16_t)vdupq_n_s32(pack);
-    return (v8i){vdotq_s32(sum.low, vld1q_s8(w), all), vdotq_s32(sum.high, vld1q_s8(w + 16), all)};
+    return (vint){vdotq_s32(sum.low, vld1q_s8(w), all), vdotq_s32(sum.high, vld1q_s8(w + 16), all)};
 #else
     const int16x8_t all = (int16x8_t)vdupq_n_s32(pack), a = vld1q_s16(w), b = vld1q_s16(w + 8);
     const int32x4_t first = vpaddq_s32(vmull_s16(vget_low_s16(a), vget_low_s16(all)), vmull_high_s16(a, all));
     const int32x4_t second = vpaddq_s32(vmull_s16(vget_low_s16(b), vget_low_s16(all)), vmull_high_s16(b, all));
-    return (v8i){vaddq_s32(sum.low, first), vaddq_s32(sum.high, second)};
+    return (vint){vaddq_s32(sum.low, first), vaddq_s32(sum.high, second)};
 #endif
 #else
     for (int lane = 0; lane < LANES; lane++) sum[lane] += (int32_t)x[0] * w[2 * lane] + (int32_t)x[1] * w[2 * lane + 1];
@@ -49,7 +49,7 @@ INLINE v8i add_packs(v8i sum, const pack_code *x, const pack_code *w) {
 INLINE void pack_tile(const pack_code *x, int64_t x_stride, const pack_code *w, int64_t w_stride, int64_t packs,
                       int32_t *out, int64_t out_stride, const int vectors) {
     enum { ROWS = PACK_ROWS };
-    v8i sum[ROWS][PACK_VECTORS] = {0};
+    vint sum[ROWS][PACK_VECTORS] = {0};
     for (int64_t p = 0; p < packs; p++) {
 #pragma GCC unroll 4
         for (int i = 0; i < ROWS; i++)
@@ -84,7 +84,7 @@ INLINE void prefetch_values(const float *x, int64_t count) {
     for (int64_t k = 0; k < count; k += ALIGNMENT / (int64_t)sizeof *x) __builtin_prefetch(x + k);
 }
 
-FN v8 magnitudes(const float *x, int64_t count, v8 top) {
+FN vfloat magnitudes(const float *x, int64_t count, vfloat top) {
     int64_t k = 0;
     for (; k + LANES <= count; k += LANES) top = vmax(top, vabs(load(x + k)));
     return k < count ? vmax(top, vabs(load_part(x + k, count - k))) : top;
@@ -93,10 +93,10 @@ FN v8 magnitudes(const float *x, int64_t count, v8 top) {
 /* Scale of symmetric 8-bit codes of values up to `top`; that of zeros only keeps their codes finite. */
 INLINE float signed_scale(float top) { return top / 127.0f < 1e-30f ? 1e-30f : top / 127.0f; }
 
-INLINE v8s signed_codes(v8 x, float scale) { return to_int16(vrint(divide(x, splat(scale)))); }
+INLINE vshort signed_codes(vfloat x, float scale) { return to_int16(vrint(divide(x, splat(scale)))); }
 
 /* Eight codes, of 0 .. 255 where they are `positive`, else of a signed byte. */
-INLINE void store_pack_codes(pack_code *out, v8s codes, const int positive) {
+INLINE void store_pack_codes(pack_code *out, vshort codes, const int positive) {
 #if HAVE_AVX512VNNI
     const __m128i wide = (__m128i)codes;
     _mm_storel_epi64((__m128i *)out, positive ? _mm_packus_epi16(wide, wide) : _mm_packs_epi16(wide, wide));
@@ -113,12 +113,12 @@ INLINE void store_pack_codes(pack_code *out, v8s codes, const int positive) {
 INLINE void quantize_tokens(const float *x, int64_t stride, int64_t length, int64_t dim, pack_code *codes,
                             float *scales, const int16_t bias) {
     const int64_t padded = round_up(dim, PACK * LANES), whole = dim / LANES * LANES;
-    const v8s offset = {bias, bias, bias, bias, bias, bias, bias, bias};
+    const vshort offset = {bias, bias, bias, bias, bias, bias, bias, bias};
     for (int64_t i = 0; i < length; i++, x += stride, codes += padded) {
         prefetch_values(x + AHEAD * stride, dim);
         const float scale = scales[i] = signed_scale(vmax_lane(magnitudes(x, dim, splat(0))));
         for (int64_t k = 0; k < padded; k += LANES) {
-            v8s code = {0};
+            vshort code = {0};
             if (k < whole) code = signed_codes(load(x + k), scale);
             else if (k < dim) code = signed_codes(load_part(x + k, dim - k), scale);
             store_pack_codes(codes + k, code + offset, bias != 0);
@@ -132,7 +132,7 @@ FN void transpose_packs(const pack_code *codes, int64_t length, int64_t padded_d
                         pack_code *out) {
     for (int64_t i = 0; i < padded_length; i += LANES) {
         for (int64_t k = 0; k < padded_dim; k += PACK * LANES) {
-            v8 tile[LANES]; /* of packs, which travel as floats do */
+            vfloat tile[LANES]; /* of packs, which travel as floats do */
             for (int row = 0; row < LANES; row++) {
                 tile[row] = splat(0);
                 if (i + row < length) tile[row] = load((const float *)(codes + (i + row) * padded_dim + k));
@@ -149,14 +149,14 @@ FN void column_offsets(const pack_code *w, int64_t columns, int64_t packs, int32
     pack_code bias[PACK];
     for (int i = 0; i < PACK; i++) bias[i] = (pack_code)(QUERY_BIAS + CODES_BIAS);
     for (int64_t j = 0; j < columns; j += LANES) {
-        v8i sum = {0};
+        vint sum = {0};
         for (int64_t p = 0; p < packs; p++) sum = add_packs(sum, bias, w + (p * columns + j) * PACK);
         store_int(offsets + j, sum);
     }
 }
 
 /* The codes of PACK tokens, those of a dimension side by side. */
-INLINE void store_packed(pack_code *out, const v8s codes[PACK]) {
+INLINE void store_packed(pack_code *out, const vshort codes[PACK]) {
 #if HAVE_AVX512VNNI
     const __m128i even = _mm_packs_epi16((__m128i)codes[0], (__m128i)codes[2]);
     const __m128i odd = _mm_packs_epi16((__m128i)codes[1], (__m128i)codes[3]);
@@ -176,7 +176,7 @@ INLINE void store_packed(pack_code *out, const v8s codes[PACK]) {
 /* Codes of V of one head, tokens packed side by side [padded length / PACK, padded dim, PACK]; returns their scale. */
 FN float quantize_values(const float *v, int64_t stride, int64_t length, int64_t dim, pack_code *out) {
     const int64_t padded_length = round_up(length, INT16_LANES);
-    v8 top = splat(0);
+    vfloat top = splat(0);
     for (int64_t i = 0; i < length; i++) {
         prefetch_values(v + (i + AHEAD) * stride, dim);
         top = magnitudes(v + i * stride, dim, top);
@@ -184,7 +184,7 @@ FN float quantize_values(const float *v, int64_t stride, int64_t length, int64_t
     const float scale = signed_scale(vmax_lane(top));
     for (int64_t i = 0; i < padded_length; i += PACK) {
         for (int64_t k = 0; k < dim; k += LANES, out += PACK * LANES) {
-            v8s codes[PACK] = {0};
+            vshort codes[PACK] = {0};
             for (int64_t t = 0; t < PACK && i + t < length; t++)
                 codes[t] = signed_codes(load_part(v + (i + t) * stride + k, dim - k), scale);
             store_packed(out, codes);
@@ -203,12 +203,12 @@ FN void transpose_values(const float *v, int64_t stride, int64_t length, int64_t
 }
 
 /* e^(x - max) of a padded row in place, zero in the padding; returns the sum. `top`: lanes of the maximum. */
-FN float exponentials(float *x, int64_t length, v8 top) {
+FN float exponentials(float *x, int64_t length, vfloat top) {
     const int64_t padded = round_up(length, INT16_LANES), whole = length / LANES * LANES;
-    const v8 shift = splat(vmax_lane(top));
-    v8 sum = splat(0);
+    const vfloat shift = splat(vmax_lane(top));
+    vfloat sum = splat(0);
     for (int64_t k = 0; k < padded; k += LANES) {
-        v8 e = vexp(sub(load(x + k), shift));
+        vfloat e = vexp(sub(load(x + k), shift));
         if (k >= whole) e = keep_part(e, length - k);
         store(x + k, e);
         sum = add(sum, e);
@@ -233,14 +233,14 @@ FN void attend(const struct head *h, const struct attention_buffers *b) {
             .columns = length, .width = dim, .out = b->logits, .out_stride = padded});
         for (int64_t i = 0; i < rows; i++) {
             float *p = b->logits + i * padded;
-            v8 top = splat(LOWEST_LOGIT);
+            vfloat top = splat(LOWEST_LOGIT);
             for (int64_t j = length; j < padded; j++) p[j] = LOWEST_LOGIT;
             for (int64_t j = 0; j < padded; j += LANES) {
-                const v8 logit = mul(load(p + j), splat(h->logit_scale));
+                const vfloat logit = mul(load(p + j), splat(h->logit_scale));
                 top = vmax(top, logit);
                 store(p + j, logit);
             }
-            const v8 total = splat(exponentials(p, length, top));
+            const vfloat total = splat(exponentials(p, length, top));
             for (int64_t j = 0; j < padded; j += LANES) store(p + j, divide(load(p + j), total));
         }
         dot_block(&(struct dot_job){
@@ -250,11 +250,11 @@ FN void attend(const struct head *h, const struct attention_buffers *b) {
 }
 
 /* 255 e^(x - max) rounded, of two vectors of logits: codes of 0 .. 255 that are also whole floats. */
-INLINE void exponential_codes(const float *logits, v8 top, v8 codes[2]) {
+INLINE void exponential_codes(const float *logits, vfloat top, vfloat codes[2]) {
     for (int i = 0; i < 2; i++) codes[i] = vrint(mul(vexp(sub(load(logits + i * LANES), top)), splat(255)));
 }
 
-INLINE void store_two_codes(pack_code *out, const v8 codes[2]) {
+INLINE void store_two_codes(pack_code *out, const vfloat codes[2]) {
 #if HAVE_AVX2
     const __m256i pairs = _mm256_packs_epi32((__m256i)to_int(codes[0]), (__m256i)to_int(codes[1]));
     const __m256i wide = _mm256_permute4x64_epi64(pairs, 0xD8);
@@ -275,16 +275,16 @@ FN float softmax_codes(const struct attention_buffers *b, int64_t row, int64_t l
     float *p = b->logits + row * padded;
     const int32_t *products = b->products + row * padded;
     pack_code *codes = (pack_code *)b->p_codes + row * padded;
-    v8 top = splat(LOWEST_LOGIT);
+    vfloat top = splat(LOWEST_LOGIT);
     for (int64_t j = 0; j < padded; j += LANES) {
-        v8i product = load_int(products + j);
+        vint product = load_int(products + j);
         if (QUERY_BIAS) product = sub_int(product, load_int(b->offsets + j));
-        const v8 logit = mul(to_float(product), mul(splat(scale), load(b->k_scale + j)));
+        const vfloat logit = mul(to_float(product), mul(splat(scale), load(b->k_scale + j)));
         top = vmax(top, j < whole ? logit : first_part(logit, length - j, splat(LOWEST_LOGIT)));
         store(p + j, logit);
     }
     top = splat(vmax_lane(top));
-    v8 code[2], sum[2] = {0};
+    vfloat code[2], sum[2] = {0};
     int64_t j = 0;
     for (; j + INT16_LANES <= length; j += INT16_LANES) {
         exponential_codes(p + j, top, code);

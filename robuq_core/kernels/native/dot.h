@@ -6,29 +6,29 @@ enum { DOT_SUMS = 12 /* of a tile: they and their operands fill the registers */
 
 /* sums[i][j] += lanes of x_i * w_j; beyond the last row of either, the last again. */
 INLINE void dot_sums(const float *x, int64_t x_stride, int64_t x_last, const float *w, int64_t w_stride,
-                     int64_t w_last, int64_t width, v8 *sums, const int rows, const int columns) {
+                     int64_t w_last, int64_t width, vfloat *sums, const int rows, const int columns) {
     const float *x_rows[6], *w_rows[4];
     for (int i = 0; i < rows; i++) x_rows[i] = x + min64(i, x_last) * x_stride;
     for (int j = 0; j < columns; j++) w_rows[j] = w + min64(j, w_last) * w_stride;
     int64_t k = 0;
     for (; k + LANES <= width; k += LANES) {
         if (rows < columns) {
-            v8 xk[6];
+            vfloat xk[6];
 #pragma GCC unroll 6
             for (int i = 0; i < rows; i++) xk[i] = load(x_rows[i] + k);
 #pragma GCC unroll 4
             for (int j = 0; j < columns; j++) {
-                const v8 wk = load_once(w_rows[j] + k);
+                const vfloat wk = load_once(w_rows[j] + k);
 #pragma GCC unroll 6
                 for (int i = 0; i < rows; i++) sums[i * columns + j] = fmadd(xk[i], wk, sums[i * columns + j]);
             }
         } else {
-            v8 wk[4];
+            vfloat wk[4];
 #pragma GCC unroll 4
             for (int j = 0; j < columns; j++) wk[j] = load(w_rows[j] + k);
 #pragma GCC unroll 6
             for (int i = 0; i < rows; i++) {
-                const v8 xk = load_once(x_rows[i] + k);
+                const vfloat xk = load_once(x_rows[i] + k);
 #pragma GCC unroll 4
                 for (int j = 0; j < columns; j++) sums[i * columns + j] = fmadd(xk, wk[j], sums[i * columns + j]);
             }
@@ -48,7 +48,7 @@ struct dot_job {
     int64_t x_stride, w_stride, rows, columns, width;
     float *out;                 /* [rows, columns] */
     int64_t out_stride;
-    v8 *kept;                   /* work, dot_kept() vectors: wider rows go slice by slice. NULL: they do not */
+    vfloat *kept;                   /* work, dot_kept() vectors: wider rows go slice by slice. NULL: they do not */
 };
 
 enum { DOT_SLICE = 256 };       /* of a dozen rows of x and four of w: half a level-1 cache */
@@ -60,10 +60,10 @@ INLINE void dot_tiles(const struct dot_job *job, const int rows, const int colum
     const int64_t slice = job->kept ? DOT_SLICE : job->width;
     for (int64_t at = 0; at < job->width; at += slice) {
         const int64_t count = min64(slice, job->width - at);
-        v8 *kept = job->kept;
+        vfloat *kept = job->kept;
         for (int64_t j0 = 0; j0 < job->columns; j0 += columns) {
             for (int64_t i0 = 0; i0 < job->rows; i0 += rows) {
-                v8 sums[DOT_SUMS];
+                vfloat sums[DOT_SUMS];
 #pragma GCC unroll 12
                 for (int s = 0; s < DOT_SUMS; s++) sums[s] = at ? kept[s] : splat(0);
                 dot_sums(job->x + i0 * job->x_stride + at, job->x_stride, job->rows - 1 - i0,

@@ -1,10 +1,10 @@
 /* x H for H = H_base (x) Sylvester(2^k), without the factor 1 / sqrt(block): a block as a matrix [base, 2^k]. */
 
 /* Sylvester's matrix of order 32 on four vectors. */
-INLINE void sylvester32(v8 x[4]) {
+INLINE void sylvester32(vfloat x[4]) {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) x[i] = hadamard8(x[i]);
-    const v8 a = add(x[0], x[1]), b = sub(x[0], x[1]), c = add(x[2], x[3]), d = sub(x[2], x[3]);
+    const vfloat a = add(x[0], x[1]), b = sub(x[0], x[1]), c = add(x[2], x[3]), d = sub(x[2], x[3]);
     x[0] = add(a, c);
     x[1] = add(b, d);
     x[2] = sub(a, c);
@@ -19,7 +19,7 @@ FN void sylvester_rows(float *x, int64_t width, int64_t power) {
     } else {
         h = 4 * LANES;
         for (float *p = x; p < x + width; p += 4 * LANES) {
-            v8 part[4] = {load(p), load(p + LANES), load(p + 2 * LANES), load(p + 3 * LANES)};
+            vfloat part[4] = {load(p), load(p + LANES), load(p + 2 * LANES), load(p + 3 * LANES)};
             sylvester32(part);
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++) store(p + i * LANES, part[i]);
@@ -28,7 +28,7 @@ FN void sylvester_rows(float *x, int64_t width, int64_t power) {
     for (; h * 4 <= power; h *= 4) {
         for (int64_t start = 0; start < width; start += 4 * h) {
             for (float *p = x + start; p < x + start + h; p += LANES) {
-                const v8 a = load(p), b = load(p + h), c = load(p + 2 * h), d = load(p + 3 * h);
+                const vfloat a = load(p), b = load(p + h), c = load(p + 2 * h), d = load(p + 3 * h);
                 store(p, add(add(a, b), add(c, d)));
                 store(p + h, add(sub(a, b), sub(c, d)));
                 store(p + 2 * h, sub(add(a, b), add(c, d)));
@@ -39,7 +39,7 @@ FN void sylvester_rows(float *x, int64_t width, int64_t power) {
     if (h < power) {
         for (int64_t start = 0; start < width; start += 2 * h) {
             for (float *p = x + start; p < x + start + h; p += LANES) {
-                const v8 a = load(p), b = load(p + h);
+                const vfloat a = load(p), b = load(p + h);
                 store(p, add(a, b));
                 store(p + h, sub(a, b));
             }
@@ -52,10 +52,10 @@ FN void sylvester_rows(float *x, int64_t width, int64_t power) {
  * order 12 takes 66 for 144. */
 
 /* out = C in, C the symmetric conference matrix of order 18 (q = 17); residues 1 2, 8 9, 15 16 and 4 13. */
-INLINE void conference18(const v8 in[18], v8 out[18]) {
+INLINE void conference18(const vfloat in[18], vfloat out[18]) {
     enum { Q = 17 };
-    const v8 *z = in + 1;
-    v8 next[Q], across[Q], sum[4] = {z[0], z[1], z[2], z[3]};
+    const vfloat *z = in + 1;
+    vfloat next[Q], across[Q], sum[4] = {z[0], z[1], z[2], z[3]};
 #pragma GCC unroll 17
     for (int m = 0; m < Q; m++) {
         next[m] = add(z[m], z[(m + 1) % Q]);
@@ -64,20 +64,21 @@ INLINE void conference18(const v8 in[18], v8 out[18]) {
 #pragma GCC unroll 17
     for (int m = 4; m < Q; m++) sum[m % 4] = add(sum[m % 4], z[m]);
     out[0] = add(add(sum[0], sum[1]), add(sum[2], sum[3]));
-    const v8 border = sub(in[0], out[0]);
+    const vfloat border = sub(in[0], out[0]);
 #pragma GCC unroll 17
     for (int i = 0; i < Q; i++) {
-        const v8 residues = add(add(next[(i + 1) % Q], next[(i + 8) % Q]), add(next[(i + 15) % Q], across[(i + 4) % Q]));
+        const vfloat residues =
+            add(add(next[(i + 1) % Q], next[(i + 8) % Q]), add(next[(i + 15) % Q], across[(i + 4) % Q]));
         out[1 + i] = fmadd(residues, splat(2), add(z[i], border));
     }
 }
 
 /* Order 36, Paley's second construction: C (x) [1 1; 1 -1] + I (x) [1 -1; -1 -1]. Rows lie `stride` apart. */
 FN void paley36(float *x, int64_t stride) {
-    v8 sums[18], differences[18], product[18];
+    vfloat sums[18], differences[18], product[18];
 #pragma GCC unroll 18
     for (int i = 0; i < 18; i++) {
-        const v8 a = load(x + 2 * i * stride), b = load(x + (2 * i + 1) * stride);
+        const vfloat a = load(x + 2 * i * stride), b = load(x + (2 * i + 1) * stride);
         sums[i] = add(a, b);
         differences[i] = sub(a, b);
     }
@@ -92,7 +93,7 @@ FN void paley36(float *x, int64_t stride) {
 /* Order 12, Paley's first construction (q = 11): residues 1 4 5 and 3 9, with 0 beside them. */
 FN void paley12(float *x, int64_t stride) {
     enum { Q = 11 };
-    v8 z[Q], next[Q], sum = splat(0);
+    vfloat z[Q], next[Q], sum = splat(0);
 #pragma GCC unroll 11
     for (int m = 0; m < Q; m++) {
         z[m] = load(x + (m + 1) * stride);
@@ -100,11 +101,11 @@ FN void paley12(float *x, int64_t stride) {
     }
 #pragma GCC unroll 11
     for (int m = 0; m < Q; m++) next[m] = add(z[m], z[(m + 1) % Q]);
-    const v8 border = sub(load(x), sum);
+    const vfloat border = sub(load(x), sum);
     store(x, border);
 #pragma GCC unroll 11
     for (int j = 0; j < Q; j++) {
-        const v8 residues = add(add(next[j], next[(j + 4) % Q]), add(z[(j + 3) % Q], z[(j + 9) % Q]));
+        const vfloat residues = add(add(next[j], next[(j + 4) % Q]), add(z[(j + 3) % Q], z[(j + 9) % Q]));
         store(x + (j + 1) * stride, fmadd(residues, splat(2), border));
     }
 }
@@ -112,10 +113,10 @@ FN void paley12(float *x, int64_t stride) {
 /* Any base matrix: y_j = sum_l H[l][j] x_l; +-1 times x is exact. */
 FN void base_column(float *x, const float *h, int64_t base, int64_t stride) {
     enum { OUTPUTS = 4 }; /* divides every base */
-    v8 in[MAX_BASE];
+    vfloat in[MAX_BASE];
     for (int64_t l = 0; l < base; l++) in[l] = load(x + l * stride);
     for (int64_t j = 0; j < base; j += OUTPUTS) {
-        v8 sum[OUTPUTS] = {0};
+        vfloat sum[OUTPUTS] = {0};
         for (int64_t l = 0; l < base; l++) {
 #pragma GCC unroll 4
             for (int i = 0; i < OUTPUTS; i++) sum[i] = fmadd(splat(h[l * base + j + i]), in[l], sum[i]);

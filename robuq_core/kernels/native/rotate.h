@@ -4,26 +4,26 @@
  * Sylvester(2^k) is butterflies along its rows, then the base matrix down its columns. Rows are padded with zeros to whole vectors. */
 
 /* x / (1 + 2^-u): SiLU, u = x / ln 2, or the tanh form of GELU, x (1 + tanh z) / 2 with u = 2 z / ln 2. */
-INLINE v8 activate(v8 x, const int prologue) {
-    const v8 slope = splat(prologue == PROLOGUE_GELU ? -2.30220819f : -1.44269504f);
-    const v8 u = mul(x, prologue == PROLOGUE_GELU ? fmadd(mul(x, x), splat(-0.102943240f), slope) : slope);
-    const v8 limited = vmin(vmax(u, splat(-126)), splat(126)), n = vrint(limited);
+INLINE vfloat activate(vfloat x, const int prologue) {
+    const vfloat slope = splat(prologue == PROLOGUE_GELU ? -2.30220819f : -1.44269504f);
+    const vfloat u = mul(x, prologue == PROLOGUE_GELU ? fmadd(mul(x, x), splat(-0.102943240f), slope) : slope);
+    const vfloat limited = vmin(vmax(u, splat(-126)), splat(126)), n = vrint(limited);
     return divide(x, add(splat(1), exp2_parts(n, sub(limited, n))));
 }
 
 /* Sum over a row of x - shift, or of its squares; four chains, as one would wait for each addition. */
 INLINE float row_sum(const float *x, int64_t width, float shift, const int squares) {
-    v8 sum[4] = {0};
+    vfloat sum[4] = {0};
     int64_t k = 0;
     for (; k + 4 * LANES <= width; k += 4 * LANES) {
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
-            const v8 part = sub(load(x + k + i * LANES), splat(shift));
+            const vfloat part = sub(load(x + k + i * LANES), splat(shift));
             sum[i] = squares ? fmadd(part, part, sum[i]) : add(sum[i], part);
         }
     }
     for (; k < width; k += LANES) {
-        const v8 part = keep_part(sub(load_part(x + k, width - k), splat(shift)), width - k);
+        const vfloat part = keep_part(sub(load_part(x + k, width - k), splat(shift)), width - k);
         sum[0] = squares ? fmadd(part, part, sum[0]) : add(sum[0], part);
     }
     return vsum(add(add(sum[0], sum[1]), add(sum[2], sum[3])));
@@ -34,11 +34,11 @@ struct modulation_row {
     float mean, inverse_deviation;
 };
 
-INLINE v8 prologue_vector(const struct rotate_job *job, const float *x, const struct modulation_row *m, int64_t k,
+INLINE vfloat prologue_vector(const struct rotate_job *job, const float *x, const struct modulation_row *m, int64_t k,
                           int64_t left, const int prologue) {
-    v8 y = load_part(x + k, left);
+    vfloat y = load_part(x + k, left);
     if (prologue == PROLOGUE_MODULATE) {
-        const v8 normed = mul(sub(y, splat(m->mean)), splat(m->inverse_deviation));
+        const vfloat normed = mul(sub(y, splat(m->mean)), splat(m->inverse_deviation));
         y = fmadd(normed, add(splat(1), load_part(m->scale + k, left)), load_part(m->shift + k, left));
     } else if (prologue != PROLOGUE_NONE) {
         y = activate(y, prologue);
@@ -78,7 +78,7 @@ FN void prologue_row(const struct rotate_job *job, int64_t row, float *out) {
 
 /* mean|x| of a rotated row. */
 FN float mean_magnitude(const float *x, int64_t width) {
-    v8 sum[4] = {0};
+    vfloat sum[4] = {0};
     int64_t k = 0;
     for (; k + 4 * LANES <= width; k += 4 * LANES) {
 #pragma GCC unroll 4
@@ -89,8 +89,8 @@ FN float mean_magnitude(const float *x, int64_t width) {
 }
 
 /* Eight codes of x / step, limited to the grid; mid-rise ones, 2 floor + 1, as the floor. */
-INLINE v8 grid_floor(v8 x, v8 inverse, v8 lowest, v8 highest, const int midrise) {
-    const v8 q = vmax(vmin(mul(x, inverse), highest), lowest);
+INLINE vfloat grid_floor(vfloat x, vfloat inverse, vfloat lowest, vfloat highest, const int midrise) {
+    const vfloat q = vmax(vmin(mul(x, inverse), highest), lowest);
     return midrise ? vfloor(q) : vrint(q);
 }
 
@@ -98,19 +98,19 @@ INLINE void quantize_vectors(const struct rotate_job *job, const float *x, float
                              const int midrise) {
     /* Limits before rounding: the floor of the last float below 2^(b-1) is the highest mid-rise cell. */
     const int64_t width = job->layer->width;
-    const v8 inverse = splat(1.0f / (step > 1e-30f ? step : 1e-30f));
-    const v8 lowest = splat(job->lowest), highest = splat(job->highest);
+    const vfloat inverse = splat(1.0f / (step > 1e-30f ? step : 1e-30f));
+    const vfloat lowest = splat(job->lowest), highest = splat(job->highest);
     int64_t k = 0;
     for (; k + 4 * LANES <= width; k += 4 * LANES) {
-        v8 q[4];
+        vfloat q[4];
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) q[i] = grid_floor(load(x + k + i * LANES), inverse, lowest, highest, midrise);
         store_codes(codes + k, q, midrise);
     }
     for (; k < width; k += LANES) {
-        v8 q = grid_floor(load(x + k), inverse, lowest, highest, midrise);
+        vfloat q = grid_floor(load(x + k), inverse, lowest, highest, midrise);
         if (midrise) q = add(add(q, q), splat(1));
-        const v8b code = to_int8(q);
+        const vbyte code = to_int8(q);
         memcpy(codes + k, &code, (size_t)min64(LANES, width - k));
     }
 }
@@ -140,7 +140,7 @@ FN void rotate_quantize_task(const void *argument, int64_t task, char *scratch) 
     const struct dot_job lowrank = {
         .x = b.rotated, .x_stride = b.stride, .rows = rows, .w = layer->lowrank_b, .w_stride = layer->width,
         .columns = layer->rank, .width = layer->width, .out = job->lowrank + first * layer->rank,
-        .out_stride = layer->rank, .kept = layer->width > DOT_SLICE ? (v8 *)b.kept : NULL,
+        .out_stride = layer->rank, .kept = layer->width > DOT_SLICE ? (vfloat *)b.kept : NULL,
     };
     dot_block(&lowrank);
 }

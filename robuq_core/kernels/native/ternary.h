@@ -93,7 +93,7 @@ FN void transpose_lowrank(const struct layer *layer, int64_t channel, float *out
     const int64_t rank = layer->rank, channels = min64(PANEL, layer->channels - channel);
     for (int64_t c = 0; c < PANEL; c += LANES) {
         for (int64_t r = 0; r < rank; r += LANES) {
-            v8 tile[LANES];
+            vfloat tile[LANES];
 #pragma GCC unroll 8
             for (int i = 0; i < LANES; i++)
                 tile[i] = c + i < channels ? load_part(layer->lowrank_a + (channel + c + i) * rank + r, rank - r)
@@ -112,30 +112,30 @@ INLINE void epilogue_tile(const struct ternary_job *job, int64_t row, int64_t ch
     enum { VECTORS = PANEL / 2 / LANES };
     const struct layer *layer = job->layer;
     const float *lowrank = job->lowrank + row * layer->rank;
-    v8 correction[EPILOGUE_ROWS][VECTORS] = {0};
+    vfloat correction[EPILOGUE_ROWS][VECTORS] = {0};
     for (int64_t r = 0; r < layer->rank; r++) {
-        v8 a[VECTORS];
+        vfloat a[VECTORS];
 #pragma GCC unroll 4
         for (int i = 0; i < VECTORS; i++) a[i] = load_once(lowrank_a + r * PANEL + i * LANES);
 #pragma GCC unroll 4
         for (int m = 0; m < rows; m++) {
-            const v8 x = splat(lowrank[m * layer->rank + r]);
+            const vfloat x = splat(lowrank[m * layer->rank + r]);
 #pragma GCC unroll 4
             for (int i = 0; i < VECTORS; i++) correction[m][i] = fmadd(x, a[i], correction[m][i]);
         }
     }
 #pragma GCC unroll 4
     for (int m = 0; m < rows; m++, row++, products += PANEL) {
-        const v8 scale = splat(job->scales[row]);
+        const vfloat scale = splat(job->scales[row]);
         float *y = job->y + row * layer->channels;
         const float *gate = job->gate ? job->gate + row / job->rows_per_image * job->gate_stride : NULL;
 #pragma GCC unroll 4
         for (int i = 0; i < VECTORS; i++) {
             const int64_t at = channel + i * LANES, left = whole ? LANES : layer->channels - at;
             if (left <= 0) break;
-            const v8 exact = to_float(sub_int(load_int(products + i * LANES), splat_int(offsets[m])));
-            const v8 main_term = mul(exact, mul(scale, load_part(layer->alpha + at, left)));
-            v8 result = add(add(main_term, correction[m][i]), load_part(layer->bias + at, left));
+            const vfloat exact = to_float(sub_int(load_int(products + i * LANES), splat_int(offsets[m])));
+            const vfloat main_term = mul(exact, mul(scale, load_part(layer->alpha + at, left)));
+            vfloat result = add(add(main_term, correction[m][i]), load_part(layer->bias + at, left));
             if (gate) result = add(load_part(y + at, left), mul(result, load_part(gate + at, left)));
             store_part(y + at, result, left);
         }

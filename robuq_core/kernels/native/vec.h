@@ -29,8 +29,8 @@
 
 #define INLINE FN inline __attribute__((always_inline))
 
-typedef int16_t v8s __attribute__((vector_size(16)));
-typedef int8_t v8b __attribute__((vector_size(8)));
+typedef int16_t vshort __attribute__((vector_size(16)));
+typedef int8_t vbyte __attribute__((vector_size(8)));
 
 enum { LANES = 8 };
 
@@ -38,90 +38,90 @@ enum { LANES = 8 };
 /* Two halves: GCC would move one vector of 32 bytes through memory. */
 typedef struct {
     float32x4_t low, high;
-} v8;
+} vfloat;
 typedef struct {
     int32x4_t low, high;
-} v8i;
+} vint;
 
-INLINE v8 add(v8 a, v8 b) { return (v8){vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)}; }
-INLINE v8 sub(v8 a, v8 b) { return (v8){vsubq_f32(a.low, b.low), vsubq_f32(a.high, b.high)}; }
-INLINE v8 mul(v8 a, v8 b) { return (v8){vmulq_f32(a.low, b.low), vmulq_f32(a.high, b.high)}; }
-INLINE v8 divide(v8 a, v8 b) { return (v8){vdivq_f32(a.low, b.low), vdivq_f32(a.high, b.high)}; }
-INLINE v8i sub_int(v8i a, v8i b) { return (v8i){vsubq_s32(a.low, b.low), vsubq_s32(a.high, b.high)}; }
-INLINE v8 vabs(v8 x) { return (v8){vabsq_f32(x.low), vabsq_f32(x.high)}; }
+INLINE vfloat add(vfloat a, vfloat b) { return (vfloat){vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)}; }
+INLINE vfloat sub(vfloat a, vfloat b) { return (vfloat){vsubq_f32(a.low, b.low), vsubq_f32(a.high, b.high)}; }
+INLINE vfloat mul(vfloat a, vfloat b) { return (vfloat){vmulq_f32(a.low, b.low), vmulq_f32(a.high, b.high)}; }
+INLINE vfloat divide(vfloat a, vfloat b) { return (vfloat){vdivq_f32(a.low, b.low), vdivq_f32(a.high, b.high)}; }
+INLINE vint sub_int(vint a, vint b) { return (vint){vsubq_s32(a.low, b.low), vsubq_s32(a.high, b.high)}; }
+INLINE vfloat vabs(vfloat x) { return (vfloat){vabsq_f32(x.low), vabsq_f32(x.high)}; }
 
-INLINE v8 splat(float x) { return (v8){vdupq_n_f32(x), vdupq_n_f32(x)}; }
-INLINE v8 load(const float *p) { return (v8){vld1q_f32(p), vld1q_f32(p + 4)}; }
-INLINE void store(float *p, v8 x) {
+INLINE vfloat splat(float x) { return (vfloat){vdupq_n_f32(x), vdupq_n_f32(x)}; }
+INLINE vfloat load(const float *p) { return (vfloat){vld1q_f32(p), vld1q_f32(p + 4)}; }
+INLINE void store(float *p, vfloat x) {
     vst1q_f32(p, x.low);
     vst1q_f32(p + 4, x.high);
 }
-INLINE v8i splat_int(int32_t x) { return (v8i){vdupq_n_s32(x), vdupq_n_s32(x)}; }
-INLINE v8i load_int(const int32_t *p) { return (v8i){vld1q_s32(p), vld1q_s32(p + 4)}; }
-INLINE void store_int(int32_t *p, v8i x) {
+INLINE vint splat_int(int32_t x) { return (vint){vdupq_n_s32(x), vdupq_n_s32(x)}; }
+INLINE vint load_int(const int32_t *p) { return (vint){vld1q_s32(p), vld1q_s32(p + 4)}; }
+INLINE void store_int(int32_t *p, vint x) {
     vst1q_s32(p, x.low);
     vst1q_s32(p + 4, x.high);
 }
-INLINE v8 to_float(v8i x) { return (v8){vcvtq_f32_s32(x.low), vcvtq_f32_s32(x.high)}; }
-INLINE v8i to_int(v8 x) { return (v8i){vcvtq_s32_f32(x.low), vcvtq_s32_f32(x.high)}; }
+INLINE vfloat to_float(vint x) { return (vfloat){vcvtq_f32_s32(x.low), vcvtq_f32_s32(x.high)}; }
+INLINE vint to_int(vfloat x) { return (vint){vcvtq_s32_f32(x.low), vcvtq_s32_f32(x.high)}; }
 
 INLINE float32x4_t scale4(float32x4_t x, float32x4_t n) {
     return (float32x4_t)vaddq_s32((int32x4_t)x, vshlq_n_s32(vcvtq_s32_f32(n), 23));
 }
 /* x 2^n for whole n, where neither x nor the result is zero or subnormal. */
-INLINE v8 scale_by_power(v8 x, v8 n) { return (v8){scale4(x.low, n.low), scale4(x.high, n.high)}; }
+INLINE vfloat scale_by_power(vfloat x, vfloat n) { return (vfloat){scale4(x.low, n.low), scale4(x.high, n.high)}; }
 
 /* The first `count` lanes of x, at most eight, and those of `other` behind them. */
-INLINE v8 first_part(v8 x, int64_t count, v8 other) {
+INLINE vfloat first_part(vfloat x, int64_t count, vfloat other) {
     const int32x4_t n = vdupq_n_s32((int32_t)min64(count, LANES)), lane = {0, 1, 2, 3}, next = {4, 5, 6, 7};
-    return (v8){vbslq_f32(vcltq_s32(lane, n), x.low, other.low), vbslq_f32(vcltq_s32(next, n), x.high, other.high)};
+    return (vfloat){vbslq_f32(vcltq_s32(lane, n), x.low, other.low), vbslq_f32(vcltq_s32(next, n), x.high, other.high)};
 }
 #else
-typedef float v8 __attribute__((vector_size(32)));
-typedef int32_t v8i __attribute__((vector_size(32)));
-typedef float v8_unaligned __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float vfloat __attribute__((vector_size(32)));
+typedef int32_t vint __attribute__((vector_size(32)));
+typedef float vfloat_unaligned __attribute__((vector_size(32), aligned(4), may_alias));
 
-INLINE v8 add(v8 a, v8 b) { return a + b; }
-INLINE v8 sub(v8 a, v8 b) { return a - b; }
-INLINE v8 mul(v8 a, v8 b) { return a * b; }
-INLINE v8 divide(v8 a, v8 b) { return a / b; }
-INLINE v8i sub_int(v8i a, v8i b) { return a - b; }
+INLINE vfloat add(vfloat a, vfloat b) { return a + b; }
+INLINE vfloat sub(vfloat a, vfloat b) { return a - b; }
+INLINE vfloat mul(vfloat a, vfloat b) { return a * b; }
+INLINE vfloat divide(vfloat a, vfloat b) { return a / b; }
+INLINE vint sub_int(vint a, vint b) { return a - b; }
 
-INLINE v8 splat(float x) { return (v8){x, x, x, x, x, x, x, x}; }
-INLINE v8 load(const float *p) { return *(const v8_unaligned *)p; }
-INLINE void store(float *p, v8 x) { *(v8_unaligned *)p = x; }
-INLINE v8i splat_int(int32_t x) { return (v8i){x, x, x, x, x, x, x, x}; }
-INLINE v8i load_int(const int32_t *p) {
-    v8i x;
+INLINE vfloat splat(float x) { return (vfloat){x, x, x, x, x, x, x, x}; }
+INLINE vfloat load(const float *p) { return *(const vfloat_unaligned *)p; }
+INLINE void store(float *p, vfloat x) { *(vfloat_unaligned *)p = x; }
+INLINE vint splat_int(int32_t x) { return (vint){x, x, x, x, x, x, x, x}; }
+INLINE vint load_int(const int32_t *p) {
+    vint x;
     memcpy(&x, p, sizeof x);
     return x;
 }
-INLINE void store_int(int32_t *p, v8i x) { memcpy(p, &x, sizeof x); }
-INLINE v8 to_float(v8i x) { return __builtin_convertvector(x, v8); }
-INLINE v8i to_int(v8 x) { return __builtin_convertvector(x, v8i); }
+INLINE void store_int(int32_t *p, vint x) { memcpy(p, &x, sizeof x); }
+INLINE vfloat to_float(vint x) { return __builtin_convertvector(x, vfloat); }
+INLINE vint to_int(vfloat x) { return __builtin_convertvector(x, vint); }
 
-INLINE v8 vabs(v8 x) {
-    const v8i mask = (v8i)splat(-0.0f);
-    return (v8)((v8i)x & ~mask);
+INLINE vfloat vabs(vfloat x) {
+    const vint mask = (vint)splat(-0.0f);
+    return (vfloat)((vint)x & ~mask);
 }
 
 /* x 2^n for whole n, where neither x nor the result is zero or subnormal. */
-INLINE v8 scale_by_power(v8 x, v8 n) { return (v8)((v8i)x + (to_int(n) << 23)); }
+INLINE vfloat scale_by_power(vfloat x, vfloat n) { return (vfloat)((vint)x + (to_int(n) << 23)); }
 
-INLINE v8 choose(v8i mask, v8 yes, v8 no) { return (v8)((mask & (v8i)yes) | (~mask & (v8i)no)); }
+INLINE vfloat choose(vint mask, vfloat yes, vfloat no) { return (vfloat)((mask & (vint)yes) | (~mask & (vint)no)); }
 
 /* The first `count` lanes of x, at most eight, and those of `other` behind them. */
-INLINE v8 first_part(v8 x, int64_t count, v8 other) {
-    const v8i lane = {0, 1, 2, 3, 4, 5, 6, 7};
+INLINE vfloat first_part(vfloat x, int64_t count, vfloat other) {
+    const vint lane = {0, 1, 2, 3, 4, 5, 6, 7};
     return choose(lane < splat_int((int32_t)min64(count, LANES)), x, other);
 }
 #endif
 
-INLINE v8 keep_part(v8 x, int64_t count) { return first_part(x, count, splat(0)); }
+INLINE vfloat keep_part(vfloat x, int64_t count) { return first_part(x, count, splat(0)); }
 
 /* A load that stays one where its value is used twice: GCC 12 would rather read memory again. */
-INLINE v8 load_once(const float *p) {
-    v8 x = load(p);
+INLINE vfloat load_once(const float *p) {
+    vfloat x = load(p);
 #if HAVE_AVX2 && !defined(ROBUQ_SIMDE)
     __asm__("" : "+x"(x));
 #endif
@@ -129,39 +129,39 @@ INLINE v8 load_once(const float *p) {
 }
 
 /* The first `count` elements at `p`, at most eight; the rest is zero, or stays untouched. */
-INLINE v8 load_part(const float *p, int64_t count) {
+INLINE vfloat load_part(const float *p, int64_t count) {
     if (count >= LANES) return load(p);
-    v8 x = splat(0);
+    vfloat x = splat(0);
     memcpy(&x, p, (size_t)count * sizeof *p);
     return x;
 }
 
-INLINE void store_part(float *p, v8 x, int64_t count) {
+INLINE void store_part(float *p, vfloat x, int64_t count) {
     if (count >= LANES) store(p, x);
     else memcpy(p, &x, (size_t)count * sizeof *p);
 }
 
 #if HAVE_AVX2
-INLINE v8 fmadd(v8 a, v8 b, v8 c) { return _mm256_fmadd_ps(a, b, c); }
-INLINE v8 vmax(v8 a, v8 b) { return _mm256_max_ps(a, b); }
-INLINE v8 vmin(v8 a, v8 b) { return _mm256_min_ps(a, b); }
-INLINE v8 vrint(v8 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-INLINE v8 vfloor(v8 x) { return _mm256_floor_ps(x); }
+INLINE vfloat fmadd(vfloat a, vfloat b, vfloat c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE vfloat vmax(vfloat a, vfloat b) { return _mm256_max_ps(a, b); }
+INLINE vfloat vmin(vfloat a, vfloat b) { return _mm256_min_ps(a, b); }
+INLINE vfloat vrint(vfloat x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE vfloat vfloor(vfloat x) { return _mm256_floor_ps(x); }
 
 /* The values must fit the narrower type. */
-INLINE v8s to_int16(v8 x) {
+INLINE vshort to_int16(vfloat x) {
     const __m256i i = (__m256i)to_int(x);
-    return (v8s)_mm_packs_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
+    return (vshort)_mm_packs_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
 }
 
-INLINE v8b to_int8(v8 x) {
+INLINE vbyte to_int8(vfloat x) {
     const __m128i i = (__m128i)to_int16(x);
     const int64_t bytes = _mm_cvtsi128_si64(_mm_packs_epi16(i, i));
-    return (v8b)bytes;
+    return (vbyte)bytes;
 }
 
 /* 32 int8 codes of whole floats, as they are or, of the mid-rise grid, 2 x + 1. */
-INLINE void store_codes(int8_t *out, const v8 x[4], const int midrise) {
+INLINE void store_codes(int8_t *out, const vfloat x[4], const int midrise) {
     __m256i wide[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) wide[i] = _mm256_cvttps_epi32(x[i]);
@@ -173,27 +173,29 @@ INLINE void store_codes(int8_t *out, const v8 x[4], const int midrise) {
 }
 
 /* x times the Sylvester matrix of order 8. */
-INLINE v8 hadamard8(v8 x) {
-    x = fmadd(x, (v8){1, -1, 1, -1, 1, -1, 1, -1}, _mm256_permute_ps(x, 0xB1));
-    x = fmadd(x, (v8){1, 1, -1, -1, 1, 1, -1, -1}, _mm256_permute_ps(x, 0x4E));
-    return fmadd(x, (v8){1, 1, 1, 1, -1, -1, -1, -1}, _mm256_permute2f128_ps(x, x, 1));
+INLINE vfloat hadamard8(vfloat x) {
+    x = fmadd(x, (vfloat){1, -1, 1, -1, 1, -1, 1, -1}, _mm256_permute_ps(x, 0xB1));
+    x = fmadd(x, (vfloat){1, 1, -1, -1, 1, 1, -1, -1}, _mm256_permute_ps(x, 0x4E));
+    return fmadd(x, (vfloat){1, 1, 1, 1, -1, -1, -1, -1}, _mm256_permute2f128_ps(x, x, 1));
 }
 #elif HAVE_NEON
-INLINE v8 fmadd(v8 a, v8 b, v8 c) { return (v8){vfmaq_f32(c.low, a.low, b.low), vfmaq_f32(c.high, a.high, b.high)}; }
+INLINE vfloat fmadd(vfloat a, vfloat b, vfloat c) {
+    return (vfloat){vfmaq_f32(c.low, a.low, b.low), vfmaq_f32(c.high, a.high, b.high)};
+}
 INLINE float32x4_t larger(float32x4_t a, float32x4_t b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
 INLINE float32x4_t smaller(float32x4_t a, float32x4_t b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
-INLINE v8 vmax(v8 a, v8 b) { return (v8){larger(a.low, b.low), larger(a.high, b.high)}; }
-INLINE v8 vmin(v8 a, v8 b) { return (v8){smaller(a.low, b.low), smaller(a.high, b.high)}; }
-INLINE v8 vrint(v8 x) { return (v8){vrndnq_f32(x.low), vrndnq_f32(x.high)}; }
-INLINE v8 vfloor(v8 x) { return (v8){vrndmq_f32(x.low), vrndmq_f32(x.high)}; }
+INLINE vfloat vmax(vfloat a, vfloat b) { return (vfloat){larger(a.low, b.low), larger(a.high, b.high)}; }
+INLINE vfloat vmin(vfloat a, vfloat b) { return (vfloat){smaller(a.low, b.low), smaller(a.high, b.high)}; }
+INLINE vfloat vrint(vfloat x) { return (vfloat){vrndnq_f32(x.low), vrndnq_f32(x.high)}; }
+INLINE vfloat vfloor(vfloat x) { return (vfloat){vrndmq_f32(x.low), vrndmq_f32(x.high)}; }
 
-INLINE v8s to_int16(v8 x) {
-    const v8i i = to_int(x);
-    return (v8s)vuzp1q_s16((int16x8_t)i.low, (int16x8_t)i.high);
+INLINE vshort to_int16(vfloat x) {
+    const vint i = to_int(x);
+    return (vshort)vuzp1q_s16((int16x8_t)i.low, (int16x8_t)i.high);
 }
-INLINE v8b to_int8(v8 x) { return (v8b)vmovn_s16((int16x8_t)to_int16(x)); }
+INLINE vbyte to_int8(vfloat x) { return (vbyte)vmovn_s16((int16x8_t)to_int16(x)); }
 
-INLINE void store_codes(int8_t *out, const v8 x[4], const int midrise) {
+INLINE void store_codes(int8_t *out, const vfloat x[4], const int midrise) {
 #pragma GCC unroll 2
     for (int i = 0; i < 4; i += 2) {
         int8x16_t code = vuzp1q_s8((int8x16_t)to_int16(x[i]), (int8x16_t)to_int16(x[i + 1]));
@@ -207,45 +209,45 @@ INLINE float32x4_t hadamard4(float32x4_t x) {
     x = vfmaq_f32(vrev64q_f32(x), x, (float32x4_t){1, -1, 1, -1});
     return vfmaq_f32(vextq_f32(x, x, 2), x, (float32x4_t){1, 1, -1, -1});
 }
-INLINE v8 hadamard8(v8 x) {
+INLINE vfloat hadamard8(vfloat x) {
     const float32x4_t a = hadamard4(x.low), b = hadamard4(x.high);
-    return (v8){vaddq_f32(a, b), vsubq_f32(a, b)};
+    return (vfloat){vaddq_f32(a, b), vsubq_f32(a, b)};
 }
 #else
 #if defined(__aarch64__) /* fused, as every AArch64 can: the bits of NEON and of AVX2 */
-INLINE v8 fmadd(v8 a, v8 b, v8 c) {
+INLINE vfloat fmadd(vfloat a, vfloat b, vfloat c) {
     for (int i = 0; i < LANES; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
     return c;
 }
 #else
-INLINE v8 fmadd(v8 a, v8 b, v8 c) { return a * b + c; }
+INLINE vfloat fmadd(vfloat a, vfloat b, vfloat c) { return a * b + c; }
 #endif
-INLINE v8 vmax(v8 a, v8 b) { return choose(a > b, a, b); }
-INLINE v8 vmin(v8 a, v8 b) { return choose(a < b, a, b); }
+INLINE vfloat vmax(vfloat a, vfloat b) { return choose(a > b, a, b); }
+INLINE vfloat vmin(vfloat a, vfloat b) { return choose(a < b, a, b); }
 
 /* To nearest, ties to even, for |x| < 2^22: adding 1.5 * 2^23 leaves no room for a fraction. */
-INLINE v8 vrint(v8 x) { return (x + splat(12582912.0f)) - splat(12582912.0f); }
+INLINE vfloat vrint(vfloat x) { return (x + splat(12582912.0f)) - splat(12582912.0f); }
 
-INLINE v8 vfloor(v8 x) {
-    v8 nearest = vrint(x);
+INLINE vfloat vfloor(vfloat x) {
+    vfloat nearest = vrint(x);
     return nearest - choose(nearest > x, splat(1), splat(0));
 }
 
-INLINE v8s to_int16(v8 x) { return __builtin_convertvector(to_int(x), v8s); }
-INLINE v8b to_int8(v8 x) { return __builtin_convertvector(to_int(x), v8b); }
+INLINE vshort to_int16(vfloat x) { return __builtin_convertvector(to_int(x), vshort); }
+INLINE vbyte to_int8(vfloat x) { return __builtin_convertvector(to_int(x), vbyte); }
 
-INLINE void store_codes(int8_t *out, const v8 x[4], const int midrise) {
+INLINE void store_codes(int8_t *out, const vfloat x[4], const int midrise) {
     for (int i = 0; i < 4; i++) {
-        const v8b code = to_int8(midrise ? x[i] + x[i] + splat(1) : x[i]);
+        const vbyte code = to_int8(midrise ? x[i] + x[i] + splat(1) : x[i]);
         memcpy(out + i * LANES, &code, sizeof code);
     }
 }
 
-INLINE v8 hadamard8(v8 x) {
-    v8 a = {x[0] + x[1], x[0] - x[1], x[2] + x[3], x[2] - x[3], x[4] + x[5], x[4] - x[5], x[6] + x[7], x[6] - x[7]};
-    v8 b = {a[0] + a[2], a[1] + a[3], a[0] - a[2], a[1] - a[3], a[4] + a[6], a[5] + a[7], a[4] - a[6], a[5] - a[7]};
-    return (v8){b[0] + b[4], b[1] + b[5], b[2] + b[6], b[3] + b[7],
-                b[0] - b[4], b[1] - b[5], b[2] - b[6], b[3] - b[7]};
+INLINE vfloat hadamard8(vfloat x) {
+    vfloat a = {x[0] + x[1], x[0] - x[1], x[2] + x[3], x[2] - x[3], x[4] + x[5], x[4] - x[5], x[6] + x[7], x[6] - x[7]};
+    vfloat b = {a[0] + a[2], a[1] + a[3], a[0] - a[2], a[1] - a[3], a[4] + a[6], a[5] + a[7], a[4] - a[6], a[5] - a[7]};
+    return (vfloat){b[0] + b[4], b[1] + b[5], b[2] + b[6], b[3] + b[7],
+                    b[0] - b[4], b[1] - b[5], b[2] - b[6], b[3] - b[7]};
 }
 #endif
 
@@ -266,9 +268,9 @@ INLINE __m128i sum_lanes(const __m256i sums[4]) {
 #endif
 
 /* Transposes eight vectors in place. */
-INLINE void transpose8(v8 x[LANES]) {
+INLINE void transpose8(vfloat x[LANES]) {
 #if HAVE_AVX2
-    v8 a[LANES], b[LANES];
+    vfloat a[LANES], b[LANES];
 #pragma GCC unroll 4
     for (int i = 0; i < LANES; i += 2) {
         a[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
@@ -309,8 +311,8 @@ INLINE void transpose8(v8 x[LANES]) {
     }
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
-        x[j] = (v8){rows[0][j], rows[0][j + 4]};
-        x[j + 4] = (v8){rows[1][j], rows[1][j + 4]};
+        x[j] = (vfloat){rows[0][j], rows[0][j + 4]};
+        x[j + 4] = (vfloat){rows[1][j], rows[1][j + 4]};
     }
 #else
     for (int i = 0; i < LANES; i++) {
@@ -324,7 +326,7 @@ INLINE void transpose8(v8 x[LANES]) {
 }
 
 /* Sum of the eight lanes, in one order. */
-INLINE float vsum(v8 x) {
+INLINE float vsum(vfloat x) {
 #if HAVE_AVX2
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -338,11 +340,11 @@ INLINE float vsum(v8 x) {
 }
 
 /* Sums of the lanes of four vectors, in another order than vsum's. */
-INLINE void vsum4(const v8 x[4], float out[4]) {
+INLINE void vsum4(const vfloat x[4], float out[4]) {
 #if HAVE_AVX2
-    const v8 ab = _mm256_unpacklo_ps(x[0], x[1]) + _mm256_unpackhi_ps(x[0], x[1]);
-    const v8 cd = _mm256_unpacklo_ps(x[2], x[3]) + _mm256_unpackhi_ps(x[2], x[3]);
-    const v8 halves = _mm256_shuffle_ps(ab, cd, 0x44) + _mm256_shuffle_ps(ab, cd, 0xEE);
+    const vfloat ab = _mm256_unpacklo_ps(x[0], x[1]) + _mm256_unpackhi_ps(x[0], x[1]);
+    const vfloat cd = _mm256_unpacklo_ps(x[2], x[3]) + _mm256_unpackhi_ps(x[2], x[3]);
+    const vfloat halves = _mm256_shuffle_ps(ab, cd, 0x44) + _mm256_shuffle_ps(ab, cd, 0xEE);
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
 #elif HAVE_NEON
     float32x4_t halves[2];
@@ -362,7 +364,7 @@ INLINE void vsum4(const v8 x[4], float out[4]) {
 #endif
 }
 
-INLINE float vmax_lane(v8 x) {
+INLINE float vmax_lane(vfloat x) {
 #if HAVE_AVX2
     __m128 s = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     s = _mm_max_ps(s, _mm_movehl_ps(s, s));
@@ -377,7 +379,7 @@ INLINE float vmax_lane(v8 x) {
 }
 
 /* The elements of both in turn. */
-INLINE void store_interleaved(int16_t *out, v8s even, v8s odd) {
+INLINE void store_interleaved(int16_t *out, vshort even, vshort odd) {
 #if HAVE_AVX2
     _mm_storeu_si128((__m128i *)out, _mm_unpacklo_epi16((__m128i)even, (__m128i)odd));
     _mm_storeu_si128((__m128i *)(out + LANES), _mm_unpackhi_epi16((__m128i)even, (__m128i)odd));
@@ -393,20 +395,20 @@ INLINE void store_interleaved(int16_t *out, v8s even, v8s odd) {
 }
 
 /* 2^(n + f) to about 2 ulp for whole n in -126 .. 127 and |f| <= 1/2: a polynomial in f, then n onto the exponent. */
-INLINE v8 exp2_parts(v8 n, v8 f) {
-    const v8 f2 = mul(f, f);
-    v8 high = fmadd(f, splat(1.3268213952e-3f), splat(9.6715111285e-3f));
-    v8 middle = fmadd(f, splat(5.5507216603e-2f), splat(2.4022242427e-1f));
-    v8 low = fmadd(f, splat(6.9314700365e-1f), splat(1));
+INLINE vfloat exp2_parts(vfloat n, vfloat f) {
+    const vfloat f2 = mul(f, f);
+    vfloat high = fmadd(f, splat(1.3268213952e-3f), splat(9.6715111285e-3f));
+    vfloat middle = fmadd(f, splat(5.5507216603e-2f), splat(2.4022242427e-1f));
+    vfloat low = fmadd(f, splat(6.9314700365e-1f), splat(1));
     low = fmadd(fmadd(high, f2, middle), f2, low);
     return scale_by_power(low, n);
 }
 
 /* e^x to about 2 ulp for x <= 88; below -87.3 as there. */
-INLINE v8 vexp(v8 x) {
+INLINE vfloat vexp(vfloat x) {
     x = vmax(x, splat(-87.3f));
-    const v8 n = vrint(mul(x, splat(1.44269504f)));
-    v8 r = fmadd(n, splat(-0.693359375f), x); /* ln(2) in two parts: the first product is exact */
+    const vfloat n = vrint(mul(x, splat(1.44269504f)));
+    vfloat r = fmadd(n, splat(-0.693359375f), x); /* ln(2) in two parts: the first product is exact */
     r = fmadd(n, splat(2.12194440e-4f), r);
     return exp2_parts(n, mul(r, splat(1.44269504f)));
 }

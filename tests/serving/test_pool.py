@@ -203,6 +203,31 @@ def test_a_decoder_that_hangs_costs_its_worker_though_steps_go_on(monkeypatch: p
         gate.set()
 
 
+def test_a_decoder_with_many_images_before_it_does_not_count_as_hung() -> None:
+    sampler, permits = WatchedSampler(), threading.Semaphore(0)
+    decode = sampler.decode
+
+    def slow(row: FakeRow) -> np.ndarray:
+        assert permits.acquire(timeout=WAIT_S)
+        return decode(row)
+
+    with running_engine(sampler) as engine:
+        sampler.decode = slow  # type: ignore[method-assign]
+        first, second = (engine.submit([spec(seed=seed)]) for seed in range(2))
+        until(lambda: engine.images_decoding == 2)
+        (worker,) = engine.pool._fleet.present  # type: ignore[union-attr]
+
+        def wait_for_long() -> None:
+            worker.sent[list(worker.decoding)[1]].leaving_at -= 10_000
+
+        engine.call(wait_for_long)
+        permits.release()
+        assert outcome(first) is None
+        assert engine.call(lambda: worker.hung(engine.pool.clock())) == ""
+        permits.release()
+        assert outcome(second) is None
+
+
 def test_a_worker_that_hangs_in_loading_is_killed_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     gates, loads = (threading.Event(), threading.Event()), iter(range(10))
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 # read: whatever changes nothing, such as /info and /metrics. Every key may do that.
 Scope = Literal["read", "generate", "admin"]
-SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 # What is counted a minute.
 RateUnit = Literal["requests", "images"]

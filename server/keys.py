@@ -27,7 +27,7 @@ from robuq_core.files import replacing
 
 logger = logging.getLogger(__name__)
 
-# read: whatever changes nothing, such as /info and /metrics. Every key may do that.
+# read: routes that change nothing, such as /info and /metrics; every key has it.
 Scope = Literal["read", "generate", "admin"]
 
 # What is counted a minute.
@@ -42,7 +42,7 @@ GRACE_S = 60.0
 
 
 class ApiKey(BaseModel):
-    """Who may come in. ``sha256`` of the key in hex; limits per minute, ``None`` for no limit."""
+    """A client. ``sha256`` of the key in hex; limits per minute, ``None`` for no limit."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

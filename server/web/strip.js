@@ -50,7 +50,7 @@ export class Strip {
   }
 
   get running() {
-    return this.state === "waiting" || this.state === "drawing";
+    return this.state === "waiting" || this.state === "generating";
   }
 
   get steps() {
@@ -74,7 +74,7 @@ export class Strip {
     const frame = this.frames[index];
     if (!frame) return;
     this.request.steps = steps;
-    this.state = "drawing";
+    this.state = "generating";
     frame.step = Math.max(frame.step, done); // a preview comes later than its step
     frame.progress.max = steps;
     frame.progress.value = frame.step;

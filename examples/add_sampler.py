@@ -38,7 +38,7 @@ def generate(sampler: Sampler, table: StepTable, class_id: int, seed: int) -> to
     x = torch.randn(1, model.in_channels, model.input_size, model.input_size, generator=noise)
     on_xt, on_output = to_sample_coefficients(table.signal, table.sigma, diffusion.prediction_type)
     for i, timestep in enumerate(table.timesteps):
-        output = sampler.model.forward(x, torch.tensor([timestep]), torch.tensor([class_id]))
+        output = sampler.model.forward(x, [timestep], [class_id])
         x0 = on_xt[i].float() * x + on_output[i].float() * output[:, : model.in_channels]
         x0 = x0.clamp(-1, 1) if diffusion.clip_sample else x0
         x = table.on_xt[i].float() * x + table.on_x0[i].float() * x0

@@ -189,6 +189,6 @@ def relative_error(
     x = torch.randn(_PROBE_IMAGES, config.in_channels, size, size, generator=torch.Generator().manual_seed(0))
     timesteps, classes = (fractions * NUM_TRAIN_TIMESTEPS).long(), (fractions * config.valid_classes).long()
     original = weights.model(mapped=True)(x, timesteps, classes)[:, : config.in_channels]
-    output = packed.forward(x.to(backend.device), timesteps, classes).cpu()[:, : config.in_channels]
+    output = packed.forward(x.to(backend.device), timesteps.tolist(), classes.tolist()).cpu()[:, : config.in_channels]
     norm = float(original.norm())
     return float((output - original).norm()) / norm if norm else None

@@ -73,7 +73,7 @@ def load_model(path: Path | str | None = None, decoder: Path | str | Decoder | N
 
 
 class Denoiser(Protocol):
-    """A network, packed or plain. ``x`` is on its device, the rest on the CPU."""
+    """A network that is not packed. ``x`` is on its device, the rest on the CPU."""
 
     def forward(self, x: Tensor, timesteps: Tensor, classes: Tensor, /) -> Tensor: ...
 
@@ -97,7 +97,7 @@ class Sampler:
 
     def __init__(
         self,
-        model: Denoiser,
+        model: PackedDiT | Denoiser,
         header: Header,
         *,
         checkpoint_name: str,
@@ -125,6 +125,10 @@ class Sampler:
         self.path: Path | None = None
         self._classes = ClassNames(header.class_names, shape.num_classes)
         self._shape = (shape.in_channels, shape.input_size, shape.input_size)
+        self._guided_channels = guided_channels(shape.in_channels, shape.flavour)
+        # In SiT's weights a second half of channels exists, but was not trained.
+        self._learned_noise = shape.learn_sigma and self.prediction_type != "flow"
+        self._has_own_threads = isinstance(model, PackedDiT) and model.has_own_threads
 
     def _fitting(self, decoder: Decoder | None) -> Decoder:
         channels = self.header.model.in_channels
@@ -217,22 +221,18 @@ class Sampler:
             raise ValueError("cache_interval must be 1 for a network that is not packed")
         return Row(spec, self._shape, self.prediction_type, self.device, noise)
 
-    @torch.inference_mode()
     def step(self, rows: Sequence[Row]) -> None:
         """Advance every row by one step with one forward.
 
         Rows may differ in class, timestep, step count, guidance and sampler. If it raises, no row has advanced.
         """
-        model, channels = self.header.model, self._shape[0]
-        # In SiT's weights a second half of channels exists, but was not trained.
-        learned = model.learn_sigma and self.prediction_type != "flow"
-        with on_one_thread(getattr(self.model, "has_own_threads", False)):
+        learned, clip = self._learned_noise, self.header.diffusion.clip_sample
+        with on_one_thread(self._has_own_threads):
             before = together(rows)
             output, block_deltas = self._output(rows, before.x)
             steps = [row.next_step(with_noise=not learned) for row in rows]
-            clip = self.header.diffusion.clip_sample
-            after = Batch(*self._update(*before, output, steps, clip, guided_channels(channels, model.flavour)))
-            if noises := {i: row.noise() for i, row in enumerate(rows) if learned and row.needs_noise}:
+            after = Batch(*self._update(*before, output, steps, clip, self._guided_channels))
+            if learned and (noises := {i: row.noise() for i, row in enumerate(rows) if row.needs_noise}):
                 add_learned_noise(after.x, output, steps, noises)
         for i, row in enumerate(rows):
             row.advance(after, i, block_deltas.get(i))
@@ -246,10 +246,12 @@ class Sampler:
         if guided:
             timesteps += [timesteps[i] for i in guided]
             x = torch.cat([x, taken(x, guided)])
-        inputs = x, torch.tensor(timesteps), torch.tensor(classes)
-        if isinstance(self.model, PackedDiT) and any(row.spec.cache_interval > 1 for row in rows):
-            return cached_forward(self.model, rows, [*range(len(rows)), *guided], *inputs)
-        return self.model.forward(*inputs), {}
+        if not isinstance(self.model, PackedDiT):
+            with torch.inference_mode():
+                return self.model.forward(x, torch.tensor(timesteps), torch.tensor(classes)), {}
+        if any(row.spec.cache_interval > 1 for row in rows):
+            return cached_forward(self.model, rows, [*range(len(rows)), *guided], x, timesteps, classes)
+        return self.model.forward(x, timesteps, classes), {}
 
     def decode(self, row: Row) -> np.ndarray:
         """The image of a row, uint8 ``[H, W, 3]``: ``127.5 x + 128``, clamped to 0..255, of the decoder's output.

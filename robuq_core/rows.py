@@ -150,7 +150,12 @@ def together(rows: Sequence[Row]) -> Batch:
 
 
 def cached_forward(
-    model: PackedDiT, rows: Sequence[Row], owners: Sequence[int], x: Tensor, timesteps: Tensor, classes: Tensor
+    model: PackedDiT,
+    rows: Sequence[Row],
+    owners: Sequence[int],
+    x: Tensor,
+    timesteps: Sequence[float],
+    classes: Sequence[int],
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """The network's output for ``x [M, C, H, W]``, and the deltas to keep, ``[1 or 2, L, D]`` by position in ``rows``.
 
@@ -160,14 +165,17 @@ def cached_forward(
     """
     reusing = [i for i, owner in enumerate(owners) if rows[owner].reuses_blocks]
     running = [i for i, owner in enumerate(owners) if not rows[owner].reuses_blocks]
+
+    def part(at: list[int]) -> tuple[Tensor, list[float], list[int]]:
+        return taken(x, at), [timesteps[i] for i in at], [classes[i] for i in at]
+
     if not reusing:
         return _run(model, rows, owners, x, timesteps, classes)
     kept = torch.stack([_delta(rows[owners[i]], without_class=i >= len(rows)) for i in reusing])
-    reused = model.forward_reusing(taken(x, reusing), timesteps[reusing], classes[reusing], kept)
+    reused = model.forward_reusing(*part(reusing), kept)
     if not running:
         return reused, {}
-    inputs = taken(x, running), timesteps[running], classes[running]
-    ran, deltas = _run(model, rows, [owners[i] for i in running], *inputs)
+    ran, deltas = _run(model, rows, [owners[i] for i in running], *part(running))
     output = ran.new_empty(len(owners), *ran.shape[1:])
     output[reusing], output[running] = reused, ran
     return output, deltas
@@ -179,7 +187,12 @@ def _delta(row: Row, without_class: bool) -> Tensor:
 
 
 def _run(
-    model: PackedDiT, rows: Sequence[Row], owners: Sequence[int], x: Tensor, timesteps: Tensor, classes: Tensor
+    model: PackedDiT,
+    rows: Sequence[Row],
+    owners: Sequence[int],
+    x: Tensor,
+    timesteps: Sequence[float],
+    classes: Sequence[int],
 ) -> tuple[Tensor, dict[int, Tensor]]:
     keep = [i for i, owner in enumerate(owners) if rows[owner].keeps_blocks]
     if not keep:

@@ -188,18 +188,10 @@ class Fleet:
             return
         self.workers[worker.number] = None
         error = error or RunFailed(f"worker {worker.number} {'hung in ' + reason if reason else 'died'}")
-        now = self.pool.clock()
-        self._deaths.append(now)
-        while now - self._deaths[0] > DEATH_WINDOW_S:
-            self._deaths.popleft()
         # What does not load or run will not do so a second later, and a swap has somewhere to go back to.
         hopeless = not self.ready.done() and (reason == "failed" or not self.pool.serves(self))
-        if hopeless or len(self._deaths) > MAX_DEATHS * len(self.workers):
-            self._give_up(error)
-            return
+        self._replace(worker.number, error, hopeless)
         self._retry(sent)
-        pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 4 ** (len(self._deaths) - 1))
-        self.pool.spawn(self._replace(worker.number, pause))
 
     # Inside.
 
@@ -242,11 +234,29 @@ class Fleet:
                 self.queue.put_back(request, image.image)
         self.dispatch()
 
-    async def _replace(self, number: int, pause_s: float) -> None:
-        await asyncio.sleep(pause_s)
-        if not self.closed:
+    def _replace(self, number: int, error: BaseException, hopeless: bool = False) -> None:
+        """Start a worker in place of one that ended with ``error``, after a pause; or give up."""
+        now = self.pool.clock()
+        self._deaths.append(now)
+        while now - self._deaths[0] > DEATH_WINDOW_S:
+            self._deaths.popleft()
+        if hopeless or len(self._deaths) > MAX_DEATHS * len(self.workers):
+            self._give_up(error)
+            return
+        pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 4 ** (len(self._deaths) - 1))
+
+        async def start() -> None:
+            await asyncio.sleep(pause_s)
+            if self.closed:
+                return
             logger.warning("replacing worker %d", number)
-            self._start_worker(number, self.pool.launch(self.weights))
+            try:
+                self._start_worker(number, self.pool.launch(self.weights))
+            except OSError as fault:  # no memory or descriptors for a process
+                logger.error("worker %d cannot start: %s", number, fault)
+                self._replace(number, RunFailed(f"worker {number} cannot start: {fault}"))
+
+        self.pool.spawn(start())
 
     def _start_worker(self, number: int, handle: Handle) -> None:
         """The first worker loads the checkpoint; the others wait for that, and map its weights."""

@@ -30,7 +30,7 @@ class SentImage:
 
     request: Request
     image: int
-    leaving_at: float = 0.0  # when its last step began; 0: it has more of them
+    leaving_at: float = 0.0  # when its last step began, or the image before it was done; 0: it has more steps
 
 
 class RemoteWorker(asyncio.Protocol):
@@ -194,7 +194,10 @@ class RemoteWorker(asyncio.Protocol):
     def _forget(self, number: int) -> SentImage | None:
         sent = self.sent.pop(number, None)
         if sent is not None and number in self.decoding:
+            was_oldest = number == next(iter(self.decoding))
             del self.decoding[number]
+            if was_oldest and self.decoding:  # waiting for a decoder is no sign of a hang
+                self.sent[next(iter(self.decoding))].leaving_at = self.heard_at
         elif sent is not None:
             self.rows -= sent.request.rows_per_image
         return sent

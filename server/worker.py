@@ -181,7 +181,7 @@ class Worker:
             if batch:
                 leaving = [image.id for image in batch if image.spec.steps - image.row.steps_done <= 1]
                 measured = report.get("measured", [])
-                if leaving or len(report) != 1 or self._clock() - self._sent_at > QUIET_S:
+                if leaving or self._finished or len(report) != 1 or self._clock() - self._sent_at > QUIET_S:
                     self._report({"leaving": leaving, **report})
                     measured = []
                 report = self._step(batch)

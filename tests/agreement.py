@@ -152,7 +152,7 @@ def run_packed(
     recorded = Recorded(backend)
     network = PackedDiT(config, checkpoint.dense, checkpoint.layers, recorded)
     with torch.inference_mode():
-        output = network.forward(x, timesteps, classes)
+        output = network.forward(x, timesteps.tolist(), classes.tolist())
     # The modulations have a row for each timestep and class, the blocks one for each token.
     return Run(output, [codes for codes in recorded.codes if len(codes) == len(x) * config.num_tokens])
 

@@ -150,7 +150,7 @@ def _timed_forwards(sampler: Sampler) -> Iterator[list[float]]:
     seconds: list[float] = []
     forward = sampler.model.forward
 
-    def timed(*inputs: torch.Tensor) -> torch.Tensor:
+    def timed(*inputs: Any) -> torch.Tensor:
         began = time.perf_counter()
         output: torch.Tensor = forward(*inputs)
         seconds.append(time.perf_counter() - began)

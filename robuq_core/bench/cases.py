@@ -26,6 +26,8 @@ from robuq_core.models.packed_dit import LAYERS, PackedDiT
 from robuq_core.models.quant_linear import is_adaln
 from robuq_core.models.shapes import layer_macs
 from robuq_core.pipeline import Row, RowSpec, Sampler
+from robuq_core.staging import taken
+from robuq_core.threads import on_one_thread
 
 Level = Literal["op", "block", "forward", "image", "memory", "loading"]
 LEVELS: tuple[Level, ...] = get_args(Level)
@@ -165,14 +167,14 @@ def forward_case(bench: Bench, batch: int) -> CaseTiming:
     generator = torch.Generator().manual_seed(batch)
     x = torch.randn(batch, config.in_channels, config.input_size, config.input_size, generator=generator)
     timesteps = torch.randint(0, NUM_TRAIN_TIMESTEPS, (batch,), generator=generator)
-    inputs = (x.to(bench.device), timesteps, torch.arange(batch) % config.valid_classes)
+    x, classes = x.to(bench.device), torch.arange(batch) % config.valid_classes
 
     def run(network: PackedDiT, images: list[int]) -> Tensor:
         network.conditioning.clear()
-        # Indexing would wake torch's threads, which keep spinning on the cores of ours.
-        return network.forward(*(inputs if len(images) == batch else (part[images] for part in inputs)))
+        with on_one_thread(network.has_own_threads):
+            return network.forward(taken(x, images), timesteps[images].tolist(), classes[images].tolist())
 
-    on_device = tuple(part.to(bench.device) for part in inputs)
+    on_device = x, timesteps.to(bench.device), classes.to(bench.device)
     macs = batch * _macs(config, config.depth)
     return bench.time("forward", "forward", batch, macs, [bench.ours(run, batch)], bench.plain, on_device)
 

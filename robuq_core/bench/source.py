@@ -47,11 +47,13 @@ class Source:
         attention_is_quantized = header.quant.attention_bits is not None
         return PackedDiT(self.config, self.checkpoint.dense, self.checkpoint.layers, backend, attention_is_quantized)
 
-    def sampler(self, model: Denoiser, backend_name: str, device: torch.device) -> Sampler:
+    def sampler(self, model: PackedDiT | Denoiser, backend_name: str, device: torch.device) -> Sampler:
         return header_sampler(self.checkpoint.header, model, self.name, backend_name, device)
 
 
-def header_sampler(header: Header, model: Denoiser, name: str, backend_name: str, device: torch.device) -> Sampler:
+def header_sampler(
+    header: Header, model: PackedDiT | Denoiser, name: str, backend_name: str, device: torch.device
+) -> Sampler:
     """A sampler of any header: a latent model's rows are stepped like pixels; only their pictures mean nothing."""
     steppable = header.model_copy(update={"decoder": "pixels"})
     return Sampler(model, steppable, checkpoint_name=name, backend_name=backend_name, weight_bytes=0, device=device)

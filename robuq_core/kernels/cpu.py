@@ -34,7 +34,7 @@ Isa = Literal["amx", "avx512vbmi", "avx512vnni", "avx2", "i8mm", "dotprod", "neo
 ISA_VARIABLE = "ROBUQ_CPU_ISA"
 
 # The native side's enumerations (native/robuq.h) and the number of its interface (native/module.c).
-_INTERFACE = 13
+_INTERFACE = 14
 _ISA_CODE: Mapping[Isa, int] = {
     **{"plain": 0, "avx2": 1, "avx512vnni": 2, "avx512vbmi": 3, "amx": 4},
     **{"neon": 5, "dotprod": 6, "i8mm": 7},
@@ -61,8 +61,8 @@ _SIGNATURES = {
     "robuq_output": [_POINTER, _POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _POINTER],
     # backend, ends, layers, their number; c, rows; slots, table, stride of its entries
     "robuq_modulate": [_POINTER, _POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _SIZE],
-    # steps, rows, values of a row, guided ones; clip; following, estimates
-    "robuq_update": [_POINTER, _SIZE, _SIZE, _SIZE, _INT, _POINTER, _POINTER],
+    # x, estimates, output, steps; rows, values of a row, of an output row, guided ones; clip; following, estimates
+    "robuq_update": [*[_POINTER] * 4, *[_SIZE] * 4, _INT, _POINTER, _POINTER],
     # packed, N, K; planar
     "robuq_planar_from_base3": [_POINTER, _SIZE, _SIZE, _POINTER],
     # planar, N, bytes of a row; counts
@@ -118,7 +118,7 @@ class _EndsStruct(ctypes.Structure):
 
 
 # ``struct row_step`` of native/update.h.
-_ROW_STEP = struct.Struct("@5P8f")
+_ROW_STEP = struct.Struct("@P9f??2x")
 
 
 _NO_MODULATION = {name: _PrologueStruct(kind) for name, kind in ((None, 0), ("gelu", 2), ("silu", 3))}
@@ -454,34 +454,23 @@ class CpuBackend:
         self, x: Tensor, previous_x0: Tensor, output: Tensor, steps: Sequence[RowStep], clip: bool, guided_channels: int
     ) -> tuple[Tensor, Tensor]:
         """See :class:`robuq_core.diffusion.update.Update`; one thread, as it takes less time than to wake others."""
-        rows, shape = len(steps), tuple(x.shape[1:])
-        x, previous = _check(x, "x", (rows, *shape)), _check(previous_x0, "previous_x0", (rows, *shape))
-        output = _check(output, "output", tuple(output.shape))
-        guided = sum(step.scale is not None for step in steps)
-        if len(output) != rows + guided or output.shape[1] < shape[0] or output.shape[2:] != shape[1:]:
-            raise ValueError(
-                f"output {tuple(output.shape)} does not fit {rows} rows of {shape}, {guided} of them guided"
-            )
-        values, x_row, output_row = math.prod(shape), 4 * x.stride(0), 4 * output.stride(0)
-        x_at, previous_at, cond_at = x.data_ptr(), previous.data_ptr(), output.data_ptr()
-        uncond_at = cond_at + rows * output_row
-        packed, kept = [], []  # noises are kept until they are read
-        for i, step in enumerate(steps):
-            noise = None if step.noise is None else _check(step.noise, "noise", shape)
-            kept.append(noise)
-            packed.append(
-                _ROW_STEP.pack(
-                    *(x_at + i * x_row, cond_at + i * output_row, 0 if step.scale is None else uncond_at),
-                    previous_at + i * x_row if step.multistep else 0,
-                    0 if noise is None else noise.data_ptr(),
-                    *(*step.coefficients[:6], step.scale or 0.0, 0.0),
-                )
-            )
-            if step.scale is not None:
-                uncond_at += output_row
+        rows, shape = len(steps), x.shape[1:]
+        of_guided = rows + sum([step.scale is not None for step in steps])
+        channels, values = output.shape[1], shape.numel()
+        if channels < shape[0]:
+            raise ValueError(f"output must have at least the {shape[0]} channels of x, not {channels}")
+        output = _check(output, "output", (of_guided, channels, *shape[1:]))
+        x, previous_x0 = _check(x, "x", (rows, *shape)), _check(previous_x0, "previous_x0", (rows, *shape))
+        noises = [None if step.noise is None else _check(step.noise, "noise", shape) for step in steps]
+        packed = [
+            _ROW_STEP.pack(noise.data_ptr() if noise is not None else 0, *step.coefficients, step.scale or 0.0,
+                           step.scale is not None, step.multistep)
+            for step, noise in zip(steps, noises, strict=True)
+        ]  # fmt: skip
         following, x0 = torch.empty_like(x), torch.empty_like(x)
         self._library.robuq_update(
-            *(b"".join(packed), rows, values, guided_channels * values // shape[0], clip),
+            *(x.data_ptr(), previous_x0.data_ptr(), output.data_ptr(), b"".join(packed), rows, values),
+            *(channels * values // shape[0], guided_channels * values // shape[0], clip),
             *(following.data_ptr(), x0.data_ptr()),
         )
         return following, x0

@@ -6,6 +6,7 @@ Inference only. A forward has two parts: the modulations of its rows, looked up 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,7 +32,6 @@ from robuq_core.models.conditioning import BLOCK_ENTRIES, ConditioningTable, net
 from robuq_core.models.dit import norm2_eps, patchify, position_table, unpatchify
 from robuq_core.models.graphs import CudaRecorder, Denoise, DenoiseKeeping, GraphedDenoise, buckets
 from robuq_core.staging import taken
-from robuq_core.threads import on_one_thread
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
 
@@ -54,9 +54,9 @@ class PackedBlock:
 
 
 class PackedDiT:
-    """``forward(x [B, C, H, W], timesteps [B], classes [B]) -> [B, out_channels, H, W]``, float32.
+    """``forward(x [B, C, H, W], timesteps, classes) -> [B, out_channels, H, W]``, float32, on :attr:`device`.
 
-    ``x`` is on :attr:`device`; ``timesteps`` and ``classes`` on the CPU, where modulations are looked up. The residual
+    ``timesteps`` and ``classes`` are B numbers each, by which modulations are looked up. The residual
     stream, and what proj and fc2 add to it, is float32 on every backend; qkv, heads and the MLP's hidden values have
     the type of a :class:`~robuq_core.kernels.ops.NarrowBackend`.
 
@@ -98,7 +98,7 @@ class PackedDiT:
         self._ends = network_ends(config, self.dense, self.pos_embed)
         self.conditioning = ConditioningTable(config, self.dense, adaln, backend, self._ends, group=group)
         self._in_one_call = self._blocks_in_one_call()
-        # Between native kernels torch has little to do, and its threads would compete with theirs.
+        # Between native kernels torch has little to do, and its threads would compete with theirs: see Sampler.step.
         self.has_own_threads = self._fused is not None and self.device.type == "cpu"
         self._run: Denoise = self.denoise
         self._run_keeping: DenoiseKeeping = self.denoise_keeping
@@ -139,27 +139,24 @@ class PackedDiT:
         packed = sum(layer.nbytes for block in self.blocks for layer in block.layers)
         return packed + sum(tensor.nbytes for tensor in self.dense.values())
 
-    def forward(self, x_BCHW: Tensor, timesteps_B: Tensor, classes_B: Tensor) -> Tensor:
-        with on_one_thread(self.has_own_threads):
-            return self._run(x_BCHW, self._slots(timesteps_B, classes_B), self.conditioning.table)
+    def forward(self, x_BCHW: Tensor, timesteps: Sequence[float], classes: Sequence[int]) -> Tensor:
+        return self._run(x_BCHW, self.conditioning.slots(timesteps, classes), self.conditioning.table)
 
     def forward_keeping(
-        self, x_BCHW: Tensor, timesteps_B: Tensor, classes_B: Tensor, keep: list[int]
+        self, x_BCHW: Tensor, timesteps: Sequence[float], classes: Sequence[int], keep: list[int]
     ) -> tuple[Tensor, Tensor]:
         """:meth:`forward`, and beside its output what the blocks added to the tokens of the rows at ``keep`` (one or
         more): float32 ``[len(keep), L, D]``."""
-        out, tokens_BLD = self._run_keeping(x_BCHW, self._slots(timesteps_B, classes_B), self.conditioning.table)
+        slots = self.conditioning.slots(timesteps, classes)
+        out, tokens_BLD = self._run_keeping(x_BCHW, slots, self.conditioning.table)
         return out, taken(tokens_BLD, keep) - self._embedded(taken(x_BCHW, keep))
 
     def forward_reusing(
-        self, x_BCHW: Tensor, timesteps_B: Tensor, classes_B: Tensor, block_delta_BLD: Tensor
+        self, x_BCHW: Tensor, timesteps: Sequence[float], classes: Sequence[int], block_delta_BLD: Tensor
     ) -> Tensor:
         """:meth:`forward` without its blocks: ``block_delta [B, L, D]``, of an earlier timestep, stands for them."""
         tokens_BLD = self._embedded(x_BCHW).add_(block_delta_BLD)
-        return self._output(tokens_BLD, self.conditioning.final(timesteps_B.tolist(), classes_B.tolist()))
-
-    def _slots(self, timesteps_B: Tensor, classes_B: Tensor) -> Tensor:
-        return self.conditioning.slots(timesteps_B.tolist(), classes_B.tolist())
+        return self._output(tokens_BLD, self.conditioning.final(timesteps, classes))
 
     def warm_up_rows(self, max_rows: int) -> tuple[int, ...]:
         """Numbers of rows, ascending up to ``max_rows``, that a forward should have seen before it serves: each size

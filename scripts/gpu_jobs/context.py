@@ -115,11 +115,11 @@ class Context:
         found = random_checkpoint(config, QuantConfig())
         return PackedDiT(config, found.dense, found.layers, backend)
 
-    def inputs(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(self, count: int) -> tuple[Tensor, list[int], list[int]]:
         """Of a forward of ``count`` rows: latents, timesteps, classes."""
         config = self.sizes.model
         x = self.normal(count, config.in_channels, config.input_size, config.input_size)
-        return x, 37 * torch.arange(count) % 1000, torch.arange(count) % config.num_classes
+        return x, [37 * i % 1000 for i in range(count)], [i % config.num_classes for i in range(count)]
 
     def copies(self, tensor: Tensor) -> list[Tensor]:
         """As many copies as exceed the L2 cache together."""

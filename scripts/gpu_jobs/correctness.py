@@ -185,7 +185,7 @@ def graphs(context: Context) -> None:
             first, second = context.inputs(count), context.inputs(count)
             found, other = packed.forward(*first).clone(), packed.forward(*second).clone()
             x, timesteps, classes = first
-            places = packed.conditioning.slots(timesteps.tolist(), classes.tolist())
+            places = packed.conditioning.slots(timesteps, classes)
             eager = packed.denoise(x, places, packed.conditioning.table)
             holds = torch.equal(packed.forward(*first), found) and torch.equal(found, eager)
             context.check(holds and not torch.equal(found, other), activations=name, rows=count)

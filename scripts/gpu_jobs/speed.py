@@ -87,7 +87,7 @@ def forwards_fp32(context: Context) -> None:
     """Eager FP32, without TF32: what the paper compares with."""
     plain = plain_network(context.sizes.model, context.device)
     for count in context.sizes.batches:
-        run = partial(plain, *(each.to(context.device) for each in context.inputs(count)))
+        run = partial(plain, *(torch.as_tensor(each, device=context.device) for each in context.inputs(count)))
         run()
         context.record(side="FP32 eager", rows=count, ms=context.event_ms(run), peak_bytes=context.peak_bytes())
 
@@ -100,7 +100,7 @@ def forwards_bf16(context: Context) -> None:
             block.compile(dynamic=False)
     forward = plain.t_embedder.forward
     for count in context.sizes.batches:
-        x, timesteps, classes = (each.to(context.device) for each in context.inputs(count))
+        x, timesteps, classes = (torch.as_tensor(each, device=context.device) for each in context.inputs(count))
         run = partial(plain, x.bfloat16(), timesteps, classes)
         run()
         found = {"eager_ms": context.event_ms(run)}

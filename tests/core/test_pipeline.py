@@ -90,7 +90,7 @@ def test_guidance_outside_of_its_interval_costs_nothing(sampler: Sampler, monkey
     sizes: list[int] = []
     forward = sampler.model.forward
 
-    def counted(x: torch.Tensor, timesteps: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    def counted(x: torch.Tensor, timesteps: list[float], classes: list[int]) -> torch.Tensor:
         sizes.append(len(x))
         return forward(x, timesteps, classes)
 

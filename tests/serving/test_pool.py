@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import threading
 import time
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from serving_harness import WAIT_S, Engine, WatchedSampler, outcome, running_engine, sample, spec, started_engine, until
+from serving_harness import (
+    WAIT_S,
+    Engine,
+    ThreadHandle,
+    WatchedSampler,
+    outcome,
+    running_engine,
+    sample,
+    spec,
+    started_engine,
+    until,
+)
 
 from robuq_core.images import encode_image
 from server.fake import FakeRow
 from server.fleet import MAX_DEATHS
 from server.remote_worker import RunFailed
 from server.request import Event, EventBuffer, GenerationFailed, NotReady, WorkerDied
+from server.settings import Settings
 
 
 def test_rows_of_different_requests_and_timesteps_share_forwards() -> None:
@@ -30,6 +43,18 @@ def test_rows_of_different_requests_and_timesteps_share_forwards() -> None:
         second.future.result(WAIT_S)
     # Joined at the very next step, each at its own timestep; left when done.
     assert sampler.batches == [[(1, 0)], [(1, 1), (2, 0), (3, 0)], [(1, 2), (2, 1), (3, 1)], [(1, 3)]]
+
+
+def test_an_image_is_sent_when_it_is_done_though_others_have_quick_steps_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.worker.QUIET_S", float("inf"))
+    sampler = WatchedSampler()
+    with running_engine(sampler) as engine:
+        sampler.hold()
+        engine.submit([spec(seed=1, steps=100)])
+        assert sampler.entered.acquire(timeout=WAIT_S)
+        short = engine.submit([spec(seed=2, steps=2)])
+        sampler.permit(3)
+        assert outcome(short) is None  # while the next step of the other image is held
 
 
 def test_rows_that_moved_before_the_fault_are_not_stepped_twice() -> None:
@@ -83,6 +108,25 @@ def test_a_worker_that_dies_is_replaced_and_its_images_are_tried_once_more() -> 
             assert job.future.result().images[0] == encode_image(sampler.decode(FakeRow(spec(seed=seed))), "png")
         until(lambda: sample(engine, "robuq_worker_deaths_total", reason="exited") == 1)
         assert engine.status == "ready"
+
+
+@pytest.mark.parametrize(("failures", "status"), [(MAX_DEATHS - 1, "ready"), (MAX_DEATHS, "failed")])
+def test_a_process_that_cannot_be_started_counts_as_a_death(
+    failures: int, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.fleet.FIRST_PAUSE_S", 0.0)
+    faults = [OSError(errno.ENOMEM, "no memory")] * failures
+    with running_engine(WatchedSampler()) as engine:
+
+        def launch(settings: Settings, weights: int) -> ThreadHandle:
+            if faults:
+                raise faults.pop()
+            return engine.launcher(settings, weights)
+
+        monkeypatch.setattr(engine.pool, "_launch", launch)
+        engine.kill()
+        until(lambda: not faults and engine.status == status)
+        assert ("no memory" in str(engine.failure)) == (status == "failed")
 
 
 def test_a_request_whose_worker_dies_twice_fails_and_says_so() -> None:
@@ -157,6 +201,31 @@ def test_a_decoder_that_hangs_costs_its_worker_though_steps_go_on(monkeypatch: p
         assert [outcome(stuck), outcome(long)] == [None, None]  # by the worker that replaced the first one
         until(lambda: sample(engine, "robuq_worker_deaths_total", reason="hung") == 1)
         gate.set()
+
+
+def test_a_decoder_with_many_images_before_it_does_not_count_as_hung() -> None:
+    sampler, permits = WatchedSampler(), threading.Semaphore(0)
+    decode = sampler.decode
+
+    def slow(row: FakeRow) -> np.ndarray:
+        assert permits.acquire(timeout=WAIT_S)
+        return decode(row)
+
+    with running_engine(sampler) as engine:
+        sampler.decode = slow  # type: ignore[method-assign]
+        first, second = (engine.submit([spec(seed=seed)]) for seed in range(2))
+        until(lambda: engine.images_decoding == 2)
+        (worker,) = engine.pool._fleet.present  # type: ignore[union-attr]
+
+        def wait_for_long() -> None:
+            worker.sent[list(worker.decoding)[1]].leaving_at -= 10_000
+
+        engine.call(wait_for_long)
+        permits.release()
+        assert outcome(first) is None
+        assert engine.call(lambda: worker.hung(engine.pool.clock())) == ""
+        permits.release()
+        assert outcome(second) is None
 
 
 def test_a_worker_that_hangs_in_loading_is_killed_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,8 +61,8 @@ def error(packed: Path, source: Path) -> float:
     points = own_points(original, DiffusionConfig(prediction_type="v_prediction"), defaults, 64, 77)
     file = read_checkpoint(packed)
     network = PackedDiT(file.header.model, file.dense, file.layers, ReferenceBackend())
-    wanted = original(*points)
-    return float((network.forward(*points) - wanted).norm() / wanted.norm())
+    wanted, (x, timesteps, classes) = original(*points), points
+    return float((network.forward(x, timesteps.tolist(), classes.tolist()) - wanted).norm() / wanted.norm())
 
 
 @pytest.mark.slow

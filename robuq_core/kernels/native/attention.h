@@ -1,21 +1,24 @@
 /* Softmax attention, one head of one image a task; the formulas of the 8-bit form are those of quant/attention.py.
  *
  * Codes that one 32-bit lane sums lie side by side, a pack: with VNNI four bytes, of unsigned by signed codes; with NEON's
- * dot products four signed bytes; without either two int16. Sums are exact for every head width and for up to 65,793 tokens:
+ * dot products and tiles four signed bytes; without either two int16. Sums are exact for every head width and for up to 65,793 tokens:
  * 255 * 127 * L < 2^31, and a row's sum of codes, at most 255 * L < 2^24, is a whole float. */
 
 #define LOWEST_LOGIT -3e38f /* of what stands beyond the last key */
 
-#if HAVE_AVX512VNNI
+#if HAVE_AMX
+typedef int8_t pack_code;
+enum { PACK = 4, QUERY_BIAS = 0, CODES_BIAS = 0, QUERY_ROWS = TILE_ROWS };
+#elif HAVE_AVX512VNNI
 typedef int8_t pack_code;
 /* Makes a query's codes unsigned, or codes of exponentials signed; column_offsets() take it off again. */
-enum { PACK = 4, QUERY_BIAS = 128, CODES_BIAS = 0 };
+enum { PACK = 4, QUERY_BIAS = 128, CODES_BIAS = 0, QUERY_ROWS = 8 };
 #elif HAVE_DOTPROD
 typedef int8_t pack_code;
-enum { PACK = 4, QUERY_BIAS = 0, CODES_BIAS = -128 };
+enum { PACK = 4, QUERY_BIAS = 0, CODES_BIAS = -128, QUERY_ROWS = 8 };
 #else
 typedef int16_t pack_code;
-enum { PACK = 2, QUERY_BIAS = 0, CODES_BIAS = 0 };
+enum { PACK = 2, QUERY_BIAS = 0, CODES_BIAS = 0, QUERY_ROWS = 8 };
 #endif
 
 /* Rows of x by columns of w, a pack at a time: out[i][c] = sum_p x[i][p] . w[p][c], LANES columns a vector. */
@@ -46,6 +49,46 @@ INLINE vint add_packs(vint sum, const pack_code *x, const pack_code *w) {
 #endif
 }
 
+#if HAVE_AMX
+#define ADD_COLUMNS(sums, codes, packs, w)                       \
+    do {                                                         \
+        _tile_loadd(packs, w, stride);                           \
+        if (positive) _tile_dpbusd(sums, codes, packs);          \
+        else _tile_dpbssd(sums, codes, packs);                   \
+    } while (0)
+
+#define ADD_TILES(codes, packs, x, w)                                          \
+    do {                                                                       \
+        _tile_loadd(codes, x, x_stride);                                       \
+        ADD_COLUMNS(0, codes, packs, w);                                       \
+        if (tiles > 1) ADD_COLUMNS(1, codes, packs, w + TILE_BYTES);           \
+        if (tiles > 2) ADD_COLUMNS(2, codes, packs, w + 2 * TILE_BYTES);       \
+        if (tiles > 3) ADD_COLUMNS(3, codes, packs, w + 3 * TILE_BYTES);       \
+    } while (0)
+
+/* QUERY_ROWS rows of x, of signed codes or `positive` ones, by 16 columns a tile. */
+FN void pack_block(const pack_code *x, int64_t x_stride, int64_t rows, const pack_code *w, int64_t columns,
+                   int64_t packs, int32_t *out, int64_t out_stride, int positive) {
+    const int64_t stride = PACK * columns, line = out_stride * (int64_t)sizeof *out;
+    (void)rows;
+    configure_tiles(packs % TILE_ROWS);
+    for (int64_t c = 0; c < columns; c += 4 * TILE_ROWS, w += 4 * TILE_BYTES, out += 4 * TILE_ROWS) {
+        const int64_t tiles = (columns - c) / TILE_ROWS;
+        int64_t p = 0;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (; p + TILE_ROWS <= packs; p += TILE_ROWS) ADD_TILES(4, 5, x + PACK * p, w + p * stride);
+        if (p < packs) ADD_TILES(6, 7, x + PACK * p, w + p * stride);
+        _tile_stored(0, out, line);
+        if (tiles > 1) _tile_stored(1, out + TILE_ROWS, line);
+        if (tiles > 2) _tile_stored(2, out + 2 * TILE_ROWS, line);
+        if (tiles > 3) _tile_stored(3, out + 3 * TILE_ROWS, line);
+    }
+    release_tiles();
+}
+#else
 INLINE void pack_tile(const pack_code *x, int64_t x_stride, const pack_code *w, int64_t w_stride, int64_t packs,
                       int32_t *out, int64_t out_stride, const int vectors) {
     enum { ROWS = PACK_ROWS };
@@ -65,7 +108,8 @@ INLINE void pack_tile(const pack_code *x, int64_t x_stride, const pack_code *w, 
 
 /* `rows`, a multiple of PACK_ROWS, by `columns`, a multiple of LANES. */
 FN void pack_block(const pack_code *x, int64_t x_stride, int64_t rows, const pack_code *w, int64_t columns,
-                   int64_t packs, int32_t *out, int64_t out_stride) {
+                   int64_t packs, int32_t *out, int64_t out_stride, int positive) {
+    (void)positive; /* what codes of x are is known */
     for (int64_t c = 0; c < columns; c += PACK_VECTORS * LANES) {
         const int64_t vectors = (columns - c) / LANES;
         for (int64_t i = 0; i < rows; i += PACK_ROWS) {
@@ -77,6 +121,7 @@ FN void pack_block(const pack_code *x, int64_t x_stride, int64_t rows, const pac
         }
     }
 }
+#endif
 
 /* Rows of a head lie too far apart for the processor to foresee. */
 enum { AHEAD = 8 };
@@ -296,12 +341,13 @@ FN void attend_int8(const struct head *h, const struct attention_buffers *b) {
     if (CODES_BIAS) column_offsets(b->v_codes, value_dim, padded_length / PACK, b->offsets);
     for (int64_t first = 0; first < length; first += QUERY_ROWS) {
         const int64_t rows = min64(QUERY_ROWS, length - first), tiles = round_up(rows, PACK_ROWS);
-        pack_block(q + first * padded_dim, padded_dim, tiles, k, padded_length, packs, b->products, padded_length);
+        pack_block(q + first * padded_dim, padded_dim, tiles, k, padded_length, packs, b->products, padded_length,
+                   0);
         float factors[QUERY_ROWS];
         for (int64_t i = 0; i < rows; i++)
             factors[i] = v_scale / softmax_codes(b, i, length, b->q_scale[first + i] * h->logit_scale);
         pack_block(b->p_codes, padded_length, tiles, b->v_codes, value_dim, padded_length / PACK, b->products,
-                   value_dim);
+                   value_dim, 1);
         for (int64_t i = 0; i < rows; i++)
             for (int64_t d = 0; d < dim; d++)
                 h->out[(first + i) * h->width + d] =

@@ -1,4 +1,4 @@
-/* The tasks for AMX with 8-bit tiles: AVX-512 with VNNI for all but the integer product. */
+/* The tasks for AMX with 8-bit tiles: AVX-512 with VNNI for all but the integer products. */
 #include "isa.h"
 #if BUILD_AMX
 #if defined(ROBUQ_SIMDE)
@@ -8,6 +8,7 @@
 #endif
 #define HAVE_AVX2 1
 #define HAVE_AVX512VNNI 1
+#define HAVE_AMX 1
 #include "tasks.h"
 
 #include "product_vnni.h"

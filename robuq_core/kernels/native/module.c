@@ -14,7 +14,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 /* One more whenever an argument list changes: cpu.py refuses a library built from other source than its own. */
-EXPORT int robuq_interface(void) { return 13; }
+EXPORT int robuq_interface(void) { return 14; }
 
 EXPORT int robuq_supports(int isa) { return isa_supported(isa); }
 
@@ -406,9 +406,10 @@ EXPORT int robuq_modulate(const struct backend *backend, const struct ends *ends
     return failed;
 }
 
-EXPORT int robuq_update(const struct row_step *steps, int64_t rows, int64_t values, int64_t guided, int clip,
+EXPORT int robuq_update(const float *x, const float *previous, const float *output, const struct row_step *steps,
+                        int64_t rows, int64_t values, int64_t output_values, int64_t mixed, int clip,
                         float *following, float *x0) {
-    update_rows(steps, rows, values, guided, clip, following, x0);
+    update_rows(&(struct update){x, previous, output, rows, values, output_values, mixed, clip, following, x0}, steps);
     return 0;
 }
 

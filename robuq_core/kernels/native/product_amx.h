@@ -3,14 +3,6 @@
  *
  * Rows beyond the last of a block are multiplied and forgotten: buffers are long enough for whole tiles. */
 
-enum { TILE_ROWS = 16, TILE_BYTES = 64 };
-
-struct tile_config {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-};
-
 /* products[tokens, channels] += codes . weights, for one or two tiles of tokens and two of channels. */
 INLINE void amx_tile(const uint8_t *panel, const int8_t *codes, int64_t width, int32_t *products, const int pair) {
     enum { STRIDE = PANEL * sizeof *products };
@@ -44,16 +36,9 @@ INLINE void amx_tile(const uint8_t *panel, const int8_t *codes, int64_t width, i
 
 FN void amx_multiply(const struct ternary_job *job, int64_t channel, int64_t group, int64_t groups,
                      uint8_t *panel, const int8_t *codes, int64_t rows, int32_t *products) {
-    struct tile_config config = {.palette = 1};
     const int64_t width = groups * GROUP;
     (void)job, (void)channel, (void)group;
-    for (int i = 0; i < 8; i++) {
-        config.rows[i] = TILE_ROWS;
-        config.row_bytes[i] = TILE_BYTES;
-    }
-    _tile_loadconfig(&config);
-    /* Compilers do not see that tile instructions read and write memory. */
-    __asm__ volatile("" ::: "memory");
+    configure_tiles(0);
     for (int64_t row = 0; row < rows; row += 2 * TILE_ROWS) {
         for (int c = 0; c < PANEL; c += 2 * BLOCK_CHANNELS) {
             const uint8_t *weights = panel + c * width;
@@ -62,8 +47,7 @@ FN void amx_multiply(const struct ternary_job *job, int64_t channel, int64_t gro
             else amx_tile(weights, codes + row * width, width, out, 0);
         }
     }
-    __asm__ volatile("" ::: "memory");
-    _tile_release();
+    release_tiles();
 }
 
 static const struct product amx_product = {

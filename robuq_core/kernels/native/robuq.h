@@ -21,7 +21,7 @@ enum {
     GROUP_BYTES = 32,       /* ... in this many bytes; also the stride of the integer product */
     PANEL = 64,             /* output channels that are decoded and multiplied at a time */
     WHOLE_ROWS = 32,        /* of whole tiles, of every way to multiply: buffers are so long */
-    QUERY_ROWS = 8,         /* queries that attention takes at a time */
+    MOST_QUERIES = 16,      /* that attention takes at a time */
     LINEAR_ROWS = 12,       /* rows and channels of a linear task: such rows stay in a level-1 cache */
     LINEAR_CHANNELS = 64,
     FLOAT_LANES = 16,       /* rows of floats between jobs are whole vectors */
@@ -190,7 +190,7 @@ static inline size_t ternary_carve(char *scratch, const struct ternary_job *job,
 }
 
 /* Working buffers of an attention task; rows are padded to whole vectors, codes of whole packs: bytes or int16. The
- * last three hold QUERY_ROWS rows. */
+ * last three hold MOST_QUERIES rows. */
 struct attention_buffers {
     void *q;                    /* codes [length, padded head_dim], and rows of a last tile */
     void *k;                    /* codes [padded head_dim / pack, padded length, pack] */
@@ -198,9 +198,9 @@ struct attention_buffers {
     int32_t *offsets;           /* [the longer of padded length and padded head_dim], of the products with a column */
     void *v_codes;              /* [padded length / pack, padded head_dim, pack] */
     float *columns, *v;         /* unquantised: K [head_dim, padded length], V [length, padded head_dim] */
-    float *logits;              /* then their exponentials [QUERY_ROWS, padded length] */
-    int32_t *products;          /* [QUERY_ROWS, the longer of padded length and padded head_dim] */
-    void *p_codes;              /* [QUERY_ROWS, padded length] */
+    float *logits;              /* then their exponentials [MOST_QUERIES, padded length] */
+    int32_t *products;          /* [MOST_QUERIES, the longer of padded length and padded head_dim] */
+    void *p_codes;              /* [MOST_QUERIES, padded length] */
 };
 
 enum { INT16_LANES = 16, PACK_ROWS = 4, PACK_VECTORS = 3 /* of a tile of sums */ };
@@ -216,9 +216,9 @@ static inline size_t attention_carve(char *scratch, int64_t length, int64_t head
     b->k_scale = carve(&cursor, padded_length, sizeof *b->k_scale);
     b->offsets = carve(&cursor, max64(padded_length, padded_dim), sizeof *b->offsets);
     b->v_codes = b->v = carve(&cursor, padded_dim * padded_length, sizeof *b->v);
-    b->logits = carve(&cursor, QUERY_ROWS * padded_length, sizeof *b->logits);
-    b->products = carve(&cursor, QUERY_ROWS * max64(padded_length, padded_dim), sizeof *b->products);
-    b->p_codes = carve(&cursor, QUERY_ROWS * padded_length, sizeof(int16_t));
+    b->logits = carve(&cursor, MOST_QUERIES * padded_length, sizeof *b->logits);
+    b->products = carve(&cursor, MOST_QUERIES * max64(padded_length, padded_dim), sizeof *b->products);
+    b->p_codes = carve(&cursor, MOST_QUERIES * padded_length, sizeof(int16_t));
     return (size_t)(cursor - scratch);
 }
 

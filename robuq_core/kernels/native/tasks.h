@@ -15,6 +15,9 @@
 #elif !HAVE_NEON
 #include "product_plain.h"
 #endif
+#if HAVE_AMX
+#include "tiles.h"
+#endif
 #include "attention.h"
 
 #define SHARED_TASKS                                                                    \

@@ -1,7 +1,7 @@
 /* Vectors of 8 floats, 16 with AVX-512, on GCC/clang vector extensions, for the instruction set that the includer targets.
  *
  * The includer defines FN, the specifiers of every function (static, and the target), and HAVE_AVX2, HAVE_AVX512VNNI,
- * HAVE_NEON, HAVE_DOTPROD where intrinsics serve better than the generic form. NEON gives the bits of AVX2, and the
+ * HAVE_AMX, HAVE_NEON, HAVE_DOTPROD where intrinsics serve better than the generic form. NEON gives the bits of AVX2, and the
  * generic form too where multiply-adds are fused. The last vector of a row is padded and runs through the same operations as the
  * others, so an element's value never depends on where in the row it stands. */
 #include <string.h>
@@ -12,6 +12,9 @@
 #endif
 #ifndef HAVE_AVX512VNNI
 #define HAVE_AVX512VNNI 0
+#endif
+#ifndef HAVE_AMX
+#define HAVE_AMX 0
 #endif
 #ifndef HAVE_NEON
 #define HAVE_NEON 0

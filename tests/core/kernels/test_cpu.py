@@ -399,6 +399,17 @@ def test_aarch64_gives_the_bits_of_portable_code_and_of_avx2(
         assert all(map(torch.equal, ours, results_of_all_ops(other))), other.isa
 
 
+def test_tiles_give_the_bytes_of_dot_products(backend: CpuBackend) -> None:
+    """Head widths of whole tiles and of their edges, and rows of every number modulo a tile's."""
+    if backend.isa != "amx":
+        pytest.skip("a promise of the tiles")
+    other = CpuBackend(threads=2, isa="avx512vnni")
+    assert all(map(torch.equal, results_of_all_ops(backend), results_of_all_ops(other)))
+    for length, heads, head_dim in ((15, 2, 4), (16, 1, 64), (33, 1, 130), (48, 3, 100), (80, 1, 144), (129, 1, 72)):
+        qkv = tokens(2 * length, 3 * heads * head_dim).reshape(2, length, -1)
+        assert torch.equal(backend.attention(qkv, heads, True), other.attention(qkv, heads, True))
+
+
 def test_calls_of_several_python_threads_on_one_object(backend: CpuBackend) -> None:
     layer, x = pack_layer(make_linear(96, 64, bits=2, rank=2)), tokens(50, 96)
     expected = backend.ternary_linear(backend.rotate_quantize(x, layer), layer)

@@ -88,7 +88,7 @@ def forward(architecture: int, narrow: bool) -> list[Launched]:
         driver.only_compile = True
         backend = TritonBackend(activations=torch.bfloat16 if narrow else torch.float32)
         x = torch.zeros(8, config.in_channels, config.input_size, config.input_size)
-        PackedDiT(config, found.dense, found.layers, backend).forward(x, torch.arange(8), torch.arange(8))
+        PackedDiT(config, found.dense, found.layers, backend).forward(x, range(8), range(8))
         return driver.compiled
 
 

@@ -88,7 +88,7 @@ def test_blocks_in_one_call_are_their_ops(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(backend, "add_block", noted)
     timesteps, classes = torch.tensor([0, 1, 250, 998, 999]), torch.tensor([0, 3, 9, 10, 4])
     with torch.inference_mode():
-        output = network.forward(x, timesteps, classes)
+        output = network.forward(x, timesteps.tolist(), classes.tolist())
     apart = run_packed(TINY, checkpoint, backend, x, timesteps, classes).output
     assert_floats_agree(output, apart)  # the last norm is torch's in one of them
     assert len(blocks) == (TINY.depth if planes == 1 else 0)  # further planes go op by op

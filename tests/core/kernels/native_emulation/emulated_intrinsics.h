@@ -88,23 +88,33 @@ static inline void _tile_stored(int tile, void *base, int64_t stride) {
         memcpy((char *)base + row * stride, emulated_amx.tiles[tile].bytes[row], emulated_amx.row_bytes[tile]);
 }
 
-/* sums[m][n] += sum over k of signed a[m][k] times unsigned b[k / 4][4 n + k % 4]. */
-static inline void _tile_dpbsud(int sums, int a, int b) {
-    const int rows = emulated_amx.rows[sums], columns = emulated_amx.row_bytes[sums] / 4;
-    const int depth = emulated_amx.row_bytes[a];
-    emulated_check(emulated_amx.configured && sums != a && sums != b && a != b);
-    emulated_check(emulated_amx.rows[a] == rows && emulated_amx.row_bytes[b] == 4 * columns);
-    emulated_check(emulated_amx.rows[b] * 4 == depth);
-    for (int m = 0; m < rows; m++) {
-        for (int n = 0; n < columns; n++) {
-            int32_t sum;
-            memcpy(&sum, &emulated_amx.tiles[sums].bytes[m][4 * n], sizeof sum);
-            for (int k = 0; k < depth; k++)
-                sum += (int8_t)emulated_amx.tiles[a].bytes[m][k] *
-                       (int32_t)emulated_amx.tiles[b].bytes[k / 4][4 * n + k % 4];
-            memcpy(&emulated_amx.tiles[sums].bytes[m][4 * n], &sum, sizeof sum);
-        }
-    }
+static inline void _tile_zero(int tile) {
+    emulated_check(emulated_amx.configured);
+    memset(&emulated_amx.tiles[tile], 0, sizeof emulated_amx.tiles[tile]);
 }
+
+/* sums[m][n] += sum over k of a[m][k] times b[k / 4][4 n + k % 4], of signed bytes or unsigned ones. */
+#define EMULATED_PRODUCT(name, a_type, b_type)                                                        \
+    static inline void name(int sums, int a, int b) {                                                 \
+        const int rows = emulated_amx.rows[sums], columns = emulated_amx.row_bytes[sums] / 4;         \
+        const int depth = emulated_amx.row_bytes[a];                                                  \
+        emulated_check(emulated_amx.configured && sums != a && sums != b && a != b);                  \
+        emulated_check(emulated_amx.rows[a] == rows && emulated_amx.row_bytes[b] == 4 * columns);     \
+        emulated_check(emulated_amx.rows[b] * 4 == depth);                                            \
+        for (int m = 0; m < rows; m++) {                                                              \
+            for (int n = 0; n < columns; n++) {                                                       \
+                int32_t sum;                                                                          \
+                memcpy(&sum, &emulated_amx.tiles[sums].bytes[m][4 * n], sizeof sum);                  \
+                for (int k = 0; k < depth; k++)                                                       \
+                    sum += (a_type)emulated_amx.tiles[a].bytes[m][k] *                                \
+                           (int32_t)(b_type)emulated_amx.tiles[b].bytes[k / 4][4 * n + k % 4];        \
+                memcpy(&emulated_amx.tiles[sums].bytes[m][4 * n], &sum, sizeof sum);                  \
+            }                                                                                         \
+        }                                                                                             \
+    }
+
+EMULATED_PRODUCT(_tile_dpbssd, int8_t, int8_t)
+EMULATED_PRODUCT(_tile_dpbsud, int8_t, uint8_t)
+EMULATED_PRODUCT(_tile_dpbusd, uint8_t, int8_t)
 
 #endif

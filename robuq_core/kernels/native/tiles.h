@@ -9,6 +9,9 @@ struct tile_config {
     uint8_t rows[16];
 };
 
+/* Compilers do not see that tile instructions read memory: what they read is written before. */
+INLINE void tile_barrier(void) { __asm__ volatile("" ::: "memory"); }
+
 /* Whole tiles; but for `edge`, if it is not 0, tile 6 holds rows of so many packs of four bytes, and tile 7 so many rows.
  * A thread that holds tiles for long makes its switches dear: release them. */
 INLINE void configure_tiles(int64_t edge) {
@@ -21,12 +24,11 @@ INLINE void configure_tiles(int64_t edge) {
         config.row_bytes[6] = (uint16_t)(4 * edge);
         config.rows[7] = (uint8_t)edge;
     }
-    /* Compilers do not see that tile instructions read and write memory. */
-    __asm__ volatile("" ::"r"(&config) : "memory");
+    __asm__ volatile("" ::"r"(&config) : "memory"); /* a barrier that knows of this object */
     _tile_loadconfig(&config);
 }
 
 INLINE void release_tiles(void) {
-    __asm__ volatile("" ::: "memory");
+    tile_barrier();
     _tile_release();
 }

@@ -2,7 +2,7 @@
 
 Usage: ``python several_processes.py STAGE CONFIG [STAGE CONFIG ...]``, started by :func:`start`. ``TEST_BACKEND`` names
 the compiler that ``compile: true`` uses, ``TEST_SPOIL`` the rank whose loss is NaN in step 2 of a stage ``spoiled``.
-``samples`` draws those of the teacher.
+``samples`` draws those of the teacher and stores their features.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
-sys.path.insert(0, str(REPOSITORY))
+sys.path[:0] = [str(REPOSITORY), str(Path(__file__).parent / "evaluation")]
 
 import torch  # noqa: E402
+from stand_in import PixelNetwork  # noqa: E402
 
 from robuq_core.errors import UserError  # noqa: E402
 from robuq_core.models.dit import DiT  # noqa: E402
@@ -87,10 +88,16 @@ def train_stage(stage: str, config: TrainConfig) -> None:
 
 
 def draw_samples(config: TrainConfig) -> SampleSet:
-    """The samples of the run's teacher that an evaluation measures."""
+    """The samples of the run's teacher that an evaluation measures, and features that name their process."""
     folder = config.run_dir / "samples"
     sampler, digest = load_sampler(Run(config), "teacher")
-    return generate_to_disk(sampler, folder, count=14, seed=0, batch_size=4, identity=digest, settings=config.sampler)
+    samples = generate_to_disk(
+        sampler, folder, count=14, seed=0, batch_size=4, identity=digest, settings=config.sampler
+    )
+    network = PixelNetwork()
+    network.identity = f"of-{parallel.rank()}"
+    samples.store_features(network)
+    return samples
 
 
 def _main(arguments: list[str]) -> None:

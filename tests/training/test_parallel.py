@@ -128,10 +128,12 @@ def test_two_processes_quantise_as_one_does(one: Path, several: dict[str, Path],
 
 
 def test_two_processes_draw_the_samples_of_one(several: dict[str, Path]) -> None:
-    """Each a file for every second batch; one process alone finds nothing left to do, and generates the same."""
+    """Each a file for every second batch, and its features; one process alone finds no sample left to generate."""
     config = load_config(several["ddp"], [])
     made = {path: path.stat().st_mtime_ns for path in (config.run_dir / "samples").glob("*.npy")}
     assert sorted(path.stem for path in made) == ["0000000", "0000004", "0000008", "0000012"]
+    features = sorted(path.stem for path in (config.run_dir / "samples").glob("*.npz"))
+    assert features == ["0000000-of-0", "0000004-of-1", "0000008-of-0", "0000012-of-1"]
     both = several_processes.draw_samples(config).images[:]
     assert {path: path.stat().st_mtime_ns for path in made} == made
     shutil.rmtree(config.run_dir / "samples")

@@ -39,7 +39,6 @@ from train.logs import one_line
 from train.run import Run
 
 EFFNET_FEATURES = 1280
-_BATCH = 64
 _DISTANCES = ("fd_effnet", "fid", "sfid", "fd_dinov2")
 
 
@@ -57,7 +56,8 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Measure one model, add it to ``run_dir/evaluation.json`` and return its entry.
 
-    Every process of a run calls this: each generates its share of the samples, and the first one measures them.
+    Every process of a run calls this: each generates its share of the samples and computes their features; the first
+    one does the rest.
 
     Args:
         which: the model of the run; none is the last that it has made. ``checkpoint``: a packed file instead, or a
@@ -76,10 +76,10 @@ def evaluate_run(
     chosen = which or ("student" if run.ema is not None else default_model(run))
     if run.ema is not None and chosen == "packed":
         raise EvaluationError("--ema is for the teacher and the student: a packed file holds one average")
-    networks: list[FeatureNetwork] = []  # of the first process, which measures
     # Before anything is generated: what is missing for the figures at the end is reported at the beginning.
-    weights = inception or config.evaluation.inception
+    networks, weights = list[FeatureNetwork](), inception or config.evaluation.inception
     parallel.on_first(lambda: networks.extend(_networks(config, weights, agreement_only)))
+    networks = networks or _networks(config, weights, agreement_only)
     sampler, digest = load_sampler(run, chosen, checkpoint)
     settings = config.sampler if checkpoint is None else sampler.defaults
     name = chosen if checkpoint is None else checkpoint.stem
@@ -92,6 +92,8 @@ def evaluate_run(
         sets[each] = generate_to_disk(
             sampler, folder, count=count, seed=each, batch_size=batch_size, identity=digest, settings=settings
         )
+        for network in networks:
+            sets[each].store_features(network)
 
     def measure() -> dict[str, Any]:
         entry: dict[str, Any] = {"model": name, "sha256": digest, "sampler": settings.model_dump(mode="json")}
@@ -155,11 +157,10 @@ def set_figures(samples: SampleSet, network: FeatureNetwork, photos: Reference) 
     pool, spatial = RunningMoments(), RunningMoments()
     kept: list[Features] = []
     right = 0
-    for first in range(0, len(samples), _BATCH):
-        features = network(samples.batch(first, _BATCH))
+    for features in samples.features(network):
         pool.add(features.pool)
         if network.name == "effnet":
-            wanted = torch.from_numpy(samples.labels[first : first + _BATCH])
+            wanted = torch.from_numpy(samples.labels[pool.count - len(features) : pool.count])
             right += int((nearest_labels(features.pool, photos.gallery) == wanted).sum())
         elif features.spatial is not None:
             spatial.add(features.spatial)

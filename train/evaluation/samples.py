@@ -9,10 +9,10 @@ import json
 import math
 import shutil
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, BinaryIO, Literal, get_args
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from train import parallel
 from train.config import TrainConfig
 from train.data import ShardedTensor, image_size, to_unit
 from train.evaluation.figures import Moments, RunningMoments, frechet_distance
-from train.evaluation.networks import EvaluationError, FeatureNetwork
+from train.evaluation.networks import EvaluationError, FeatureNetwork, Features
 from train.logs import one_line
 from train.run import Run
 from train.state import file_digest, read_state
@@ -179,17 +179,30 @@ def small_distance(
 
 @dataclass(frozen=True)
 class SampleSet:
-    """``images`` uint8 ``[N, H, W, 3]``, mapped from disk; ``labels`` int64 ``[N]``."""
+    """``images`` uint8 ``[N, H, W, 3]``, mapped from ``files``, one per batch; ``labels`` int64 ``[N]``."""
 
+    files: Sequence[Path]
     images: ShardedTensor
     labels: np.ndarray
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, first: int, size: int) -> Tensor:
-        """Rows ``first ..`` as :func:`as_unit` gives them."""
-        return as_unit(self.images[first : first + size])
+    def store_features(self, network: FeatureNetwork) -> None:
+        """Store the features of each batch beside it; every process of a run calls this and computes its share."""
+
+        def write(i: int, stream: BinaryIO) -> None:
+            found = vars(network(as_unit(torch.from_numpy(np.load(self.files[i])))))
+            arrays: dict[str, Any] = {name: np.asarray(each) for name, each in found.items() if each is not None}
+            np.savez(stream, **arrays)
+
+        _write_share([_features_of(file, network) for file in self.files], write, f"samples through {network.name}")
+
+    def features(self, network: FeatureNetwork) -> Iterator[Features]:
+        """Of each batch in order, once :meth:`store_features` has stored them."""
+        for file in self.files:
+            with np.load(_features_of(file, network), allow_pickle=False) as stored:
+                yield Features(**{name: torch.from_numpy(stored[name]) for name in stored.files})
 
     def write_npz(self, path: Path) -> None:
         """The layout that ADM's evaluation reads: ``arr_0`` uint8 ``[N, H, W, 3]``, ``arr_1`` labels ``[N]``."""
@@ -231,21 +244,34 @@ def generate_to_disk(
         "sampler": settings.model_dump(mode="json"),
     }
     labels = np.array(balanced_classes(count, sampler.valid_classes, seed), dtype=np.int64)
-    files = {start: folder / f"{start:07d}.npy" for start in range(0, count, batch_size)}
-    rank, world = parallel.rank(), parallel.world_size()
+    files = [folder / f"{start:07d}.npy" for start in range(0, count, batch_size)]
     parallel.on_first(lambda: _prepare_folder(folder, described))
-    mine = [start for i, start in enumerate(files) if i % world == rank and not files[start].exists()]
+
+    def write(i: int, stream: BinaryIO) -> None:
+        start = i * batch_size
+        classes = labels[start : start + batch_size].tolist()
+        np.save(stream, _draw_batch(sampler, classes, (first_seed(seed) + start) % (MAX_SEED + 1), settings))
+
+    _write_share(files, write, f"sampling {sampler.checkpoint_name}, seed {seed}")
+    return SampleSet(files, ShardedTensor(files), labels)
+
+
+def _features_of(file: Path, network: FeatureNetwork) -> Path:
+    return file.with_name(f"{file.stem}-{network.identity}.npz")
+
+
+def _write_share(files: Sequence[Path], write: Callable[[int, BinaryIO], None], about: str) -> None:
+    """Call ``write(i, stream)`` for each file i that is missing; every process writes its share, and waits for all."""
+    rank, world = parallel.rank(), parallel.world_size()
+    mine = [i for i, file in enumerate(files) if i % world == rank and not file.exists()]
     try:
         with Progress(disable=rank > 0) as progress:
-            for start in progress.track(mine, description=f"sampling {sampler.checkpoint_name}, seed {seed}"):
-                classes = labels[start : start + batch_size].tolist()
-                images = _draw_batch(sampler, classes, (first_seed(seed) + start) % (MAX_SEED + 1), settings)
-                with replacing(files[start]) as temporary, temporary.open("wb") as stream:
-                    np.save(stream, images)
+            for i in progress.track(mine, description=about):
+                with replacing(files[i]) as temporary, temporary.open("wb") as stream:
+                    write(i, stream)
     except OSError as error:
-        raise _unwritable(folder, error) from error
-    parallel.on_first(lambda: None)  # all have generated their share
-    return SampleSet(ShardedTensor(list(files.values())), labels)
+        raise _unwritable(files[0].parent, error) from error
+    parallel.on_first(lambda: None)
 
 
 def _prepare_folder(folder: Path, described: dict[str, Any]) -> None:

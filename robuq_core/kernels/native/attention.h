@@ -21,13 +21,13 @@ typedef int16_t pack_code;
 enum { PACK = 2, QUERY_BIAS = 0, CODES_BIAS = 0, QUERY_ROWS = 8 };
 #endif
 
-/* Rows of x by columns of w, a pack at a time: out[i][c] = sum_p x[i][p] . w[p][c], eight columns a vector. */
+/* Rows of x by columns of w, a pack at a time: out[i][c] = sum_p x[i][p] . w[p][c], LANES columns a vector. */
 INLINE vint add_packs(vint sum, const pack_code *x, const pack_code *w) {
 #if HAVE_AVX2
     int32_t pack;
     memcpy(&pack, x, sizeof pack);
 #if HAVE_AVX512VNNI
-    return (vint)_mm256_dpbusd_epi32((__m256i)sum, _mm256_set1_epi32(pack), load_bytes(w));
+    return (vint)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(pack), _mm512_loadu_si512(w));
 #else
     return (vint)_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16(load_bytes(w), _mm256_set1_epi32(pack)));
 #endif
@@ -66,15 +66,14 @@ INLINE vint add_packs(vint sum, const pack_code *x, const pack_code *w) {
         if (tiles > 3) ADD_COLUMNS(3, codes, packs, w + 3 * TILE_BYTES);       \
     } while (0)
 
-/* QUERY_ROWS rows of x, of signed codes or `positive` ones, by 16 columns a tile. Beyond the last column are the first of
- * the next row: room for their sums is all they need. */
+/* QUERY_ROWS rows of x, of signed codes or `positive` ones, by 16 columns a tile. */
 FN void pack_block(const pack_code *x, int64_t x_stride, int64_t rows, const pack_code *w, int64_t columns,
                    int64_t packs, int32_t *out, int64_t out_stride, int positive) {
     const int64_t stride = PACK * columns, line = out_stride * (int64_t)sizeof *out;
     (void)rows;
     configure_tiles(packs % TILE_ROWS);
     for (int64_t c = 0; c < columns; c += 4 * TILE_ROWS, w += 4 * TILE_BYTES, out += 4 * TILE_ROWS) {
-        const int64_t tiles = ceil_div(columns - c, TILE_ROWS);
+        const int64_t tiles = (columns - c) / TILE_ROWS;
         int64_t p = 0;
         _tile_zero(0);
         _tile_zero(1);
@@ -107,7 +106,7 @@ INLINE void pack_tile(const pack_code *x, int64_t x_stride, const pack_code *w, 
         for (int v = 0; v < vectors; v++) store_int(out + i * out_stride + v * LANES, sum[i][v]);
 }
 
-/* `rows`, a multiple of PACK_ROWS, by `columns`, a multiple of eight. */
+/* `rows`, a multiple of PACK_ROWS, by `columns`, a multiple of LANES. */
 FN void pack_block(const pack_code *x, int64_t x_stride, int64_t rows, const pack_code *w, int64_t columns,
                    int64_t packs, int32_t *out, int64_t out_stride, int positive) {
     (void)positive; /* what codes of x are is known */
@@ -139,53 +138,47 @@ FN vfloat magnitudes(const float *x, int64_t count, vfloat top) {
 /* Scale of symmetric 8-bit codes of values up to `top`; that of zeros only keeps their codes finite. */
 INLINE float signed_scale(float top) { return top / 127.0f < 1e-30f ? 1e-30f : top / 127.0f; }
 
-INLINE vshort signed_codes(vfloat x, float scale) { return to_int16(vrint(divide(x, splat(scale)))); }
+INLINE vfloat signed_codes(vfloat x, float scale) { return vrint(divide(x, splat(scale))); }
 
-/* Eight codes, of 0 .. 255 where they are `positive`, else of a signed byte. */
-INLINE void store_pack_codes(pack_code *out, vshort codes, const int positive) {
+/* Codes of whole floats, plus a bias; bytes may be signed or not. */
+INLINE void store_pack_codes(pack_code *out, vfloat x, const int bias) {
 #if HAVE_AVX512VNNI
-    const __m128i wide = (__m128i)codes;
-    _mm_storel_epi64((__m128i *)out, positive ? _mm_packus_epi16(wide, wide) : _mm_packs_epi16(wide, wide));
+    const vbyte codes = to_int8(x) + (int8_t)bias;
+    memcpy(out, &codes, sizeof codes);
 #elif HAVE_DOTPROD
-    (void)positive;
-    vst1_s8(out, vmovn_s16((int16x8_t)codes));
+    vst1_s8(out, vmovn_s16((int16x8_t)(to_int16(x) + (int16_t)bias)));
 #else
-    (void)positive;
+    const vshort codes = to_int16(x) + (int16_t)bias;
     memcpy(out, &codes, sizeof codes);
 #endif
 }
 
 /* Codes of `length` rows of `dim` values, `stride` apart, into padded rows, and a scale for each row. */
 INLINE void quantize_tokens(const float *x, int64_t stride, int64_t length, int64_t dim, pack_code *codes,
-                            float *scales, const int16_t bias) {
+                            float *scales, const int bias) {
     const int64_t padded = round_up(dim, PACK * LANES), whole = dim / LANES * LANES;
-    const vshort offset = {bias, bias, bias, bias, bias, bias, bias, bias};
     for (int64_t i = 0; i < length; i++, x += stride, codes += padded) {
         prefetch_values(x + AHEAD * stride, dim);
         const float scale = scales[i] = signed_scale(vmax_lane(magnitudes(x, dim, splat(0))));
         for (int64_t k = 0; k < padded; k += LANES) {
-            vshort code = {0};
+            vfloat code = splat(0);
             if (k < whole) code = signed_codes(load(x + k), scale);
             else if (k < dim) code = signed_codes(load_part(x + k, dim - k), scale);
-            store_pack_codes(codes + k, code + offset, bias != 0);
+            store_pack_codes(codes + k, code, bias);
         }
     }
 }
 
-/* Rows of codes [length, padded dim], padded with zero rows to whole vectors, to columns of packs
- * [padded dim / PACK, padded length, PACK]. */
-FN void transpose_packs(const pack_code *codes, int64_t length, int64_t padded_dim, int64_t padded_length,
-                        pack_code *out) {
+/* Rows of x, `length` of `width` floats or packs, `stride` apart, to columns [width, padded length], zeros beyond. */
+FN void to_columns(const float *x, int64_t stride, int64_t length, int64_t width, int64_t padded_length, float *out) {
     for (int64_t i = 0; i < padded_length; i += LANES) {
-        for (int64_t k = 0; k < padded_dim; k += PACK * LANES) {
-            vfloat tile[LANES]; /* of packs, which travel as floats do */
-            for (int row = 0; row < LANES; row++) {
-                tile[row] = splat(0);
-                if (i + row < length) tile[row] = load((const float *)(codes + (i + row) * padded_dim + k));
-            }
-            transpose8(tile);
-            for (int pack = 0; pack < LANES; pack++)
-                store((float *)(out + ((k / PACK + pack) * padded_length + i) * PACK), tile[pack]);
+        for (int64_t k = 0; k < width; k += LANES) {
+            vfloat tile[LANES];
+            for (int row = 0; row < LANES; row++)
+                tile[row] = i + row < length ? load_part(x + (i + row) * stride + k, width - k) : splat(0);
+            transpose(tile);
+            for (int column = 0; column < LANES && k + column < width; column++)
+                store(out + (k + column) * padded_length + i, tile[column]);
         }
     }
 }
@@ -202,20 +195,19 @@ FN void column_offsets(const pack_code *w, int64_t columns, int64_t packs, int32
 }
 
 /* The codes of PACK tokens, those of a dimension side by side. */
-INLINE void store_packed(pack_code *out, const vshort codes[PACK]) {
+INLINE void store_packed(pack_code *out, const vfloat codes[PACK]) {
 #if HAVE_AVX512VNNI
-    const __m128i even = _mm_packs_epi16((__m128i)codes[0], (__m128i)codes[2]);
-    const __m128i odd = _mm_packs_epi16((__m128i)codes[1], (__m128i)codes[3]);
-    const __m128i first = _mm_unpacklo_epi8(even, odd), second = _mm_unpackhi_epi8(even, odd); /* 0 1, 2 3 */
-    _mm_storeu_si128((__m128i *)out, _mm_unpacklo_epi16(first, second));
-    _mm_storeu_si128((__m128i *)(out + 2 * LANES), _mm_unpackhi_epi16(first, second));
+    vint packs = to_int(codes[PACK - 1]);
+#pragma GCC unroll 3
+    for (int t = PACK - 2; t >= 0; t--) packs = packs << 8 | (to_int(codes[t]) & 255);
+    store_int((int32_t *)out, packs);
 #elif HAVE_DOTPROD
     int8x8x4_t packs;
 #pragma GCC unroll 4
-    for (int t = 0; t < PACK; t++) packs.val[t] = vmovn_s16((int16x8_t)codes[t]);
+    for (int t = 0; t < PACK; t++) packs.val[t] = (int8x8_t)to_int8(codes[t]);
     vst4_s8(out, packs);
 #else
-    store_interleaved(out, codes[0], codes[1]);
+    store_interleaved(out, to_int16(codes[0]), to_int16(codes[1]));
 #endif
 }
 
@@ -230,7 +222,7 @@ FN float quantize_values(const float *v, int64_t stride, int64_t length, int64_t
     const float scale = signed_scale(vmax_lane(top));
     for (int64_t i = 0; i < padded_length; i += PACK) {
         for (int64_t k = 0; k < dim; k += LANES, out += PACK * LANES) {
-            vshort codes[PACK] = {0};
+            vfloat codes[PACK] = {0};
             for (int64_t t = 0; t < PACK && i + t < length; t++)
                 codes[t] = signed_codes(load_part(v + (i + t) * stride + k, dim - k), scale);
             store_packed(out, codes);
@@ -239,25 +231,24 @@ FN float quantize_values(const float *v, int64_t stride, int64_t length, int64_t
     return scale;
 }
 
-/* V of one head, transposed to [dim, padded length] with zeros beyond. */
-FN void transpose_values(const float *v, int64_t stride, int64_t length, int64_t dim, float *out) {
-    const int64_t padded = round_up(length, INT16_LANES);
-    for (int64_t d = 0; d < dim; d++) {
-        for (int64_t i = 0; i < length; i++) out[d * padded + i] = v[i * stride + d];
-        for (int64_t i = length; i < padded; i++) out[d * padded + i] = 0.0f;
+/* V of one head, to rows of whole vectors. */
+FN void gather_values(const float *v, int64_t stride, int64_t length, int64_t dim, float *out) {
+    for (int64_t i = 0; i < length; i++, v += stride) {
+        prefetch_values(v + AHEAD * stride, dim);
+        for (int64_t k = 0; k < dim; k += LANES, out += LANES) store(out, load_part(v + k, dim - k));
     }
 }
 
-/* e^(x - max) of a padded row in place, zero in the padding; returns the sum. `top`: lanes of the maximum. */
-FN float exponentials(float *x, int64_t length, vfloat top) {
-    const int64_t padded = round_up(length, INT16_LANES), whole = length / LANES * LANES;
+/* e^(scale (x - max)) of a row in place; returns the sum. */
+FN float exponentials(float *x, int64_t length, float scale) {
+    vfloat top = splat(LOWEST_LOGIT), sum = splat(0);
+    for (int64_t k = 0; k < length; k += LANES)
+        top = vmax(top, first_part(load(x + k), length - k, splat(LOWEST_LOGIT)));
     const vfloat shift = splat(vmax_lane(top));
-    vfloat sum = splat(0);
-    for (int64_t k = 0; k < padded; k += LANES) {
-        vfloat e = vexp(sub(load(x + k), shift));
-        if (k >= whole) e = keep_part(e, length - k);
+    for (int64_t k = 0; k < length; k += LANES) {
+        const vfloat e = vexp(mul(sub(load(x + k), shift), splat(scale)));
         store(x + k, e);
-        sum = add(sum, e);
+        sum = add(sum, keep_part(e, length - k));
     }
     return vsum(sum);
 }
@@ -270,48 +261,38 @@ struct head {
 };
 
 FN void attend(const struct head *h, const struct attention_buffers *b) {
-    const int64_t length = h->length, dim = h->dim, padded = round_up(length, INT16_LANES);
-    transpose_values(h->v, h->stride, length, dim, b->v);
+    const int64_t length = h->length, dim = h->dim;
+    const int64_t padded_length = round_up(length, INT16_LANES), padded_dim = round_up(dim, LANES);
+    float *out = (float *)b->products;
+    to_columns(h->k, h->stride, length, dim, padded_length, b->columns);
+    gather_values(h->v, h->stride, length, dim, b->v);
     for (int64_t first = 0; first < length; first += QUERY_ROWS) {
         const int64_t rows = min64(QUERY_ROWS, length - first);
-        dot_block(&(struct dot_job){
-            .x = h->q + first * h->stride, .x_stride = h->stride, .rows = rows, .w = h->k, .w_stride = h->stride,
-            .columns = length, .width = dim, .out = b->logits, .out_stride = padded});
-        for (int64_t i = 0; i < rows; i++) {
-            float *p = b->logits + i * padded;
-            vfloat top = splat(LOWEST_LOGIT);
-            for (int64_t j = length; j < padded; j++) p[j] = LOWEST_LOGIT;
-            for (int64_t j = 0; j < padded; j += LANES) {
-                const vfloat logit = mul(load(p + j), splat(h->logit_scale));
-                top = vmax(top, logit);
-                store(p + j, logit);
-            }
-            const vfloat total = splat(exponentials(p, length, top));
-            for (int64_t j = 0; j < padded; j += LANES) store(p + j, divide(load(p + j), total));
-        }
-        dot_block(&(struct dot_job){
-            .x = b->logits, .x_stride = padded, .rows = rows, .w = b->v, .w_stride = padded, .columns = dim,
-            .width = padded, .out = h->out + first * h->width, .out_stride = h->width});
+        outer_block(h->q + first * h->stride, h->stride, rows, b->columns, padded_length, dim, b->logits);
+        float totals[QUERY_ROWS];
+        for (int64_t i = 0; i < rows; i++)
+            totals[i] = exponentials(b->logits + i * padded_length, length, h->logit_scale);
+        outer_block(b->logits, padded_length, rows, b->v, padded_dim, length, out);
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t d = 0; d < dim; d += LANES)
+                store_part(h->out + (first + i) * h->width + d, divide(load(out + i * padded_dim + d), splat(totals[i])),
+                           dim - d);
     }
 }
 
-/* 255 e^(x - max) rounded, of two vectors of logits: codes of 0 .. 255 that are also whole floats. */
-INLINE void exponential_codes(const float *logits, vfloat top, vfloat codes[2]) {
-    for (int i = 0; i < 2; i++) codes[i] = vrint(mul(vexp(sub(load(logits + i * LANES), top)), splat(255)));
+enum { TURN = INT16_LANES / LANES }; /* vectors of logits at a time */
+
+/* 255 e^(x - max) rounded: codes of 0 .. 255 that are also whole floats. */
+INLINE void exponential_codes(const float *logits, vfloat top, vfloat codes[TURN]) {
+    for (int i = 0; i < TURN; i++) codes[i] = vrint(mul(vexp(sub(load(logits + i * LANES), top)), splat(255)));
 }
 
-INLINE void store_two_codes(pack_code *out, const vfloat codes[2]) {
-#if HAVE_AVX2
+INLINE void store_exponentials(pack_code *out, const vfloat codes[TURN]) {
+#if HAVE_AVX2 && !HAVE_AVX512VNNI
     const __m256i pairs = _mm256_packs_epi32((__m256i)to_int(codes[0]), (__m256i)to_int(codes[1]));
-    const __m256i wide = _mm256_permute4x64_epi64(pairs, 0xD8);
-#if HAVE_AVX512VNNI
-    const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
-    _mm_storeu_si128((__m128i *)out, bytes);
+    store_bytes(out, _mm256_permute4x64_epi64(pairs, 0xD8));
 #else
-    store_bytes(out, wide);
-#endif
-#else
-    for (int i = 0; i < 2; i++) store_pack_codes(out + i * LANES, to_int16(codes[i]) + (int16_t)CODES_BIAS, 1);
+    for (int i = 0; i < TURN; i++) store_pack_codes(out + i * LANES, codes[i], CODES_BIAS);
 #endif
 }
 
@@ -330,29 +311,29 @@ FN float softmax_codes(const struct attention_buffers *b, int64_t row, int64_t l
         store(p + j, logit);
     }
     top = splat(vmax_lane(top));
-    vfloat code[2], sum[2] = {0};
+    vfloat code[TURN], sum[TURN] = {0};
     int64_t j = 0;
     for (; j + INT16_LANES <= length; j += INT16_LANES) {
         exponential_codes(p + j, top, code);
-        store_two_codes(codes + j, code);
-        for (int i = 0; i < 2; i++) sum[i] = add(sum[i], code[i]);
+        store_exponentials(codes + j, code);
+        for (int i = 0; i < TURN; i++) sum[i] = add(sum[i], code[i]);
     }
     if (j < length) {
         exponential_codes(p + j, top, code);
-        for (int i = 0; i < 2; i++) code[i] = keep_part(code[i], max64(length - j - i * LANES, 0));
-        store_two_codes(codes + j, code);
-        for (int i = 0; i < 2; i++) sum[i] = add(sum[i], code[i]);
+        for (int i = 0; i < TURN; i++) code[i] = keep_part(code[i], max64(length - j - i * LANES, 0));
+        store_exponentials(codes + j, code);
+        for (int i = 0; i < TURN; i++) sum[i] = add(sum[i], code[i]);
     }
-    return vsum(add(sum[0], sum[1]));
+    return vsum(TURN == 1 ? sum[0] : add(sum[0], sum[TURN - 1]));
 }
 
 FN void attend_int8(const struct head *h, const struct attention_buffers *b) {
     const int64_t length = h->length, dim = h->dim, packs = ceil_div(dim, PACK);
     const int64_t padded_length = round_up(length, INT16_LANES), padded_dim = round_up(dim, PACK * LANES);
-    const int64_t value_dim = round_up(dim, LANES), out_stride = round_up(dim, INT16_LANES);
+    const int64_t value_dim = round_up(dim, LANES);
     pack_code *q = b->q, *k = b->k;
     quantize_tokens(h->k, h->stride, length, dim, q, b->k_scale, 0);
-    transpose_packs(q, length, padded_dim, padded_length, k);
+    to_columns((const float *)q, padded_dim / PACK, length, packs, padded_length, (float *)k);
     if (QUERY_BIAS) column_offsets(k, padded_length, packs, b->offsets);
     quantize_tokens(h->q, h->stride, length, dim, q, b->q_scale, QUERY_BIAS);
     for (int64_t j = length; j < padded_length; j++) b->k_scale[j] = 0.0f;
@@ -366,11 +347,11 @@ FN void attend_int8(const struct head *h, const struct attention_buffers *b) {
         for (int64_t i = 0; i < rows; i++)
             factors[i] = v_scale / softmax_codes(b, i, length, b->q_scale[first + i] * h->logit_scale);
         pack_block(b->p_codes, padded_length, tiles, b->v_codes, value_dim, padded_length / PACK, b->products,
-                   out_stride, 1);
+                   value_dim, 1);
         for (int64_t i = 0; i < rows; i++)
             for (int64_t d = 0; d < dim; d++)
                 h->out[(first + i) * h->width + d] =
-                    (float)(b->products[i * out_stride + d] - (CODES_BIAS ? b->offsets[d] : 0)) * factors[i];
+                    (float)(b->products[i * value_dim + d] - (CODES_BIAS ? b->offsets[d] : 0)) * factors[i];
     }
 }
 

@@ -1,13 +1,13 @@
 /* Float products of rows with rows: out[i][j] = x_i . w_j (+ bias_j).
  *
- * Each element is one chain of eight lanes down the width, then one sum of the lanes, whatever tile computes it. */
+ * Each element is one chain of vectors down the width, then one sum of the lanes, whatever tile computes it. */
 
-enum { DOT_SUMS = 12 /* of a tile: they and their operands fill the registers */ };
+enum { DOT_SUMS = HAVE_AVX512VNNI ? 24 : 12 /* of a tile: they and their operands fill the registers */ };
 
 /* sums[i][j] += lanes of x_i * w_j; beyond the last row of either, the last again. */
 INLINE void dot_sums(const float *x, int64_t x_stride, int64_t x_last, const float *w, int64_t w_stride,
                      int64_t w_last, int64_t width, vfloat *sums, const int rows, const int columns) {
-    const float *x_rows[6], *w_rows[4];
+    const float *x_rows[6], *w_rows[6];
     for (int i = 0; i < rows; i++) x_rows[i] = x + min64(i, x_last) * x_stride;
     for (int j = 0; j < columns; j++) w_rows[j] = w + min64(j, w_last) * w_stride;
     int64_t k = 0;
@@ -16,20 +16,20 @@ INLINE void dot_sums(const float *x, int64_t x_stride, int64_t x_last, const flo
             vfloat xk[6];
 #pragma GCC unroll 6
             for (int i = 0; i < rows; i++) xk[i] = load(x_rows[i] + k);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
             for (int j = 0; j < columns; j++) {
                 const vfloat wk = load_once(w_rows[j] + k);
 #pragma GCC unroll 6
                 for (int i = 0; i < rows; i++) sums[i * columns + j] = fmadd(xk[i], wk, sums[i * columns + j]);
             }
         } else {
-            vfloat wk[4];
-#pragma GCC unroll 4
+            vfloat wk[6];
+#pragma GCC unroll 6
             for (int j = 0; j < columns; j++) wk[j] = load(w_rows[j] + k);
 #pragma GCC unroll 6
             for (int i = 0; i < rows; i++) {
                 const vfloat xk = load_once(x_rows[i] + k);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
                 for (int j = 0; j < columns; j++) sums[i * columns + j] = fmadd(xk, wk[j], sums[i * columns + j]);
             }
         }
@@ -37,7 +37,7 @@ INLINE void dot_sums(const float *x, int64_t x_stride, int64_t x_last, const flo
     if (k == width) return;
 #pragma GCC unroll 6
     for (int i = 0; i < rows; i++)
-#pragma GCC unroll 4
+#pragma GCC unroll 6
         for (int j = 0; j < columns; j++)
             sums[i * columns + j] = fmadd(load_part(x_rows[i] + k, width - k), load_part(w_rows[j] + k, width - k),
                                           sums[i * columns + j]);
@@ -64,20 +64,20 @@ INLINE void dot_tiles(const struct dot_job *job, const int rows, const int colum
         for (int64_t j0 = 0; j0 < job->columns; j0 += columns) {
             for (int64_t i0 = 0; i0 < job->rows; i0 += rows) {
                 vfloat sums[DOT_SUMS];
-#pragma GCC unroll 12
+#pragma GCC unroll 24
                 for (int s = 0; s < DOT_SUMS; s++) sums[s] = at ? kept[s] : splat(0);
                 dot_sums(job->x + i0 * job->x_stride + at, job->x_stride, job->rows - 1 - i0,
                          job->w + j0 * job->w_stride + at, job->w_stride, job->columns - 1 - j0, count, sums, rows,
                          columns);
                 if (at + count < job->width) {
-#pragma GCC unroll 12
+#pragma GCC unroll 24
                     for (int s = 0; s < DOT_SUMS; s++) kept[s] = sums[s];
                     kept += DOT_SUMS;
                     continue;
                 }
                 if (kept) kept += DOT_SUMS;
                 float tile[DOT_SUMS];
-#pragma GCC unroll 3
+#pragma GCC unroll 6
                 for (int s = 0; s < DOT_SUMS; s += 4) vsum4(sums + s, tile + s);
                 for (int i = 0; i < rows && i0 + i < job->rows; i++)
                     for (int j = 0; j < columns && j0 + j < job->columns; j++)
@@ -88,15 +88,66 @@ INLINE void dot_tiles(const struct dot_job *job, const int rows, const int colum
     }
 }
 
-/* The tile shape that needs fewest tiles. Two columns are preferred: columns a power of two apart share the sets of a
+INLINE int64_t tile_count(const struct dot_job *job, int64_t rows, int64_t columns) {
+    return ceil_div(job->rows, rows) * ceil_div(job->columns, columns);
+}
+
+/* The tile shape that needs fewest tiles. Few columns are preferred: columns a power of two apart share the sets of a
  * level-1 cache. */
 FN void dot_block(const struct dot_job *job) {
-    const int64_t tall = ceil_div(job->rows, 6) * ceil_div(job->columns, 2);
-    const int64_t even = ceil_div(job->rows, 4) * ceil_div(job->columns, 3);
-    const int64_t wide = ceil_div(job->rows, 3) * ceil_div(job->columns, 4);
+#if HAVE_AVX512VNNI
+    if (tile_count(job, 6, 4) <= tile_count(job, 4, 6)) dot_tiles(job, 6, 4);
+    else dot_tiles(job, 4, 6);
+#else
+    const int64_t tall = tile_count(job, 6, 2), even = tile_count(job, 4, 3), wide = tile_count(job, 3, 4);
     if (tall <= even && tall <= wide) dot_tiles(job, 6, 2);
     else if (even <= wide) dot_tiles(job, 4, 3);
     else dot_tiles(job, 3, 4);
+#endif
+}
+
+/* out [rows, columns] = x w, columns a multiple of LANES: each element is one chain down `depth`. */
+enum { OUTER_ROWS = HAVE_AVX512VNNI ? 8 : 4, OUTER_VECTORS = 3 }; /* of a tile */
+
+INLINE void outer_tile(const float *const x[OUTER_ROWS], const float *w, int64_t columns, int64_t depth, float *out,
+                       const int rows, const int vectors) {
+    vfloat sum[OUTER_ROWS][OUTER_VECTORS];
+#pragma GCC unroll 8
+    for (int i = 0; i < OUTER_ROWS; i++)
+#pragma GCC unroll 3
+        for (int v = 0; v < vectors; v++) sum[i][v] = splat(0);
+    for (int64_t p = 0; p < depth; p++, w += columns) {
+        vfloat wp[OUTER_VECTORS];
+#pragma GCC unroll 3
+        for (int v = 0; v < vectors; v++) wp[v] = load_once(w + v * LANES);
+#pragma GCC unroll 8
+        for (int i = 0; i < OUTER_ROWS; i++)
+#pragma GCC unroll 3
+            for (int v = 0; v < vectors; v++) sum[i][v] = fmadd(splat(x[i][p]), wp[v], sum[i][v]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < OUTER_ROWS; i++)
+#pragma GCC unroll 3
+        for (int v = 0; v < vectors; v++)
+            if (i < rows) store(out + i * columns + v * LANES, sum[i][v]);
+}
+
+/* Beyond the last row a tile repeats it. */
+FN void outer_block(const float *x, int64_t x_stride, int64_t rows, const float *w, int64_t columns, int64_t depth,
+                    float *out) {
+    for (int64_t first = 0; first < rows; first += OUTER_ROWS) {
+        const int count = (int)min64(rows - first, OUTER_ROWS);
+        const float *from[OUTER_ROWS];
+        for (int i = 0; i < OUTER_ROWS; i++) from[i] = x + (first + min64(i, count - 1)) * x_stride;
+        for (int64_t c = 0; c < columns; c += OUTER_VECTORS * LANES) {
+            float *tile = out + first * columns + c;
+            switch (min64((columns - c) / LANES, OUTER_VECTORS)) {
+                case 1: outer_tile(from, w + c, columns, depth, tile, count, 1); break;
+                case 2: outer_tile(from, w + c, columns, depth, tile, count, 2); break;
+                default: outer_tile(from, w + c, columns, depth, tile, count, 3);
+            }
+        }
+    }
 }
 
 FN void linear_task(const void *argument, int64_t task, char *scratch) {

@@ -1,30 +1,32 @@
 /* x H for H = H_base (x) Sylvester(2^k), without the factor 1 / sqrt(block): a block as a matrix [base, 2^k]. */
 
-/* Sylvester's matrix of order 32 on four vectors. */
-INLINE void sylvester32(vfloat x[4]) {
+/* Butterflies within each run of 1, 2 or 4 vectors, in registers. */
+INLINE void sylvester_vectors(float *x, int64_t width, const int vectors) {
+    for (float *p = x; p < x + width; p += vectors * LANES) {
+        vfloat part[4];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) x[i] = hadamard8(x[i]);
-    const vfloat a = add(x[0], x[1]), b = sub(x[0], x[1]), c = add(x[2], x[3]), d = sub(x[2], x[3]);
-    x[0] = add(a, c);
-    x[1] = add(b, d);
-    x[2] = sub(a, c);
-    x[3] = sub(b, d);
+        for (int i = 0; i < vectors; i++) part[i] = hadamard_lanes(load(p + i * LANES));
+#pragma GCC unroll 2
+        for (int stride = 1; stride < vectors; stride *= 2) {
+#pragma GCC unroll 4
+            for (int i = 0; i < vectors; i++) {
+                if (i & stride) continue;
+                const vfloat a = part[i], b = part[i + stride];
+                part[i] = add(a, b);
+                part[i + stride] = sub(a, b);
+            }
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < vectors; i++) store(p + i * LANES, part[i]);
+    }
 }
 
-/* Butterflies within each run of `power` >= 8 elements: strides up to 16 in registers, then two strides a pass. */
+/* Butterflies within each run of `power` >= LANES elements: the first strides in registers, then two strides a pass. */
 FN void sylvester_rows(float *x, int64_t width, int64_t power) {
-    int64_t h = LANES;
-    if (power < 4 * LANES) {
-        for (int64_t k = 0; k < width; k += LANES) store(x + k, hadamard8(load(x + k)));
-    } else {
-        h = 4 * LANES;
-        for (float *p = x; p < x + width; p += 4 * LANES) {
-            vfloat part[4] = {load(p), load(p + LANES), load(p + 2 * LANES), load(p + 3 * LANES)};
-            sylvester32(part);
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) store(p + i * LANES, part[i]);
-        }
-    }
+    int64_t h = min64(power, 4 * LANES);
+    if (h == LANES) sylvester_vectors(x, width, 1);
+    else if (h == 2 * LANES) sylvester_vectors(x, width, 2);
+    else sylvester_vectors(x, width, 4);
     for (; h * 4 <= power; h *= 4) {
         for (int64_t start = 0; start < width; start += 4 * h) {
             for (float *p = x + start; p < x + start + h; p += LANES) {
@@ -125,7 +127,7 @@ FN void base_column(float *x, const float *h, int64_t base, int64_t stride) {
     }
 }
 
-/* Powers below 8, whose rows are shorter than a vector: the same two steps, one element at a time. */
+/* Powers below LANES, whose rows are shorter than a vector: the same two steps, one element at a time. */
 FN void hadamard_narrow(float *x, const float *h, int64_t base, int64_t power) {
     for (int64_t stride = 1; stride < power; stride *= 2) {
         for (int64_t i = 0; i < base * power; i++) {

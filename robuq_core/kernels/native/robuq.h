@@ -24,7 +24,7 @@ enum {
     MOST_QUERIES = 16,      /* that attention takes at a time */
     LINEAR_ROWS = 12,       /* rows and channels of a linear task: such rows stay in a level-1 cache */
     LINEAR_CHANNELS = 64,
-    FLOAT_LANES = 8,        /* rows of floats between jobs are whole vectors */
+    FLOAT_LANES = 16,       /* rows of floats between jobs are whole vectors */
     ALIGNMENT = 64,
     MAX_THREADS = 256,
 };
@@ -160,7 +160,7 @@ static inline size_t rotate_carve(char *scratch, const struct rotate_job *job, s
     /* Rows a power of two apart would compete for few sets of the level-1 cache: 1088 bytes off a page is none. */
     b->stride = round_up(job->layer->width, 1024) + 272;
     b->rotated = carve(&cursor, job->block_rows * b->stride, sizeof *b->rotated);
-    b->kept = carve(&cursor, round_up(job->block_rows, 12) * round_up(job->layer->rank, 12), 32);
+    b->kept = carve(&cursor, round_up(job->block_rows, 12) * round_up(job->layer->rank, 12), ALIGNMENT);
     return (size_t)(cursor - scratch);
 }
 
@@ -197,8 +197,8 @@ struct attention_buffers {
     float *q_scale, *k_scale;   /* [padded length] */
     int32_t *offsets;           /* [the longer of padded length and padded head_dim], of the products with a column */
     void *v_codes;              /* [padded length / pack, padded head_dim, pack] */
-    float *v;                   /* the same memory: unquantised, [head_dim, padded length] */
-    float *logits;              /* then probabilities [MOST_QUERIES, padded length] */
+    float *columns, *v;         /* unquantised: K [head_dim, padded length], V [length, padded head_dim] */
+    float *logits;              /* then their exponentials [MOST_QUERIES, padded length] */
     int32_t *products;          /* [MOST_QUERIES, the longer of padded length and padded head_dim] */
     void *p_codes;              /* [MOST_QUERIES, padded length] */
 };
@@ -208,9 +208,10 @@ enum { INT16_LANES = 16, PACK_ROWS = 4, PACK_VECTORS = 3 /* of a tile of sums */
 /* Lays the buffers out from `scratch` on; returns their size. */
 static inline size_t attention_carve(char *scratch, int64_t length, int64_t head_dim, struct attention_buffers *b) {
     const int64_t padded_length = round_up(length, INT16_LANES), padded_dim = round_up(head_dim, INT16_LANES);
+    const int64_t code_bytes = round_up(head_dim * (int64_t)sizeof(int16_t), ALIGNMENT);
     char *cursor = scratch;
-    b->q = carve(&cursor, padded_length * padded_dim, sizeof(int16_t));
-    b->k = carve(&cursor, padded_length * padded_dim, sizeof(int16_t));
+    b->columns = b->q = carve(&cursor, padded_length * code_bytes, 1); /* and the memory of k */
+    b->k = carve(&cursor, padded_length * code_bytes, 1);
     b->q_scale = carve(&cursor, padded_length, sizeof *b->q_scale);
     b->k_scale = carve(&cursor, padded_length, sizeof *b->k_scale);
     b->offsets = carve(&cursor, max64(padded_length, padded_dim), sizeof *b->offsets);

@@ -88,7 +88,7 @@ FN float mean_magnitude(const float *x, int64_t width) {
     return vsum(add(add(sum[0], sum[1]), add(sum[2], sum[3]))) / (float)width;
 }
 
-/* Eight codes of x / step, limited to the grid; mid-rise ones, 2 floor + 1, as the floor. */
+/* Codes of x / step, limited to the grid; mid-rise ones, 2 floor + 1, as the floor. */
 INLINE vfloat grid_floor(vfloat x, vfloat inverse, vfloat lowest, vfloat highest, const int midrise) {
     const vfloat q = vmax(vmin(mul(x, inverse), highest), lowest);
     return midrise ? vfloor(q) : vrint(q);
@@ -151,5 +151,5 @@ FN void prologue_task(const void *argument, int64_t task, char *scratch) {
     const int64_t first = task * job->block_rows, end = min64(first + job->block_rows, job->rows);
     (void)scratch;
     for (int64_t row = first; row < end; row++)
-        prologue_row(job, row, job->values + row * round_up(job->layer->width, LANES));
+        prologue_row(job, row, job->values + row * round_up(job->layer->width, FLOAT_LANES));
 }

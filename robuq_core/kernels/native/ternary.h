@@ -4,7 +4,8 @@
  * (operands), then panel after panel is decoded into a buffer that a level-2 cache holds and multiplied with all rows
  * of the block. The ways to multiply (struct product) differ in both layouts and are exact: they agree to the bit. */
 
-enum { EPILOGUE_ROWS = HAVE_AVX512VNNI ? 4 : 2 }; /* of a tile: 16 registers of sums, or 8 */
+/* Of a tile: 16 registers of sums with AVX-512, else 8. */
+enum { EPILOGUE_ROWS = HAVE_AVX512VNNI ? 4 : 2, EPILOGUE_CHANNELS = 4 * LANES };
 
 struct product {
     int adds;                   /* to products from the first slice on: they begin as zeros */
@@ -95,22 +96,22 @@ FN void transpose_lowrank(const struct layer *layer, int64_t channel, float *out
     for (int64_t c = 0; c < PANEL; c += LANES) {
         for (int64_t r = 0; r < rank; r += LANES) {
             vfloat tile[LANES];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int i = 0; i < LANES; i++)
                 tile[i] = c + i < channels ? load_part(layer->lowrank_a + (channel + c + i) * rank + r, rank - r)
                                            : splat(0);
-            transpose8(tile);
+            transpose(tile);
             for (int i = 0; i < LANES && r + i < rank; i++) store(out + (r + i) * PANEL + c, tile[i]);
         }
     }
 }
 
-/* Outputs of `rows` rows and PANEL / 2 channels, product (scale alpha) + lowrank . A + bias, then the gated residual
+/* Outputs of `rows` rows and EPILOGUE_CHANNELS channels, product (scale alpha) + lowrank . A + bias, then the gated residual
  * where asked for; `whole`: there are as many channels. */
 INLINE void epilogue_tile(const struct ternary_job *job, int64_t row, int64_t channel, const int32_t *products,
                           const int32_t *offsets, const float *lowrank_a /* [rank, PANEL] */, const int rows,
                           const int whole) {
-    enum { VECTORS = PANEL / 2 / LANES };
+    enum { VECTORS = EPILOGUE_CHANNELS / LANES };
     const struct layer *layer = job->layer;
     const float *lowrank = job->lowrank + row * layer->rank;
     vfloat correction[EPILOGUE_ROWS][VECTORS] = {0};
@@ -146,15 +147,14 @@ INLINE void epilogue_tile(const struct ternary_job *job, int64_t row, int64_t ch
 /* Outputs of a block of rows and a panel. */
 FN void epilogue(const struct ternary_job *job, int64_t first, int64_t rows, int64_t channel, const int32_t *products,
                  const int32_t *offsets, const float *lowrank_a) {
-    for (int half = 0; half < PANEL; half += PANEL / 2) {
-        const int whole = channel + half + PANEL / 2 <= job->layer->channels;
+    for (int c = 0; c < PANEL; c += EPILOGUE_CHANNELS) {
+        const int whole = channel + c + EPILOGUE_CHANNELS <= job->layer->channels;
         const int64_t even = whole ? rows / EPILOGUE_ROWS * EPILOGUE_ROWS : 0;
         for (int64_t m = 0; m < even; m += EPILOGUE_ROWS)
-            epilogue_tile(job, first + m, channel + half, products + m * PANEL + half, offsets + m, lowrank_a + half,
+            epilogue_tile(job, first + m, channel + c, products + m * PANEL + c, offsets + m, lowrank_a + c,
                           EPILOGUE_ROWS, 1);
         for (int64_t m = even; m < rows; m++)
-            epilogue_tile(job, first + m, channel + half, products + m * PANEL + half, offsets + m, lowrank_a + half,
-                          1, 0);
+            epilogue_tile(job, first + m, channel + c, products + m * PANEL + c, offsets + m, lowrank_a + c, 1, 0);
     }
 }
 

@@ -1,4 +1,4 @@
-/* Vectors of eight floats on GCC/clang vector extensions, for the instruction set that the including file targets.
+/* Vectors of 8 floats, 16 with AVX-512, on GCC/clang vector extensions, for the instruction set that the includer targets.
  *
  * The includer defines FN, the specifiers of every function (static, and the target), and HAVE_AVX2, HAVE_AVX512VNNI,
  * HAVE_AMX, HAVE_NEON, HAVE_DOTPROD where intrinsics serve better than the generic form. NEON gives the bits of AVX2, and the
@@ -32,10 +32,17 @@
 
 #define INLINE FN inline __attribute__((always_inline))
 
-typedef int16_t vshort __attribute__((vector_size(16)));
-typedef int8_t vbyte __attribute__((vector_size(8)));
+enum { LANES = HAVE_AVX512VNNI ? 16 : 8 };
+#if HAVE_AVX512VNNI
+#define MM(operation) _mm512_##operation
+#define MM_INT __m512i
+#else
+#define MM(operation) _mm256_##operation
+#define MM_INT __m256i
+#endif
 
-enum { LANES = 8 };
+typedef int16_t vshort __attribute__((vector_size(2 * LANES)));
+typedef int8_t vbyte __attribute__((vector_size(LANES)));
 
 #if HAVE_NEON
 /* Two halves: GCC would move one vector of 32 bytes through memory. */
@@ -74,15 +81,15 @@ INLINE float32x4_t scale4(float32x4_t x, float32x4_t n) {
 /* x 2^n for whole n, where neither x nor the result is zero or subnormal. */
 INLINE vfloat scale_by_power(vfloat x, vfloat n) { return (vfloat){scale4(x.low, n.low), scale4(x.high, n.high)}; }
 
-/* The first `count` lanes of x, at most eight, and those of `other` behind them. */
+/* The first `count` lanes of x, at most all, and those of `other` behind them. */
 INLINE vfloat first_part(vfloat x, int64_t count, vfloat other) {
     const int32x4_t n = vdupq_n_s32((int32_t)min64(count, LANES)), lane = {0, 1, 2, 3}, next = {4, 5, 6, 7};
     return (vfloat){vbslq_f32(vcltq_s32(lane, n), x.low, other.low), vbslq_f32(vcltq_s32(next, n), x.high, other.high)};
 }
 #else
-typedef float vfloat __attribute__((vector_size(32)));
-typedef int32_t vint __attribute__((vector_size(32)));
-typedef float vfloat_unaligned __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float vfloat __attribute__((vector_size(4 * LANES)));
+typedef int32_t vint __attribute__((vector_size(4 * LANES)));
+typedef float vfloat_unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 INLINE vfloat add(vfloat a, vfloat b) { return a + b; }
 INLINE vfloat sub(vfloat a, vfloat b) { return a - b; }
@@ -90,10 +97,10 @@ INLINE vfloat mul(vfloat a, vfloat b) { return a * b; }
 INLINE vfloat divide(vfloat a, vfloat b) { return a / b; }
 INLINE vint sub_int(vint a, vint b) { return a - b; }
 
-INLINE vfloat splat(float x) { return (vfloat){x, x, x, x, x, x, x, x}; }
+INLINE vfloat splat(float x) { return x - (vfloat){0}; }
 INLINE vfloat load(const float *p) { return *(const vfloat_unaligned *)p; }
 INLINE void store(float *p, vfloat x) { *(vfloat_unaligned *)p = x; }
-INLINE vint splat_int(int32_t x) { return (vint){x, x, x, x, x, x, x, x}; }
+INLINE vint splat_int(int32_t x) { return x + (vint){0}; }
 INLINE vint load_int(const int32_t *p) {
     vint x;
     memcpy(&x, p, sizeof x);
@@ -113,11 +120,18 @@ INLINE vfloat scale_by_power(vfloat x, vfloat n) { return (vfloat)((vint)x + (to
 
 INLINE vfloat choose(vint mask, vfloat yes, vfloat no) { return (vfloat)((mask & (vint)yes) | (~mask & (vint)no)); }
 
-/* The first `count` lanes of x, at most eight, and those of `other` behind them. */
+#if HAVE_AVX512VNNI
+INLINE uint16_t first_lanes(int64_t count) { return (uint16_t)((1u << min64(count, LANES)) - 1); }
+
+INLINE vfloat first_part(vfloat x, int64_t count, vfloat other) {
+    return _mm512_mask_blend_ps(first_lanes(count), other, x);
+}
+#else
 INLINE vfloat first_part(vfloat x, int64_t count, vfloat other) {
     const vint lane = {0, 1, 2, 3, 4, 5, 6, 7};
     return choose(lane < splat_int((int32_t)min64(count, LANES)), x, other);
 }
+#endif
 #endif
 
 INLINE vfloat keep_part(vfloat x, int64_t count) { return first_part(x, count, splat(0)); }
@@ -126,32 +140,71 @@ INLINE vfloat keep_part(vfloat x, int64_t count) { return first_part(x, count, s
 INLINE vfloat load_once(const float *p) {
     vfloat x = load(p);
 #if HAVE_AVX2 && !defined(ROBUQ_SIMDE)
-    __asm__("" : "+x"(x));
+    __asm__("" : "+v"(x));
 #endif
     return x;
 }
 
-/* The first `count` elements at `p`, at most eight; the rest is zero, or stays untouched. */
+/* The first `count` elements at `p`, at most a vector; the rest is zero, or stays untouched. */
 INLINE vfloat load_part(const float *p, int64_t count) {
     if (count >= LANES) return load(p);
+#if HAVE_AVX512VNNI
+    return _mm512_maskz_loadu_ps(first_lanes(count), p);
+#else
     vfloat x = splat(0);
     memcpy(&x, p, (size_t)count * sizeof *p);
     return x;
+#endif
 }
 
 INLINE void store_part(float *p, vfloat x, int64_t count) {
     if (count >= LANES) store(p, x);
+#if HAVE_AVX512VNNI
+    else _mm512_mask_storeu_ps(p, first_lanes(count), x);
+#else
     else memcpy(p, &x, (size_t)count * sizeof *p);
+#endif
 }
 
 #if HAVE_AVX2
-INLINE vfloat fmadd(vfloat a, vfloat b, vfloat c) { return _mm256_fmadd_ps(a, b, c); }
-INLINE vfloat vmax(vfloat a, vfloat b) { return _mm256_max_ps(a, b); }
-INLINE vfloat vmin(vfloat a, vfloat b) { return _mm256_min_ps(a, b); }
+INLINE vfloat fmadd(vfloat a, vfloat b, vfloat c) { return MM(fmadd_ps)(a, b, c); }
+INLINE vfloat vmax(vfloat a, vfloat b) { return MM(max_ps)(a, b); }
+INLINE vfloat vmin(vfloat a, vfloat b) { return MM(min_ps)(a, b); }
+
+/* 32 or 64 int8 codes of whole floats, as they are or, of the mid-rise grid, 2 x + 1. */
+INLINE void store_codes(int8_t *out, const vfloat x[4], const int midrise) {
+    MM_INT wide[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) wide[i] = (MM_INT)to_int(x[i]);
+    const MM_INT packed = MM(packs_epi16)(MM(packs_epi32)(wide[0], wide[1]), MM(packs_epi32)(wide[2], wide[3]));
+#if HAVE_AVX512VNNI
+    __m512i code = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), packed);
+#else
+    __m256i code = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+#endif
+    if (midrise) code = MM(add_epi8)(MM(add_epi8)(code, code), MM(set1_epi8)(1));
+    memcpy(out, &code, sizeof code);
+}
+
+#if HAVE_AVX512VNNI
+INLINE vfloat vrint(vfloat x) { return _mm512_roundscale_ps(x, 0x08); } /* to the nearest */
+INLINE vfloat vfloor(vfloat x) { return _mm512_roundscale_ps(x, 0x09); } /* down */
+
+/* The values must fit the narrower type. */
+INLINE vshort to_int16(vfloat x) { return __builtin_convertvector(to_int(x), vshort); }
+INLINE vbyte to_int8(vfloat x) { return __builtin_convertvector(to_int(x), vbyte); }
+
+/* x times the Sylvester matrix of order 16. */
+INLINE vfloat hadamard_lanes(vfloat x) {
+    x = fmadd(x, (vfloat){1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1}, _mm512_shuffle_ps(x, x, 0xB1));
+    x = fmadd(x, (vfloat){1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1}, _mm512_shuffle_ps(x, x, 0x4E));
+    x = fmadd(x, (vfloat){1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1}, _mm512_shuffle_f32x4(x, x, 0xB1));
+    return fmadd(x, (vfloat){1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1, -1}, _mm512_shuffle_f32x4(x, x, 0x4E));
+}
+#else
 INLINE vfloat vrint(vfloat x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE vfloat vfloor(vfloat x) { return _mm256_floor_ps(x); }
 
-/* The values must fit the narrower type. */
 INLINE vshort to_int16(vfloat x) {
     const __m256i i = (__m256i)to_int(x);
     return (vshort)_mm_packs_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
@@ -163,24 +216,12 @@ INLINE vbyte to_int8(vfloat x) {
     return (vbyte)bytes;
 }
 
-/* 32 int8 codes of whole floats, as they are or, of the mid-rise grid, 2 x + 1. */
-INLINE void store_codes(int8_t *out, const vfloat x[4], const int midrise) {
-    __m256i wide[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) wide[i] = _mm256_cvttps_epi32(x[i]);
-    const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(wide[0], wide[1]),
-                                              _mm256_packs_epi32(wide[2], wide[3]));
-    __m256i code = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-    if (midrise) code = _mm256_add_epi8(_mm256_add_epi8(code, code), _mm256_set1_epi8(1));
-    _mm256_storeu_si256((__m256i *)out, code);
-}
-
-/* x times the Sylvester matrix of order 8. */
-INLINE vfloat hadamard8(vfloat x) {
+INLINE vfloat hadamard_lanes(vfloat x) {
     x = fmadd(x, (vfloat){1, -1, 1, -1, 1, -1, 1, -1}, _mm256_permute_ps(x, 0xB1));
     x = fmadd(x, (vfloat){1, 1, -1, -1, 1, 1, -1, -1}, _mm256_permute_ps(x, 0x4E));
     return fmadd(x, (vfloat){1, 1, 1, 1, -1, -1, -1, -1}, _mm256_permute2f128_ps(x, x, 1));
 }
+#endif
 #elif HAVE_NEON
 INLINE vfloat fmadd(vfloat a, vfloat b, vfloat c) {
     return (vfloat){vfmaq_f32(c.low, a.low, b.low), vfmaq_f32(c.high, a.high, b.high)};
@@ -212,7 +253,7 @@ INLINE float32x4_t hadamard4(float32x4_t x) {
     x = vfmaq_f32(vrev64q_f32(x), x, (float32x4_t){1, -1, 1, -1});
     return vfmaq_f32(vextq_f32(x, x, 2), x, (float32x4_t){1, 1, -1, -1});
 }
-INLINE vfloat hadamard8(vfloat x) {
+INLINE vfloat hadamard_lanes(vfloat x) {
     const float32x4_t a = hadamard4(x.low), b = hadamard4(x.high);
     return (vfloat){vaddq_f32(a, b), vsubq_f32(a, b)};
 }
@@ -246,7 +287,7 @@ INLINE void store_codes(int8_t *out, const vfloat x[4], const int midrise) {
     }
 }
 
-INLINE vfloat hadamard8(vfloat x) {
+INLINE vfloat hadamard_lanes(vfloat x) {
     vfloat a = {x[0] + x[1], x[0] - x[1], x[2] + x[3], x[2] - x[3], x[4] + x[5], x[4] - x[5], x[6] + x[7], x[6] - x[7]};
     vfloat b = {a[0] + a[2], a[1] + a[3], a[0] - a[2], a[1] - a[3], a[4] + a[6], a[5] + a[7], a[4] - a[6], a[5] - a[7]};
     return (vfloat){b[0] + b[4], b[1] + b[5], b[2] + b[6], b[3] + b[7],
@@ -270,26 +311,36 @@ INLINE __m128i sum_lanes(const __m256i sums[4]) {
 }
 #endif
 
-/* Transposes eight vectors in place. */
-INLINE void transpose8(vfloat x[LANES]) {
+/* Transposes as many vectors as one has lanes, in place. */
+INLINE void transpose(vfloat x[LANES]) {
 #if HAVE_AVX2
     vfloat a[LANES], b[LANES];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < LANES; i += 2) {
-        a[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
-        a[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+        a[i] = MM(unpacklo_ps)(x[i], x[i + 1]);
+        a[i + 1] = MM(unpackhi_ps)(x[i], x[i + 1]);
     }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int i = 0; i < LANES; i += 4) {
-        b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
-        b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xEE);
-        b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
-        b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xEE);
+        b[i] = MM(shuffle_ps)(a[i], a[i + 2], 0x44);
+        b[i + 1] = MM(shuffle_ps)(a[i], a[i + 2], 0xEE);
+        b[i + 2] = MM(shuffle_ps)(a[i + 1], a[i + 3], 0x44);
+        b[i + 3] = MM(shuffle_ps)(a[i + 1], a[i + 3], 0xEE);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
+#if HAVE_AVX512VNNI
+        const vfloat even = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88), odd = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xDD);
+        const vfloat next_even = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x88);
+        const vfloat next_odd = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xDD);
+        x[i] = _mm512_shuffle_f32x4(even, next_even, 0x88);
+        x[i + 4] = _mm512_shuffle_f32x4(odd, next_odd, 0x88);
+        x[i + 8] = _mm512_shuffle_f32x4(even, next_even, 0xDD);
+        x[i + 12] = _mm512_shuffle_f32x4(odd, next_odd, 0xDD);
+#else
         x[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
         x[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+#endif
     }
 #elif HAVE_NEON
     float32x4_t rows[2][LANES]; /* transposed halves: [which half][row of it, then of the other four vectors] */
@@ -328,10 +379,18 @@ INLINE void transpose8(vfloat x[LANES]) {
 #endif
 }
 
-/* Sum of the eight lanes, in one order. */
+#if HAVE_AVX512VNNI
+#define HALVES(operation, x) \
+    _mm256_##operation(_mm512_castps512_ps256(x), (__m256)_mm512_extractf64x4_pd((__m512d)(x), 1))
+#else
+#define HALVES(operation, x) (x)
+#endif
+
+/* Sum of the lanes, in one order. */
 INLINE float vsum(vfloat x) {
 #if HAVE_AVX2
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    const __m256 half = HALVES(add_ps, x);
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 #elif HAVE_NEON
@@ -345,10 +404,11 @@ INLINE float vsum(vfloat x) {
 /* Sums of the lanes of four vectors, in another order than vsum's. */
 INLINE void vsum4(const vfloat x[4], float out[4]) {
 #if HAVE_AVX2
-    const vfloat ab = _mm256_unpacklo_ps(x[0], x[1]) + _mm256_unpackhi_ps(x[0], x[1]);
-    const vfloat cd = _mm256_unpacklo_ps(x[2], x[3]) + _mm256_unpackhi_ps(x[2], x[3]);
-    const vfloat halves = _mm256_shuffle_ps(ab, cd, 0x44) + _mm256_shuffle_ps(ab, cd, 0xEE);
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+    const vfloat ab = MM(unpacklo_ps)(x[0], x[1]) + MM(unpackhi_ps)(x[0], x[1]);
+    const vfloat cd = MM(unpacklo_ps)(x[2], x[3]) + MM(unpackhi_ps)(x[2], x[3]);
+    const vfloat quarters = MM(shuffle_ps)(ab, cd, 0x44) + MM(shuffle_ps)(ab, cd, 0xEE);
+    const __m256 half = HALVES(add_ps, quarters);
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 #elif HAVE_NEON
     float32x4_t halves[2];
 #pragma GCC unroll 2
@@ -369,7 +429,8 @@ INLINE void vsum4(const vfloat x[4], float out[4]) {
 
 INLINE float vmax_lane(vfloat x) {
 #if HAVE_AVX2
-    __m128 s = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    const __m256 half = HALVES(max_ps, x);
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
     s = _mm_max_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 #elif HAVE_NEON
@@ -381,6 +442,7 @@ INLINE float vmax_lane(vfloat x) {
 #endif
 }
 
+#if !HAVE_AVX512VNNI
 /* The elements of both in turn. */
 INLINE void store_interleaved(int16_t *out, vshort even, vshort odd) {
 #if HAVE_AVX2
@@ -396,6 +458,7 @@ INLINE void store_interleaved(int16_t *out, vshort even, vshort odd) {
     }
 #endif
 }
+#endif
 
 /* 2^(n + f) to about 2 ulp for whole n in -126 .. 127 and |f| <= 1/2: a polynomial in f, then n onto the exponent. */
 INLINE vfloat exp2_parts(vfloat n, vfloat f) {

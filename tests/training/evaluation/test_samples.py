@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from stand_in import PixelNetwork
 from tiny import write_tiny
 
 from robuq_core.config import SamplerConfig
@@ -18,6 +19,7 @@ from robuq_core.pipeline import Sampler
 from train.evaluation.networks import EvaluationError
 from train.evaluation.samples import (
     SampleSet,
+    as_unit,
     balanced_classes,
     first_seed,
     generate,
@@ -67,9 +69,8 @@ def fill(sampler: Any, folder: Path, **changes: Any) -> SampleSet:
 def test_samples_on_disk_are_those_of_their_seeds(sampler: Sampler, tmp_path: Path) -> None:
     samples = fill(sampler, tmp_path / "new" / "set")
     assert samples.images.shape == (10, 16, 16, 3)
-    assert samples.batch(0, 10).shape == (10, 3, 16, 16)
     alone = generate(sampler, [int(samples.labels[7])], first_seed(1) + 7, STEPS)
-    assert torch.equal(samples.batch(7, 1), alone)
+    assert torch.equal(as_unit(samples.images[7:8]), alone)
 
 
 class Killed(Exception):
@@ -104,6 +105,16 @@ def test_a_killed_call_is_continued(sampler: Sampler, tmp_path: Path) -> None:
     third = Mortal(sampler)
     assert torch.equal(fill(third, tmp_path / "set").images[:], whole.images[:])
     assert third.drawn == 0
+
+
+def test_features_are_computed_once_and_are_those_of_the_samples(sampler: Sampler, tmp_path: Path) -> None:
+    samples, network = fill(sampler, tmp_path), PixelNetwork(spatial=True)
+    for _ in range(2):
+        samples.store_features(network)
+    assert network.calls == len(samples.files) == 3
+    whole, parts = network(as_unit(samples.images[:])), list(samples.features(network))
+    assert torch.equal(torch.cat([each.pool for each in parts]), whole.pool)
+    assert torch.equal(torch.cat([each.spatial for each in parts if each.spatial is not None]), whole.spatial)
 
 
 @pytest.mark.parametrize(

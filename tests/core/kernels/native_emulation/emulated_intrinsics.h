@@ -26,6 +26,26 @@ static inline __m512i _mm512_cvtepu16_epi32(__m256i x) {
 }
 #endif
 
+#ifndef _mm512_shuffle_f32x4 /* which it names with its prefix only */
+#define _mm512_shuffle_f32x4 simde_mm512_shuffle_f32x4
+#endif
+
+#ifndef _mm512_maskz_loadu_ps /* which it lacks too */
+static inline __m512 _mm512_maskz_loadu_ps(uint16_t mask, const float *p) {
+    float out[16];
+    for (int i = 0; i < 16; i++) out[i] = mask >> i & 1 ? p[i] : 0;
+    return _mm512_loadu_ps(out);
+}
+
+static inline void _mm512_mask_storeu_ps(float *p, uint16_t mask, __m512 x) {
+    float in[16];
+    memcpy(in, &x, sizeof x);
+    for (int i = 0; i < 16; i++) {
+        if (mask >> i & 1) p[i] = in[i];
+    }
+}
+#endif
+
 struct emulated_tile {
     uint8_t bytes[16][64];
 };

@@ -1,11 +1,12 @@
 /* The integer product by AMX tiles: 16 tokens by 16 channels by 64 codes an instruction, on panels as product_vnni.h
  * decodes them, four codes of a channel side by side. Tiles 0-3 hold sums of 2 x 2 such blocks, 4-5 codes, 6-7 weights.
  *
- * A panel is decoded slice by slice of the width, short enough for the level-1 cache: it serves all rows from there. After the last
- * slice the outputs of 32 rows follow at once. Rows beyond the last of a block are multiplied and forgotten: buffers
- * are long enough for whole tiles. */
+ * A panel is decoded slice by slice of the width, short enough for the level-1 cache: it serves all rows from there.
+ * After the last slice the outputs of 32 rows follow at once. Rows beyond the last of a block are multiplied and
+ * forgotten: buffers are long enough for whole tiles. */
 
-/* Groups of a slice: 16 KiB of weights stay in a level-1 cache of 48, where codes and sums of 32 rows take 16 in turn. */
+/* Groups of a slice: its 16 KiB of weights stay in a level-1 cache of 48, through which pass 16 for each 32 rows, codes
+ * and sums. */
 enum { AMX_GROUPS = 2, TILE = TILE_ROWS * TILE_BYTES };
 
 /* Groups of each slice but the last of `groups`. */

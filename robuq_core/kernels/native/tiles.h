@@ -1,5 +1,5 @@
-/* The tiles of AMX: eight registers of up to 16 rows of 64 bytes. A product adds to each sum [row][column] of a tile those of four
- * codes by four weights: of `depth` bytes of a row by `depth` / 4 rows of weights, four of each column side by side. */
+/* The tiles of AMX, eight registers of up to 16 rows of 64 bytes. A product adds to a tile of sums: a row of codes by the
+ * columns of a tile of weights, whose rows hold four weights of each column side by side. */
 
 enum { TILE_ROWS = 16, TILE_BYTES = 64 };
 
@@ -12,7 +12,7 @@ struct tile_config {
 /* Compilers do not see that tile instructions read memory: what they read is written before. */
 INLINE void tile_barrier(void) { __asm__ volatile("" ::: "memory"); }
 
-/* Whole tiles; but for `edge`, if it is not 0, tile 6 holds rows of so many packs of four bytes, and tile 7 so many rows.
+/* Whole tiles; but for an `edge` that is not 0, tile 6 holds rows of so many packs of four codes, tile 7 so many rows.
  * A thread that holds tiles for long makes its switches dear: release them. */
 INLINE void configure_tiles(int64_t edge) {
     struct tile_config config = {.palette = 1};

@@ -1,5 +1,5 @@
-/* The tiles of AMX, eight registers of up to 16 rows of 64 bytes. A product adds to a tile of sums: a row of codes by the
- * columns of a tile of weights, whose rows hold four weights of each column side by side. */
+/* The tiles of AMX: eight registers of up to 16 rows of 64 bytes. A product adds rows of codes by columns of weights to
+ * a tile of sums; a row of the weights' tile holds four weights of each column, side by side. */
 
 enum { TILE_ROWS = 16, TILE_BYTES = 64 };
 

@@ -105,8 +105,8 @@ FN void transpose_lowrank(const struct layer *layer, int64_t channel, float *out
     }
 }
 
-/* Outputs of `rows` rows and EPILOGUE_CHANNELS channels, product (scale alpha) + lowrank . A + bias, then the gated residual
- * where asked for; `whole`: there are as many channels. */
+/* Outputs of `rows` rows and EPILOGUE_CHANNELS channels, product (scale alpha) + lowrank . A + bias, then the gated
+ * residual where asked for; `whole`: there are as many channels. */
 INLINE void epilogue_tile(const struct ternary_job *job, int64_t row, int64_t channel, const int32_t *products,
                           const int32_t *offsets, const float *lowrank_a /* [rank, PANEL] */, const int rows,
                           const int whole) {

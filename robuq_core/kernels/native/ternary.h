@@ -106,8 +106,8 @@ FN void transpose_lowrank(const struct layer *layer, int64_t channel, float *out
     }
 }
 
-/* Outputs of `rows` rows and EPILOGUE_CHANNELS channels, product (scale alpha) + lowrank . A + bias, then the gated residual
- * where asked for; `whole`: there are as many channels. */
+/* Outputs of `rows` rows and EPILOGUE_CHANNELS channels, product (scale alpha) + lowrank . A + bias, then the gated
+ * residual where asked for; `whole`: there are as many channels. */
 INLINE void epilogue_tile(const struct ternary_job *job, int64_t row, int64_t channel, const int32_t *products,
                           const int32_t *offsets, const float *lowrank_a /* [rank, PANEL] */, const int rows,
                           const int whole) {
@@ -170,7 +170,7 @@ INLINE void put_outputs(const struct ternary_job *job, int64_t first, int64_t ro
     for (int64_t m = 0; m < rows; m += WHOLE_ROWS) {
         const int64_t count = min64(WHOLE_ROWS, rows - m);
         for (int64_t row = first + m; row < first + m + count; row++)
-            for (int64_t c = channel; c < end; c += line) __builtin_prefetch(job->y + row * layer->channels + c, 1, 2);
+            for (int64_t c = channel; c < end; c += line) __builtin_prefetch(job->y + row * layer->channels + c, 0, 2);
         if (product->finish) product->finish(job, channel, m, count, products, b);
         for (int64_t p = 0; p < panels; p++)
             epilogue(job, first + m, count, channel + p * PANEL,

@@ -13,16 +13,6 @@
 #include "product_bits.h"
 #include "product_vnni.h"
 
-FN void ternary_bits_task(const void *job, int64_t task, char *scratch) {
-    ternary_task(job, task, scratch, &bits_product);
-}
-
-/* More than two bits take twice as long, so that dot products win with few rows. */
-#define BITS_WAY(bits, rows)                                                            \
-    {.task = ternary_bits_task, .operand_bytes = 2 * MOST_BITS * PICKS, .panel_bytes = 2 * HALF_BYTES, \
-     .panels = BIT_PANELS, .most_groups = INT32_MAX, .block_rows = 512, .decode_rows = 24, \
-     .operand_panels = 1, .least_rows = rows, .most_code = (1 << bits) - 1}
-
 const struct isa_tasks avx512vbmi_tasks = {
     SHARED_TASKS, .ways = {BITS_WAY(2, 8), BITS_WAY(MOST_BITS, 40), VNNI_WAY, DIRECT_WAY}};
 #else

@@ -27,6 +27,9 @@ enum {
     HALF_BYTES = (TRIPLES + 1) * TABLE_BYTES,
     MOST_BITS = 5,
     PLANE_INTS = PLANE_BYTES / 4,
+    /* Channels of the eight vectors of bytes that become planes: each has 64 neighbours, or with AVX2 every eighth. */
+    VECTOR_STEP = HAVE_AVX512VNNI ? PLANE_BYTES : 1,
+    CHANNEL_STEP = HAVE_AVX512VNNI ? 1 : 8,
     PASS_PLANES = 9,            /* that a pass over one or two signs adds to; carries go beyond */
 };
 
@@ -90,14 +93,25 @@ INLINE vplane unpack_low(vplane a, vplane b) { return _mm256_unpacklo_epi8(a, b)
 INLINE vplane unpack_high(vplane a, vplane b) { return _mm256_unpackhi_epi8(a, b); }
 INLINE vplane load_rows(const uint8_t *row, int64_t stride) { return load_two(row, row + 16 * stride); }
 
-INLINE void byte_planes(const vplane bytes[8], vplane planes[8]) {
-    int32_t *out = (int32_t *)planes;
+/* Bits of eight vectors: of each eight bits, one in each vector, a byte. Its own inverse. */
+INLINE void transpose_bits(vplane x[8]) {
+#pragma GCC unroll 3
+    for (int shift = 4; shift; shift /= 2) {
+        const vplane mask = _mm256_set1_epi8(shift == 4 ? 0x0F : shift == 2 ? 0x33 : 0x55);
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) {
-        vplane x = bytes[i];
-#pragma GCC unroll 8
-        for (int bit = 7; bit >= 0; bit--, x = _mm256_add_epi8(x, x)) out[bit * 8 + i] = _mm256_movemask_epi8(x);
+        for (int i = 0; i < 8; i++) {
+            if (i & shift) continue;
+            const vplane swap = (_mm256_srli_epi16(x[i], shift) ^ x[i + shift]) & mask;
+            x[i + shift] ^= swap;
+            x[i] ^= _mm256_slli_epi16(swap, shift);
+        }
     }
+}
+
+INLINE void byte_planes(const vplane bytes[8], vplane planes[8]) {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) planes[i] = bytes[i];
+    transpose_bits(planes);
 }
 #endif
 
@@ -165,15 +179,15 @@ FN void bits_tables(const struct ternary_job *job, int64_t channel, int64_t grou
     const int64_t stride = job->padded_width / GROUP * GROUP_BYTES;
     for (int64_t at = group * GROUP_BYTES; at < (group + 1) * GROUP_BYTES; at += 16, panel += HALF_BYTES) {
         vplane bytes[16][8] = {0}, low[HALF_CODES], high[HALF_CODES];
-        for (int i = 0; i < 8 && channel + i * PLANE_BYTES < job->layer->channels; i++) {
-            const int64_t first = channel + i * PLANE_BYTES;
+        for (int i = 0; i < 8 && channel + i * VECTOR_STEP < job->layer->channels; i++) {
+            const int64_t first = channel + i * VECTOR_STEP;
             vplane part[16];
-            if (first + PLANE_BYTES <= job->layer->channels) {
-                bytes_of_rows(job->layer->planar + first * stride + at, stride, part);
+            if (first + (PLANE_BYTES - 1) * CHANNEL_STEP < job->layer->channels) {
+                bytes_of_rows(job->layer->planar + first * stride + at, CHANNEL_STEP * stride, part);
             } else {
                 uint8_t edge[PLANE_BYTES * 16];
                 for (int row = 0; row < PLANE_BYTES; row++)
-                    memcpy(edge + row * 16, planar_row(job, first + row) + at, 16);
+                    memcpy(edge + row * 16, planar_row(job, first + row * CHANNEL_STEP) + at, 16);
                 bytes_of_rows(edge, 16, part);
             }
             for (int j = 0; j < 16; j++) bytes[j][i] = part[j];
@@ -441,17 +455,7 @@ INLINE void put_products(const struct ternary_job *job, const int32_t *counters,
 #else
 /* Eight planes, the lowest first, to bytes: out[i] holds the channels 16 i .. 16 i + 15, and 128 more. */
 INLINE void planes_to_bytes(vplane x[8]) {
-#pragma GCC unroll 3
-    for (int shift = 4; shift; shift /= 2) { /* the bits of each eight bytes, transposed */
-        const vplane mask = _mm256_set1_epi8(shift == 4 ? 0x0F : shift == 2 ? 0x33 : 0x55);
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; i++) {
-            if (i & shift) continue;
-            const vplane swap = (_mm256_srli_epi16(x[i], shift) ^ x[i + shift]) & mask;
-            x[i + shift] ^= swap;
-            x[i] ^= _mm256_slli_epi16(swap, shift);
-        }
-    }
+    transpose_bits(x);
 #pragma GCC unroll 3
     for (int stage = 0; stage < 3; stage++) {
         vplane other[8];
@@ -546,5 +550,5 @@ FN void ternary_bits_task(const void *job, int64_t task, char *scratch) {
 /* More than two bits take twice as long, so that dot products win with few rows. */
 #define BITS_WAY(bits, rows)                                                            \
     {.task = ternary_bits_task, .operand_bytes = 2 * MOST_BITS * PICKS, .panel_bytes = 2 * HALF_BYTES, \
-     .panels = BIT_PANELS, .most_groups = INT32_MAX, .block_rows = 512, .decode_rows = HAVE_AVX512VNNI ? 24 : 8, \
+     .panels = BIT_PANELS, .most_groups = INT32_MAX, .block_rows = 512, .decode_rows = 24, \
      .operand_panels = 1, .least_rows = rows, .most_code = (1 << bits) - 1}

@@ -59,5 +59,6 @@ path.write_text(yaml.safe_dump(config, sort_keys=False))
 for command in ("prepare", "teacher", "qat", "export"):
     subprocess.run(["robuq-train", command, "-c", str(path)], check=True)
 model, pictures = str(arguments.run / "model.safetensors"), str(arguments.run / "pictures")
-subprocess.run(["robuq", "sample", *classes[:8], "--checkpoint", model, "--seed", "0", "--out", pictures], check=True)
+ids = map(str, range(min(8, len(classes))))  # a name that is a number would be taken for an id
+subprocess.run(["robuq", "sample", *ids, "--checkpoint", model, "--seed", "0", "--out", pictures], check=True)
 print(f"serve it: robuq-serve --checkpoint {model}")

@@ -290,6 +290,6 @@ class Fleet:
 
 
 def _retrieve(future: asyncio.Future[Any]) -> None:
-    """Look at a failure, since everybody who would may have left by now."""
+    """Retrieve the exception, or asyncio logs it when nobody awaits the future."""
     if not future.cancelled():
         future.exception()

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
@@ -27,9 +27,8 @@ from robuq_core.files import replacing
 
 logger = logging.getLogger(__name__)
 
-# read: whatever changes nothing, such as /info and /metrics. Every key may do that.
+# read: routes that change nothing, such as /info and /metrics; every key has it.
 Scope = Literal["read", "generate", "admin"]
-SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 # What is counted a minute.
 RateUnit = Literal["requests", "images"]
@@ -43,7 +42,7 @@ GRACE_S = 60.0
 
 
 class ApiKey(BaseModel):
-    """Who may come in. ``sha256`` of the key in hex; limits per minute, ``None`` for no limit."""
+    """A client. ``sha256`` of the key in hex; limits per minute, ``None`` for no limit."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -78,7 +78,7 @@ class Pool:
         self._phase: Status = "starting"
         self._fleet: Fleet | None = None  # that gets new requests
         self._fleets: list[Fleet] = []  # that one, those that finish what they have, one that warms up
-        self._swapping = asyncio.Lock()
+        self.swapping = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         metrics.watch("requests_running", lambda: self.load().requests_running)
         metrics.watch("requests_waiting", lambda: self.load().requests_waiting)
@@ -153,7 +153,7 @@ class Pool:
             NotReady: the pool is not serving, or ceased to. LoadFailed: the file cannot be used. RunFailed: it loads
                 but does not run. Then nothing has changed.
         """
-        async with self._swapping:
+        async with self.swapping:
             if self.status != "ready":
                 raise NotReady(self.status)
             fleet = self.fleet_type(self, checkpoint)

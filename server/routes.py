@@ -197,7 +197,6 @@ def admin_router(service: Service) -> APIRouter:
     router = APIRouter(prefix="/admin")
     schema = SwapBody.model_json_schema()
     body_schema = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-    busy = False
     first_folder: Path | None = None
 
     def folder() -> Path:
@@ -219,22 +218,18 @@ def admin_router(service: Service) -> APIRouter:
     @router.post("/checkpoint", responses=documented(409, 413, 422, 503), openapi_extra=body_schema)
     async def swap_checkpoint(http: HttpRequest) -> InfoResponse:
         """Load another checkpoint and serve it. No request is lost: those in flight end on the one they began with."""
-        nonlocal busy
         name = read_params(SwapBody, await http.body()).path
         logger.info("swapping to checkpoint %s", name, extra={"client": client_of(http.scope)})
-        if busy:
+        if service.pool.swapping.locked():
             raise ApiError(409, "swap_in_progress", "another checkpoint is being loaded; try again when it is done")
-        busy = True
+        if name not in {file.path for file in await asyncio.to_thread(_checkpoints, folder())}:
+            raise invalid("path", "path must be one of the files that GET /admin/checkpoint lists")
         try:
-            if name not in {file.path for file in await asyncio.to_thread(_checkpoints, folder())}:
-                raise invalid("path", "path must be one of the files that GET /admin/checkpoint lists")
             await service.pool.swap(folder() / name)
         except LoadFailed as error:
             raise unusable(str(error)) from error
         except RunFailed as error:
             raise unusable(f"{name}: it loads but does not run; see the server's log") from error
-        finally:
-            busy = False
         return describe(service)
 
     return router

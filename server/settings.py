@@ -53,7 +53,9 @@ def split_host(header: str) -> tuple[str, int | None]:
 class Settings(BaseSettings):
     """Frozen once made. Durations in seconds."""
 
-    model_config = SettingsConfigDict(env_prefix="ROBUQ_", env_ignore_empty=True, extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="ROBUQ_", env_ignore_empty=True, extra="ignore", frozen=True, allow_inf_nan=False
+    )
 
     checkpoint: Path | None = Field(
         None,

@@ -27,7 +27,7 @@ const loupe = new Loupe({
   },
 });
 
-// Drawing.
+// Generating.
 
 function makeStrip(request, label) {
   return new Strip(request, label, {
@@ -87,7 +87,7 @@ function previewEvery(steps) {
   return Math.min(Math.max(every, 1), 1000);
 }
 
-async function draw() {
+async function submit() {
   if (byId("generate").getAttribute("aria-disabled") === "true") return;
   settings.clearErrors();
   const body = settings.read();
@@ -116,7 +116,7 @@ async function draw() {
 function ended(strip, body, error) {
   const cancelled = error.name === "AbortError";
   if (cancelled) announce("cancelled");
-  if (strip.state === "drawing") strip.end(cancelled ? "cancelled" : "failed", error.message);
+  if (strip.state === "generating") strip.end(cancelled ? "cancelled" : "failed", error.message);
   else dropStrip(strip);
   if (cancelled) return;
   if (!settings.seedIsKept) byId("seed").value = body.seed ?? byId("seed").value; // to try the same again
@@ -154,7 +154,7 @@ async function followSwaps(strip) {
     strip.checkpoint = info.checkpoint;
     loupe.changed(strip);
   } catch {
-    // Drawing reports it.
+    // Generating reports it.
   }
 }
 
@@ -220,7 +220,7 @@ byId("key-button").addEventListener("click", async () => {
 });
 byId("controls").addEventListener("submit", (event) => {
   event.preventDefault();
-  draw();
+  submit();
 });
 byId("class-random").addEventListener("click", chooseRandomClass);
 byId("clear").addEventListener("click", () => {

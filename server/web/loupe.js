@@ -75,7 +75,7 @@ export class Loupe {
   sentence() {
     const { strip, frame } = this;
     if (strip.state === "waiting") return "Waiting for its first step";
-    if (strip.state === "drawing") return `Step ${frame.step} of ${strip.steps}`;
+    if (strip.state === "generating") return `Step ${frame.step} of ${strip.steps}`;
     if (strip.state === "cancelled") return `Cancelled at step ${frame.step} of ${strip.steps}`;
     if (strip.state === "failed") return strip.message;
     if (!strip.timings) return "From an earlier visit";

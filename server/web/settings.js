@@ -13,7 +13,7 @@ export class Settings {
   constructor() {
     this.lock = byId("seed-lock");
     byId("seed-random").addEventListener("click", () => this.newSeed());
-    // A seed that somebody typed is one that they want.
+    // A seed that was typed is kept.
     byId("seed").addEventListener("input", () => this.keepSeed(true));
     this.lock.addEventListener("click", () => this.keepSeed(!this.seedIsKept));
     byId("controls").addEventListener("input", (event) => this.clearError(event.target.id));

@@ -41,17 +41,16 @@ export class Strip {
   }
 
   makeFrame(index, onSelect) {
-    const seed = ((this.request.seed ?? 0) + index) % SEEDS;
     const image = sharpen(element("img", { alt: "", src: BLANK, draggable: false, class: "pixelated" }));
     const button = element("button", { type: "button", class: "frame", "aria-pressed": "false" }, image);
     const progress = element("progress", { max: 1, value: 0, "aria-label": `Image ${index + 1}` });
-    const edge = element("span", { class: "edge" }, String(seed));
+    const edge = element("span", { class: "edge" });
     button.addEventListener("click", () => onSelect(this, index));
-    return { seed, image, button, progress, node: element("li", {}, button, edge, progress), url: null, step: 0 };
+    return { image, button, edge, progress, node: element("li", {}, button, edge, progress), url: null, step: 0 };
   }
 
   get running() {
-    return this.state === "waiting" || this.state === "drawing";
+    return this.state === "waiting" || this.state === "generating";
   }
 
   get steps() {
@@ -75,7 +74,7 @@ export class Strip {
     const frame = this.frames[index];
     if (!frame) return;
     this.request.steps = steps;
-    this.state = "drawing";
+    this.state = "generating";
     frame.step = Math.max(frame.step, done); // a preview comes later than its step
     frame.progress.max = steps;
     frame.progress.value = frame.step;
@@ -101,13 +100,15 @@ export class Strip {
   }
 
   update() {
-    const { steps, sampler, guidance_scale: guidance } = this.request;
+    const { seed, steps, sampler, guidance_scale: guidance } = this.request;
     this.title.textContent = this.name;
     const guided = guidance !== undefined && guidance !== 1;
     const ended = this.state === "cancelled" || this.state === "failed";
     const parts = [steps && `${steps} ${sampler ?? ""}`, guided && `guidance ${guidance}`, ended && this.state];
     this.print.textContent = parts.filter(Boolean).join(" · ");
-    for (const frame of this.frames) {
+    for (const [index, frame] of this.frames.entries()) {
+      frame.seed = seed >= 0 ? ((seed % SEEDS) + index) % SEEDS : "random"; // until the server has chosen one
+      frame.edge.textContent = frame.seed;
       frame.button.setAttribute("aria-label", `${this.name}, seed ${frame.seed}`);
       frame.progress.hidden = !this.running;
     }

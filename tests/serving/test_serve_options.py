@@ -57,6 +57,15 @@ def test_hosts_and_proxies_come_from_options_and_from_a_variable(monkeypatch: py
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [("request_timeout_s", "inf"), ("stall_timeout_s", "nan"), ("port", "70000"), ("log_level", "loud")],
+)
+def test_a_value_that_no_option_takes_is_named_with_its_option(name: str, value: str) -> None:
+    with pytest.raises(UserError, match=rf"--{name.replace('_', '-')} \(or ROBUQ_{name.upper()}\): .*{value}"):
+        load_settings({name: value})
+
+
+@pytest.mark.parametrize(
     ("host", "with_keys", "warned"),
     [("0.0.0.0", False, True), ("0.0.0.0", True, False), ("127.0.0.1", False, False), ("localhost", False, False)],
 )

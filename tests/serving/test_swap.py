@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -325,14 +324,15 @@ def test_nothing_leads_out_of_the_folder(admin: Admin) -> None:
 
 def test_one_swap_at_a_time(admin: Admin, monkeypatch: pytest.MonkeyPatch) -> None:
     entered, go_on = threading.Event(), threading.Event()
-    whole_swap = admin.engine.pool.swap
+    whole_step = Sampler.step
 
-    async def slow_swap(checkpoint: Path) -> None:
-        entered.set()
-        await asyncio.to_thread(go_on.wait, WAIT_S)
-        await whole_swap(checkpoint)
+    def held(sampler: Sampler, rows: Any) -> None:
+        if sampler.checkpoint_name == "new":
+            entered.set()
+            assert go_on.wait(WAIT_S)
+        whole_step(sampler, rows)
 
-    monkeypatch.setattr(admin.engine.pool, "swap", slow_swap)
+    monkeypatch.setattr(Sampler, "step", held)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(admin.swap, "new.safetensors")
         assert entered.wait(WAIT_S)

@@ -275,8 +275,8 @@ FN void attend(const struct head *h, const struct attention_buffers *b) {
         outer_block(b->logits, padded_length, rows, b->v, padded_dim, length, out);
         for (int64_t i = 0; i < rows; i++)
             for (int64_t d = 0; d < dim; d += LANES)
-                store_part(h->out + (first + i) * h->width + d, divide(load(out + i * padded_dim + d), splat(totals[i])),
-                           dim - d);
+                store_part(h->out + (first + i) * h->width + d,
+                           divide(load(out + i * padded_dim + d), splat(totals[i])), dim - d);
     }
 }
 

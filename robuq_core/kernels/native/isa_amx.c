@@ -16,12 +16,15 @@
 #include "product_amx.h"
 
 FN void ternary_amx_task(const void *job, int64_t task, char *scratch) {
+    configure_tiles(0);
     ternary_task(job, task, scratch, &amx_product);
+    release_tiles();
 }
 
 #define AMX_WAY                                                                         \
-    {.task = ternary_amx_task, .operand_bytes = GROUP, .panels = 1, .most_groups = 9, .kept_panels = 18, \
-     .block_rows = 512, .decode_rows = 16, .operand_panels = 1, .least_rows = 16, .most_code = 128}
+    {.task = ternary_amx_task, .operand_bytes = GROUP, .panel_bytes = AMX_GROUPS * GROUP * PANEL, .panels = 1, \
+     .most_groups = 9, .kept_panels = 18, .block_rows = 512, .decode_rows = 16, .operand_panels = 1, .least_rows = 16, \
+     .most_code = 128}
 
 const struct isa_tasks amx_tasks = {SHARED_TASKS, .ways = {AMX_WAY, VNNI_WAY, DIRECT_WAY}};
 #else

@@ -84,11 +84,10 @@ static struct rotate_job rotate_job(const struct backend *backend, const struct 
 
 static int rotate_quantize(const struct backend *backend, const struct layer *layer, const float *x, int64_t rows,
                            const struct prologue *prologue, int8_t *codes, float *scales, float *lowrank) {
-    const float half_range = (float)(layer->highest + 1) / 2; /* mid-rise: cells -half_range .. half_range - 1 */
     struct rotate_job job = rotate_job(backend, layer, x, rows, prologue);
     job.normalisation = (float)(1.0 / sqrt((double)layer->block));
-    job.lowest = layer->midrise ? -half_range : (float)layer->lowest;
-    job.highest = layer->midrise ? nextafterf(half_range, 0) : (float)layer->highest;
+    job.lowest = layer->midrise ? (layer->lowest - 1) / 2 : layer->lowest; /* a code is 2 cell + 1 */
+    job.highest = layer->midrise ? (layer->highest - 1) / 2 : layer->highest;
     job.codes = codes, job.scales = scales, job.lowrank = lowrank;
     struct rotate_buffers unused;
     const size_t scratch = rotate_carve(NULL, &job, &unused);

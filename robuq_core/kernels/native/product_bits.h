@@ -525,7 +525,7 @@ FN void bits_multiply(const struct ternary_job *job, int64_t channel, int64_t gr
 }
 
 FN void bits_finish(const struct ternary_job *job, int64_t channel, int64_t first, int64_t rows,
-                    const int32_t *counters, int32_t *products, int64_t stride) {
+                    const int32_t *counters, const struct ternary_buffers *b) {
     const struct layer *layer = job->layer;
     const int planes = count_planes(job), side = tokens_beside(layer, channel);
     const int panels = (int)min64(ceil_div(layer->channels - channel, PANEL), BIT_PANELS);
@@ -536,8 +536,8 @@ FN void bits_finish(const struct ternary_job *job, int64_t channel, int64_t firs
         offsets[c] = layer->midrise ? most * nonzero[c] : ones[c] + nonzero[c] * ((most - 1) / 2);
     counters += first / side * planes * PLANE_INTS;
     for (int64_t row = 0; row < rows; row += side, counters += planes * PLANE_INTS)
-        put_products(job, counters, products + row * PANEL, stride, planes,
-                     offsets, panels, side, rows - row);
+        put_products(job, counters, b->finished + row * PANEL, WHOLE_ROWS * PANEL, planes, offsets, panels, side,
+                     rows - row);
 }
 
 static const struct product bits_product = {

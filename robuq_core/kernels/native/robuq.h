@@ -68,7 +68,7 @@ struct rotate_job {
     int64_t rows_per_image;
     float eps;
     float normalisation;        /* 1 / sqrt(block) */
-    float lowest, highest;      /* of x / step, before it is floored (mid-rise) or rounded */
+    int lowest, highest;        /* of x / step, floored (mid-rise) or rounded */
     int64_t block_rows;         /* of a task */
     int8_t *codes;              /* out [rows, width] */
     float *scales;              /* out [rows] */
@@ -150,7 +150,7 @@ extern const struct isa_tasks neon_tasks, dotprod_tasks, i8mm_tasks;
 
 /* Working buffers of a rotate_quantize task. */
 struct rotate_buffers {
-    float *rotated;             /* [block_rows, stride], each row padded to whole vectors */
+    float *rotated;             /* [block_rows, stride], each row padded by 272 at least */
     int64_t stride;
     void *kept;                 /* sums of the low-rank product, see dot.h: 12 vectors a tile of 12 */
 };

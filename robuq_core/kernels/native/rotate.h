@@ -88,30 +88,18 @@ FN float mean_magnitude(const float *x, int64_t width) {
     return vsum(add(add(sum[0], sum[1]), add(sum[2], sum[3]))) / (float)width;
 }
 
-/* Codes of x / step, limited to the grid; mid-rise ones, 2 floor + 1, as the floor. */
-INLINE vfloat grid_floor(vfloat x, vfloat inverse, vfloat lowest, vfloat highest, const int midrise) {
-    const vfloat q = vmax(vmin(mul(x, inverse), highest), lowest);
-    return midrise ? vfloor(q) : vrint(q);
-}
-
 INLINE void quantize_vectors(const struct rotate_job *job, const float *x, float step, int8_t *codes,
                              const int midrise) {
-    /* Limits before rounding: the floor of the last float below 2^(b-1) is the highest mid-rise cell. */
+    enum { TURN = 4 * LANES };
     const int64_t width = job->layer->width;
     const vfloat inverse = splat(1.0f / (step > 1e-30f ? step : 1e-30f));
-    const vfloat lowest = splat(job->lowest), highest = splat(job->highest);
-    int64_t k = 0;
-    for (; k + 4 * LANES <= width; k += 4 * LANES) {
+    for (int64_t k = 0; k < width; k += TURN) { /* rows are padded by as much */
         vfloat q[4];
+        int8_t last[TURN], *out = k + TURN <= width ? codes + k : last;
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) q[i] = grid_floor(load(x + k + i * LANES), inverse, lowest, highest, midrise);
-        store_codes(codes + k, q, midrise);
-    }
-    for (; k < width; k += LANES) {
-        vfloat q = grid_floor(load(x + k), inverse, lowest, highest, midrise);
-        if (midrise) q = add(add(q, q), splat(1));
-        const vbyte code = to_int8(q);
-        memcpy(codes + k, &code, (size_t)min64(LANES, width - k));
+        for (int i = 0; i < 4; i++) q[i] = mul(load(x + k + i * LANES), inverse);
+        store_codes(out, q, job->lowest, job->highest, midrise);
+        if (out == last) memcpy(codes + k, last, (size_t)(width - k));
     }
 }
 

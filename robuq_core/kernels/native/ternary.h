@@ -18,9 +18,10 @@ struct product {
     /* products [rows, PANEL] += operands . panel, of that slice */
     void (*multiply)(const struct ternary_job *job, int64_t channel, int64_t group, int64_t groups, uint8_t *panel,
                      const int8_t *operands, int64_t rows, int32_t *products);
-    /* What multiply() left of the rows `first`.. to their products, panels `stride` apart; NULL: it left products. */
+    /* What multiply() left of the rows `first`.., at most WHOLE_ROWS, to their products, `finished`; NULL: it left
+     * products. */
     void (*finish)(const struct ternary_job *job, int64_t channel, int64_t first, int64_t rows, const int32_t *left,
-                   int32_t *products, int64_t stride);
+                   const struct ternary_buffers *b);
 };
 
 /* Look-ups sum cells. A code's cell u, of 2^b from -2^(b-1) on, adds u + 1 where the weight is 1 and -u where it is -1.
@@ -105,8 +106,8 @@ FN void transpose_lowrank(const struct layer *layer, int64_t channel, float *out
     }
 }
 
-/* Outputs of `rows` rows and EPILOGUE_CHANNELS channels, product (scale alpha) + lowrank . A + bias, then the gated residual
- * where asked for; `whole`: there are as many channels. */
+/* Outputs of `rows` rows and EPILOGUE_CHANNELS channels, product (scale alpha) + lowrank . A + bias, then the gated
+ * residual where asked for; `whole`: there are as many channels. */
 INLINE void epilogue_tile(const struct ternary_job *job, int64_t row, int64_t channel, const int32_t *products,
                           const int32_t *offsets, const float *lowrank_a /* [rank, PANEL] */, const int rows,
                           const int whole) {
@@ -170,7 +171,7 @@ INLINE void put_outputs(const struct ternary_job *job, int64_t first, int64_t ro
         const int64_t count = min64(WHOLE_ROWS, rows - m);
         for (int64_t row = first + m; row < first + m + count; row++)
             for (int64_t c = channel; c < end; c += line) __builtin_prefetch(job->y + row * layer->channels + c, 1, 2);
-        if (product->finish) product->finish(job, channel, m, count, products, b->finished, STRIDE);
+        if (product->finish) product->finish(job, channel, m, count, products, b);
         for (int64_t p = 0; p < panels; p++)
             epilogue(job, first + m, count, channel + p * PANEL,
                      product->finish ? b->finished + p * STRIDE : products + m * PANEL, b->offsets + m,

@@ -1,5 +1,5 @@
-/* The tiles of AMX: eight registers of up to 16 rows of 64 bytes. A product adds to each sum [row][column] of a tile those of four
- * codes by four weights: of `depth` bytes of a row by `depth` / 4 rows of weights, four of each column side by side. */
+/* The tiles of AMX: eight registers of up to 16 rows of 64 bytes. A product adds rows of codes by columns of weights to
+ * a tile of sums; a row of the weights' tile holds four weights of each column, side by side. */
 
 enum { TILE_ROWS = 16, TILE_BYTES = 64 };
 
@@ -9,7 +9,10 @@ struct tile_config {
     uint8_t rows[16];
 };
 
-/* Whole tiles; but for `edge`, if it is not 0, tile 6 holds rows of so many packs of four bytes, and tile 7 so many rows.
+/* Compilers do not see that tile instructions read memory: what they read is written before. */
+INLINE void tile_barrier(void) { __asm__ volatile("" ::: "memory"); }
+
+/* Whole tiles; but for an `edge` that is not 0, tile 6 holds rows of so many packs of four codes, tile 7 so many rows.
  * A thread that holds tiles for long makes its switches dear: release them. */
 INLINE void configure_tiles(int64_t edge) {
     struct tile_config config = {.palette = 1};
@@ -21,12 +24,11 @@ INLINE void configure_tiles(int64_t edge) {
         config.row_bytes[6] = (uint16_t)(4 * edge);
         config.rows[7] = (uint8_t)edge;
     }
-    /* Compilers do not see that tile instructions read and write memory. */
-    __asm__ volatile("" ::"r"(&config) : "memory");
+    __asm__ volatile("" ::"r"(&config) : "memory"); /* a barrier that knows of this object */
     _tile_loadconfig(&config);
 }
 
 INLINE void release_tiles(void) {
-    __asm__ volatile("" ::: "memory");
+    tile_barrier();
     _tile_release();
 }

@@ -1,4 +1,5 @@
-/* Vectors of 8 floats, 16 with AVX-512, on GCC/clang vector extensions, for the instruction set that the includer targets.
+/* Vectors of 8 floats, 16 with AVX-512, on GCC/clang vector extensions, for the instruction set that the including file
+ * targets.
  *
  * The includer defines FN, the specifiers of every function (static, and the target), and HAVE_AVX2, HAVE_AVX512VNNI,
  * HAVE_AMX, HAVE_NEON, HAVE_DOTPROD where intrinsics serve better than the generic form. NEON gives the bits of AVX2, and the
@@ -171,21 +172,6 @@ INLINE vfloat fmadd(vfloat a, vfloat b, vfloat c) { return MM(fmadd_ps)(a, b, c)
 INLINE vfloat vmax(vfloat a, vfloat b) { return MM(max_ps)(a, b); }
 INLINE vfloat vmin(vfloat a, vfloat b) { return MM(min_ps)(a, b); }
 
-/* 32 or 64 int8 codes of whole floats, as they are or, of the mid-rise grid, 2 x + 1. */
-INLINE void store_codes(int8_t *out, const vfloat x[4], const int midrise) {
-    MM_INT wide[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) wide[i] = (MM_INT)to_int(x[i]);
-    const MM_INT packed = MM(packs_epi16)(MM(packs_epi32)(wide[0], wide[1]), MM(packs_epi32)(wide[2], wide[3]));
-#if HAVE_AVX512VNNI
-    __m512i code = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), packed);
-#else
-    __m256i code = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-#endif
-    if (midrise) code = MM(add_epi8)(MM(add_epi8)(code, code), MM(set1_epi8)(1));
-    memcpy(out, &code, sizeof code);
-}
-
 #if HAVE_AVX512VNNI
 INLINE vfloat vrint(vfloat x) { return _mm512_roundscale_ps(x, 0x08); } /* to the nearest */
 INLINE vfloat vfloor(vfloat x) { return _mm512_roundscale_ps(x, 0x09); } /* down */
@@ -239,15 +225,6 @@ INLINE vshort to_int16(vfloat x) {
 }
 INLINE vbyte to_int8(vfloat x) { return (vbyte)vmovn_s16((int16x8_t)to_int16(x)); }
 
-INLINE void store_codes(int8_t *out, const vfloat x[4], const int midrise) {
-#pragma GCC unroll 2
-    for (int i = 0; i < 4; i += 2) {
-        int8x16_t code = vuzp1q_s8((int8x16_t)to_int16(x[i]), (int8x16_t)to_int16(x[i + 1]));
-        if (midrise) code = vaddq_s8(vaddq_s8(code, code), vdupq_n_s8(1));
-        vst1q_s8(out + i * LANES, code);
-    }
-}
-
 /* Products by 1 and -1 are exact. */
 INLINE float32x4_t hadamard4(float32x4_t x) {
     x = vfmaq_f32(vrev64q_f32(x), x, (float32x4_t){1, -1, 1, -1});
@@ -280,13 +257,6 @@ INLINE vfloat vfloor(vfloat x) {
 INLINE vshort to_int16(vfloat x) { return __builtin_convertvector(to_int(x), vshort); }
 INLINE vbyte to_int8(vfloat x) { return __builtin_convertvector(to_int(x), vbyte); }
 
-INLINE void store_codes(int8_t *out, const vfloat x[4], const int midrise) {
-    for (int i = 0; i < 4; i++) {
-        const vbyte code = to_int8(midrise ? x[i] + x[i] + splat(1) : x[i]);
-        memcpy(out + i * LANES, &code, sizeof code);
-    }
-}
-
 INLINE vfloat hadamard_lanes(vfloat x) {
     vfloat a = {x[0] + x[1], x[0] - x[1], x[2] + x[3], x[2] - x[3], x[4] + x[5], x[4] - x[5], x[6] + x[7], x[6] - x[7]};
     vfloat b = {a[0] + a[2], a[1] + a[3], a[0] - a[2], a[1] - a[3], a[4] + a[6], a[5] + a[7], a[4] - a[6], a[5] - a[7]};
@@ -294,6 +264,47 @@ INLINE vfloat hadamard_lanes(vfloat x) {
                     b[0] - b[4], b[1] - b[5], b[2] - b[6], b[3] - b[7]};
 }
 #endif
+
+/* Codes of four vectors: x rounded or, of the mid-rise grid, 2 floor(x) + 1, with the whole number limited to a byte's
+ * `lowest` .. `highest`. Before that it fits 32 bits: it is at most a row's width over the quantiser's step. */
+INLINE void store_codes(int8_t *out, const vfloat x[4], int lowest, int highest, const int midrise) {
+#if HAVE_AVX2
+    MM_INT whole[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) whole[i] = (MM_INT)to_int(midrise ? vfloor(x[i]) : vrint(x[i]));
+    const MM_INT packed = MM(packs_epi16)(MM(packs_epi32)(whole[0], whole[1]), MM(packs_epi32)(whole[2], whole[3]));
+#if HAVE_AVX512VNNI
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    __m512i code = _mm512_permutexvar_epi32(order, packed);
+#else
+    __m256i code = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+#endif
+    code = MM(max_epi8)(MM(min_epi8)(code, MM(set1_epi8)((char)highest)), MM(set1_epi8)((char)lowest));
+    if (midrise) code = MM(add_epi8)(MM(add_epi8)(code, code), MM(set1_epi8)(1));
+    memcpy(out, &code, sizeof code);
+#else
+    vfloat whole[4];
+    const float top = (float)highest + (midrise ? 0.5f : 0.0f);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const vfloat limited = vmax(vmin(x[i], splat(top)), splat((float)lowest));
+        whole[i] = midrise ? vfloor(limited) : vrint(limited);
+    }
+#if HAVE_NEON
+#pragma GCC unroll 2
+    for (int i = 0; i < 4; i += 2) {
+        int8x16_t code = vuzp1q_s8((int8x16_t)to_int16(whole[i]), (int8x16_t)to_int16(whole[i + 1]));
+        if (midrise) code = vaddq_s8(vaddq_s8(code, code), vdupq_n_s8(1));
+        vst1q_s8(out + i * LANES, code);
+    }
+#else
+    for (int i = 0; i < 4; i++) {
+        const vbyte code = to_int8(midrise ? whole[i] + whole[i] + splat(1) : whole[i]);
+        memcpy(out + i * LANES, &code, sizeof code);
+    }
+#endif
+#endif
+}
 
 #if HAVE_AVX2
 INLINE __m256i load_bytes(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
@@ -330,7 +341,8 @@ INLINE void transpose(vfloat x[LANES]) {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
 #if HAVE_AVX512VNNI
-        const vfloat even = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88), odd = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xDD);
+        const vfloat even = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88);
+        const vfloat odd = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xDD);
         const vfloat next_even = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x88);
         const vfloat next_odd = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xDD);
         x[i] = _mm512_shuffle_f32x4(even, next_even, 0x88);

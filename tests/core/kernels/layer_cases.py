@@ -10,7 +10,7 @@ from robuq_core.models.quant_linear import QuantLinear
 from robuq_core.quant.choices import Grid
 from robuq_core.quant.hadamard import random_signs
 
-WIDTHS = (4, 12, 20, 28, 36, 72, 96, 256, 288)
+WIDTHS = (4, 12, 20, 28, 36, 72, 96, 192, 256, 288, 320, 576)
 
 
 def make_linear(

@@ -39,7 +39,7 @@ from robuq_core.quant.choices import Grid
 from robuq_core.quant.packing import pack_planar
 
 # Whole and incomplete groups of 128, one slice of the width and several.
-PRODUCT_WIDTHS = (*WIDTHS, 128, 160, 224, 320, 384, 576, 640, 768, 1152, 1280, 1792, 2304, 2560)
+PRODUCT_WIDTHS = (*WIDTHS, 128, 160, 224, 384, 640, 768, 1152, 1280, 1792, 2304, 2560)
 
 
 def runs_here(isa: Isa) -> bool:

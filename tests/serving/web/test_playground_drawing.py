@@ -205,6 +205,18 @@ def test_seeds_are_new_unless_they_are_kept(open_page: OpenPage) -> None:
         expect(lock).to_have_attribute("aria-pressed", "true")
 
 
+@pytest.mark.parametrize("typed", ["", "-1"])
+def test_a_seed_that_the_server_chose_is_shown(open_page: OpenPage, typed: str) -> None:
+    sampler = WatchedSampler()
+    with live_server(sampler) as (client, _):
+        page = open_page(client.base_url)
+        page.described()
+        page.draw(num_images=1, seed=typed)
+        ((seed, _),) = sampler.batches[-1]
+        expect(page.find(".edge").first).to_have_text(str(seed))
+        expect(page.find("#curl")).to_contain_text(f'"seed":{seed},')
+
+
 def test_the_page_follows_a_swapped_checkpoint(open_page: OpenPage) -> None:
     other = FakeSampler(image_size=64, class_names=("abacus", "banjo"))
     other.checkpoint_name = "other"

@@ -248,7 +248,7 @@ def generate_router(service: Service) -> APIRouter:
 
         Closing the connection cancels the request.
         """
-        model = service.model
+        model = service.model_to_run()
         body = read_params(GenerateBody, await http.body(), lambda: schema(model), _EXAMPLE)
         media_type, image_format = _choose_answer(http, body)
         request = make_request(

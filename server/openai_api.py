@@ -183,7 +183,7 @@ def openai_router(service: Service) -> APIRouter:
         `image_generation.completed` for each image, with OpenAI's fields and `image`, the number of the image from 0;
         or one `error`.
         """
-        model = service.model
+        model = service.model_to_run()
         body = read_params(ImagesBody, await http.body(), lambda: schema(model), _EXAMPLE)
         check_model(body.model, model)
         if body.size not in (None, "auto", size_of(model)):

@@ -20,7 +20,17 @@ from server.errors import ApiError, as_api_error, closed_by_client, invalid
 from server.keys import KeyStore
 from server.logs import current_request_id
 from server.pool import Pool
-from server.request import MIN_TIMEOUT_S, CancelReason, Event, EventBuffer, ModelInfo, Request, Result, Timings
+from server.request import (
+    MIN_TIMEOUT_S,
+    CancelReason,
+    Event,
+    EventBuffer,
+    ModelInfo,
+    NotReady,
+    Request,
+    Result,
+    Timings,
+)
 from server.settings import Settings
 from server.telemetry import Telemetry
 
@@ -120,6 +130,14 @@ class Service:
     def model(self) -> ModelInfo:
         """The model that is served now; read it once for each request, since it may be swapped."""
         return self.pool.model
+
+    def model_to_run(self) -> ModelInfo:
+        """:attr:`model` for a request of images, which counts as rejected if there is none yet."""
+        try:
+            return self.model
+        except NotReady as error:
+            self.pool.metrics.rejected.labels(error.status).inc()
+            raise
 
     @property
     def status(self) -> str:

@@ -36,6 +36,16 @@ def spec(seed: int = 0, steps: int = 3, class_id: int = 0, guidance_scale: float
     return RowSpec(class_id, seed, steps, guidance_scale, "ddim")
 
 
+def after(gate: threading.Event, function: Callable[[Any], T]) -> Callable[[Any], T]:
+    """``function``, which now waits for ``gate`` first."""
+
+    def wait(argument: Any) -> T:
+        assert gate.wait(WAIT_S)
+        return function(argument)
+
+    return wait
+
+
 class WatchedSampler(FakeSampler):
     """Remembers every batch as (seed, steps done) pairs. After :meth:`hold`, each step waits for a permit."""
 

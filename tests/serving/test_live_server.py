@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import httpx
 import numpy as np
 import pytest
-from serving_harness import WAIT_S, Engine, WatchedSampler, live_server, sample, until
+from serving_harness import WAIT_S, Engine, WatchedSampler, after, live_server, sample, until
 
 from server.fake import FakeRow
 
@@ -80,12 +80,6 @@ def test_a_client_that_hangs_up_while_its_image_is_decoded_leaves_nothing() -> N
 
 def test_a_deadline_is_kept_though_a_step_or_a_decoder_is_stuck() -> None:
     sampler, gate = WatchedSampler(), threading.Event()
-    decode = sampler.decode
-
-    def stuck(row: FakeRow) -> np.ndarray:
-        assert gate.wait(WAIT_S)
-        return decode(row)
-
     with live_server(sampler, max_batch_rows=2) as (client, engine):
 
         def too_late(**body: float) -> None:
@@ -97,7 +91,7 @@ def test_a_deadline_is_kept_though_a_step_or_a_decoder_is_stuck() -> None:
         for number in (1, 2):  # the second waits for room
             too_late(timeout_s=0.05, seed=1000 + number)
         sampler.release()
-        sampler.decode = stuck  # type: ignore[method-assign]
+        sampler.decode = after(gate, sampler.decode)  # type: ignore[method-assign]
         too_late(timeout_s=0.5, steps=1)
         gate.set()
         until(lambda: engine.images_decoding == 0)

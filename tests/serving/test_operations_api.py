@@ -9,12 +9,16 @@ import sys
 from typing import Any
 
 import httpx
-from serving_harness import WAIT_S, WatchedSampler, live_server, sample, spec, until
+from fastapi.testclient import TestClient
+from serving_harness import WAIT_S, WatchedSampler, live_server, make_settings, sample, spec, until
 from test_live_server import raw_request
 
 import robuq_core
+from server.app import create_app
 from server.fake import FakeSampler
 from server.logs import JsonFormatter
+from server.metrics import Metrics
+from server.pool import Pool
 
 # What dashboards are built on.
 METRICS = {
@@ -145,6 +149,17 @@ def test_ready_follows_the_pool() -> None:
         assert "\nrobuq_ready 0.0\n" in client.get("/metrics").text
         assert client.get("/health").status_code == 200
         assert client.post("/generate", json={"class_id": 1}).json()["error"]["code"] == "draining"
+
+
+def test_requests_that_come_before_the_model_count_as_rejected() -> None:
+    settings = make_settings()
+    pool = Pool(settings, Metrics(4))  # not started
+    client = TestClient(create_app(pool, settings), "http://localhost")
+    for path, body in (("/generate", {"class_id": 1}), ("/v1/images/generations", {"prompt": "1"})):
+        answer = client.post(path, json=body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+    assert client.get("/info").status_code == 503
+    assert pool.metrics.registry.get_sample_value("robuq_rejected_total", {"reason": "starting"}) == 2
 
 
 def test_a_line_of_the_log_is_json_whatever_it_says() -> None:

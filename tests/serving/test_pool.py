@@ -15,6 +15,7 @@ from serving_harness import (
     Engine,
     ThreadHandle,
     WatchedSampler,
+    after,
     outcome,
     running_engine,
     sample,
@@ -75,13 +76,8 @@ def test_rows_that_moved_before_the_fault_are_not_stepped_twice() -> None:
 def test_a_slow_decoder_holds_admission_back() -> None:
     sampler = WatchedSampler()
     gate = threading.Event()
-
-    def slow(row: FakeRow) -> np.ndarray:
-        assert gate.wait(WAIT_S)
-        return np.zeros((4, 4, 3), np.uint8)
-
     with running_engine(sampler, max_batch_rows=2, max_queue_images=64) as engine:
-        sampler.decode = slow  # type: ignore[method-assign]
+        sampler.decode = after(gate, sampler.decode)  # type: ignore[method-assign]
         jobs = [engine.submit([spec(seed=s, steps=1)], "png") for s in range(20)]
         until(lambda: engine.images_decoding >= 4)
         assert engine.images_decoding <= 6  # twice the batch, and the batch that was under way
@@ -398,16 +394,9 @@ def test_a_preview_that_fails_costs_nothing_but_itself(stage: str, monkeypatch: 
 def test_slow_previews_are_left_out_and_hold_no_step_up() -> None:
     sampler = WatchedSampler()
     gate = threading.Event()
-
-    def slow(estimate: object) -> np.ndarray:
-        assert gate.wait(WAIT_S)
-        return np.zeros((4, 4, 3), np.uint8)
-
-    sampler.decode_estimate = slow  # type: ignore[method-assign]
+    sampler.decode_estimate = after(gate, sampler.decode_estimate)  # type: ignore[method-assign]
     events: list[Event] = []
-    gate.set()
     with running_engine(sampler, decode_threads=2) as engine:
-        gate.clear()
         job = engine.submit([spec(steps=50)], "png", preview_every=1, on_event=events.append)
         assert outcome(job) is None  # one decoder is stuck in its first preview
         assert [e for e in events if e.preview] == []

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from scipy import stats
+from scipy import linalg, stats
 from torch import Tensor
 
 from train.data import ImageDataset, to_unit
@@ -91,7 +91,8 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 def _root(covariance: Tensor) -> Tensor:
     """``L [R, F]`` with ``L^T L`` the covariance."""
-    values, vectors = torch.linalg.eigh(covariance)
+    # Not torch's: MKL fails to converge on some covariances of nearly equal images, as a new network generates.
+    values, vectors = map(torch.from_numpy, linalg.eigh(covariance.numpy()))
     # Below this an eigenvalue is rounding; its root would not be small.
     kept = values > values[-1].clamp(min=0) * len(values) * torch.finfo(torch.float64).eps
     root: Tensor = values[kept].sqrt()[:, None] * vectors[:, kept].T

@@ -174,9 +174,11 @@ FN void to_columns(const float *x, int64_t stride, int64_t length, int64_t width
     for (int64_t i = 0; i < padded_length; i += LANES) {
         for (int64_t k = 0; k < width; k += LANES) {
             vfloat tile[LANES];
+#pragma GCC unroll 16
             for (int row = 0; row < LANES; row++)
                 tile[row] = i + row < length ? load_part(x + (i + row) * stride + k, width - k) : splat(0);
             transpose(tile);
+#pragma GCC unroll 16
             for (int column = 0; column < LANES && k + column < width; column++)
                 store(out + (k + column) * padded_length + i, tile[column]);
         }

@@ -4,7 +4,7 @@
 #if defined(ROBUQ_SIMDE)
 #define FN static
 #else
-#define FN static __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,gfni,prfchw")))
+#define FN static __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,gfni")))
 #endif
 #define HAVE_AVX2 1
 #define HAVE_AVX512VNNI 1

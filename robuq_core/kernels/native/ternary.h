@@ -170,7 +170,7 @@ INLINE void put_outputs(const struct ternary_job *job, int64_t first, int64_t ro
     for (int64_t m = 0; m < rows; m += WHOLE_ROWS) {
         const int64_t count = min64(WHOLE_ROWS, rows - m);
         for (int64_t row = first + m; row < first + m + count; row++)
-            for (int64_t c = channel; c < end; c += line) __builtin_prefetch(job->y + row * layer->channels + c, 1, 2);
+            for (int64_t c = channel; c < end; c += line) __builtin_prefetch(job->y + row * layer->channels + c, 0, 2);
         if (product->finish) product->finish(job, channel, m, count, products, b);
         for (int64_t p = 0; p < panels; p++)
             epilogue(job, first + m, count, channel + p * PANEL,

@@ -237,7 +237,7 @@ def _stored_parts(layer: TernaryLayer) -> dict[str, Tensor]:
         "signs": torch.from_numpy(np.packbits((layer.signs.cpu() > 0).numpy(), bitorder="little")),
     }
     if layer.rank:
-        parts |= {"lowrank_a": layer.lowrank_a.bfloat16(), "lowrank_b": layer.lowrank_b.bfloat16()}
+        parts |= {"lowrank_a": layer.lowrank_a, "lowrank_b": layer.lowrank_b}
     return parts
 
 
@@ -399,8 +399,8 @@ def _read_layer(path: Path, file: SafetensorsFile, header: Header, layer: tuple[
         torch.split(parts["alpha"].float(), out),
         bias=parts["bias"].float(),
         signs=_unpack_signs(parts["signs"], into),
-        lowrank_a=parts.get("lowrank_a", torch.empty(out, 0)).float(),
-        lowrank_b=parts.get("lowrank_b", torch.empty(0, into)).float(),
+        lowrank_a=parts.get("lowrank_a", torch.empty(out, 0)).bfloat16(),
+        lowrank_b=parts.get("lowrank_b", torch.empty(0, into)).bfloat16(),
         bits=layer_bits(name, header.quant),
         grid=header.quant.grid,
         rotation_block=layer_rotation_block(name, header.quant),

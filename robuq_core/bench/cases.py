@@ -33,9 +33,9 @@ Level = Literal["op", "block", "forward", "image", "memory", "loading"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 Result = CaseTiming | MemoryUse | Loading
 OURS = "robuq"
-# A code on the edge of its cell may fall either way when two backends round sums in another order; with few bits
-# such a flip is as large as a step. The outputs then differ a little, never by this much.
-MAX_RELATIVE_ERROR = 0.05
+# A code on the edge of its cell may fall either way when two backends round sums in another order, or the low-rank
+# branch to bfloat16; with few bits such a flip is as large as a step. The outputs then differ, never by this much.
+MAX_RELATIVE_ERROR = 0.25
 
 
 @dataclass
@@ -133,8 +133,8 @@ def op_case(bench: Bench, layer_name: str, batch: int) -> CaseTiming:
     sides = [
         Side(OURS, lambda: whole(ops), lambda: whole(reference), MAX_RELATIVE_ERROR, own=True),
         prepared,
-        # The integer product is exact: only scales and the low-rank sum are rounded.
-        Side(f"{OURS} product", lambda: product(ops), lambda: product(reference), 1e-4, own=True, part=True),
+        # The integer product is exact: only scales and the low-rank sum are rounded, in places to bfloat16.
+        Side(f"{OURS} product", lambda: product(ops), lambda: product(reference), 2**-8, own=True, part=True),
     ]
     module = nn.Linear(width, layer.out_features, device=bench.device)
     case = f"{layer_name} {width}x{layer.out_features}"

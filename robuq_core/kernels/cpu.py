@@ -2,8 +2,9 @@
 
 Every output row comes from its own input row in one fixed order of operations: results do not depend on the number of
 rows or threads. Each backend object has its own thread pool: two run side by side. Paths: of x86-64 ``amx``,
-``avx512vbmi``, ``avx512vnni`` and ``avx2``, of AArch64 ``i8mm``, ``dotprod`` and ``neon``, and ``plain`` (portable C),
-chosen at run time, or by ``ROBUQ_CPU_ISA``.
+``avx512bf16``, ``avx512vbmi``, ``avx512vnni`` and ``avx2``, of AArch64 ``i8mm``, ``dotprod`` and ``neon``, and
+``plain`` (portable C), chosen at run time, or by ``ROBUQ_CPU_ISA``. ``avx512bf16`` rounds the operands of the
+low-rank branch to bfloat16.
 
 One file, since it is the whole boundary to the native library: structures, checks and calls of each op together.
 """
@@ -30,14 +31,15 @@ from robuq_core.quant.activation import GAUSSIAN_STEP, SIGMA_PER_MEAN_ABS, is_mi
 from robuq_core.quant.hadamard import decompose_order, hadamard_matrix, rotation_factors
 from robuq_core.quant.packing import planar_width
 
-Isa = Literal["amx", "avx512vbmi", "avx512vnni", "avx2", "i8mm", "dotprod", "neon", "plain"]  # fastest first
+# Fastest first.
+Isa = Literal["amx", "avx512bf16", "avx512vbmi", "avx512vnni", "avx2", "i8mm", "dotprod", "neon", "plain"]
 ISA_VARIABLE = "ROBUQ_CPU_ISA"
 
 # The native side's enumerations (native/robuq.h) and the number of its interface (native/module.c).
-_INTERFACE = 14
+_INTERFACE = 15
 _ISA_CODE: Mapping[Isa, int] = {
-    **{"plain": 0, "avx2": 1, "avx512vnni": 2, "avx512vbmi": 3, "amx": 4},
-    **{"neon": 5, "dotprod": 6, "i8mm": 7},
+    **{"plain": 0, "avx2": 1, "avx512vnni": 2, "avx512vbmi": 3, "avx512bf16": 4, "amx": 5},
+    **{"neon": 6, "dotprod": 7, "i8mm": 8},
 }
 _MODULATE = 1
 
@@ -220,8 +222,8 @@ class _NativeLayer:
             _check(layer.alpha, "alpha", (outputs,)),
             _check(layer.bias, "bias", (outputs,)),
             _check(layer.signs, "signs", (inputs,)),
-            _check(layer.lowrank_a, "lowrank_a", (outputs, rank)),
-            _check(layer.lowrank_b, "lowrank_b", (rank, inputs)),
+            _check(layer.lowrank_a, "lowrank_a", (outputs, rank), torch.bfloat16),
+            _check(layer.lowrank_b, "lowrank_b", (rank, inputs), torch.bfloat16),
             _weight_counts(layer.planar),
             base,
         )

@@ -22,7 +22,8 @@ class TernaryLayer:
     """A packed linear, eq. (1)-(5). N outputs, K inputs, r the rank of the low-rank branch (may be 0).
 
     ``planar``: ternary codes, 2 bits each (see :mod:`robuq_core.quant.packing`), uint8 ``[N, ceil(K / 128) * 32]``.
-    ``alpha [N]``, ``bias [N]``, ``signs [K]``, ``lowrank_a [N, r]``, ``lowrank_b [r, K]``: float32, contiguous.
+    ``alpha [N]``, ``bias [N]``, ``signs [K]``: float32. ``lowrank_a [N, r]``, ``lowrank_b [r, K]``: bfloat16. All are
+    contiguous.
     ``bits``, ``grid``: of its input's activation quantiser. ``rotation_block``: see
     :func:`robuq_core.quant.hadamard.rotation_factors`. ``extra_planes``: further planes of the weight
     (:func:`robuq_core.quant.ternary.ternary_planes`), layers of rank 0 without bias whose outputs for the same codes

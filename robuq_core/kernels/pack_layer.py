@@ -10,22 +10,21 @@ from torch import Tensor
 from robuq_core.kernels.ops import TernaryLayer
 from robuq_core.models.quant_linear import QuantLinear
 from robuq_core.quant.choices import Grid
-from robuq_core.quant.lowrank import round_to_storage
 from robuq_core.quant.packing import pack_planar
 
 
 @torch.no_grad()
 def pack_layer(linear: QuantLinear) -> TernaryLayer:
     """``linear`` as a :class:`TernaryLayer` on the same device, holding the very numbers of its forward:
-    ``alpha`` as fp16 keeps it, the low-rank factors as bf16 keeps them, all in float32."""
+    ``alpha`` as fp16 keeps it, in float32, and the low-rank factors in bf16."""
     codes, alpha = linear.planes()
     return layer_of_planes(
         [pack_planar(plane) for plane in codes],
         list(alpha),
         bias=linear.bias.detach().float().clone(),
         signs=linear.rotation.get_buffer("signs").detach().clone(),
-        lowrank_a=round_to_storage(linear.lowrank_a.detach().float()).contiguous(),
-        lowrank_b=round_to_storage(linear.lowrank_b.detach().float()).contiguous(),
+        lowrank_a=linear.lowrank_a.detach().bfloat16().contiguous(),
+        lowrank_b=linear.lowrank_b.detach().bfloat16().contiguous(),
         bits=linear.bits,
         grid=linear.grid,
         rotation_block=linear.rotation.block,

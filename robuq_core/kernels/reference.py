@@ -55,7 +55,7 @@ class ReferenceBackend:
         rotate = _rotation(layer.in_features, layer.rotation_block, x.device)
         rotated = rotate(apply_prologue(x, prologue) * layer.signs)
         codes, scales = quantize_activation(rotated, layer.bits, layer.grid)
-        return Quantized(codes, scales.squeeze(-1), F.linear(rotated, layer.lowrank_b))
+        return Quantized(codes, scales.squeeze(-1), F.linear(rotated, layer.lowrank_b.float()))
 
     @torch.no_grad()
     def ternary_linear(self, x: Quantized, layer: TernaryLayer) -> Tensor:
@@ -64,7 +64,7 @@ class ReferenceBackend:
         product = F.linear(x.codes.float(), weight)
         y = product * (x.scales[:, None] * layer.alpha)
         if layer.rank:
-            y = y + F.linear(x.lowrank, layer.lowrank_a)
+            y = y + F.linear(x.lowrank, layer.lowrank_a.float())
         return y + layer.bias
 
     @torch.no_grad()

@@ -101,7 +101,7 @@ class Context:
 
     def layer(self, width: int, outputs: int, *, bits: int = 3, rank: int = 16, grid: Any = "midrise") -> TernaryLayer:
         weight = torch.randint(-1, 2, (outputs, width), generator=self.generator, dtype=torch.int8)
-        a, b = self.normal(outputs, rank) * 0.02, self.normal(rank, width) * 0.02
+        a, b = ((self.normal(*shape) * 0.02).bfloat16() for shape in ((outputs, rank), (rank, width)))
         alpha, bias = self.normal(outputs).abs() * width**-0.5, self.normal(outputs)
         signs = random_signs(width, self.generator)
         return TernaryLayer(pack_planar(weight), alpha, bias, signs, a, b, bits, grid).to(self.device)

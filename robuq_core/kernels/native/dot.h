@@ -4,59 +4,76 @@
 
 enum { DOT_SUMS = HAVE_AVX512VNNI ? 24 : 12 /* of a tile: they and their operands fill the registers */ };
 
-/* sums[i][j] += lanes of x_i * w_j; beyond the last row of either, the last again. */
-INLINE void dot_sums(const float *x, int64_t x_stride, int64_t x_last, const float *w, int64_t w_stride,
-                     int64_t w_last, int64_t width, vfloat *sums, const int rows, const int columns) {
-    const float *x_rows[6], *w_rows[6];
-    for (int i = 0; i < rows; i++) x_rows[i] = x + min64(i, x_last) * x_stride;
-    for (int j = 0; j < columns; j++) w_rows[j] = w + min64(j, w_last) * w_stride;
+/* Operands at `k` of a row of x and of w. */
+INLINE vfloat dot_values(const void *x, int64_t k, int64_t count, const int narrow) {
+    return narrow ? load_values((const lowrank_value *)x + k, count) : load_part((const float *)x + k, count);
+}
+INLINE vfloat dot_factors(const void *w, int64_t k, int64_t count, const int narrow) {
+    return narrow ? load_factors((const uint16_t *)w + k, count) : load_part((const float *)w + k, count);
+}
+INLINE void dot_add(vfloat *sum, vfloat x, vfloat w, const int narrow) {
+    *sum = narrow ? add_terms(x, w, *sum) : fmadd(x, w, *sum);
+}
+
+struct dot_job {
+    const void *x, *w;          /* [rows, width], [columns, width]: floats, or where they are ... */
+    int narrow;                 /* ... lowrank_value and bfloat16 */
+    int64_t x_stride, w_stride, rows, columns, width;
+    const float *bias;          /* [columns] or NULL */
+    float *out;                 /* [rows, columns] */
+    int64_t out_stride;
+    vfloat *kept;               /* work, dot_kept() vectors: wider rows go slice by slice. NULL: they do not */
+};
+
+/* sums[i][j] += lanes of x_i * w_j for `count` columns; beyond the last row of either, the last again. */
+INLINE void dot_sums(const struct dot_job *job, int64_t i0, int64_t j0, int64_t at, int64_t count, vfloat *sums,
+                     const int rows, const int columns, const int narrow) {
+    const int64_t x_size = narrow ? sizeof(lowrank_value) : sizeof(float);
+    const int64_t w_size = narrow ? sizeof(uint16_t) : sizeof(float), step = narrow ? LANES * LOWRANK_PAIR : LANES;
+    const char *x[6], *w[6];
+    for (int i = 0; i < rows; i++)
+        x[i] = (const char *)job->x + (min64(i0 + i, job->rows - 1) * job->x_stride + at) * x_size;
+    for (int j = 0; j < columns; j++)
+        w[j] = (const char *)job->w + (min64(j0 + j, job->columns - 1) * job->w_stride + at) * w_size;
     int64_t k = 0;
-    for (; k + LANES <= width; k += LANES) {
+    for (; k + step <= count; k += step) {
         if (rows < columns) {
             vfloat xk[6];
 #pragma GCC unroll 6
-            for (int i = 0; i < rows; i++) xk[i] = load(x_rows[i] + k);
+            for (int i = 0; i < rows; i++) xk[i] = dot_values(x[i], k, step, narrow);
 #pragma GCC unroll 6
             for (int j = 0; j < columns; j++) {
-                const vfloat wk = load_once(w_rows[j] + k);
+                const vfloat wk = once(dot_factors(w[j], k, step, narrow));
 #pragma GCC unroll 6
-                for (int i = 0; i < rows; i++) sums[i * columns + j] = fmadd(xk[i], wk, sums[i * columns + j]);
+                for (int i = 0; i < rows; i++) dot_add(&sums[i * columns + j], xk[i], wk, narrow);
             }
         } else {
             vfloat wk[6];
 #pragma GCC unroll 6
-            for (int j = 0; j < columns; j++) wk[j] = load(w_rows[j] + k);
+            for (int j = 0; j < columns; j++) wk[j] = dot_factors(w[j], k, step, narrow);
 #pragma GCC unroll 6
             for (int i = 0; i < rows; i++) {
-                const vfloat xk = load_once(x_rows[i] + k);
+                const vfloat xk = once(dot_values(x[i], k, step, narrow));
 #pragma GCC unroll 6
-                for (int j = 0; j < columns; j++) sums[i * columns + j] = fmadd(xk, wk[j], sums[i * columns + j]);
+                for (int j = 0; j < columns; j++) dot_add(&sums[i * columns + j], xk, wk[j], narrow);
             }
         }
     }
-    if (k == width) return;
+    if (k == count) return;
 #pragma GCC unroll 6
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 6
         for (int j = 0; j < columns; j++)
-            sums[i * columns + j] = fmadd(load_part(x_rows[i] + k, width - k), load_part(w_rows[j] + k, width - k),
-                                          sums[i * columns + j]);
+            dot_add(&sums[i * columns + j], dot_values(x[i], k, count - k, narrow),
+                    dot_factors(w[j], k, count - k, narrow), narrow);
 }
 
-struct dot_job {
-    const float *x, *w, *bias;  /* [rows, width], [columns, width], [columns] or NULL */
-    int64_t x_stride, w_stride, rows, columns, width;
-    float *out;                 /* [rows, columns] */
-    int64_t out_stride;
-    vfloat *kept;                   /* work, dot_kept() vectors: wider rows go slice by slice. NULL: they do not */
-};
-
-enum { DOT_SLICE = 256 };       /* of a dozen rows of x and four of w: half a level-1 cache */
+enum { DOT_SLICE = HAVE_AVX512BF16 ? 1152 : 256 }; /* of a dozen rows of x and four of w, for a level-1 cache */
 
 static inline int64_t dot_kept(int64_t rows, int64_t columns) { return round_up(rows, 12) * round_up(columns, 12); }
 
 /* At the edges a tile repeats its last row and drops the result. */
-INLINE void dot_tiles(const struct dot_job *job, const int rows, const int columns) {
+INLINE void dot_tiles(const struct dot_job *job, const int rows, const int columns, const int narrow) {
     const int64_t slice = job->kept ? DOT_SLICE : job->width;
     for (int64_t at = 0; at < job->width; at += slice) {
         const int64_t count = min64(slice, job->width - at);
@@ -66,9 +83,7 @@ INLINE void dot_tiles(const struct dot_job *job, const int rows, const int colum
                 vfloat sums[DOT_SUMS];
 #pragma GCC unroll 24
                 for (int s = 0; s < DOT_SUMS; s++) sums[s] = at ? kept[s] : splat(0);
-                dot_sums(job->x + i0 * job->x_stride + at, job->x_stride, job->rows - 1 - i0,
-                         job->w + j0 * job->w_stride + at, job->w_stride, job->columns - 1 - j0, count, sums, rows,
-                         columns);
+                dot_sums(job, i0, j0, at, count, sums, rows, columns, narrow);
                 if (at + count < job->width) {
 #pragma GCC unroll 24
                     for (int s = 0; s < DOT_SUMS; s++) kept[s] = sums[s];
@@ -94,16 +109,21 @@ INLINE int64_t tile_count(const struct dot_job *job, int64_t rows, int64_t colum
 
 /* The tile shape that needs fewest tiles. Few columns are preferred: columns a power of two apart share the sets of a
  * level-1 cache. */
-FN void dot_block(const struct dot_job *job) {
+INLINE void dot_shapes(const struct dot_job *job, const int narrow) {
 #if HAVE_AVX512VNNI
-    if (tile_count(job, 6, 4) <= tile_count(job, 4, 6)) dot_tiles(job, 6, 4);
-    else dot_tiles(job, 4, 6);
+    if (tile_count(job, 6, 4) <= tile_count(job, 4, 6)) dot_tiles(job, 6, 4, narrow);
+    else dot_tiles(job, 4, 6, narrow);
 #else
     const int64_t tall = tile_count(job, 6, 2), even = tile_count(job, 4, 3), wide = tile_count(job, 3, 4);
-    if (tall <= even && tall <= wide) dot_tiles(job, 6, 2);
-    else if (even <= wide) dot_tiles(job, 4, 3);
-    else dot_tiles(job, 3, 4);
+    if (tall <= even && tall <= wide) dot_tiles(job, 6, 2, narrow);
+    else if (even <= wide) dot_tiles(job, 4, 3, narrow);
+    else dot_tiles(job, 3, 4, narrow);
 #endif
+}
+
+FN void dot_block(const struct dot_job *job) {
+    if (job->narrow) dot_shapes(job, 1);
+    else dot_shapes(job, 0);
 }
 
 /* out [rows, columns] = x w, columns a multiple of LANES: each element is one chain down `depth`. */
@@ -119,7 +139,7 @@ INLINE void outer_tile(const float *const x[OUTER_ROWS], const float *w, int64_t
     for (int64_t p = 0; p < depth; p++, w += columns) {
         vfloat wp[OUTER_VECTORS];
 #pragma GCC unroll 3
-        for (int v = 0; v < vectors; v++) wp[v] = load_once(w + v * LANES);
+        for (int v = 0; v < vectors; v++) wp[v] = once(load(w + v * LANES));
 #pragma GCC unroll 8
         for (int i = 0; i < OUTER_ROWS; i++)
 #pragma GCC unroll 3

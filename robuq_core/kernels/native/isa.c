@@ -14,11 +14,13 @@ struct cpuid {
     unsigned a, b, c, d;
 };
 
-static struct cpuid cpuid_of(unsigned leaf) {
+static struct cpuid cpuid_part(unsigned leaf, unsigned part) {
     struct cpuid id = {0, 0, 0, 0};
-    if (!__get_cpuid_count(leaf, 0, &id.a, &id.b, &id.c, &id.d)) return (struct cpuid){0, 0, 0, 0};
+    if (!__get_cpuid_count(leaf, part, &id.a, &id.b, &id.c, &id.d)) return (struct cpuid){0, 0, 0, 0};
     return id;
 }
+
+static struct cpuid cpuid_of(unsigned leaf) { return cpuid_part(leaf, 0); }
 
 /* Register states that the system saves on a context switch (XCR0). */
 static uint64_t saved_states(void) {
@@ -43,6 +45,13 @@ static int has_avx512vnni(void) {
 /* And GFNI, which came with it, but for Intel's first processor. */
 static int has_avx512vbmi(void) { return has_avx512vnni() && cpuid_of(7).c >> 1 & cpuid_of(7).c >> 8 & 1; }
 
+/* Of AMD: Intel's vdpbf16ps takes as long as two multiply-adds of floats. */
+static int has_fast_bf16(void) {
+    const struct cpuid id = cpuid_of(0);
+    const int amd = id.b == signature_AMD_ebx && id.d == signature_AMD_edx && id.c == signature_AMD_ecx;
+    return amd && cpuid_of(7).a >= 1 && cpuid_part(7, 1).a >> 5 & 1;
+}
+
 /* Linux hands out the 8 KiB of tile registers on request, once for a process. */
 static int may_use_tiles(void) {
 #if defined(__linux__)
@@ -64,6 +73,7 @@ int isa_supported(int isa) {
         case ISA_AVX2: return has_avx2();
         case ISA_AVX512VNNI: return BUILD_AVX512VNNI && has_avx512vnni();
         case ISA_AVX512VBMI: return BUILD_AVX512VBMI && has_avx512vbmi();
+        case ISA_AVX512BF16: return BUILD_AVX512BF16 && has_avx512vbmi() && has_fast_bf16();
         case ISA_AMX: return BUILD_AMX && has_amx();
         default: return 0;
     }
@@ -102,6 +112,7 @@ int isa_supported(int isa) {
 #else
 int isa_supported(int isa) {
     return isa == ISA_PLAIN || (isa == ISA_AVX512VNNI && BUILD_AVX512VNNI) ||
-           (isa == ISA_AVX512VBMI && BUILD_AVX512VBMI) || (isa == ISA_AMX && BUILD_AMX);
+           (isa == ISA_AVX512VBMI && BUILD_AVX512VBMI) || (isa == ISA_AVX512BF16 && BUILD_AVX512BF16) ||
+           (isa == ISA_AMX && BUILD_AMX);
 }
 #endif

@@ -6,8 +6,8 @@
 
 /* Mirrored in cpu.py; each set of a processor family includes those before it. */
 enum {
-    ISA_PLAIN = 0, ISA_AVX2 = 1, ISA_AVX512VNNI = 2, ISA_AVX512VBMI = 3, ISA_AMX = 4,
-    ISA_NEON = 5, ISA_DOTPROD = 6, ISA_I8MM = 7,
+    ISA_PLAIN = 0, ISA_AVX2 = 1, ISA_AVX512VNNI = 2, ISA_AVX512VBMI = 3, ISA_AVX512BF16 = 4, ISA_AMX = 5,
+    ISA_NEON = 6, ISA_DOTPROD = 7, ISA_I8MM = 8,
 };
 
 #if defined(__x86_64__)
@@ -18,15 +18,19 @@ enum {
 
 #if defined(ROBUQ_SIMDE)
 #define BUILD_AVX512VNNI 1
+#define BUILD_AVX512BF16 1
 #define BUILD_AMX 1
 #elif defined(__x86_64__) && defined(__clang__)
 #define BUILD_AVX512VNNI (__clang_major__ >= 8)
+#define BUILD_AVX512BF16 (__clang_major__ >= 9)
 #define BUILD_AMX (__clang_major__ >= 12)
 #elif defined(__x86_64__)
 #define BUILD_AVX512VNNI (__GNUC__ >= 8)
+#define BUILD_AVX512BF16 (__GNUC__ >= 10)
 #define BUILD_AMX (__GNUC__ >= 11)
 #else
 #define BUILD_AVX512VNNI 0
+#define BUILD_AVX512BF16 0
 #define BUILD_AMX 0
 #endif
 

@@ -13,8 +13,7 @@
 #include "product_bits.h"
 #include "product_vnni.h"
 
-const struct isa_tasks avx512vbmi_tasks = {
-    SHARED_TASKS, .ways = {BITS_WAY(2, 8), BITS_WAY(MOST_BITS, 40), VNNI_WAY, DIRECT_WAY}};
+const struct isa_tasks avx512vbmi_tasks = {SHARED_TASKS, .ways = BITS_WAYS};
 #else
 typedef int no_avx512vbmi_here;
 #endif

@@ -14,7 +14,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 /* One more whenever an argument list changes: cpu.py refuses a library built from other source than its own. */
-EXPORT int robuq_interface(void) { return 14; }
+EXPORT int robuq_interface(void) { return 15; }
 
 EXPORT int robuq_supports(int isa) { return isa_supported(isa); }
 
@@ -28,6 +28,9 @@ static const struct isa_tasks *tasks_of(int isa) {
 #endif
 #if BUILD_AVX512VBMI
         case ISA_AVX512VBMI: return &avx512vbmi_tasks;
+#endif
+#if BUILD_AVX512BF16
+        case ISA_AVX512BF16: return &avx512bf16_tasks;
 #endif
 #if BUILD_AMX
         case ISA_AMX: return &amx_tasks;

@@ -552,3 +552,5 @@ FN void ternary_bits_task(const void *job, int64_t task, char *scratch) {
     {.task = ternary_bits_task, .operand_bytes = 2 * MOST_BITS * PICKS, .panel_bytes = 2 * HALF_BYTES, \
      .panels = BIT_PANELS, .most_groups = INT32_MAX, .block_rows = 512, .decode_rows = 24, \
      .operand_panels = 1, .least_rows = rows, .most_code = (1 << bits) - 1}
+
+#define BITS_WAYS {BITS_WAY(2, 8), BITS_WAY(MOST_BITS, 40), VNNI_WAY, DIRECT_WAY}

@@ -46,8 +46,8 @@ struct layer {
     const uint8_t *planar;      /* [channels, ceil(width / GROUP) * GROUP_BYTES] */
     const float *alpha, *bias;  /* [channels] */
     const float *signs;         /* [width] */
-    const float *lowrank_a;     /* [channels, rank] */
-    const float *lowrank_b;     /* [rank, width] */
+    const uint16_t *lowrank_a;  /* [channels, rank], bfloat16 */
+    const uint16_t *lowrank_b;  /* [rank, width], bfloat16 */
     const int32_t *weight_counts; /* [2, channels]: how many weights are not 0, and how many are 1 */
     const float *base_matrix;   /* +-1, [base, base]; block = base * 2^k */
     int64_t width, channels, rank, base;
@@ -145,7 +145,7 @@ struct isa_tasks {
     struct ternary_way ways[4];     /* the first that serves is taken; the last serves all */
 };
 
-extern const struct isa_tasks plain_tasks, avx2_tasks, avx512vnni_tasks, avx512vbmi_tasks, amx_tasks;
+extern const struct isa_tasks plain_tasks, avx2_tasks, avx512vnni_tasks, avx512vbmi_tasks, avx512bf16_tasks, amx_tasks;
 extern const struct isa_tasks neon_tasks, dotprod_tasks, i8mm_tasks;
 
 /* Working buffers of a rotate_quantize task. */
@@ -171,7 +171,8 @@ struct ternary_buffers {
     int32_t *offsets;           /* [block_rows] */
     int32_t *products;          /* [panels, block_rows, PANEL]; of those multiplied together where there is one slice */
     int32_t *finished;          /* [panels, WHOLE_ROWS, PANEL], see struct product */
-    float *lowrank_a;           /* [panels, rank, PANEL] */
+    float *lowrank_a;           /* [panels, rank, PANEL], floats or pairs of bfloat16 */
+    const void *lowrank;        /* the rows' low-rank values, see lowrank_rows() */
 };
 
 /* Lays the buffers out from `scratch` on; returns their size. */
@@ -186,6 +187,7 @@ static inline size_t ternary_carve(char *scratch, const struct ternary_job *job,
     b->products = carve(&cursor, kept * rows * PANEL, sizeof *b->products);
     b->finished = carve(&cursor, job->panels * WHOLE_ROWS * PANEL, sizeof *b->finished);
     b->lowrank_a = carve(&cursor, job->panels * job->layer->rank * PANEL, sizeof *b->lowrank_a);
+    b->lowrank = carve(&cursor, job->block_rows * round_up(job->layer->rank, FLOAT_LANES), sizeof(uint16_t));
     return (size_t)(cursor - scratch);
 }
 

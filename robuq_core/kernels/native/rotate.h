@@ -88,23 +88,31 @@ FN float mean_magnitude(const float *x, int64_t width) {
     return vsum(add(add(sum[0], sum[1]), add(sum[2], sum[3]))) / (float)width;
 }
 
-INLINE void quantize_vectors(const struct rotate_job *job, const float *x, float step, int8_t *codes,
-                             const int midrise) {
+/* Codes of a row; in its place, what the low-rank product wants. */
+INLINE void quantize_vectors(const struct rotate_job *job, float *x, float step, int8_t *codes, const int midrise) {
     enum { TURN = 4 * LANES };
     const int64_t width = job->layer->width;
+    lowrank_value *lowrank = job->layer->rank ? (lowrank_value *)x : NULL;
     const vfloat inverse = splat(1.0f / (step > 1e-30f ? step : 1e-30f));
     for (int64_t k = 0; k < width; k += TURN) { /* rows are padded by as much */
-        vfloat q[4];
+        vfloat values[4], q[4];
         int8_t last[TURN], *out = k + TURN <= width ? codes + k : last;
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) q[i] = mul(load(x + k + i * LANES), inverse);
+        for (int i = 0; i < 4; i++) {
+            values[i] = load(x + k + i * LANES);
+            q[i] = mul(values[i], inverse);
+        }
+        if (lowrank) {
+            put_values(lowrank + k, values[0], values[1]);
+            put_values(lowrank + k + 2 * LANES, values[2], values[3]);
+        }
         store_codes(out, q, job->lowest, job->highest, midrise);
         if (out == last) memcpy(codes + k, last, (size_t)(width - k));
     }
 }
 
 /* Codes of a rotated row, eq. (4); the formulas are those of quant/activation.py. */
-FN void quantize_row(const struct rotate_job *job, int64_t row, const float *x) {
+FN void quantize_row(const struct rotate_job *job, int64_t row, float *x) {
     const int midrise = job->layer->midrise;
     const float step = mean_magnitude(x, job->layer->width) * job->layer->step_factor;
     int8_t *codes = job->codes + row * job->layer->width;
@@ -126,9 +134,10 @@ FN void rotate_quantize_task(const void *argument, int64_t task, char *scratch) 
         quantize_row(job, first + i, x);
     }
     const struct dot_job lowrank = {
-        .x = b.rotated, .x_stride = b.stride, .rows = rows, .w = layer->lowrank_b, .w_stride = layer->width,
-        .columns = layer->rank, .width = layer->width, .out = job->lowrank + first * layer->rank,
-        .out_stride = layer->rank, .kept = layer->width > DOT_SLICE ? (vfloat *)b.kept : NULL,
+        .x = b.rotated, .x_stride = b.stride * LOWRANK_PAIR, .rows = rows, .w = layer->lowrank_b,
+        .w_stride = layer->width, .columns = layer->rank, .width = layer->width, .narrow = 1,
+        .out = job->lowrank + first * layer->rank, .out_stride = layer->rank,
+        .kept = layer->width > DOT_SLICE ? (vfloat *)b.kept : NULL,
     };
     dot_block(&lowrank);
 }

@@ -1,6 +1,8 @@
 /* Every task, compiled for the instruction set that the including file has set up (see vec.h). */
 #include "vec.h"
 
+#include "lowrank.h"
+
 #include "dot.h"
 #include "hadamard.h"
 #include "rotate.h"

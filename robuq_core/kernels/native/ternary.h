@@ -90,18 +90,19 @@ FN inline void copy_codes(const struct ternary_job *job, int64_t first, int64_t 
     }
 }
 
-/* lowrank_a of a panel's channels, transposed to [rank, PANEL]; zeros beyond the last channel. */
+/* lowrank_a of a panel's channels, transposed to [rank / LOWRANK_PAIR, PANEL]; zeros beyond the last channel. */
 FN void transpose_lowrank(const struct layer *layer, int64_t channel, float *out) {
     const int64_t rank = layer->rank, channels = min64(PANEL, layer->channels - channel);
     for (int64_t c = 0; c < PANEL; c += LANES) {
-        for (int64_t r = 0; r < rank; r += LANES) {
+        for (int64_t r = 0; r < rank; r += LANES * LOWRANK_PAIR) {
             vfloat tile[LANES];
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; i++)
-                tile[i] = c + i < channels ? load_part(layer->lowrank_a + (channel + c + i) * rank + r, rank - r)
+                tile[i] = c + i < channels ? load_factors(layer->lowrank_a + (channel + c + i) * rank + r, rank - r)
                                            : splat(0);
             transpose(tile);
-            for (int i = 0; i < LANES && r + i < rank; i++) store(out + (r + i) * PANEL + c, tile[i]);
+            for (int i = 0; i < LANES && r + i * LOWRANK_PAIR < rank; i++)
+                store(out + (r / LOWRANK_PAIR + i) * PANEL + c, tile[i]);
         }
     }
 }
@@ -109,21 +110,20 @@ FN void transpose_lowrank(const struct layer *layer, int64_t channel, float *out
 /* Outputs of `rows` rows and EPILOGUE_CHANNELS channels, product (scale alpha) + lowrank . A + bias, then the gated
  * residual where asked for; `whole`: there are as many channels. */
 INLINE void epilogue_tile(const struct ternary_job *job, int64_t row, int64_t channel, const int32_t *products,
-                          const int32_t *offsets, const float *lowrank_a /* [rank, PANEL] */, const int rows,
+                          const int32_t *offsets, const lowrank_value *lowrank, const float *lowrank_a, const int rows,
                           const int whole) {
     enum { VECTORS = EPILOGUE_CHANNELS / LANES };
     const struct layer *layer = job->layer;
-    const float *lowrank = job->lowrank + row * layer->rank;
     vfloat correction[EPILOGUE_ROWS][VECTORS] = {0};
-    for (int64_t r = 0; r < layer->rank; r++) {
+    for (int64_t r = 0; r < layer->rank; r += LOWRANK_PAIR, lowrank_a += PANEL) {
         vfloat a[VECTORS];
 #pragma GCC unroll 4
-        for (int i = 0; i < VECTORS; i++) a[i] = load_once(lowrank_a + r * PANEL + i * LANES);
+        for (int i = 0; i < VECTORS; i++) a[i] = once(load(lowrank_a + i * LANES));
 #pragma GCC unroll 4
         for (int m = 0; m < rows; m++) {
-            const vfloat x = splat(lowrank[m * layer->rank + r]);
+            const vfloat x = splat_term(lowrank + m * lowrank_stride(layer->rank) + r);
 #pragma GCC unroll 4
-            for (int i = 0; i < VECTORS; i++) correction[m][i] = fmadd(x, a[i], correction[m][i]);
+            for (int i = 0; i < VECTORS; i++) correction[m][i] = add_terms(x, a[i], correction[m][i]);
         }
     }
 #pragma GCC unroll 4
@@ -146,15 +146,17 @@ INLINE void epilogue_tile(const struct ternary_job *job, int64_t row, int64_t ch
 
 /* Outputs of a block of rows and a panel. */
 FN void epilogue(const struct ternary_job *job, int64_t first, int64_t rows, int64_t channel, const int32_t *products,
-                 const int32_t *offsets, const float *lowrank_a) {
+                 const int32_t *offsets, const lowrank_value *lowrank, const float *lowrank_a) {
+    const int64_t stride = lowrank_stride(job->layer->rank);
     for (int c = 0; c < PANEL; c += EPILOGUE_CHANNELS) {
         const int whole = channel + c + EPILOGUE_CHANNELS <= job->layer->channels;
         const int64_t even = whole ? rows / EPILOGUE_ROWS * EPILOGUE_ROWS : 0;
         for (int64_t m = 0; m < even; m += EPILOGUE_ROWS)
-            epilogue_tile(job, first + m, channel + c, products + m * PANEL + c, offsets + m, lowrank_a + c,
-                          EPILOGUE_ROWS, 1);
+            epilogue_tile(job, first + m, channel + c, products + m * PANEL + c, offsets + m, lowrank + m * stride,
+                          lowrank_a + c, EPILOGUE_ROWS, 1);
         for (int64_t m = even; m < rows; m++)
-            epilogue_tile(job, first + m, channel + c, products + m * PANEL + c, offsets + m, lowrank_a + c, 1, 0);
+            epilogue_tile(job, first + m, channel + c, products + m * PANEL + c, offsets + m, lowrank + m * stride,
+                          lowrank_a + c, 1, 0);
     }
 }
 
@@ -175,6 +177,7 @@ INLINE void put_outputs(const struct ternary_job *job, int64_t first, int64_t ro
         for (int64_t p = 0; p < panels; p++)
             epilogue(job, first + m, count, channel + p * PANEL,
                      product->finish ? b->finished + p * STRIDE : products + m * PANEL, b->offsets + m,
+                     (const lowrank_value *)b->lowrank + m * lowrank_stride(layer->rank),
                      b->lowrank_a + p * layer->rank * PANEL);
     }
 }
@@ -186,6 +189,8 @@ INLINE void ternary_task(const struct ternary_job *job, int64_t task, char *scra
     const int64_t first = task / channel_blocks * job->block_rows, rows = min64(job->block_rows, job->rows - first);
     struct ternary_buffers b;
     ternary_carve(scratch, job, &b);
+    const int64_t rank = job->layer->rank;
+    b.lowrank = lowrank_rows(job->lowrank + first * rank, rows, rank, (void *)b.lowrank);
 
     const int64_t groups = job->padded_width / GROUP, stride = round_up(rows, WHOLE_ROWS) * PANEL;
     for (int64_t group = 0; group < groups; group += job->slice_groups) {

@@ -2,9 +2,9 @@
  * targets.
  *
  * The includer defines FN, the specifiers of every function (static, and the target), and HAVE_AVX2, HAVE_AVX512VNNI,
- * HAVE_AMX, HAVE_NEON, HAVE_DOTPROD where intrinsics serve better than the generic form. NEON gives the bits of AVX2, and the
- * generic form too where multiply-adds are fused. The last vector of a row is padded and runs through the same operations as the
- * others, so an element's value never depends on where in the row it stands. */
+ * HAVE_AVX512BF16, HAVE_AMX, HAVE_NEON, HAVE_DOTPROD where intrinsics serve better than the generic form. NEON gives
+ * the bits of AVX2, and the generic form too where multiply-adds are fused. The last vector of a row is padded and runs
+ * through the same operations as the others, so an element's value never depends on where in the row it stands. */
 #include <string.h>
 
 #include "robuq.h"
@@ -13,6 +13,9 @@
 #endif
 #ifndef HAVE_AVX512VNNI
 #define HAVE_AVX512VNNI 0
+#endif
+#ifndef HAVE_AVX512BF16
+#define HAVE_AVX512BF16 0
 #endif
 #ifndef HAVE_AMX
 #define HAVE_AMX 0
@@ -37,13 +40,16 @@ enum { LANES = HAVE_AVX512VNNI ? 16 : 8 };
 #if HAVE_AVX512VNNI
 #define MM(operation) _mm512_##operation
 #define MM_INT __m512i
+#define MM_HALF __m256i
 #else
 #define MM(operation) _mm256_##operation
 #define MM_INT __m256i
+#define MM_HALF __m128i
 #endif
 
 typedef int16_t vshort __attribute__((vector_size(2 * LANES)));
 typedef int8_t vbyte __attribute__((vector_size(LANES)));
+typedef uint16_t vushort __attribute__((vector_size(2 * LANES)));
 
 #if HAVE_NEON
 /* Two halves: GCC would move one vector of 32 bytes through memory. */
@@ -135,11 +141,29 @@ INLINE vfloat first_part(vfloat x, int64_t count, vfloat other) {
 #endif
 #endif
 
+/* Floats of bfloat16, their upper halves. */
+INLINE vfloat widen(vushort x) {
+#if HAVE_AVX2
+    return (vfloat)MM(slli_epi32)(MM(cvtepu16_epi32)((MM_HALF)x), 16);
+#elif HAVE_NEON
+    return (vfloat){(float32x4_t)vshll_n_u16(vget_low_u16((uint16x8_t)x), 16),
+                    (float32x4_t)vshll_high_n_u16((uint16x8_t)x, 16)};
+#else
+    return (vfloat)(__builtin_convertvector(x, vint) << 16);
+#endif
+}
+
+/* The first `count` at `p`, at most a vector; the rest is zero. */
+INLINE vfloat load_bf16(const uint16_t *p, int64_t count) {
+    vushort x = {0};
+    memcpy(&x, p, (size_t)min64(count, LANES) * sizeof *p);
+    return widen(x);
+}
+
 INLINE vfloat keep_part(vfloat x, int64_t count) { return first_part(x, count, splat(0)); }
 
-/* A load that stays one where its value is used twice: GCC 12 would rather read memory again. */
-INLINE vfloat load_once(const float *p) {
-    vfloat x = load(p);
+/* A value in a register where it is used twice: GCC 12 would rather read memory again. */
+INLINE vfloat once(vfloat x) {
 #if HAVE_AVX2 && !defined(ROBUQ_SIMDE)
     __asm__("" : "+v"(x));
 #endif

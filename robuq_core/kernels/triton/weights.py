@@ -14,9 +14,9 @@ from robuq_core.quant.hadamard import hadamard_matrix, rotation_factors
 
 @dataclass(frozen=True)
 class Weights:
-    """``layer``: as of :class:`~robuq_core.kernels.ops.TernaryLayer`, with B' of :func:`folded` in place of B. Tensors
-    of a group have its number of layers first, which ``lead`` holds. ``left``, ``right``: the matrices of
-    :mod:`robuq_core.kernels.triton.rotate_quantize`."""
+    """``layer``: as of :class:`~robuq_core.kernels.ops.TernaryLayer`, A in float32, and B' of :func:`folded` in
+    place of B. Tensors of a group have its number of layers first, which ``lead`` holds. ``left``, ``right``: the
+    matrices of :mod:`robuq_core.kernels.triton.rotate_quantize`."""
 
     layer: TernaryLayer
     left: Tensor
@@ -34,8 +34,10 @@ class Weights:
 
 def weights_of(layer: TernaryLayer | LayerGroup, left: Tensor, right: Tensor) -> Weights:
     if isinstance(layer, LayerGroup):
-        return Weights(replace(layer.stacked, lowrank_b=torch.stack([*map(folded, layer.layers)])), left, right)
-    return Weights(replace(layer, lowrank_b=folded(layer)), left, right)
+        whole, b = layer.stacked, torch.stack([*map(folded, layer.layers)])
+    else:
+        whole, b = layer, folded(layer)
+    return Weights(replace(whole, lowrank_a=whole.lowrank_a.float(), lowrank_b=b), left, right)
 
 
 @torch.no_grad()

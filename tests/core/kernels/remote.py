@@ -138,9 +138,9 @@ class RemoteLibrary:
                 "alpha": 4 * channels,
                 "bias": 4 * channels,
                 "weight_counts": 8 * channels,
-                "lowrank_a": 4 * channels * rank,
+                "lowrank_a": 2 * channels * rank,
             },
-            "lowrank_b": 4 * width * rank,
+            "lowrank_b": 2 * width * rank,
         }.items():
             setattr(there, name, self._copied(getattr(layer, name), size))
         return layer, self._copied(ctypes.addressof(there), ctypes.sizeof(there))

@@ -24,6 +24,7 @@ from agreement import (
     assert_floats_agree,
     assert_products_agree,
     assert_quantized_agree,
+    multiplies_bf16,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -51,7 +52,7 @@ def runs_here(isa: Isa) -> bool:
 
 # The paths of this processor; those that it lacks on emulated instructions. Emulating a path that runs shows nothing.
 PATHS = [isa for isa in get_args(Isa) if runs_here(isa)] or ["plain"]
-EMULATED = [isa for isa in ("amx", "avx512vbmi", "avx512vnni") if isa not in PATHS]
+EMULATED = [isa for isa in ("amx", "avx512bf16", "avx512vbmi", "avx512vnni") if isa not in PATHS]
 ARM = [isa for isa in ("i8mm", "dotprod", "neon") if isa not in PATHS]
 
 
@@ -94,7 +95,9 @@ def test_rotate_quantize(backend: CpuBackend, bits: int, grid: Grid) -> None:
         for rows, rank in ((1, 0), (3, 2), (18, 3)):
             layer, x = pack_layer(make_linear(width, 7, bits=bits, grid=grid, rank=rank)), tokens(rows, width)
             for prologue in prologues(3 if rows % 3 == 0 else 1, width):
-                assert_quantized_agree(x, layer, prologue, backend.rotate_quantize(x, layer, prologue))
+                assert_quantized_agree(
+                    x, layer, prologue, backend.rotate_quantize(x, layer, prologue), multiplies_bf16(backend)
+                )
 
 
 @pytest.mark.parametrize(
@@ -103,7 +106,9 @@ def test_rotate_quantize(backend: CpuBackend, bits: int, grid: Grid) -> None:
 def test_rotation_by_blocks(backend: CpuBackend, width: int, block: int) -> None:
     layer, x = pack_layer(make_linear(width, 7, bits=3, rank=2, rotation_block=block)), tokens(5, width)
     for prologue in prologues(1, width):
-        assert_quantized_agree(x, layer, prologue, backend.rotate_quantize(x, layer, prologue))
+        assert_quantized_agree(
+            x, layer, prologue, backend.rotate_quantize(x, layer, prologue), multiplies_bf16(backend)
+        )
 
 
 def bare_layer(weight: torch.Tensor, bits: int, grid: Grid = "midrise") -> TernaryLayer:
@@ -114,8 +119,8 @@ def bare_layer(weight: torch.Tensor, bits: int, grid: Grid = "midrise") -> Terna
         alpha=torch.ones(outputs),
         bias=torch.zeros(outputs),
         signs=torch.ones(width),
-        lowrank_a=torch.zeros(outputs, 0),
-        lowrank_b=torch.zeros(0, width),
+        lowrank_a=torch.zeros(outputs, 0, dtype=torch.bfloat16),
+        lowrank_b=torch.zeros(0, width, dtype=torch.bfloat16),
         bits=bits,
         grid=grid,
     )
@@ -164,7 +169,9 @@ def test_ternary_linear(backend: CpuBackend, rows: int, outputs: int, rank: int)
     for width in (36, 96, 128, 288):
         layer = pack_layer(make_linear(width, outputs, bits=3, rank=min(rank, outputs - 1)))
         quantized = REFERENCE.rotate_quantize(tokens(rows, width), layer)
-        assert_products_agree(backend.ternary_linear(quantized, layer), quantized, layer)
+        assert_products_agree(
+            backend.ternary_linear(quantized, layer), quantized, layer, narrow=multiplies_bf16(backend)
+        )
 
 
 @pytest.mark.parametrize(("length", "heads", "head_dim"), [(1, 1, 1), (5, 3, 8), (64, 2, 72), (67, 1, 20)])
@@ -410,6 +417,25 @@ def test_tiles_give_the_bytes_of_dot_products(backend: CpuBackend) -> None:
         assert torch.equal(backend.attention(qkv, heads, True), other.attention(qkv, heads, True))
 
 
+@pytest.mark.slow
+def test_emulated_bfloat16_gives_the_bits_of_the_processor(
+    emulated_library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Subnormal and huge values too."""
+    if "avx512bf16" not in PATHS:
+        pytest.skip("this processor does not multiply bfloat16")
+    here = CpuBackend(threads=1, isa="avx512bf16")
+    monkeypatch.setattr(cpu, "load_library", lambda: emulated_library)
+    there = CpuBackend(threads=1, isa="avx512bf16")
+    assert all(map(torch.equal, results_of_all_ops(here), results_of_all_ops(there)))
+    for scale in (1e-40, 1e-38, 1e-20, 1e36):
+        layer, x = pack_layer(make_linear(96, 70, bits=3, rank=5)), tokens(18, 96) * scale
+        ours, theirs = (backend.rotate_quantize(x, layer) for backend in (here, there))
+        assert ours.lowrank.any() or scale < 1e-39
+        assert torch.equal(ours.lowrank, theirs.lowrank)
+        assert torch.equal(here.ternary_linear(ours, layer), there.ternary_linear(theirs, layer))
+
+
 def test_calls_of_several_python_threads_on_one_object(backend: CpuBackend) -> None:
     layer, x = pack_layer(make_linear(96, 64, bits=2, rank=2)), tokens(50, 96)
     expected = backend.ternary_linear(backend.rotate_quantize(x, layer), layer)
@@ -481,6 +507,7 @@ class Processor:
         ((), "plain"),
         (("avx2",), "avx2"),
         (("avx2", "avx512vnni", "avx512vbmi"), "avx512vbmi"),
+        (("avx2", "avx512vnni", "avx512vbmi", "avx512bf16"), "avx512bf16"),
         (("neon",), "neon"),
         (("neon", "dotprod"), "dotprod"),
         (("neon", "dotprod", "i8mm"), "i8mm"),

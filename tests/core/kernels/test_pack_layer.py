@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from agreement import BF16_ROUNDING, multiplies_bf16
 from hypothesis import given
 from hypothesis import strategies as st
 from layer_cases import make_linear, tokens
@@ -44,10 +45,15 @@ def test_planes_sum_to_the_training_forward(
             ternary_fake_quantize(linear.weight, planes=planes),
             linear.bias,
         )
-        expected += F.linear(F.linear(linear.rotation(apply_prologue(x, before)), layer.lowrank_b), layer.lowrank_a)
+        rotated = linear.rotation(apply_prologue(x, before))
+        expected += F.linear(F.linear(rotated, layer.lowrank_b.float()), layer.lowrank_a.float())
         if name == "reference":
             torch.testing.assert_close(linear(apply_prologue(x, before)), expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(fused_linear(backend)(x, layer, before), expected, rtol=1e-4, atol=1e-4)
+    allowed = 1e-4 * (1 + expected.abs())
+    if multiplies_bf16(backend):  # twice: rotated values, then projected ones
+        size = rotated.abs() @ layer.lowrank_b.float().abs().T @ layer.lowrank_a.float().abs().T
+        allowed += 2.01 * BF16_ROUNDING * size
+    assert ((fused_linear(backend)(x, layer, before) - expected).abs() <= allowed).all()
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -44,7 +44,7 @@ def test_pack_layer_keeps_the_numbers_that_a_file_keeps() -> None:
     assert torch.equal(layer.alpha, alpha)
     assert torch.equal(layer.alpha.half().float(), layer.alpha)
     for factor in (layer.lowrank_a, layer.lowrank_b):
-        assert torch.equal(factor.bfloat16().float(), factor)
+        assert factor.dtype is torch.bfloat16
         assert factor.is_contiguous()
         assert not factor.requires_grad
     assert (layer.in_features, layer.out_features, layer.rank, layer.bits, layer.grid) == (72, 33, 4, 3, "midrise")

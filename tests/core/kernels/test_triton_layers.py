@@ -3,8 +3,6 @@ to the bit."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from agreement import REFERENCE, assert_products_agree, assert_quantized_agree
@@ -86,7 +84,7 @@ def test_the_integer_product_is_exact_at_every_bit_width(wide: TritonBackend, wi
         codes = torch.randint(-top, top + 1, (5, width), generator=generator).to(torch.int8)
         codes[0], codes[1] = top, -128 if bits == 8 else -top
         ones, zeros = torch.ones(37), torch.zeros(37)
-        rank_0 = torch.zeros(37, 0), torch.zeros(0, width)
+        rank_0 = torch.zeros(37, 0, dtype=BF16), torch.zeros(0, width, dtype=BF16)
         layer = TernaryLayer(pack_planar(weight), ones, zeros, torch.ones(width), *rank_0, bits, "midrise")
         y = wide.ternary_linear(Quantized(codes, torch.ones(5), torch.zeros(5, 0)), layer)
         assert torch.equal(y.long(), codes.long() @ weight.long().T)
@@ -94,10 +92,9 @@ def test_the_integer_product_is_exact_at_every_bit_width(wide: TritonBackend, wi
 
 @pytest.mark.parametrize(("rows", "outputs", "rank"), [(1, 1, 0), (3, 33, 5), (17, 70, 16), (70, 131, 1)])
 def test_a_product_is_exact_to_rounding(wide: TritonBackend, rows: int, outputs: int, rank: int) -> None:
-    """To rounding, with factors that are not rounded to bf16 as a file's are; in bfloat16 it is that, rounded once."""
+    """To rounding; in bfloat16 it is that, rounded once."""
     for width in (36, 288):
         layer = pack_layer(make_linear(width, outputs, bits=3, rank=min(rank, outputs - 1)))
-        layer = replace(layer, lowrank_a=torch.randn(layer.lowrank_a.shape, generator=torch.Generator().manual_seed(0)))
         x = REFERENCE.rotate_quantize(tokens(rows, width), layer)
         y = wide.ternary_linear(x, layer)
         assert_products_agree(y, x, layer)

@@ -4,7 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from agreement import Run, assert_floats_agree, assert_networks_agree, relative_errors, run_packed, run_training
+from agreement import (
+    Run,
+    assert_floats_agree,
+    assert_networks_agree,
+    multiplies_bf16,
+    relative_errors,
+    run_packed,
+    run_training,
+)
 from tiny import TINY, write_tiny
 from torch import Tensor
 
@@ -36,15 +44,17 @@ def test_packed_forward_is_the_training_forward(
                 parameter.copy_(parameter.half().float())
     x = torch.randn(15, 3, 16, 16, generator=torch.Generator().manual_seed(bits))
     timesteps, classes = torch.tensor([0, 1, 250, 998, 999] * 3), torch.tensor([0, 3, 9, 10, 4] * 3)
-    packed = run_packed(config, read_checkpoint(path), select_backend(backend), x, timesteps, classes)
-    assert_networks_agree(packed, run_training(model, x, timesteps, classes), bits)
+    ours = select_backend(backend)
+    packed = run_packed(config, read_checkpoint(path), ours, x, timesteps, classes)
+    assert_networks_agree(packed, run_training(model, x, timesteps, classes), bits, multiplies_bf16(ours))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("flavour", ["sit", "repa"])
 def test_the_flavours_of_a_flow_are_the_training_forward(tmp_path: Path, backend: str, flavour: str) -> None:
     config = TINY.model_copy(update={"flavour": flavour})
-    assert_networks_agree(*_both(tmp_path, backend, config, torch.tensor([0, 3.7, 250, 998.5, 1000] * 3)), 8)
+    runs = _both(tmp_path, backend, config, torch.tensor([0, 3.7, 250, 998.5, 1000] * 3))
+    assert_networks_agree(*runs, 8, multiplies_bf16(select_backend(backend)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -13,6 +13,7 @@
 #define _MM_FROUND_NO_EXC SIMDE_MM_FROUND_NO_EXC
 #endif
 
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -45,6 +46,53 @@ static inline void _mm512_mask_storeu_ps(float *p, uint16_t mask, __m512 x) {
     }
 }
 #endif
+
+/* Bfloat16 after Intel's description, which SIMDe follows in part only: each fused multiply-add rounds to nearest, the
+ * odd value of a pair goes first, and subnormal numbers are zero. */
+#undef __m512bh
+#undef __m256bh
+#undef _mm512_dpbf16_ps
+#define __m512bh __m512i
+#define __m256bh __m256i
+
+static inline float emulated_flushed(float x) { return -0x1p-126f < x && x < 0x1p-126f ? x * 0.0f : x; }
+
+static inline float emulated_bf16(uint32_t upper_half) {
+    float x;
+    memcpy(&x, &upper_half, sizeof x);
+    return emulated_flushed(x);
+}
+
+static inline __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
+    float sums[16];
+    uint32_t x[16], y[16];
+    memcpy(sums, &sum, sizeof sums);
+    memcpy(x, &a, sizeof x);
+    memcpy(y, &b, sizeof y);
+    for (int i = 0; i < 16; i++) {
+        const float odd_x = emulated_bf16(x[i] & 0xFFFF0000), odd_y = emulated_bf16(y[i] & 0xFFFF0000);
+        const float odd = emulated_flushed(fmaf(odd_x, odd_y, emulated_flushed(sums[i])));
+        sums[i] = emulated_flushed(fmaf(emulated_bf16(x[i] << 16), emulated_bf16(y[i] << 16), odd));
+    }
+    return _mm512_loadu_ps(sums);
+}
+
+static inline __m256bh _mm512_cvtneps_pbh(__m512 x) {
+    uint32_t in[16];
+    uint16_t out[16];
+    memcpy(in, &x, sizeof in);
+    for (int i = 0; i < 16; i++) {
+        const uint32_t magnitude = in[i] & 0x7FFFFFFF;
+        if (magnitude > 0x7F800000) out[i] = (uint16_t)(in[i] >> 16 | 0x40);
+        else if (magnitude < 0x00800000) out[i] = (uint16_t)(in[i] >> 16 & 0x8000);
+        else out[i] = (uint16_t)((in[i] + 0x7FFF + (in[i] >> 16 & 1)) >> 16);
+    }
+    return _mm256_loadu_si256((const __m256i *)out);
+}
+
+static inline __m512bh _mm512_cvtne2ps_pbh(__m512 high, __m512 low) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtneps_pbh(low)), _mm512_cvtneps_pbh(high), 1);
+}
 
 struct emulated_tile {
     uint8_t bytes[16][64];

@@ -156,7 +156,8 @@ INLINE vfloat widen(vushort x) {
 /* The first `count` at `p`, at most a vector; the rest is zero. */
 INLINE vfloat load_bf16(const uint16_t *p, int64_t count) {
     vushort x = {0};
-    memcpy(&x, p, (size_t)min64(count, LANES) * sizeof *p);
+    if (count >= LANES) memcpy(&x, p, sizeof x);
+    else memcpy(&x, p, (size_t)count * sizeof *p);
     return widen(x);
 }
 

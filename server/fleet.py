@@ -168,7 +168,7 @@ class Fleet:
         if self.model is None:
             self.model = model
             for other in self.present:
-                if other.phase == "new":
+                if other.phase == "new" and other.transport is not None:  # else it loads once it is connected
                     other.load(store=False)
 
     def warmed_up(self, worker: RemoteWorker) -> None:

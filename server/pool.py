@@ -40,7 +40,7 @@ class ReplicaLoad:
 
 @dataclass(frozen=True)
 class Load:
-    """Requests run when at least one of their images does; decoding images are neither waiting nor run."""
+    """Requests run from the start of their first image until all are encoded; images that decode have no step left."""
 
     status: str
     requests_running: int

@@ -47,7 +47,7 @@ BF16_ROUNDING = 2**-8  # relative, of a value to the nearest
 
 def multiplies_bf16(backend: Backend) -> bool:
     """Whether its low-rank branch rounds operands to bfloat16, and so moves values by up to 2^-8 of that branch."""
-    return isinstance(backend, CpuBackend) and backend.isa == "avx512bf16"
+    return isinstance(backend, CpuBackend) and backend.isa in ("amx", "avx512bf16")
 
 
 def assert_floats_agree(actual: Tensor, expected: Tensor) -> None:

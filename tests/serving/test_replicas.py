@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from serving_harness import WAIT_S, Engine, Job, WatchedSampler, outcome, runnin
 from robuq_core.images import encode_image
 from robuq_core.params import RowSpec
 from server.fake import FakeRow, FakeSampler
+from server.remote_worker import RemoteWorker
 from server.request import Cancelled, GenerationFailed, NotReady, Overloaded, WorkerDied
 
 
@@ -76,6 +78,19 @@ def test_a_worker_that_hangs_leaves_the_rest_ready_and_its_images_go_there() -> 
         until(lambda: sample(engine, "robuq_worker_deaths_total", reason="hung") == 1)
         stuck.release()
         until(lambda: [replica.alive for replica in engine.load().replicas] == [True, True])
+
+
+def test_a_worker_that_connects_after_the_first_has_loaded_loads_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = RemoteWorker.connect
+
+    async def late(worker: RemoteWorker) -> None:
+        while worker.number == 1 and worker.fleet.model is None:
+            await asyncio.sleep(0.001)
+        await connect(worker)
+
+    monkeypatch.setattr(RemoteWorker, "connect", late)
+    with running_engine(WatchedSampler(), WatchedSampler()) as engine:
+        assert [replica.alive for replica in engine.load().replicas] == [True, True]
 
 
 def test_the_wait_that_is_reported_shrinks_with_the_number_of_replicas() -> None:

@@ -45,11 +45,12 @@ static int has_avx512vnni(void) {
 /* And GFNI, which came with it, but for Intel's first processor. */
 static int has_avx512vbmi(void) { return has_avx512vnni() && cpuid_of(7).c >> 1 & cpuid_of(7).c >> 8 & 1; }
 
+static int has_bf16(void) { return cpuid_of(7).a >= 1 && cpuid_part(7, 1).a >> 5 & 1; }
+
 /* Of AMD: Intel's vdpbf16ps takes as long as two multiply-adds of floats. */
 static int has_fast_bf16(void) {
     const struct cpuid id = cpuid_of(0);
-    const int amd = id.b == signature_AMD_ebx && id.d == signature_AMD_edx && id.c == signature_AMD_ecx;
-    return amd && cpuid_of(7).a >= 1 && cpuid_part(7, 1).a >> 5 & 1;
+    return has_bf16() && id.b == signature_AMD_ebx && id.d == signature_AMD_edx && id.c == signature_AMD_ecx;
 }
 
 /* Linux hands out the 8 KiB of tile registers on request, once for a process. */
@@ -63,8 +64,8 @@ static int may_use_tiles(void) {
 }
 
 static int has_amx(void) {
-    const unsigned tile_int8 = 1u << 24 | 1u << 25;
-    return has_avx512vnni() && saves(0x60000) && (cpuid_of(7).d & tile_int8) == tile_int8 && may_use_tiles();
+    const unsigned tiles = 1u << 22 | 1u << 24 | 1u << 25; /* of bfloat16, at all, of bytes */
+    return has_avx512vnni() && has_bf16() && saves(0x60000) && (cpuid_of(7).d & tiles) == tiles && may_use_tiles();
 }
 
 int isa_supported(int isa) {

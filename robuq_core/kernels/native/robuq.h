@@ -177,7 +177,7 @@ struct ternary_buffers {
 
 /* Lays the buffers out from `scratch` on; returns their size. */
 static inline size_t ternary_carve(char *scratch, const struct ternary_job *job, struct ternary_buffers *b) {
-    const int64_t rows = round_up(job->block_rows, WHOLE_ROWS);
+    const int64_t rows = round_up(job->block_rows, WHOLE_ROWS), rank = round_up(job->layer->rank, 2 * FLOAT_LANES);
     const int64_t block_panels = round_up(ceil_div(job->block_channels, PANEL), job->panels);
     const int64_t kept = job->slice_groups * GROUP == job->padded_width ? job->panels : block_panels;
     char *cursor = scratch;
@@ -186,8 +186,8 @@ static inline size_t ternary_carve(char *scratch, const struct ternary_job *job,
     b->offsets = carve(&cursor, rows, sizeof *b->offsets);
     b->products = carve(&cursor, kept * rows * PANEL, sizeof *b->products);
     b->finished = carve(&cursor, job->panels * WHOLE_ROWS * PANEL, sizeof *b->finished);
-    b->lowrank_a = carve(&cursor, job->panels * job->layer->rank * PANEL, sizeof *b->lowrank_a);
-    b->lowrank = carve(&cursor, job->block_rows * round_up(job->layer->rank, FLOAT_LANES), sizeof(uint16_t));
+    b->lowrank_a = carve(&cursor, job->panels * rank * PANEL, sizeof *b->lowrank_a);
+    b->lowrank = carve(&cursor, rows * rank, sizeof(uint16_t));
     return (size_t)(cursor - scratch);
 }
 

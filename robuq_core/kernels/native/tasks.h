@@ -1,6 +1,10 @@
 /* Every task, compiled for the instruction set that the including file has set up (see vec.h). */
 #include "vec.h"
 
+#if HAVE_AMX
+#include "tiles.h"
+#endif
+
 #include "lowrank.h"
 
 #include "dot.h"
@@ -16,9 +20,6 @@
 #include "product_tbl.h"
 #elif !HAVE_NEON
 #include "product_plain.h"
-#endif
-#if HAVE_AMX
-#include "tiles.h"
 #endif
 #include "attention.h"
 

@@ -90,19 +90,19 @@ FN inline void copy_codes(const struct ternary_job *job, int64_t first, int64_t 
     }
 }
 
-/* lowrank_a of a panel's channels, transposed to [rank / LOWRANK_PAIR, PANEL]; zeros beyond the last channel. */
+/* lowrank_a of a panel's channels, transposed to [rank / ROW_PAIR, PANEL]; zeros beyond the last channel. */
 FN void transpose_lowrank(const struct layer *layer, int64_t channel, float *out) {
     const int64_t rank = layer->rank, channels = min64(PANEL, layer->channels - channel);
     for (int64_t c = 0; c < PANEL; c += LANES) {
-        for (int64_t r = 0; r < rank; r += LANES * LOWRANK_PAIR) {
+        for (int64_t r = 0; r < rank; r += LANES * ROW_PAIR) {
             vfloat tile[LANES];
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; i++)
-                tile[i] = c + i < channels ? load_factors(layer->lowrank_a + (channel + c + i) * rank + r, rank - r)
+                tile[i] = c + i < channels ? load_pairs(layer->lowrank_a + (channel + c + i) * rank + r, rank - r)
                                            : splat(0);
             transpose(tile);
-            for (int i = 0; i < LANES && r + i * LOWRANK_PAIR < rank; i++)
-                store(out + (r / LOWRANK_PAIR + i) * PANEL + c, tile[i]);
+            for (int i = 0; i < LANES && (HAVE_AMX || r + i * ROW_PAIR < rank); i++)
+                store(out + (r / ROW_PAIR + i) * PANEL + c, tile[i]);
         }
     }
 }
@@ -110,12 +110,18 @@ FN void transpose_lowrank(const struct layer *layer, int64_t channel, float *out
 /* Outputs of `rows` rows and EPILOGUE_CHANNELS channels, product (scale alpha) + lowrank . A + bias, then the gated
  * residual where asked for; `whole`: there are as many channels. */
 INLINE void epilogue_tile(const struct ternary_job *job, int64_t row, int64_t channel, const int32_t *products,
-                          const int32_t *offsets, const lowrank_value *lowrank, const float *lowrank_a, const int rows,
+                          const int32_t *offsets, const row_value *lowrank, const float *lowrank_a, const int rows,
                           const int whole) {
     enum { VECTORS = EPILOGUE_CHANNELS / LANES };
     const struct layer *layer = job->layer;
     vfloat correction[EPILOGUE_ROWS][VECTORS] = {0};
-    for (int64_t r = 0; r < layer->rank; r += LOWRANK_PAIR, lowrank_a += PANEL) {
+#if HAVE_AMX /* which has multiplied already */
+    (void)lowrank;
+    for (int m = 0; m < rows; m++)
+#pragma GCC unroll 4
+        for (int i = 0; i < VECTORS; i++) correction[m][i] = load(lowrank_a + m * PANEL + i * LANES);
+#else
+    for (int64_t r = 0; r < layer->rank; r += ROW_PAIR, lowrank_a += PANEL) {
         vfloat a[VECTORS];
 #pragma GCC unroll 4
         for (int i = 0; i < VECTORS; i++) a[i] = once(load(lowrank_a + i * LANES));
@@ -126,6 +132,7 @@ INLINE void epilogue_tile(const struct ternary_job *job, int64_t row, int64_t ch
             for (int i = 0; i < VECTORS; i++) correction[m][i] = add_terms(x, a[i], correction[m][i]);
         }
     }
+#endif
 #pragma GCC unroll 4
     for (int m = 0; m < rows; m++, row++, products += PANEL) {
         const vfloat scale = splat(job->scales[row]);
@@ -146,17 +153,22 @@ INLINE void epilogue_tile(const struct ternary_job *job, int64_t row, int64_t ch
 
 /* Outputs of a block of rows and a panel. */
 FN void epilogue(const struct ternary_job *job, int64_t first, int64_t rows, int64_t channel, const int32_t *products,
-                 const int32_t *offsets, const lowrank_value *lowrank, const float *lowrank_a) {
-    const int64_t stride = lowrank_stride(job->layer->rank);
+                 const int32_t *offsets, const row_value *lowrank, const float *lowrank_a) {
+    const int64_t stride = lowrank_stride(job->layer->rank), line = HAVE_AMX ? PANEL : 0;
+#if HAVE_AMX
+    float corrections[WHOLE_ROWS * PANEL] __attribute__((aligned(ALIGNMENT)));
+    tile_corrections(lowrank, lowrank_a, rows, stride, corrections);
+    lowrank_a = corrections;
+#endif
     for (int c = 0; c < PANEL; c += EPILOGUE_CHANNELS) {
         const int whole = channel + c + EPILOGUE_CHANNELS <= job->layer->channels;
         const int64_t even = whole ? rows / EPILOGUE_ROWS * EPILOGUE_ROWS : 0;
         for (int64_t m = 0; m < even; m += EPILOGUE_ROWS)
             epilogue_tile(job, first + m, channel + c, products + m * PANEL + c, offsets + m, lowrank + m * stride,
-                          lowrank_a + c, EPILOGUE_ROWS, 1);
+                          lowrank_a + m * line + c, EPILOGUE_ROWS, 1);
         for (int64_t m = even; m < rows; m++)
             epilogue_tile(job, first + m, channel + c, products + m * PANEL + c, offsets + m, lowrank + m * stride,
-                          lowrank_a + c, 1, 0);
+                          lowrank_a + m * line + c, 1, 0);
     }
 }
 
@@ -177,7 +189,7 @@ INLINE void put_outputs(const struct ternary_job *job, int64_t first, int64_t ro
         for (int64_t p = 0; p < panels; p++)
             epilogue(job, first + m, count, channel + p * PANEL,
                      product->finish ? b->finished + p * STRIDE : products + m * PANEL, b->offsets + m,
-                     (const lowrank_value *)b->lowrank + m * lowrank_stride(layer->rank),
+                     (const row_value *)b->lowrank + m * lowrank_stride(layer->rank),
                      b->lowrank_a + p * layer->rank * PANEL);
     }
 }
@@ -189,6 +201,9 @@ INLINE void ternary_task(const struct ternary_job *job, int64_t task, char *scra
     const int64_t first = task / channel_blocks * job->block_rows, rows = min64(job->block_rows, job->rows - first);
     struct ternary_buffers b;
     ternary_carve(scratch, job, &b);
+#if HAVE_AMX
+    configure_tiles(0);
+#endif
     const int64_t rank = job->layer->rank;
     b.lowrank = lowrank_rows(job->lowrank + first * rank, rows, rank, (void *)b.lowrank);
 
@@ -206,4 +221,7 @@ INLINE void ternary_task(const struct ternary_job *job, int64_t task, char *scra
             if (last) put_outputs(job, first, rows, c, products, &b, product);
         }
     }
+#if HAVE_AMX
+    release_tiles();
+#endif
 }

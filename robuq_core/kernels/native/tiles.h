@@ -28,6 +28,34 @@ INLINE void configure_tiles(int64_t edge) {
     _tile_loadconfig(&config);
 }
 
+/* out [rows, PANEL] = values [rows, depth] . factors [depth / 2, PANEL, 2], bfloat16, by whole tiles of both. */
+INLINE void tile_corrections(const uint16_t *values, const float *factors, int64_t rows, int64_t depth, float *out) {
+    enum { LINE = PANEL * sizeof *out, PAIRS = TILE_BYTES / sizeof *factors };
+    tile_barrier();
+    for (; rows > 0; rows -= TILE_ROWS, values += TILE_ROWS * depth, out += TILE_ROWS * PANEL) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t k = 0; k < depth; k += 2 * PAIRS) {
+            const float *from = factors + k / 2 * PANEL;
+            _tile_loadd(4, values + k, depth * (int64_t)sizeof *values);
+            _tile_loadd(5, from, LINE);
+            _tile_dpbf16ps(0, 4, 5);
+            _tile_loadd(6, from + PAIRS, LINE);
+            _tile_dpbf16ps(1, 4, 6);
+            _tile_loadd(5, from + 2 * PAIRS, LINE);
+            _tile_dpbf16ps(2, 4, 5);
+            _tile_loadd(6, from + 3 * PAIRS, LINE);
+            _tile_dpbf16ps(3, 4, 6);
+        }
+        _tile_stored(0, out, LINE);
+        _tile_stored(1, out + PAIRS, LINE);
+        _tile_stored(2, out + 2 * PAIRS, LINE);
+        _tile_stored(3, out + 3 * PAIRS, LINE);
+    }
+}
+
 INLINE void release_tiles(void) {
     tile_barrier();
     _tile_release();

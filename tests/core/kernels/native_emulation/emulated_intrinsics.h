@@ -165,4 +165,29 @@ EMULATED_PRODUCT(_tile_dpbssd, int8_t, int8_t)
 EMULATED_PRODUCT(_tile_dpbsud, int8_t, uint8_t)
 EMULATED_PRODUCT(_tile_dpbusd, uint8_t, int8_t)
 
+/* sums[m][n] += the sum over even k plus that over odd k of a[m][k] times b[k / 2][2 n + k % 2], of bfloat16. */
+static inline void _tile_dpbf16ps(int sums, int a, int b) {
+    const int rows = emulated_amx.rows[sums], columns = emulated_amx.row_bytes[sums] / 4;
+    const int pairs = emulated_amx.row_bytes[a] / 4;
+    emulated_check(emulated_amx.configured && sums != a && sums != b && a != b);
+    emulated_check(emulated_amx.rows[a] == rows && emulated_amx.row_bytes[b] == 4 * columns);
+    emulated_check(emulated_amx.rows[b] == pairs);
+    for (int m = 0; m < rows; m++) {
+        for (int n = 0; n < columns; n++) {
+            uint8_t *at = &emulated_amx.tiles[sums].bytes[m][4 * n];
+            float even = 0, odd = 0, sum;
+            for (int k = 0; k < pairs; k++) {
+                uint32_t x, y;
+                memcpy(&x, &emulated_amx.tiles[a].bytes[m][4 * k], sizeof x);
+                memcpy(&y, &emulated_amx.tiles[b].bytes[k][4 * n], sizeof y);
+                even = emulated_flushed(fmaf(emulated_bf16(x << 16), emulated_bf16(y << 16), even));
+                odd = emulated_flushed(fmaf(emulated_bf16(x & 0xFFFF0000), emulated_bf16(y & 0xFFFF0000), odd));
+            }
+            memcpy(&sum, at, sizeof sum);
+            sum = emulated_flushed(emulated_flushed(sum) + emulated_flushed(even + odd));
+            memcpy(at, &sum, sizeof sum);
+        }
+    }
+}
+
 #endif

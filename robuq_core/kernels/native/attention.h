@@ -177,8 +177,8 @@ FN void to_columns(const float *x, int64_t stride, int64_t length, int64_t width
                 tile[row] = i + row < length ? load_part(x + (i + row) * stride + k, width - k) : splat(0);
             transpose(tile);
 #pragma GCC unroll 16
-            for (int column = 0; column < LANES && k + column < width; column++)
-                store(out + (k + column) * padded_length + i, tile[column]);
+            for (int column = 0; column < LANES; column++)
+                if (k + column < width) store(out + (k + column) * padded_length + i, tile[column]);
         }
     }
 }

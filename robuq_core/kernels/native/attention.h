@@ -142,15 +142,13 @@ INLINE vfloat signed_codes(vfloat x, float scale) { return vrint(divide(x, splat
 
 /* Codes of whole floats, plus a bias; bytes may be signed or not. */
 INLINE void store_pack_codes(pack_code *out, vfloat x, const int bias) {
-#if HAVE_AVX512VNNI
-    const vbyte codes = to_int8(x) + (int8_t)bias;
-    memcpy(out, &codes, sizeof codes);
-#elif HAVE_DOTPROD
-    vst1_s8(out, vmovn_s16((int16x8_t)(to_int16(x) + (int16_t)bias)));
+    if (bias) x = add(x, splat((float)bias));
+#if HAVE_AVX512VNNI || HAVE_DOTPROD
+    const vbyte codes = to_int8(x);
 #else
-    const vshort codes = to_int16(x) + (int16_t)bias;
-    memcpy(out, &codes, sizeof codes);
+    const vshort codes = to_int16(x);
 #endif
+    memcpy(out, &codes, sizeof codes);
 }
 
 /* Codes of `length` rows of `dim` values, `stride` apart, into padded rows, and a scale for each row. */

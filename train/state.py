@@ -237,11 +237,12 @@ class _Writer(HuggingFaceStorageWriter):
     def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
         self._state.files.update(pair for each in results for pair in each)
         (self._hidden / _ABOUT).write_text(self._state.model_dump_json(indent=1) + "\n")
-        shutil.rmtree(self._state.folder, ignore_errors=True)
+        if self._state.folder.exists():
+            _remove(self._state.folder)
         publish_folder(self._hidden, self._state.folder)
         for other in self._state.folder.parent.glob("step-*"):
             if other != self._state.folder and not read_state(other).kept:
-                shutil.rmtree(other, ignore_errors=True)
+                _remove(other)
 
 
 class Saver:
@@ -278,6 +279,13 @@ class Saver:
             parallel.on_first(lambda: _remove_hidden(state.folder.parent))  # which also frees its space
             message = f"{state.folder}: cannot write the training state ({one_line(cause)}); the one before is intact: "
             parallel.stop_all(StateError(message + "free some space and run again"))
+
+
+def _remove(state: Path) -> None:
+    """Hide the state at once, then delete it: a run that is killed meanwhile leaves nothing that looks like a state."""
+    hidden = state.with_name(f".{state.name}-removed")
+    state.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _remove_hidden(states: Path) -> None:

@@ -43,6 +43,18 @@ def test_later_states_replace_all_but_the_kept(tmp_path: Path) -> None:
     assert latest_state(tmp_path).step == 100_000_000
 
 
+def test_a_kill_while_an_older_state_is_removed_leaves_no_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 7, {"model.weight": torch.zeros(2)})
+    with monkeypatch.context() as killed:
+        killed.setattr(shutil, "rmtree", lambda folder, **_: (folder / "state.json").unlink())
+        save(tmp_path, 14, {"model.weight": torch.ones(2)})
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-0000014"]
+    save(tmp_path, 21, {"model.weight": torch.ones(2)})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0000021"]
+
+
 def test_a_full_disk_keeps_the_state_before(tmp_path: Path) -> None:
     save(tmp_path, 1, {"model.weight": torch.arange(10.0)})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

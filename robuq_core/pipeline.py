@@ -30,7 +30,7 @@ from robuq_core.kernels.backends import select_backend
 from robuq_core.kernels.ops import Backend
 from robuq_core.models.packed_dit import PackedDiT
 from robuq_core.params import ALL_TIMESTEPS, ImageParams, RowSpec, check_spec, read_params
-from robuq_core.rows import Batch, Row, cached_forward, together
+from robuq_core.rows import Batch, Inputs, Row, cached_forward, together
 from robuq_core.staging import taken
 from robuq_core.threads import on_one_thread
 
@@ -250,7 +250,7 @@ class Sampler:
             with torch.inference_mode():
                 return self.model.forward(x, torch.tensor(timesteps), torch.tensor(classes)), {}
         if any(row.spec.cache_interval > 1 for row in rows):
-            return cached_forward(self.model, rows, [*range(len(rows)), *guided], x, timesteps, classes)
+            return cached_forward(self.model, rows, [*range(len(rows)), *guided], Inputs(x, timesteps, classes))
         return self.model.forward(x, timesteps, classes), {}
 
     def decode(self, row: Row) -> np.ndarray:

@@ -149,15 +149,21 @@ def together(rows: Sequence[Row]) -> Batch:
     return Batch(torch.stack([row.x for row in rows]), torch.stack([row.previous_x0 for row in rows]))
 
 
+class Inputs(NamedTuple):
+    """Of a forward: ``x [M, C, H, W]``, M timesteps and M classes."""
+
+    x: Tensor
+    timesteps: Sequence[float]
+    classes: Sequence[int]
+
+    def at(self, indices: list[int]) -> Inputs:
+        return Inputs(taken(self.x, indices), [self.timesteps[i] for i in indices], [self.classes[i] for i in indices])
+
+
 def cached_forward(
-    model: PackedDiT,
-    rows: Sequence[Row],
-    owners: Sequence[int],
-    x: Tensor,
-    timesteps: Sequence[float],
-    classes: Sequence[int],
+    model: PackedDiT, rows: Sequence[Row], owners: Sequence[int], inputs: Inputs
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """The network's output for ``x [M, C, H, W]``, and the deltas to keep, ``[1 or 2, L, D]`` by position in ``rows``.
+    """The network's output for M ``inputs``, and the deltas to keep, ``[1 or 2, L, D]`` by position in ``rows``.
 
     Args:
         owners: for each of the M inputs its position in ``rows``: all rows in order with their class, then the guided
@@ -165,17 +171,13 @@ def cached_forward(
     """
     reusing = [i for i, owner in enumerate(owners) if rows[owner].reuses_blocks]
     running = [i for i, owner in enumerate(owners) if not rows[owner].reuses_blocks]
-
-    def part(at: list[int]) -> tuple[Tensor, list[float], list[int]]:
-        return taken(x, at), [timesteps[i] for i in at], [classes[i] for i in at]
-
     if not reusing:
-        return _run(model, rows, owners, x, timesteps, classes)
+        return _run(model, rows, owners, inputs)
     kept = torch.stack([_delta(rows[owners[i]], without_class=i >= len(rows)) for i in reusing])
-    reused = model.forward_reusing(*part(reusing), kept)
+    reused = model.forward_reusing(*inputs.at(reusing), kept)
     if not running:
         return reused, {}
-    ran, deltas = _run(model, rows, [owners[i] for i in running], *part(running))
+    ran, deltas = _run(model, rows, [owners[i] for i in running], inputs.at(running))
     output = ran.new_empty(len(owners), *ran.shape[1:])
     output[reusing], output[running] = reused, ran
     return output, deltas
@@ -187,17 +189,12 @@ def _delta(row: Row, without_class: bool) -> Tensor:
 
 
 def _run(
-    model: PackedDiT,
-    rows: Sequence[Row],
-    owners: Sequence[int],
-    x: Tensor,
-    timesteps: Sequence[float],
-    classes: Sequence[int],
+    model: PackedDiT, rows: Sequence[Row], owners: Sequence[int], inputs: Inputs
 ) -> tuple[Tensor, dict[int, Tensor]]:
     keep = [i for i, owner in enumerate(owners) if rows[owner].keeps_blocks]
     if not keep:
-        return model.forward(x, timesteps, classes), {}
-    output, deltas = model.forward_keeping(x, timesteps, classes, keep)
+        return model.forward(*inputs), {}
+    output, deltas = model.forward_keeping(*inputs, keep)
     positions: dict[int, list[int]] = {}
     for position, i in enumerate(keep):
         positions.setdefault(owners[i], []).append(position)

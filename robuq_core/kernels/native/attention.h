@@ -1,8 +1,8 @@
 /* Softmax attention, one head of one image a task; the formulas of the 8-bit form are those of quant/attention.py.
  *
- * Codes that one 32-bit lane sums lie side by side, a pack: with VNNI four bytes, of unsigned by signed codes; with NEON's
- * dot products and tiles four signed bytes; without either two int16. Sums are exact for every head width and for up to 65,793 tokens:
- * 255 * 127 * L < 2^31, and a row's sum of codes, at most 255 * L < 2^24, is a whole float. */
+ * Codes that one 32-bit lane sums lie side by side, a pack: with VNNI four bytes, of unsigned by signed codes; with
+ * NEON's dot products and tiles four signed bytes; without either two int16. Sums are exact for every head width and for
+ * up to 65,793 tokens: 255 * 127 * L < 2^31, and a row's sum of codes, at most 255 * L < 2^24, is a whole float. */
 
 #define LOWEST_LOGIT -3e38f /* of what stands beyond the last key */
 
@@ -213,7 +213,7 @@ INLINE void store_packed(pack_code *out, const vfloat codes[PACK]) {
 
 /* Codes of V of one head, tokens packed side by side [padded length / PACK, padded dim, PACK]; returns their scale. */
 FN float quantize_values(const float *v, int64_t stride, int64_t length, int64_t dim, pack_code *out) {
-    const int64_t padded_length = round_up(length, INT16_LANES);
+    const int64_t padded_length = round_up(length, FLOAT_LANES);
     vfloat top = splat(0);
     for (int64_t i = 0; i < length; i++) {
         prefetch_values(v + (i + AHEAD) * stride, dim);
@@ -262,7 +262,7 @@ struct head {
 
 FN void attend(const struct head *h, const struct attention_buffers *b) {
     const int64_t length = h->length, dim = h->dim;
-    const int64_t padded_length = round_up(length, INT16_LANES), padded_dim = round_up(dim, LANES);
+    const int64_t padded_length = round_up(length, FLOAT_LANES), padded_dim = round_up(dim, LANES);
     float *out = (float *)b->products;
     to_columns(h->k, h->stride, length, dim, padded_length, b->columns);
     gather_values(h->v, h->stride, length, dim, b->v);
@@ -280,7 +280,7 @@ FN void attend(const struct head *h, const struct attention_buffers *b) {
     }
 }
 
-enum { TURN = INT16_LANES / LANES }; /* vectors of logits at a time */
+enum { TURN = FLOAT_LANES / LANES }; /* vectors of logits at a time */
 
 /* 255 e^(x - max) rounded: codes of 0 .. 255 that are also whole floats. */
 INLINE void exponential_codes(const float *logits, vfloat top, vfloat codes[TURN]) {
@@ -298,7 +298,7 @@ INLINE void store_exponentials(pack_code *out, const vfloat codes[TURN]) {
 
 /* Codes of a row's exponentials, from its integer products, with zeros in the padding; returns their sum. */
 FN float softmax_codes(const struct attention_buffers *b, int64_t row, int64_t length, float scale) {
-    const int64_t padded = round_up(length, INT16_LANES), whole = length / LANES * LANES;
+    const int64_t padded = round_up(length, FLOAT_LANES), whole = length / LANES * LANES;
     float *p = b->logits + row * padded;
     const int32_t *products = b->products + row * padded;
     pack_code *codes = (pack_code *)b->p_codes + row * padded;
@@ -313,7 +313,7 @@ FN float softmax_codes(const struct attention_buffers *b, int64_t row, int64_t l
     top = splat(vmax_lane(top));
     vfloat code[TURN], sum[TURN] = {0};
     int64_t j = 0;
-    for (; j + INT16_LANES <= length; j += INT16_LANES) {
+    for (; j + FLOAT_LANES <= length; j += FLOAT_LANES) {
         exponential_codes(p + j, top, code);
         store_exponentials(codes + j, code);
         for (int i = 0; i < TURN; i++) sum[i] = add(sum[i], code[i]);
@@ -329,7 +329,7 @@ FN float softmax_codes(const struct attention_buffers *b, int64_t row, int64_t l
 
 FN void attend_int8(const struct head *h, const struct attention_buffers *b) {
     const int64_t length = h->length, dim = h->dim, packs = ceil_div(dim, PACK);
-    const int64_t padded_length = round_up(length, INT16_LANES), padded_dim = round_up(dim, PACK * LANES);
+    const int64_t padded_length = round_up(length, FLOAT_LANES), padded_dim = round_up(dim, PACK * LANES);
     const int64_t value_dim = round_up(dim, LANES);
     pack_code *q = b->q, *k = b->k;
     quantize_tokens(h->k, h->stride, length, dim, q, b->k_scale, 0);

@@ -24,7 +24,7 @@ enum {
     MOST_QUERIES = 16,      /* that attention takes at a time */
     LINEAR_ROWS = 12,       /* rows and channels of a linear task: such rows stay in a level-1 cache */
     LINEAR_CHANNELS = 64,
-    FLOAT_LANES = 16,       /* rows of floats between jobs are whole vectors */
+    FLOAT_LANES = 16,       /* most lanes of a vector: rows between jobs and in attention are padded to them */
     ALIGNMENT = 64,
     MAX_THREADS = 256,
 };
@@ -205,11 +205,11 @@ struct attention_buffers {
     void *p_codes;              /* [MOST_QUERIES, padded length] */
 };
 
-enum { INT16_LANES = 16, PACK_ROWS = 4, PACK_VECTORS = 3 /* of a tile of sums */ };
+enum { PACK_ROWS = 4, PACK_VECTORS = 3 /* of a tile of sums */ };
 
 /* Lays the buffers out from `scratch` on; returns their size. */
 static inline size_t attention_carve(char *scratch, int64_t length, int64_t head_dim, struct attention_buffers *b) {
-    const int64_t padded_length = round_up(length, INT16_LANES), padded_dim = round_up(head_dim, INT16_LANES);
+    const int64_t padded_length = round_up(length, FLOAT_LANES), padded_dim = round_up(head_dim, FLOAT_LANES);
     const int64_t code_bytes = round_up(head_dim * (int64_t)sizeof(int16_t), ALIGNMENT);
     char *cursor = scratch;
     b->columns = b->q = carve(&cursor, padded_length * code_bytes, 1); /* and the memory of k */

@@ -12,7 +12,7 @@ struct tile_config {
 /* Compilers do not see that tile instructions read memory: what they read is written before. */
 INLINE void tile_barrier(void) { __asm__ volatile("" ::: "memory"); }
 
-/* Whole tiles; but for an `edge` that is not 0, tile 6 holds rows of so many packs of four codes, tile 7 so many rows.
+/* Whole tiles; but for an `edge` that is not 0, tile 6 holds rows of `edge` packs of four codes, tile 7 `edge` rows.
  * A thread that holds tiles for long makes its switches dear: release them. */
 INLINE void configure_tiles(int64_t edge) {
     struct tile_config config = {.palette = 1};
